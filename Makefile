@@ -1,0 +1,68 @@
+# Everything a newcomer needs: `make demo` and `make test`. Each target installs what it needs into .venv, once.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+# One thread for each worker: the tests are many small computations, and two workers share the machine.
+WORKERS     ?= 2
+PYTEST_ARGS ?=
+export OMP_NUM_THREADS ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format docs bench zoo clean
+
+help:
+	@echo "make demo    train six small networks, align each pair, print the table, draw demo/report.png"
+	@echo "make test    the test suite (a few minutes on two cores)"
+	@echo "make lint    ruff and mypy"
+	@echo "make format  let ruff rewrite what it can"
+	@echo "make docs    build the documentation into site/, strictly"
+	@echo "make zoo     the wide sweeps over torchvision, timm and transformers (long)"
+	@echo "make bench   the benchmarks (long)"
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit("permgraph needs Python 3.10 or later: make PYTHON=python3.12" if sys.version_info < (3, 10) else 0)'
+	$(PYTHON) -m venv $(VENV)
+
+# A stamp says that an installation succeeded; it is stale when what it was made from has changed.
+$(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) install --quiet -c constraints.txt -e '.[demo]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) install --quiet -c constraints.txt -e '.[test,dev,demo,zoo]'
+	@touch $@ $(VENV)/.demo
+
+$(VENV)/.docs: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) install --quiet -c constraints.txt -e '.[docs]'
+	@touch $@
+
+demo: $(VENV)/.demo
+	$(BIN)/python examples/demo.py
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+
+zoo: $(VENV)/.dev
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m zoo $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build --strict
+
+bench: $(VENV)/.dev
+	@set -e; for script in benchmarks/*.py; do \
+		case $$script in */_*) continue ;; esac; \
+		echo "== $$script"; $(BIN)/python $$script; \
+	done
+
+clean:
+	rm -rf site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
