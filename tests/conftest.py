@@ -1,4 +1,4 @@
-"""What every test shares: one thread, deterministic hypothesis, and a torchvision that imports on any build of torch."""
+"""What every test shares: one thread, deterministic hypothesis, a torchvision that imports on any build of torch."""
 
 from __future__ import annotations
 

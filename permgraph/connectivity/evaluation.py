@@ -1,0 +1,137 @@
+"""Measuring a network on data, without leaving a trace on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from permgraph.errors import EvaluationError
+
+Loader = Iterable[Any]
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def evaluate_on(
+    loader: Loader, loss: Loss = nn.functional.cross_entropy, *, class_dim: int = 1
+) -> Callable[[nn.Module], dict[str, float]]:
+    """Return a function that gives a classifier's mean loss and accuracy over ``loader``.
+
+    A batch is a tuple whose last element is the targets and whose others are the model's arguments, or a mapping of
+    keyword arguments with the targets under ``"labels"``. The model returns logits, or an object with ``.logits``;
+    targets are class indices, of the logits' shape without the classes.
+
+    Args:
+        loader: a ``DataLoader``, or any sequence of batches. It is read once for each call of the returned function,
+            each time with the same state of torch's random generator, which is left as it was.
+        loss: called as ``loss(logits, targets)`` with the classes in dimension 1, returns the mean over the batch.
+        class_dim: the dimension of the model's logits that holds the classes: -1 for a language model.
+
+    Raises:
+        EvaluationError: when called: the loader is empty (or is a generator that has been used up), a batch has no
+            targets or targets of another shape, or the model is in training mode.
+
+    Example:
+        >>> evaluate = evaluate_on([(torch.eye(2), torch.tensor([0, 1]))])
+        >>> evaluate(nn.Identity().eval())["accuracy"]
+        1.0
+    """
+
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        require_eval_mode(model, "the model to evaluate")
+        device = device_of(model)
+        total, correct, examples, answers = 0.0, 0, 0, 0
+        with undisturbed():
+            for batch in batches(loader):
+                args, kwargs, targets = split_batch(batch, device)
+                if targets is None:
+                    raise EvaluationError(
+                        "a batch holds no targets: give (inputs, targets) tuples, or mappings with 'labels'"
+                    )
+                output = model(*args, **kwargs)
+                logits = (output if isinstance(output, Tensor) else output.logits).movedim(class_dim, 1)
+                guesses = logits.argmax(1)
+                if guesses.shape != targets.shape:
+                    raise EvaluationError(
+                        f"the logits have shape {tuple(logits.shape)} with classes in dimension 1, so the targets must "
+                        f"have shape {tuple(guesses.shape)}, not {tuple(targets.shape)}: check the loader and class_dim"
+                    )
+                total += float(loss(logits, targets)) * len(targets)
+                correct += int((guesses == targets).sum())
+                examples += len(targets)
+                answers += targets.numel()
+        return {"loss": total / examples, "accuracy": correct / answers}
+
+    return evaluate
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Measure without gradients, and leave torch's global random generator as it was.
+
+    A ``DataLoader`` draws from that generator whenever it is iterated, shuffled or not.
+    """
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        yield
+
+
+def batches(loader: Loader) -> Iterator[Any]:
+    """Yield the batches of ``loader``, at least one."""
+    empty = True
+    for batch in loader:
+        empty = False
+        yield batch
+    if empty:
+        raise EvaluationError(
+            "the loader gave no batch: it is empty, or it is a generator that was already used up "
+            "(pass a DataLoader or a list of batches, which can be read again)"
+        )
+
+
+def split_batch(batch: Any, device: torch.device | None) -> tuple[tuple[Any, ...], dict[str, Any], Tensor | None]:
+    """Return a batch as a model's positional arguments, its keyword arguments, and the targets (or None)."""
+    if isinstance(batch, Tensor):
+        return (batch.to(device),), {}, None
+    if isinstance(batch, Mapping):
+        kwargs = {key: _to(value, device) for key, value in batch.items()}
+        return (), kwargs, kwargs.pop("labels", None)
+    if isinstance(batch, Sequence) and batch:
+        *inputs, last = (_to(value, device) for value in batch)
+        return (tuple(inputs), {}, last) if inputs else ((last,), {}, None)
+    raise EvaluationError(
+        f"a batch must be a tensor, a tuple (inputs, targets) or a mapping, not {type(batch).__name__}: "
+        "convert it in the loader's collate_fn"
+    )
+
+
+def batch_size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    """Return the length of the first tensor among a model's arguments."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor) and value.ndim:
+            return len(value)
+    raise EvaluationError("a batch holds no tensor, so its size is not known")
+
+
+def require_eval_mode(model: nn.Module, role: str) -> None:
+    """Refuse a model any part of which is in training mode, naming that part."""
+    for name, module in model.named_modules():
+        if module.training:
+            where = f"its {name!r} ({type(module).__name__}) is" if name else "it is"
+            raise EvaluationError(
+                f"{role} must be in evaluation mode, but {where} in training mode, where dropout and batch "
+                "statistics make a measurement depend on chance: call .eval() first"
+            )
+
+
+def device_of(model: nn.Module) -> torch.device | None:
+    """Return the device of the model's first parameter or buffer, or None if it has neither."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return None
+
+
+def _to(value: Any, device: torch.device | None) -> Any:
+    return value.to(device) if isinstance(value, Tensor) and device is not None else value

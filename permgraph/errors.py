@@ -1,0 +1,33 @@
+"""Every exception that a user of permgraph can meet."""
+
+
+class PermgraphError(Exception):
+    """Base class: whatever permgraph refuses, it refuses with a subclass of this."""
+
+
+class CaptureError(PermgraphError):
+    """The model could not be run, or no example input for it was found."""
+
+
+class SpecError(PermgraphError, ValueError):
+    """A specification is malformed, or contradicts itself."""
+
+
+class MismatchError(PermgraphError, ValueError):
+    """A state dict, model or permutation does not fit the specification, or two models do not fit each other."""
+
+
+class NonFiniteError(PermgraphError, ValueError):
+    """A tensor holds NaN or infinity where finite values are needed."""
+
+
+class ConflictError(PermgraphError, RuntimeError):
+    """Two axes of different sizes were tied: a bug in an operator's rule, not in the model."""
+
+
+class EvaluationError(PermgraphError, ValueError):
+    """A network cannot be measured as asked: an empty loader, a model in training mode, metrics that do not fit."""
+
+
+class MissingExtraError(PermgraphError, ImportError):
+    """An optional dependency is not installed; the message says which extra brings it."""
