@@ -1,0 +1,185 @@
+"""The dispatch mode that writes each ATen call down as a node."""
+
+from __future__ import annotations
+
+import operator
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from permgraph.capture.frames import locate
+from permgraph.capture.state import strided_like
+from permgraph.errors import CaptureError
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Where a capture gives up."""
+
+    max_nodes: int
+    max_seconds: float | None
+
+
+class Recorder(TorchDispatchMode):
+    """Appends each operator to a graph, and knows which node every tensor that Python holds came from.
+
+    A tensor is known by the identity of its Python object. All of them are kept alive until the recorder goes, so
+    that no `id` is used twice; an in-place operator returns the object that it was given, and moves it to the new node.
+
+    `adopt` is asked about a tensor that nobody has seen; it returns the placeholder's kind, its names and the tensor
+    to compute with in its place (which may be the tensor itself).
+    """
+
+    def __init__(
+        self,
+        *,
+        device: torch.device,
+        paths: Mapping[int, str],
+        stop: CodeType,
+        adopt: Callable[[Tensor], tuple[tuple[str, ...], Tensor]],
+        limits: Limits,
+    ) -> None:
+        super().__init__()
+        self.graph = fx.Graph()
+        self._device = device
+        self._paths = paths
+        self._stop = stop
+        self._adopt = adopt
+        self._limits = limits
+        self._deadline = None if limits.max_seconds is None else time.monotonic() + limits.max_seconds
+        self._count = 0
+        self._nodes: dict[int, fx.Node] = {}
+        self._alive: list[Tensor] = []
+        self._replaced: dict[int, Tensor] = {}
+        self._last_placeholder: fx.Node | None = None
+
+    # -- placeholders ------------------------------------------------------------------------------------------
+
+    def placeholder(
+        self, kind: str, names: tuple[str, ...], tensor: Tensor, aliases: Iterable[Tensor] = (), real: Tensor | None = None
+    ) -> fx.Node:
+        """Adds a placeholder for `tensor`, to which `aliases` belong as well."""
+        last = self._last_placeholder
+        anchor = self.graph.inserting_after(last) if last is not None else self.graph.inserting_before(None)
+        with anchor:
+            node = self.graph.placeholder(names[0].replace(".", "_") if names else kind)
+        node.meta.update(val=self._val(tensor), module="", source=None, kind=kind, names=names)
+        if real is not None:
+            node.meta["real"] = real
+        self._last_placeholder = node
+        for held in (tensor, *aliases):
+            self._bind(held, node)
+        return node
+
+    def node_of(self, tensor: Tensor) -> fx.Node:
+        """The newest node of a tensor; one that was never seen becomes a constant."""
+        node = self._nodes.get(id(tensor))
+        if node is None:
+            names, stand_in = self._adopt(tensor)
+            real = None if tensor.is_meta or isinstance(tensor, FakeTensor) else tensor
+            node = self.placeholder("constant", names, stand_in, aliases=(tensor,), real=real)
+            if stand_in is not tensor:
+                self._replaced[id(tensor)] = stand_in
+        return node
+
+    # -- operators ---------------------------------------------------------------------------------------------
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func.namespace == "prim":  # the device of a fake tensor: a question, not a computation
+            return func(*args, **kwargs)
+        self._check_limits()
+        if kwargs.get("device") is not None:
+            kwargs = {**kwargs, "device": self._device}
+        node_args = tuple([self._argument(a) for a in args])
+        node_kwargs = {k: self._argument(v) for k, v in kwargs.items()}
+        if self._replaced:
+            args = tuple([self._substitute(a) for a in args])
+            kwargs = {k: self._substitute(v) for k, v in kwargs.items()}
+        if torch.Tag.inplace_view in func.tags:
+            # The operator changes this object's shape, and the nodes behind must keep the old one.
+            self._nodes[id(args[0])].meta["val"] = self._snapshot(args[0])
+
+        result = func(*args, **kwargs)
+
+        module, source = locate(self._paths, self._stop)
+        node = self.graph.call_function(func, node_args, node_kwargs)
+        node.meta.update(val=self._val(result), module=module, source=source)
+        self._bind_result(result, node, module, source)
+        return result
+
+    def finish(self, outputs: list[Tensor]) -> fx.Graph:
+        """Adds the output node and checks the graph."""
+        nodes = [self.node_of(tensor) for tensor in outputs]
+        output = self.graph.output(nodes)
+        output.meta.update(val=[node.meta["val"] for node in nodes], module="", source=None)
+        self.graph.lint()
+        return self.graph
+
+    def _check_limits(self) -> None:
+        self._count += 1
+        if self._count > self._limits.max_nodes:
+            raise CaptureError(
+                f"the forward pass has more than max_nodes={self._limits.max_nodes} operators: shorten the inputs "
+                "(a recurrent loop writes down each step), or raise max_nodes"
+            )
+        if self._deadline is not None and time.monotonic() > self._deadline:
+            raise CaptureError(
+                f"the forward pass took longer than max_seconds={self._limits.max_seconds} after {self._count} "
+                "operators: make the inputs smaller, or raise max_seconds"
+            )
+
+    def _argument(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self.node_of(value)
+        if isinstance(value, (list, tuple)):
+            return [self._argument(item) for item in value]
+        if isinstance(value, torch.Generator):
+            return None
+        return value
+
+    def _substitute(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self._replaced.get(id(value), value)
+        if isinstance(value, (list, tuple)):
+            return [self._substitute(item) for item in value]
+        return value
+
+    def _bind(self, tensor: Tensor, node: fx.Node) -> None:
+        if id(tensor) not in self._nodes:
+            self._alive.append(tensor)
+        self._nodes[id(tensor)] = node
+
+    def _bind_result(self, result: Any, node: fx.Node, module: str, source: str | None) -> None:
+        if isinstance(result, Tensor):
+            self._bind(result, node)
+        elif isinstance(result, (list, tuple)):
+            for index, item in enumerate(result):
+                if not isinstance(item, (Tensor, list, tuple)):
+                    continue
+                part = self.graph.call_function(operator.getitem, (node, index))
+                part.meta.update(val=node.meta["val"][index], module=module, source=source)
+                self._bind_result(item, part, module, source)
+
+    def _val(self, result: Any) -> Any:
+        """A result as the graph keeps it: without memory."""
+        if isinstance(result, FakeTensor):
+            return result
+        if isinstance(result, Tensor):
+            return self._snapshot(result)
+        if isinstance(result, (list, tuple)):
+            return [self._val(item) for item in result] if isinstance(result, list) else tuple(map(self._val, result))
+        return result
+
+    def _snapshot(self, tensor: Tensor) -> Tensor:
+        device = self._device if isinstance(tensor, FakeTensor) else "meta"
+        return strided_like(tensor, device)

@@ -1,0 +1,290 @@
+"""`capture`: one forward pass, on tensors without memory where that is possible."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+)
+from torch.utils import _pytree as pytree
+
+from permgraph.capture.captured import Captured
+from permgraph.capture.inputs import ExampleInputs, find_inputs
+from permgraph.capture.outputs import tensor_leaves
+from permgraph.capture.record import Limits, Recorder
+from permgraph.capture.state import StateTensor, state_tensors, strided_like
+from permgraph.capture.subject import Subject, unwrap
+from permgraph.capture.surroundings import calm, make_transparent
+from permgraph.capture.twin import as_parameter_like, copy_with, find_attribute, make_twin
+from permgraph.errors import CaptureError
+
+logger = logging.getLogger(__name__)
+
+Mode = Literal["fake", "real"]
+
+_CPU = torch.device("cpu")
+_META = torch.device("meta")
+
+#: A fake pass that ends with one of these says nothing against the inputs: the model asked for values.
+_NEEDS_VALUES = (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+    NotImplementedError,
+)
+_NEEDS_VALUES_WORDS = ("fake", "data pointer", "data_ptr", "numpy", "meta tensor", "data-dependent")
+
+#: Weights on the meta device are made up for a pass on real tensors, up to this many bytes.
+_MATERIALISE_LIMIT = 8 * 2**30
+
+
+def capture(
+    model: nn.Module | torch.export.ExportedProgram,
+    example_inputs: Any = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    *,
+    max_nodes: int = 200_000,
+    max_seconds: float | None = None,
+) -> Captured:
+    """Runs a module's forward pass once and returns the graph of its ATen operators.
+
+    The pass runs on fake tensors, which have shapes and no memory, so that a model on the meta device will do. Where
+    the model asks for a value (`.item()`, `nonzero`, a branch on data), the pass is repeated on real tensors, and
+    the result says so. Everything happens on a copy of the module's Python structure, in evaluation mode: the model, its
+    tensors, flags, hooks and configs are left alone, and so are the global random generators. Forward hooks are
+    part of the model, and run.
+
+    `example_inputs` is the tuple of positional arguments (a lone tensor stands for a tuple of one), `example_kwargs`
+    the keyword arguments. Without either they are inferred by the registered finders; `model(*args, **kwargs)` must run.
+
+    Raises `CaptureError` if the model cannot be run, if no inputs for it are found, or if the pass takes more than
+    `max_nodes` operators or `max_seconds` seconds.
+
+    >>> captured = capture(torch.nn.Linear(3, 5), (torch.zeros(2, 3),))
+    >>> [str(node.target) for node in captured.graph.nodes if node.op == "call_function"]
+    ['aten.t.default', 'aten.addmm.default']
+    """
+    limits = Limits(max_nodes, max_seconds)
+    subject = unwrap(model)
+    name = type(subject.core).__name__
+    if example_inputs is not None or example_kwargs is not None:
+        inputs = ExampleInputs(_as_args(example_inputs), dict(example_kwargs or {}), "given")
+        return _attempt(subject, inputs, limits)
+    if subject.inputs is not None:
+        return _attempt(subject, subject.inputs, limits)
+
+    tried: list[str] = []
+    for candidate in find_inputs(subject.core):
+        try:
+            return _attempt(subject, candidate, limits)
+        except _PassError as failure:
+            line = f"  {candidate.finder}: {candidate.describe()}: {_first_line(failure.cause)}"
+            logger.debug("%s: candidate failed: %s", name, line.strip())
+            tried.append(line)
+    listing = "\n".join(tried) if tried else "  (no finder had a candidate)"
+    raise CaptureError(
+        f"no example inputs for {name} were found; it takes {_signature(subject.core)}. Tried:\n{listing}\n"
+        "Pass example_inputs=(...) or example_kwargs={...} with which model(*example_inputs, **example_kwargs) runs."
+    )
+
+
+class _PassError(CaptureError):
+    """A forward pass failed for a reason which other inputs may not have."""
+
+    def __init__(self, message: str, cause: BaseException) -> None:
+        super().__init__(message)
+        self.cause = cause
+
+
+def _attempt(subject: Subject, inputs: ExampleInputs, limits: Limits) -> Captured:
+    """A fake pass, then where that asks for values a real one."""
+    name = type(subject.core).__name__
+    try:
+        return _pass(subject, inputs, limits, "fake", None)
+    except CaptureError:
+        raise
+    except Exception as error:
+        first = error
+    if not _needs_values(first):
+        raise _failure(name, inputs, first) from first
+    reason = f"{type(first).__name__}: {_first_line(first)}"
+    logger.info("%s: fake tensors are not enough (%s); using real ones", name, reason)
+    try:
+        return _pass(subject, inputs, limits, "real", reason)
+    except CaptureError:
+        raise
+    except Exception as error:
+        raise _failure(name, inputs, error) from error
+
+
+def _failure(name: str, inputs: ExampleInputs, error: Exception) -> _PassError:
+    whose = "the inputs given" if inputs.finder == "given" else f"the inputs of finder {inputs.finder!r}"
+    return _PassError(
+        f"{name} does not run on {whose}, {inputs.describe()}: {type(error).__name__}: {_first_line(error)}. "
+        "Pass example_inputs=(...) or example_kwargs={...} with which model(*example_inputs, **example_kwargs) runs.",
+        error,
+    )
+
+
+def _needs_values(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, _NEEDS_VALUES):
+            return True
+        if any(word in str(error).lower() for word in _NEEDS_VALUES_WORDS):
+            return True
+        error = error.__cause__
+    return False
+
+
+def _pass(subject: Subject, inputs: ExampleInputs, limits: Limits, mode: Mode, reason: str | None) -> Captured:
+    state = state_tensors(subject.outer)
+    device = _CPU if mode == "fake" else _real_device(state)
+    fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
+    stand_in = _Fakes(fake_mode) if mode == "fake" else _Reals(state, device)
+    with calm([device]), torch.device(device):
+        twin = make_twin(subject.outer, subject.core, state, stand_in.of_state, stand_in.of_attribute)
+        make_transparent(twin.modules)
+        memo: dict[int, Any] = {}
+        recorder = Recorder(
+            device=device,
+            paths=twin.paths,
+            stop=_run.__code__,
+            adopt=lambda tensor: (find_attribute(twin.module, tensor), stand_in.of_stranger(tensor)),
+            limits=limits,
+        )
+        for entry, made in twin.tensors:
+            known = entry.kind == "constant" and not entry.objects[0].is_meta
+            real = entry.objects[0] if known else None
+            recorder.placeholder(entry.kind, entry.names, made, aliases=entry.objects, real=real)
+        args = copy_with(inputs.args, stand_in.of_input, memo)
+        kwargs = copy_with(inputs.kwargs, stand_in.of_input, memo)
+        for path, made in _named_leaves(args, kwargs):
+            recorder.placeholder("input", (path,), made)
+        if mode == "fake":
+            with fake_mode, recorder:
+                result = _run(twin.module, args, kwargs)
+        else:
+            with recorder:
+                result = _run(twin.module, args, kwargs)
+        outputs = list(tensor_leaves(result))
+    if not outputs:
+        raise CaptureError(f"{type(subject.core).__name__} returned no tensor, but a {type(result).__name__}")
+    graph = recorder.finish(outputs)
+    unused = tuple(
+        name
+        for node in graph.nodes
+        if node.op == "placeholder" and node.meta["kind"] in ("parameter", "buffer") and not node.users
+        for name in node.meta["names"]
+    )
+    return Captured(graph, type(subject.core).__name__, mode, reason, inputs, unused)
+
+
+def _run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The call under observation; source lines are looked for inside this frame."""
+    return module(*args, **kwargs)
+
+
+class _Fakes:
+    """Stand-ins without memory, all on the CPU, so that a model may lie on several devices, or on none."""
+
+    def __init__(self, mode: FakeTensorMode) -> None:
+        self._mode = mode
+
+    def of_state(self, entry: StateTensor) -> Tensor:
+        return self._fake(entry.objects[0])
+
+    def of_attribute(self, tensor: Tensor) -> Tensor:
+        # Values of a plain attribute stay known: some models read such a constant as a number.
+        return tensor if tensor.device == _CPU else self._fake(tensor)
+
+    of_stranger = of_attribute
+
+    def of_input(self, tensor: Tensor) -> Tensor:
+        return self._fake(tensor)
+
+    def _fake(self, tensor: Tensor) -> Tensor:
+        with self._mode:
+            return as_parameter_like(tensor, strided_like(tensor, _CPU))
+
+
+class _Reals:
+    """Copies on one device; what lies on the meta device is made up."""
+
+    def __init__(self, state: list[StateTensor], device: torch.device) -> None:
+        self._device = device
+        self._generator = torch.Generator().manual_seed(0)
+        missing = sum(e.objects[0].numel() * e.objects[0].element_size() for e in state if e.objects[0].is_meta)
+        if missing > _MATERIALISE_LIMIT:
+            raise CaptureError(
+                f"the model asks for tensors' values, and its {missing / 2**30:.0f} GiB of weights are on the meta "
+                "device: build a smaller configuration of the same architecture, or load the weights"
+            )
+
+    def of_state(self, entry: StateTensor) -> Tensor:
+        tensor = entry.objects[0]
+        return as_parameter_like(tensor, self._real(tensor))
+
+    def of_attribute(self, tensor: Tensor) -> Tensor:
+        return self._real(tensor)
+
+    of_input = of_attribute
+
+    def of_stranger(self, tensor: Tensor) -> Tensor:
+        return self._real(tensor) if tensor.device != self._device else tensor
+
+    def _real(self, tensor: Tensor) -> Tensor:
+        if not tensor.is_meta:
+            return tensor.detach().to(self._device, copy=True)
+        made = strided_like(tensor, self._device)
+        if not tensor.is_floating_point():
+            return made.zero_()
+        # Positive, so that variances are; small, so that a deep stack stays finite.
+        return made.copy_(torch.rand(tensor.shape, generator=self._generator, device="cpu") * 0.1)
+
+
+def _real_device(state: list[StateTensor]) -> torch.device:
+    devices = (entry.objects[0].device for entry in state)
+    return next((device for device in devices if device != _META), _CPU)
+
+
+def _as_args(example_inputs: Any) -> tuple[Any, ...]:
+    if example_inputs is None:
+        return ()
+    if isinstance(example_inputs, (tuple, list)):
+        return tuple(example_inputs)
+    return (example_inputs,)
+
+
+def _named_leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[str, Tensor]]:
+    found: dict[int, tuple[str, Tensor]] = {}
+    for root, value in (("args", args), ("kwargs", kwargs)):
+        for path, leaf in pytree.tree_flatten_with_path(value)[0]:
+            if isinstance(leaf, Tensor):
+                found.setdefault(id(leaf), (root + pytree.keystr(path), leaf))
+            else:
+                for tensor in tensor_leaves(leaf):
+                    found.setdefault(id(tensor), (root + pytree.keystr(path), tensor))
+    return list(found.values())
+
+
+def _signature(module: nn.Module) -> str:
+    try:
+        return f"forward{inspect.signature(module.forward)}"
+    except (TypeError, ValueError):
+        return "arguments unknown"
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

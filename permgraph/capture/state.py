@@ -1,0 +1,79 @@
+"""The tensors of a module's state, each with every name that the state dict gives it."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from permgraph.errors import CaptureError
+
+Kind = Literal["parameter", "buffer", "constant", "input"]
+
+
+@dataclass(frozen=True, eq=False)
+class StateTensor:
+    """One tensor of the model: tied parameters are one of these with several names and several `objects`."""
+
+    kind: Kind
+    names: tuple[str, ...]
+    objects: tuple[Tensor, ...]
+
+
+def tensor_key(tensor: Tensor) -> Hashable:
+    """Equal for two Python tensors which are the same memory read in the same way."""
+    try:
+        storage = tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # sparse tensors and some subclasses have no storage
+        return id(tensor)
+    if tensor.numel() == 0:
+        return id(tensor)
+    return (storage, tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+
+
+def state_tensors(model: nn.Module) -> list[StateTensor]:
+    """Parameters, then persistent buffers, then the other buffers; the names are the state dict's own.
+
+    A tensor that the state dict does not hold is a constant, for no permutation of the state dict could move it.
+    """
+    named: list[tuple[str, Tensor]] = [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]
+    for name, tensor in named:
+        if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+            raise CaptureError(f"{name} is not initialised yet: call the model once, so that its lazy layers take shape")
+    saved = {name: t for name, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
+    saved_names: dict[Hashable, list[str]] = {}
+    for name, tensor in saved.items():
+        saved_names.setdefault(tensor_key(tensor), []).append(name)
+
+    objects: dict[Hashable, list[Tensor]] = {}
+    names: dict[Hashable, list[str]] = {}
+    for name, tensor in named:
+        key = tensor_key(tensor)
+        objects.setdefault(key, []).append(tensor)
+        names.setdefault(key, []).append(name)
+
+    found: list[StateTensor] = []
+    for key, tensors in objects.items():
+        # A state-dict hook may have replaced the tensor by a copy: then its name and shape must do.
+        stored = saved_names.get(key) or [
+            name for name in names[key] if name in saved and saved[name].shape == tensors[0].shape
+        ]
+        kind: Kind = "constant"
+        if stored:
+            kind = "parameter" if any(isinstance(t, nn.Parameter) for t in tensors) else "buffer"
+        found.append(StateTensor(kind, tuple(stored or names[key]), tuple({id(t): t for t in tensors}.values())))
+    order = {"parameter": 0, "buffer": 1, "constant": 2}
+    return sorted(found, key=lambda state: order[state.kind])
+
+
+def strided_like(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """An uninitialised tensor with the shape, strides and dtype of another; under a fake mode it is a fake."""
+    if tensor.layout != torch.strided:
+        raise CaptureError(f"a tensor of layout {tensor.layout} and shape {tuple(tensor.shape)}: only dense is supported")
+    return torch.empty_strided(tuple(tensor.shape), tensor.stride(), dtype=tensor.dtype, device=device)

@@ -1,0 +1,72 @@
+"""What `capture` is given, unwrapped to the module that runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from permgraph.capture.inputs import ExampleInputs
+from permgraph.errors import CaptureError
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """`outer` is the module that names parameters, `core` the one inside its wrappers that runs."""
+
+    outer: nn.Module
+    core: nn.Module
+    inputs: ExampleInputs | None
+
+
+def unwrap(model: Any) -> Subject:
+    """Opens exported programs, compiled modules and data-parallel wrappers; refuses what has no Python to run."""
+    inputs: ExampleInputs | None = None
+    if isinstance(model, torch.export.ExportedProgram):
+        if model.example_inputs is not None:
+            args, kwargs = model.example_inputs
+            inputs = ExampleInputs(tuple(args), dict(kwargs), "exported program")
+        model = model.module()
+    if not isinstance(model, nn.Module):
+        raise CaptureError(f"expected an nn.Module or an ExportedProgram, got {type(model).__name__}")
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise CaptureError(
+                f"{path or 'the model'} is a TorchScript module, whose operators cannot be observed: "
+                "pass the Python module that it was scripted or traced from"
+            )
+    core = model
+    while (inner := _inner(core)) is not None:
+        core = inner
+    if inputs is None and isinstance(core, torch.fx.GraphModule):
+        inputs = _graph_inputs(core)
+    return Subject(model, core, inputs)
+
+
+def _inner(module: nn.Module) -> nn.Module | None:
+    compiled = vars(module).get("_modules", {}).get("_orig_mod")
+    if isinstance(compiled, nn.Module):
+        return compiled
+    if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        wrapped: nn.Module = module.module
+        return wrapped
+    return None
+
+
+def _graph_inputs(module: torch.fx.GraphModule) -> ExampleInputs | None:
+    """Inputs as the placeholders of a traced graph describe them, where they do."""
+    values = [node.meta.get("val") for node in module.graph.nodes if node.op == "placeholder"]
+    if not values or not all(isinstance(value, Tensor) for value in values):
+        return None
+    if not all(type(size) is int for value in values for size in value.shape):
+        return None
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for value in values:
+        if value.dtype.is_floating_point:
+            made.append(torch.randn(value.shape, generator=generator).to(value.dtype))
+        else:
+            made.append(torch.zeros(tuple(value.shape), dtype=value.dtype))
+    return ExampleInputs(tuple(made), {}, "placeholders")

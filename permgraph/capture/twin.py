@@ -1,0 +1,132 @@
+"""A copy of a module which shares its Python structure and none of its tensors."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from permgraph.capture.state import StateTensor
+
+logger = logging.getLogger(__name__)
+
+StandIn = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Twin:
+    """`module` runs in place of the original: its flags, attributes and configs may be changed at will.
+
+    `tensors` pairs each tensor of the state with what stands in for it. `paths` gives the path of a module by the `id`
+    of the copy or of the original, since a closure may still hold the latter.
+    """
+
+    module: nn.Module
+    modules: list[nn.Module]
+    tensors: list[tuple[StateTensor, Tensor]]
+    paths: dict[int, str]
+
+
+class _CopiesTensors(TorchFunctionMode):
+    """While this is active, `copy.deepcopy` of a tensor gives its stand-in."""
+
+    def __init__(self, stand_in: StandIn) -> None:
+        super().__init__()
+        self._stand_in = stand_in
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is Tensor.__deepcopy__:
+            tensor, memo = args
+            memo[id(tensor)] = copied = self._stand_in(tensor)
+            return copied
+        return func(*args, **(kwargs or {}))
+
+
+def copy_with(value: Any, stand_in: StandIn, memo: dict[int, Any]) -> Any:
+    """`copy.deepcopy`, with each tensor replaced by what `stand_in` makes of it."""
+    with _CopiesTensors(stand_in):
+        return copy.deepcopy(value, memo)
+
+
+def make_twin(
+    outer: nn.Module,
+    core: nn.Module,
+    state: Iterable[StateTensor],
+    stand_in_for_state: Callable[[StateTensor], Tensor],
+    stand_in: StandIn,
+) -> Twin:
+    """Copies `core`, the module that runs; `outer` is the module whose state dict and paths name things.
+
+    A deep copy reaches what a walk over submodules does not: modules in plain lists, bound methods, shared configs.
+    Where something in the model refuses to be copied, only the module objects are, and the rest is shared.
+    """
+    memo: dict[int, Any] = {}
+    tensors: list[tuple[StateTensor, Tensor]] = []
+    for entry in state:
+        made = stand_in_for_state(entry)
+        tensors.append((entry, made))
+        memo.update({id(tensor): made for tensor in entry.objects})
+    given = dict(memo)
+    try:
+        module = copy_with(core, stand_in, memo)
+    except Exception as error:
+        logger.debug("deepcopy of %s failed (%s): copying its modules only", type(core).__name__, error)
+        memo = given
+        module = _copy_modules(core, memo)
+    copies = {id(value): value for value in memo.values() if isinstance(value, nn.Module)}
+    paths: dict[int, str] = {}
+    for path, original in outer.named_modules():
+        paths[id(original)] = path
+        if id(original) in memo:
+            paths[id(memo[id(original)])] = path
+    return Twin(module, list(copies.values()), tensors, paths)
+
+
+def _copy_modules(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """A new object for each submodule, with its own registries; every other attribute is shared with the original."""
+    if id(module) in memo:
+        found: nn.Module = memo[id(module)]
+        return found
+    twin: nn.Module = module.__class__.__new__(module.__class__)
+    memo[id(module)] = twin
+    shared = dict(vars(module))
+    for name, value in shared.items():
+        if isinstance(value, dict) and name.startswith("_"):
+            value = copy.copy(value)
+        elif isinstance(value, Tensor):
+            value = memo.get(id(value), value)
+        elif isinstance(value, nn.Module):
+            value = _copy_modules(value, memo)
+        shared[name] = value
+    for registry in ("_parameters", "_buffers"):
+        shared[registry] = {k: memo.get(id(v), v) for k, v in shared[registry].items()}
+    shared["_modules"] = {k: None if m is None else _copy_modules(m, memo) for k, m in shared["_modules"].items()}
+    vars(twin).update(shared)
+    return twin
+
+
+def as_parameter_like(original: Tensor, made: Tensor) -> Tensor:
+    """Wraps a stand-in as a parameter where the original is one: some models ask."""
+    return nn.Parameter(made, requires_grad=original.requires_grad) if isinstance(original, nn.Parameter) else made
+
+
+def find_attribute(model: nn.Module, tensor: Tensor) -> tuple[str, ...]:
+    """The dotted name of a plain tensor attribute, such as a cache of rotary angles; empty when there is none."""
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if value is tensor:
+                return (f"{path}.{name}" if path else name,)
+    return ()
+
+
+def is_plain(tensor: Tensor, device: torch.device) -> bool:
+    """Whether the pass can compute with this very tensor."""
+    return tensor.device == device and not tensor.is_inference()
