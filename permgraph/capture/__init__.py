@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from permgraph.capture import finders as _finders  # noqa: F401  (registers the finders)
 from permgraph.capture.captured import Captured
 from permgraph.capture.inputs import ExampleInputs, find_inputs, input_finder
 from permgraph.capture.run import capture

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import cache
 from types import CodeType, FrameType
 
 import torch
@@ -13,9 +13,9 @@ import torch
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 
 
-@lru_cache(maxsize=None)
+@cache
 def short_name(filename: str) -> str | None:
-    """A source file's name relative to the entry of `sys.path` that holds it; None for torch's own and generated code."""
+    """A source file's name relative to its entry of `sys.path`; None for torch's own and generated code."""
     if filename.startswith("<"):
         return None
     path = os.path.abspath(filename)

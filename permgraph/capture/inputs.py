@@ -18,7 +18,7 @@ class ExampleInputs:
     finder: str
 
     def describe(self) -> str:
-        """The shapes, as `(2, 3, 32, 32) float32`, keyword arguments by name."""
+        """The arguments' dtypes and shapes, as `(float32[2, 3, 32, 32], mask=bool[2, 7])`."""
         parts = [_describe(value) for value in self.args]
         parts += [f"{name}={_describe(value)}" for name, value in self.kwargs.items()]
         return "(" + ", ".join(parts) + ")"
@@ -35,21 +35,36 @@ def _describe(value: Any) -> str:
 Candidate = tuple[tuple[Any, ...], dict[str, Any]]
 Finder = Callable[[nn.Module], Iterable[Candidate]]
 
-FINDERS: dict[str, Finder] = {}
+_finders: dict[str, Finder] = {}
 
 
 def input_finder(name: str) -> Callable[[Finder], Finder]:
-    """Registers a function from a module to candidates, each `(args, kwargs)`; a later one of the same name replaces it."""
+    """Registers a function which proposes inputs for a module: it yields `(args, kwargs)`, the likeliest first.
+
+    A finder that does not know the module yields nothing. The newest finder is asked first; one with the name of
+    another replaces it.
+
+    >>> @input_finder("my models")
+    ... def my_inputs(model):
+    ...     if hasattr(model, "my_input_size"):
+    ...         yield (torch.zeros(2, model.my_input_size),), {}
+    """
 
     def register(finder: Finder) -> Finder:
-        FINDERS[name] = finder
+        _finders.pop(name, None)
+        _finders[name] = finder
         return finder
 
     return register
 
 
 def find_inputs(model: nn.Module) -> Iterator[ExampleInputs]:
-    """All candidates of all finders, lazily, in the order in which the finders were registered."""
-    for name, finder in list(FINDERS.items()):
+    """All candidates of all finders, made as they are asked for, the newest finder first; none is given twice."""
+    seen: set[str] = set()
+    for name, finder in reversed(list(_finders.items())):
         for args, kwargs in finder(model):
-            yield ExampleInputs(args, kwargs, name)
+            candidate = ExampleInputs(tuple(args), dict(kwargs), name)
+            description = candidate.describe()
+            if description not in seen:
+                seen.add(description)
+                yield candidate

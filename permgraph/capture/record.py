@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from permgraph.capture.frames import locate
@@ -27,7 +28,7 @@ class Limits:
     max_seconds: float | None
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Appends each operator to a graph, and knows which node every tensor that Python holds came from.
 
     A tensor is known by the identity of its Python object. All of them are kept alive until the recorder goes, so
@@ -46,7 +47,7 @@ class Recorder(TorchDispatchMode):
         adopt: Callable[[Tensor], tuple[tuple[str, ...], Tensor]],
         limits: Limits,
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.graph = fx.Graph()
         self._device = device
         self._paths = paths
@@ -63,7 +64,12 @@ class Recorder(TorchDispatchMode):
     # -- placeholders ------------------------------------------------------------------------------------------
 
     def placeholder(
-        self, kind: str, names: tuple[str, ...], tensor: Tensor, aliases: Iterable[Tensor] = (), real: Tensor | None = None
+        self,
+        kind: str,
+        names: tuple[str, ...],
+        tensor: Tensor,
+        aliases: Iterable[Tensor] = (),
+        real: Tensor | None = None,
     ) -> fx.Node:
         """Adds a placeholder for `tensor`, to which `aliases` belong as well."""
         last = self._last_placeholder
@@ -112,7 +118,8 @@ class Recorder(TorchDispatchMode):
         result = func(*args, **kwargs)
 
         module, source = locate(self._paths, self._stop)
-        node = self.graph.call_function(func, node_args, node_kwargs)
+        name = func._schema.name.rpartition(":")[2]
+        node = self.graph.create_node("call_function", func, node_args, node_kwargs, name=name)
         node.meta.update(val=self._val(result), module=module, source=source)
         self._bind_result(result, node, module, source)
         return result
@@ -166,7 +173,7 @@ class Recorder(TorchDispatchMode):
             for index, item in enumerate(result):
                 if not isinstance(item, (Tensor, list, tuple)):
                     continue
-                part = self.graph.call_function(operator.getitem, (node, index))
+                part = self.graph.create_node("call_function", operator.getitem, (node, index), name="getitem")
                 part.meta.update(val=node.meta["val"][index], module=module, source=source)
                 self._bind_result(item, part, module, source)
 
@@ -181,5 +188,7 @@ class Recorder(TorchDispatchMode):
         return result
 
     def _snapshot(self, tensor: Tensor) -> Tensor:
-        device = self._device if isinstance(tensor, FakeTensor) else "meta"
-        return strided_like(tensor, device)
+        if isinstance(tensor, FakeTensor):
+            return strided_like(tensor, self._device)
+        with no_dispatch():
+            return strided_like(tensor, "meta")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
+    FakeTensor,
     FakeTensorMode,
     UnsupportedFakeTensorException,
     UnsupportedOperatorException,
@@ -25,7 +26,7 @@ from permgraph.capture.record import Limits, Recorder
 from permgraph.capture.state import StateTensor, state_tensors, strided_like
 from permgraph.capture.subject import Subject, unwrap
 from permgraph.capture.surroundings import calm, make_transparent
-from permgraph.capture.twin import as_parameter_like, copy_with, find_attribute, make_twin
+from permgraph.capture.twin import as_parameter_like, copy_with, make_twin
 from permgraph.errors import CaptureError
 
 logger = logging.getLogger(__name__)
@@ -61,12 +62,12 @@ def capture(
 
     The pass runs on fake tensors, which have shapes and no memory, so that a model on the meta device will do. Where
     the model asks for a value (`.item()`, `nonzero`, a branch on data), the pass is repeated on real tensors, and
-    the result says so. Everything happens on a copy of the module's Python structure, in evaluation mode: the model, its
-    tensors, flags, hooks and configs are left alone, and so are the global random generators. Forward hooks are
-    part of the model, and run.
+    the result says so. Everything happens on a copy of the module's Python structure, in evaluation mode: the
+    model, its tensors, flags, hooks and configs are left alone, and so are the global random generators. Forward
+    hooks are part of the model, and run.
 
     `example_inputs` is the tuple of positional arguments (a lone tensor stands for a tuple of one), `example_kwargs`
-    the keyword arguments. Without either they are inferred by the registered finders; `model(*args, **kwargs)` must run.
+    the keyword arguments; `model(*args, **kwargs)` must run. Without either, the registered finders infer them.
 
     Raises `CaptureError` if the model cannot be run, if no inputs for it are found, or if the pass takes more than
     `max_nodes` operators or `max_seconds` seconds.
@@ -152,7 +153,7 @@ def _pass(subject: Subject, inputs: ExampleInputs, limits: Limits, mode: Mode, r
     device = _CPU if mode == "fake" else _real_device(state)
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
     stand_in = _Fakes(fake_mode) if mode == "fake" else _Reals(state, device)
-    with calm([device]), torch.device(device):
+    with calm(device):
         twin = make_twin(subject.outer, subject.core, state, stand_in.of_state, stand_in.of_attribute)
         make_transparent(twin.modules)
         memo: dict[int, Any] = {}
@@ -160,7 +161,7 @@ def _pass(subject: Subject, inputs: ExampleInputs, limits: Limits, mode: Mode, r
             device=device,
             paths=twin.paths,
             stop=_run.__code__,
-            adopt=lambda tensor: (find_attribute(twin.module, tensor), stand_in.of_stranger(tensor)),
+            adopt=lambda tensor: (twin.attribute_name(tensor), stand_in.of_stranger(tensor)),
             limits=limits,
         )
         for entry, made in twin.tensors:
@@ -214,8 +215,16 @@ class _Fakes:
         return self._fake(tensor)
 
     def _fake(self, tensor: Tensor) -> Tensor:
-        with self._mode:
-            return as_parameter_like(tensor, strided_like(tensor, _CPU))
+        # Made directly and not by `torch.empty` under the mode: a model has hundreds, and a dispatch costs more.
+        shape = strided_like(tensor, _META)
+        is_parameter = isinstance(tensor, nn.Parameter)
+        if is_parameter and (shape.is_floating_point() or shape.is_complex()):
+            # Also for frozen ones: `matmul` folds its batch, or does not, by this flag, and one graph is enough.
+            shape.requires_grad_()
+        fake = FakeTensor(self._mode, shape, _CPU)
+        if is_parameter:
+            fake._is_param = True  # what `nn.Parameter` sets on tensors of other classes, so that isinstance holds
+        return fake
 
 
 class _Reals:

@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from permgraph.errors import CaptureError
 
@@ -44,8 +45,8 @@ def state_tensors(model: nn.Module) -> list[StateTensor]:
         *model.named_buffers(remove_duplicate=False),
     ]
     for name, tensor in named:
-        if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
-            raise CaptureError(f"{name} is not initialised yet: call the model once, so that its lazy layers take shape")
+        if is_lazy(tensor):
+            raise CaptureError(f"{name} is not initialised yet: call the model once, so that lazy layers take shape")
     saved = {name: t for name, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
     saved_names: dict[Hashable, list[str]] = {}
     for name, tensor in saved.items():
@@ -75,5 +76,7 @@ def state_tensors(model: nn.Module) -> list[StateTensor]:
 def strided_like(tensor: Tensor, device: torch.device | str) -> Tensor:
     """An uninitialised tensor with the shape, strides and dtype of another; under a fake mode it is a fake."""
     if tensor.layout != torch.strided:
-        raise CaptureError(f"a tensor of layout {tensor.layout} and shape {tuple(tensor.shape)}: only dense is supported")
+        raise CaptureError(
+            f"a tensor of {tensor.layout} and shape {tuple(tensor.shape)}: only dense ones are supported"
+        )
     return torch.empty_strided(tuple(tensor.shape), tensor.stride(), dtype=tensor.dtype, device=device)

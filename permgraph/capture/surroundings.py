@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import random
 import sys
 from collections.abc import Iterable, Iterator
@@ -53,19 +54,24 @@ def _make_config_transparent(value: Any, seen: set[int]) -> None:
         _make_config_transparent(inner, seen)
 
 
+def _silence(record: logging.LogRecord) -> bool:
+    """Fake tensors log each error with its stack before they raise it; here, raising is enough."""
+    return False
+
+
 @contextlib.contextmanager
-def calm(devices: Iterable[torch.device] = ()) -> Iterator[None]:
-    """Fused kernels off, gradients off, every random generator as it was: all of it restored at the end.
+def calm(device: torch.device) -> Iterator[None]:
+    """Fused kernels off, gradients off, new tensors on `device`; restored at the end, and the random generators too.
 
     Fast paths would show one opaque operator in place of attention or a recurrent layer.
     """
     numpy_random = sys.modules.get("numpy.random")
     python_state = random.getstate()
     numpy_state = None if numpy_random is None else numpy_random.get_state()
+    fake_log = logging.getLogger("torch._subclasses.fake_tensor")
     fast = torch.backends.mha.get_fastpath_enabled()
-    cuda = [device for device in devices if device.type == "cuda"]
     with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=cuda, enabled=True))
+        stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
         # Not `torch.backends.*.flags`: those set unrelated switches as well, and warn about them.
         stack.callback(torch._C._set_mkldnn_enabled, torch._C._get_mkldnn_enabled())
         stack.callback(torch._C._set_cudnn_enabled, torch._C._get_cudnn_enabled())
@@ -78,10 +84,14 @@ def calm(devices: Iterable[torch.device] = ()) -> Iterator[None]:
         dynamo = sys.modules.get("torch._dynamo")
         if dynamo is not None:  # only then can anything in the model be compiled
             stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if torch.get_default_device() != device:  # a function mode, and not free: only where it is needed
+            stack.enter_context(device)
+        fake_log.addFilter(_silence)
         torch.backends.mha.set_fastpath_enabled(False)
         try:
             yield
         finally:
+            fake_log.removeFilter(_silence)
             torch.backends.mha.set_fastpath_enabled(fast)
             random.setstate(python_state)
             if numpy_random is not None:

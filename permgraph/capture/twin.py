@@ -6,9 +6,9 @@ import copy
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -31,6 +31,19 @@ class Twin:
     modules: list[nn.Module]
     tensors: list[tuple[StateTensor, Tensor]]
     paths: dict[int, str]
+
+    def attribute_name(self, tensor: Tensor) -> tuple[str, ...]:
+        """The dotted name of a plain tensor attribute, such as a table of rotary angles; empty for other tensors."""
+        return self._attributes.get(id(tensor), ())
+
+    @cached_property
+    def _attributes(self) -> dict[int, tuple[str, ...]]:
+        return {
+            id(value): (f"{path}.{name}" if path else name,)
+            for path, module in self.module.named_modules()
+            for name, value in vars(module).items()
+            if isinstance(value, Tensor)
+        }
 
 
 class _CopiesTensors(TorchFunctionMode):
@@ -116,17 +129,3 @@ def _copy_modules(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
 def as_parameter_like(original: Tensor, made: Tensor) -> Tensor:
     """Wraps a stand-in as a parameter where the original is one: some models ask."""
     return nn.Parameter(made, requires_grad=original.requires_grad) if isinstance(original, nn.Parameter) else made
-
-
-def find_attribute(model: nn.Module, tensor: Tensor) -> tuple[str, ...]:
-    """The dotted name of a plain tensor attribute, such as a cache of rotary angles; empty when there is none."""
-    for path, module in model.named_modules():
-        for name, value in vars(module).items():
-            if value is tensor:
-                return (f"{path}.{name}" if path else name,)
-    return ()
-
-
-def is_plain(tensor: Tensor, device: torch.device) -> bool:
-    """Whether the pass can compute with this very tensor."""
-    return tensor.device == device and not tensor.is_inference()

@@ -1,0 +1,307 @@
+"""The finders of example inputs that come with the library.
+
+Sizes are only bookkeeping to the graph, so they are small, and unlike the sizes that models are made of: a batch of 2,
+7 positions. Values are random and fixed, so that the inputs may serve for a real forward pass later.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from permgraph.capture.inputs import Candidate, input_finder
+
+BATCH = 2
+LENGTH = 7
+#: Square image sizes in the order in which they are tried.
+SIDES = (32, 64, 224, 299, 28, 96, 128, 160, 192, 256, 384, 448, 512, 16, 8)
+
+
+def floats(model: nn.Module, *shape: int) -> Tensor:
+    """Normal random numbers in the dtype of the model's first floating-point parameter."""
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(0), device="cpu", dtype=torch.float32)
+    return values.to(dtype)
+
+
+def integers(bound: int, *shape: int) -> Tensor:
+    """Random integers from 0 up to, and without, `bound`."""
+    return torch.randint(max(bound, 1), shape, generator=torch.Generator().manual_seed(0), device="cpu")
+
+
+# -- what a config or the module's attributes say about sizes -----------------------------------------------------
+
+
+def setting(config: Any, *names: str) -> Any:
+    """The first of these attributes that a config has, looking into the configs inside it afterwards."""
+    pending, seen = [config], set()
+    while pending:
+        current = pending.pop(0)
+        values = current if isinstance(current, dict) else getattr(current, "__dict__", None)
+        if values is None or isinstance(current, (nn.Module, Tensor, type)) or id(current) in seen:
+            continue
+        seen.add(id(current))
+        for name in names:
+            value = values.get(name) if isinstance(current, dict) else getattr(current, name, None)
+            if value is not None:
+                return value
+        pending.extend(value for value in values.values() if hasattr(value, "__dict__"))
+    return None
+
+
+def whole(value: Any, default: int) -> int:
+    """A size as one number: a pair or a dict of sizes gives its first."""
+    if isinstance(value, dict):
+        value = next(iter(value.values()), None)
+    if isinstance(value, (list, tuple)):
+        value = value[0] if value else None
+    return value if isinstance(value, int) and not isinstance(value, bool) else default
+
+
+def sides(model: nn.Module) -> list[tuple[int, int]]:
+    """Heights and widths to try: those that the model or its config names, then common ones."""
+    named: list[Any] = [setting(getattr(model, "config", None), "image_size", "img_size", "input_size")]
+    for module in model.modules():
+        named += [vars(module).get("image_size"), vars(module).get("img_size")]
+    found: list[tuple[int, int]] = []
+    for value in named:
+        if isinstance(value, dict) and {"height", "width"} <= value.keys():
+            value = (value["height"], value["width"])
+        if isinstance(value, int):
+            value = (value, value)
+        if isinstance(value, (list, tuple)) and len(value) == 2 and all(isinstance(side, int) for side in value):
+            found.append((value[0], value[1]))
+    return list(dict.fromkeys([*found, *((side, side) for side in SIDES)]))
+
+
+def vocabulary(model: nn.Module) -> int:
+    """How many token ids are safe to use."""
+    tables = [m.num_embeddings for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
+    bound = setting(getattr(model, "config", None), "vocab_size", "n_tokens", "num_embeddings")
+    first = tables[0] if tables else 3
+    return min(whole(bound, first), first) if tables else whole(bound, 3)
+
+
+# -- tensors for an argument of a known name --------------------------------------------------------------------
+
+
+def _token_ids(model: nn.Module) -> Iterator[Tensor]:
+    yield integers(vocabulary(model), BATCH, LENGTH)
+    yield integers(vocabulary(model), BATCH, 64)
+
+
+def _pixels(model: nn.Module) -> Iterator[Tensor]:
+    config = getattr(model, "config", None)
+    first = next((m.in_channels for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d))), 3)
+    channels = whole(setting(config, "num_channels", "in_channels", "in_chans"), first)
+    frames = setting(config, "num_frames")
+    for height, width in sides(model)[:6]:
+        if isinstance(frames, int):
+            yield floats(model, BATCH, frames, channels, height, width)
+        yield floats(model, BATCH, channels, height, width)
+
+
+def _waveform(model: nn.Module) -> Iterator[Tensor]:
+    config = getattr(model, "config", None)
+    length, mels = setting(config, "max_length"), setting(config, "num_mel_bins")
+    if isinstance(length, int) and isinstance(mels, int):
+        yield floats(model, BATCH, length, mels)
+    yield floats(model, BATCH, 4001)
+    yield floats(model, BATCH, whole(setting(config, "audio_channels"), 1), 4001)
+
+
+def _spectrogram(model: nn.Module) -> Iterator[Tensor]:
+    config = getattr(model, "config", None)
+    mels = whole(setting(config, "num_mel_bins", "input_feat_per_channel", "feature_size", "n_mels"), 80)
+    positions = setting(config, "max_source_positions")
+    if isinstance(positions, int):
+        yield floats(model, BATCH, mels, 2 * positions)
+    width = whole(setting(config, "feature_projection_input_dim", "input_feat_per_channel"), mels)
+    yield floats(model, BATCH, 64, width)
+    yield floats(model, BATCH, mels, 64)
+
+
+def _series(model: nn.Module) -> Iterator[Tensor]:
+    config = getattr(model, "config", None)
+    length = whole(setting(config, "context_length"), LENGTH)
+    yield floats(model, BATCH, length, whole(setting(config, "num_input_channels"), 1))
+    yield floats(model, BATCH, length)
+
+
+def _mask(model: nn.Module) -> Iterator[Tensor]:
+    yield torch.ones(BATCH, LENGTH, dtype=torch.bool, device="cpu")
+    yield torch.ones(BATCH, LENGTH, dtype=torch.int64, device="cpu")
+
+
+def _times(model: nn.Module) -> Iterator[Tensor]:
+    yield integers(2, BATCH)
+    yield floats(model, BATCH).abs()
+
+
+def _boxes(model: nn.Module) -> Iterator[Tensor]:
+    yield torch.zeros(BATCH, LENGTH, 4, dtype=torch.int64, device="cpu")
+
+
+def _edges(model: nn.Module) -> Iterator[Tensor]:
+    yield integers(BATCH, 2, LENGTH)  # the nodes of a graph are counted where others count the batch
+
+
+def _segments(model: nn.Module) -> Iterator[Tensor]:
+    yield torch.zeros(BATCH, LENGTH, dtype=torch.int64, device="cpu")
+
+
+#: Makers of an argument's values, likeliest first, by the argument's name.
+BY_NAME: dict[str, Callable[[nn.Module], Iterator[Tensor]]] = {
+    **dict.fromkeys(("input_ids", "decoder_input_ids", "token_ids", "tokens", "idx"), _token_ids),
+    **dict.fromkeys(("pixel_values", "pixel_values_videos"), _pixels),
+    "input_values": _waveform,
+    "input_features": _spectrogram,
+    "past_values": _series,
+    **dict.fromkeys(("mask", "attention_mask", "padding_mask", "decoder_attention_mask"), _mask),
+    **dict.fromkeys(("t", "time", "timestep", "timesteps"), _times),
+    "bbox": _boxes,
+    **dict.fromkeys(("token_type_ids", "position_ids", "segment_ids"), _segments),
+    "edge_index": _edges,
+}
+
+
+# -- tensors for a layer ----------------------------------------------------------------------------------------
+
+
+def _for_layer(model: nn.Module, layer: nn.Module) -> Iterator[Tensor]:
+    """Inputs that a layer accepts."""
+    if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)):
+        yield from _token_ids(model)
+    elif isinstance(layer, (nn.Conv1d, nn.ConvTranspose1d)):
+        for length in (32, 64, 128, 256, 1024, 4096, 16000):
+            yield floats(model, BATCH, layer.in_channels, length)
+    elif isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
+        found = sides(model)
+        if layer.in_channels == 1:  # MNIST's size, tried early for MNIST's one channel
+            found = [(28, 28), *found]
+        for height, width in found:
+            yield floats(model, BATCH, layer.in_channels, height, width)
+    elif isinstance(layer, (nn.Conv3d, nn.ConvTranspose3d)):
+        for frames, side in ((8, 32), (16, 112), (16, 224), (32, 64), (32, 224)):
+            yield floats(model, BATCH, layer.in_channels, frames, side, side)
+    elif isinstance(layer, (nn.Linear, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)):
+        sizes = (getattr(layer, name, None) for name in ("in_features", "input_size", "embed_dim"))
+        width = next(size for size in sizes if isinstance(size, int))
+        if not isinstance(layer, (nn.RNNBase, nn.MultiheadAttention)):
+            yield floats(model, BATCH, width)
+        yield floats(model, BATCH, LENGTH, width)
+        if isinstance(layer, nn.Linear):  # channels last, as in patch merging
+            yield floats(model, BATCH, LENGTH, LENGTH, width)
+    elif isinstance(layer, nn.Bilinear):
+        yield floats(model, BATCH, layer.in1_features)
+    elif isinstance(layer, (nn.LayerNorm, nn.RMSNorm)):
+        shape = tuple(layer.normalized_shape)
+        yield floats(model, BATCH, *shape)
+        yield floats(model, BATCH, LENGTH, *shape)
+    elif isinstance(layer, (nn.modules.batchnorm._NormBase, nn.GroupNorm)):
+        channels = layer.num_channels if isinstance(layer, nn.GroupNorm) else layer.num_features
+        for space in ((), (LENGTH,), (LENGTH, LENGTH), (LENGTH, LENGTH, LENGTH)):
+            yield floats(model, BATCH, channels, *space)
+
+
+def _layers(model: nn.Module, limit: int = 6) -> Iterator[nn.Module]:
+    """The first layer of each kind; the order of registration is close to that of execution, and not always it."""
+    kinds: set[type] = set()
+    for module in model.modules():
+        if type(module) not in kinds and next(_for_layer(model, module), None) is not None:
+            kinds.add(type(module))
+            yield module
+            if len(kinds) == limit:
+                return
+
+
+def _shapes(model: nn.Module) -> Iterator[Tensor]:
+    """Inputs for the layers, then for bare parameters as matrices, then for anything."""
+    for layer in _layers(model):
+        yield from _for_layer(model, layer)
+    for parameter in itertools.islice(model.parameters(), 3):
+        for size in parameter.shape[::-1]:
+            yield floats(model, BATCH, size)
+            yield floats(model, BATCH, LENGTH, size)
+    yield floats(model, BATCH, LENGTH)
+    yield floats(model, BATCH, 3, 32, 32)
+    yield integers(vocabulary(model), BATCH, LENGTH)
+
+
+def required(model: nn.Module) -> list[str]:
+    """The names of the arguments of `forward` that have no default; a bare `*args` counts as one."""
+    try:
+        parameters = inspect.signature(model.forward).parameters.values()
+    except (TypeError, ValueError):
+        return ["input"]
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    names = [p.name for p in parameters if p.kind in positional and p.default is p.empty]
+    variadic = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    optional = [p.name for p in parameters if p.kind in positional]
+    return names or (["input"] if variadic else optional[:1])
+
+
+# -- the finders; the last one is asked first ---------------------------------------------------------------------
+
+
+@input_finder("layers")
+def from_layers(model: nn.Module) -> Iterator[Candidate]:
+    """Each required argument by its name where that says something, else by the first layers of the model."""
+    names = required(model)
+    known = {name: list(BY_NAME[name](model)) for name in names if name in BY_NAME}
+    unknown = [name for name in names if name not in known]
+    shapes: Iterable[Tensor | None] = _shapes(model) if unknown else [None]
+    for shape in shapes:
+        for choice in itertools.islice(itertools.product(*known.values()), 4):
+            chosen = dict(zip(known, choice, strict=True))
+            yield tuple(chosen.get(name, shape) for name in names), {}
+    if unknown == names:
+        bilinear = next((m for m in model.modules() if isinstance(m, nn.Bilinear)), None)
+        if bilinear is not None and len(names) == 2:
+            yield (floats(model, BATCH, bilinear.in1_features), floats(model, BATCH, bilinear.in2_features)), {}
+    # Detectors take a list of images.
+    if names[:1] == ["images"]:
+        yield ([floats(model, 3, 64, 64), floats(model, 3, 64, 64)],), {}
+
+
+@input_finder("timm")
+def from_timm(model: nn.Module) -> Iterator[Candidate]:
+    """The input size of the pretrained config, unless the model was built for another."""
+    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
+    size = setting(config, "input_size")
+    if not (isinstance(size, (list, tuple)) and len(size) == 3):
+        return
+    channels = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), size[0])
+    sizes = [tuple(size[1:]), *(pair for pair in sides(model) if pair not in {(side, side) for side in SIDES})]
+    for height, width in sizes:
+        for depth in dict.fromkeys((channels, size[0])):
+            yield (floats(model, BATCH, depth, height, width),), {}
+
+
+@input_finder("huggingface")
+def from_huggingface(model: nn.Module) -> Iterator[Candidate]:
+    """Keyword arguments named by `main_input_name`, filled in from the config; then the model's own `dummy_inputs`."""
+    config, main = getattr(model, "config", None), getattr(model, "main_input_name", None)
+    if config is None or not isinstance(main, str):
+        return
+    accepted = inspect.signature(model.forward).parameters
+    always = ["decoder_input_ids"] if getattr(config, "is_encoder_decoder", False) else []
+    always += [name for name in BY_NAME if name in accepted and accepted[name].default is inspect.Parameter.empty]
+    pairs = [["input_ids", other] for other in ("pixel_values", "input_features", "input_values", "bbox")]
+    wanted = [[main], *pairs, [main, "attention_mask"]]
+    if setting(config, "text_config") is not None and setting(config, "vision_config") is not None:
+        wanted.insert(0, ["input_ids", "pixel_values"])
+    for names in wanted:
+        if all(name in accepted and name in BY_NAME for name in names):
+            every = list(dict.fromkeys([*names, *(name for name in always if name in accepted)]))
+            makers = [BY_NAME[name](model) for name in every]
+            for choice in itertools.islice(itertools.product(*makers), 8):
+                yield (), dict(zip(every, choice, strict=True))
+    dummy = getattr(model, "dummy_inputs", None)
+    if isinstance(dummy, dict):
+        yield (), dict(dummy)
