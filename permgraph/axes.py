@@ -1,0 +1,559 @@
+"""The axis algebra: what is known of a dimension, as a type that unification refines.
+
+An axis is one of
+
+- an *atom* of n indices that nothing distinguishes so far; pinned, with a reason, once something does;
+- a *product*, the row-major flattening of its factors: ``(head channel)``, ``(C 7 7)``;
+- a *sum*, the concatenation of its parts: what `cat`, `chunk` and slices make and see;
+- a *family* over a sum: the axis is ``members[i]`` wherever the index into that sum lies in part i. The query, key
+  and value of a fused projection are families over the axis of three from which they are selected.
+
+Unifying two axes says that every permutation of one must be made on the other. Atoms are union-find nodes, so a
+refinement found at the last layer is seen at the first. Every operation is *monotone*: it only ever ties axes
+together, cuts them or pins them. Hence the order of constraints does not matter to what a type comes to stand for, and
+running all of them again until nothing changes is a fixed point.
+
+Two normal forms keep types comparable. A sum that is followed by other factors is distributed over them,
+``([a + b] c)`` becoming ``[(a c) + (b c)]``; and a family whose members have become the same axis is that axis.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from permgraph.errors import ConflictError
+
+
+class Kind(Enum):
+    """The four forms that an axis can take."""
+
+    ATOM = "atom"
+    PRODUCT = "product"
+    SUM = "sum"
+    FAMILY = "family"
+
+
+class Index:
+    """Identity of a sum's list of parts, by which families refer to it; merged by union-find."""
+
+    __slots__ = ("link",)
+
+    def __init__(self) -> None:
+        self.link: Index | None = None
+
+    def find(self) -> Index:
+        root = self
+        while root.link is not None:
+            root = root.link
+        return root
+
+
+@dataclass(frozen=True)
+class Pinned:
+    """Why an axis must stay put, and the number of the graph node whose rule said so (-1: none)."""
+
+    reason: str
+    node: int = -1
+
+
+class Axis:
+    """A node of the type graph. Read it through `Axes.resolve`, never directly: it may have been bound since."""
+
+    __slots__ = ("children", "index", "kind", "link", "pinned", "size", "stamp")
+
+    def __init__(
+        self,
+        kind: Kind,
+        size: int,
+        children: tuple[Axis, ...] = (),
+        index: Index | None = None,
+        pinned: Pinned | None = None,
+    ) -> None:
+        self.kind = kind
+        self.size = size
+        self.children = children
+        self.index = index
+        self.pinned = pinned
+        self.link: Axis | None = None
+        self.stamp = -1
+
+    def find(self) -> Axis:
+        root = self
+        while root.link is not None:
+            root = root.link
+        while self.link is not None and self.link is not root:
+            self.link, self = root, self.link
+        return root
+
+    def __repr__(self) -> str:
+        return show(self)
+
+
+# What selecting part of one axis does to the other axes of the same tensor: families over an index become the member
+# of that part (an int), or families over a shorter sum (its index, and the parts that are left).
+Restriction = Mapping[Index, "int | tuple[Index, tuple[int, ...]]"]
+BirthKey = tuple[object, ...]
+
+
+def show(axis: Axis) -> str:
+    """A short text of a type, for error messages and debugging: atoms as ``a3`` or ``.3`` (pinned) by size."""
+    axis = axis.find()
+    inner = [show(child) for child in axis.children]
+    if axis.kind is Kind.ATOM:
+        return f"{'.' if axis.pinned else 'a'}{axis.size}"
+    if axis.kind is Kind.PRODUCT:
+        return f"({' '.join(inner)})"
+    if axis.kind is Kind.SUM:
+        return f"[{' + '.join(inner)}]"
+    return f"{{{' | '.join(inner)}}}"
+
+
+class Axes:
+    """The solver: makes axes, refines them and ties them together.
+
+    `cuts` says, for factors that an earlier run saw being cut, where: such a factor is made as a sum from the start,
+    and the factors beside it as families over it. That is how the head channels of a fused query-key-value projection
+    come to be three axes rather than one, although the cut is met only after the view that made them.
+    """
+
+    def __init__(self, cuts: Mapping[BirthKey, tuple[int, ...]] | None = None) -> None:
+        self.cuts = dict(cuts or {})
+        self.changes = 0
+        self.scope: int = -1  # the graph node whose rule is running
+        self.has_families = False
+        self.one = Axis(Kind.ATOM, 1)
+        self._births: list[tuple[BirthKey, Axis]] = []
+        self._born_in_scope: dict[BirthKey, int] = {}
+        self._split_sums: dict[tuple[object, ...], list[Axis]] = {}
+        self._slices: dict[tuple[Axis, int, int], tuple[Axis, Restriction]] = {}
+
+    # -- making axes ---------------------------------------------------------------------------------------------
+
+    def atom(self, size: int) -> Axis:
+        """A new axis of interchangeable indices."""
+        return self.one if size == 1 else Axis(Kind.ATOM, size)
+
+    def pinned(self, size: int, reason: Pinned) -> Axis:
+        """A new axis that stays put."""
+        return self.one if size == 1 else Axis(Kind.ATOM, size, pinned=reason)
+
+    def product(self, factors: Sequence[Axis]) -> Axis:
+        """The row-major flattening of `factors`, outermost first."""
+        return self.resolve(Axis(Kind.PRODUCT, math.prod(f.size for f in factors), tuple(factors)))
+
+    def sum(self, parts: Sequence[Axis], index: Index | None = None) -> Axis:
+        """The concatenation of `parts`. Parts of size zero are dropped."""
+        parts = tuple(part for part in parts if part.size)
+        if len(parts) == 1:
+            return self.resolve(parts[0])
+        return Axis(Kind.SUM, sum(part.size for part in parts), parts, index or Index())
+
+    def family(self, index: Index, members: Sequence[Axis]) -> Axis:
+        """The axis that is ``members[i]`` at part i of the sum known by `index`; all members have one size."""
+        if members[0].size == 1:
+            return self.one
+        self.has_families = True
+        return self.resolve(Axis(Kind.FAMILY, members[0].size, tuple(members), index.find()))
+
+    # -- reading axes --------------------------------------------------------------------------------------------
+
+    def resolve(self, axis: Axis) -> Axis:
+        """The axis in normal form, as far as it is known now."""
+        axis = axis.find()
+        if axis.kind is Kind.ATOM or axis.stamp == self.changes:
+            return axis
+        if axis.kind is Kind.PRODUCT:
+            return self._normal_product(axis)
+        if axis.kind is Kind.FAMILY:
+            members = [self.resolve(child) for child in axis.children]
+            if all(m.kind is Kind.ATOM and m.pinned for m in members):
+                for member in members[1:]:
+                    self.unify(members[0], member)
+            if all(self.same(members[0], member) for member in members[1:]):
+                axis.link = members[0]
+                return self.resolve(members[0])
+        axis.stamp = self.changes
+        return axis
+
+    def factors(self, axis: Axis) -> list[Axis]:
+        """The factors of an axis in normal form, outermost first; an axis that is no product is its own factor."""
+        axis = self.resolve(axis)
+        if axis.kind is Kind.PRODUCT:
+            return [self.resolve(child) for child in axis.children]
+        return [axis]
+
+    def parts(self, axis: Axis) -> list[Axis]:
+        """The parts of an axis in normal form, flattened; an axis that is no sum is its own part."""
+        axis = self.resolve(axis)
+        if axis.kind is Kind.SUM:
+            return [part for child in axis.children for part in self.parts(child)]
+        return [axis]
+
+    def atoms(self, axis: Axis) -> Iterator[Axis]:
+        """Every atom in an axis, in order, with repetitions; axes of one index are left out."""
+        axis = self.resolve(axis)
+        if axis.kind is Kind.ATOM:
+            if axis.size > 1:
+                yield axis
+        else:
+            for child in axis.children:
+                yield from self.atoms(child)
+
+    def same(self, a: Axis, b: Axis) -> bool:
+        """Whether two axes are the same type, structure and atoms alike."""
+        a, b = self.resolve(a), self.resolve(b)
+        if a is b:
+            return True
+        if a.kind is not b.kind or a.size != b.size or a.kind is Kind.ATOM:
+            return False
+        if a.kind is Kind.FAMILY and a.index is not None and b.index is not None and a.index.find() is not b.index.find():
+            return False
+        left, right = (self.parts(a), self.parts(b)) if a.kind is Kind.SUM else (a.children, b.children)
+        return len(left) == len(right) and all(map(self.same, left, right))
+
+    def _normal_product(self, axis: Axis) -> Axis:
+        factors: list[Axis] = []
+        for child in axis.children:
+            factors.extend(f for f in self.factors(child) if f.size != 1)
+        for i in range(len(factors) - 2, -1, -1):
+            if factors[i].kind is Kind.SUM:
+                factors[i:] = [self._distribute(factors[i], factors[i + 1 :])]
+        if len(factors) < 2:
+            normal = factors[0] if factors else self.one
+        elif len(factors) == len(axis.children) and all(f is c for f, c in zip(factors, axis.children, strict=True)):
+            axis.stamp = self.changes
+            return axis
+        else:
+            normal = Axis(Kind.PRODUCT, axis.size, tuple(factors))
+        axis.link = normal
+        normal.stamp = self.changes
+        return normal
+
+    def _distribute(self, outer: Axis, rest: Sequence[Axis]) -> Axis:
+        assert outer.index is not None
+        index = outer.index.find()
+        parts = [
+            self.product([part, *(self.restrict(factor, {index: i}) for factor in rest)])
+            for i, part in enumerate(outer.children)
+        ]
+        return self.sum(parts, index)
+
+    def restrict(self, axis: Axis, restriction: Restriction) -> Axis:
+        """The axis as seen where another axis of its tensor was restricted to some of its parts."""
+        axis = self.resolve(axis)
+        if not restriction or axis.kind is Kind.ATOM:
+            return axis
+        children = [self.restrict(child, restriction) for child in axis.children]
+        if axis.kind is Kind.FAMILY:
+            assert axis.index is not None
+            for index, kept in restriction.items():
+                if index.find() is axis.index.find():
+                    if isinstance(kept, int):
+                        return children[kept]
+                    return self.family(kept[0], [children[i] for i in kept[1]])
+        if all(new is old for new, old in zip(children, axis.children, strict=True)):
+            return axis
+        if axis.kind is Kind.PRODUCT:
+            return self.product(children)
+        if axis.kind is Kind.SUM:
+            return self.sum(children, axis.index)
+        assert axis.index is not None
+        return self.family(axis.index, children)
+
+    # -- constraints ---------------------------------------------------------------------------------------------
+
+    def pin(self, axis: Axis, why: Pinned) -> None:
+        """Say that the axis must stay put."""
+        axis = self.resolve(axis)
+        if axis.kind is not Kind.ATOM:
+            for child in axis.children:
+                self.pin(child, why)
+        elif axis.pinned is None and axis.size > 1:
+            axis.pinned = why
+            self.changes += 1
+
+    def collapse(self, family: Axis) -> None:
+        """Tie the members of a family together: it stands where nothing says which member is meant."""
+        members = family.find().children
+        for member in members[1:]:
+            self.unify(members[0], member)
+
+    def unify(self, a: Axis, b: Axis) -> None:
+        """Say that whatever permutes one axis permutes the other alike.
+
+        Raises `ConflictError` when the sizes differ.
+        """
+        a, b = self.resolve(a), self.resolve(b)
+        if a is b or (a.size == 1 and b.size == 1):
+            return
+        if a.size != b.size:
+            raise ConflictError(f"cannot tie an axis of {a.size} {show(a)} to one of {b.size} {show(b)}")
+        if b.kind is Kind.ATOM:
+            a, b = b, a
+        if a.kind is Kind.ATOM:
+            self._bind(a, b)
+            return
+        if a.kind is Kind.SUM and b.kind is Kind.SUM and [c.size for c in a.children] == [c.size for c in b.children]:
+            self._merge_indices(a, b)
+        if not self.same(a, b):
+            self._unify_composites(a, b)
+        if a.link is None and b.link is None and self.same(a, b) and len(a.children) == len(b.children):
+            a.link = b
+
+    def _bind(self, atom: Axis, other: Axis) -> None:
+        if atom.pinned is not None:
+            self.pin(other, atom.pinned)
+        if other.kind is Kind.FAMILY and self._is_member(atom, other):
+            self.collapse(other)
+            return
+        atom.link = other
+        self.changes += 1
+
+    def _is_member(self, atom: Axis, family: Axis) -> bool:
+        members = [self.resolve(child) for child in family.children]
+        return any(m is atom or (m.kind is Kind.FAMILY and self._is_member(atom, m)) for m in members)
+
+    def _unify_composites(self, a: Axis, b: Axis) -> None:
+        if a.kind is Kind.FAMILY or b.kind is Kind.FAMILY:
+            if b.kind is not Kind.FAMILY:
+                a, b = b, a
+            if a.kind is Kind.FAMILY:
+                assert a.index is not None and b.index is not None
+                if a.index.find() is b.index.find() and len(a.children) == len(b.children):
+                    for x, y in zip(a.children, b.children, strict=True):
+                        self.unify(x, y)
+                else:
+                    self.collapse(a)
+                    self.collapse(b)
+                    self.unify(a, b)
+            elif a.kind is Kind.PRODUCT:
+                self._unify_each(self.split(b, [f.size for f in a.children]), a.children)
+            else:
+                self._unify_slices(b, a)
+        elif a.kind is Kind.SUM and b.kind is Kind.SUM:
+            self._unify_sums(a, b)
+        elif a.kind is Kind.PRODUCT and b.kind is Kind.PRODUCT:
+            self._unify_each(self.split(a, [f.size for f in b.children]), b.children)
+        else:
+            total, product = (a, b) if a.kind is Kind.SUM else (b, a)
+            head, tail = product.children[0], product.children[1:]
+            outer, inner = self.split(total, [head.size, product.size // head.size])
+            self.unify(outer, head)
+            self.unify(inner, self.product(tail))
+
+    def _unify_each(self, left: Sequence[Axis], right: Sequence[Axis]) -> None:
+        for x, y in zip(left, right, strict=True):
+            self.unify(x, y)
+
+    def _unify_slices(self, axis: Axis, total: Axis) -> None:
+        start = 0
+        for part in total.children:
+            self.unify(self.slice(axis, start, start + part.size)[0], part)
+            start += part.size
+
+    def _unify_sums(self, a: Axis, b: Axis) -> None:
+        if [c.size for c in a.children] == [c.size for c in b.children]:
+            self._unify_each(a.children, b.children)
+        else:
+            self._unify_slices(a, b)
+
+    def _merge_indices(self, a: Axis, b: Axis) -> None:
+        assert a.index is not None and b.index is not None
+        old, new = a.index.find(), b.index.find()
+        if old is not new:
+            old.link = new
+            self.changes += 1
+
+    # -- refinement ----------------------------------------------------------------------------------------------
+
+    def split(self, axis: Axis, sizes: Sequence[int]) -> list[Axis]:
+        """Write the axis as a product of factors of these sizes (outermost first), refining it where need be.
+
+        What no common refinement of two products can express (4·6 against 6·4 beyond their common outer 2) is pinned.
+        """
+        if math.prod(sizes) != axis.size:
+            raise ConflictError(f"cannot view an axis of {axis.size} {show(axis)} as {'x'.join(map(str, sizes))}")
+        wanted = [size for size in sizes if size != 1]
+        if axis.size == 1:
+            found: list[Axis] = []
+        elif len(wanted) == 1:
+            found = [self.resolve(axis)]
+        else:
+            found = self._split(self.resolve(axis), wanted)
+        remaining = iter(found)
+        return [self.one if size == 1 else next(remaining) for size in sizes]
+
+    def _split(self, axis: Axis, sizes: list[int]) -> list[Axis]:
+        if axis.kind is Kind.ATOM:
+            factors = self._split_atom(axis, sizes)
+            axis.link = self.product(factors)
+            self.changes += 1
+            return factors
+        if axis.kind is Kind.PRODUCT:
+            return self._split_product(axis, sizes)
+        if axis.kind is Kind.SUM:
+            outer, inner = self._split_sum(axis, sizes[0], axis.size // sizes[0])
+            return [outer, *self.split(inner, sizes[1:])]
+        assert axis.index is not None
+        columns = zip(*(self.split(member, sizes) for member in axis.children), strict=True)
+        return [self.family(axis.index, column) for column in columns]
+
+    def _split_atom(self, axis: Axis, sizes: list[int]) -> list[Axis]:
+        if axis.pinned is not None:
+            return [self.pinned(size, axis.pinned) for size in sizes]
+        shape = (self.scope, axis.size, tuple(sizes))
+        again = self._born_in_scope[shape] = self._born_in_scope.get(shape, -1) + 1
+        keys = [(*shape, again, position) for position in range(len(sizes))]
+        factors: list[Axis | None] = [self._born_cut(key, size) for key, size in zip(keys, sizes, strict=True)]
+        outers = [factor for factor in factors if factor is not None]
+        result = []
+        for key, size, factor in zip(keys, sizes, factors, strict=True):
+            new = factor or self._family_of_atoms(size, outers)
+            self._births.append((key, new))
+            result.append(new)
+        return result
+
+    def _born_cut(self, key: BirthKey, size: int) -> Axis | None:
+        points = self.cuts.get(key)
+        if points is None:
+            return None
+        bounds = [0, *points, size]
+        return self.sum([self.atom(end - start) for start, end in zip(bounds, bounds[1:], strict=False)])
+
+    def _family_of_atoms(self, size: int, outers: Sequence[Axis]) -> Axis:
+        if not outers:
+            return self.atom(size)
+        outer, rest = outers[0], outers[1:]
+        assert outer.index is not None
+        return self.family(outer.index, [self._family_of_atoms(size, rest) for _ in outer.children])
+
+    def _split_product(self, axis: Axis, sizes: list[int]) -> list[Axis]:
+        queue = self.factors(axis)
+        found = []
+        for size in sizes:
+            taken: list[Axis] = []
+            need = size
+            while need > 1:
+                factor = self.resolve(queue.pop(0))
+                if factor.kind is Kind.PRODUCT:
+                    queue[:0] = factor.children
+                    continue
+                common = math.gcd(need, factor.size)
+                if common == 1:
+                    why = Pinned(f"{show(axis)} was viewed as {'x'.join(map(str, sizes))}, which no product refines", self.scope)
+                    self.pin(axis, why)
+                    return [self.pinned(size, why) for size in sizes]
+                if common < factor.size:
+                    factor, left = self.split(factor, [common, factor.size // common])
+                    queue.insert(0, left)
+                taken.append(factor)
+                need //= common
+            found.append(self.product(taken))
+        return found
+
+    def _split_sum(self, axis: Axis, outer: int, inner: int) -> list[Axis]:
+        """Rows and columns of a concatenation: rows are cut at its joints, and columns differ from row to row."""
+        key = (axis, outer, inner)
+        if key in self._split_sums:
+            return self._split_sums[key]
+        joints, at = [], 0
+        for part in axis.children[:-1]:
+            at += part.size
+            joints.append(at)
+        aligned = all(joint % inner == 0 for joint in joints)
+        rows = sorted({0, outer} | {row for j in joints for row in (j // inner, -(-j // inner))})
+        heads, columns = [], []
+        for start, end in zip(rows, rows[1:], strict=False):
+            piece, _ = self.slice(axis, start * inner, end * inner)
+            head, column = self.split(piece, [end - start, inner])
+            heads.append(head)
+            columns.append(column)
+        total = Axis(Kind.SUM, outer, tuple(heads), axis.index if aligned else Index())
+        assert total.index is not None
+        result = [total, self.family(total.index, columns)]
+        self._split_sums[key] = result
+        return result
+
+    def slice(self, axis: Axis, start: int, end: int) -> tuple[Axis, Restriction]:
+        """Indices start..end of the axis, cutting it there; and what that says to the tensor's other axes."""
+        axis = self.resolve(axis)
+        if not 0 <= start <= end <= axis.size:
+            raise ConflictError(f"cannot take {start}:{end} of an axis of {axis.size} {show(axis)}")
+        if start == end:
+            return Axis(Kind.ATOM, 0), {}
+        if (start, end) == (0, axis.size):
+            return axis, {}
+        if axis.kind is Kind.ATOM:
+            if axis.pinned is not None:
+                return self.pinned(end - start, axis.pinned), {}
+            bounds = sorted({0, start, end, axis.size})
+            parts = [self.atom(stop - begin) for begin, stop in zip(bounds, bounds[1:], strict=False)]
+            axis.link = self.sum(parts)
+            self.changes += 1
+            return self.slice(axis, start, end)
+        if axis.kind is Kind.SUM:
+            return self._slice_sum(axis, start, end)
+        if axis.kind is Kind.PRODUCT:
+            return self._slice_product(axis, start, end)
+        assert axis.index is not None
+        return self.family(axis.index, [self.slice(member, start, end)[0] for member in axis.children]), {}
+
+    def _slice_sum(self, axis: Axis, start: int, end: int) -> tuple[Axis, Restriction]:
+        assert axis.index is not None
+        key = (axis, start, end)
+        if key in self._slices:
+            return self._slices[key]
+        pieces, kept, at = [], [], 0
+        for i, part in enumerate(axis.children):
+            low, high = max(start - at, 0), min(end - at, part.size)
+            if low < high:
+                if start >= at and end <= at + part.size:  # inside one part: go on in it
+                    piece, restriction = self.slice(part, low, high)
+                    return piece, {axis.index.find(): i, **restriction}
+                pieces.append(self.slice(part, low, high)[0])
+                kept.append(i)
+            at += part.size
+        total = self.sum(pieces)
+        assert total.index is not None
+        self._slices[key] = total, {axis.index.find(): (total.index, tuple(kept))}
+        return self._slices[key]
+
+    def _slice_product(self, axis: Axis, start: int, end: int) -> tuple[Axis, Restriction]:
+        factors = self.factors(axis)
+        head, inner = factors[0], axis.size // factors[0].size
+        first, last = start // inner, -(-end // inner)
+        if start % inner == 0 and end % inner == 0:
+            rows, restriction = self.slice(head, first, last)
+            rest = [self.restrict(factor, restriction) for factor in factors[1:]]
+            return self.product([rows, *rest]), restriction
+        if last - first == 1:
+            _, restriction = self.slice(head, first, last)
+            column = self.product([self.restrict(factor, restriction) for factor in factors[1:]])
+            piece, more = self.slice(column, start - first * inner, end - first * inner)
+            return piece, {**restriction, **more}
+        key = (axis, start, end)
+        if key not in self._slices:
+            joints = sorted({start, -(-start // inner) * inner, end // inner * inner, end})
+            pieces = [self.slice(axis, low, high)[0] for low, high in zip(joints, joints[1:], strict=False)]
+            self._slices[key] = self.sum(pieces), {}
+        return self._slices[key]
+
+    # -- what a later run should know ------------------------------------------------------------------------------
+
+    def begin(self, scope: int) -> None:
+        """Start (again) on the constraints of one graph node: births are numbered afresh."""
+        self.scope = scope
+        self._born_in_scope = {}
+
+    def cuts_seen(self) -> dict[BirthKey, tuple[int, ...]]:
+        """Where factors that a split made have been cut since, for a second run to make them so from the start."""
+        seen = dict(self.cuts)
+        for key, axis in self._births:
+            sizes = [part.size for part in self.parts(axis)] if self.resolve(axis).kind is Kind.SUM else []
+            if len(sizes) > 1:
+                points = {sum(sizes[:i]) for i in range(1, len(sizes))}
+                seen[key] = tuple(sorted(points | set(seen.get(key, ()))))
+        return seen

@@ -1,0 +1,211 @@
+"""Which axes may be permuted differently at each index of which others.
+
+Axis d may depend on axis h exactly when every tensor that has d has h too, and every operator pairs them alike. The
+solver's ledger holds what is needed: each link lists its tensors by label (those inside an operator included), so the
+question is answered link by link:
+
+- in a tensor, an occurrence of d obeys the h that is a factor of the same product, or else the only h in another
+  dimension; where there are several, none;
+- in a link, all tensors that bear d's label must bear the label of the h that d obeys.
+
+With x of (h d) in two operands of a contraction over d whose h are *different* labels (a Gram matrix between heads),
+the second test fails, although every tensor has both axes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+
+from permgraph.axes import Axes, Axis, Index, Kind
+from permgraph.rules.call import VALUE, Labelled, Relation, TypedTensor
+from permgraph.solve import Solution
+
+Choice = Mapping[Index, int]  # the part that was taken of each sum on the way to an occurrence
+INTERNAL = "inside"
+
+
+class Dependence:
+    """Decides the parents of axes over a solution."""
+
+    def __init__(self, solution: Solution) -> None:
+        self.axes = solution.axes
+        self.solution = solution
+        self._tensor_atoms = [(tensor, self._atoms_of_tensor(tensor)) for tensor in solution.tensors]
+        self._relations: dict[Axis, list[Relation]] = defaultdict(list)
+        for relation in solution.ledger.relations:
+            seen = {atom for t in relation.tensors for axis in t.axes.values() for atom in self.axes.atoms(axis)}
+            for atom in seen:
+                self._relations[atom].append(relation)
+
+    def parents(self, moving: Sequence[Axis]) -> dict[Axis, tuple[Axis, ...]]:
+        """For each atom in `moving`, the atoms (pinned ones among them) over which it is fibred, outermost first."""
+        found = {d: [h for h in self._candidates(d) if self._obeys(d, h)] for d in moving}
+        found = {d: parents for d, parents in found.items() if parents}
+        self._break_cycles(found)
+        self._close(found)
+        return {d: tuple(sorted(p, key=lambda h: len(found.get(h, ())))) for d, p in found.items() if p}
+
+    # -- candidates ----------------------------------------------------------------------------------------------------
+
+    def _atoms_of_tensor(self, tensor: TypedTensor) -> frozenset[Axis]:
+        dims = [*tensor.dims, tensor.value] if tensor.value is not None else tensor.dims
+        return frozenset(atom for axis in dims for atom in self.axes.atoms(axis))
+
+    def _candidates(self, d: Axis) -> list[Axis]:
+        """The axes that every tensor with d has."""
+        common: set[Axis] | None = None
+        for _, atoms in self._tensor_atoms:
+            if d in atoms:
+                common = set(atoms) if common is None else common & atoms
+                if len(common) == 1:
+                    return []
+        for relation in self._relations[d]:
+            for labelled in relation.tensors:
+                atoms = {atom for axis in labelled.axes.values() for atom in self.axes.atoms(axis)}
+                if d in atoms:
+                    common = atoms if common is None else common & atoms
+        return [] if common is None else sorted(common - {d}, key=lambda atom: (atom.size, id(atom)))
+
+    # -- the test ------------------------------------------------------------------------------------------------------
+
+    def _obeys(self, d: Axis, h: Axis) -> bool:
+        for tensor, atoms in self._tensor_atoms:
+            if d in atoms and self._bound_in_tensor(tensor, d, h) is None:
+                return False
+        if not all(self._coherent(relation, d, h) for relation in self._relations[d]):
+            return False
+        for rearrangement in self.solution.ledger.rearrangements:
+            for tensor in rearrangement.tensors:
+                if d in self._atoms_of_tensor(tensor) and self._most(tensor, h) > 1:
+                    return False
+        return True
+
+    def _bound_in_tensor(self, tensor: TypedTensor, d: Axis, h: Axis) -> list[object] | None:
+        named = {str(i): axis for i, axis in enumerate(tensor.dims)}
+        where = {str(i): i for i in range(tensor.ndim)}
+        if tensor.value is not None:
+            named["value"], where["value"] = tensor.value, VALUE
+        return self._bindings(named, where, d, h)
+
+    def _coherent(self, relation: Relation, d: Axis, h: Axis) -> bool:
+        obeyed: dict[str, set[object]] = defaultdict(set)
+        for labelled in relation.tensors:
+            for label, axis in labelled.axes.items():
+                if any(atom is d for atom in self.axes.atoms(axis)):
+                    bound = self._bindings(self._with_unlabelled(labelled), labelled.where, d, h, only=label)
+                    if bound is None:
+                        return False
+                    obeyed[label].update(bound)
+        for label, givers in obeyed.items():
+            if len(givers) != 1:
+                return False
+            giver = next(iter(givers))
+            if giver != INTERNAL and any(label in t.axes and giver not in t.axes for t in relation.tensors):
+                return False
+        return True
+
+    def _with_unlabelled(self, labelled: Labelled) -> Mapping[str, Axis]:
+        if labelled.tensor is None:
+            return labelled.axes
+        missing = set(range(labelled.tensor.ndim)) - set(labelled.where.values())
+        return {**labelled.axes, **{f"_{d}": labelled.tensor.dims[d] for d in missing}}
+
+    def _bindings(
+        self, named: Mapping[str, Axis], where: Mapping[str, int], d: Axis, h: Axis, only: str | None = None
+    ) -> list[object] | None:
+        """For each occurrence of d (under the label `only`, if given) the label that bears the h it obeys, or None."""
+        found: list[object] = []
+        for label, axis in named.items():
+            if only is not None and label != only:
+                continue
+            for choice, siblings in self._occurrences(axis, d):
+                low, high = self._count(siblings, h, choice)
+                if high:
+                    if (low, high) != (1, 1):
+                        return None
+                    found.append(INTERNAL)
+                    continue
+                givers = {m: self._count([other], h, choice) for m, other in named.items() if m != label}
+                givers = {m: count for m, count in givers.items() if count[1]}
+                near = {m: c for m, c in givers.items() if where.get(m, m) == where.get(label, label)}
+                chosen = near or givers
+                if len(chosen) != 1 or next(iter(chosen.values())) != (1, 1):
+                    return None
+                found.append(next(iter(chosen)))
+        return found
+
+    def _occurrences(self, axis: Axis, d: Axis) -> Iterator[tuple[Choice, list[Axis]]]:
+        """Each place of d in an axis: the parts chosen on the way to it, and the other factors of its products."""
+        axis = self.axes.resolve(axis)
+        if axis is d:
+            yield {}, []
+        elif axis.kind is Kind.PRODUCT:
+            factors = self.axes.factors(axis)
+            for i, factor in enumerate(factors):
+                for choice, siblings in self._occurrences(factor, d):
+                    yield choice, [*siblings, *factors[:i], *factors[i + 1 :]]
+        elif axis.kind is not Kind.ATOM:
+            assert axis.index is not None
+            for i, child in enumerate(axis.children):
+                for choice, siblings in self._occurrences(child, d):
+                    yield {axis.index.find(): i, **choice}, siblings
+
+    def _count(self, axes: Sequence[Axis], h: Axis, choice: Choice) -> tuple[int, int]:
+        """The fewest and the most times that h stands in a product of these axes, over the parts not yet chosen."""
+        low = high = 0
+        for axis in axes:
+            axis = self.axes.resolve(axis)
+            if axis is h:
+                low, high = low + 1, high + 1
+            elif axis.kind is Kind.PRODUCT:
+                a, b = self._count(axis.children, h, choice)
+                low, high = low + a, high + b
+            elif axis.kind is not Kind.ATOM:
+                assert axis.index is not None
+                part = choice.get(axis.index.find())
+                chosen = axis.children if part is None else axis.children[part : part + 1]
+                counts = [self._count([child], h, choice) for child in chosen]
+                low, high = low + min(a for a, _ in counts), high + max(b for _, b in counts)
+        return low, high
+
+    def _most(self, tensor: TypedTensor, h: Axis) -> int:
+        return self._count(tensor.dims, h, {})[1]
+
+    # -- making it an order --------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _break_cycles(found: dict[Axis, list[Axis]]) -> None:
+        """Of two axes that may each depend on the other keep the direction with the larger group."""
+        for d in list(found):
+            for h in list(found[d]):
+                if h.pinned is None and d in found.get(h, ()) and h in found[d]:
+                    under_h = math.lgamma(h.size + 1) + h.size * math.lgamma(d.size + 1)
+                    under_d = math.lgamma(d.size + 1) + d.size * math.lgamma(h.size + 1)
+                    if under_h >= under_d:
+                        found[h].remove(d)
+                    else:
+                        found[d].remove(h)
+
+    @staticmethod
+    def _close(found: dict[Axis, list[Axis]]) -> None:
+        """Drop parents whose own parents are not parents too: the result would not be closed under composition."""
+        changed = True
+        while changed:
+            changed = False
+            for d, parents in found.items():
+                for h in list(parents):
+                    if d in found.get(h, ()) or any(p not in parents for p in found.get(h, ())):
+                        parents.remove(h)
+                        changed = True
+
+
+def multiplicity(atom: Axis, parents: Mapping[Axis, Sequence[Axis]]) -> int:
+    """How many independent permutations of an atom there are: one at each index of its parents."""
+    return math.prod(h.size for h in parents.get(atom, ()))
+
+
+def occurrences(axes: Axes, dims: Sequence[Axis]) -> Counter[Axis]:
+    """How often each atom stands in these axes."""
+    return Counter(atom for axis in dims for atom in axes.atoms(axis))

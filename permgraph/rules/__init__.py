@@ -1,0 +1,30 @@
+"""What each operator ties together: one file for each family of operators."""
+
+from permgraph.rules import (
+    attention,
+    convolution,
+    create,
+    index,
+    linear,
+    normalisation,
+    pointwise,
+    recurrent,
+    reduction,
+    shape,
+)
+from permgraph.rules.call import Call, TypedTensor
+from permgraph.rules.registry import find_rule, registered, rule
+
+__all__ = ["Call", "TypedTensor", "find_rule", "registered", "rule"]
+_families = (
+    attention,
+    convolution,
+    create,
+    index,
+    linear,
+    normalisation,
+    pointwise,
+    recurrent,
+    reduction,
+    shape,
+)

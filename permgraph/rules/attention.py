@@ -1,0 +1,39 @@
+"""Attention kernels that arrive whole."""
+
+from __future__ import annotations
+
+from permgraph.rules.call import Call, TypedTensor
+from permgraph.rules.registry import rule
+
+
+@rule(
+    "aten.scaled_dot_product_attention", "aten._scaled_dot_product_flash_attention_for_cpu",
+    "aten._scaled_dot_product_flash_attention", "aten._scaled_dot_product_efficient_attention",
+    "aten._scaled_dot_product_attention_math", "aten._scaled_dot_product_cudnn_attention",
+    "aten._scaled_dot_product_attention_math_for_mps", "aten._scaled_dot_product_fused_attention_overrideable",
+)  # fmt: skip
+def scaled_dot_product_attention(call: Call) -> None:
+    """q is (.., h, s, d), k is (.., h, t, d), v is (.., h, t, e): softmax(q kᵀ) v, with a mask that is added to q kᵀ.
+
+    Where q has several heads for each of k's, head (h, r) of q meets head h of k.
+    """
+    q, k, v, out = call["query"], call["key"], call["value"], call.out
+    lead = [f"b{i}" for i in range(q.ndim - 2)]
+    logits = [*lead, "s", "t"]
+    copies = {}
+    if lead and q.shape[-3] != k.shape[-3]:
+        copies = {"r": q.shape[-3] // k.shape[-3]}
+        logits[len(lead) - 1] = f"({lead[-1]} r)"
+    many, few = " ".join(logits[:-2]), " ".join(lead)
+    slots: list[tuple[TypedTensor | None, str]] = [
+        (q, f"{many} s d"), (k, f"{few} t d"), (v, f"{few} t e"), (out, f"{many} s e"),
+    ]  # fmt: skip
+    mask = call.get("attn_mask", call.get("attn_bias"))
+    if isinstance(mask, TypedTensor):
+        slots.append((mask, " ".join(logits[len(logits) - mask.ndim :])))
+    if len(call.results) > 1 and call.results[1].ndim == q.ndim - 1 and call.results[1].shape[-1] == q.shape[-2]:
+        slots.append((call.results[1], f"{many} s"))
+    call.link(*slots, via=[f"{many} s", f"{many} s t"], **copies)
+    if call.get("is_causal", False):
+        for tensor in (q, k):
+            call.pin(tensor, tensor.ndim - 2, "a causal mask")

@@ -1,0 +1,152 @@
+"""Convolutions, pooling, resampling and what else runs over space."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from permgraph.rules.call import Call, TypedTensor
+from permgraph.rules.registry import rule
+
+SPACE = "a spatial dimension"
+
+
+def _spread(value: Sequence[int], count: int) -> list[int]:
+    """One entry for each spatial dimension, where a single one may stand for all."""
+    return list(value) * count if len(value) == 1 else list(value)
+
+
+@rule("aten.convolution", "aten._convolution", "aten.mkldnn_convolution", "aten.cudnn_convolution")
+def convolution(call: Call) -> None:
+    """x is (n, g·i, space), w is (g·o, i, kernel), or (g·i, o, kernel) if transposed; the result is (n, g·o, space).
+
+    Along a dimension with a kernel of one and a stride of one nothing is mixed, and a kernel that covers the whole of
+    a dimension sums over it as a matrix product does.
+    """
+    x, weight, bias, out = call["input"], call["weight"], call.get("bias"), call.out
+    space = weight.ndim - 2
+    stride = _spread(call["stride"], space)
+    padding = _spread(call["padding"], space)
+    dilation = _spread(call["dilation"], space)
+    transposed = call.get("transposed", False)
+    ins, kernels, outs = [], [], []
+    for s in range(space):
+        kernel, size = weight.shape[2 + s], x.shape[2 + s]
+        if kernel == 1 and stride[s] == 1 and padding[s] == 0 and out.shape[2 + s] == size:
+            ins.append(f"s{s}")
+            kernels.append("_")
+            outs.append(f"s{s}")
+        elif kernel == size and padding[s] == 0 and dilation[s] == 1 and out.shape[2 + s] == 1 and not transposed:
+            ins.append(f"s{s}")
+            kernels.append(f"s{s}")
+            outs.append("_")
+        else:
+            ins.append(f"s{s}!")
+            kernels.append(f"k{s}!")
+            outs.append(f"t{s}!")
+    channels = "(g i) o" if transposed else "(g o) i"
+    call.link(
+        (x, " ".join(["n (g i)", *ins])), (weight, " ".join([channels, *kernels])), (bias, "(g o)"),
+        (out, " ".join(["n (g o)", *outs])), why=SPACE, g=call["groups"],
+    )  # fmt: skip
+
+
+@rule(
+    "aten.max_pool1d", "aten.max_pool2d", "aten.max_pool3d", "aten.max_pool2d_with_indices",
+    "aten.max_pool3d_with_indices", "aten.avg_pool1d", "aten.avg_pool2d", "aten.avg_pool3d",
+    "aten.adaptive_avg_pool1d", "aten.adaptive_avg_pool2d", "aten.adaptive_avg_pool3d", "aten._adaptive_avg_pool2d",
+    "aten._adaptive_avg_pool3d", "aten.adaptive_max_pool2d", "aten.adaptive_max_pool3d", "aten.fractional_max_pool2d",
+    "aten.upsample_nearest1d", "aten.upsample_nearest2d", "aten.upsample_nearest3d", "aten.upsample_linear1d",
+    "aten.upsample_bilinear2d", "aten.upsample_trilinear3d", "aten.upsample_bicubic2d", "aten._upsample_bilinear2d_aa",
+    "aten._upsample_bicubic2d_aa", "aten._upsample_nearest_exact1d", "aten._upsample_nearest_exact2d",
+    "aten._upsample_nearest_exact3d", "aten.reflection_pad1d", "aten.reflection_pad2d", "aten.reflection_pad3d",
+    "aten.replication_pad1d", "aten.replication_pad2d", "aten.replication_pad3d", "aten._pad_circular",
+)  # fmt: skip
+def over_space(call: Call) -> None:
+    """Each channel by itself; the last dimensions, as many as the operator's name says, are space."""
+    x = call.tensors[0]
+    space = _spatial_count(call)
+    lead = " ".join(f"c{i}" for i in range(x.ndim - space))
+    # the mean over the whole of a dimension singles nothing out
+    whole = [
+        "adaptive_avg" in str(call.node.target) and call.out.shape[d] == 1 for d in range(x.ndim - space, x.ndim)
+    ]
+    ins = [f"s{i}" if whole[i] else f"s{i}!" for i in range(space)]
+    outs = ["_" if whole[i] else f"t{i}!" for i in range(space)]
+    slots = [(out, " ".join([lead, *outs])) for out in call.results]
+    call.link((x, " ".join([lead, *ins])), *slots, why=SPACE)
+
+
+def _spatial_count(call: Call) -> int:
+    name = str(call.node.target)
+    return next(int(digit) for digit in "123" if f"{digit}d" in name)
+
+
+@rule("aten.constant_pad_nd", "aten.pad")
+def constant_pad(call: Call) -> None:
+    """Constants before and after: they have no order of their own, the padded axis is a sum."""
+    x, out, pad = call["self"], call.out, call["pad"]
+    for d in range(x.ndim):
+        pair = 2 * (x.ndim - 1 - d)
+        before, after = (pad[pair], pad[pair + 1]) if pair < len(pad) else (0, 0)
+        axis = x.dims[d]
+        axis, _ = call.axes.slice(axis, max(-before, 0), x.shape[d] - max(-after, 0))
+        if before > 0 or after > 0:
+            margin = call.remember(f"margin {d}", lambda b=before, a=after: _margins(call, b, a))
+            axis = call.remember(f"padded {d}", lambda m=margin, inner=axis: call.axes.sum([m[0], inner, m[1]]))
+        call.axes.unify(out.dims[d], axis)
+        call.note_tie(x, d, out, d)
+    call.note_rearrangement(x, out)
+    call.pin_values(x, "indices are padded with a constant")
+
+
+def _margins(call: Call, before: int, after: int) -> tuple[object, object]:
+    zero = call.axes.sum([])
+    return (call.axes.atom(before) if before > 0 else zero, call.axes.atom(after) if after > 0 else zero)
+
+
+@rule("aten.pixel_shuffle")
+def pixel_shuffle(call: Call) -> None:
+    """Channels (c, r, r) become c channels of r times the height and width."""
+    r = call["upscale_factor"]
+    call.link((call["self"], "... (c a b) h w"), (call.out, "... c (h a) (w b)"), a=r, b=r)
+
+
+@rule("aten.pixel_unshuffle")
+def pixel_unshuffle(call: Call) -> None:
+    """The inverse of `pixel_shuffle`."""
+    r = call["downscale_factor"]
+    call.link((call["self"], "... c (h a) (w b)"), (call.out, "... (c a b) h w"), a=r, b=r)
+
+
+@rule("aten.channel_shuffle", "aten.native_channel_shuffle")
+def channel_shuffle(call: Call) -> None:
+    """Channels (g, c) become (c, g)."""
+    call.link((call["self"], "n (g c) ..."), (call.out, "n (c g) ..."), g=call["groups"])
+
+
+@rule("aten.im2col")
+def im2col(call: Call) -> None:
+    """Windows of an image as columns: (n, c·kernel, windows)."""
+    x: TypedTensor = call["self"]
+    kernel = call["kernel_size"][0] * call["kernel_size"][1]
+    lead = "n " if x.ndim == 4 else ""
+    call.link((x, f"{lead}c h! w!"), (call.out, f"{lead}(c k!) l!"), why=SPACE, k=kernel)
+
+
+@rule("aten.col2im")
+def col2im(call: Call) -> None:
+    """Columns (n, c·kernel, windows) added up into an image."""
+    x: TypedTensor = call["self"]
+    kernel = call["kernel_size"][0] * call["kernel_size"][1]
+    lead = "n " if x.ndim == 3 else ""
+    call.link((x, f"{lead}(c k!) l!"), (call.out, f"{lead}c h! w!"), why=SPACE, k=kernel)
+
+
+@rule("aten.grid_sampler", "aten.grid_sampler_2d", "aten.grid_sampler_3d")
+def grid_sampler(call: Call) -> None:
+    """An image (n, c, space) looked up at the points of a grid (n, space, 2 or 3)."""
+    x, grid = call["input"], call["grid"]
+    space = x.ndim - 2
+    ins = " ".join(f"s{i}!" for i in range(space))
+    outs = " ".join(f"t{i}!" for i in range(space))
+    call.link((x, f"n c {ins}"), (grid, f"n {outs} xy!"), (call.out, f"n c {outs}"), why=SPACE)

@@ -1,0 +1,103 @@
+"""Matrix products."""
+
+from __future__ import annotations
+
+from permgraph.rules.call import Call, TypedTensor
+from permgraph.rules.registry import rule
+
+
+@rule("aten.addmm", "aten._addmm_activation")
+def addmm(call: Call) -> None:
+    """``self + mat1 @ mat2``: x is (m, k), w is (k, o); the bias spans the last dimensions of the result."""
+    bias: TypedTensor = call["self"]
+    call.link(
+        (call["mat1"], "m k"), (call["mat2"], "k o"), (bias, _last("m o", bias)), (call.out, "m o")
+    )  # fmt: skip
+
+
+def _last(pattern: str, tensor: TypedTensor) -> str:
+    """The last labels of a pattern, as many as the tensor has dimensions."""
+    labels = pattern.split()
+    return " ".join(labels[len(labels) - tensor.ndim :])
+
+
+@rule("aten.mm")
+def mm(call: Call) -> None:
+    """(m, k) times (k, o)."""
+    call.link((call["self"], "m k"), (call["mat2"], "k o"), (call.out, "m o"))
+
+
+@rule("aten.bmm")
+def bmm(call: Call) -> None:
+    """(b, m, k) times (b, k, o)."""
+    call.link((call["self"], "b m k"), (call["mat2"], "b k o"), (call.out, "b m o"))
+
+
+@rule("aten.baddbmm")
+def baddbmm(call: Call) -> None:
+    """``self + batch1 @ batch2`` for each b."""
+    call.link(
+        (call["batch1"], "b m k"), (call["batch2"], "b k o"), (call["self"], _last("b m o", call["self"])),
+        (call.out, "b m o"),
+    )  # fmt: skip
+
+
+@rule("aten.mv")
+def mv(call: Call) -> None:
+    """(m, k) times (k)."""
+    call.link((call["self"], "m k"), (call["vec"], "k"), (call.out, "m"))
+
+
+@rule("aten.addmv")
+def addmv(call: Call) -> None:
+    """``self + mat @ vec``."""
+    call.link((call["mat"], "m k"), (call["vec"], "k"), (call["self"], _last("m", call["self"])), (call.out, "m"))
+
+
+@rule("aten.dot", "aten.vdot")
+def dot(call: Call) -> None:
+    """The sum of products."""
+    call.link((call.tensors[0], "k"), (call.tensors[1], "k"))
+
+
+@rule("aten.ger", "aten.outer")
+def outer(call: Call) -> None:
+    """Every product of two vectors' elements."""
+    call.link((call["self"], "m"), (call["vec2"], "n"), (call.out, "m n"))
+
+
+@rule("aten.linear")
+def linear(call: Call) -> None:
+    """x's last axis is w's second; w's first is b's; the result is x's leading axes, then w's first."""
+    call.link((call["input"], "... k"), (call["weight"], "o k"), (call["bias"], "o"), (call.out, "... o"))
+
+
+@rule("aten._trilinear")
+def trilinear(call: Call) -> None:
+    """What `bilinear` runs: a product of three tensors, each broadcast along some dimensions, summed over others."""
+    total = call.out.ndim + len(call["sumdim"])
+    names = [f"d{i}" for i in range(total)]
+    slots: list[tuple[TypedTensor | None, str]] = []
+    for name, expand in (("i1", "expand1"), ("i2", "expand2"), ("i3", "expand3")):
+        own = [label for i, label in enumerate(names) if i not in call[expand]]
+        slots.append((call[name], " ".join(own)))
+    kept = [label for i, label in enumerate(names) if i not in call["sumdim"]]
+    call.link(*slots, (call.out, " ".join(kept)))
+
+
+@rule("aten._cdist_forward", "aten._euclidean_dist", "aten.cdist")
+def cdist(call: Call) -> None:
+    """Distances between the rows of two matrices, in each batch."""
+    call.link((call["x1"], "... m k"), (call["x2"], "... n k"), (call.out, "... m n"))
+
+
+@rule("aten.linalg_matrix_exp", "aten.matrix_exp", "aten.linalg_inv_ex", "aten.matrix_power")
+def square_matrix(call: Call) -> None:
+    """A function of square matrices that commutes with renumbering rows and columns alike."""
+    x = call.tensors[0]
+    matrices = [t for t in (x, call.out) if t.ndim >= 2]
+    call.axes.unify(x.dims[-2], x.dims[-1])
+    for tensor in matrices[1:]:
+        call.axes.unify(x.dims[-1], tensor.dims[-1])
+        call.axes.unify(x.dims[-2], tensor.dims[-2])
+    call.link((x, "... _ _"), (call.out, "... _ _"), via=["..."])

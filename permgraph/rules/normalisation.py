@@ -1,0 +1,57 @@
+"""Batch, layer, group and root-mean-square normalisation."""
+
+from __future__ import annotations
+
+from permgraph.rules.call import Call
+from permgraph.rules.registry import rule
+
+
+@rule(
+    "aten.native_batch_norm", "aten._native_batch_norm_legit", "aten._native_batch_norm_legit_no_training",
+    "aten._native_batch_norm_legit_functional", "aten.cudnn_batch_norm", "aten.batch_norm",
+    "aten._batch_norm_with_update", "aten._batch_norm_no_update", "aten.miopen_batch_norm",
+)  # fmt: skip
+def batch_norm(call: Call) -> None:
+    """x is (b, c, space); weight, bias and running statistics are (c). Statistics are over all but c."""
+    x = call["input"]
+    rest = " ".join(["b", "c", *(f"s{i}" for i in range(x.ndim - 2))])
+    parameters = [t for t in call.tensors if t is not x and t.shape == (x.shape[1],)]
+    saved = [t for t in call.results if t.shape == (x.shape[1],) and t.ndim == 1]
+    call.link((x, rest), *((t, "c") for t in (*parameters, *saved)), (call.out, rest), via=["c"])
+
+
+@rule("aten.native_layer_norm", "aten._fused_rms_norm", "aten.rms_norm", "aten.layer_norm")
+def layer_norm(call: Call) -> None:
+    """Statistics over the last dimensions, those of the weight; each leading index has its own."""
+    x = call["input"]
+    count = len(call["normalized_shape"])
+    lead = [f"b{i}" for i in range(x.ndim - count)]
+    last = [f"n{i}" for i in range(count)]
+    every = " ".join([*lead, *last])
+    statistics = [(out, " ".join([*lead, *("_" for _ in last)])) for out in call.results[1:] if out.ndim == x.ndim]
+    parameters = [(call.get(name), " ".join(last)) for name in ("weight", "bias")]
+    call.link((x, every), *parameters, (call.out, every), *statistics, via=[" ".join(lead)])
+
+
+@rule("aten.native_group_norm", "aten.group_norm")
+def group_norm(call: Call) -> None:
+    """x is (n, g·i, space); statistics for each n and g."""
+    x = call["input"]
+    groups = call.get("group", call.get("num_groups"))
+    every = " ".join(["n", "(g i)", *(f"s{i}" for i in range(x.ndim - 2))])
+    statistics = [(out, "n g") for out in call.results[1:]]
+    call.link(
+        (x, every), (call["weight"], "(g i)"), (call["bias"], "(g i)"), (call.out, every), *statistics,
+        via=["n g"], g=groups,
+    )  # fmt: skip
+
+
+@rule("aten._weight_norm_interface", "aten._weight_norm")
+def weight_norm(call: Call) -> None:
+    """``g · v / |v|``, the norm over every dimension of v but one; g keeps the others at size one."""
+    v, dim = call["v"], call.dim(call["v"], default=0)
+    every = " ".join(f"d{i}" for i in range(v.ndim))
+    norm = " ".join(f"d{i}" if i == dim else "_" for i in range(v.ndim))
+    norms = [(out, norm if out.ndim == v.ndim else f"d{dim}") for out in call.results[1:]]
+    g = call["g"]
+    call.link((v, every), (g, norm if g.ndim == v.ndim else f"d{dim}"), (call.out, every), *norms, via=[f"d{dim}"])

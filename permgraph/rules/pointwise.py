@@ -1,0 +1,132 @@
+"""Operators that work element by element, with broadcasting."""
+
+from __future__ import annotations
+
+from permgraph.rules.call import Call
+from permgraph.rules.registry import rule
+
+ARITHMETIC = """
+    abs acos acosh add addcdiv addcmul angle arccos arcsin arctan asin asinh atan atan2 atanh bitwise_and
+    bitwise_left_shift bitwise_not bitwise_or bitwise_right_shift bitwise_xor __and__ __or__ __xor__ __lshift__
+    __rshift__ ceil celu clamp clamp_max clamp_min clip complex conj _conj _conj_physical conj_physical copysign cos
+    cosh deg2rad digamma div divide elu erf erfc erfinv exp exp2 expm1 float_power floor floor_divide fmax fmin fmod
+    frac ge gelu greater gt hardshrink hardsigmoid hardswish hardtanh heaviside hypot i0 imag isfinite isinf isnan
+    isneginf isposinf le leaky_relu lerp less lgamma log log10 log1p log2 log_sigmoid log_sigmoid_forward logaddexp
+    logaddexp2 logical_and logical_not logical_or logical_xor logit lt maximum minimum mish mul multiply nan_to_num neg
+    negative nextafter polar polygamma positive pow quantize_per_tensor rad2deg real reciprocal relu relu6 remainder
+    round rrelu rsqrt rsub selu sgn sigmoid sign signbit silu sin sinc sinh softplus softshrink special_expit
+    special_expm1 special_log1p special_ndtr special_xlog1py sqrt square sub subtract tan tanh threshold true_divide
+    trunc xlogy resolve_conj resolve_neg fake_quantize_per_tensor_affine dequantize int_repr
+"""
+
+COPIES = """
+    alias clone contiguous detach lift lift_fresh lift_fresh_copy _to_copy to positive requires_grad_ type_as
+    resolve_conj _conj_physical copy_to view_as_same
+"""
+
+
+@rule(*(f"aten.{name}" for name in ARITHMETIC.split()))
+def arithmetic(call: Call) -> None:
+    """Every operand and the result share their dimensions, counted from the last."""
+    call.pointwise(*call.tensors, *call.results)
+    for tensor in call.tensors:
+        call.pin_values(tensor, "arithmetic on an index")
+
+
+@rule(*(f"aten.{name}" for name in COPIES.split()))
+def copies(call: Call) -> None:
+    """The same values in a new tensor."""
+    source = call.tensors[0]
+    call.pointwise(source, call.out)
+    call.carry_values(source, call.out)
+
+
+@rule("aten.eq", "aten.ne", "aten.not_equal")
+def equality(call: Call) -> None:
+    """Comparing two indices of one axis is comparing their one-hot codes; with any other number it tells them apart."""
+    if len(call.tensors) == 2:
+        left, right = call.tensors
+        if left.value is not None and right.value is not None and left.value.size == right.value.size:
+            call.link((left, "... ; v"), (right, "... ; v"), (call.out, "..."))
+            return
+    arithmetic(call)
+
+
+@rule("aten.copy", "aten.copy_")
+def copy(call: Call) -> None:
+    """Overwrite a tensor with another, broadcast to it."""
+    call.pointwise(call["self"], call["src"], call.out)
+    call.share_values([call["self"], call["src"], call.out])
+
+
+@rule("aten.where.self", "aten.where.ScalarOther", "aten.where.ScalarSelf", "aten.where.Scalar")
+def where(call: Call) -> None:
+    """One tensor or the other, by a condition."""
+    call.pointwise(*call.tensors, call.out)
+    _choose(call, ("self", "other"))
+
+
+@rule("aten.masked_fill", "aten.fill")
+def masked_fill(call: Call) -> None:
+    """The tensor, or one value where the mask is set."""
+    call.pointwise(*call.tensors, call.out)
+    _choose(call, ("self", "value"))
+
+
+def _choose(call: Call, names: tuple[str, str]) -> None:
+    """The result's values are those of one of two arguments: indices only if both index the same axis."""
+    chosen = [call.get(name) for name in names]
+    tensors = [value for value in chosen if not isinstance(value, (int, float, bool, complex, type(None)))]
+    if len(tensors) == 2:
+        call.share_values([*tensors, call.out])
+    else:
+        for tensor in tensors:
+            call.pin_values(tensor, "an index is mixed with a number")
+
+
+@rule("aten.prelu", "aten._prelu_kernel")
+def prelu(call: Call) -> None:
+    """A slope for each channel, the second dimension of a plain tensor."""
+    x, weight = call.tensors
+    if weight.ndim == 1:
+        call.link((x, "b c ..." if x.ndim > 1 else "c"), (weight, "c"), (call.out, "b c ..." if x.ndim > 1 else "c"))
+    else:
+        call.pointwise(x, weight, call.out)
+
+
+@rule("aten.glu")
+def glu(call: Call) -> None:
+    """The first half of a dimension, gated by the second half."""
+    x, dim = call["self"], call.dim(call["self"], default=-1)
+    half = call.out.shape[dim]
+    for start in (0, half):
+        call.take(x, call.out, dim, start, start + half)
+
+
+@rule("aten.native_dropout", "aten.dropout", "aten.feature_dropout", "aten.alpha_dropout")
+def dropout(call: Call) -> None:
+    """The identity at inference; while training, noise that no numbering survives."""
+    x = call.tensors[0]
+    call.pointwise(x, *call.results)
+    if call.get("train", False):
+        call.pin_all([x], "random values")
+
+
+@rule(
+    "aten.bernoulli", "aten.rand_like", "aten.randn_like", "aten.randint_like", "aten.normal", "aten.uniform",
+    "aten.exponential", "aten.rand", "aten.randn", "aten.randint", "aten.randperm", "aten.multinomial", "aten.random",
+)  # fmt: skip
+def random(call: Call) -> None:
+    """Random values have an order of their own."""
+    call.pin_all([*call.tensors, *call.results], "random values")
+
+
+@rule("aten._assert_tensor_metadata", "aten._assert_async", "aten._assert_scalar", "aten.sym_size", "aten.is_pinned")
+def no_data(call: Call) -> None:
+    """Reads no element, or gives nothing back."""
+
+
+@rule("aten.item", "aten._local_scalar_dense", "aten.is_nonzero", "aten.equal", "aten._is_all_true", "aten.allclose")
+def read_value(call: Call) -> None:
+    """A value is read by Python: the graph holds for that value, whatever the numbering of what led to it."""
+    call.pin_all(call.tensors, "its value was read by Python code")

@@ -1,0 +1,30 @@
+"""Fused recurrent cells and layers."""
+
+from __future__ import annotations
+
+from permgraph.rules.call import Call
+from permgraph.rules.registry import rule
+
+
+@rule("aten._thnn_fused_lstm_cell")
+def lstm_cell(call: Call) -> None:
+    """Gates (b, 4·h) from input and state, with optional biases (4·h); the gates' order is fixed."""
+    _gates(call, 4)
+
+
+@rule("aten._thnn_fused_gru_cell")
+def gru_cell(call: Call) -> None:
+    """Gates (b, 3·h) from input and state, with optional biases (3·h)."""
+    _gates(call, 3)
+
+
+def _gates(call: Call, count: int) -> None:
+    """Every gate numbers the hidden units alike; `count` of them stand one after the other."""
+    hidden = call.get("cx", call.get("hx"))
+    width = hidden.shape[-1]
+    gates = [(call["input_gates"], "b (g! h)"), (call["hidden_gates"], "b (g! h)")]
+    biases = [(call.get(name), "(g! h)") for name in ("input_bias", "hidden_bias")]
+    states = [(hidden, "b h"), *((out, "b h") for out in call.results if out.shape[-1] == width)]
+    workspace = [out for out in call.results if out.shape[-1] != width]
+    call.link(*gates, *biases, *states, why="the order of the gates", g=count)
+    call.pin_all(workspace, "the workspace of a recurrent cell")

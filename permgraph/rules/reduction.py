@@ -1,0 +1,133 @@
+"""Operators that reduce, normalise, rank or accumulate along dimensions."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from permgraph.rules.call import Call, TypedTensor
+from permgraph.rules.registry import rule
+
+REDUCTIONS = """
+    sum mean amax amin aminmax prod var std var_mean std_mean norm linalg_vector_norm logsumexp any all nansum count_nonzero
+    frobenius_norm
+"""
+
+
+def _names(tensor: TypedTensor) -> list[str]:
+    return [f"d{i}" for i in range(tensor.ndim)]
+
+
+def _without(tensor: TypedTensor, dims: Collection[int]) -> str:
+    """The labels of all dimensions but these."""
+    return " ".join(name for i, name in enumerate(_names(tensor)) if i not in dims)
+
+
+def _blank(tensor: TypedTensor, dims: Collection[int]) -> str:
+    """The labels of all dimensions, with these left open."""
+    return " ".join("_" if i in dims else name for i, name in enumerate(_names(tensor)))
+
+
+def _reduced(x: TypedTensor, out: TypedTensor, dims: Collection[int]) -> str:
+    """The labels of a reduction's result, which keeps the reduced dimensions at size one or drops them."""
+    return _blank(x, dims) if out.ndim == x.ndim else _without(x, dims)
+
+
+@rule(*(f"aten.{name}" for name in REDUCTIONS.split()))
+def reduction(call: Call) -> None:
+    """The result has every dimension of the input but those that are reduced."""
+    x = call.tensors[0]
+    dims = call.dim_list(x)
+    call.link((x, " ".join(_names(x))), *((out, _reduced(x, out, dims)) for out in call.results))
+    call.pin_values(x, "arithmetic on an index")
+
+
+@rule("aten.max", "aten.min", "aten.median", "aten.nanmedian", "aten.mode", "aten.kthvalue")
+def extremum(call: Call) -> None:
+    """Of one tensor along a dimension, values and their positions; of two tensors, elementwise."""
+    if len(call.tensors) == 2 and len(call.results) == 1:
+        call.pointwise(*call.tensors, call.out)
+        for tensor in call.tensors:
+            call.pin_values(tensor, "arithmetic on an index")
+    elif len(call.results) == 1:
+        reduction(call)
+    else:
+        _positions(call, call.tensors[0], call.dim(call.tensors[0], default=-1), call.results[0], call.results[1])
+
+
+@rule("aten.argmax", "aten.argmin")
+def argmax(call: Call) -> None:
+    """The position of the extreme value: an index of the dimension that was searched, or of all of them flattened."""
+    x = call["self"]
+    if call.get("dim") is None:
+        call.out.value = call.axes.product(x.dims)
+        call.pin_values(call.out, "argmax over all dimensions at once")
+    else:
+        _positions(call, x, call.dim(x), None, call.out)
+
+
+def _positions(call: Call, x: TypedTensor, dim: int, values: TypedTensor | None, indices: TypedTensor) -> None:
+    indices.value = x.dims[dim]
+    pattern = _reduced(x, indices, [dim])
+    call.link((x, " ".join(_names(x))), (values, pattern), (indices, f"{pattern} ; d{dim}"))
+    call.pin_values(x, "arithmetic on an index")
+
+
+@rule("aten.topk", "aten.sort", "aten.argsort")
+def ranking(call: Call) -> None:
+    """Values in order, and where they stood: an index of the dimension that was searched. The ranks stay put."""
+    x = call["self"]
+    dim = call.dim(x, default=-1)
+    *values, indices = call.results
+    indices.value = x.dims[dim]
+    ranked = " ".join(f"r{dim}!" if i == dim else name for i, name in enumerate(_names(x)))
+    call.link(
+        (x, " ".join(_names(x))), *((value, ranked) for value in values), (indices, f"{ranked} ; d{dim}"),
+        why="an order of rank",
+    )  # fmt: skip
+    for value in values:
+        call.carry_values(x, value)
+
+
+@rule("aten._softmax", "aten._log_softmax", "aten.softmax", "aten.log_softmax", "aten._safe_softmax")
+def softmax(call: Call) -> None:
+    """Elementwise, but for a sum along one dimension."""
+    x = call["self"]
+    every = " ".join(_names(x))
+    call.link((x, every), (call.out, every), via=[_without(x, [call.dim(x)])])
+
+
+@rule(
+    "aten.cumsum", "aten.cumprod", "aten.logcumsumexp", "aten.cummax", "aten.cummin", "aten.diff", "aten.flip",
+    "aten.roll",
+)  # fmt: skip
+def ordered(call: Call) -> None:
+    """Neighbours along a dimension matter: it stays put, the others pass."""
+    x = call.tensors[0]
+    name = next(name for name in ("dim", "dims") if name in call.arguments)
+    dims = call.dim_list(x, name)
+    pattern = _blank(x, dims)
+    call.link((x, pattern), *((out, pattern) for out in call.results))
+    call.pin(x, dims, "its order matters")
+    for out in call.results:
+        call.pin(out, dims, "its order matters")
+    if name == "dims":  # flip and roll only move values about
+        call.carry_values(x, call.out)
+    else:
+        call.pin_values(x, "arithmetic on an index")
+
+
+@rule("aten.linalg_norm", "aten.norm.Scalar", "aten.std.default", "aten.var.default")
+def full_reduction(call: Call) -> None:
+    """All dimensions are reduced."""
+    reduction(call)
+
+
+@rule("aten.cosine_similarity")
+def cosine_similarity(call: Call) -> None:
+    """A normalised inner product along one dimension."""
+    a, b = call.tensors
+    if a.shape != b.shape:
+        call.pin_all([a, b, call.out], "cosine similarity of tensors that are broadcast")
+        return
+    every = " ".join(_names(a))
+    call.link((a, every), (b, every), (call.out, _without(a, [call.dim(a)])))

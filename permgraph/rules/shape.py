@@ -1,0 +1,283 @@
+"""Operators that move, cut and join whole axes."""
+
+from __future__ import annotations
+
+from permgraph.rules.call import Call, TypedTensor
+from permgraph.rules.registry import rule
+
+
+@rule("aten.view", "aten._unsafe_view", "aten.reshape", "aten._reshape_alias", "aten.flatten", "aten.unflatten",
+      "aten.view_as", "aten.reshape_as", "aten._reshape_copy", "aten.view_copy", "aten.ravel")  # fmt: skip
+def view(call: Call) -> None:
+    """The same elements in row-major order."""
+    x = call["self"]
+    if call.get("dtype") is not None and x.dtype.itemsize != call.out.dtype.itemsize:
+        call.pin_all([x, call.out], "its bytes are read as another type")
+    else:
+        call.regroup(x, call.out)
+
+
+@rule("aten.permute", "aten.permute_copy")
+def permute(call: Call) -> None:
+    """Dimensions in the order given."""
+    x = call["self"]
+    call.move(x, call.out, [d % x.ndim for d in call["dims"]])
+
+
+@rule("aten.transpose", "aten.swapaxes", "aten.swapdims")
+def transpose(call: Call) -> None:
+    """Two dimensions change places."""
+    x = call["self"]
+    order = list(range(x.ndim))
+    if order:
+        i, j = (call.get(a, call.get(b)) % x.ndim for a, b in (("dim0", "axis0"), ("dim1", "axis1")))
+        order[i], order[j] = order[j], order[i]
+    call.move(x, call.out, order)
+
+
+@rule("aten.t", "aten.numpy_T", "aten.mT", "aten.mH", "aten.adjoint", "aten.matrix_H")
+def reverse_dimensions(call: Call) -> None:
+    """The last two dimensions change places (all of them, in `numpy_T`)."""
+    x = call["self"]
+    order = list(range(x.ndim))
+    name = str(call.node.target)
+    call.move(x, call.out, order[::-1] if "numpy_T" in name else [*order[:-2], *order[-2:][::-1]])
+
+
+@rule("aten.movedim")
+def movedim(call: Call) -> None:
+    """Dimensions go to new places, the others keep their order."""
+    x = call["self"]
+    as_list = [v if isinstance(v, list) else [v] for v in (call["source"], call["destination"])]
+    source, destination = ([d % x.ndim for d in v] for v in as_list)
+    rest = iter(d for d in range(x.ndim) if d not in source)
+    placed = dict(zip(destination, source, strict=True))
+    call.move(x, call.out, [placed[d] if d in placed else next(rest) for d in range(x.ndim)])
+
+
+@rule("aten.unsqueeze")
+def unsqueeze(call: Call) -> None:
+    """A new dimension of one."""
+    x = call["self"]
+    at = call["dim"] % (x.ndim + 1)
+    order: list[int | None] = list(range(x.ndim))
+    order.insert(at, None)
+    call.move(x, call.out, order)
+
+
+@rule("aten.squeeze")
+def squeeze(call: Call) -> None:
+    """Dimensions of one go."""
+    x = call["self"]
+    dims = call.dim_list(x)
+    call.move(x, call.out, [d for d in range(x.ndim) if not (d in dims and x.shape[d] == 1)])
+
+
+@rule("aten.expand", "aten.broadcast_to", "aten.expand_as", "aten.expand_copy")
+def expand(call: Call) -> None:
+    """Dimensions of one, and new ones in front, are repeated: nothing tells the copies apart."""
+    x, out = call["self"], call.out
+    lead = out.ndim - x.ndim
+    order = [None if d < lead or x.shape[d - lead] != out.shape[d] else d - lead for d in range(out.ndim)]
+    call.move(x, out, order)
+
+
+@rule("aten.repeat", "aten.tile")
+def repeat(call: Call) -> None:
+    """Each dimension several times over: (copies, dimension)."""
+    x, out = call["self"], call.out
+    lead = out.ndim - x.ndim
+    inner = " ".join(f"d{d}" for d in range(x.ndim))
+    sizes: dict[str, int] = {}
+    pattern = ["_"] * lead
+    for d in range(x.ndim):
+        sizes[f"d{d}"] = x.shape[d]
+        sizes[f"r{d}"] = out.shape[lead + d] // max(x.shape[d], 1)
+        pattern.append(f"d{d}" if sizes[f"r{d}"] == 1 else "_" if x.shape[d] == 1 else f"(r{d} d{d})")
+    call.link((x, inner), (out, " ".join(pattern)), **sizes)
+    call.carry_values(x, out)
+
+
+@rule("aten.repeat_interleave.self_int")
+def repeat_interleave(call: Call) -> None:
+    """Each index of a dimension several times in a row: (dimension, copies)."""
+    x, out = call["self"], call.out
+    if call.get("dim") is None:
+        call.pin_all([x, out], "flattened and repeated")
+        return
+    dim = call.dim(x)
+    names = [f"d{d}" for d in range(x.ndim)]
+    repeated = [f"(d{dim} r)" if d == dim else name for d, name in enumerate(names)]
+    call.link((x, " ".join(names)), (out, " ".join(repeated)), r=out.shape[dim] // max(x.shape[dim], 1))
+    call.carry_values(x, out)
+
+
+@rule("aten.slice", "aten.narrow", "aten.slice_copy")
+def slice_(call: Call) -> None:
+    """A range of one dimension. With a step that divides the dimension, one column of (steps, step)."""
+    x, out = call["self"], call.out
+    dim = call.dim(x, default=0)
+    size, step = x.shape[dim], call.get("step", 1)
+    start = min(max(call.get("start", 0) + (size if call.get("start", 0) < 0 else 0), 0), size)
+    if step == 1:
+        call.take(x, out, dim, start, start + out.shape[dim])
+    elif size % step == 0 and start < step and out.shape[dim] == size // step:
+        rows, columns = call.axes.split(x.dims[dim], [size // step, step])
+        _, restriction = call.axes.slice(columns, start, start + 1)
+        for d in range(x.ndim):
+            axis = rows if d == dim else x.dims[d]
+            call.axes.unify(out.dims[d], call.axes.restrict(axis, restriction))
+            call.note_tie(x, d, out, d)
+        call.note_rearrangement(x, out)
+        call.carry_values(x, out)
+    else:
+        others = " ".join("_" if d == dim else f"d{d}" for d in range(x.ndim))
+        call.link((x, others), (out, others))
+        for tensor in (x, out):
+            call.pin(tensor, dim, f"every {step}th index of {size} was taken from {start}")
+        call.carry_values(x, out)
+
+
+@rule("aten.select", "aten.select_copy")
+def select(call: Call) -> None:
+    """One index of a dimension."""
+    x = call["self"]
+    dim = call.dim(x)
+    at = call["index"] % x.shape[dim]
+    call.take(x, call.out, dim, at, at + 1, keep=False)
+
+
+@rule("aten.split", "aten.split_with_sizes", "aten.chunk", "aten.unsafe_split", "aten.unsafe_chunk",
+      "aten.tensor_split", "aten.unsafe_split_with_sizes", "aten.split_copy")  # fmt: skip
+def split(call: Call) -> None:
+    """Consecutive ranges of one dimension."""
+    x: TypedTensor = call.get("self", call.tensors[0])
+    dim = call.dim(x, default=0)
+    start = 0
+    for out in call.results:
+        call.take(x, out, dim, start, start + out.shape[dim])
+        start += out.shape[dim]
+
+
+@rule("aten.unbind", "aten.unbind_copy")
+def unbind(call: Call) -> None:
+    """Each index of one dimension by itself."""
+    x = call["self"]
+    dim = call.dim(x, default=0)
+    for at, out in enumerate(call.results):
+        call.take(x, out, dim, at, at + 1, keep=False)
+
+
+@rule("aten.cat", "aten.concat", "aten.concatenate")
+def cat(call: Call) -> None:
+    """Tensors one after the other along a dimension."""
+    call.concatenate(call["tensors"], call.out, call.dim(call.out, default=0))
+
+
+@rule("aten.stack")
+def stack(call: Call) -> None:
+    """Tensors side by side along a new dimension."""
+    out = call.out
+    dim = call.dim(out, default=0)
+    rows = call.remember("rows", lambda: [call.tensor_like(out, dim, 1) for _ in call["tensors"]])
+    for part, row in zip(call["tensors"], rows, strict=True):
+        order: list[int | None] = list(range(part.ndim))
+        order.insert(dim, None)
+        call.move(part, row, order)
+    call.concatenate(rows, out, dim)
+
+
+@rule("aten.slice_scatter", "aten.select_scatter")
+def scatter_into_range(call: Call) -> None:
+    """A copy of a tensor with a range of one dimension overwritten."""
+    x, src, out = call["self"], call["src"], call.out
+    call.pointwise(x, out)
+    dim = call.dim(x, default=0)
+    if call.get("step", 1) != 1:
+        call.pin_all([x, src, out], "written with a step")
+    elif "index" in call.arguments:
+        at = call["index"] % x.shape[dim]
+        call.take(out, src, dim, at, at + 1, keep=False)
+    else:
+        start = call.get("start", 0)
+        start = min(max(start + (x.shape[dim] if start < 0 else 0), 0), x.shape[dim])
+        call.take(out, src, dim, start, start + src.shape[dim])
+    call.share_values([x, src, out])
+
+
+@rule("aten.unfold", "aten.unfold_copy")
+def unfold(call: Call) -> None:
+    """Windows of one dimension, in a new last dimension. Windows that do not overlap are a view."""
+    x, out = call["self"], call.out
+    dim = call.dim(x, "dimension")
+    size, step = call["size"], call["step"]
+    names = [f"d{d}" for d in range(x.ndim)]
+    if size == step and out.shape[dim] * size == x.shape[dim]:
+        whole = [f"(d{dim} w)" if d == dim else name for d, name in enumerate(names)]
+        call.link((x, " ".join(whole)), (out, " ".join([*names, "w"])), w=size)
+    else:
+        blank = ["_" if d == dim else name for d, name in enumerate(names)]
+        call.link((x, " ".join(blank)), (out, " ".join([*blank, "_"])))
+        call.pin(x, dim, "cut into windows")
+        call.pin(out, [dim, out.ndim - 1], "cut into windows")
+    call.carry_values(x, out)
+
+
+@rule("aten.tril", "aten.triu")
+def triangle(call: Call) -> None:
+    """Part of a matrix is set to zero: rows and columns stay put."""
+    x = call["self"]
+    pattern = " ".join([*(f"d{d}" for d in range(x.ndim - 2)), "r!", "c!"])
+    call.link((x, pattern), (call.out, pattern), why="a triangle of a matrix")
+
+
+@rule("aten.diagonal", "aten.diagonal_copy", "aten.diag_embed", "aten.diag")
+def diagonal(call: Call) -> None:
+    """The diagonal of a matrix: rows and columns are one axis."""
+    x, out = call["self"], call.out
+    matrix, line = (x, out) if x.ndim > out.ndim else (out, x)
+    i = call.get("dim1", -2 if matrix is out else 0) % matrix.ndim
+    j = call.get("dim2", -1 if matrix is out else 1) % matrix.ndim
+    if call.get("offset", call.get("diagonal", 0)) != 0 or matrix.shape[i] != matrix.shape[j]:
+        call.pin_all([x, out], "an off-diagonal")
+        return
+    others = [d for d in range(matrix.ndim) if d not in (i, j)]
+    names = {d: f"d{d}" for d in others}
+    rows = " ".join(names.get(d, "v" if d == i else "_") for d in range(matrix.ndim))
+    call.axes.unify(matrix.dims[i], matrix.dims[j])
+    call.link((matrix, rows), (line, " ".join([*names.values(), "v"])))
+
+
+@rule("aten.as_strided", "aten.set_", "aten.resize_")
+def as_strided(call: Call) -> None:
+    """Memory read in another pattern."""
+    call.pin_all([*call.tensors, *call.results], "its memory was read with other strides")
+
+
+@rule("aten.view_as_complex", "aten.view_as_complex_copy")
+def view_as_complex(call: Call) -> None:
+    """The last dimension holds real and imaginary parts."""
+    x = call["self"]
+    lead = " ".join(f"d{d}" for d in range(x.ndim - 1))
+    call.link((x, f"{lead} p!"), (call.out, lead), why="real and imaginary part")
+
+
+@rule("aten.view_as_real", "aten.view_as_real_copy")
+def view_as_real(call: Call) -> None:
+    """A new last dimension holds real and imaginary parts."""
+    x = call["self"]
+    lead = " ".join(f"d{d}" for d in range(x.ndim))
+    call.link((x, lead), (call.out, f"{lead} p!"), why="real and imaginary part")
+
+
+@rule("aten.meshgrid")
+def meshgrid(call: Call) -> None:
+    """Each vector along a dimension of its own."""
+    vectors = call["tensors"]
+    order = list(range(len(vectors)))
+    if call.get("indexing") == "xy" and len(order) > 1:
+        order[:2] = [1, 0]
+    for vector, out, at in zip(vectors, call.results, order, strict=True):
+        if vector.ndim == 1:
+            call.link((vector, "v"), (out, " ".join("v" if d == at else "_" for d in range(out.ndim))))
+        call.pin_values(vector, "arithmetic on an index")

@@ -1,0 +1,220 @@
+"""From a captured graph to axis types: run every operator's rule until nothing changes.
+
+The rules only state constraints, so running them once more is harmless; they are run until a fixed point because a
+family (an axis that differs from part to part of another) may have to collapse where a later operator shows that it
+must. When a run has cut factors that a view had made whole, the run is repeated with that knowledge, so that their
+neighbours are families from the start (see `Axes.cuts`).
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from permgraph.axes import Axes, BirthKey
+from permgraph.errors import ConflictError
+from permgraph.rules import find_rule
+from permgraph.rules.call import Call, Ledger, TypedTensor, loose_families, provides
+
+MAX_RUNS = 6
+
+
+@dataclass
+class Solution:
+    """Every tensor of the graph with its axes, and what the rules said to make them so."""
+
+    axes: Axes
+    ledger: Ledger
+    nodes: Sequence[fx.Node]
+    parameters: dict[str, TypedTensor]
+    tensors: list[TypedTensor]
+
+
+def solve(graph: fx.Graph) -> Solution:
+    """Type every tensor of a captured graph.
+
+    Raises `ConflictError`, naming the operator and its place in the source, where a rule ties axes of different sizes.
+    """
+    cuts: dict[BirthKey, tuple[int, ...]] = {}
+    for _ in range(MAX_RUNS):
+        run = _Run(graph, Axes(cuts))
+        run.until_stable()
+        seen = run.axes.cuts_seen()
+        if seen == cuts:
+            break
+        cuts = seen
+    return run.solution()
+
+
+class _Run:
+    """One attempt: fresh axes for every tensor, then the rules over and over."""
+
+    def __init__(self, graph: fx.Graph, axes: Axes) -> None:
+        self.axes = axes
+        self.ledger = Ledger()
+        self.nodes = list(graph.nodes)
+        self.values: dict[fx.Node, Any] = {}
+        self.parameters: dict[str, TypedTensor] = {}
+        self.calls: list[Call] = []
+        memo: dict[Any, Any] = {}
+        for number, node in enumerate(self.nodes):
+            if node.op == "placeholder":
+                self.values[node] = self._typed(node, node.meta["val"])
+                if node.meta["kind"] in ("parameter", "buffer") and isinstance(self.values[node], TypedTensor):
+                    name = node.meta["names"][0]
+                    self.values[node].name = name
+                    self.parameters[name] = self.values[node]
+            elif node.op == "call_function":
+                if node.target is operator.getitem:
+                    source, item = node.args
+                    assert isinstance(source, fx.Node)
+                    self.values[node] = self.values[source][item]
+                    continue
+                arguments = self._arguments(node)
+                self.values[node] = result = self._result(node, arguments)
+                outs = list(result) if isinstance(result, (list, tuple)) else [result]
+                self.calls.append(Call(node, number, arguments, outs, axes, self.ledger, memo))
+
+    # -- making tensors ----------------------------------------------------------------------------------------------
+
+    def _typed(self, node: fx.Node, val: Any, suffix: str = "") -> Any:
+        if isinstance(val, torch.Tensor):
+            return TypedTensor(node.name + suffix, val.shape, val.dtype, self.axes)
+        if isinstance(val, (list, tuple)):
+            return [self._typed(node, item, f"{suffix}.{i}") for i, item in enumerate(val)]
+        return val
+
+    def _arguments(self, node: fx.Node) -> dict[str, Any]:
+        def lift(value: Any) -> Any:
+            if isinstance(value, fx.Node):
+                return self.values[value]
+            if isinstance(value, (list, tuple)):
+                return [lift(item) for item in value]
+            return value
+
+        schema = getattr(node.target, "_schema", None)
+        if schema is None:
+            return {str(i): lift(arg) for i, arg in enumerate((*node.args, *node.kwargs.values()))}
+        found = {}
+        for i, argument in enumerate(schema.arguments):
+            if i < len(node.args):
+                found[argument.name] = lift(node.args[i])
+            elif argument.name in node.kwargs:
+                found[argument.name] = lift(node.kwargs[argument.name])
+            else:
+                found[argument.name] = argument.default_value if argument.has_default_value() else None
+        return found
+
+    def _result(self, node: fx.Node, arguments: dict[str, Any]) -> Any:
+        """The result's tensors; the argument itself where an operator returns what it has written into."""
+        schema = getattr(node.target, "_schema", None)
+        val = node.meta["val"]
+        if schema is not None and len(schema.returns) == 1 and isinstance(val, torch.Tensor):
+            alias = schema.returns[0].alias_info
+            if alias is not None and alias.is_write:
+                for argument in schema.arguments:
+                    same = argument.alias_info is not None and argument.alias_info.before_set == alias.before_set
+                    written = arguments[argument.name]
+                    if same and isinstance(written, TypedTensor) and written.shape == tuple(val.shape):
+                        return written
+        return self._typed(node, val)
+
+    # -- constraints -----------------------------------------------------------------------------------------------
+
+    def until_stable(self) -> None:
+        while True:
+            before = self.axes.changes
+            self.ledger.clear()
+            self._pin_ends()
+            for call in self.calls:
+                self._apply(call)
+            self._collapse_families()
+            if self.axes.changes == before:
+                return
+
+    def _apply(self, call: Call) -> None:
+        self.axes.begin(call.number)
+        rule = find_rule(str(call.node.target))
+        try:
+            if rule is None:
+                call.unknown()
+            else:
+                rule(call)
+        except Exception as error:
+            place = call.node.meta.get("source") or "an unknown line"
+            shapes = ", ".join(str(t.shape) for t in call.tensors)
+            raise ConflictError(
+                f"the rule of {call.node.target} in module {call.node.meta.get('module', '')!r} ({place}) "
+                f"failed on tensors of shape {shapes}: {error}"
+            ) from error
+
+    def _pin_ends(self) -> None:
+        for number, node in enumerate(self.nodes):
+            if node.op == "placeholder" and isinstance(self.values[node], TypedTensor):
+                self._pin_placeholder(number, node, self.values[node])
+            elif node.op == "output":
+                ends: list[Any] = [node.args[0]]
+                for end in ends:
+                    if isinstance(end, (list, tuple)):
+                        ends.extend(end)
+                    elif isinstance(end, fx.Node):
+                        self._pin(number, self.values[end], "output of the model")
+
+    def _pin_placeholder(self, number: int, node: fx.Node, tensor: TypedTensor) -> None:
+        kind = node.meta["kind"]
+        if kind == "input":
+            self._pin(number, tensor, "input of the model")
+        elif kind == "constant":
+            self._pin(number, tensor, "constant", free=_constant_along(node.meta.get("real")))
+        elif not (tensor.dtype.is_floating_point or tensor.dtype.is_complex):
+            self._pin(number, tensor, f"{kind} of type {tensor.dtype}")
+
+    def _pin(self, number: int, tensor: Any, reason: str, free: frozenset[int] = frozenset()) -> None:
+        if isinstance(tensor, list):
+            for item in tensor:
+                self._pin(number, item, reason)
+        elif isinstance(tensor, TypedTensor):
+            end = Call(self.nodes[number], number, {}, [], self.axes, self.ledger, {})
+            end.pin(tensor, [d for d in range(tensor.ndim) if d not in free], reason)
+            end.pin_values(tensor, reason)
+
+    def _collapse_families(self) -> None:
+        if not self.axes.has_families:
+            return
+        for tensor in self._all_tensors():
+            for d, axis in enumerate(tensor.dims):
+                for family in list(loose_families(self.axes, axis)):
+                    assert family.index is not None
+                    index = family.index.find()
+                    givers = [k for k, other in enumerate(tensor.dims) if k != d and provides(self.axes, other, index)]
+                    if len(givers) != 1:
+                        self.axes.collapse(family)
+            if tensor.value is not None:
+                for family in list(loose_families(self.axes, tensor.value)):
+                    self.axes.collapse(family)
+
+    def _all_tensors(self) -> list[TypedTensor]:
+        found: dict[int, TypedTensor] = {}
+        stack = list(self.values.values())
+        while stack:
+            value = stack.pop()
+            if isinstance(value, TypedTensor):
+                found[id(value)] = value
+            elif isinstance(value, (list, tuple)):
+                stack.extend(value)
+        return list(found.values())
+
+    def solution(self) -> Solution:
+        return Solution(self.axes, self.ledger, self.nodes, self.parameters, self._all_tensors())
+
+
+def _constant_along(real: torch.Tensor | None) -> frozenset[int]:
+    """The dimensions along which a constant does not vary, where its values are known."""
+    if real is None or real.numel() == 0 or real.is_meta:
+        return frozenset()
+    return frozenset(d for d in range(real.ndim) if bool((real == real.narrow(d, 0, 1)).all()))

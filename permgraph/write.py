@@ -1,0 +1,186 @@
+"""From axis types to a `PermutationSpec`: name the groups and write each parameter's axes as expressions."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from torch import fx
+
+from permgraph.axes import Axes, Axis, Index, Kind
+from permgraph.binding import Group
+from permgraph.dependence import Dependence
+from permgraph.expressions import Axis as Expression
+from permgraph.expressions import Family, Fixed, Label, Product, Ref, Sum
+from permgraph.provenance import Constraints, SlotPin, Tie
+from permgraph.rules.call import TypedTensor
+from permgraph.solve import Solution
+from permgraph.spec import Pin, UnknownOp
+
+
+class Writer:
+    """Turns a solution into the parts of a spec."""
+
+    def __init__(self, solution: Solution, used: Sequence[str], unused: frozenset[str]) -> None:
+        """`used`: parameter names in the order in which the forward pass first reads them."""
+        self.solution = solution
+        self.axes: Axes = solution.axes
+        self.parameters = {n: t for n, t in solution.parameters.items() if t.dtype.is_floating_point or t.dtype.is_complex}
+        self.order = [name for name in used if name in self.parameters]
+        self.unused = unused
+        moving = self._moving()
+        self.parents = Dependence(solution).parents(moving)
+        fibred_over = {h for parents in self.parents.values() for h in parents}
+        self.names = self._names([*moving, *(h for h in fibred_over if h.pinned is not None)])
+
+    def groups(self) -> dict[str, Group]:
+        """Every group, parents before children."""
+        atoms = sorted(self.names, key=lambda atom: len(self.parents.get(atom, ())))
+        return {
+            self.names[atom]: Group(
+                self.names[atom],
+                atom.size,
+                tuple(self.names[h] for h in self.parents.get(atom, ())),
+                fixed=atom.pinned is not None,
+            )
+            for atom in atoms
+        }
+
+    def expressions(self) -> dict[str, tuple[Expression, ...]]:
+        """For each parameter the expression of each of its dimensions."""
+        return {name: self._parameter(name, tensor) for name, tensor in self.parameters.items()}
+
+    def pins(self) -> tuple[Pin, ...]:
+        """Every parameter axis, or factor of one, that stays put."""
+        found = []
+        for name, tensor in self.parameters.items():
+            for dim in range(tensor.ndim):
+                if name in self.unused:
+                    found.append(Pin(name, dim, tensor.shape[dim], "never read by the forward pass"))
+                    continue
+                seen = set()
+                for atom in self.axes.atoms(tensor.dims[dim]):
+                    if atom.pinned is not None and atom not in seen:
+                        seen.add(atom)
+                        found.append(Pin(name, dim, atom.size, atom.pinned.reason, *self._place(atom.pinned.node)))
+        return tuple(found)
+
+    def unknown_ops(self) -> tuple[UnknownOp, ...]:
+        """Operators without a rule, with the place of the first call of each."""
+        numbers: dict[str, list[int]] = {}
+        for number in self.solution.ledger.unknown:
+            numbers.setdefault(str(self.solution.nodes[number].target), []).append(number)
+        return tuple(UnknownOp(name, len(found), *self._place(found[0])[1:]) for name, found in numbers.items())
+
+    def constraints(self) -> Constraints:
+        """What tied which slots, and where pins were put."""
+        ledger = self.solution.ledger
+        ties = {
+            (a.name, i, b.name, j): Tie(slot(a, i), slot(b, j), *self._place(n))
+            for a, i, b, j, n in ledger.ties
+            if (a, i) != (b, j)
+        }
+        pins = {(t.name, d, why): SlotPin(slot(t, d), why, *self._place(n)) for t, d, why, n in ledger.pins}
+        return Constraints(tuple(ties.values()), tuple(pins.values()))
+
+    # -- inside ------------------------------------------------------------------------------------------------------
+
+    def _moving(self) -> list[Axis]:
+        """The unpinned atoms of parameters that are read, in the order in which they are met."""
+        found: dict[Axis, None] = {}
+        for name in self.order:
+            for axis in self.parameters[name].dims:
+                found.update(dict.fromkeys(a for a in self.axes.atoms(axis) if a.pinned is None))
+        return list(found)
+
+    def _names(self, atoms: Sequence[Axis]) -> dict[Axis, str]:
+        """Each atom by the module that makes it: the first whose parameter has the atom where results come out."""
+        wanted = set(atoms)
+        origin: dict[Axis, str] = {}
+        for produced in (True, False):
+            for name in self.order:
+                tensor = self.parameters[name]
+                for dim in range(tensor.ndim):
+                    if produced and not self._is_output(tensor, dim):
+                        continue
+                    for atom in self.axes.atoms(tensor.dims[dim]):
+                        if atom in wanted:
+                            module = name.rpartition(".")[0] or name
+                            origin.setdefault(atom, name if module.isdecimal() else module)
+        count = Counter(origin.values())
+        seen: Counter[str] = Counter()
+        names = {}
+        for atom, module in origin.items():
+            names[atom] = module if count[module] == 1 else f"{module}#{seen[module]}"
+            seen[module] += 1
+        return names
+
+    def _is_output(self, tensor: TypedTensor, dim: int) -> bool:
+        """A weight's first dimension, a vector's only one, or any behind a pinned one (the table of an embedding)."""
+        return dim == 0 or all(a.pinned is not None for axis in tensor.dims[:dim] for a in self.axes.atoms(axis))
+
+    def _parameter(self, name: str, tensor: TypedTensor) -> tuple[Expression, ...]:
+        if name in self.unused:
+            return tuple(Fixed(size) for size in tensor.shape)
+        labels: dict[Index, str] = {}
+        for axis in tensor.dims:
+            for index in self._indices(axis):
+                labels.setdefault(index, f"s{len(labels)}")
+        return tuple(self._expression(axis, labels) for axis in tensor.dims)
+
+    def _indices(self, axis: Axis) -> list[Index]:
+        """The sums to which the families in an axis refer."""
+        axis = self.axes.resolve(axis)
+        found = [index for child in axis.children for index in self._indices(child)]
+        if axis.kind is Kind.FAMILY and axis.index is not None:
+            found.insert(0, axis.index.find())
+        return found
+
+    def _expression(self, axis: Axis, labels: Mapping[Index, str]) -> Expression:
+        axis = self.axes.resolve(axis)
+        if axis.kind is Kind.ATOM:
+            return Ref(self.names[axis]) if axis in self.names else Fixed(axis.size)
+        if axis.kind is Kind.FAMILY:
+            assert axis.index is not None
+            return Family(labels[axis.index.find()], tuple(self._expression(c, labels) for c in axis.children))
+        if axis.kind is Kind.PRODUCT:
+            return _product([self._expression(factor, labels) for factor in self.axes.factors(axis)])
+        assert axis.index is not None
+        name = labels.get(axis.index.find())
+        if name is not None:
+            return Label(name, Sum(tuple(self._expression(child, labels) for child in axis.children)))
+        return _sum([self._expression(part, labels) for part in self.axes.parts(axis)])
+
+    def _place(self, number: int) -> tuple[str | None, str | None, str | None]:
+        if number < 0:
+            return None, None, None
+        node: fx.Node = self.solution.nodes[number]
+        operator = str(node.target) if node.op == "call_function" else None
+        return operator, node.meta.get("module"), node.meta.get("source")
+
+
+def slot(tensor: TypedTensor, dim: int) -> str:
+    """The name of one dimension of one tensor in the graph of constraints."""
+    return f"{tensor.name}[{dim}]" if dim >= 0 else f"{tensor.name}[values]"
+
+
+def _product(factors: Sequence[Expression]) -> Expression:
+    """A product in which neighbouring fixed factors are one."""
+    merged: list[Expression] = []
+    for factor in factors:
+        if isinstance(factor, Fixed) and merged and isinstance(merged[-1], Fixed):
+            merged[-1] = Fixed(merged[-1].size * factor.size)
+        elif factor != Fixed(1):
+            merged.append(factor)
+    return merged[0] if len(merged) == 1 else Product(tuple(merged)) if merged else Fixed(1)
+
+
+def _sum(parts: Sequence[Expression]) -> Expression:
+    """A sum in which neighbouring fixed parts are one."""
+    merged: list[Expression] = []
+    for part in parts:
+        if isinstance(part, Fixed) and merged and isinstance(merged[-1], Fixed):
+            merged[-1] = Fixed(merged[-1].size + part.size)
+        else:
+            merged.append(part)
+    return merged[0] if len(merged) == 1 else Sum(tuple(merged))
