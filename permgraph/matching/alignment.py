@@ -1,0 +1,185 @@
+"""`align`: bring one network to another, with any matcher."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from permgraph.errors import MismatchError
+from permgraph.matching.result import Matcher, MatchResult, Outcome, Progress, Sweep
+from permgraph.matching.weight_matching import WeightMatching
+from permgraph.spec import PermutationSpec
+
+if TYPE_CHECKING:
+    from permgraph.permutation import Permutation
+
+log = logging.getLogger(__name__)
+
+Network = nn.Module | Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """B, renumbered so that it corresponds to A.
+
+    Attributes:
+        permutation: the element of the spec's group that was applied to B.
+        state_dict: B's state dict after it, in B's dtypes and on A's devices; tied names share their tensor.
+        result: what the matcher reported; its figures are also attributes here.
+    """
+
+    permutation: Permutation
+    state_dict: dict[str, torch.Tensor]
+    result: MatchResult
+    _module: nn.Module | None = field(default=None, repr=False)
+
+    @property
+    def objective(self) -> float:
+        """Of the permutation found, as the matcher defines it; higher is better."""
+        return self.result.objective
+
+    @property
+    def objective_before(self) -> float:
+        """Of B as it was given."""
+        return self.result.objective_before
+
+    @property
+    def history(self) -> tuple[Sweep, ...]:
+        """One record per sweep."""
+        return self.result.history
+
+    @property
+    def outcome(self) -> Outcome:
+        """Why the matcher stopped: "converged", "sweep limit" or "interrupted"."""
+        return self.result.outcome
+
+    @property
+    def sweeps(self) -> int:
+        """How many passes over the groups it made."""
+        return self.result.sweeps
+
+    @property
+    def seconds(self) -> float:
+        """How long the matcher took."""
+        return self.result.seconds
+
+    @property
+    def seed(self) -> int:
+        """What all random choices followed from."""
+        return self.result.seed
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What else there is to know, in sentences."""
+        return self.result.notes
+
+    def model(self) -> nn.Module:
+        """A copy of B's module with the aligned weights; in B's mode, on A's devices.
+
+        Raises:
+            MismatchError: `align` was given state dicts, so that there is no module to copy.
+        """
+        if self._module is None:
+            raise MismatchError(
+                "align() was given state dicts, so it has no module to return: load .state_dict into one of your own"
+            )
+        model = copy.deepcopy(self._module)
+        # Assigning tensor by tensor keeps ties, also those that the module makes between parameters.
+        devices = {tensor.device for tensor in self.state_dict.values()}
+        if len(devices) == 1:
+            model.to(next(iter(devices)))
+        model.load_state_dict(self.state_dict)
+        return model
+
+    def __str__(self) -> str:
+        return (
+            f"{self.outcome} after {self.sweeps} sweeps in {self.seconds:.2f} s: objective {self.objective_before:.6g} "
+            f"-> {self.objective:.6g}" + "".join(f"\n{note}" for note in self.notes)
+        )
+
+
+def align(
+    model_a: Network,
+    model_b: Network,
+    matcher: Matcher | None = None,
+    *,
+    spec: PermutationSpec | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Alignment:
+    """Renumber B's hidden units, channels, heads and experts so that B corresponds to A.
+
+    The function that B computes is unchanged. Neither model is modified.
+
+    Args:
+        model_a, model_b: modules, or state dicts when `spec` is given. The two may differ in device and dtype.
+        matcher: how to choose the permutation; `WeightMatching()` by default.
+        spec: the symmetries; inferred from `model_a` if it is a module.
+        seed: for all random choices.
+        progress: called with a `Sweep` after each sweep of the matcher.
+
+    Raises:
+        MismatchError: the models differ in their parameters, or do not fit the spec, or state dicts came without one.
+
+    Example:
+        >>> spec = PermutationSpec.parse('''
+        ... 0.weight  3x2  hidden .
+        ... 2.weight  1x3  . hidden
+        ... groups: hidden 3
+        ... ''')
+        >>> a = {"0.weight": torch.tensor([[1.0, 0], [0, 1], [1, 1]]), "2.weight": torch.tensor([[1.0, 2, 3]])}
+        >>> b = {"0.weight": torch.tensor([[0.0, 1], [1, 1], [1, 0]]), "2.weight": torch.tensor([[2.0, 3, 1]])}
+        >>> align(a, b, spec=spec).state_dict["0.weight"].tolist()
+        [[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]
+    """
+    a, b = _state(model_a), _state(model_b)
+    _require_alike(a, b)
+    if spec is None:
+        if not isinstance(model_a, nn.Module):
+            raise MismatchError("state dicts do not say what their model computes: give align() a spec= with them")
+        from permgraph.infer import auto_spec
+
+        spec = auto_spec(model_a)
+    spec.check(a)
+    spec.check(b)
+    if matcher is None:
+        matcher = WeightMatching()
+    result = matcher.match(a, b, spec, seed, progress)
+    aligned = result.permutation.apply(b)
+    moved: dict[int, torch.Tensor] = {}
+    for name, tensor in aligned.items():
+        if id(tensor) not in moved:
+            moved[id(tensor)] = tensor.to(a[name].device) if isinstance(tensor, torch.Tensor) else tensor
+        aligned[name] = moved[id(tensor)]
+    for note in result.notes:
+        log.info(note)
+    return Alignment(result.permutation, aligned, result, model_b if isinstance(model_b, nn.Module) else None)
+
+
+def _state(model: Network) -> Mapping[str, torch.Tensor]:
+    if isinstance(model, nn.Module):
+        return model.state_dict()
+    if isinstance(model, Mapping):
+        return model
+    raise MismatchError(f"align() takes modules or state dicts, not a {type(model).__name__}")
+
+
+def _require_alike(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> None:
+    for name, tensor in a.items():
+        if name not in b:
+            raise MismatchError(f"B has no {name!r}, which A has with shape {_shape(tensor)}")
+        if _shape(tensor) != _shape(b[name]):
+            raise MismatchError(f"{name!r} has shape {_shape(tensor)} in A but {_shape(b[name])} in B")
+    for name, tensor in b.items():
+        if name not in a:
+            raise MismatchError(f"A has no {name!r}, which B has with shape {_shape(tensor)}")
+
+
+def _shape(value: object) -> tuple[int, ...]:
+    return tuple(getattr(value, "shape", ()))

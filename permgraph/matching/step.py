@@ -1,0 +1,120 @@
+"""One step of coordinate ascent: the best renumbering of one move's groups, all others at rest."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from permgraph.matching.assignment import Solver, assign
+from permgraph.matching.moves import Node
+from permgraph.spec import PermutationSpec
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """The two models as a step sees them.
+
+    Attributes:
+        spec: what may move.
+        a, b: tensors by parameter, B's at the present permutation.
+        free: groups whose permutation is not known yet.
+        solver: for the assignments.
+        memory: bytes that the Gram matrices of nested groups may take at a time.
+    """
+
+    spec: PermutationSpec
+    a: Tensors
+    b: Tensors
+    free: Collection[str] = ()
+    solver: Solver = "auto"
+    memory: int = 1 << 29
+
+
+def gram(scene: Scene, node: Node, rows: slice = slice(None), columns: slice = slice(None)) -> torch.Tensor | None:
+    """The Gram matrix of one group, over every place where it stands; None if it stands in none by itself.
+
+    `rows` are of A and `columns` of B, along the axis of the move's root.
+    """
+    total: torch.Tensor | None = None
+    for place in node.places:
+        name = place.block.parameter
+        a, b = place.block.view(scene.a[name]), place.block.view(scene.b[name])
+        cut = (slice(None),) * place.own[0]
+        term = place.gram(a[(*cut, rows)], b[(*cut, columns)], scene.free)
+        total = term if total is None else total.add_(term)
+    return total
+
+
+def values(scene: Scene, node: Node, rows: slice = slice(None), columns: slice = slice(None)) -> torch.Tensor:
+    """What each pairing of the group's indices is worth, with the best assignments inside it.
+
+    Shape: (*sizes of batch, then a pair of axes for each group of the chain).
+    """
+    total = gram(scene, node, rows, columns)
+    for inner in node.inner:
+        inside = values(scene, inner, rows, columns)
+        best = assign(inside, maximise=True, solver=scene.solver, name=f"the Gram matrix of {inner.group}").value
+        worth = torch.from_numpy(np.asarray(best)).to(inside)
+        # A parent at rest that this group is not over holds separate assignments, whose values add up.
+        extra = [axis for axis, parent in enumerate(inner.batch) if parent not in node.batch]
+        worth = worth.sum(extra) if extra else worth
+        total = worth if total is None else total.add_(worth)
+    assert total is not None, f"{node.group} stands nowhere"
+    return total
+
+
+def outer_values(scene: Scene, root: Node) -> torch.Tensor:
+    """`values` of a move's root (*batch, n, n), in portions that fit the memory where groups are nested."""
+    n = scene.spec.groups[root.group].size
+    need = max((_bytes(scene, node) for node in root.nodes() if node is not root), default=0)
+    if need <= scene.memory:
+        return values(scene, root)
+    across = n if need // n <= scene.memory else max(1, n * n * scene.memory // need)
+    down = max(1, min(n, n * scene.memory // need))
+    return torch.cat(
+        [
+            torch.cat(
+                [values(scene, root, slice(i, i + down), slice(j, j + across)) for j in range(0, n, across)], dim=-1
+            )
+            for i in range(0, n, down)
+        ],
+        dim=-2,
+    )
+
+
+def _bytes(scene: Scene, node: Node) -> int:
+    groups = scene.spec.groups
+    batch, chain = (math.prod(groups[name].size for name in names) for names in (node.batch, node.chain))
+    return batch * chain**2 * next(iter(scene.a.values())).element_size()
+
+
+def choose(worth: torch.Tensor, solver: Solver, name: str) -> tuple[np.ndarray, float]:
+    """The best renumbering (*batch, n) for the values (*batch, n, n), and what it gains over the identity.
+
+    Where indices can stay without loss they do: of the best assignment's cycles, those that gain no more than
+    rounding are undone. So ties, dead units for instance, never move, and nothing moves in circles for ever.
+    """
+    columns = assign(worth, maximise=True, solver=solver, name=f"the Gram matrix of {name}").columns
+    n = columns.shape[-1]
+    flat = columns.reshape(-1, n)
+    table = worth.reshape(-1, n, n)
+    index = torch.from_numpy(flat).to(worth.device)
+    new = table.gather(2, index[:, :, None])[:, :, 0].double().cpu().numpy()
+    old = table.diagonal(dim1=1, dim2=2).double().cpu().numpy()
+    nodes = np.arange(flat.size)
+    target = (flat + np.arange(len(flat))[:, None] * n).reshape(-1)
+    links = coo_array((np.ones(flat.size, dtype=np.int8), (nodes, target)), shape=(flat.size, flat.size))
+    count, cycle = connected_components(links, directed=False)
+    gains = np.bincount(cycle, (new - old).reshape(-1), count)
+    rounding = 16 * torch.finfo(worth.dtype).eps * np.bincount(cycle, (np.abs(new) + np.abs(old)).reshape(-1), count)
+    worthwhile = gains > rounding
+    settled = np.where(worthwhile[cycle].reshape(flat.shape), flat, np.arange(n))
+    return settled.reshape(columns.shape), float(gains[worthwhile].sum())

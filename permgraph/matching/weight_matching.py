@@ -1,0 +1,277 @@
+"""Weight matching: coordinate ascent over linear assignment problems.
+
+Ainsworth, Hayase & Srinivasa, "Git Re-Basin: Merging Models modulo Permutation Symmetries", 2022, section 3.2; here
+over any spec, with dependent groups by nested assignment, and with no Gram matrix computed twice for nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias
+
+import numpy as np
+import torch
+
+from permgraph.errors import MismatchError, PermgraphError
+from permgraph.matching.assignment import Solver
+from permgraph.matching.moves import Move, Plan
+from permgraph.matching.objective import STATISTICS, Objective, Pair, StateDict, Weights, pair
+from permgraph.matching.renumber import Arrays, act, compose
+from permgraph.matching.result import MatchResult, Outcome, Progress, Sweep
+from permgraph.matching.step import Scene, choose, outer_values
+from permgraph.permutation import Permutation
+from permgraph.spec import PermutationSpec
+
+log = logging.getLogger(__name__)
+
+Init: TypeAlias = Permutation | Literal["identity", "barycentre"] | None
+
+
+@dataclass(frozen=True)
+class WeightMatching:
+    """Maximise the sum over parameters of <A_p, pi(B_p)> over the spec's group, one group at a time.
+
+    With all other groups at rest the best permutation of one is a linear assignment. A group with others fibred over
+    it is solved with them by nesting: what it is worth to match two heads is the best assignment of the channels
+    inside. A group that meets itself in one parameter, as the hidden units of a recurrent layer do, makes the step
+    quadratic: it is linearised, held back until the objective rises, and left out if it never does. So the objective
+    never falls, and a run ends when no step raises it.
+
+    Args:
+        max_sweeps: stop after so many passes over the groups.
+        restarts: how many runs to make; the best is kept. The first begins at `init`; the others at random
+            permutations, or at the barycentre in another order.
+        init: where to begin: a `Permutation` of the spec, "identity", or "barycentre" (the mean over the whole group:
+            a group is first matched as if every permutation of those not yet matched were equally likely).
+        objective: "inner"; "cosine", where every tensor counts alike whatever its norm; or "l2", which has the same
+            best permutation as "inner" and reports minus the squared distance.
+        weights: how much each tensor counts: a mapping from its name, or a function of name and A's tensor, to a
+            number or to a tensor of its shape (diagonal Fisher information, say). Names left out count 1.
+        ignore: patterns (as in `fnmatch`) of names that are permuted, but are no evidence.
+        order: in which order the groups take their turns: "random", anew for each sweep, or "given", as in the spec.
+        solver: for the assignments, see `assign`.
+        dtype: in which to compute; by default float64 where both models are, else float32.
+
+    References:
+        Ainsworth, Hayase & Srinivasa 2022, section 3.2.
+    """
+
+    max_sweeps: int = 100
+    restarts: int = 1
+    init: Init = None
+    objective: Objective = "inner"
+    weights: Weights | None = None
+    ignore: Sequence[str] = STATISTICS
+    order: Literal["random", "given"] = "random"
+    solver: Solver = "auto"
+    dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_sweeps < 0 or self.restarts < 1:
+            raise PermgraphError(
+                f"max_sweeps={self.max_sweeps} and restarts={self.restarts}: give 0 or more sweeps and at least one run"
+            )
+        if self.order not in ("random", "given"):
+            raise PermgraphError(f"unknown order {self.order!r}; choose 'random' or 'given'")
+        if isinstance(self.init, str) and self.init not in ("identity", "barycentre"):
+            raise PermgraphError(f"unknown init {self.init!r}; choose 'identity', 'barycentre' or a Permutation")
+
+    def match(
+        self, a: StateDict, b: StateDict, spec: PermutationSpec, seed: int = 0, progress: Progress | None = None
+    ) -> MatchResult:
+        """Find the permutation of B that brings it to A.
+
+        Args:
+            a, b: state dicts that fit the spec; on any devices, in any floating dtype.
+            spec: the group, and where it acts.
+            seed: for the order of the groups and for restarts.
+            progress: called after each sweep.
+
+        Raises:
+            MismatchError: a state dict, or `init`, does not fit the spec.
+            NonFiniteError: a weight is NaN or infinite.
+        """
+        started = time.perf_counter()
+        if isinstance(self.init, Permutation) and self.init.spec != spec:
+            raise MismatchError("init is a permutation of another spec than the one to match over")
+        compared = pair(
+            a, b, spec, objective=self.objective, weights=self.weights, ignore=self.ignore, dtype=self.dtype
+        )
+        plan = Plan(spec, compared.a)
+        before = compared.objective(compared.b)
+        best: _Ascent | None = None
+        runs: list[float] = []
+        for run, stream in enumerate(np.random.SeedSequence(seed).spawn(self.restarts)):
+            ascent = _Ascent(self, compared, plan, np.random.default_rng(stream), started)
+            ascent.begin(run)
+            ascent.climb(progress)
+            runs.append(ascent.objective)
+            if best is None or ascent.objective > best.objective:
+                best = ascent
+            if ascent.outcome == "interrupted":
+                best.outcome = "interrupted"
+                break
+        assert best is not None
+        result = MatchResult(
+            permutation=best.permutation,
+            objective=best.objective,
+            objective_before=before,
+            outcome=best.outcome,
+            history=tuple(best.history),
+            runs=tuple(runs),
+            seed=seed,
+            notes=() if plan.moves else ("nothing to permute: no group of the spec stands in a compared parameter",),
+        )
+        return replace(result, seconds=time.perf_counter() - started)
+
+
+class _Ascent:
+    """One run: the present permutation, B at it, and which moves may still raise the objective."""
+
+    def __init__(
+        self, how: WeightMatching, compared: Pair, plan: Plan, rng: np.random.Generator, started: float
+    ) -> None:
+        self.how, self.compared, self.plan, self.rng, self.started = how, compared, plan, rng, started
+        self.spec = plan.spec
+        self.arrays: Arrays = {}
+        self.b = dict(compared.b)
+        self.free: set[str] = set()
+        self.stale = set(range(len(plan.moves)))
+        self.neighbours = _neighbours(plan)
+        self.history: list[Sweep] = []
+        self.outcome: Outcome = "sweep limit"
+        self.objective = -np.inf
+
+    def begin(self, run: int) -> None:
+        """Go to the starting point of one of the runs."""
+        if self.how.init == "barycentre":
+            self.free = {name for move in self.plan.moves for name in move.groups}
+        elif run > 0:
+            self._go(self.spec.random(self.rng))
+        elif isinstance(self.how.init, Permutation):
+            self._go(self.how.init)
+        self.objective = self.compared.objective(self.b)
+
+    def _go(self, permutation: Permutation) -> None:
+        self.arrays = dict(permutation.arrays)
+        self.b = {name: permutation.apply_to(name, tensor) for name, tensor in self.b.items()}
+
+    @property
+    def permutation(self) -> Permutation:
+        return Permutation(self.spec, self.arrays)
+
+    def climb(self, progress: Progress | None) -> None:
+        """Sweep until no move helps, or the limit, or Ctrl-C."""
+        try:
+            while self.stale and len(self.history) < self.how.max_sweeps:
+                self._sweep()
+                log.debug("%s", self.history[-1])
+                if progress is not None:
+                    progress(self.history[-1])
+            if not self.stale:
+                self.outcome = "converged"
+        except KeyboardInterrupt:
+            self.outcome = "interrupted"
+            self.objective = self.compared.objective(self.b)
+
+    def _sweep(self) -> None:
+        before = dict(self.arrays)
+        gains: dict[str, float] = {}
+        count = len(self.plan.moves)
+        order = self.rng.permutation(count).tolist() if self.how.order == "random" else list(range(count))
+        # A move made stale on the way takes its turn in this sweep if that is still to come, else in the next.
+        for number in order:
+            if number in self.stale:
+                name = self.plan.moves[number].name
+                gains[name] = gains.get(name, 0.0) + self._step(number, self.plan.moves[number])
+        self.objective = self.compared.objective(self.b)
+        self.history.append(
+            Sweep(
+                len(self.history) + 1,
+                self.objective,
+                {name: moved for name, now in self.arrays.items() if (moved := _differing(now, before.get(name)))},
+                {name: gain * self.compared.scale for name, gain in gains.items() if gain},
+                time.perf_counter() - self.started,
+            )
+        )
+
+    def _step(self, number: int, move: Move) -> float:
+        """Take one move if it raises the objective; what it gained."""
+        unknown = bool(self.free)
+        scene = Scene(self.spec, self.compared.a, self.b, self.free - move.groups, self.how.solver)
+        worth = outer_values(scene, move.root)
+        self.stale.discard(number)
+        plain = not move.root.inner and not move.bent
+        if plain or unknown:
+            columns, gain = choose(worth, self.how.solver, move.name)
+            step, new = self._follow(move, columns, scene)
+        else:
+            step, new, gain = self._held_back(move, worth, scene)
+        self.free -= move.groups
+        if gain <= 0 and not unknown:
+            return 0.0
+        if step:
+            self.arrays.update(compose(self.spec, step, self.arrays))
+            self.b.update(new)
+            self.stale |= self.neighbours[number]
+            if move.bent:
+                self.stale.add(number)
+        return gain
+
+    def _follow(self, move: Move, columns: np.ndarray, scene: Scene) -> tuple[Arrays, dict[str, torch.Tensor]]:
+        """The step that renumbers the root so, and then chooses the best inside it; and B's tensors after it."""
+        step: Arrays = {}
+        new: dict[str, torch.Tensor] = {}
+        if (columns != np.arange(columns.shape[-1])).any():
+            step = {move.name: columns}
+            new = {name: act(self.spec, step, name, scene.b[name]) for name in move.parameters}
+        for inner in move.then:
+            within = replace(scene, b={**scene.b, **new})
+            chosen, _ = choose(outer_values(within, inner.root), self.how.solver, inner.name)
+            then, changed = self._follow(inner, chosen, within)
+            step = {**step, **compose(self.spec, then, step)}
+            new.update(changed)
+        return step, new
+
+    def _held_back(
+        self, move: Move, worth: torch.Tensor, scene: Scene
+    ) -> tuple[Arrays, dict[str, torch.Tensor], float]:
+        """The step, tried with more and more weight on staying, until the objective itself rises."""
+        rounding = 16 * torch.finfo(worth.dtype).eps * abs(self.compared.inner(move.parameters, self.b))
+        diagonal = worth.diagonal(dim1=-2, dim2=-1)
+        pull = 0.0
+        for _ in range(8 if move.bent else 1):
+            columns, promised = choose(worth, self.how.solver, move.name)
+            step, new = self._follow(move, columns, scene)
+            if not step:
+                break
+            gain = self.compared.inner(new, new) - self.compared.inner(new, self.b)
+            if gain > rounding:
+                return step, new, gain
+            moved = int(np.sum(columns != np.arange(columns.shape[-1])))
+            pull = 2 * pull if pull else 0.5 * promised / max(1, moved)
+            diagonal += pull
+        return {}, {}, 0.0
+
+
+def _differing(now: np.ndarray, before: np.ndarray | None) -> int:
+    return int((now != (np.arange(now.shape[-1]) if before is None else before)).sum())
+
+
+def _neighbours(plan: Plan) -> tuple[set[int], ...]:
+    """For each move, those others whose Gram matrices depend on where its groups stand."""
+    reach = [set(move.groups | move.carried) for move in plan.moves]
+    found: list[set[int]] = []
+    for number, move in enumerate(plan.moves):
+        met = {
+            leaf.group
+            for name in move.groups
+            for block in plan.standing[name]
+            for leaf in block.leaves
+            if leaf.group is not None
+        }
+        found.append({other for other in range(len(plan.moves)) if other != number and reach[other] & met})
+    return tuple(found)
