@@ -2,15 +2,49 @@
 
 from __future__ import annotations
 
-from permgraph.connectivity import Barrier, barrier, evaluate_on, interpolate, recalibrate_batchnorm, repair
+from permgraph import errors
+from permgraph.capture import Captured, ExampleInputs, capture, input_finder
+from permgraph.connectivity import (
+    Barrier,
+    ChannelStatistics,
+    barrier,
+    channel_statistics,
+    evaluate_on,
+    interpolate,
+    recalibrate_batchnorm,
+    repair,
+)
+from permgraph.infer import auto_spec
+from permgraph.matching import Alignment, Matcher, MatchResult, WeightMatching, align
+from permgraph.permutation import Permutation
+from permgraph.rules import rule
+from permgraph.spec import Group, PermutationSpec
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Alignment",
     "Barrier",
+    "Captured",
+    "ChannelStatistics",
+    "ExampleInputs",
+    "Group",
+    "MatchResult",
+    "Matcher",
+    "Permutation",
+    "PermutationSpec",
+    "WeightMatching",
+    "__version__",
+    "align",
+    "auto_spec",
     "barrier",
+    "capture",
+    "channel_statistics",
+    "errors",
     "evaluate_on",
+    "input_finder",
     "interpolate",
     "recalibrate_batchnorm",
     "repair",
+    "rule",
 ]

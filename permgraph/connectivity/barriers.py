@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from permgraph.connectivity.evaluation import require_eval_mode, undisturbed
-from permgraph.connectivity.interpolation import interpolate
+from permgraph.connectivity.interpolation import as_state_dict, check_same_keys, interpolate
 from permgraph.errors import EvaluationError
 
 if TYPE_CHECKING:
@@ -190,6 +190,9 @@ def barrier(
     template = next((network for network in (model, a, b) if isinstance(network, nn.Module)), None)
     if template is None:
         raise EvaluationError("a and b are both state dicts: pass the module that runs them as model=...")
+    check_same_keys(as_state_dict(a), as_state_dict(b))
+    if model is not None:
+        check_same_keys(as_state_dict(a), model.state_dict(), ("a", "model"))
     curves: dict[str, list[float]] = {}
     with undisturbed():
         scratch = copy.deepcopy(template)

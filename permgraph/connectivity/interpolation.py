@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from permgraph.errors import MismatchError
 
-StateDict = Mapping[str, Tensor]
+StateDict = Mapping[str, Any]
 
 
 def interpolate(a: StateDict | nn.Module, b: StateDict | nn.Module, t: float) -> dict[str, Tensor]:
@@ -62,26 +63,29 @@ def as_state_dict(network: StateDict | nn.Module) -> StateDict:
     return network.state_dict() if isinstance(network, nn.Module) else network
 
 
-def check_same_keys(a: StateDict, b: StateDict) -> None:
+def check_same_keys(a: StateDict, b: StateDict, names: tuple[str, str] = ("a", "b")) -> None:
     """Refuse two state dicts of different keys, shapes or kinds, naming the first difference."""
+    one, other = names
     for name, x in a.items():
         if name not in b:
-            raise MismatchError(f"{name!r} is in a but not in b{_prefix_hint(name, b)}")
+            raise MismatchError(f"{name!r} is in {one} but not in {other}{_prefix_hint(name, b)}")
         y = b[name]
         if not isinstance(x, Tensor) or not isinstance(y, Tensor):
             continue
         if x.shape != y.shape:
-            raise MismatchError(f"{name!r} has shape {tuple(x.shape)} in a but {tuple(y.shape)} in b")
+            raise MismatchError(f"{name!r} has shape {tuple(x.shape)} in {one} but {tuple(y.shape)} in {other}")
         if _is_continuous(x) != _is_continuous(y):
-            raise MismatchError(f"{name!r} is {x.dtype} in a but {y.dtype} in b: one is an integer and one is not")
-        for side, tensor in (("a", x), ("b", y)):
+            raise MismatchError(
+                f"{name!r} is {x.dtype} in {one} but {y.dtype} in {other}: one is an integer and one is not"
+            )
+        for side, tensor in ((one, x), (other, y)):
             if tensor.is_meta:
                 raise MismatchError(f"{name!r} in {side} is on the meta device, without values: load the weights first")
             if tensor.is_quantized:
                 raise MismatchError(f"{name!r} in {side} is quantised: dequantise the network first")
     for name in b:
         if name not in a:
-            raise MismatchError(f"{name!r} is in b but not in a{_prefix_hint(name, a)}")
+            raise MismatchError(f"{name!r} is in {other} but not in {one}{_prefix_hint(name, a)}")
 
 
 def _prefix_hint(name: str, other: StateDict) -> str:

@@ -1,0 +1,156 @@
+"""The house rules that a machine can keep: who imports whom, what is documented, what runs."""
+
+from __future__ import annotations
+
+import ast
+import doctest
+import importlib
+import inspect
+import pkgutil
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+import permgraph as pg
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "permgraph"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+LEFT = ("capture", "axes", "rules", "solve", "dependence", "write", "infer")
+RIGHT = ("permutation", "matching", "connectivity", "merge")
+GLUE = ("__init__", "verify", "cli")  # may join the two sides
+
+
+def _module_name(source: Path) -> str:
+    parts = source.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _room(source: Path) -> str:
+    return source.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def _imports(tree: ast.AST, *, inside_functions: bool) -> Iterator[str]:
+    """Yield the modules that a file imports when it is run, so not those under ``if TYPE_CHECKING``."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            yield from _imports(ast.Module(node.orelse, []), inside_functions=inside_functions)
+        elif inside_functions or not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            yield from _imports(node, inside_functions=inside_functions)
+
+
+def _imports_of(source: Path, *, inside_functions: bool) -> list[str]:
+    return list(_imports(ast.parse(source.read_text()), inside_functions=inside_functions))
+
+
+def _is_one_of(name: str, modules: tuple[str, ...]) -> bool:
+    return any(name == module or name.startswith(module + ".") for module in modules)
+
+
+def test_the_import_finder_finds_imports() -> None:
+    text = """
+if TYPE_CHECKING:
+    import a
+else:
+    import b
+try:
+    import c.d
+except ImportError:
+    from e import f
+def g():
+    import h
+class I:
+    def j(self):
+        from k import l
+"""
+    assert list(_imports(ast.parse(text), inside_functions=False)) == ["b", "c.d", "e.f"]
+    assert list(_imports(ast.parse(text), inside_functions=True)) == ["b", "c.d", "e.f", "h", "k.l"]
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=_module_name)
+def test_symbols_and_numbers_stay_apart(source: Path) -> None:
+    room = _room(source)
+    if room in LEFT:
+        numeric = ("scipy", *(f"permgraph.{right}" for right in RIGHT))
+        assert not [name for name in _imports_of(source, inside_functions=True) if _is_one_of(name, numeric)]
+    elif room in RIGHT:
+        symbolic = tuple(f"permgraph.{left}" for left in LEFT)
+        assert not [name for name in _imports_of(source, inside_functions=False) if _is_one_of(name, symbolic)]
+    elif room not in GLUE:  # the waist: data that both sides share
+        both = ("scipy", *(f"permgraph.{side}" for side in LEFT + RIGHT))
+        assert not [name for name in _imports_of(source, inside_functions=False) if _is_one_of(name, both)]
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=_module_name)
+def test_optional_dependencies_are_imported_where_they_are_used(source: Path) -> None:
+    optional = ("matplotlib", "torchvision", "timm", "transformers", "rich", "sklearn")
+    assert not [name for name in _imports_of(source, inside_functions=False) if _is_one_of(name, optional)]
+
+
+def _modules() -> list[ModuleType]:
+    found = pkgutil.walk_packages(pg.__path__, prefix="permgraph.")
+    return [pg, *(importlib.import_module(module.name) for module in found if not module.name.endswith("__main__"))]
+
+
+def test_every_public_name_is_there_and_documented() -> None:
+    assert sorted(set(pg.__all__)) == sorted(pg.__all__)
+    for name in pg.__all__:
+        value = getattr(pg, name)
+        assert name == "errors" or not isinstance(value, ModuleType), (
+            f"permgraph.{name} is a module, not what it should name"
+        )
+        if name.startswith("__"):
+            continue
+        assert inspect.getdoc(value), f"permgraph.{name} has no docstring"
+        if inspect.isclass(value):
+            for member, thing in vars(value).items():
+                if not member.startswith("_") and (inspect.isfunction(thing) or isinstance(thing, property)):
+                    assert inspect.getdoc(thing), f"permgraph.{name}.{member} has no docstring"
+
+
+def test_every_error_is_a_permgraph_error() -> None:
+    errors = [value for _, value in inspect.getmembers(importlib.import_module("permgraph.errors"), inspect.isclass)]
+    assert errors
+    assert all(issubclass(error, pg.errors.PermgraphError) and error.__doc__ for error in errors)
+
+
+def test_every_module_says_what_it_is() -> None:
+    assert not [module.__name__ for module in _modules() if not module.__doc__]
+
+
+def test_examples_in_docstrings_run() -> None:
+    """With ``torch``, ``nn`` and ``pg`` at hand, as the documentation says."""
+    tried = 0
+    for module in _modules():
+        names = {"torch": torch, "nn": torch.nn, "pg": pg}
+        result = doctest.testmod(module, extraglobs=names, optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+        assert result.failed == 0, f"an example in {module.__name__} does not run as written (see above)"
+        tried += result.attempted
+    assert tried > 10
+
+
+def _tracked() -> list[Path]:
+    try:
+        listed = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+        return [ROOT / line for line in listed.splitlines()]
+    except (OSError, subprocess.CalledProcessError):  # an unpacked source archive
+        return [path for path in ROOT.rglob("*") if not any(part.startswith(".") for part in path.parts)]
+
+
+def test_no_paths_of_anybody_s_machine() -> None:
+    home = re.compile(r"(/home/\w+|/root/|/Users/\w+|/work/|[A-Z]:\\Users)")
+    texts = {".py", ".md", ".toml", ".yml", ".txt", ".html", ".json", ".css", ""}
+    readable = [path for path in _tracked() if path.suffix in texts and path.is_file() and path != Path(__file__)]
+    lines = ((path.relative_to(ROOT), line) for path in readable for line in path.read_text().splitlines())
+    assert not [f"{path}: {line}" for path, line in lines if home.search(line)]
