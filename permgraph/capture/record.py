@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from permgraph.capture.frames import locate
+from permgraph.capture.known import KnownValues
 from permgraph.capture.state import strided_like
 from permgraph.errors import CaptureError
 
@@ -34,8 +36,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     A tensor is known by the identity of its Python object. All of them are kept alive until the recorder goes, so
     that no `id` is used twice; an in-place operator returns the object that it was given, and moves it to the new node.
 
-    `adopt` is asked about a tensor that nobody has seen; it returns the placeholder's kind, its names and the tensor
-    to compute with in its place (which may be the tensor itself).
+    `adopt` is asked about a tensor that nobody has seen; it returns its names and the tensor to compute with in its
+    place (which may be the tensor itself). `known` keeps values beside fake tensors.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         stop: CodeType,
         adopt: Callable[[Tensor], tuple[tuple[str, ...], Tensor]],
         limits: Limits,
+        known: KnownValues | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.graph = fx.Graph()
@@ -54,6 +57,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._stop = stop
         self._adopt = adopt
         self._limits = limits
+        self._known = known
         self._deadline = None if limits.max_seconds is None else time.monotonic() + limits.max_seconds
         self._count = 0
         self._nodes: dict[int, fx.Node] = {}
@@ -75,10 +79,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         last = self._last_placeholder
         anchor = self.graph.inserting_after(last) if last is not None else self.graph.inserting_before(None)
         with anchor:
-            node = self.graph.placeholder(names[0].replace(".", "_") if names else kind)
+            node = self.graph.placeholder(re.sub(r"\W", "_", names[0] if names else kind))
         node.meta.update(val=self._val(tensor), module="", source=None, kind=kind, names=names)
         if real is not None:
             node.meta["real"] = real
+            if self._known is not None:
+                self._known.remember(tensor, real)
         self._last_placeholder = node
         for held in (tensor, *aliases):
             self._bind(held, node)
@@ -112,10 +118,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             args = tuple([self._substitute(a) for a in args])
             kwargs = {k: self._substitute(v) for k, v in kwargs.items()}
         if torch.Tag.inplace_view in func.tags:
-            # The operator changes this object's shape, and the nodes behind must keep the old one.
-            self._nodes[id(args[0])].meta["val"] = self._snapshot(args[0])
+            self._keep_shape(args[0])
 
-        result = func(*args, **kwargs)
+        result = self._execute(func, args, kwargs)
 
         module, source = locate(self._paths, self._stop)
         name = func._schema.name.rpartition(":")[2]
@@ -131,6 +136,26 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         output.meta.update(val=[node.meta["val"] for node in nodes], module="", source=None)
         self.graph.lint()
         return self.graph
+
+    def _execute(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._known is None:
+            return func(*args, **kwargs)
+        known, real = self._known.before(func, args, kwargs)
+        if not known:
+            return func(*args, **kwargs)
+        answered, result = self._known.answer(func, real)
+        if not answered:
+            result = func(*args, **kwargs)
+        self._known.after(result, real)
+        return result
+
+    def _keep_shape(self, tensor: Tensor) -> None:
+        """An operator is about to change this object's shape: the nodes behind keep the old one."""
+        node: Any = self._nodes[id(tensor)]
+        kept = self._snapshot(tensor)
+        while isinstance(node, fx.Node) and node.meta["val"] is tensor:
+            node.meta["val"] = kept
+            node = node.args[0] if node.args else None  # an in-place chain holds one object many times
 
     def _check_limits(self) -> None:
         self._count += 1

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from permgraph.capture.captured import Captured
 from permgraph.capture.inputs import ExampleInputs, find_inputs
+from permgraph.capture.known import KnownValues
 from permgraph.capture.outputs import tensor_leaves
 from permgraph.capture.record import Limits, Recorder
 from permgraph.capture.state import StateTensor, state_tensors, strided_like
@@ -108,6 +109,10 @@ class _PassError(CaptureError):
         self.cause = cause
 
 
+class _TooLargeError(Exception):
+    """A pass on real tensors would need more memory than is reasonable."""
+
+
 def _attempt(subject: Subject, inputs: ExampleInputs, limits: Limits) -> Captured:
     """A fake pass, then where that asks for values a real one."""
     name = type(subject.core).__name__
@@ -125,6 +130,8 @@ def _attempt(subject: Subject, inputs: ExampleInputs, limits: Limits) -> Capture
         return _pass(subject, inputs, limits, "real", reason)
     except CaptureError:
         raise
+    except _TooLargeError as error:
+        raise _PassError(f"{name} cannot be captured on fake tensors ({reason}), and {error}", first) from first
     except Exception as error:
         raise _failure(name, inputs, error) from error
 
@@ -163,6 +170,7 @@ def _pass(subject: Subject, inputs: ExampleInputs, limits: Limits, mode: Mode, r
             stop=_run.__code__,
             adopt=lambda tensor: (twin.attribute_name(tensor), stand_in.of_stranger(tensor)),
             limits=limits,
+            known=KnownValues(stand_in.of_input) if mode == "fake" else None,
         )
         for entry, made in twin.tensors:
             known = entry.kind == "constant" and not entry.objects[0].is_meta
@@ -206,10 +214,11 @@ class _Fakes:
         return self._fake(entry.objects[0])
 
     def of_attribute(self, tensor: Tensor) -> Tensor:
-        # Values of a plain attribute stay known: some models read such a constant as a number.
+        # Itself, where it can be: Python may read its values, and an operator that meets it gets a fake.
         return tensor if tensor.device == _CPU else self._fake(tensor)
 
-    of_stranger = of_attribute
+    def of_stranger(self, tensor: Tensor) -> Tensor:
+        return self._fake(tensor)
 
     def of_input(self, tensor: Tensor) -> Tensor:
         return self._fake(tensor)
@@ -235,7 +244,7 @@ class _Reals:
         self._generator = torch.Generator().manual_seed(0)
         missing = sum(e.objects[0].numel() * e.objects[0].element_size() for e in state if e.objects[0].is_meta)
         if missing > _MATERIALISE_LIMIT:
-            raise CaptureError(
+            raise _TooLargeError(
                 f"the model asks for tensors' values, and its {missing / 2**30:.0f} GiB of weights are on the meta "
                 "device: build a smaller configuration of the same architecture, or load the weights"
             )
