@@ -18,7 +18,6 @@ import safetensors
 import safetensors.numpy
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from permgraph.action import Block, blocks, gather
@@ -197,12 +196,14 @@ class Permutation:
                 this is for controls.
 
         Raises:
+            SpecError: ``exclude`` names a parameter or dimension that the spec does not know.
             MismatchError: the state dict does not fit the spec (see `PermutationSpec.check`), or a tensor has no
                 values to move (meta, fake, uninitialised), or is quantised or sparse.
         """
         self.spec.check(state_dict)
         still: dict[str, set[int]] = {}
         for name, dim in exclude:
+            self._require_dimension(name, dim)
             still.setdefault(self.spec.canonical(name), set()).add(dim)
         out: dict[str, Any] = {}
         done: dict[Any, torch.Tensor] = {}
@@ -224,10 +225,12 @@ class Permutation:
     def apply_to(self, name: str, tensor: torch.Tensor, *, exclude: Collection[int] = ()) -> torch.Tensor:
         """A new tensor: the parameter or buffer ``name``, permuted; ``exclude`` lists dimensions to leave unmoved.
 
-        Raises SpecError if the spec does not know the name, and MismatchError if the shape differs or there are no
-        values to move.
+        Raises SpecError if the spec does not know the name or a dimension, and MismatchError if the shape differs or
+        there are no values to move.
         """
         name = self.spec.canonical(name)
+        for dim in exclude:
+            self._require_dimension(name, dim)
         self.spec.check_entry(name, tensor)
         require_values(name, tensor)
         return gather(tensor.detach(), self._plan(self.spec.axes[name], frozenset(exclude)))
@@ -254,8 +257,7 @@ class Permutation:
         """
         name = self.spec.canonical(name)
         shape = self.spec.shapes[name]
-        if not 0 <= dim < len(shape):
-            raise SpecError(f"{name!r} has shape {shape}: there is no dimension {dim}")
+        self._require_dimension(name, dim)
         for block in self._plan(self.spec.axes[name], frozenset()):
             if dim in block.dims:
                 index = block.indices[block.dims.index(dim)]
@@ -266,6 +268,11 @@ class Permutation:
                 sizes = dict(zip(block.dims, index.shape, strict=True))
                 return torch.from_numpy(index.reshape([sizes.get(at, 1) for at in range(len(shape))]).copy())
         return torch.arange(shape[dim])
+
+    def _require_dimension(self, name: str, dim: int) -> None:
+        shape = self.spec.shapes[self.spec.canonical(name)]
+        if not 0 <= dim < len(shape):
+            raise SpecError(f"{name!r} has shape {shape}: there is no dimension {dim}")
 
     def _plan(self, axes: tuple[Axis, ...], still: frozenset[int]) -> tuple[Block, ...]:
         key = (axes, still)
@@ -343,8 +350,6 @@ def _checked(spec: PermutationSpec, name: str, given: Any) -> IntArray:
 
 def require_values(name: str, tensor: torch.Tensor) -> None:
     """Raise MismatchError unless ``tensor`` is an ordinary dense tensor with values in memory."""
-    if is_lazy(tensor):
-        raise MismatchError(f"{name!r} is not initialised yet: run the model once")
     if isinstance(tensor, FakeTensor) or tensor.is_meta:
         kind = "fake" if isinstance(tensor, FakeTensor) else "on the meta device"
         raise MismatchError(f"{name!r} is {kind}: it has a shape but no values to permute; load the weights first")

@@ -174,7 +174,8 @@ def explain(spec: PermutationSpec, name: str, dim: int) -> Explanation:
     if not -len(axes) <= dim < len(axes):
         raise SpecError(f"{name!r} has {len(axes)} dimensions, {spec.shapes[canonical]}: there is no dimension {dim}")
     dim %= len(axes)
-    parts = tuple(_part(spec, canonical, dim, leaf) for leaf in dict.fromkeys(_leaves(axes[dim])))
+    leaves = dict.fromkeys(leaf for leaf in _leaves(axes[dim]) if leaf != Fixed(1) or axes[dim] == leaf)
+    parts = tuple(_part(spec, canonical, dim, leaf) for leaf in leaves)
     return Explanation(f"{canonical}[{dim}]", spec.shapes[canonical][dim], str(axes[dim]), parts)
 
 
@@ -200,7 +201,8 @@ def _part(spec: PermutationSpec, name: str, dim: int, leaf: Fixed | Ref) -> Part
     pin: SlotPin | None = None
     path: tuple[Tie, ...] = ()
     if constraints:
-        paths = constraints.paths(slot, lambda s: True)
+        # What stays put cannot have come by way of an axis all of whose indices move.
+        paths = constraints.paths(slot, lambda s: s not in slots or _rests(spec, *slots[s]))
         reached = [p for s in paths for p in constraints.pins_at.get(s, ())]
         pin = next((p for p in reached if known and p.reason == known.reason), None)
         pin = pin or (None if known else next(iter(reached), None))
@@ -208,6 +210,12 @@ def _part(spec: PermutationSpec, name: str, dim: int, leaf: Fixed | Ref) -> Part
     if pin is None and known:
         pin = SlotPin(slot, known.reason, known.operator, known.module, known.source)
     return Part(str(leaf), size, group.name if group else None, False, (), pin, path)
+
+
+def _rests(spec: PermutationSpec, name: str, dim: int) -> bool:
+    """Whether some index of an axis stays put."""
+    leaves = _leaves(spec.axes[name][dim])
+    return any(isinstance(leaf, Fixed) or spec.groups[leaf.group].fixed for leaf in leaves)
 
 
 def slot_graph(spec: PermutationSpec) -> nx.MultiGraph:

@@ -21,6 +21,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import networkx as nx
+from torch.nn.parameter import is_lazy
 
 from permgraph.binding import Group, Layout, Occurrence, bind, check_groups
 from permgraph.errors import MismatchError, SpecError
@@ -317,6 +318,8 @@ class PermutationSpec:
     def check_entry(self, key: str, value: Any, hint: str = "") -> None:
         """Raise MismatchError unless one entry of a state dict fits this spec."""
         name = self.aliases.get(key, key)
+        if is_lazy(value):
+            raise MismatchError(f"{key!r} is not initialised yet: run the model once")
         shape = getattr(value, "shape", None)
         if name in self.axes:
             if shape is None or tuple(shape) != self.shapes[name]:
