@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from types import CodeType
 from typing import Any
@@ -18,16 +18,31 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from permgraph.capture.frames import locate
 from permgraph.capture.known import KnownValues
-from permgraph.capture.state import strided_like
+from permgraph.capture.state import strided_like, tensor_key
+from permgraph.capture.surroundings import mkldnn
 from permgraph.errors import CaptureError
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Where a capture gives up."""
+    """Where a capture gives up: operators in one pass, and seconds from `started`, however many passes it takes."""
 
     max_nodes: int
     max_seconds: float | None
+    started: float
+
+    def check(self, count: int) -> None:
+        """Raises `CaptureError` if this many operators, or the time by now, is too much."""
+        if count > self.max_nodes:
+            raise CaptureError(
+                f"the forward pass has more than max_nodes={self.max_nodes} operators: shorten the inputs "
+                "(a recurrent loop writes down each step), or raise max_nodes"
+            )
+        if self.max_seconds is not None and time.monotonic() - self.started > self.max_seconds:
+            raise CaptureError(
+                f"capturing took longer than max_seconds={self.max_seconds}; this pass was at operator {count}: "
+                "pass smaller inputs, or raise max_seconds"
+            )
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -49,6 +64,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         adopt: Callable[[Tensor], tuple[tuple[str, ...], Tensor]],
         limits: Limits,
         known: KnownValues | None = None,
+        kernels: bool = True,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.graph = fx.Graph()
@@ -58,12 +74,15 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._adopt = adopt
         self._limits = limits
         self._known = known
-        self._deadline = None if limits.max_seconds is None else time.monotonic() + limits.max_seconds
+        self._kernels = kernels
         self._count = 0
         self._nodes: dict[int, fx.Node] = {}
         self._alive: list[Tensor] = []
         self._replaced: dict[int, Tensor] = {}
         self._last_placeholder: fx.Node | None = None
+        self._state_keys: dict[int, Hashable] = {}
+        self._by_memory: dict[Hashable, Tensor] = {}
+        self._indexed = 0
 
     # -- placeholders ------------------------------------------------------------------------------------------
 
@@ -88,11 +107,18 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._last_placeholder = node
         for held in (tensor, *aliases):
             self._bind(held, node)
+        self._state_keys[id(tensor)] = tensor_key(tensor)
         return node
 
     def node_of(self, tensor: Tensor) -> fx.Node:
         """The newest node of a tensor; one that was never seen becomes a constant."""
         node = self._nodes.get(id(tensor))
+        if node is not None and (key := self._state_keys.get(id(tensor))) is not None and key != tensor_key(tensor):
+            node = None  # `parameter.data = ...` gave this object another tensor's memory
+        if node is None and (twin := self._same_memory(tensor)) is not None:
+            node = self._nodes[id(twin)]
+            self._bind(tensor, node)
+            self._state_keys.pop(id(tensor), None)
         if node is None:
             names, stand_in = self._adopt(tensor)
             real = None if tensor.is_meta or isinstance(tensor, FakeTensor) else tensor
@@ -100,6 +126,14 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if stand_in is not tensor:
                 self._replaced[id(tensor)] = stand_in
         return node
+
+    def _same_memory(self, tensor: Tensor) -> Tensor | None:
+        """A tensor seen before that is the same memory: `a.data = b` makes `a` share that of `b` without any operator."""
+        for seen in self._alive[self._indexed :]:
+            self._by_memory[tensor_key(seen)] = seen
+        self._indexed = len(self._alive)
+        found = self._by_memory.get(tensor_key(tensor))
+        return found if found is not tensor else None
 
     # -- operators ---------------------------------------------------------------------------------------------
 
@@ -109,7 +143,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         if func.namespace == "prim":  # the device of a fake tensor: a question, not a computation
             return func(*args, **kwargs)
-        self._check_limits()
+        self._count += 1
+        self._limits.check(self._count)
         if kwargs.get("device") is not None:
             kwargs = {**kwargs, "device": self._device}
         node_args = tuple([self._argument(a) for a in args])
@@ -139,7 +174,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _execute(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._known is None:
-            return func(*args, **kwargs)
+            with mkldnn(self._kernels):  # the choice of operators is made by now, and real convolutions are to be fast
+                return func(*args, **kwargs)
         known, real = self._known.before(func, args, kwargs)
         if not known:
             return func(*args, **kwargs)
@@ -156,19 +192,6 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         while isinstance(node, fx.Node) and node.meta["val"] is tensor:
             node.meta["val"] = kept
             node = node.args[0] if node.args else None  # an in-place chain holds one object many times
-
-    def _check_limits(self) -> None:
-        self._count += 1
-        if self._count > self._limits.max_nodes:
-            raise CaptureError(
-                f"the forward pass has more than max_nodes={self._limits.max_nodes} operators: shorten the inputs "
-                "(a recurrent loop writes down each step), or raise max_nodes"
-            )
-        if self._deadline is not None and time.monotonic() > self._deadline:
-            raise CaptureError(
-                f"the forward pass took longer than max_seconds={self._limits.max_seconds} after {self._count} "
-                "operators: make the inputs smaller, or raise max_seconds"
-            )
 
     def _argument(self, value: Any) -> Any:
         if isinstance(value, Tensor):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
+import time
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -77,7 +79,7 @@ def capture(
     >>> [str(node.target) for node in captured.graph.nodes if node.op == "call_function"]
     ['aten.t.default', 'aten.addmm.default']
     """
-    limits = Limits(max_nodes, max_seconds)
+    limits = Limits(max_nodes, max_seconds, time.monotonic())
     subject = unwrap(model)
     name = type(subject.core).__name__
     if example_inputs is not None or example_kwargs is not None:
@@ -160,6 +162,7 @@ def _pass(subject: Subject, inputs: ExampleInputs, limits: Limits, mode: Mode, r
     device = _CPU if mode == "fake" else _real_device(state)
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
     stand_in = _Fakes(fake_mode) if mode == "fake" else _Reals(state, device)
+    kernels = torch._C._get_mkldnn_enabled()
     with calm(device):
         twin = make_twin(subject.outer, subject.core, state, stand_in.of_state, stand_in.of_attribute)
         make_transparent(twin.modules)
@@ -171,6 +174,7 @@ def _pass(subject: Subject, inputs: ExampleInputs, limits: Limits, mode: Mode, r
             adopt=lambda tensor: (twin.attribute_name(tensor), stand_in.of_stranger(tensor)),
             limits=limits,
             known=KnownValues(stand_in.of_input) if mode == "fake" else None,
+            kernels=kernels,
         )
         for entry, made in twin.tensors:
             known = entry.kind == "constant" and not entry.objects[0].is_meta
@@ -180,12 +184,8 @@ def _pass(subject: Subject, inputs: ExampleInputs, limits: Limits, mode: Mode, r
         kwargs = copy_with(inputs.kwargs, stand_in.of_input, memo)
         for path, made in _named_leaves(args, kwargs):
             recorder.placeholder("input", (path,), made)
-        if mode == "fake":
-            with fake_mode, recorder:
-                result = _run(twin.module, args, kwargs)
-        else:
-            with recorder:
-                result = _run(twin.module, args, kwargs)
+        with fake_mode if mode == "fake" else contextlib.nullcontext(), recorder:
+            result = _run(twin.module, args, kwargs)
         outputs = list(tensor_leaves(result))
     if not outputs:
         raise CaptureError(f"{type(subject.core).__name__} returned no tensor, but a {type(result).__name__}")

@@ -54,6 +54,17 @@ def _make_config_transparent(value: Any, seen: set[int]) -> None:
         _make_config_transparent(inner, seen)
 
 
+@contextlib.contextmanager
+def mkldnn(enabled: bool) -> Iterator[None]:
+    """Switches mkldnn's kernels on or off for a while."""
+    before = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(enabled)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(before)
+
+
 def _silence(record: logging.LogRecord) -> bool:
     """Fake tensors log each error with its stack before they raise it; here, raising is enough."""
     return False
@@ -73,10 +84,9 @@ def calm(device: torch.device) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
         # Not `torch.backends.*.flags`: those set unrelated switches as well, and warn about them.
-        stack.callback(torch._C._set_mkldnn_enabled, torch._C._get_mkldnn_enabled())
         stack.callback(torch._C._set_cudnn_enabled, torch._C._get_cudnn_enabled())
-        torch._C._set_mkldnn_enabled(False)
         torch._C._set_cudnn_enabled(False)
+        stack.enter_context(mkldnn(False))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())

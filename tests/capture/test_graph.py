@@ -336,3 +336,29 @@ def test_limits():
     with pytest.raises(CaptureError, match="max_seconds"):
         capture(Loop(), (torch.zeros(2),), max_seconds=-1.0)
     assert len(targets(capture(Loop(), (torch.zeros(2),), max_nodes=100))) == 100
+
+
+@pytest.mark.parametrize("asks", [False, True])
+def test_assigning_data_moves_a_parameter_to_another_node(asks: bool):
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(3, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            if asks:
+                x = x * bool(x.sum() == 0)
+            x = x @ self.weight
+            x = (x + 1).data @ self.weight.data
+            self.weight.data = self.weight.data * 2
+            return x @ self.weight
+
+    captured = capture(Model(), (torch.zeros(2, 3),))
+    assert captured.mode == ("real" if asks else "fake")
+    assert captured.placeholders("constant") == []
+    (weight,) = captured.placeholders("parameter")
+    first, second, third = (node for node in captured.graph.nodes if str(node.target) == "aten.mm.default")
+    assert first.args[1] is weight
+    assert second.args[1].args == (weight,), "reading `.data` detaches"
+    assert str(third.args[1].target) == "aten.mul.Tensor"
+    assert third.args[1].args[0] is weight
