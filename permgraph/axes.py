@@ -127,8 +127,10 @@ class Axes:
         self.one = Axis(Kind.ATOM, 1)
         self._births: list[tuple[BirthKey, Axis]] = []
         self._born_in_scope: dict[BirthKey, int] = {}
-        self._split_sums: dict[tuple[object, ...], list[Axis]] = {}
+        self._splits: dict[tuple[object, ...], list[Axis]] = {}
         self._slices: dict[tuple[Axis, int, int], tuple[Axis, Restriction]] = {}
+        self._interned: dict[tuple[Kind, Index | None, tuple[Axis, ...]], Axis] = {}
+        self._contains: dict[Axis, tuple[int, bool]] = {}
 
     # -- making axes ---------------------------------------------------------------------------------------------
 
@@ -142,21 +144,29 @@ class Axes:
 
     def product(self, factors: Sequence[Axis]) -> Axis:
         """The row-major flattening of `factors`, outermost first."""
-        return self.resolve(Axis(Kind.PRODUCT, math.prod(f.size for f in factors), tuple(factors)))
+        return self.resolve(self._intern(Kind.PRODUCT, math.prod(f.size for f in factors), factors))
 
     def sum(self, parts: Sequence[Axis], index: Index | None = None) -> Axis:
         """The concatenation of `parts`. Parts of size zero are dropped."""
         parts = tuple(part for part in parts if part.size)
         if len(parts) == 1:
             return self.resolve(parts[0])
-        return Axis(Kind.SUM, sum(part.size for part in parts), parts, index or Index())
+        return self._intern(Kind.SUM, sum(part.size for part in parts), parts, index or Index())
 
     def family(self, index: Index, members: Sequence[Axis]) -> Axis:
         """The axis that is ``members[i]`` at part i of the sum known by `index`; all members have one size."""
         if members[0].size == 1:
             return self.one
         self.has_families = True
-        return self.resolve(Axis(Kind.FAMILY, members[0].size, tuple(members), index.find()))
+        return self.resolve(self._intern(Kind.FAMILY, members[0].size, members, index))
+
+    def _intern(self, kind: Kind, size: int, children: Sequence[Axis], index: Index | None = None) -> Axis:
+        """The node of this kind over these children: made once, so that repeating a constraint changes nothing."""
+        root = None if index is None else index.find()
+        key = (kind, root, tuple(self.resolve(child) for child in children))
+        if key not in self._interned:
+            self._interned[key] = Axis(kind, size, key[2], root)
+        return self._interned[key].find()
 
     # -- reading axes --------------------------------------------------------------------------------------------
 
@@ -202,6 +212,18 @@ class Axes:
             for child in axis.children:
                 yield from self.atoms(child)
 
+    def contains_family(self, axis: Axis) -> bool:
+        """Whether there is a family anywhere in an axis."""
+        axis = self.resolve(axis)
+        if axis.kind is Kind.ATOM or not self.has_families:
+            return False
+        if axis.kind is Kind.FAMILY:
+            return True
+        known = self._contains.get(axis)
+        if known is None or known[0] != self.changes:
+            known = self._contains[axis] = self.changes, any(map(self.contains_family, axis.children))
+        return known[1]
+
     def same(self, a: Axis, b: Axis) -> bool:
         """Whether two axes are the same type, structure and atoms alike."""
         a, b = self.resolve(a), self.resolve(b)
@@ -227,7 +249,10 @@ class Axes:
             axis.stamp = self.changes
             return axis
         else:
-            normal = Axis(Kind.PRODUCT, axis.size, tuple(factors))
+            normal = self._intern(Kind.PRODUCT, axis.size, factors)
+        if normal is axis:
+            axis.stamp = self.changes
+            return axis
         axis.link = normal
         normal.stamp = self.changes
         return normal
@@ -445,7 +470,7 @@ class Axes:
                 if common == 1:
                     why = Pinned(f"{show(axis)} was viewed as {'x'.join(map(str, sizes))}, which no product refines", self.scope)
                     self.pin(axis, why)
-                    return [self.pinned(size, why) for size in sizes]
+                    return self._splits.setdefault((axis, *sizes), [self.pinned(size, why) for size in sizes])
                 if common < factor.size:
                     factor, left = self.split(factor, [common, factor.size // common])
                     queue.insert(0, left)
@@ -457,8 +482,8 @@ class Axes:
     def _split_sum(self, axis: Axis, outer: int, inner: int) -> list[Axis]:
         """Rows and columns of a concatenation: rows are cut at its joints, and columns differ from row to row."""
         key = (axis, outer, inner)
-        if key in self._split_sums:
-            return self._split_sums[key]
+        if key in self._splits:
+            return self._splits[key]
         joints, at = [], 0
         for part in axis.children[:-1]:
             at += part.size
@@ -471,10 +496,10 @@ class Axes:
             head, column = self.split(piece, [end - start, inner])
             heads.append(head)
             columns.append(column)
-        total = Axis(Kind.SUM, outer, tuple(heads), axis.index if aligned else Index())
+        total = self.sum(heads, axis.index if aligned else None)
         assert total.index is not None
         result = [total, self.family(total.index, columns)]
-        self._split_sums[key] = result
+        self._splits[key] = result
         return result
 
     def slice(self, axis: Axis, start: int, end: int) -> tuple[Axis, Restriction]:
@@ -488,7 +513,9 @@ class Axes:
             return axis, {}
         if axis.kind is Kind.ATOM:
             if axis.pinned is not None:
-                return self.pinned(end - start, axis.pinned), {}
+                if (axis, start, end) not in self._slices:
+                    self._slices[axis, start, end] = self.pinned(end - start, axis.pinned), {}
+                return self._slices[axis, start, end]
             bounds = sorted({0, start, end, axis.size})
             parts = [self.atom(stop - begin) for begin, stop in zip(bounds, bounds[1:], strict=False)]
             axis.link = self.sum(parts)

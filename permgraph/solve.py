@@ -133,6 +133,8 @@ class _Run:
             self._pin_ends()
             for call in self.calls:
                 self._apply(call)
+            if not self.axes.has_families:  # then what was said once holds for good
+                return
             self._collapse_families()
             if self.axes.changes == before:
                 return

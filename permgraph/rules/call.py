@@ -124,13 +124,15 @@ def parse_pattern(text: str) -> Pattern:
 
 def loose_families(axes: Axes, axis: Axis, provided: frozenset[Index] = frozenset()) -> Iterator[Axis]:
     """The families in an axis whose sum is not in the same product: they need it in another dimension."""
+    if not axes.contains_family(axis):
+        return
     axis = axes.resolve(axis)
     if axis.kind is Kind.PRODUCT:
         factors = axes.factors(axis)
         provided |= {f.index.find() for f in factors if f.kind is Kind.SUM and f.index is not None}
         for factor in factors:
             yield from loose_families(axes, factor, provided)
-    elif axis.kind is not Kind.ATOM:
+    else:
         if axis.kind is Kind.FAMILY and axis.index is not None and axis.index.find() not in provided:
             yield axis
         for child in axis.children:

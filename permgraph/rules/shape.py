@@ -248,10 +248,26 @@ def diagonal(call: Call) -> None:
     call.link((matrix, rows), (line, " ".join([*names.values(), "v"])))
 
 
-@rule("aten.as_strided", "aten.set_", "aten.resize_")
+@rule("aten.as_strided", "aten.as_strided_copy")
 def as_strided(call: Call) -> None:
-    """Memory read in another pattern."""
-    call.pin_all([*call.tensors, *call.results], "its memory was read with other strides")
+    """Memory read in another pattern: understood where that only moves dimensions, recognised by their strides."""
+    x, out = call["self"], call.out
+    source = call.node.args[0].meta["val"]  # type: ignore[union-attr]
+    strides = {(n, s): d for d, (n, s) in enumerate(zip(source.shape, source.stride(), strict=True)) if n > 1}
+    wanted = list(zip(call["size"], call["stride"], strict=True))
+    order = [strides.get(pair) for pair in wanted]
+    whole = len(strides) == sum(n > 1 for n in x.shape) == sum(n > 1 for n, _ in wanted)
+    same_place = call.get("storage_offset", source.storage_offset()) == source.storage_offset()
+    if whole and same_place and all(d is not None or n == 1 for d, (n, _) in zip(order, wanted, strict=True)):
+        call.move(x, out, order)
+    else:
+        call.pin_all([x, out], "its memory was read with other strides")
+
+
+@rule("aten.set_", "aten.resize_")
+def replace_storage(call: Call) -> None:
+    """A tensor is given other memory."""
+    call.pin_all([*call.tensors, *call.results], "its memory was replaced")
 
 
 @rule("aten.view_as_complex", "aten.view_as_complex_copy")
