@@ -7,7 +7,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 # One thread for each worker: the tests are many small computations, and two workers share the machine.
 WORKERS     ?= 2
 PYTEST_ARGS ?=
-export OMP_NUM_THREADS ?= 1
+test zoo: export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format docs bench zoo clean

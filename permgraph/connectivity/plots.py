@@ -17,7 +17,7 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
-def new_axes(title: str | None = None) -> Axes:
+def new_axes() -> Axes:
     """Return the axes of a new figure.
 
     Raises:
@@ -28,8 +28,6 @@ def new_axes(title: str | None = None) -> Axes:
     except ImportError as error:
         raise MissingExtraError("plots need matplotlib: pip install 'permgraph[plots]'") from error
     _, ax = plt.subplots(figsize=(4.8, 3.6), layout="constrained")
-    if title is not None:
-        ax.set_title(title)
     return ax
 
 
@@ -60,9 +58,10 @@ def plot_barrier(result: Barrier, metric: str, *, ax: Axes | None = None, label:
             label="not finite",
             gid="permgraph-nonfinite",
         )
-    ax.set_xlabel("position on the line, 0 is a and 1 is b")
+    ax.set_xlabel("position on the line from a (0) to b (1)")
     ax.set_ylabel(metric)
     ax.set_xlim(-0.02, 1.02)
     ax.grid(alpha=0.25)
-    ax.legend(frameon=False)
+    # Above the axes, where no curve can run through it.
+    ax.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2)
     return ax
