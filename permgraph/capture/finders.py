@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -63,8 +63,8 @@ def whole(value: Any, default: int) -> int:
     return value if isinstance(value, int) and not isinstance(value, bool) else default
 
 
-def sides(model: nn.Module) -> list[tuple[int, int]]:
-    """Heights and widths to try: those that the model or its config names, then common ones."""
+def named_sides(model: nn.Module) -> list[tuple[int, int]]:
+    """Heights and widths of images that the model's config or its modules name."""
     named: list[Any] = [setting(getattr(model, "config", None), "image_size", "img_size", "input_size")]
     for module in model.modules():
         named += [vars(module).get("image_size"), vars(module).get("img_size")]
@@ -76,7 +76,12 @@ def sides(model: nn.Module) -> list[tuple[int, int]]:
             value = (value, value)
         if isinstance(value, (list, tuple)) and len(value) == 2 and all(isinstance(side, int) for side in value):
             found.append((value[0], value[1]))
-    return list(dict.fromkeys([*found, *((side, side) for side in SIDES)]))
+    return list(dict.fromkeys(found))
+
+
+def sides(model: nn.Module) -> list[tuple[int, int]]:
+    """Heights and widths to try: those that the model names, then common ones."""
+    return list(dict.fromkeys([*named_sides(model), *((side, side) for side in SIDES)]))
 
 
 def vocabulary(model: nn.Module) -> int:
@@ -91,6 +96,12 @@ def vocabulary(model: nn.Module) -> int:
 
 
 def _token_ids(model: nn.Module) -> Iterator[Tensor]:
+    config = getattr(model, "config", None)
+    image = setting(config, "image_token_id", "image_token_index")
+    count = setting(config, "image_seq_length", "mm_tokens_per_image", "num_image_tokens")
+    if isinstance(image, int) and isinstance(count, int):  # the places where the features of one image go
+        ids = integers(min(vocabulary(model), image), BATCH, LENGTH)
+        yield torch.cat([ids, torch.full((BATCH, count), image, device="cpu")], 1)
     yield integers(vocabulary(model), BATCH, LENGTH)
     yield integers(vocabulary(model), BATCH, 64)
 
@@ -255,11 +266,12 @@ def from_layers(model: nn.Module) -> Iterator[Candidate]:
     names = required(model)
     known = {name: list(BY_NAME[name](model)) for name in names if name in BY_NAME}
     unknown = [name for name in names if name not in known]
-    shapes: Iterable[Tensor | None] = _shapes(model) if unknown else [None]
+    shapes = _shapes(model) if unknown else iter([torch.empty(0)])
     for shape in shapes:
         for choice in itertools.islice(itertools.product(*known.values()), 4):
             chosen = dict(zip(known, choice, strict=True))
-            yield tuple(chosen.get(name, shape) for name in names), {}
+            # Each argument is a tensor of its own: attention, for one, asks whether its query is its key.
+            yield tuple(chosen[name] if name in chosen else shape.clone() for name in names), {}
     if unknown == names:
         bilinear = next((m for m in model.modules() if isinstance(m, nn.Bilinear)), None)
         if bilinear is not None and len(names) == 2:
@@ -277,8 +289,7 @@ def from_timm(model: nn.Module) -> Iterator[Candidate]:
     if not (isinstance(size, (list, tuple)) and len(size) == 3):
         return
     channels = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), size[0])
-    sizes = [tuple(size[1:]), *(pair for pair in sides(model) if pair not in {(side, side) for side in SIDES})]
-    for height, width in sizes:
+    for height, width in dict.fromkeys([*named_sides(model), tuple(size[1:])]):
         for depth in dict.fromkeys((channels, size[0])):
             yield (floats(model, BATCH, depth, height, width),), {}
 

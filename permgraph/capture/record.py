@@ -128,7 +128,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return node
 
     def _same_memory(self, tensor: Tensor) -> Tensor | None:
-        """A tensor seen before that is the same memory: `a.data = b` makes `a` share that of `b` without any operator."""
+        """A tensor seen before that is the same memory: `a.data = b` shares it without any operator."""
         for seen in self._alive[self._indexed :]:
             self._by_memory[tensor_key(seen)] = seen
         self._indexed = len(self._alive)

@@ -49,8 +49,12 @@ _NEEDS_VALUES = (
 )
 _NEEDS_VALUES_WORDS = ("fake", "data pointer", "data_ptr", "numpy", "meta tensor", "data-dependent")
 
-#: Weights on the meta device are made up for a pass on real tensors, up to this many bytes.
+#: Weights on the meta device are made up for a pass on real tensors, up to this many bytes: where the caller gave the
+#: inputs, and where they are guessed, so that a pass may well fail and be tried again.
 _MATERIALISE_LIMIT = 8 * 2**30
+_MATERIALISE_LIMIT_GUESSED = 2 * 2**30
+#: No new candidate for the inputs is tried after this many seconds.
+_GUESS_SECONDS = 60.0
 
 
 def capture(
@@ -90,6 +94,9 @@ def capture(
 
     tried: list[str] = []
     for candidate in find_inputs(subject.core):
+        if tried and time.monotonic() - limits.started > _GUESS_SECONDS:
+            tried.append(f"  (no more were tried after {_GUESS_SECONDS:.0f} s)")
+            break
         try:
             return _attempt(subject, candidate, limits)
         except _PassError as failure:
@@ -161,7 +168,7 @@ def _pass(subject: Subject, inputs: ExampleInputs, limits: Limits, mode: Mode, r
     state = state_tensors(subject.outer)
     device = _CPU if mode == "fake" else _real_device(state)
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
-    stand_in = _Fakes(fake_mode) if mode == "fake" else _Reals(state, device)
+    stand_in = _Fakes(fake_mode) if mode == "fake" else _Reals(state, device, inputs)
     kernels = torch._C._get_mkldnn_enabled()
     with calm(device):
         twin = make_twin(subject.outer, subject.core, state, stand_in.of_state, stand_in.of_attribute)
@@ -239,11 +246,12 @@ class _Fakes:
 class _Reals:
     """Copies on one device; what lies on the meta device is made up."""
 
-    def __init__(self, state: list[StateTensor], device: torch.device) -> None:
+    def __init__(self, state: list[StateTensor], device: torch.device, inputs: ExampleInputs) -> None:
         self._device = device
-        self._generator = torch.Generator().manual_seed(0)
+        self._values = torch.rand(2**16, generator=torch.Generator().manual_seed(0), device="cpu") * 0.1
+        limit = _MATERIALISE_LIMIT if inputs.finder == "given" else _MATERIALISE_LIMIT_GUESSED
         missing = sum(e.objects[0].numel() * e.objects[0].element_size() for e in state if e.objects[0].is_meta)
-        if missing > _MATERIALISE_LIMIT:
+        if missing > limit:
             raise _TooLargeError(
                 f"the model asks for tensors' values, and its {missing / 2**30:.0f} GiB of weights are on the meta "
                 "device: build a smaller configuration of the same architecture, or load the weights"
@@ -267,8 +275,9 @@ class _Reals:
         made = strided_like(tensor, self._device)
         if not tensor.is_floating_point():
             return made.zero_()
-        # Positive, so that variances are; small, so that a deep stack stays finite.
-        return made.copy_(torch.rand(tensor.shape, generator=self._generator, device="cpu") * 0.1)
+        # Positive, so that variances are; small, so that a deep stack stays finite; repeated, for speed.
+        repeats = -(-tensor.numel() // self._values.numel())
+        return made.copy_(self._values.repeat(repeats)[: tensor.numel()].view(tensor.shape))
 
 
 def _real_device(state: list[StateTensor]) -> torch.device:

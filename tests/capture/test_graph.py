@@ -361,4 +361,4 @@ def test_assigning_data_moves_a_parameter_to_another_node(asks: bool):
     assert first.args[1] is weight
     assert second.args[1].args == (weight,), "reading `.data` detaches"
     assert str(third.args[1].target) == "aten.mul.Tensor"
-    assert third.args[1].args[0] is weight
+    assert third.args[1].args[0].args == (weight,)

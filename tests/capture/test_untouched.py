@@ -38,7 +38,7 @@ class Restless(nn.Module):
         self.cache = x
         self.table.mul_(2)
         self.linear.weight.data.add_(1)
-        x = x + torch.rand(4) + random.random() + float(numpy.random.rand())
+        x = x + torch.rand(4) + random.random() + float(numpy.random.rand())  # noqa: NPY002
         if self.asks and x.sum().item() > -1e9:
             x = x + 1
         if self.fails:
@@ -60,7 +60,7 @@ def process() -> dict[str, Any]:
     return {
         "torch": torch.get_rng_state(),
         "python": random.getstate(),
-        "numpy": numpy.random.get_state()[1].tolist(),
+        "numpy": numpy.random.get_state()[1].tolist(),  # noqa: NPY002
         "fast path": torch.backends.mha.get_fastpath_enabled(),
         "mkldnn": torch._C._get_mkldnn_enabled(),
         "cudnn": torch.backends.cudnn.enabled,
