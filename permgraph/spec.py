@@ -440,9 +440,9 @@ class PermutationSpec:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the whole spec to ``path`` as JSON; the file is replaced in one step."""
-        from permgraph.spec_json import to_json
+        from permgraph.spec_json import to_json, write_json
 
-        write_atomically(path, json.dumps(to_json(self), indent=1, ensure_ascii=False).encode() + b"\n")
+        write_atomically(path, write_json(to_json(self)).encode())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PermutationSpec:

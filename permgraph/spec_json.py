@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
@@ -48,6 +49,27 @@ def to_json(spec: PermutationSpec) -> dict[str, Any]:
 
 def _record(value: Any) -> list[Any]:
     return [getattr(value, field.name) for field in fields(value)]
+
+
+def write_json(content: dict[str, Any]) -> str:
+    """``content`` as JSON with a line for each group, parameter, pin or tie, so that files compare line by line."""
+
+    def dump(value: Any) -> str:
+        return json.dumps(value, ensure_ascii=False)
+
+    def block(value: Any, indent: str) -> str:
+        if not value or not isinstance(value, dict | list):
+            return dump(value)
+        inner = f"{indent} "
+        if isinstance(value, list):
+            return "[\n" + ",\n".join(f"{inner}{dump(item)}" for item in value) + f"\n{indent}]"
+        # Of the constraints, each kind is a block of its own; any other entry fits on a line.
+        nested = all(isinstance(item, list) for item in value.values())
+        show = block if nested else lambda item, _: dump(item)
+        lines = (f"{inner}{dump(key)}: {show(item, inner)}" for key, item in value.items())
+        return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
+
+    return "{\n" + ",\n".join(f" {dump(key)}: {block(value, ' ')}" for key, value in content.items()) + "\n}\n"
 
 
 def from_json(content: Any) -> PermutationSpec:

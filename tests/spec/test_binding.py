@@ -18,6 +18,8 @@ GROUPS = {
         Group("r", 2, ("h", "q")),
         Group("g", 2),
         Group("x", 2, ("g", "h")),
+        Group("p", 2, ("h",)),
+        Group("y", 2, ("h", "q", "p")),
         Group("f", 2, fixed=True),
         Group("z", 3, ("f",)),
         Group("zz", 3, ("h",), fixed=True),
@@ -52,6 +54,11 @@ def test_an_enclosing_product_binds():
         ("h", 0, (1, 0)): [],
         ("d", 0, (1, 1)): [(0, (1, 0))],
     }
+
+
+def test_of_enclosing_products_the_innermost_binds():
+    assert places("(h [(h d) + 6])")["d", 0, (1, 0, 1)] == [(0, (1, 0, 0))]
+    assert places("(h q) p y")["y", 2, ()] == [(0, (0,)), (0, (1,)), (1, ())]
 
 
 def test_every_level_binds():
@@ -96,7 +103,8 @@ def test_families_point_at_their_sum():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("y", r"dimension 0 \(y\): there is no group named 'y'"),
+        ("nix", r"dimension 0 \(nix\): there is no group named 'nix'"),
+        ("(h q) (h p) y", "the parents of 'y' do not agree on which axis of 'h' they mean"),
         ("a d", r"dimension 1 \(d\): 'd' is fibred over 'h', which has no axis there"),
         ("h h d", "'d' is fibred over 'h', of which 2 axes could be meant"),
         ("(h h d)", "of which 2 axes could be meant"),

@@ -114,6 +114,27 @@ def test_paths_do_not_run_through_other_groups():
     ]
 
 
+def test_what_stays_put_is_not_explained_by_what_moves():
+    # The near pin lies behind an axis that moves whole, so it cannot be why the other one stays.
+    spec = PermutationSpec(
+        {"a": Group("a", 2), "f": Group("f", 2, fixed=True)},
+        {"p": parse_axes("2"), "moves": parse_axes("a"), "named": parse_axes("f")},
+        constraints=Constraints(
+            (
+                Tie("p[0]", "moves[0]"),
+                Tie("moves[0]", "near"),
+                Tie("p[0]", "named[0]"),
+                Tie("named[0]", "u"),
+                Tie("u", "far"),
+            ),
+            (SlotPin("near", "wrong"), SlotPin("far", "right")),
+        ),
+    )
+    for name in ("p", "named"):
+        (part,) = spec.explain(name, 0).parts
+        assert part.pin == SlotPin("far", "right")
+
+
 def test_each_factor_is_explained():
     spec = PermutationSpec(
         {"h": Group("h", 2), "d": Group("d", 3, ("h",)), "f": Group("f", 2, fixed=True)},

@@ -348,6 +348,14 @@ def test_files(spec, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["spec.json"]
 
 
+def test_the_file_has_a_line_for_each_thing(tmp_path):
+    FULL.save(tmp_path / "spec.json")
+    lines = (tmp_path / "spec.json").read_text(encoding="utf-8").splitlines()
+    assert '  "experts": {"shape": [2, 3], "axes": ["f", "z"]},' in lines
+    assert '  "d": {"size": 3, "parents": ["h"], "fixed": false},' in lines
+    assert '   ["qkv.weight[0]", "mm[1]", "aten.mm.default", "fc", null],' in lines
+
+
 def test_a_text_file_loads_too(tmp_path):
     (tmp_path / "spec.txt").write_text(str(MLP), encoding="utf-8")
     assert PermutationSpec.load(str(tmp_path / "spec.txt")) == MLP
