@@ -80,15 +80,19 @@ def assign(
         >>> assign(np.array([[4.0, 1.0], [2.0, 3.0]])).columns
         array([1, 0])
     """
-    given = matrix.detach().cpu().numpy() if isinstance(matrix, torch.Tensor) else np.asarray(matrix)
+    if isinstance(matrix, torch.Tensor):
+        exact = matrix.dtype in (torch.float32, torch.float64)
+        given = (matrix if exact else matrix.double()).detach().cpu().numpy()
+    else:
+        given = np.asarray(matrix)
     if given.ndim < 2:
         raise PermgraphError(f"{name} has shape {given.shape}; an assignment needs rows and columns")
     if given.dtype not in (np.float32, np.float64):
         given = given.astype(np.float64)
     *batch, n, m = given.shape
-    rows = given.reshape(-1, n, m)
-    if rows.size == 0:
+    if given.size == 0:
         return Assignment(np.full((*batch, n), -1, dtype=np.int64), np.zeros(batch), 0.0 if certified else None)
+    rows = given.reshape(-1, n, m)
     columns = _solve(rows, maximise, solver, name)
     value = _value(rows, columns).reshape(batch)
     found = Assignment(columns.reshape(*batch, n), value)

@@ -101,6 +101,8 @@ class Move:
         parameters: the parameters in which the root stands.
         bent: whether the objective is not linear in the move, since a group of it meets itself in some block; its
             Gram matrices are then the slope at the present permutation.
+        paired: whether the groups inside are chosen for each pair of the root's indices by an ascent of their own,
+            because some of them meet in a block.
         then: the moves that choose what is inside the root, once the root has been renumbered.
     """
 
@@ -109,6 +111,7 @@ class Move:
     carried: frozenset[str]
     parameters: tuple[str, ...]
     bent: bool
+    paired: bool = False
     then: tuple[Move, ...] = field(default=(), repr=False)
 
     @property
@@ -141,6 +144,11 @@ class Plan:
         Two groups that meet in a block, neither inside the other, cannot both be chosen by one nested assignment.
         """
         left = list(self.inside(root))
+        clashing = any(self._clash(root, *two) for two in itertools.combinations_with_replacement(left, 2))
+        if clashing and all(len(block.axes_of(root)) == 1 for block in self.standing[root]):
+            own = {root, *self.spec.groups[root].parents}
+            yield self.pair([name for name in left if set(self.spec.groups[name].parents) == own], root)
+            return
         while True:
             taken: list[str] = []
             for name in sorted(self.inside(root), key=lambda name: name not in left):
@@ -152,6 +160,21 @@ class Plan:
             left = [name for name in left if name not in taken]
             if not left or not taken:
                 return
+
+    def pair(self, taken: Collection[str], root: str) -> Move:
+        """The move of `root` in which the groups directly inside it are chosen pair by pair."""
+        parents = self.spec.groups[root].parents
+        return Move(
+            Node(root, (root,), parents, ()),
+            frozenset((root, *taken)),
+            frozenset(self.inside(root)) - frozenset(taken),
+            self._parameters(root),
+            bent=False,
+            paired=True,
+        )
+
+    def _parameters(self, root: str) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(block.parameter for block in self.standing[root]))
 
     def _clash(self, root: str, one: str, other: str) -> bool:
         if one in self.spec.groups[other].parents or other in self.spec.groups[one].parents:
@@ -195,9 +218,9 @@ class Plan:
             tree,
             groups,
             frozenset(self.inside(root)) - groups,
-            tuple(dict.fromkeys(block.parameter for block in self.standing[root])),
+            self._parameters(root),
             bent or any(move.bent for move in then),
-            then,
+            then=then,
         )
 
     def _tree(self, group: str, groups: frozenset[str], places: Mapping[str, list[Place]]) -> Node:

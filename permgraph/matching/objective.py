@@ -38,11 +38,24 @@ class Pair:
 
     def inner(self, names: Iterable[str], b: Mapping[str, torch.Tensor]) -> float:
         """The sum of the inner products of the named tensors of A with those of `b`, which may be permuted."""
-        return sum(float(torch.dot(self.a[name].flatten(), b[name].flatten())) for name in names)
+        return sum(_dot(self.a[name], b[name]) for name in names)
 
     def objective(self, b: Mapping[str, torch.Tensor]) -> float:
         """What is reported: higher is better."""
         return self.scale * self.inner(self.a, b) + self.offset
+
+
+def _dot(one: torch.Tensor, other: torch.Tensor) -> float:
+    """The inner product, in the tensors' dtype over short runs, which are then summed in float64."""
+    one, other = one.reshape(-1), other.reshape(-1)
+    whole = one.numel() // _RUN * _RUN
+    total = float(torch.dot(one[whole:], other[whole:]))
+    if whole:
+        total += float(torch.linalg.vecdot(one[:whole].view(-1, _RUN), other[:whole].view(-1, _RUN)).double().sum())
+    return total
+
+
+_RUN = 1024
 
 
 def pair(

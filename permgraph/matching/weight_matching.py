@@ -17,8 +17,10 @@ import torch
 
 from permgraph.errors import MismatchError, PermgraphError
 from permgraph.matching.assignment import Solver
+from permgraph.matching.kept import Kept
 from permgraph.matching.moves import Move, Plan
 from permgraph.matching.objective import STATISTICS, Objective, Pair, StateDict, Weights, pair
+from permgraph.matching.paired import paired_values
 from permgraph.matching.renumber import Arrays, act, compose
 from permgraph.matching.result import MatchResult, Outcome, Progress, Sweep
 from permgraph.matching.step import Scene, choose, outer_values
@@ -54,6 +56,8 @@ class WeightMatching:
         order: in which order the groups take their turns: "random", anew for each sweep, or "given", as in the spec.
         solver: for the assignments, see `assign`.
         dtype: in which to compute; by default float64 where both models are, else float32.
+        memory: bytes that Gram matrices may take between steps; by default as many as the compared weights of one
+            model. What does not fit is computed anew when it is needed.
 
     References:
         Ainsworth, Hayase & Srinivasa 2022, section 3.2.
@@ -68,6 +72,7 @@ class WeightMatching:
     order: Literal["random", "given"] = "random"
     solver: Solver = "auto"
     dtype: torch.dtype | None = None
+    memory: int | None = None
 
     def __post_init__(self) -> None:
         if self.max_sweeps < 0 or self.restarts < 1:
@@ -115,6 +120,11 @@ class WeightMatching:
                 best.outcome = "interrupted"
                 break
         assert best is not None
+        if best.objective < before and best.outcome != "interrupted":
+            # A run that did not begin at the identity can end below it. One that does cannot.
+            best = _Ascent(self, compared, plan, np.random.default_rng(seed), started)
+            best.climb(progress)
+            runs.append(best.objective)
         result = MatchResult(
             permutation=best.permutation,
             objective=best.objective,
@@ -141,9 +151,11 @@ class _Ascent:
         self.free: set[str] = set()
         self.stale = set(range(len(plan.moves)))
         self.neighbours = _neighbours(plan)
+        room = sum(tensor.nbytes for tensor in compared.a.values()) if how.memory is None else how.memory
+        self.grams = Kept(self.spec, compared.a, room)
         self.history: list[Sweep] = []
         self.outcome: Outcome = "sweep limit"
-        self.objective = -np.inf
+        self.objective = compared.objective(compared.b)
 
     def begin(self, run: int) -> None:
         """Go to the starting point of one of the runs."""
@@ -202,24 +214,54 @@ class _Ascent:
         """Take one move if it raises the objective; what it gained."""
         unknown = bool(self.free)
         scene = Scene(self.spec, self.compared.a, self.b, self.free - move.groups, self.how.solver)
-        worth = outer_values(scene, move.root)
+        plain = len(move.groups) == 1 and not move.bent
+        if move.paired:
+            self.stale.discard(number)
+            step, new, gain = self._paired(move, scene)
+            self.free -= move.groups
+            self._commit(number, move, step, new)
+            return gain
+        kept = self.grams.get(move) if plain and not unknown else None
+        worth = outer_values(scene, move.root) if kept is None else kept
         self.stale.discard(number)
-        plain = not move.root.inner and not move.bent
         if plain or unknown:
             columns, gain = choose(worth, self.how.solver, move.name)
             step, new = self._follow(move, columns, scene)
         else:
             step, new, gain = self._held_back(move, worth, scene)
         self.free -= move.groups
-        if gain <= 0 and not unknown:
-            return 0.0
-        if step:
-            self.arrays.update(compose(self.spec, step, self.arrays))
-            self.b.update(new)
-            self.stale |= self.neighbours[number]
-            if move.bent:
-                self.stale.add(number)
+        if plain and not unknown:
+            self.grams.keep(move, worth, columns)
+        self._commit(number, move, step, new)
         return gain
+
+    def _commit(self, number: int, move: Move, step: Arrays, new: dict[str, torch.Tensor]) -> None:
+        if not step:
+            return
+        self.arrays.update(compose(self.spec, step, self.arrays))
+        for other in self.neighbours[number]:
+            self.grams.amend(self.plan.moves[other], step, self.b, new)
+        self.b.update(new)
+        self.stale |= self.neighbours[number]
+        if move.bent or move.paired:
+            self.stale.add(number)
+
+    def _paired(self, move: Move, scene: Scene) -> tuple[Arrays, dict[str, torch.Tensor], float]:
+        """The step of a root and of what each of its pairs has chosen inside, if it raises the objective."""
+        worth, inside = paired_values(scene, move, tuple(self.plan.standing[move.name]))
+        columns, _ = choose(worth, self.how.solver, move.name)
+        step: Arrays = {move.name: columns}
+        for name, chosen in inside.items():
+            step[name] = np.take_along_axis(chosen, columns[..., None, None], axis=-2)[..., 0, :]
+        step = {name: array for name, array in step.items() if (array != np.arange(array.shape[-1])).any()}
+        if not step:
+            return {}, {}, 0.0
+        new = {name: act(self.spec, step, name, scene.b[name]) for name in move.parameters}
+        old = self.compared.inner(new, self.b)
+        gain = self.compared.inner(new, new) - old
+        if gain > 16 * torch.finfo(worth.dtype).eps * abs(old) or self.free:
+            return step, new, gain
+        return {}, {}, 0.0
 
     def _follow(self, move: Move, columns: np.ndarray, scene: Scene) -> tuple[Arrays, dict[str, torch.Tensor]]:
         """The step that renumbers the root so, and then chooses the best inside it; and B's tensors after it."""
