@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ class Solution:
     nodes: Sequence[fx.Node]
     parameters: dict[str, TypedTensor]
     tensors: list[TypedTensor]
+    values: dict[fx.Node, Any] = field(default_factory=dict)  # of each node: a typed tensor, or a nest of them
 
 
 def solve(graph: fx.Graph) -> Solution:
@@ -173,7 +174,7 @@ class _Run:
             self._pin(number, tensor, "input of the model")
         elif kind == "constant":
             self._pin(number, tensor, "constant", free=_constant_along(node.meta.get("real")))
-        elif not (tensor.dtype.is_floating_point or tensor.dtype.is_complex):
+        elif kind != "free" and not (tensor.dtype.is_floating_point or tensor.dtype.is_complex):
             self._pin(number, tensor, f"{kind} of type {tensor.dtype}")
 
     def _pin(self, number: int, tensor: Any, reason: str, free: frozenset[int] = frozenset()) -> None:
@@ -212,7 +213,7 @@ class _Run:
         return list(found.values())
 
     def solution(self) -> Solution:
-        return Solution(self.axes, self.ledger, self.nodes, self.parameters, self._all_tensors())
+        return Solution(self.axes, self.ledger, self.nodes, self.parameters, self._all_tensors(), self.values)
 
 
 def _constant_along(real: torch.Tensor | None) -> frozenset[int]:
