@@ -111,8 +111,11 @@ class Occurrence:
 
     def meets(self, other: Occurrence) -> bool:
         """Whether some element of the tensor lies on both, which two parts of one sum never do."""
-        parts = {(dim, path): part for dim, path, part in self.guards}
-        return all(parts.get((dim, path), part) == part for dim, path, part in other.guards)
+        for dim, path, part in self.guards:
+            for other_dim, other_path, other_part in other.guards:
+                if part != other_part and dim == other_dim and path == other_path:
+                    return False
+        return True
 
 
 @dataclass(frozen=True, slots=True)
