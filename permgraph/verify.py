@@ -1,0 +1,320 @@
+"""`verify`: the proof that a spec preserves a model's function, built so that it can fail.
+
+Every parameter and buffer is made random first, because a zero head, or a BatchNorm at its initial ones, makes any
+permutation look harmless. The model then runs in float64 before and after a random element of the group with every
+group moved; the outputs must agree. As a control, each group is moved on all of its axes but one: now the output must
+*change*, or the test above would have shown nothing about that group.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from permgraph.capture import capture
+from permgraph.capture.outputs import tensor_leaves
+from permgraph.capture.state import StateTensor, state_tensors
+from permgraph.capture.subject import unwrap
+from permgraph.capture.surroundings import calm, make_transparent
+from permgraph.capture.twin import Twin, as_parameter_like, copy_with, make_twin
+from permgraph.errors import CaptureError, MismatchError
+from permgraph.infer import auto_spec
+from permgraph.permutation import Permutation
+from permgraph.spec import PermutationSpec
+
+log = logging.getLogger(__name__)
+
+LOW_PRECISION = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Control:
+    """What happened when a group was moved on all of its axes but this one: the relative change of the output."""
+
+    group: str
+    parameter: str
+    dim: int
+    change: float
+    passed: bool
+
+
+@dataclass(frozen=True)
+class GroupReport:
+    """One group: the relative error when it is moved, and the controls that were tried on it.
+
+    `error` is that of the common move of all groups, unless that failed: then it is this group's own.
+    """
+
+    name: str
+    size: int
+    error: float
+    controls: tuple[Control, ...]
+    passed: bool
+
+    @property
+    def inert(self) -> tuple[tuple[str, int], ...]:
+        """Axes on which leaving the group unmoved changed nothing: they have no influence on the output."""
+        return tuple((c.parameter, c.dim) for c in self.controls if not c.passed)
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Whether a spec preserves the model's function, and whether the test could have told.
+
+    `max_error` is relative to the largest magnitude in the outputs; `tolerance` is what it may be.
+    """
+
+    passed: bool
+    max_error: float
+    tolerance: float
+    groups: Mapping[str, GroupReport] = field(repr=False)
+    outputs: int = 0
+    note: str = ""
+
+    @property
+    def controls(self) -> tuple[Control, ...]:
+        """All controls of all groups."""
+        return tuple(control for group in self.groups.values() for control in group.controls)
+
+    @property
+    def failed(self) -> tuple[str, ...]:
+        """The groups which do not preserve the function, or on which no control changed anything."""
+        return tuple(name for name, group in self.groups.items() if not group.passed)
+
+    def __bool__(self) -> bool:
+        return self.passed
+
+    def __str__(self) -> str:
+        verdict = "passed" if self.passed else "FAILED"
+        lines = [
+            f"verification {verdict}: {len(self.groups)} groups moved, relative error {self.max_error:.1e} "
+            f"(at most {self.tolerance:.0e}), {len(self.controls)} controls"
+        ]
+        if self.note:
+            lines.append(self.note)
+        for name in self.failed:
+            group = self.groups[name]
+            why = (
+                f"error {group.error:.1e}"
+                if group.error > self.tolerance or math.isnan(group.error)
+                else f"no control changed the output ({', '.join(f'{p}[{d}]' for p, d in group.inert)})"
+            )
+            lines.append(f"  {name} ({group.size}): {why}")
+        return "\n".join(lines)
+
+
+def verify(
+    model: nn.Module,
+    spec: PermutationSpec | None = None,
+    example_inputs: Sequence[Any] | None = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    *,
+    seed: int = 0,
+    tolerance: float = 1e-8,
+    controls: Literal["one", "all", "none"] = "one",
+) -> Verification:
+    """Check on random weights, in float64, that a spec's group preserves what a model computes.
+
+    Args:
+        model: the module; it is not changed, and may be on the meta device.
+        spec: the spec to check; inferred if None.
+        example_inputs: positional arguments of forward; found if neither these nor keyword arguments are given.
+        example_kwargs: keyword arguments of forward.
+        seed: for the weights and the permutations.
+        tolerance: the largest relative error at which outputs count as equal.
+        controls: for each group, try axes until leaving one unmoved changes the output (``"one"``), try every axis
+            (``"all"``), or none. A group on which no control changes anything fails.
+
+    Raises:
+        CaptureError: the model cannot be run, or its output is not finite whatever the weights' scale.
+        MismatchError: the spec is not of this model.
+    """
+    if spec is None:
+        spec = auto_spec(model, example_inputs, example_kwargs)
+    if not spec.moving:
+        return Verification(True, 0.0, tolerance, {}, note="nothing to permute: the spec has no groups")
+    if example_inputs is None and example_kwargs is None:
+        found = capture(model).inputs
+        example_inputs, example_kwargs = found.args, found.kwargs
+    trial = _Trial(model, spec, example_inputs, example_kwargs, seed)
+    everything = spec.random(seed, every_group=True)
+    reference, max_error = trial.reference_and_error(everything)
+    ok = max_error <= tolerance
+    threshold = max(1e-10, 100 * max_error) if ok else tolerance
+    reports = {}
+    for name, group in spec.moving.items():
+        alone = everything.restricted_to([name])
+        error = max_error if ok else _distance(reference, trial.outputs(alone))
+        tried = [] if controls == "none" else list(_controls(trial, reference, alone, name, threshold, controls))
+        passed = error <= tolerance and (controls == "none" or any(control.passed for control in tried))
+        reports[name] = GroupReport(name, group.size, error, tuple(tried), passed)
+    passed = ok and all(report.passed for report in reports.values())
+    return Verification(passed, max_error, tolerance, reports, len(reference))
+
+
+def _controls(
+    trial: _Trial,
+    reference: Sequence[Tensor],
+    alone: Permutation,
+    name: str,
+    threshold: float,
+    how: Literal["one", "all", "none"],
+) -> Iterator[Control]:
+    for parameter, dim in trial.spec.uses(name):
+        change = _distance(reference, trial.outputs(alone, exclude=[(parameter, dim)]))
+        passed = not change <= threshold  # an output that is no longer finite has changed as well
+        yield Control(name, parameter, dim, change, passed)
+        if passed and how == "one":
+            return
+
+
+class _Trial:
+    """A private float64 copy of the model with random weights, to be run under many permutations of them."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        spec: PermutationSpec,
+        args: Sequence[Any] | None,
+        kwargs: Mapping[str, Any] | None,
+        seed: int,
+    ) -> None:
+        subject = unwrap(model)
+        self.spec = spec
+        state = state_tensors(subject.outer)
+        self._generator = torch.Generator().manual_seed(seed)
+        self._twin = make_twin(subject.outer, subject.core, state, self._blank, _in_double)
+        make_transparent(self._twin.modules)
+        self._floating = [(e, t) for e, t in self._twin.tensors if e.kind in ("parameter", "buffer") and _is_real(t)]
+        self._constants = [(t, t.detach().clone()) for e, t in self._twin.tensors if not _is_weight(e, t)]
+        given = (args,) if isinstance(args, Tensor) else tuple(args or ())
+        self._inputs = copy_with((given, dict(kwargs or {})), _in_double, {})
+        self._check_names()
+        self._users = {group: {name for name, _ in spec.uses(group)} for group in spec.moving}
+
+    def reference_and_error(self, permutation: Permutation) -> tuple[list[Tensor], float]:
+        """The outputs on random weights, and how far they are from those on the permuted weights.
+
+        Weights are made smaller until outputs are finite.
+        """
+        for scale in (1.0, 0.3, 0.05):
+            self.weights = {entry.names[0]: self._random(entry, made, scale) for entry, made in self._floating}
+            self._stale = set(self.weights)
+            reference = self.outputs(None)
+            if all(bool(torch.isfinite(t).all()) for t in reference if t.is_floating_point()):
+                return reference, _distance(reference, self.outputs(permutation))
+        raise CaptureError(f"{type(self._twin.module).__name__} gives outputs that are not finite on random weights")
+
+    def outputs(self, permutation: Permutation | None, exclude: Sequence[tuple[str, int]] = ()) -> list[Tensor]:
+        """What the model returns when its weights are permuted: all its tensors, detached."""
+        device = torch.device("cpu")
+        with calm(device), _double_by_default(), torch.no_grad():
+            self._set_weights(permutation, exclude)
+            for tensor, original in self._constants:
+                tensor.copy_(original)
+            torch.manual_seed(0)
+            args, kwargs = copy_with(self._inputs, Tensor.clone, {})
+            with _InDoublePrecision():
+                result = self._twin.module(*args, **kwargs)
+        return [tensor.detach().clone() for tensor in tensor_leaves(result)]
+
+    def _set_weights(self, permutation: Permutation | None, exclude: Sequence[tuple[str, int]]) -> None:
+        """Write the permuted weights into the copy; only those that move, and those that moved the last time."""
+        counts = {} if permutation is None else permutation.moved()
+        moved = {name for group, count in counts.items() if count for name in self._users[group]}
+        for entry, tensor in self._floating:
+            name = entry.names[0]
+            if permutation is not None and name in moved:
+                still = [dim for parameter, dim in exclude if parameter == name]
+                tensor.copy_(permutation.apply_to(name, self.weights[name], exclude=still))
+            elif name in self._stale:
+                tensor.copy_(self.weights[name])
+        self._stale = moved
+
+    def _blank(self, entry: StateTensor) -> Tensor:
+        return as_parameter_like(entry.objects[0], _in_double(entry.objects[0]))
+
+    def _random(self, entry: StateTensor, made: Tensor, scale: float) -> Tensor:
+        """Random values of a size that keeps signals alive: by fan-in for weights, around one for scales."""
+        shape, generator = made.shape, self._generator
+        if entry.kind == "buffer" or (made.ndim <= 1 and not entry.names[0].endswith("bias")):
+            values = 0.5 + torch.rand(shape, generator=generator, dtype=torch.float64)
+        elif made.ndim <= 1:
+            values = 0.3 * scale * torch.randn(shape, generator=generator, dtype=torch.float64)
+        else:
+            fan_in = max(1, made.numel() // shape[0])
+            values = scale * torch.randn(shape, generator=generator, dtype=torch.float64) * (1.5 / math.sqrt(fan_in))
+        return values.to(made.dtype)
+
+    def _check_names(self) -> None:
+        known = {name for entry, _ in self._floating for name in entry.names}
+        missing = sorted(set(self.spec.axes) - known)
+        if missing:
+            raise MismatchError(f"the spec has {missing[0]!r}, which {type(self._twin.module).__name__} has not")
+        self.spec.check({name: made for entry, made in self._floating for name in entry.names})
+
+
+def _is_real(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _is_weight(entry: StateTensor, tensor: Tensor) -> bool:
+    return entry.kind in ("parameter", "buffer") and _is_real(tensor)
+
+
+def _in_double(tensor: Tensor) -> Tensor:
+    """A copy on the CPU in float64 (integers as they are); zeros in place of a tensor without data."""
+    dtype = torch.float64 if tensor.is_floating_point() else torch.complex128 if tensor.is_complex() else tensor.dtype
+    if tensor.is_meta:
+        return torch.zeros(tensor.shape, dtype=dtype)
+    return tensor.detach().to(device="cpu", dtype=dtype, copy=True)
+
+
+class _InDoublePrecision(TorchDispatchMode):
+    """Reads every request for a lower precision as one for float64, so that what remains is rounding of that kind."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if kwargs.get("dtype") in LOW_PRECISION:
+            kwargs["dtype"] = torch.float64
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def _double_by_default() -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _distance(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+    """The largest difference of any output, relative to that output's largest magnitude; NaN counts as infinite."""
+    if len(a) != len(b) or any(x.shape != y.shape for x, y in zip(a, b, strict=False)):
+        return math.inf
+    worst = 0.0
+    for x, y in zip(a, b, strict=True):
+        if x.numel() == 0:
+            continue
+        if not _is_real(x):
+            worst = max(worst, float((x != y).any()))
+            continue
+        # infinities that stay in place (masks) are equal
+        same = x == y
+        difference = torch.where(same, torch.zeros_like(x), x - y).abs().max().item()
+        finite = torch.where(torch.isfinite(x), x, torch.zeros_like(x))
+        magnitude = max(finite.abs().max().item(), 1e-300)
+        worst = max(worst, math.inf if math.isnan(difference) else difference / magnitude)
+    return worst
