@@ -96,14 +96,24 @@ def vocabulary(model: nn.Module) -> int:
 
 
 def _token_ids(model: nn.Module) -> Iterator[Tensor]:
+    bound = vocabulary(model)
+    end = setting(getattr(model, "config", None), "eos_token_id")
+    for shape in ((BATCH, LENGTH), (BATCH, 64), (BATCH, 3, LENGTH)):  # the last for multiple choice
+        ids = integers(bound, *shape)
+        if isinstance(end, int) and 0 < end < bound:  # once, and last: some heads read what stands there
+            ids[ids == end] = end - 1
+            ids[..., -1] = end
+        yield ids
+
+
+def _text_around_image(model: nn.Module) -> Iterator[Tensor]:
     config = getattr(model, "config", None)
     image = setting(config, "image_token_id", "image_token_index")
     count = setting(config, "image_seq_length", "mm_tokens_per_image", "num_image_tokens")
     if isinstance(image, int) and isinstance(count, int):  # the places where the features of one image go
         ids = integers(min(vocabulary(model), image), BATCH, LENGTH)
         yield torch.cat([ids, torch.full((BATCH, count), image, device="cpu")], 1)
-    yield integers(vocabulary(model), BATCH, LENGTH)
-    yield integers(vocabulary(model), BATCH, 64)
+    yield from _token_ids(model)
 
 
 def _pixels(model: nn.Module) -> Iterator[Tensor]:
@@ -311,6 +321,8 @@ def from_huggingface(model: nn.Module) -> Iterator[Candidate]:
         if all(name in accepted and name in BY_NAME for name in names):
             every = list(dict.fromkeys([*names, *(name for name in always if name in accepted)]))
             makers = [BY_NAME[name](model) for name in every]
+            if {"input_ids", "pixel_values"} <= set(every):
+                makers[every.index("input_ids")] = _text_around_image(model)
             for choice in itertools.islice(itertools.product(*makers), 8):
                 yield (), dict(zip(every, choice, strict=True))
     dummy = getattr(model, "dummy_inputs", None)

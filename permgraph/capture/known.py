@@ -21,7 +21,7 @@ MAX_NUMEL = 4096
 
 _ASKS_FOR_VALUES = frozenset({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape})
 #: Operators whose results have no values yet.
-_UNDEFINED = ("aten::empty", "aten::new_empty", "aten::resize_")
+_UNDEFINED = ("aten::empty", "aten::new_empty")
 
 
 class KnownValues:
@@ -45,7 +45,10 @@ class KnownValues:
         real_args, real_kwargs = pytree.tree_map_only(Tensor, lambda t: self._real[id(t)], (args, kwargs))
         try:
             with no_dispatch():
-                return True, func(*real_args, **real_kwargs)
+                real = func(*real_args, **real_kwargs)
+                if func._schema.name.startswith(_UNDEFINED):
+                    real.zero_()  # any values will do until the model writes its own
+                return True, real
         except Exception as error:  # the fake pass meets the same error, unless only this kernel is missing
             logger.debug("%s on known values failed: %s", func, error)
             self._forget_written(func, args, kwargs)
@@ -61,7 +64,7 @@ class KnownValues:
         for argument in args:  # nearly every operator of a model is settled by its first argument
             if isinstance(argument, Tensor) and id(argument) not in self._real:
                 return False
-        if torch.Tag.nondeterministic_seeded in func.tags or func._schema.name.startswith(_UNDEFINED):
+        if torch.Tag.nondeterministic_seeded in func.tags:
             return False
         tensors = [leaf for leaf in pytree.arg_tree_leaves(*args, **kwargs) if isinstance(leaf, Tensor)]
         return all(id(tensor) in self._real for tensor in tensors) if tensors else _is_small(args)

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from permgraph.capture.escape import VALUES_LEAVE_TORCH
 from permgraph.capture.frames import locate
 from permgraph.capture.known import KnownValues
 from permgraph.capture.state import strided_like, tensor_key
@@ -164,6 +165,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._bind_result(result, node, module, source)
         return result
 
+    def escape(self, tensor: Tensor) -> None:
+        """Notes that a tensor's values were read by something that is not torch."""
+        module, source = locate(self._paths, self._stop)
+        node = self.graph.create_node("call_function", VALUES_LEAVE_TORCH, (self.node_of(tensor),))
+        node.meta.update(val=None, module=module, source=source)
+
     def finish(self, outputs: list[Tensor]) -> fx.Graph:
         """Adds the output node and checks the graph."""
         nodes = [self.node_of(tensor) for tensor in outputs]
@@ -239,4 +246,4 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if isinstance(tensor, FakeTensor):
             return strided_like(tensor, self._device)
         with no_dispatch():
-            return strided_like(tensor, "meta")
+            return strided_like(tensor, "meta") if tensor.layout == torch.strided else tensor.to("meta")

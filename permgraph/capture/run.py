@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import logging
 import time
@@ -22,6 +21,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils import _pytree as pytree
 
 from permgraph.capture.captured import Captured
+from permgraph.capture.escape import WatchEscapes
 from permgraph.capture.inputs import ExampleInputs, find_inputs
 from permgraph.capture.known import KnownValues
 from permgraph.capture.outputs import tensor_leaves
@@ -191,7 +191,7 @@ def _pass(subject: Subject, inputs: ExampleInputs, limits: Limits, mode: Mode, r
         kwargs = copy_with(inputs.kwargs, stand_in.of_input, memo)
         for path, made in _named_leaves(args, kwargs):
             recorder.placeholder("input", (path,), made)
-        with fake_mode if mode == "fake" else contextlib.nullcontext(), recorder:
+        with fake_mode if mode == "fake" else WatchEscapes(recorder.escape), recorder:
             result = _run(twin.module, args, kwargs)
         outputs = list(tensor_leaves(result))
     if not outputs:
@@ -231,6 +231,8 @@ class _Fakes:
         return self._fake(tensor)
 
     def _fake(self, tensor: Tensor) -> Tensor:
+        if tensor.layout != torch.strided:
+            return self._mode.from_tensor(tensor)
         # Made directly and not by `torch.empty` under the mode: a model has hundreds, and a dispatch costs more.
         shape = strided_like(tensor, _META)
         is_parameter = isinstance(tensor, nn.Parameter)

@@ -28,6 +28,8 @@ FAMILY: dict[str, dict[str, Any]] = {
         "encoder_layers": 1,
         "decoder_layers": 1,
         "max_source_positions": 50,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
         "num_mel_bins": 16,
         "pad_token_id": 0,
     },

@@ -116,6 +116,9 @@ def test_constants_are_read_without_a_fallback():
         def forward(self, x: Tensor) -> Tensor:
             sizes = torch.as_tensor([[2, 3], [4, 5]]).prod(1)
             sizes[0] += 1
+            pair = torch.empty(2)
+            pair[0], pair[1] = 4, 5
+            assert (pair + pair).tolist() == [8, 10]
             first, second = x.split([*self.widths.tolist()], dim=1)
             for i in torch.arange(4).view(2, 2).flip(0).flatten():
                 first = first * float(i)
@@ -216,3 +219,34 @@ def test_the_error_on_given_inputs_is_chained():
     with pytest.raises(CaptureError, match=r"Linear does not run on the inputs given, \(float32\[2, 7\]\)") as caught:
         capture(nn.Linear(3, 4), (torch.zeros(2, 7),))
     assert isinstance(caught.value.__cause__, RuntimeError)
+
+
+def test_values_that_leave_torch_are_marked():
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(3, 5), nn.Linear(5, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(torch.from_numpy(self.first(x).detach().numpy() * 2))
+
+    captured = capture(Model(), (torch.zeros(2, 3),))
+    assert captured.mode == "real"
+    (leaves,) = [node for node in captured.graph.nodes if "values_leave_torch" in str(node.target)]
+    assert tuple(leaves.args[0].meta["val"].shape) == (2, 5)
+    assert leaves.meta["source"].startswith("test_sources.py:") or "/test_sources.py:" in leaves.meta["source"]
+
+
+def test_sparse_constants():
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 5)
+            self.adjacency = torch.eye(2).to_sparse()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.sparse.mm(self.adjacency, self.linear(x))
+
+    captured = capture(Model(), (torch.zeros(2, 3),))
+    assert captured.mode == "fake"
+    assert tuple(list(captured.graph.nodes)[-1].args[0][0].meta["val"].shape) == (2, 5)

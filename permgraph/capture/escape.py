@@ -1,0 +1,33 @@
+"""Values that leave torch during a pass on real tensors: what is computed from them outside cannot be followed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+_library = torch.library.Library("permgraph", "DEF")  # type: ignore[no-untyped-call]
+_library.define("values_leave_torch(Tensor tensor) -> ()")  # type: ignore[no-untyped-call]
+
+#: Stands in the graph where numpy, or Python, took a tensor's values. It is an operator that no rule knows.
+VALUES_LEAVE_TORCH = torch.ops.permgraph.values_leave_torch.default
+
+_READERS = frozenset({Tensor.numpy, Tensor.tolist, Tensor.data_ptr, Tensor.__array__, Tensor.__dlpack__})
+
+
+class WatchEscapes(TorchFunctionMode):
+    """Calls `report` with each tensor whose values are read without an operator (`.item()` is one, and is not meant)."""
+
+    def __init__(self, report: Callable[[Tensor], None]) -> None:
+        super().__init__()
+        self._report = report
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in _READERS:
+            self._report(args[0])
+        return func(*args, **(kwargs or {}))
