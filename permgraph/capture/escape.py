@@ -19,7 +19,7 @@ _READERS = frozenset({Tensor.numpy, Tensor.tolist, Tensor.data_ptr, Tensor.__arr
 
 
 class WatchEscapes(TorchFunctionMode):
-    """Calls `report` with each tensor whose values are read without an operator (`.item()` is one, and is not meant)."""
+    """Calls `report` with each tensor whose values are read without an operator (`.item()` is one)."""
 
     def __init__(self, report: Callable[[Tensor], None]) -> None:
         super().__init__()

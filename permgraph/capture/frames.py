@@ -13,7 +13,8 @@ from types import CodeType, FrameType
 import torch
 
 _STACK_LINE = re.compile(r'File "([^"]+)", line (\d+)')
-_TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
+#: Code that stands between a model and its operators: torch's, and this package's.
+_BETWEEN = tuple(os.path.dirname(os.path.abspath(file)) + os.sep for file in (torch.__file__, __file__))
 
 
 @cache
@@ -22,7 +23,7 @@ def short_name(filename: str) -> str | None:
     if filename.startswith("<"):
         return None
     path = os.path.abspath(filename)
-    if path.startswith(_TORCH):
+    if path.startswith(_BETWEEN):
         return None
     roots = sorted({os.path.abspath(root or os.curdir) for root in sys.path}, key=len, reverse=True)
     for root in roots:
