@@ -325,7 +325,8 @@ class Axes:
             self._merge_indices(a, b)
         if not self.same(a, b):
             self._unify_composites(a, b)
-        if a.link is None and b.link is None and self.same(a, b) and len(a.children) == len(b.children):
+        a, b = self.resolve(a), self.resolve(b)
+        if a is not b and a.kind is b.kind and len(a.children) == len(b.children) and self.same(a, b):
             a.link = b
 
     def _bind(self, atom: Axis, other: Axis) -> None:
