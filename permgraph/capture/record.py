@@ -23,6 +23,8 @@ from permgraph.capture.state import strided_like, tensor_key
 from permgraph.capture.surroundings import mkldnn
 from permgraph.errors import CaptureError
 
+_DEVICE = torch.ops.prim.device.default
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -79,6 +81,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._count = 0
         self._nodes: dict[int, fx.Node] = {}
         self._alive: list[Tensor] = []
+        self._originals: dict[int, Tensor] = {}
         self._replaced: dict[int, Tensor] = {}
         self._last_placeholder: fx.Node | None = None
         self._state_keys: dict[int, Hashable] = {}
@@ -106,13 +109,17 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if self._known is not None:
                 self._known.remember(tensor, real)
         self._last_placeholder = node
-        for held in (tensor, *aliases):
-            self._bind(held, node)
+        self._bind(tensor, node)
+        for alias in aliases:
+            self._bind(alias, node)
+            self._originals[id(alias)] = tensor
         self._state_keys[id(tensor)] = tensor_key(tensor)
         return node
 
     def node_of(self, tensor: Tensor) -> fx.Node:
         """The newest node of a tensor; one that was never seen becomes a constant."""
+        if id(tensor) in self._originals:  # a closure holds the caller's own tensor, which is not to be computed with
+            self._replaced[id(tensor)] = self._originals[id(tensor)]
         node = self._nodes.get(id(tensor))
         if node is not None and (key := self._state_keys.get(id(tensor))) is not None and key != tensor_key(tensor):
             node = None  # `parameter.data = ...` gave this object another tensor's memory
@@ -124,8 +131,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             names, stand_in = self._adopt(tensor)
             real = None if tensor.is_meta or isinstance(tensor, FakeTensor) else tensor
             node = self.placeholder("constant", names, stand_in, aliases=(tensor,), real=real)
-            if stand_in is not tensor:
-                self._replaced[id(tensor)] = stand_in
+            self._replaced[id(tensor)] = stand_in
         return node
 
     def _same_memory(self, tensor: Tensor) -> Tensor | None:
@@ -142,7 +148,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func.namespace == "prim":  # the device of a fake tensor: a question, not a computation
+        if func.namespace == "prim":  # mostly the device of a fake tensor: a question, not a computation
+            if func is _DEVICE and isinstance(args[0], FakeTensor):
+                return args[0].fake_device  # C++ asks as often as it computes; this spares the fake mode's detour
             return func(*args, **kwargs)
         self._count += 1
         self._limits.check(self._count)

@@ -191,6 +191,8 @@ def _pass(subject: Subject, inputs: ExampleInputs, limits: Limits, mode: Mode, r
         kwargs = copy_with(inputs.kwargs, stand_in.of_input, memo)
         for path, made in _named_leaves(args, kwargs):
             recorder.placeholder("input", (path,), made)
+        for shared in twin.overlapped:
+            recorder.escape(shared)
         with fake_mode if mode == "fake" else WatchEscapes(recorder.escape), recorder:
             result = _run(twin.module, args, kwargs)
         outputs = list(tensor_leaves(result))

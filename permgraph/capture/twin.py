@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from permgraph.capture.state import StateTensor
+from permgraph.capture.state import StateTensor, tensor_key
 
 logger = logging.getLogger(__name__)
 
@@ -24,13 +24,15 @@ class Twin:
     """`module` runs in place of the original: its flags, attributes and configs may be changed at will.
 
     `tensors` pairs each tensor of the state with what stands in for it. `paths` gives the path of a module by the `id`
-    of the copy or of the original, since a closure may still hold the latter.
+    of the copy or of the original, since a closure may still hold the latter. `overlapped` holds stand-ins for state of
+    which a plain attribute is another view, such as `self.decoder = self.encoder.weight.t()`.
     """
 
     module: nn.Module
     modules: list[nn.Module]
     tensors: list[tuple[StateTensor, Tensor]]
     paths: dict[int, str]
+    overlapped: list[Tensor]
 
     def attribute_name(self, tensor: Tensor) -> tuple[str, ...]:
         """The dotted name of a plain tensor attribute, such as a table of rotary angles; empty for other tensors."""
@@ -88,8 +90,20 @@ def make_twin(
         tensors.append((entry, made))
         memo.update({id(tensor): made for tensor in entry.objects})
     given = dict(memo)
+    by_key = {tensor_key(tensor): made for entry, made in tensors for tensor in entry.objects}
+    by_memory = {key[0]: made for key, made in by_key.items() if isinstance(key, tuple)}
+    overlapped: dict[int, Tensor] = {}
+
+    def stand_in_for_attribute(tensor: Tensor) -> Tensor:
+        key = tensor_key(tensor)
+        if key in by_key:
+            return by_key[key]
+        if isinstance(key, tuple) and key[0] in by_memory:
+            overlapped[id(by_memory[key[0]])] = by_memory[key[0]]
+        return stand_in(tensor)
+
     try:
-        module = copy_with(core, stand_in, memo)
+        module = copy_with(core, stand_in_for_attribute, memo)
     except Exception as error:
         logger.debug("deepcopy of %s failed (%s): copying its modules only", type(core).__name__, error)
         memo = given
@@ -100,7 +114,7 @@ def make_twin(
         paths[id(original)] = path
         if id(original) in memo:
             paths[id(memo[id(original)])] = path
-    return Twin(module, list(copies.values()), tensors, paths)
+    return Twin(module, list(copies.values()), tensors, paths, list(overlapped.values()))
 
 
 def _copy_modules(module: nn.Module, memo: dict[int, Any]) -> nn.Module:

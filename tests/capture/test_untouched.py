@@ -209,3 +209,42 @@ def test_called_under_inference_mode_autocast_and_another_default_device():
         assert torch.is_inference_mode_enabled()
         assert torch.is_autocast_enabled("cpu")
     assert [str(node.target) for node in captured.graph.nodes] == expected
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_plain_attributes_that_share_a_parameters_memory(device: str):
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = nn.Linear(3, 5, bias=False)
+            self.same = self.encoder.weight.data
+            self.turned = self.encoder.weight.data.t()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (x @ self.turned) @ self.same
+
+    with torch.device(device):
+        model = Model()
+    captured = capture(model, (torch.zeros(2, 3),))
+    (weight,) = captured.placeholders("parameter")
+    users = [str(node.target) for node in weight.users]
+    assert users == ["permgraph.values_leave_torch.default", "aten.mm.default"]
+
+
+def test_a_closure_over_the_original_does_not_write_to_it():
+    model = nn.Linear(3, 5)
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            if x.sum().item() == 0:
+                model.weight.mul_(0)
+            return self.inner(x)
+
+    before = model.weight.detach().clone()
+    captured = capture(Outer(), (torch.zeros(2, 3),))
+    assert captured.mode == "real"
+    assert torch.equal(model.weight, before)
