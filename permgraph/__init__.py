@@ -19,6 +19,7 @@ from permgraph.matching import Alignment, Matcher, MatchResult, WeightMatching, 
 from permgraph.permutation import Permutation
 from permgraph.rules import rule
 from permgraph.spec import Group, PermutationSpec
+from permgraph.verify import Verification, verify
 
 __version__ = "0.1.0"
 
@@ -33,6 +34,7 @@ __all__ = [
     "Matcher",
     "Permutation",
     "PermutationSpec",
+    "Verification",
     "WeightMatching",
     "__version__",
     "align",
@@ -47,4 +49,5 @@ __all__ = [
     "recalibrate_batchnorm",
     "repair",
     "rule",
+    "verify",
 ]

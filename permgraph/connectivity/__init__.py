@@ -9,7 +9,7 @@ from permgraph.connectivity.barriers import Barrier, barrier
 from permgraph.connectivity.evaluation import evaluate_on
 from permgraph.connectivity.interpolation import interpolate
 from permgraph.connectivity.normalisation import recalibrate_batchnorm
-from permgraph.connectivity.repair import ChannelStatistics, channel_statistics, repair
+from permgraph.connectivity.renormalisation import ChannelStatistics, channel_statistics, repair
 
 __all__ = [
     "Barrier",
