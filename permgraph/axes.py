@@ -13,8 +13,9 @@ refinement found at the last layer is seen at the first. Every operation is *mon
 together, cuts them or pins them. Hence the order of constraints does not matter to what a type comes to stand for, and
 running all of them again until nothing changes is a fixed point.
 
-Two normal forms keep types comparable. A sum that is followed by other factors is distributed over them,
-``([a + b] c)`` becoming ``[(a c) + (b c)]``; and a family whose members have become the same axis is that axis.
+Three normal forms keep types comparable. A sum that is followed by other factors is distributed over them,
+``([a + b] c)`` becoming ``[(a c) + (b c)]``; a family whose members have become the same axis is that axis; and a sum
+of pinned parts is one pinned atom.
 """
 
 from __future__ import annotations
@@ -124,12 +125,14 @@ class Axes:
         self.changes = 0
         self.scope: int = -1  # the graph node whose rule is running
         self.has_families = False
+        self.may_cut = True  # False: axes are pinned where they would be cut, so that a run comes to an end
         self.one = Axis(Kind.ATOM, 1)
         self._births: list[tuple[BirthKey, Axis]] = []
         self._born_in_scope: dict[BirthKey, int] = {}
         self._splits: dict[tuple[object, ...], list[Axis]] = {}
         self._slices: dict[tuple[Axis, int, int], tuple[Axis, Restriction]] = {}
         self._interned: dict[tuple[Kind, Index | None, tuple[Axis, ...]], Axis] = {}
+        self._pinned_sums: dict[Axis, Axis] = {}
         self._contains: dict[Axis, tuple[int, bool]] = {}
 
     # -- making axes ---------------------------------------------------------------------------------------------
@@ -183,8 +186,14 @@ class Axes:
                 for member in members[1:]:
                     self.unify(members[0], member)
             if all(self.same(members[0], member) for member in members[1:]):
-                axis.link = members[0]
+                self._link(axis, members[0])
                 return self.resolve(members[0])
+        if axis.kind is Kind.SUM:
+            parts = [self.resolve(child) for child in axis.children]
+            if all(p.kind is Kind.ATOM and (p.pinned or p.size == 1) for p in parts) and axis.size > len(parts):
+                why = next(p.pinned for p in parts if p.pinned)
+                self._link(axis, self._pinned_sums.setdefault(axis, self.pinned(axis.size, why)))
+                return axis.find()
         axis.stamp = self.changes
         return axis
 
@@ -253,7 +262,7 @@ class Axes:
         if normal is axis:
             axis.stamp = self.changes
             return axis
-        axis.link = normal
+        self._link(axis, normal)
         normal.stamp = self.changes
         return normal
 
@@ -327,7 +336,7 @@ class Axes:
             self._unify_composites(a, b)
         a, b = self.resolve(a), self.resolve(b)
         if a is not b and a.kind is b.kind and len(a.children) == len(b.children) and self.same(a, b):
-            a.link = b
+            self._link(a, b)
 
     def _bind(self, atom: Axis, other: Axis) -> None:
         if atom.pinned is not None:
@@ -335,8 +344,15 @@ class Axes:
         if other.kind is Kind.FAMILY and self._is_member(atom, other):
             self.collapse(other)
             return
-        atom.link = other
+        self._link(atom, other)
         self.changes += 1
+
+    @staticmethod
+    def _link(axis: Axis, other: Axis) -> None:
+        """Let one node stand for another; by way of their roots, for either may have been bound in between."""
+        a, b = axis.find(), other.find()
+        if a is not b:
+            a.link = b
 
     def _is_member(self, atom: Axis, family: Axis) -> bool:
         members = [self.resolve(child) for child in family.children]
@@ -415,7 +431,7 @@ class Axes:
     def _split(self, axis: Axis, sizes: list[int]) -> list[Axis]:
         if axis.kind is Kind.ATOM:
             factors = self._split_atom(axis, sizes)
-            axis.link = self.product(factors)
+            self._link(axis, self.product(factors))
             self.changes += 1
             return factors
         if axis.kind is Kind.PRODUCT:
@@ -513,13 +529,15 @@ class Axes:
         if (start, end) == (0, axis.size):
             return axis, {}
         if axis.kind is Kind.ATOM:
+            if not self.may_cut:
+                self.pin(axis, Pinned("cut at ever new places", self.scope))
             if axis.pinned is not None:
                 if (axis, start, end) not in self._slices:
                     self._slices[axis, start, end] = self.pinned(end - start, axis.pinned), {}
                 return self._slices[axis, start, end]
             bounds = sorted({0, start, end, axis.size})
             parts = [self.atom(stop - begin) for begin, stop in zip(bounds, bounds[1:], strict=False)]
-            axis.link = self.sum(parts)
+            self._link(axis, self.sum(parts))
             self.changes += 1
             return self.slice(axis, start, end)
         if axis.kind is Kind.SUM:

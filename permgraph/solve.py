@@ -8,6 +8,7 @@ neighbours are families from the start (see `Axes.cuts`).
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from permgraph.rules import find_rule
 from permgraph.rules.call import Call, Ledger, TypedTensor, loose_families, provides
 
 MAX_RUNS = 6
+MAX_VISITS = 12
 
 
 @dataclass
@@ -128,7 +130,9 @@ class _Run:
     # -- constraints -----------------------------------------------------------------------------------------------
 
     def until_stable(self) -> None:
-        while True:
+        for visit in itertools.count():
+            # An axis that is a shifted copy of itself would be cut once more on every visit, index by index.
+            self.axes.may_cut = visit < MAX_VISITS
             before = self.axes.changes
             self.ledger.clear()
             self._pin_ends()
