@@ -8,6 +8,10 @@ question is answered link by link:
   dimension; where there are several, none;
 - in a link, all tensors that bear d's label must bear the label of the h that d obeys.
 
+What was looked up by an index still has the axis that was looked up, in disguise: row t of ``w[index]`` is row
+``index[t]`` of w, so the expert whose hidden units a routed token has follows from the token. Dimensions that the
+index runs over stand for the axis that its values number, as long as no other index relates the two.
+
 With x of (h d) in two operands of a contraction over d whose h are *different* labels (a Gram matrix between heads),
 the second test fails, although every tensor has both axes.
 """
@@ -38,6 +42,8 @@ class Dependence:
             seen = {atom for t in relation.tensors for axis in t.axes.values() for atom in self.axes.atoms(axis)}
             for atom in seen:
                 self._relations[atom].append(relation)
+        self._disguises = self._find_disguises()
+        self._tensor_atoms = [(tensor, self._unmasked(atoms)) for tensor, atoms in self._tensor_atoms]
 
     def parents(self, moving: Sequence[Axis]) -> dict[Axis, tuple[Axis, ...]]:
         """For each atom in `moving`, the atoms (pinned ones among them) over which it is fibred, outermost first."""
@@ -46,6 +52,34 @@ class Dependence:
         self._break_cycles(found)
         self._close(found)
         return {d: tuple(sorted(p, key=lambda h: len(found.get(h, ())))) for d, p in found.items() if p}
+
+    # -- lookups -------------------------------------------------------------------------------------------------------
+
+    def _find_disguises(self) -> dict[Axis, dict[frozenset[Axis], TypedTensor]]:
+        """For each axis that is looked up, the axes that an index runs over, and the index, if there is only one."""
+        found: dict[Axis, dict[frozenset[Axis], set[TypedTensor]]] = defaultdict(lambda: defaultdict(set))
+        for relation in self.solution.ledger.relations:
+            for labelled in relation.tensors:
+                value = self._value_label(labelled)
+                if value is None or labelled.tensor is None:
+                    continue
+                axis = self.axes.resolve(labelled.axes[value])
+                over = Counter(a for label, t in labelled.axes.items() if label != value for a in self.axes.atoms(t))
+                if axis.kind is Kind.ATOM and over and max(over.values()) == 1 and axis not in over:
+                    found[axis][frozenset(over)].add(labelled.tensor.origin)
+        return {
+            axis: {over: next(iter(indices)) for over, indices in by_axes.items() if len(indices) == 1}
+            for axis, by_axes in found.items()
+        }
+
+    @staticmethod
+    def _value_label(labelled: Labelled) -> str | None:
+        return next((label for label, dim in labelled.where.items() if dim == VALUE), None)
+
+    def _unmasked(self, atoms: frozenset[Axis]) -> frozenset[Axis]:
+        """These atoms, and those that they stand for."""
+        hidden = [axis for axis, ways in self._disguises.items() if any(over <= atoms for over in ways)]
+        return atoms | frozenset(hidden) if hidden else atoms
 
     # -- candidates ----------------------------------------------------------------------------------------------------
 
@@ -63,9 +97,9 @@ class Dependence:
                     return []
         for relation in self._relations[d]:
             for labelled in relation.tensors:
-                atoms = {atom for axis in labelled.axes.values() for atom in self.axes.atoms(axis)}
+                atoms = self._unmasked(frozenset(a for axis in labelled.axes.values() for a in self.axes.atoms(axis)))
                 if d in atoms:
-                    common = atoms if common is None else common & atoms
+                    common = set(atoms) if common is None else common & atoms
         return [] if common is None else sorted(common - {d}, key=lambda atom: (atom.size, id(atom)))
 
     # -- the test ------------------------------------------------------------------------------------------------------
@@ -98,13 +132,22 @@ class Dependence:
                     if bound is None:
                         return False
                     obeyed[label].update(bound)
+        same = self._index_labels(relation, h)
         for label, givers in obeyed.items():
-            if len(givers) != 1:
+            if len(givers) != 1 and not givers <= same:
                 return False
-            giver = next(iter(givers))
-            if giver != INTERNAL and any(label in t.axes and giver not in t.axes for t in relation.tensors):
+            allowed = same if givers <= same else givers
+            if INTERNAL not in givers and any(label in t.axes and not allowed & set(t.axes) for t in relation.tensors):
                 return False
         return True
+
+    def _index_labels(self, relation: Relation, h: Axis) -> set[object]:
+        """The labels that mean h in a lookup: that of its own dimension, and the one over which the index runs."""
+        for labelled in relation.tensors:
+            value = self._value_label(labelled)
+            if value is not None and self.axes.resolve(labelled.axes[value]) is h and len(labelled.axes) == 2:
+                return set(labelled.axes)
+        return set()
 
     def _with_unlabelled(self, labelled: Labelled) -> Mapping[str, Axis]:
         if labelled.tensor is None:
@@ -130,10 +173,22 @@ class Dependence:
                 givers = {m: self._count([other], h, choice) for m, other in named.items() if m != label}
                 givers = {m: count for m, count in givers.items() if count[1]}
                 near = {m: c for m, c in givers.items() if where.get(m, m) == where.get(label, label)}
-                chosen = near or givers
+                chosen = near or givers or self._disguised(named, label, h, choice)
                 if len(chosen) != 1 or next(iter(chosen.values())) != (1, 1):
                     return None
                 found.append(next(iter(chosen)))
+        return found
+
+    def _disguised(
+        self, named: Mapping[str, Axis], label: str, h: Axis, choice: Choice
+    ) -> dict[str, tuple[int, int]]:
+        """The labels whose axis is one that an index into h runs over."""
+        found = {}
+        for m, axis in named.items():
+            if m != label:
+                for over in self._disguises.get(h, {}):
+                    if all(self._count([axis], atom, choice) == (1, 1) for atom in over):
+                        found[m] = (1, 1)
         return found
 
     def _occurrences(self, axis: Axis, d: Axis) -> Iterator[tuple[Choice, list[Axis]]]:

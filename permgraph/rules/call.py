@@ -35,7 +35,7 @@ VALUE = -1  # the dimension number by which the axis of an integer tensor's valu
 class TypedTensor:
     """A tensor of the graph with an axis for each dimension, and one for its values where they index something."""
 
-    __slots__ = ("dims", "dtype", "name", "shape", "value")
+    __slots__ = ("dims", "dtype", "name", "origin", "shape", "value")
 
     def __init__(self, name: str, shape: Sequence[int], dtype: torch.dtype, axes: Axes) -> None:
         self.name = name
@@ -43,6 +43,8 @@ class TypedTensor:
         self.dtype = dtype
         self.dims = [axes.atom(size) for size in self.shape]
         self.value: Axis | None = None
+        # The tensor of which this one is a view of all elements: an index and its views are the same function.
+        self.origin: TypedTensor = self
 
     @property
     def ndim(self) -> int:
@@ -93,9 +95,10 @@ class Ledger:
     ties: list[tuple[TypedTensor, int, TypedTensor, int, int]] = field(default_factory=list)  # slot, slot, node
     pins: list[tuple[TypedTensor, int, str, int]] = field(default_factory=list)  # slot, reason, node
     unknown: list[int] = field(default_factory=list)
+    taken: list[TypedTensor] = field(default_factory=list)  # of which a part was taken
 
     def clear(self) -> None:
-        for entries in (self.relations, self.rearrangements, self.ties, self.pins, self.unknown):
+        for entries in (self.relations, self.rearrangements, self.ties, self.pins, self.unknown, self.taken):
             entries.clear()
 
 
@@ -142,6 +145,11 @@ def loose_families(axes: Axes, axis: Axis, provided: frozenset[Index] = frozense
 def provides(axes: Axes, axis: Axis, index: Index) -> bool:
     """Whether a family over `index` in another dimension can tell its member by this axis."""
     return any(f.kind is Kind.SUM and f.index is not None and f.index.find() is index for f in axes.factors(axis))
+
+
+def _inside(axes: Mapping[str, Axis]) -> Labelled:
+    """A tensor inside the operator, of which only the labels matter."""
+    return Labelled(None, axes, dict.fromkeys(axes, 0))
 
 
 class Call:
@@ -226,7 +234,10 @@ class Call:
         known = {label: axis for labelled in reversed(tensors) for label, axis in labelled.axes.items()}
         for pattern in via:
             inner = self._expand_virtual(pattern, known)
-            tensors.append(Labelled(None, {label: known[label] for label in inner}, dict.fromkeys(inner, 0)))
+            tensors.append(_inside({label: known[label] for label in inner}))
+        # A one-hot code has a single one along the axis of the values, so that nothing may differ along that axis.
+        for labelled in [t for t in tensors if VALUE in t.where.values()]:
+            tensors.append(_inside({m: axis for m, axis in labelled.axes.items() if labelled.where[m] != VALUE}))
         self._check_families(tensors)
         self._tie(tensors)
         self.ledger.relations.append(Relation(self.number, tuple(tensors)))
@@ -239,7 +250,7 @@ class Call:
         """Tie ``out``'s dimensions to those of `source` with the numbers `dims`; None: a dimension of its own."""
         names = [f"d{i}" for i in range(source.ndim)]
         self.link((source, " ".join(names)), (out, " ".join("_" if d is None else names[d] for d in dims)))
-        self.carry_values(source, out)
+        self.carry_values(source, out, all_of_them=True)
 
     def regroup(self, source: TypedTensor, out: TypedTensor) -> None:
         """A view: the same elements in the same order under another shape."""
@@ -269,11 +280,13 @@ class Call:
                 self.axes.unify(out.dims[d], factor)
             self._note_ties(source, left, out, right)
         self.note_rearrangement(source, out)
-        self.carry_values(source, out)
+        self.carry_values(source, out, all_of_them=True)
 
     def take(self, source: TypedTensor, out: TypedTensor, dim: int, start: int, end: int, *, keep: bool = True) -> None:
         """``out`` is indices start..end of one dimension of `source` (without that dimension if not `keep`)."""
         piece, restriction = self.axes.slice(source.dims[dim], start, end)
+        if end - start < source.shape[dim]:
+            self.ledger.taken.append(source)
         at = 0
         for d in range(source.ndim):
             if d == dim and not keep:
@@ -328,9 +341,11 @@ class Call:
         if tensor is not None and tensor.value is not None:
             self.pin(tensor, VALUE, reason)
 
-    def carry_values(self, source: TypedTensor, out: TypedTensor) -> None:
-        """Say that the values of `out` are values of `source`, and index the same axis."""
+    def carry_values(self, source: TypedTensor, out: TypedTensor, *, all_of_them: bool = False) -> None:
+        """Say that the values of `out` are values of `source` (in the same order, if `all_of_them`)."""
         if source.value is not None:
+            if all_of_them and math.prod(source.shape) == math.prod(out.shape):
+                out.origin = source.origin
             if not out.is_integral:
                 self.pin_values(source, "an index was turned into a number")
             elif out.value is None:
@@ -400,8 +415,9 @@ class Call:
             if len(labels) == 1:
                 axes = [tensor.dims[d]]
             else:
-                known = math.prod(sizes.get(label, 1) for label in labels)
-                axes = self.axes.split(tensor.dims[d], [sizes.get(l, tensor.shape[d] // known) for l in labels])
+                given = [sizes.get(label.rstrip("!")) for label in labels]
+                rest = tensor.shape[d] // math.prod(size for size in given if size is not None)
+                axes = self.axes.split(tensor.dims[d], [rest if size is None else size for size in given])
             for label, axis in zip(labels, axes, strict=True):
                 if label.endswith("!") and axis.size != 1:
                     assert why, f"{self.node.target}: pattern {pattern!r} pins without saying why"

@@ -8,12 +8,13 @@ from permgraph.rules.registry import rule
 ARITHMETIC = """
     abs acos acosh add addcdiv addcmul angle arccos arcsin arctan asin asinh atan atan2 atanh bitwise_and
     bitwise_left_shift bitwise_not bitwise_or bitwise_right_shift bitwise_xor __and__ __or__ __xor__ __lshift__
-    __rshift__ ceil celu clamp clamp_max clamp_min clip complex conj _conj _conj_physical conj_physical copysign cos
+    __rshift__ __iand__
+    __ior__ __ixor__ __ilshift__ __irshift__ ceil celu clamp clamp_max clamp_min clip complex conj _conj conj_physical copysign cos
     cosh deg2rad digamma div divide elu erf erfc erfinv exp exp2 expm1 float_power floor floor_divide fmax fmin fmod
     frac ge gelu greater gt hardshrink hardsigmoid hardswish hardtanh heaviside hypot i0 imag isfinite isinf isnan
     isneginf isposinf le leaky_relu lerp less lgamma log log10 log1p log2 log_sigmoid log_sigmoid_forward logaddexp
     logaddexp2 logical_and logical_not logical_or logical_xor logit lt maximum minimum mish mul multiply nan_to_num neg
-    negative nextafter polar polygamma positive pow quantize_per_tensor rad2deg real reciprocal relu relu6 remainder
+    negative nextafter polar polygamma pow quantize_per_tensor rad2deg real reciprocal relu relu6 remainder
     round rrelu rsqrt rsub selu sgn sigmoid sign signbit silu sin sinc sinh softplus softshrink special_expit
     special_expm1 special_log1p special_ndtr special_xlog1py sqrt square sub subtract tan tanh threshold true_divide
     trunc xlogy resolve_conj resolve_neg fake_quantize_per_tensor_affine dequantize int_repr
@@ -21,7 +22,7 @@ ARITHMETIC = """
 
 COPIES = """
     alias clone contiguous detach lift lift_fresh lift_fresh_copy _to_copy to positive requires_grad_ type_as
-    resolve_conj _conj_physical copy_to view_as_same
+    resolve_conj _conj_physical
 """
 
 
@@ -38,7 +39,7 @@ def copies(call: Call) -> None:
     """The same values in a new tensor."""
     source = call.tensors[0]
     call.pointwise(source, call.out)
-    call.carry_values(source, call.out)
+    call.carry_values(source, call.out, all_of_them=True)
 
 
 @rule("aten.eq", "aten.ne", "aten.not_equal")
@@ -52,11 +53,11 @@ def equality(call: Call) -> None:
     arithmetic(call)
 
 
-@rule("aten.copy", "aten.copy_")
+@rule("aten.copy")
 def copy(call: Call) -> None:
-    """Overwrite a tensor with another, broadcast to it."""
-    call.pointwise(call["self"], call["src"], call.out)
-    call.share_values([call["self"], call["src"], call.out])
+    """Overwrite a tensor with another, broadcast to it: what it held before no longer matters."""
+    call.pointwise(call["src"], call.out)
+    call.share_values([call["src"], call.out])
 
 
 @rule("aten.where.self", "aten.where.ScalarOther", "aten.where.ScalarSelf", "aten.where.Scalar")
@@ -112,13 +113,19 @@ def dropout(call: Call) -> None:
         call.pin_all([x], "random values")
 
 
-@rule(
-    "aten.bernoulli", "aten.rand_like", "aten.randn_like", "aten.randint_like", "aten.normal", "aten.uniform",
-    "aten.exponential", "aten.rand", "aten.randn", "aten.randint", "aten.randperm", "aten.multinomial", "aten.random",
-)  # fmt: skip
+@rule("aten.bernoulli", "aten.normal", "aten.multinomial")
 def random(call: Call) -> None:
-    """Random values have an order of their own."""
+    """Random values have an order of their own, and which element they belong to matters."""
     call.pin_all([*call.tensors, *call.results], "random values")
+
+
+@rule(
+    "aten.rand_like", "aten.randn_like", "aten.randint_like", "aten.uniform", "aten.exponential", "aten.random",
+    "aten.rand", "aten.randn", "aten.randint", "aten.randperm",
+)  # fmt: skip
+def noise(call: Call) -> None:
+    """Random values in an order of their own, whatever the argument holds."""
+    call.pin_all(call.results, "random values")
 
 
 @rule("aten._assert_tensor_metadata", "aten._assert_async", "aten._assert_scalar", "aten.sym_size", "aten.is_pinned")
@@ -126,7 +133,9 @@ def no_data(call: Call) -> None:
     """Reads no element, or gives nothing back."""
 
 
-@rule("aten.item", "aten._local_scalar_dense", "aten.is_nonzero", "aten.equal", "aten._is_all_true", "aten.allclose")
+@rule("aten.item", "aten._local_scalar_dense", "aten.is_nonzero", "aten.equal", "aten.allclose")
 def read_value(call: Call) -> None:
-    """A value is read by Python: the graph holds for that value, whatever the numbering of what led to it."""
-    call.pin_all(call.tensors, "its value was read by Python code")
+    """Python reads one value, which no numbering of what led to it changes, unless it is an index itself."""
+    call.pointwise(*call.tensors)
+    for tensor in call.tensors:
+        call.pin_values(tensor, "its value was read by Python code")
