@@ -198,7 +198,11 @@ def barrier(
         scratch = copy.deepcopy(template)
         for done, t in enumerate(alphas, start=1):
             scratch.load_state_dict(interpolate(a, b, t))
-            network = scratch if prepare is None else prepare(copy.deepcopy(scratch), t)
+            network = scratch
+            if prepare is not None:
+                network = prepare(copy.deepcopy(scratch), t)
+                if not isinstance(network, nn.Module):
+                    raise EvaluationError(f"prepare must return the network to evaluate, not {type(network).__name__}")
             values = _measure(evaluate, network)
             if curves and values.keys() != curves.keys():
                 raise EvaluationError(

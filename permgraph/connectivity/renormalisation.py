@@ -39,6 +39,7 @@ Layers = Callable[[str, nn.Module], bool]
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _AFFINE = (nn.Linear, *_CONVOLUTIONS, *_TRANSPOSED)
+_LINEAR_TRANSPOSED = "Conv1D"  # transformers' linear layer with the weight (in, out), known by name so as not to import
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,9 @@ def repair(
 def affine_layers(model: nn.Module, layers: Layers | None = None) -> dict[str, nn.Module]:
     """Return the linear and convolution layers by name."""
     return {
-        name: m for name, m in model.named_modules() if isinstance(m, _AFFINE) and (layers is None or layers(name, m))
+        name: m
+        for name, m in model.named_modules()
+        if (isinstance(m, _AFFINE) or type(m).__name__ == _LINEAR_TRANSPOSED) and (layers is None or layers(name, m))
     }
 
 
@@ -247,6 +250,8 @@ def _fuse(layer: nn.Module, scale: Tensor, shift: Tensor) -> None:
         groups = layer.groups
         blocks = exact.view(groups, exact.shape[0] // groups, exact.shape[1], -1)
         exact = (blocks * scale.view(groups, 1, -1, 1)).view(exact.shape)
+    elif type(layer).__name__ == _LINEAR_TRANSPOSED:
+        exact = exact * scale
     else:
         exact = exact * scale.view(-1, *[1] * (exact.ndim - 1))
     weight.copy_(exact)
@@ -274,7 +279,7 @@ def _observed(layers: Mapping[str, nn.Module], see: Callable[[str, Tensor, int],
     """Call ``see(name, output, channel dimension)`` on each output; what it returns, if anything, takes its place."""
 
     def hook(name: str, layer: nn.Module) -> Callable[[nn.Module, Any, Any], Tensor | None]:
-        spatial = 0 if isinstance(layer, nn.Linear) else layer.weight.ndim - 2  # type: ignore[operator]
+        spatial = layer.weight.ndim - 2  # type: ignore[operator]
         return lambda _module, _inputs, output: see(name, output, output.ndim - 1 - spatial)
 
     handles = [layer.register_forward_hook(hook(name, layer)) for name, layer in layers.items()]

@@ -170,6 +170,11 @@ def test_each_point_is_prepared() -> None:
     assert all(abs(value) > 1e-3 for value in prepared.losses)
 
 
+def test_what_prepare_returns_is_evaluated() -> None:
+    with pytest.raises(EvaluationError, match="prepare must return the network to evaluate, not NoneType"):
+        barrier(Point(0.0), Point(1.0), _value, points=2, prepare=lambda net, t: net.eval() and None)  # type: ignore[arg-type,return-value]
+
+
 def test_evaluate_on_is_the_mean_over_examples() -> None:
     net, loader = _net(), _loader()
     images, labels = loader.dataset.tensors  # type: ignore[attr-defined]

@@ -89,7 +89,22 @@ ARCHITECTURES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "transposed": (lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, 6, 3, groups=2)), (3, 9, 9)),  # noqa: E501
     "batchnorm": (_conv_net, (3, 9, 9)),
 }  # fmt: skip
-AFFINE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)
+
+
+class Conv1D(nn.Module):
+    """A linear layer whose weight is (in, out), as GPT-2 has it in transformers."""
+
+    def __init__(self, outputs: int, inputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(inputs, outputs))
+        self.bias = nn.Parameter(torch.empty(outputs))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight + self.bias
+
+
+ARCHITECTURES["gpt2"] = (lambda: nn.Sequential(Conv1D(16, 7), nn.GELU(), Conv1D(3, 16)), (5, 7))
+AFFINE = (Conv1D, nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
