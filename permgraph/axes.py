@@ -448,14 +448,15 @@ class Axes:
             return [self.pinned(size, axis.pinned) for size in sizes]
         shape = (self.scope, axis.size, tuple(sizes))
         again = self._born_in_scope[shape] = self._born_in_scope.get(shape, -1) + 1
-        keys = [(*shape, again, position) for position in range(len(sizes))]
-        factors: list[Axis | None] = [self._born_cut(key, size) for key, size in zip(keys, sizes, strict=True)]
-        outers = [factor for factor in factors if factor is not None]
-        result = []
-        for key, size, factor in zip(keys, sizes, factors, strict=True):
-            new = factor or self._family_of_atoms(size, outers)
-            self._births.append((key, new))
-            result.append(new)
+        return self.born((*shape, again), sizes)
+
+    def born(self, name: BirthKey, sizes: Sequence[int]) -> list[Axis]:
+        """New axes that stand side by side, known by a name: where one was cut in an earlier run, it is a sum now."""
+        keys = [(*name, position) for position in range(len(sizes))]
+        cut = [self._born_cut(key, size) for key, size in zip(keys, sizes, strict=True)]
+        outers = [axis for axis in cut if axis is not None]
+        result = [axis or self._family_of_atoms(size, outers) for axis, size in zip(cut, sizes, strict=True)]
+        self._births.extend(zip(keys, result, strict=True))
         return result
 
     def _born_cut(self, key: BirthKey, size: int) -> Axis | None:
@@ -513,9 +514,13 @@ class Axes:
             head, column = self.split(piece, [end - start, inner])
             heads.append(head)
             columns.append(column)
-        total = self.sum(heads, axis.index if aligned else None)
-        assert total.index is not None
-        result = [total, self.family(total.index, columns)]
+        total = self.resolve(self.sum(heads, axis.index if aligned else None))
+        if total.index is None:  # all of it is pinned: nothing tells the rows apart any more
+            for column in columns[1:]:
+                self.unify(columns[0], column)
+            result = [total, columns[0]]
+        else:
+            result = [total, self.family(total.index, columns)]
         self._splits[key] = result
         return result
 
@@ -562,9 +567,9 @@ class Axes:
                 pieces.append(self.slice(part, low, high)[0])
                 kept.append(i)
             at += part.size
-        total = self.sum(pieces)
-        assert total.index is not None
-        self._slices[key] = total, {axis.index.find(): (total.index, tuple(kept))}
+        total = self.resolve(self.sum(pieces))
+        restriction: Restriction = {} if total.index is None else {axis.index.find(): (total.index, tuple(kept))}
+        self._slices[key] = total, restriction
         return self._slices[key]
 
     def _slice_product(self, axis: Axis, start: int, end: int) -> tuple[Axis, Restriction]:

@@ -23,6 +23,7 @@ from permgraph.rules import find_rule
 from permgraph.rules.call import Call, Ledger, TypedTensor, loose_families, provides
 
 MAX_RUNS = 6
+PLACEHOLDER = "placeholder"
 MAX_VISITS = 12
 
 
@@ -47,7 +48,7 @@ def solve(graph: fx.Graph) -> Solution:
     for _ in range(MAX_RUNS):
         run = _Run(graph, Axes(cuts))
         run.until_stable()
-        seen = run.axes.cuts_seen()
+        seen = run.cuts_seen()
         if seen == cuts:
             break
         cuts = seen
@@ -67,7 +68,9 @@ class _Run:
         memo: dict[Any, Any] = {}
         for number, node in enumerate(self.nodes):
             if node.op == "placeholder":
-                self.values[node] = self._typed(node, node.meta["val"])
+                self.values[node] = tensor = self._typed(node, node.meta["val"])
+                if isinstance(tensor, TypedTensor) and node.meta["kind"] != "input":
+                    tensor.dims = axes.born((PLACEHOLDER, number), tensor.shape)
                 if node.meta["kind"] in ("parameter", "buffer") and isinstance(self.values[node], TypedTensor):
                     name = node.meta["names"][0]
                     self.values[node].name = name
@@ -204,6 +207,13 @@ class _Run:
             if tensor.value is not None:
                 for family in list(loose_families(self.axes, tensor.value)):
                     self.axes.collapse(family)
+
+    def cuts_seen(self) -> dict[BirthKey, tuple[int, ...]]:
+        """Where axes were cut. Of a placeholder's axes those count that were cut by taking a part of that tensor."""
+        taken = {id(tensor) for tensor in self.ledger.taken}
+        numbers = {n for n, node in enumerate(self.nodes) if id(self.values.get(node)) in taken}
+        cuts = self.axes.cuts_seen()
+        return {key: points for key, points in cuts.items() if key[0] != PLACEHOLDER or key[1] in numbers}
 
     def _all_tensors(self) -> list[TypedTensor]:
         found: dict[int, TypedTensor] = {}

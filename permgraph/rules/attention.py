@@ -31,8 +31,13 @@ def scaled_dot_product_attention(call: Call) -> None:
     mask = call.get("attn_mask", call.get("attn_bias"))
     if isinstance(mask, TypedTensor):
         slots.append((mask, " ".join(logits[len(logits) - mask.ndim :])))
-    if len(call.results) > 1 and call.results[1].ndim == q.ndim - 1 and call.results[1].shape[-1] == q.shape[-2]:
-        slots.append((call.results[1], f"{many} s"))
+    for more in call.results[1:]:
+        if more.shape == (*out.shape[:-1], k.shape[-2]):
+            slots.append((more, " ".join(logits)))  # the weights
+        elif more.shape == out.shape[:-1]:
+            slots.append((more, f"{many} s"))  # the logarithm of the sum that softmax divides by
+        else:
+            call.pin_all([more], "what the kernel keeps for itself")
     call.link(*slots, via=[f"{many} s", f"{many} s t"], **copies)
     if call.get("is_causal", False):
         for tensor in (q, k):

@@ -260,7 +260,7 @@ class Call:
         while i < source.ndim or j < out.ndim:
             left, right = [], []
             product_left = product_right = 1
-            while not left and not right or product_left != product_right:
+            while (not left and not right) or product_left != product_right:
                 if product_left <= product_right and i < source.ndim:
                     left.append(i)
                     product_left *= source.shape[i]

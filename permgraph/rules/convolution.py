@@ -22,7 +22,7 @@ def convolution(call: Call) -> None:
     Along a dimension with a kernel of one and a stride of one nothing is mixed, and a kernel that covers the whole of
     a dimension sums over it as a matrix product does.
     """
-    x, weight, bias, out = call["input"], call["weight"], call.get("bias"), call.out
+    x, weight, bias, out = call.get("input", call.get("self")), call["weight"], call.get("bias"), call.out
     space = weight.ndim - 2
     stride = _spread(call["stride"], space)
     padding = _spread(call["padding"], space)
@@ -54,17 +54,21 @@ def convolution(call: Call) -> None:
     "aten.max_pool1d", "aten.max_pool2d", "aten.max_pool3d", "aten.max_pool2d_with_indices",
     "aten.max_pool3d_with_indices", "aten.avg_pool1d", "aten.avg_pool2d", "aten.avg_pool3d",
     "aten.adaptive_avg_pool1d", "aten.adaptive_avg_pool2d", "aten.adaptive_avg_pool3d", "aten._adaptive_avg_pool2d",
-    "aten._adaptive_avg_pool3d", "aten.adaptive_max_pool2d", "aten.adaptive_max_pool3d", "aten.fractional_max_pool2d",
+    "aten._adaptive_avg_pool3d", "aten.adaptive_max_pool2d", "aten.adaptive_max_pool3d", "aten.max_unpool2d",
     "aten.upsample_nearest1d", "aten.upsample_nearest2d", "aten.upsample_nearest3d", "aten.upsample_linear1d",
     "aten.upsample_bilinear2d", "aten.upsample_trilinear3d", "aten.upsample_bicubic2d", "aten._upsample_bilinear2d_aa",
     "aten._upsample_bicubic2d_aa", "aten._upsample_nearest_exact1d", "aten._upsample_nearest_exact2d",
     "aten._upsample_nearest_exact3d", "aten.reflection_pad1d", "aten.reflection_pad2d", "aten.reflection_pad3d",
-    "aten.replication_pad1d", "aten.replication_pad2d", "aten.replication_pad3d", "aten._pad_circular",
+    "aten.replication_pad1d", "aten.replication_pad2d", "aten.replication_pad3d", "aten.max_unpool3d",
 )  # fmt: skip
 def over_space(call: Call) -> None:
     """Each channel by itself; the last dimensions, as many as the operator's name says, are space."""
-    x = call.tensors[0]
-    space = _spatial_count(call)
+    name = str(call.node.target)
+    _over_space(call, next(int(digit) for digit in "123" if f"{digit}d" in name))
+
+
+def _over_space(call: Call, space: int) -> None:
+    x, *others = call.tensors
     lead = " ".join(f"c{i}" for i in range(x.ndim - space))
     # the mean over the whole of a dimension singles nothing out
     whole = [
@@ -73,15 +77,33 @@ def over_space(call: Call) -> None:
     ins = [f"s{i}" if whole[i] else f"s{i}!" for i in range(space)]
     outs = ["_" if whole[i] else f"t{i}!" for i in range(space)]
     slots = [(out, " ".join([lead, *outs])) for out in call.results]
-    call.link((x, " ".join([lead, *ins])), *slots, why=SPACE)
+    indices = [(other, " ".join([lead, *ins])) for other in others]  # of max_unpool
+    call.link((x, " ".join([lead, *ins])), *indices, *slots, why=SPACE)
 
 
-def _spatial_count(call: Call) -> int:
-    name = str(call.node.target)
-    return next(int(digit) for digit in "123" if f"{digit}d" in name)
+@rule("aten.fractional_max_pool2d", "aten.fractional_max_pool3d")
+def fractional_max_pool(call: Call) -> None:
+    """Each channel by itself, with random samples (n, c, 2 or 3) that say where its windows lie."""
+    x, samples = call.tensors
+    space = samples.shape[-1]
+    lead = " ".join(f"c{i}" for i in range(x.ndim - space))
+    if samples.ndim != x.ndim - space + 1:
+        call.pin_all([*call.tensors, *call.results], "windows that are drawn at random")
+        return
+    ins, outs = (" ".join([lead, *(f"{label}{i}!" for i in range(space))]) for label in "st")
+    call.link((x, ins), (samples, f"{lead} k!"), *((out, outs) for out in call.results), why=SPACE)
 
 
-@rule("aten.constant_pad_nd", "aten.pad")
+@rule("aten.pad", "aten._pad_circular")
+def pad(call: Call) -> None:
+    """Constants around the last dimensions, or what these hold themselves, in order."""
+    if call.get("mode") == "constant":
+        constant_pad(call)
+    else:
+        _over_space(call, len(call["pad"]) // 2)
+
+
+@rule("aten.constant_pad_nd")
 def constant_pad(call: Call) -> None:
     """Constants before and after: they have no order of their own, the padded axis is a sum."""
     x, out, pad = call["self"], call.out, call["pad"]
@@ -148,5 +170,5 @@ def grid_sampler(call: Call) -> None:
     x, grid = call["input"], call["grid"]
     space = x.ndim - 2
     ins = " ".join(f"s{i}!" for i in range(space))
-    outs = " ".join(f"t{i}!" for i in range(space))
+    outs = " ".join(f"t{i}" for i in range(space))
     call.link((x, f"n c {ins}"), (grid, f"n {outs} xy!"), (call.out, f"n c {outs}"), why=SPACE)

@@ -91,7 +91,7 @@ def cdist(call: Call) -> None:
     call.link((call["x1"], "... m k"), (call["x2"], "... n k"), (call.out, "... m n"))
 
 
-@rule("aten.linalg_matrix_exp", "aten.matrix_exp", "aten.linalg_inv_ex", "aten.matrix_power")
+@rule("aten.linalg_matrix_exp", "aten.matrix_exp", "aten.matrix_power")
 def square_matrix(call: Call) -> None:
     """A function of square matrices that commutes with renumbering rows and columns alike."""
     x = call.tensors[0]
@@ -101,3 +101,12 @@ def square_matrix(call: Call) -> None:
         call.axes.unify(x.dims[-1], tensor.dims[-1])
         call.axes.unify(x.dims[-2], tensor.dims[-2])
     call.link((x, "... _ _"), (call.out, "... _ _"), via=["..."])
+
+
+@rule("aten.linalg_inv_ex")
+def inverse(call: Call) -> None:
+    """The inverse's rows go with the matrix's columns, and its columns with the rows."""
+    a, (out, *success) = call["A"], call.results
+    call.link(
+        (a, "... r c"), (out, "... c r"), *((t, "...") for t in success), via=["... r", "... c"]
+    )  # fmt: skip

@@ -9,7 +9,7 @@ from permgraph.rules.registry import rule
 
 REDUCTIONS = """
     sum mean amax amin aminmax prod var std var_mean std_mean norm linalg_vector_norm logsumexp any all nansum count_nonzero
-    frobenius_norm
+    frobenius_norm _is_all_true
 """
 
 
@@ -29,6 +29,8 @@ def _blank(tensor: TypedTensor, dims: Collection[int]) -> str:
 
 def _reduced(x: TypedTensor, out: TypedTensor, dims: Collection[int]) -> str:
     """The labels of a reduction's result, which keeps the reduced dimensions at size one or drops them."""
+    if out.shape == x.shape and x.ndim:
+        return " ".join(_names(x))  # nothing was reduced
     return _blank(x, dims) if out.ndim == x.ndim else _without(x, dims)
 
 
@@ -58,9 +60,10 @@ def extremum(call: Call) -> None:
 def argmax(call: Call) -> None:
     """The position of the extreme value: an index of the dimension that was searched, or of all of them flattened."""
     x = call["self"]
-    if call.get("dim") is None:
+    if call.get("dim") is None:  # an index of all dimensions, flattened
         call.out.value = call.axes.product(x.dims)
-        call.pin_values(call.out, "argmax over all dimensions at once")
+        call.link((x, " ".join(_names(x))), (call.out, "..."))
+        call.pin_values(x, "arithmetic on an index")
     else:
         _positions(call, x, call.dim(x), None, call.out)
 
@@ -106,28 +109,33 @@ def ordered(call: Call) -> None:
     name = next(name for name in ("dim", "dims") if name in call.arguments)
     dims = call.dim_list(x, name)
     pattern = _blank(x, dims)
-    call.link((x, pattern), *((out, pattern) for out in call.results))
-    call.pin(x, dims, "its order matters")
-    for out in call.results:
-        call.pin(out, dims, "its order matters")
+    everything = [*call.tensors, *call.results]  # `diff` has tensors to put before and after
+    call.link(*((tensor, pattern) for tensor in everything))
+    for tensor in everything:
+        call.pin(tensor, dims, "its order matters")
     if name == "dims":  # flip and roll only move values about
         call.carry_values(x, call.out)
     else:
         call.pin_values(x, "arithmetic on an index")
 
 
-@rule("aten.linalg_norm", "aten.norm.Scalar", "aten.std.default", "aten.var.default")
-def full_reduction(call: Call) -> None:
-    """All dimensions are reduced."""
-    reduction(call)
+@rule("aten.linalg_norm")
+def linalg_norm(call: Call) -> None:
+    """Of vectors elementwise, of matrices a function that renumbering rows and columns leaves alone."""
+    x = call["self"]
+    dims = call.dim_list(x)
+    as_vector = call.get("ord") in (None, "fro") or len(dims) == 1
+    every = " ".join(_names(x))
+    lead = _without(x, dims)
+    via = [] if as_vector else [f"{lead} d{dim}" for dim in dims]
+    call.link((x, every), *((out, _reduced(x, out, dims)) for out in call.results), via=via)
 
 
 @rule("aten.cosine_similarity")
 def cosine_similarity(call: Call) -> None:
-    """A normalised inner product along one dimension."""
+    """A normalised inner product along one dimension of tensors that are broadcast to each other."""
     a, b = call.tensors
-    if a.shape != b.shape:
-        call.pin_all([a, b, call.out], "cosine similarity of tensors that are broadcast")
-        return
-    every = " ".join(_names(a))
-    call.link((a, every), (b, every), (call.out, _without(a, [call.dim(a)])))
+    names = [f"d{i}" for i in range(max(a.ndim, b.ndim))]
+    dim = call["dim"] % len(names)
+    slots = [(t, " ".join(names[len(names) - t.ndim :])) for t in (a, b)]
+    call.link(*slots, (call.out, " ".join(n for i, n in enumerate(names) if i != dim)))
