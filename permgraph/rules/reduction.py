@@ -87,8 +87,7 @@ def ranking(call: Call) -> None:
         (x, " ".join(_names(x))), *((value, ranked) for value in values), (indices, f"{ranked} ; d{dim}"),
         why="an order of rank",
     )  # fmt: skip
-    for value in values:
-        call.carry_values(x, value)
+    call.pin_values(x, "indices are put in order of their numbers")
 
 
 @rule("aten._softmax", "aten._log_softmax", "aten.softmax", "aten.log_softmax", "aten._safe_softmax")
