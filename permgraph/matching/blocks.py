@@ -35,9 +35,9 @@ class Leaf:
     parents: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Block:
-    """A piece of one parameter with one axis for each leaf of its axis expressions."""
+    """A piece of one parameter with one axis for each leaf of its axis expressions; a block is equal to itself only."""
 
     parameter: str
     leaves: tuple[Leaf, ...]

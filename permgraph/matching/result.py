@@ -25,7 +25,8 @@ class Sweep:
         number: 1 for the first.
         objective: its value after the pass; higher is better.
         moved: for each group that moved, how many of its indices did, over all indices of its parents.
-        gains: for each group, or tree of groups named by its root, what moving it added to the objective.
+        gains: for each group, or tree of groups named by its root, what moving it added to the objective; empty for a
+            first sweep in which the other groups were unknown.
         seconds: since the start of the run.
     """
 

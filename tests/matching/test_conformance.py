@@ -14,11 +14,9 @@ from tests.matching.examples import SPECS, best_of_all, inner, planted, state
 
 MATCHERS = {
     "weight matching": WeightMatching(),
-    "weight matching, in order": WeightMatching(order="given"),
-    "weight matching, barycentre": WeightMatching(init="barycentre"),
-    "weight matching, no memory": WeightMatching(memory=0),
+    "weight matching, identity": WeightMatching(init="identity"),
+    "weight matching, in order, no memory": WeightMatching(order="given", memory=0),
     "weight matching, cosine": WeightMatching(objective="cosine"),
-    "weight matching, l2": WeightMatching(objective="l2"),
 }
 """Every matcher that needs nothing but the two state dicts."""
 
@@ -47,8 +45,6 @@ def objective(matcher: Matcher, a, b, permutation):
     """The objective as the matcher defines it, computed from the definition."""
     moved = permutation.apply(b)
     kind = getattr(matcher, "objective", "inner")
-    if kind == "l2":
-        return -sum(float((a[n].double() - moved[n].double()).square().sum()) for n in a)
     if kind == "cosine":
         return sum(inner({n: a[n]}, moved) / float(a[n].double().norm() * moved[n].double().norm()) for n in a)
     return inner(a, moved)
@@ -61,7 +57,7 @@ def matcher(request):
 
 @pytest.mark.parametrize("spec", [s for s in SPECS if s not in ("one index", "nothing")])
 def test_recovers_a_planted_permutation(matcher, spec):
-    for seed in range(3):
+    for seed in range(2):
         a, b, secret = planted(SPECS[spec], seed)
         found = matcher.match(a, b, SPECS[spec], seed)
         reached = inner(a, found.permutation.apply(b))
@@ -107,7 +103,7 @@ def test_leaves_its_inputs_and_the_random_state_alone(matcher):
 @pytest.mark.parametrize("name", MONOTONE)
 @pytest.mark.parametrize("spec", SPECS)
 def test_the_objective_never_falls(name, spec):
-    for seed in range(3):
+    for seed in range(2):
         a, b = state(SPECS[spec], 10 + seed), state(SPECS[spec], 20 + seed)
         history = MATCHERS[name].match(a, b, SPECS[spec], seed).history
         values = [sweep.objective for sweep in history]

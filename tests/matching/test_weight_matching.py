@@ -20,7 +20,7 @@ from tests.matching.examples import SPECS, inner, planted, state
 
 def test_history_accounts_for_every_gain():
     a, b, _ = planted(SPECS["attention"], 1)
-    found = WeightMatching(order="given").match(a, b, SPECS["attention"], 0)
+    found = WeightMatching(init="identity", order="given").match(a, b, SPECS["attention"], 0)
     value = found.objective_before
     for number, sweep in enumerate(found.history, start=1):
         value += sum(sweep.gains.values())
@@ -41,7 +41,7 @@ def test_progress_is_told_of_each_sweep():
 def test_sweep_limit_and_resumption():
     spec = SPECS["mlp"]
     a, b = state(spec, 1), state(spec, 2)
-    first = WeightMatching(max_sweeps=1).match(a, b, spec, 0)
+    first = WeightMatching(init="identity", max_sweeps=1).match(a, b, spec, 0)
     assert first.outcome == "sweep limit"
     assert first.sweeps == 1
     rest = WeightMatching(init=first.permutation).match(a, b, spec, 0)
@@ -108,6 +108,9 @@ def test_objectives_on_one_pair():
         WeightMatching(objective="l2").match(a, b, spec, 0).permutation
         == WeightMatching(objective="inner").match(a, b, spec, 0).permutation
     )
+    found = WeightMatching(objective="l2").match(a, b, spec, 0)
+    moved = found.permutation.apply(b)
+    assert found.objective == pytest.approx(-sum(float((a[n] - moved[n]).square().sum()) for n in a), rel=1e-4)
     large = {**a, "l2.weight": a["l2.weight"] * 1000}
     cosine = WeightMatching(objective="cosine")
     assert cosine.match(a, b, spec, 0).permutation == cosine.match(large, b, spec, 0).permutation
@@ -124,10 +127,10 @@ def test_weights(kind):
         "tensor": {"l1.weight": torch.zeros(16, 8)},
         "function": lambda name, tensor: 0.0 if name == "l1.weight" else 1.0,
     }[kind]
-    weighted = WeightMatching(weights=weights).match(a, b, spec, 0)
-    ignored = WeightMatching(ignore=["l1.w*"]).match(a, b, spec, 0)
+    weighted = WeightMatching(init="identity", weights=weights).match(a, b, spec, 0)
+    ignored = WeightMatching(init="identity", ignore=["l1.w*"]).match(a, b, spec, 0)
     assert weighted.permutation == ignored.permutation
-    assert weighted.permutation != WeightMatching().match(a, b, spec, 0).permutation
+    assert weighted.permutation != WeightMatching(init="identity").match(a, b, spec, 0).permutation
 
 
 def test_weights_that_do_not_fit():
@@ -198,7 +201,7 @@ def test_kept_gram_matrices_are_those_computed_anew(spec):
     a, b = state(given, 1, torch.float64), state(given, 2, torch.float64)
     plan, rng = Plan(given, a), np.random.default_rng(0)
     plain = [move for move in plan.moves if len(move.groups) == 1 and not move.bent]
-    kept = Kept(given, a, 1 << 30)
+    kept = Kept(1 << 30)
     survived = 0
     for _ in range(20):
         for move in plain:
@@ -212,8 +215,10 @@ def test_kept_gram_matrices_are_those_computed_anew(spec):
             rest[..., [0, 1]] = rest[..., [1, 0]]
             array[...] = rest
         new = {name: act(given, step, name, b[name]) for name in moving.parameters}
-        for move in plain:
-            kept.amend(move, step, b, new)
+        for block, places in kept.worth_amending(plain, moving.parameters, 0.2).items():
+            x, before, after = (block.view(tensors[block.parameter]) for tensors in (a, b, new))
+            for move, place in places:
+                kept.amend(move, place, x, after - before)
         b.update(new)
         for move in plain:
             gram = kept.get(move)
