@@ -9,6 +9,7 @@ curves to ``report.png`` and each specification to ``NAME.spec.txt``.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -193,4 +194,4 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(0 if all(row.proof.passed for row in main()) else 1)

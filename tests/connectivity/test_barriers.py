@@ -170,6 +170,16 @@ def test_each_point_is_prepared() -> None:
     assert all(abs(value) > 1e-3 for value in prepared.losses)
 
 
+def test_each_point_is_prepared_from_a_fresh_copy() -> None:
+    def prepare(net: nn.Module, t: float) -> nn.Module:
+        net.calls = getattr(net, "calls", 0) + 1  # not part of the state dict
+        return net
+
+    a = Point(0.0)
+    assert barrier(a, Point(1.0), lambda net: float(net.calls), points=3, prepare=prepare).losses == (1, 1, 1)  # type: ignore[arg-type]
+    assert not hasattr(a, "calls")
+
+
 def test_what_prepare_returns_is_evaluated() -> None:
     with pytest.raises(EvaluationError, match="prepare must return the network to evaluate, not NoneType"):
         barrier(Point(0.0), Point(1.0), _value, points=2, prepare=lambda net, t: net.eval() and None)  # type: ignore[arg-type,return-value]

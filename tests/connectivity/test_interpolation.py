@@ -52,6 +52,8 @@ def test_half_precision_is_computed_in_float32() -> None:
     # In float16 the difference of the ends, 120000, overflows.
     a, b = {"x": torch.tensor([60000.0]).half()}, {"x": torch.tensor([-60000.0]).half()}
     assert interpolate(a, b, 0.5)["x"].item() == 0
+    # A finer b is not rounded, or overflowed, before it is averaged.
+    assert interpolate(a, {"x": torch.tensor([-180000.0])}, 0.25)["x"].item() == 0
 
 
 def test_tied_names_stay_tied() -> None:

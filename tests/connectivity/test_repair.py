@@ -66,6 +66,22 @@ def test_recalibration_changes_nothing_else() -> None:
         assert torch.equal(x, before[name]) == ("running" not in name and "tracked" not in name)
 
 
+def test_recalibration_forgets_what_was_there() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(4)).eval()
+    model[0].running_mean.fill_(torch.nan)
+    model[0].running_var.fill_(torch.inf)
+    x = torch.randn(50, 4)
+    torch.testing.assert_close(recalibrate_batchnorm(model, [x])[0].running_mean, x.mean(0))
+
+
+def test_recalibration_of_a_network_in_training_mode_has_no_dropout() -> None:
+    model = nn.Sequential(nn.Dropout(0.5), nn.BatchNorm1d(4)).train()
+    x = torch.randn(50, 4)
+    result = recalibrate_batchnorm(model, [x])
+    torch.testing.assert_close(result[1].running_mean, x.mean(0))
+    assert all(part.training for part in (*model, *result))
+
+
 def test_recalibration_without_batchnorm_is_a_copy() -> None:
     model = nn.Linear(4, 4).eval()
     result = recalibrate_batchnorm(model, [])
