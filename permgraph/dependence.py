@@ -36,14 +36,29 @@ class Dependence:
     def __init__(self, solution: Solution) -> None:
         self.axes = solution.axes
         self.solution = solution
-        self._tensor_atoms = [(tensor, self._atoms_of_tensor(tensor)) for tensor in solution.tensors]
+        self._known_atoms: dict[Axis, tuple[Axis, ...]] = {}
         self._relations: dict[Axis, list[Relation]] = defaultdict(list)
         for relation in solution.ledger.relations:
-            seen = {atom for t in relation.tensors for axis in t.axes.values() for atom in self.axes.atoms(axis)}
-            for atom in seen:
+            for atom in dict.fromkeys(a for t in relation.tensors for axis in t.axes.values() for a in self._atoms(axis)):
                 self._relations[atom].append(relation)
         self._disguises = self._find_disguises()
-        self._tensor_atoms = [(tensor, self._unmasked(atoms)) for tensor, atoms in self._tensor_atoms]
+        self._tensors: dict[Axis, list[tuple[TypedTensor, frozenset[Axis]]]] = defaultdict(list)
+        self._rank: dict[Axis, int] = {}  # in the order in which atoms are met, so that results do not depend on chance
+        for tensor in solution.tensors:
+            dims = [*tensor.dims, tensor.value] if tensor.value is not None else tensor.dims
+            seen = dict.fromkeys(atom for axis in dims for atom in self._atoms(axis))
+            atoms = self._unmasked(frozenset(seen))
+            for atom in seen:
+                self._rank.setdefault(atom, len(self._rank))
+                self._tensors[atom].append((tensor, atoms))
+        self._rearranged = {id(t) for moved in solution.ledger.rearrangements for t in moved.tensors}
+
+    def _atoms(self, axis: Axis) -> tuple[Axis, ...]:
+        """The atoms in an axis, looked up once: nothing is refined any more."""
+        axis = self.axes.resolve(axis)
+        if axis not in self._known_atoms:
+            self._known_atoms[axis] = tuple(self.axes.atoms(axis))
+        return self._known_atoms[axis]
 
     def parents(self, moving: Sequence[Axis]) -> dict[Axis, tuple[Axis, ...]]:
         """For each atom in `moving`, the atoms (pinned ones among them) over which it is fibred, outermost first."""
@@ -64,7 +79,7 @@ class Dependence:
                 if value is None or labelled.tensor is None:
                     continue
                 axis = self.axes.resolve(labelled.axes[value])
-                over = Counter(a for label, t in labelled.axes.items() if label != value for a in self.axes.atoms(t))
+                over = Counter(a for label, t in labelled.axes.items() if label != value for a in self._atoms(t))
                 if axis.kind is Kind.ATOM and over and max(over.values()) == 1 and axis not in over:
                     found[axis][frozenset(over)].add(labelled.tensor.origin)
         return {
@@ -83,30 +98,26 @@ class Dependence:
 
     # -- candidates ----------------------------------------------------------------------------------------------------
 
-    def _atoms_of_tensor(self, tensor: TypedTensor) -> frozenset[Axis]:
-        dims = [*tensor.dims, tensor.value] if tensor.value is not None else tensor.dims
-        return frozenset(atom for axis in dims for atom in self.axes.atoms(axis))
-
     def _candidates(self, d: Axis) -> list[Axis]:
         """The axes that every tensor with d has."""
         common: set[Axis] | None = None
-        for _, atoms in self._tensor_atoms:
-            if d in atoms:
-                common = set(atoms) if common is None else common & atoms
-                if len(common) == 1:
-                    return []
+        for _, atoms in self._tensors[d]:
+            common = set(atoms) if common is None else common & atoms
+            if len(common) == 1:
+                return []
         for relation in self._relations[d]:
             for labelled in relation.tensors:
-                atoms = self._unmasked(frozenset(a for axis in labelled.axes.values() for a in self.axes.atoms(axis)))
-                if d in atoms:
+                seen = frozenset(a for axis in labelled.axes.values() for a in self._atoms(axis))
+                if d in seen:
+                    atoms = self._unmasked(seen)
                     common = set(atoms) if common is None else common & atoms
-        return [] if common is None else sorted(common - {d}, key=lambda atom: (atom.size, id(atom)))
+        return [] if common is None else sorted(common - {d}, key=self._rank.__getitem__)
 
     # -- the test ------------------------------------------------------------------------------------------------------
 
     def _obeys(self, d: Axis, h: Axis) -> bool:
         for tensor, atoms in self._tensor_atoms:
-            if d in atoms and self._bound_in_tensor(tensor, d, h) is None:
+            if d in atoms and self._bound_in_tensor(tensor, d, h, strict=id(tensor) in self._written) is None:
                 return False
         if not all(self._coherent(relation, d, h) for relation in self._relations[d]):
             return False
@@ -116,18 +127,18 @@ class Dependence:
                     return False
         return True
 
-    def _bound_in_tensor(self, tensor: TypedTensor, d: Axis, h: Axis) -> list[object] | None:
+    def _bound_in_tensor(self, tensor: TypedTensor, d: Axis, h: Axis, strict: bool) -> list[object] | None:
         named = {str(i): axis for i, axis in enumerate(tensor.dims)}
         where = {str(i): i for i in range(tensor.ndim)}
         if tensor.value is not None:
             named["value"], where["value"] = tensor.value, VALUE
-        return self._bindings(named, where, d, h)
+        return self._bindings(named, where, d, h, strict=strict)
 
     def _coherent(self, relation: Relation, d: Axis, h: Axis) -> bool:
         obeyed: dict[str, set[object]] = defaultdict(set)
         for labelled in relation.tensors:
             for label, axis in labelled.axes.items():
-                if any(atom is d for atom in self.axes.atoms(axis)):
+                if d in self._atoms(axis):
                     bound = self._bindings(self._with_unlabelled(labelled), labelled.where, d, h, only=label)
                     if bound is None:
                         return False
@@ -156,24 +167,34 @@ class Dependence:
         return {**labelled.axes, **{f"_{d}": labelled.tensor.dims[d] for d in missing}}
 
     def _bindings(
-        self, named: Mapping[str, Axis], where: Mapping[str, int], d: Axis, h: Axis, only: str | None = None
+        self,
+        named: Mapping[str, Axis],
+        where: Mapping[str, int],
+        d: Axis,
+        h: Axis,
+        only: str | None = None,
+        strict: bool = False,
     ) -> list[object] | None:
-        """For each occurrence of d (under the label `only`, if given) the label that bears the h it obeys, or None."""
+        """For each occurrence of d (under the label `only`, if given) the label that bears the h it obeys, or None.
+
+        If `strict`, as the spec's expressions can say it: with an h that is there as such, and at one place, not at
+        another in each part of a sum.
+        """
         found: list[object] = []
         for label, axis in named.items():
             if only is not None and label != only:
                 continue
             for choice, siblings in self._occurrences(axis, d):
-                low, high = self._count(siblings, h, choice)
+                low, high = self._count(siblings, h, choice, strict)
                 if high:
                     if (low, high) != (1, 1):
                         return None
                     found.append(INTERNAL)
                     continue
-                givers = {m: self._count([other], h, choice) for m, other in named.items() if m != label}
+                givers = {m: self._count([other], h, choice, strict) for m, other in named.items() if m != label}
                 givers = {m: count for m, count in givers.items() if count[1]}
                 near = {m: c for m, c in givers.items() if where.get(m, m) == where.get(label, label)}
-                chosen = near or givers or self._disguised(named, label, h, choice)
+                chosen = near or givers or ({} if strict else self._disguised(named, label, h, choice))
                 if len(chosen) != 1 or next(iter(chosen.values())) != (1, 1):
                     return None
                 found.append(next(iter(chosen)))
@@ -207,26 +228,27 @@ class Dependence:
                 for choice, siblings in self._occurrences(child, d):
                     yield {axis.index.find(): i, **choice}, siblings
 
-    def _count(self, axes: Sequence[Axis], h: Axis, choice: Choice) -> tuple[int, int]:
-        """The fewest and the most times that h stands in a product of these axes, over the parts not yet chosen."""
+    def _count(self, axes: Sequence[Axis], h: Axis, choice: Choice, strict: bool = False) -> tuple[int, int]:
+        """The fewest and the most times that h stands in a product of these axes, over the parts not yet chosen.
+
+        If `strict`, once in each of several parts is not once: it is at several places.
+        """
         low = high = 0
         for axis in axes:
             axis = self.axes.resolve(axis)
             if axis is h:
                 low, high = low + 1, high + 1
             elif axis.kind is Kind.PRODUCT:
-                a, b = self._count(axis.children, h, choice)
+                a, b = self._count(axis.children, h, choice, strict)
                 low, high = low + a, high + b
             elif axis.kind is not Kind.ATOM:
                 assert axis.index is not None
                 part = choice.get(axis.index.find())
                 chosen = axis.children if part is None else axis.children[part : part + 1]
-                counts = [self._count([child], h, choice) for child in chosen]
-                low, high = low + min(a for a, _ in counts), high + max(b for _, b in counts)
+                counts = [self._count([child], h, choice, strict) for child in chosen]
+                low += 0 if strict and len(counts) > 1 else min(a for a, _ in counts)
+                high += max(b for _, b in counts)
         return low, high
-
-    def _most(self, tensor: TypedTensor, h: Axis) -> int:
-        return self._count(tensor.dims, h, {})[1]
 
     # -- making it an order --------------------------------------------------------------------------------------------
 
