@@ -51,6 +51,7 @@ class Dependence:
             for atom in seen:
                 self._rank.setdefault(atom, len(self._rank))
                 self._tensors[atom].append((tensor, atoms))
+        self._written = {id(tensor) for tensor in solution.parameters.values()}
         self._rearranged = {id(t) for moved in solution.ledger.rearrangements for t in moved.tensors}
 
     def _atoms(self, axis: Axis) -> tuple[Axis, ...]:
@@ -116,16 +117,12 @@ class Dependence:
     # -- the test ------------------------------------------------------------------------------------------------------
 
     def _obeys(self, d: Axis, h: Axis) -> bool:
-        for tensor, atoms in self._tensor_atoms:
-            if d in atoms and self._bound_in_tensor(tensor, d, h, strict=id(tensor) in self._written) is None:
+        for tensor, _ in self._tensors[d]:
+            if self._bound_in_tensor(tensor, d, h, strict=id(tensor) in self._written) is None:
                 return False
-        if not all(self._coherent(relation, d, h) for relation in self._relations[d]):
-            return False
-        for rearrangement in self.solution.ledger.rearrangements:
-            for tensor in rearrangement.tensors:
-                if d in self._atoms_of_tensor(tensor) and self._most(tensor, h) > 1:
-                    return False
-        return True
+            if id(tensor) in self._rearranged and self._count(tensor.dims, h, {})[1] > 1:
+                return False
+        return all(self._coherent(relation, d, h) for relation in self._relations[d])
 
     def _bound_in_tensor(self, tensor: TypedTensor, d: Axis, h: Axis, strict: bool) -> list[object] | None:
         named = {str(i): axis for i, axis in enumerate(tensor.dims)}
