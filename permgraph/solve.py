@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from permgraph.axes import Axes, BirthKey
+from permgraph.axes import Axes, Axis, BirthKey, Kind
 from permgraph.errors import ConflictError
 from permgraph.rules import find_rule
 from permgraph.rules.call import Call, Ledger, TypedTensor, loose_families, provides
@@ -60,7 +60,7 @@ class _Run:
 
     def __init__(self, graph: fx.Graph, axes: Axes) -> None:
         self.axes = axes
-        self.ledger = Ledger()
+        self.ends = Ledger()
         self.nodes = list(graph.nodes)
         self.values: dict[fx.Node, Any] = {}
         self.parameters: dict[str, TypedTensor] = {}
@@ -84,7 +84,7 @@ class _Run:
                 arguments = self._arguments(node)
                 self.values[node] = result = self._result(node, arguments)
                 outs = list(result) if isinstance(result, (list, tuple)) else [result]
-                self.calls.append(Call(node, number, arguments, outs, axes, self.ledger, memo))
+                self.calls.append(Call(node, number, arguments, outs, axes, Ledger(), memo))
 
     # -- making tensors ----------------------------------------------------------------------------------------------
 
@@ -133,19 +133,36 @@ class _Run:
     # -- constraints -----------------------------------------------------------------------------------------------
 
     def until_stable(self) -> None:
+        self._pin_ends()
+        settled: dict[Call, tuple[Axis, ...] | None] = {}
         for visit in itertools.count():
             # An axis that is a shifted copy of itself would be cut once more on every visit, index by index.
             self.axes.may_cut = visit < MAX_VISITS
             before = self.axes.changes
-            self.ledger.clear()
-            self._pin_ends()
             for call in self.calls:
-                self._apply(call)
+                # To say the same of the same atoms once more says nothing new.
+                if visit == 0 or settled[call] is None or settled[call] != self._atoms_of(call):
+                    call.ledger.clear()
+                    self._apply(call)
+                    settled[call] = self._atoms_of(call)
             if not self.axes.has_families:  # then what was said once holds for good
                 return
             self._collapse_families()
             if self.axes.changes == before:
                 return
+
+    def _atoms_of(self, call: Call) -> tuple[Axis, ...] | None:
+        """The axes of a call's tensors with the atoms in them; None if any has a family, which may have to collapse."""
+        found: list[Axis] = []
+        for tensor in (*call.tensors, *call.results):
+            for axis in tensor.dims if tensor.value is None else (*tensor.dims, tensor.value):
+                axis = self.axes.resolve(axis)
+                found.append(axis)
+                if axis.kind is not Kind.ATOM:
+                    if self.axes.contains_family(axis):
+                        return None
+                    found.extend(self.axes.atoms(axis))
+        return tuple(found)
 
     def _apply(self, call: Call) -> None:
         self.axes.begin(call.number)
@@ -189,7 +206,7 @@ class _Run:
             for item in tensor:
                 self._pin(number, item, reason)
         elif isinstance(tensor, TypedTensor):
-            end = Call(self.nodes[number], number, {}, [], self.axes, self.ledger, {})
+            end = Call(self.nodes[number], number, {}, [], self.axes, self.ends, {})
             end.pin(tensor, [d for d in range(tensor.ndim) if d not in free], reason)
             end.pin_values(tensor, reason)
 
@@ -210,7 +227,7 @@ class _Run:
 
     def cuts_seen(self) -> dict[BirthKey, tuple[int, ...]]:
         """Where axes were cut. Of a placeholder's axes those count that were cut by taking a part of that tensor."""
-        taken = {id(tensor) for tensor in self.ledger.taken}
+        taken = {id(tensor) for call in self.calls for tensor in call.ledger.taken}
         numbers = {n for n, node in enumerate(self.nodes) if id(self.values.get(node)) in taken}
         cuts = self.axes.cuts_seen()
         return {key: points for key, points in cuts.items() if key[0] != PLACEHOLDER or key[1] in numbers}
@@ -227,7 +244,8 @@ class _Run:
         return list(found.values())
 
     def solution(self) -> Solution:
-        return Solution(self.axes, self.ledger, self.nodes, self.parameters, self._all_tensors(), self.values)
+        ledger = Ledger.joined([self.ends, *(call.ledger for call in self.calls)])
+        return Solution(self.axes, ledger, self.nodes, self.parameters, self._all_tensors(), self.values)
 
 
 def _constant_along(real: torch.Tensor | None) -> frozenset[int]:

@@ -11,14 +11,15 @@ rule must show each tensor that matters, the ones inside the operator included: 
 has every label but d, and says so with ``via=["..."]``.
 
 A label in parentheses is a factor of a dimension, ``(g i)``, with sizes given by keyword; a label with ``!`` must stay
-put, for the reason given as ``why``; ``_`` is a dimension about which the link says nothing; ``;`` comes before the axis which an integer tensor's *values* index, so that an index
-tensor is labelled just as its one-hot encoding would be: ``(idx, "b k ; e")``.
+put, for the reason given as ``why``; ``_`` is a dimension about which the link says nothing; ``;`` comes before the
+axis which an integer tensor's *values* index, so that an index tensor is labelled just as its one-hot encoding would
+be: ``(idx, "b k ; e")``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -98,8 +99,17 @@ class Ledger:
     taken: list[TypedTensor] = field(default_factory=list)  # of which a part was taken
 
     def clear(self) -> None:
-        for entries in (self.relations, self.rearrangements, self.ties, self.pins, self.unknown, self.taken):
+        for entries in vars(self).values():
             entries.clear()
+
+    @classmethod
+    def joined(cls, ledgers: Iterable[Ledger]) -> Ledger:
+        """All that several ledgers hold, in one."""
+        whole = cls()
+        for ledger in ledgers:
+            for name, entries in vars(ledger).items():
+                vars(whole)[name].extend(entries)
+        return whole
 
 
 Pattern = tuple[tuple[tuple[str, ...], ...], "str | None"]
@@ -258,7 +268,8 @@ class Call:
             return
         i = j = 0
         while i < source.ndim or j < out.ndim:
-            left, right = [], []
+            left: list[int] = []
+            right: list[int] = []
             product_left = product_right = 1
             while (not left and not right) or product_left != product_right:
                 if product_left <= product_right and i < source.ndim:
@@ -449,7 +460,8 @@ class Call:
                 for family in list(loose_families(self.axes, axis)):
                     assert family.index is not None
                     index = family.index.find()
-                    givers = [m for m, other in labelled.axes.items() if m != label and provides(self.axes, other, index)]
+                    others = {m: other for m, other in labelled.axes.items() if m != label}
+                    givers = [m for m, other in others.items() if provides(self.axes, other, index)]
                     if len(givers) != 1 or any(label in t.axes and givers[0] not in t.axes for t in tensors):
                         self.axes.collapse(family)
 
