@@ -29,5 +29,9 @@ class EvaluationError(PermgraphError, ValueError):
     """A network cannot be measured as asked: an empty loader, a model in training mode, metrics that do not fit."""
 
 
+class CheckpointError(PermgraphError, ValueError):
+    """A checkpoint is damaged, unsafe or of an unknown layout, or cannot be written where it was asked for."""
+
+
 class MissingExtraError(PermgraphError, ImportError):
     """An optional dependency is not installed; the message says which extra brings it."""

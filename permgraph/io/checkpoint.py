@@ -1,0 +1,271 @@
+"""`open_checkpoint`: a checkpoint of any layout as a mapping from name to tensor, read when it is asked for."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from permgraph.errors import CheckpointError, MismatchError
+from permgraph.io.safetensors_file import SafetensorsFile
+from permgraph.io.tensors import TensorFile, TensorFormat
+from permgraph.io.torch_file import TorchFile
+
+TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar")
+IN_FOLDERS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.safetensors.index.json",
+)
+"""The weights of a folder, the first that is there: the order in which transformers looks for them."""
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint(Mapping[str, torch.Tensor]):
+    """The tensors of a checkpoint, by the names that it gives them.
+
+    Each access reads the tensor anew, and nothing is kept: what is held in memory is what the caller holds. Tensors
+    must not be written to.
+
+    Attributes:
+        path: what was opened.
+        files: the files that hold tensors.
+        folder: the folder, if a folder was opened.
+        index: its index file, if the tensors are shared out over several files.
+        formats: name to dtype and shape; known without reading any tensor.
+    """
+
+    path: Path
+    files: tuple[TensorFile, ...]
+    folder: Path | None
+    index: Path | None
+    formats: Mapping[str, TensorFormat]
+    _holder: Mapping[str, TensorFile]
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        return self._holder[key].read(key)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.formats
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.formats)
+
+    def __len__(self) -> int:
+        return len(self.formats)
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({str(self.path)!r}, {len(self)} tensors, {self.nbytes} bytes, {len(self.files)} files)"
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes its tensors take."""
+        return sum(form.nbytes for form in self.formats.values())
+
+    def without_values(self) -> dict[str, torch.Tensor]:
+        """Every name with a tensor on the meta device: for checks that need shapes only."""
+        return {name: form.like() for name, form in self.formats.items()}
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Open a checkpoint: a safetensors or PyTorch file, an index of several, or a folder with any of these.
+
+    PyTorch files are read with ``weights_only=True`` only; a state dict that a training script has wrapped up
+    (``"state_dict"``, ``"model"``, ...) is found. A folder's index may name only files in that folder.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or it is damaged, incomplete or unsafe; the message names the file.
+        OSError: a file cannot be read.
+
+    Example:
+        >>> import pathlib, tempfile, torch
+        >>> from safetensors.torch import save_file
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_file({"fc.weight": torch.eye(2)}, pathlib.Path(folder, "model.safetensors"))
+        ...     checkpoint = open_checkpoint(folder)
+        ...     checkpoint.formats["fc.weight"].shape, checkpoint["fc.weight"].tolist()
+        ((2, 2), [[1.0, 0.0], [0.0, 1.0]])
+    """
+    path = Path(path)
+    folder = path if path.is_dir() else None
+    weights = path if folder is None else _weights_in(folder)
+    if weights.name.endswith(".index.json"):
+        index: Path | None = weights
+        files, listed = _shards(weights)
+    else:
+        index, files, listed = None, (_open_file(weights),), None
+    formats: dict[str, TensorFormat] = {}
+    holder: dict[str, TensorFile] = {}
+    for file in files:
+        for name, form in file.formats.items():
+            if name in holder:
+                raise CheckpointError(f"{name!r} is in {holder[name].path.name} and again in {file.path.name}")
+            if listed is not None and listed.get(name) != file.path.name:
+                raise CheckpointError(f"{file.path} holds {name!r}, which {weights.name} does not place there")
+            formats[name], holder[name] = form, file
+    for name, shard in (listed or {}).items():
+        if name not in holder:
+            raise CheckpointError(f"{weights} places {name!r} in {shard}, which does not hold it")
+    if not formats:
+        raise CheckpointError(f"{path}: it holds no tensors")
+    return Checkpoint(path, files, folder, index, MappingProxyType(formats), MappingProxyType(holder))
+
+
+def _weights_in(folder: Path) -> Path:
+    for name in IN_FOLDERS:
+        if (folder / name).is_file():
+            return folder / name
+    found = [p for p in sorted(folder.iterdir()) if p.suffix == ".safetensors" and p.is_file()]
+    found = found or [p for p in sorted(folder.iterdir()) if p.suffix in TORCH_SUFFIXES and p.is_file()]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        names = ", ".join(p.name for p in found[:4])
+        raise CheckpointError(f"{folder}: several weight files and no index ({names}): name one of them")
+    raise CheckpointError(f"{folder}: no weights in this folder: looked for {', '.join(IN_FOLDERS)}, *.safetensors")
+
+
+def _open_file(path: Path) -> TensorFile:
+    if not path.exists():
+        near = difflib.get_close_matches(path.name, os.listdir(path.parent), n=1) if path.parent.is_dir() else []
+        raise CheckpointError(f"{path}: no such file or folder" + (f"; did you mean {near[0]!r}?" if near else ""))
+    if not path.is_file():
+        raise CheckpointError(f"{path}: neither a file nor a folder")
+    if path.suffix == ".safetensors":
+        return SafetensorsFile.open(path)
+    if path.suffix in TORCH_SUFFIXES:
+        return TorchFile.open(path)
+    raise CheckpointError(f"{path}: a checkpoint is a folder, or ends in .safetensors, {', '.join(TORCH_SUFFIXES)}")
+
+
+def _shards(index: Path) -> tuple[tuple[TensorFile, ...], dict[str, str]]:
+    """The files that an index names, in its order, and where it places each tensor."""
+    try:
+        content: Any = json.loads(index.read_bytes().decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{index}: not a valid index: {error}") from None
+    listed = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(listed, dict) or not all(isinstance(shard, str) for shard in listed.values()):
+        raise CheckpointError(f"{index}: not a valid index: it must have a 'weight_map' from names to files")
+    files = []
+    for shard in dict.fromkeys(listed.values()):
+        # A name that leads anywhere else could make us read, and later write, any file on the machine.
+        if shard != os.path.basename(shard) or shard in ("", ".", "..") or "\\" in shard or "\0" in shard:
+            raise CheckpointError(f"{index}: refused: it names {shard!r}, and may name only files in its folder")
+        if not (index.parent / shard).is_file():
+            raise CheckpointError(f"{index}: it names {shard!r}, which is not there: the checkpoint is incomplete")
+        files.append(_open_file(index.parent / shard))
+    return tuple(files), listed
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Renamed(Mapping[str, torch.Tensor]):
+    """A checkpoint by other names.
+
+    Attributes:
+        checkpoint: whose tensors these are.
+        keys_of: each name to the checkpoint's own.
+    """
+
+    checkpoint: Checkpoint
+    keys_of: Mapping[str, str]
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.checkpoint[self.keys_of[name]]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.keys_of
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys_of)
+
+    def __len__(self) -> int:
+        return len(self.keys_of)
+
+    def without_values(self) -> dict[str, torch.Tensor]:
+        """Every name with a tensor on the meta device."""
+        return {name: self.checkpoint.formats[key].like() for name, key in self.keys_of.items()}
+
+
+def match_names(keys: Collection[str], wanted: Collection[str]) -> tuple[dict[str, str], str]:
+    """Read a checkpoint's keys as a model's names where they differ by a prefix, and say so.
+
+    Wrappers such as DataParallel, Lightning and ``torch.compile`` put something before every name, and a model with a
+    head has a backbone whose own checkpoints know nothing of that prefix.
+
+    Args:
+        keys: the checkpoint's.
+        wanted: the model's names; of tied ones, all.
+
+    Returns:
+        Each key to its name, and a sentence on what was changed; empty if nothing was. Keys that have nothing to do
+        with any name stay as they are.
+
+    Raises:
+        MismatchError: no way of reading the keys gives a single one of the names, or two keys get one name.
+    """
+    names = set(wanted)
+    best, note = {key: key for key in keys}, ""
+    score = len(names & best.keys())
+    for prefix, strip in _prefixes(keys, names):
+        if strip:
+            trial = {key: name if (name := _stripped(key, prefix)) in names else key for key in keys}
+            said = f"the checkpoint's keys are the model's names with {prefix!r} before them: read without it"
+        else:
+            trial = {key: prefix + key if prefix + key in names else key for key in keys}
+            said = f"the checkpoint's keys are the model's names without {prefix!r} before them: read with it"
+        found = len(names & set(trial.values()))
+        if found > score:
+            best, note, score = trial, said, found
+    if not score and names:
+        raise MismatchError(
+            f"none of the checkpoint's {len(keys)} keys is one of the model's {len(names)} names: it has "
+            f"{next(iter(keys), None)!r}, for example, and the model {min(names)!r}: is it of another architecture?"
+        )
+    taken: dict[str, str] = {}
+    for key, name in best.items():
+        if name in taken:
+            raise MismatchError(f"the checkpoint has both {taken[name]!r} and {key!r}, which are one name: {name!r}")
+        taken[name] = key
+    return best, note
+
+
+def _stripped(key: str, prefix: str) -> str:
+    return key.replace(prefix, "") if prefix == COMPILED else key.removeprefix(prefix)
+
+
+COMPILED = "_orig_mod."
+
+
+def _prefixes(keys: Collection[str], names: set[str]) -> Iterator[tuple[str, bool]]:
+    """Every prefix worth a try, and whether to strip it from the keys (else to add it)."""
+    if any(COMPILED in key for key in keys):
+        yield COMPILED, True
+    endings: dict[str, list[str]] = {}
+    for name in names:
+        endings.setdefault(name.rpartition(".")[2], []).append(name)
+    seen: set[tuple[str, bool]] = set()
+    for key in list(keys)[:50]:  # a prefix that none of these has is not before every name
+        for name in endings.get(key.rpartition(".")[2], ()):
+            if key.endswith("." + name):
+                found = (key.removesuffix(name), True)
+            elif name.endswith("." + key):
+                found = (name.removesuffix(key), False)
+            else:
+                continue
+            if found not in seen:
+                seen.add(found)
+                yield found

@@ -1,0 +1,196 @@
+"""A place beside the output where it is made, so that it appears whole or not at all, and an interrupted run goes on.
+
+Beside ``out`` that is the folder ``.out.permgraph``. Its journal names the job, and each file that is finished with its
+SHA-256; a run of the same job keeps those files, after it has compared them, and a run of another job starts afresh.
+The last act is a rename.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from permgraph.errors import CheckpointError
+from permgraph.files import write_atomically
+
+JOURNAL = "journal.json"
+RESULT = "out"
+
+
+class Staging:
+    """The making of one output file or folder.
+
+    Args:
+        target: the output.
+        job: what the output is made from and how, as plain data: two runs with the same job make the same bytes.
+        overwrite: whether a target that exists may be replaced.
+
+    Raises:
+        CheckpointError: the target exists and may not be replaced, another run is at work on it, or the staging folder
+            holds something that no run put there.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     target = Path(folder, "result.txt")
+        ...     with Staging(target, {"task": "greet"}) as staging:
+        ...         staging.make("result.txt", lambda file: file.write(b"hello") and None)
+        ...         target.exists()
+        ...         staging.finish("result.txt")
+        ...     target.read_bytes()
+        False
+        b'hello'
+    """
+
+    def __init__(self, target: Path, job: Mapping[str, Any], *, overwrite: bool = False) -> None:
+        self.target = target
+        self.folder = target.with_name(f".{target.name}.permgraph")
+        self.job = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()
+        self.overwrite = overwrite
+        self.finished: dict[str, str] = {}
+        self.complete = ""
+        self._lock: IO[bytes] | None = None
+
+    def __enter__(self) -> Staging:
+        journal = self._read_journal()
+        if journal is not None and journal["job"] == self.job:
+            self.finished, self.complete = dict(journal["finished"]), str(journal["complete"])
+        if self.complete and self.target.exists() and not (self.folder / self.complete).exists():
+            return self  # killed after the rename: nothing is left to do but to tidy up
+        self.complete = ""
+        if self.target.exists() and not self.overwrite:
+            raise CheckpointError(f"{self.target} exists already: choose another name, or say --overwrite")
+        if not self.target.parent.is_dir():
+            raise CheckpointError(f"{self.target.parent}: no such folder to write {self.target.name!r} in")
+        self.folder.mkdir(exist_ok=True)
+        self._take_lock()
+        if journal is None or journal["job"] != self.job:
+            self._clear(everything=journal is not None)
+            self.finished = {}
+            self._write_journal()
+        (self.folder / RESULT).mkdir(exist_ok=True)
+        for name in [name for name, digest in self.finished.items() if digest != self._digest(name)]:
+            del self.finished[name]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._lock is not None:
+            self._lock.close()
+
+    @property
+    def resumed(self) -> bool:
+        """Whether an earlier run of the same job has left something to go on from."""
+        return bool(self.finished)
+
+    def path(self, name: str) -> Path:
+        """Where a file of the output is made. Names that begin with a dot are notes of the run, not output."""
+        return (self.folder if name.startswith(".") else self.folder / RESULT) / name
+
+    def make(self, name: str, write: Callable[[IO[bytes]], str | None]) -> None:
+        """Have a file written, unless it is finished already, flush it to the disk, and note it as finished.
+
+        Args:
+            name: of the file; may lie in a subfolder.
+            write: given the open file, writes it; may return its SHA-256 to save reading it again.
+        """
+        if name in self.finished:
+            return
+        path = self.path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            digest = write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        self.finished[name] = digest or _sha256(path)
+        self._write_journal()
+
+    def finish(self, only: str | None = None) -> None:
+        """Put the output in its place, in one step, and remove the staging folder.
+
+        Args:
+            only: the file that is the output; None if it is the whole folder.
+        """
+        if not self.complete:
+            result = self.folder / RESULT
+            made = result if only is None else result / only
+            self.complete = str(made.relative_to(self.folder))
+            self._write_journal()
+            _sync_folder(made if only is None else result)
+            if self.target.is_dir() and not self.target.is_symlink():
+                os.replace(self.target, self.folder / "replaced")
+            os.replace(made, self.target)
+            _sync_folder(self.target.parent)
+            if only is not None:
+                shutil.rmtree(result)
+        self._clear(everything=True)
+        (self.folder / JOURNAL).unlink(missing_ok=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _digest(self, name: str) -> str | None:
+        path = self.path(name)
+        return _sha256(path) if path.is_file() else None
+
+    def _read_journal(self) -> dict[str, Any] | None:
+        try:
+            journal: Any = json.loads((self.folder / JOURNAL).read_bytes())
+        except FileNotFoundError:
+            return None
+        except (ValueError, OSError):
+            journal = None
+        if not isinstance(journal, dict) or not {"job", "finished", "complete"} <= journal.keys():
+            raise CheckpointError(f"{self.folder / JOURNAL} is not a journal of permgraph's: remove {self.folder}")
+        return journal
+
+    def _write_journal(self) -> None:
+        content = {"job": self.job, "finished": self.finished, "complete": self.complete}
+        write_atomically(self.folder / JOURNAL, json.dumps(content, indent=1).encode())
+
+    def _clear(self, *, everything: bool) -> None:
+        """Remove what an earlier run left, the journal last of all and not here."""
+        for path in self.folder.iterdir():
+            if path.name == JOURNAL or path.name == ".lock":
+                continue
+            if not everything and not path.name.startswith(f".{JOURNAL}"):
+                raise CheckpointError(f"{self.folder} holds {path.name!r} and no journal: move it out of the way")
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+    def _take_lock(self) -> None:
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            return
+        self._lock = (self.folder / ".lock").open("wb")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.close()
+            raise CheckpointError(f"another run is writing {self.target} (it holds {self.folder})") from None
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while content := file.read(1 << 22):
+            digest.update(content)
+    return digest.hexdigest()
+
+
+def _sync_folder(path: Path) -> None:
+    if os.name == "nt":
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,144 @@
+"""PyTorch files, read with ``weights_only=True`` and never otherwise: no code of theirs is run."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import warnings
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from permgraph.errors import CheckpointError
+from permgraph.io.tensors import TensorFormat, Transform
+
+WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "module", "net", "network", "weights", "params")
+"""Under which keys training scripts keep the state dict, likeliest first."""
+
+
+@dataclass(frozen=True)
+class TorchFile:
+    """A state dict in a PyTorch file.
+
+    The file is mapped into memory where its format allows it, so that a tensor is read when it is used.
+
+    Attributes:
+        path: where it is.
+        formats: name to dtype and shape.
+        wrapper: the keys under which the state dict lies in the file; empty if it is the file's content.
+        kept: what else the file holds, without anything that holds tensors.
+        dropped: the keys beside the state dict that hold tensors (optimisers, averaged weights): they are not carried
+            over, since they would no longer fit.
+    """
+
+    path: Path
+    formats: Mapping[str, TensorFormat]
+    wrapper: tuple[str, ...]
+    kept: Mapping[str, Any] = field(repr=False)
+    dropped: tuple[str, ...]
+    _state: Mapping[str, Any] = field(repr=False)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> TorchFile:
+        """Read a file, and find the state dict in it.
+
+        Raises:
+            CheckpointError: it is damaged, holds objects other than tensors and plain data, or no state dict.
+            OSError: it cannot be read.
+        """
+        path = Path(path)
+        content = _load(path)
+        state, wrapper, beside = _unwrap(content, path)
+        tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+        for name, tensor in tensors.items():
+            if tensor.layout is not torch.strided or tensor.is_quantized:
+                raise CheckpointError(
+                    f"{path}: {name!r} is {'quantised' if tensor.is_quantized else str(tensor.layout)}: only ordinary "
+                    f"dense tensors are read; convert it first"
+                )
+        formats = {name: TensorFormat(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+        dropped = tuple(name for name, value in beside.items() if _holds_tensors(value))
+        kept = {name: value for name, value in beside.items() if name not in dropped}
+        return cls(path, formats, wrapper, kept, dropped, state)
+
+    def read(self, key: str) -> torch.Tensor:
+        """The tensor of that name; its memory may be the file's."""
+        tensor: torch.Tensor = self._state[key]
+        return tensor.detach()
+
+    def rewrite(self, file: IO[bytes], transform: Transform) -> None:
+        """Write the same content with other values in its tensors; names that share a tensor share the new one."""
+        done: dict[Any, torch.Tensor] = {}
+        state: dict[str, Any] = {}
+        for name, value in self._state.items():
+            if isinstance(value, torch.Tensor):
+                where = (value.data_ptr(), value.dtype, tuple(value.shape), value.stride())
+                if where not in done or not value.numel():
+                    done[where] = transform(name, value.detach())
+                value = done[where]
+            state[name] = value
+        content: Any = state
+        for key in reversed(self.wrapper):
+            content = {key: content}
+        if self.wrapper:
+            content = {**self.kept, **content}
+        torch.save(content, file)
+
+
+def _load(path: Path) -> Any:
+    # Others' training scripts store their arguments as a Namespace, which holds data and runs nothing.
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        try:
+            mapped = zipfile.is_zipfile(path)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # on pickle protocols: what follows is read or refused either way
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        except OSError:
+            raise
+        except Exception as error:  # whatever a damaged or hostile file can make the loader raise
+            text = " ".join(str(error).split())
+            asked = re.search(r"(?:GLOBAL|global:?|class:?|loads?) ([A-Za-z_][\w]*\.[\w.]+)", text)
+            if "weights_only" in text.lower() or "weights only" in text.lower() or "Unsupported" in text:
+                raise CheckpointError(
+                    f"{path}: refused: it holds more than tensors and plain data"
+                    + (f" ({asked.group(1)})" if asked else "")
+                    + ", and loading that could run code; save its state_dict() instead, or as safetensors"
+                ) from error
+            raise CheckpointError(f"{path}: not a PyTorch file, or a damaged one: {text[:120]}") from error
+
+
+def _unwrap(content: Any, path: Path) -> tuple[Mapping[str, Any], tuple[str, ...], dict[str, Any]]:
+    """The state dict, the keys that lead to it, and what lies beside it at the top."""
+    at: Any = content
+    keys: list[str] = []
+    for _ in range(4):
+        if not isinstance(at, Mapping):
+            break
+        if any(isinstance(value, torch.Tensor) for value in at.values()) and all(isinstance(key, str) for key in at):
+            beside = {str(key): value for key, value in content.items() if not keys or key != keys[0]} if keys else {}
+            return at, tuple(keys), beside
+        key = next((key for key in WRAPPERS if isinstance(at.get(key), Mapping) and at[key]), None)
+        if key is None:
+            break
+        keys.append(key)
+        at = at[key]
+    found = f"a {type(content).__name__}"
+    if isinstance(content, Mapping):
+        found = f"a mapping with the keys {', '.join(map(repr, list(content)[:6]))}" if content else "an empty mapping"
+    raise CheckpointError(
+        f"{path}: no state dict in it, but {found}; a state dict is looked for at the top and under "
+        f"{', '.join(map(repr, WRAPPERS))}"
+    )
+
+
+def _holds_tensors(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return True
+    if isinstance(value, Mapping):
+        return any(map(_holds_tensors, value.values()))
+    return isinstance(value, (list, tuple, set)) and any(map(_holds_tensors, value))
