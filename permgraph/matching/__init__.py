@@ -1,15 +1,18 @@
 """Matching: finding the element of a spec's group that brings one network to another."""
 
+from permgraph.matching.activation_matching import ActivationMatching
 from permgraph.matching.alignment import Alignment, align
 from permgraph.matching.assignment import Assignment, assign, certify
-from permgraph.matching.result import Matcher, MatchResult, Sweep
+from permgraph.matching.result import Matcher, MatchResult, NeedsModels, Sweep
 from permgraph.matching.weight_matching import WeightMatching
 
 __all__ = [
+    "ActivationMatching",
     "Alignment",
     "Assignment",
     "MatchResult",
     "Matcher",
+    "NeedsModels",
     "Sweep",
     "WeightMatching",
     "align",

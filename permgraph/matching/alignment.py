@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from permgraph.errors import MismatchError
-from permgraph.matching.result import Matcher, MatchResult, Outcome, Progress, Sweep
+from permgraph.matching.result import Matcher, MatchResult, NeedsModels, Outcome, Progress, Sweep
 from permgraph.matching.weight_matching import WeightMatching
 from permgraph.spec import PermutationSpec
 
@@ -150,6 +150,10 @@ def align(
     spec.check(b)
     if matcher is None:
         matcher = WeightMatching()
+    if isinstance(matcher, NeedsModels):
+        if not (isinstance(model_a, nn.Module) and isinstance(model_b, nn.Module)):
+            raise MismatchError(f"{type(matcher).__name__} runs the networks: give align() modules, not state dicts")
+        matcher = matcher.with_models(model_a, model_b)
     result = matcher.match(a, b, spec, seed, progress)
     aligned = result.permutation.apply(b)
     moved: dict[int, torch.Tensor] = {}

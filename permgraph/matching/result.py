@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 import torch
+from torch import nn
 
 from permgraph.spec import PermutationSpec
 
@@ -73,6 +74,15 @@ class MatchResult:
     def sweeps(self) -> int:
         """How many passes the best run made."""
         return len(self.history)
+
+
+@runtime_checkable
+class NeedsModels(Protocol):
+    """A matcher that must run the networks; `align` gives it the modules."""
+
+    def with_models(self, model_a: nn.Module, model_b: nn.Module) -> Matcher:
+        """The same matcher for these two modules, which it will not modify."""
+        ...
 
 
 @runtime_checkable

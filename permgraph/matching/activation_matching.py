@@ -1,0 +1,286 @@
+"""Activation matching: units correspond where they respond alike to the same inputs.
+
+Li, Yosinski, Clune, Lipson & Hopcroft, "Convergent Learning", 2015; Tatro et al., "Optimizing Mode Connectivity via
+Neuron Alignment", 2020; Ainsworth, Hayase & Srinivasa, "Git Re-Basin", 2022, section 3.1.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from permgraph.errors import MismatchError, NonFiniteError, PermgraphError, SpecError
+from permgraph.expressions import Axis, Fixed
+from permgraph.matching.objective import StateDict
+from permgraph.matching.result import MatchResult, Progress
+from permgraph.matching.weight_matching import WeightMatching
+from permgraph.permutation import Permutation
+from permgraph.spec import PermutationSpec
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ActivationMatching:
+    """Maximise the agreement between A's activations and B's permuted ones, over the spec's group.
+
+    One pass over the loader accumulates, for every module whose output carries a group, the cross-correlation of each
+    unit of A with each of B over all samples and positions. What the best permutation is then no longer depends on the
+    other groups: every group is one assignment, and one with others fibred over it a nested one.
+
+    The outputs used are those of linear, convolution, normalisation and embedding modules, in the axis expression of
+    the weight that makes them.
+
+    Args:
+        loader: batches, as often as asked for: a tensor, a tuple or list whose first item is the input, or a mapping
+            of keyword arguments. Use one that gives the same batches each time, in a fixed order.
+        measure: "correlation" (Pearson's, each unit counts alike; a unit that never varies correlates with none) or
+            "inner" (mean products: the least-squares objective of Git Re-Basin).
+        weight: how much the weights themselves count: the objective of `ascent` over the parameters, times this, is
+            added. 0 for activations alone.
+        max_batches: stop the loader after so many.
+        ascent: how to search; its objective and weights apply to the parameters, if `weight` is not 0.
+
+    Example:
+        >>> a, b = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), nn.Sequential(
+        ...     nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> from permgraph.matching import align
+        >>> align(a, b, ActivationMatching([torch.randn(32, 3)])).outcome
+        'converged'
+    """
+
+    loader: Iterable[Any]
+    measure: Literal["correlation", "inner"] = "correlation"
+    weight: float = 0.0
+    max_batches: int | None = None
+    ascent: WeightMatching = field(default_factory=WeightMatching)
+    models: tuple[nn.Module, nn.Module] | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.measure not in ("correlation", "inner"):
+            raise PermgraphError(f"unknown measure {self.measure!r}; choose 'correlation' or 'inner'")
+        if self.weight < 0:
+            raise PermgraphError(f"weight={self.weight}: give 0 for activations alone, or a positive number")
+
+    def with_models(self, model_a: nn.Module, model_b: nn.Module) -> ActivationMatching:
+        """The same matcher for these two modules, which it copies before it runs them."""
+        return replace(self, models=(model_a, model_b))
+
+    def match(
+        self, a: StateDict, b: StateDict, spec: PermutationSpec, seed: int = 0, progress: Progress | None = None
+    ) -> MatchResult:
+        """Find the permutation of B that brings it to A.
+
+        Raises:
+            MismatchError: there are no modules, or they cannot run on a batch, or do not fit the spec.
+            NonFiniteError: an activation is NaN or infinite.
+            PermgraphError: the loader yields nothing, or a single sample, of which there is no correlation.
+        """
+        started = time.perf_counter()
+        if self.models is None:
+            raise MismatchError(
+                "ActivationMatching runs the networks: call align() with modules, or with_models() first"
+            )
+        spec.check(a)
+        spec.check(b)
+        grams = self.grams(a, b, spec)
+        # <A, pi(B)> is the gain of an assignment where A holds the Gram matrix and B the identity: so activations
+        # become parameters of a larger spec, and any search over weights serves for them, nested groups included.
+        axes: dict[str, tuple[Axis, ...]] = {
+            f"output of {name}": (axis, Fixed(len(gram))) for name, (axis, gram) in grams.items()
+        }
+        ours = {f"output of {name}": gram for name, (_, gram) in grams.items()}
+        theirs = {name: torch.eye(len(gram), dtype=gram.dtype, device=gram.device) for name, gram in ours.items()}
+        ascent = self.ascent
+        if self.weight:
+            ascent = replace(ascent, weights=_Scaled(ascent.weights, self.weight, frozenset(spec.axes)))
+            ours, theirs, axes = {**a, **ours}, {**b, **theirs}, {**spec.axes, **axes}
+        larger = PermutationSpec(
+            dict(spec.groups), axes, aliases=spec.aliases if self.weight else {}, unused=spec.unused
+        )
+        if isinstance(ascent.init, Permutation):
+            ascent = replace(ascent, init=Permutation(larger, _standing(ascent.init, larger)))
+        found = ascent.match(ours, theirs, larger, seed, progress)
+        unseen = sorted(set(spec.moving) - set(larger.moving))
+        notes = found.notes
+        if unseen:
+            notes = (*notes, f"no module output carries {', '.join(unseen)}, so they stay as they are")
+            log.info(notes[-1])
+        return replace(
+            found,
+            permutation=Permutation(spec, dict(found.permutation.arrays)),
+            notes=notes,
+            seconds=time.perf_counter() - started,
+        )
+
+    def grams(self, a: StateDict, b: StateDict, spec: PermutationSpec) -> dict[str, tuple[Axis, torch.Tensor]]:
+        """For each module whose output carries a group: the output's axis, and the Gram matrix of A's units and B's.
+
+        The matrices are float32 of shape (units, units), A's along the rows.
+        """
+        assert self.models is not None
+        watched = dict(_watched(self.models[0], spec))
+        with torch.no_grad():
+            networks = [_Watch(model, state, watched) for model, state in zip(self.models, (a, b), strict=True)]
+            moments = {name: _Moments() for name in watched}
+            batches = 0
+            for batch in self.loader:
+                if self.max_batches is not None and batches >= self.max_batches:
+                    break
+                batches += 1
+                outputs = [network.run(batch, batches) for network in networks]
+                for name, found in moments.items():
+                    for x, y in zip(outputs[0][name], outputs[1][name], strict=True):
+                        found.add(x, y.to(x.device))
+        if not batches:
+            raise PermgraphError("the loader yielded no batch: activation matching needs some")
+        grams = {}
+        for name, found in moments.items():
+            if found.count:
+                gram = found.correlation(name) if self.measure == "correlation" else found.product()
+                if not bool(torch.isfinite(gram).all()):
+                    raise NonFiniteError(f"an output of {name!r} is NaN or infinite on these inputs")
+                grams[name] = (watched[name][0], gram.float())
+        return grams
+
+
+@dataclass(frozen=True)
+class _Scaled:
+    """The weights of a search, times a factor on the parameters and left alone on activations."""
+
+    weights: Any
+    factor: float
+    parameters: frozenset[str]
+
+    def __call__(self, name: str, tensor: torch.Tensor) -> Any:
+        if name not in self.parameters:
+            return 1.0
+        weights = {} if self.weights is None else self.weights
+        own = weights(name, tensor) if callable(weights) else weights.get(name, 1.0)
+        return own * self.factor
+
+
+def _standing(permutation: Permutation, spec: PermutationSpec) -> dict[str, Any]:
+    return {name: array for name, array in permutation.arrays.items() if name in spec.moving}
+
+
+def _watched(model: nn.Module, spec: PermutationSpec) -> Iterator[tuple[str, tuple[Axis, int]]]:
+    """Each module whose output has an axis that moves: its name, that axis's expression, and which dimension it is."""
+    for name, module in model.named_modules():
+        weight = f"{name}.weight" if name else "weight"
+        weight = spec.aliases.get(weight, weight)
+        if weight not in spec.axes or not spec.axes[weight]:
+            continue
+        axes = spec.axes[weight]
+        if isinstance(module, nn.Linear | nn.LayerNorm):
+            # A LayerNorm over several dimensions has as many at its output's end; only one of a single is one axis.
+            found = (axes[0], -1) if isinstance(module, nn.Linear) or len(axes) == 1 else None
+        elif isinstance(module, nn.Embedding):
+            found = (axes[1], -1)
+        elif isinstance(module, nn.modules.conv._ConvTransposeNd):
+            found = (axes[1], 1) if module.groups == 1 else None
+        elif isinstance(module, nn.modules.conv._ConvNd | nn.modules.batchnorm._BatchNorm | nn.GroupNorm):
+            found = (axes[0], 1)
+        else:
+            found = None
+        if found is None:
+            continue
+        try:
+            moves = any(o.group in spec.moving for o in spec.layout((found[0], Fixed(1)), name).occurrences)
+        except SpecError:  # the axis is fibred over one that stands in another dimension of the weight
+            continue
+        if moves:
+            yield name, found
+
+
+class _Watch:
+    """A copy of a network that keeps the outputs of some of its modules, as (units, samples)."""
+
+    def __init__(self, model: nn.Module, state: StateDict, watched: Mapping[str, tuple[Axis, int]]) -> None:
+        self.model = copy.deepcopy(model).eval()
+        self.model.load_state_dict(state)
+        self.outputs: dict[str, list[torch.Tensor]] = {}
+        for name, (_, dim) in watched.items():
+            self.model.get_submodule(name).register_forward_hook(self._hook(name, dim))
+
+    def _hook(self, name: str, dim: int) -> Any:
+        def keep(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+            self.outputs[name].append(output.detach().movedim(dim, 0).flatten(1))
+
+        return keep
+
+    def run(self, batch: Any, number: int) -> dict[str, list[torch.Tensor]]:
+        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        self.outputs = {name: [] for name in dict(self.model.named_modules())}
+        try:
+            if isinstance(batch, Mapping):
+                self.model(**{key: _to(value, device) for key, value in batch.items()})
+            else:
+                first = batch[0] if isinstance(batch, Sequence) else batch
+                self.model(_to(first, device))
+        except Exception as error:
+            shape = tuple(getattr(batch[0] if isinstance(batch, Sequence) and batch else batch, "shape", ()))
+            raise MismatchError(
+                f"the network cannot run on batch {number} of the loader, of shape {shape}: "
+                f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
+            ) from error
+        return self.outputs
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, torch.Tensor) else value
+
+
+class _Moments:
+    """Running sums over samples of two sets of units, from which correlations follow; float64 after each batch.
+
+    Each unit is shifted by its mean over the first batch, so that no large mean drowns its variance.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        """Add a batch: (units, samples) of A and of B."""
+        x, y = x.float(), y.float()
+        if not self.count:
+            self.shifts = x.mean(1, keepdim=True), y.mean(1, keepdim=True)
+            zeros = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+            self.sums, self.squares = [zeros, zeros.clone()], [zeros.clone(), zeros.clone()]
+            self.products = torch.zeros(len(x), len(y), dtype=torch.float64, device=x.device)
+        x, y = x - self.shifts[0], y - self.shifts[1]
+        self.count += x.shape[1]
+        self.products += (x @ y.mT).double()
+        for k, z in enumerate((x, y)):
+            self.sums[k] = self.sums[k] + z.sum(1).double()
+            self.squares[k] = self.squares[k] + z.square().sum(1).double()
+
+    def product(self) -> torch.Tensor:
+        """The mean of A's activation times B's, for each pair of units."""
+        x, y = (shift.double()[:, 0] for shift in self.shifts)
+        mean_x, mean_y = (total / self.count for total in self.sums)
+        return self.products / self.count + torch.outer(x, mean_y) + torch.outer(mean_x, y) + torch.outer(x, y)
+
+    def correlation(self, name: str) -> torch.Tensor:
+        """Pearson's correlation of each pair of units; 0 for a unit that does not vary."""
+        if self.count < 2:
+            raise PermgraphError(
+                f"the loader gave a single sample for {name!r}: a correlation needs two or more; "
+                f"give more data, or measure='inner'"
+            )
+        means = [total / self.count for total in self.sums]
+        covariance = self.products / self.count - torch.outer(means[0], means[1])
+        scale = []
+        for mean, square, shift in zip(means, self.squares, self.shifts, strict=True):
+            variance = square / self.count - mean.square()
+            # What float32 leaves of a unit that is constant is not variance.
+            still = variance <= 1e-12 * (square / self.count + shift.double()[:, 0].square())
+            scale.append(torch.where(still, 0.0, variance.clamp_min(1e-300).rsqrt()))
+        return covariance * torch.outer(scale[0], scale[1])
