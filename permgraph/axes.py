@@ -20,6 +20,7 @@ of pinned parts is one pinned atom.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -240,7 +241,7 @@ class Axes:
             return True
         if a.kind is not b.kind or a.size != b.size or a.kind is Kind.ATOM:
             return False
-        if a.kind is Kind.FAMILY and a.index is not None and b.index is not None and a.index.find() is not b.index.find():
+        if a.kind is Kind.FAMILY and a.index and b.index and a.index.find() is not b.index.find():
             return False
         left, right = (self.parts(a), self.parts(b)) if a.kind is Kind.SUM else (a.children, b.children)
         return len(left) == len(right) and all(map(self.same, left, right))
@@ -464,7 +465,7 @@ class Axes:
         if points is None:
             return None
         bounds = [0, *points, size]
-        return self.sum([self.atom(end - start) for start, end in zip(bounds, bounds[1:], strict=False)])
+        return self.sum([self.atom(end - start) for start, end in itertools.pairwise(bounds)])
 
     def _family_of_atoms(self, size: int, outers: Sequence[Axis]) -> Axis:
         if not outers:
@@ -486,7 +487,8 @@ class Axes:
                     continue
                 common = math.gcd(need, factor.size)
                 if common == 1:
-                    why = Pinned(f"{show(axis)} was viewed as {'x'.join(map(str, sizes))}, which no product refines", self.scope)
+                    shape = "x".join(map(str, sizes))
+                    why = Pinned(f"{show(axis)} was viewed as {shape}, which no product refines", self.scope)
                     self.pin(axis, why)
                     return self._splits.setdefault((axis, *sizes), [self.pinned(size, why) for size in sizes])
                 if common < factor.size:
@@ -509,7 +511,7 @@ class Axes:
         aligned = all(joint % inner == 0 for joint in joints)
         rows = sorted({0, outer} | {row for j in joints for row in (j // inner, -(-j // inner))})
         heads, columns = [], []
-        for start, end in zip(rows, rows[1:], strict=False):
+        for start, end in itertools.pairwise(rows):
             piece, _ = self.slice(axis, start * inner, end * inner)
             head, column = self.split(piece, [end - start, inner])
             heads.append(head)
@@ -541,7 +543,7 @@ class Axes:
                     self._slices[axis, start, end] = self.pinned(end - start, axis.pinned), {}
                 return self._slices[axis, start, end]
             bounds = sorted({0, start, end, axis.size})
-            parts = [self.atom(stop - begin) for begin, stop in zip(bounds, bounds[1:], strict=False)]
+            parts = [self.atom(stop - begin) for begin, stop in itertools.pairwise(bounds)]
             self._link(axis, self.sum(parts))
             self.changes += 1
             return self.slice(axis, start, end)
@@ -568,8 +570,7 @@ class Axes:
                 kept.append(i)
             at += part.size
         total = self.resolve(self.sum(pieces))
-        restriction: Restriction = {} if total.index is None else {axis.index.find(): (total.index, tuple(kept))}
-        self._slices[key] = total, restriction
+        self._slices[key] = total, {} if total.index is None else {axis.index.find(): (total.index, tuple(kept))}
         return self._slices[key]
 
     def _slice_product(self, axis: Axis, start: int, end: int) -> tuple[Axis, Restriction]:
@@ -588,7 +589,7 @@ class Axes:
         key = (axis, start, end)
         if key not in self._slices:
             joints = sorted({start, -(-start // inner) * inner, end // inner * inner, end})
-            pieces = [self.slice(axis, low, high)[0] for low, high in zip(joints, joints[1:], strict=False)]
+            pieces = [self.slice(axis, low, high)[0] for low, high in itertools.pairwise(joints)]
             self._slices[key] = self.sum(pieces), {}
         return self._slices[key]
 

@@ -13,9 +13,9 @@ from permgraph.rules import (
     shape,
 )
 from permgraph.rules.call import Call, TypedTensor
-from permgraph.rules.registry import find_rule, registered, rule
+from permgraph.rules.registry import find_rule, registered, rule, rule_name
 
-__all__ = ["Call", "TypedTensor", "find_rule", "registered", "rule"]
+__all__ = ["Call", "TypedTensor", "find_rule", "registered", "rule", "rule_name"]
 _families = (
     attention,
     convolution,

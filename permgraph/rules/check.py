@@ -15,7 +15,7 @@ from permgraph.rules.witness import denied
 from permgraph.spec import PermutationSpec
 
 SEEDS = (0, 1, 2)
-RTOL, ATOL = 1e-7, 1e-9
+TOLERANCE = {torch.float64: 1e-8, torch.complex128: 1e-8}
 
 Verdict = Literal["ok", "incorrect", "too strict", "no rule"]
 
@@ -130,7 +130,8 @@ def _difference(trial: Trial, before: Sequence[Tensor], element: Any) -> tuple[f
             return float("inf"), True
         expected = typed.act(element, old)
         if expected.dtype.is_floating_point or expected.dtype.is_complex:
-            bad |= not torch.allclose(expected, new, rtol=RTOL, atol=ATOL, equal_nan=True)
+            tolerance = TOLERANCE.get(new.dtype, 1e-4)
+            bad |= not torch.allclose(expected, new, rtol=tolerance, atol=tolerance, equal_nan=True)
             error = torch.nan_to_num((expected - new).abs())
         else:
             bad |= not torch.equal(expected, new)

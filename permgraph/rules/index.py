@@ -9,10 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+from torch import fx
+from torch._ops import OpOverload
+
 from permgraph.rules.call import Call, TypedTensor
 from permgraph.rules.registry import rule
 
 LOOKED_UP = "looked up by values from outside"
+LAST_WINS = "of several values written to one place the last one wins"
 
 
 def _follows(index: TypedTensor, size: int) -> bool:
@@ -78,6 +83,8 @@ def scatter(call: Call) -> None:
     _along(call, x, [(index, True), *others], index, dim)
     call.pin_values(x, "indices are mixed with other integers")
     if isinstance(source, TypedTensor):
+        if str(call.node.target).removesuffix("_").endswith(("scatter.src", "scatter_.src")):
+            call.pin(source, dim, LAST_WINS)
         call.pin_values(source, "indices are mixed with other integers")
 
 
@@ -122,6 +129,9 @@ def index_put(call: Call) -> None:
     looked, found, slots = _advanced(call, x, call["indices"])
     labels = found.split()
     call.link((x, looked), *slots, (values, " ".join(labels[len(labels) - values.ndim :])))
+    if not call.get("accumulate", False):
+        places = [i for i, label in enumerate(labels[len(labels) - values.ndim :]) if label.startswith("b")]
+        call.pin(values, places, LAST_WINS)
     call.pin_values(x, "indices are mixed with other integers")
     call.pin_values(values, "indices are mixed with other integers")
 
@@ -130,11 +140,9 @@ def _advanced(
     call: Call, x: TypedTensor, indices: Sequence[TypedTensor | None]
 ) -> tuple[str, str, list[tuple[TypedTensor, str]]]:
     """Patterns of x and of the result, and the index tensors with theirs."""
-    masks = [i for i in indices if i is not None and i.dtype.itemsize == 1 and not i.is_integral]
+    masks = [(d, i) for d, i in enumerate(indices) if i is not None and i.dtype in (torch.bool, torch.uint8)]
     if masks:
-        call.pin_all([x, *masks], "a mask chooses its elements")
-        call.pin_all([t for t in (*call.results, call.get("values")) if isinstance(t, TypedTensor)], "chosen by a mask")
-        return " ".join("_" * x.ndim), " ".join("_" * call.out.ndim), []
+        return _masked(call, x, *masks[0], alone=sum(i is not None for i in indices) == 1)
     given = {d: i for d, i in enumerate(indices) if i is not None}
     rank = max(i.ndim for i in given.values())
     shared = [f"b{rank - 1 - k}" for k in range(rank)]
@@ -147,6 +155,31 @@ def _advanced(
     return " ".join(looked), " ".join([*before, *shared, *after]), slots
 
 
+def _masked(
+    call: Call, x: TypedTensor, dim: int, mask: TypedTensor, *, alone: bool
+) -> tuple[str, str, list[tuple[TypedTensor, str]]]:
+    """The dimensions that a mask covers become one, of the elements that it chooses; the others pass.
+
+    Where the same is written to all elements that the mask chooses, their order does not matter.
+    """
+    why = "a mask chooses its elements"
+    looked = [f"d{d}" for d in range(x.ndim)]
+    if not alone:
+        call.pin_all([*call.tensors, *call.results], why)
+        return " ".join("_" for _ in looked), " ".join("_" * call.out.ndim), []
+    found = [*looked[:dim], "_", *looked[dim + mask.ndim :]]
+    values = call.get("values")
+    chosen = values if isinstance(values, TypedTensor) else call.out
+    at = dim - len(found) + chosen.ndim  # values may have fewer dimensions
+    covered = range(dim, dim + mask.ndim)
+    if chosen is values and (at < 0 or chosen.shape[at] == 1):
+        return " ".join(looked), " ".join(found), [(mask, " ".join(looked[d] for d in covered))]
+    call.pin(x, covered, why)
+    call.pin_all([mask], why)
+    call.pin(chosen, at, why)
+    return " ".join("_" if d in covered else label for d, label in enumerate(looked)), " ".join(found), []
+
+
 @rule("aten.index_add", "aten.index_copy", "aten.index_reduce")
 def index_add(call: Call) -> None:
     """Add or write slices at given indices of one dimension."""
@@ -157,6 +190,10 @@ def index_add(call: Call) -> None:
     looked = [_mark(call, x, dim, index) if d == dim else name for d, name in enumerate(names)]
     written = ["k" if d == dim else name for d, name in enumerate(names)]
     call.link((x, " ".join(looked)), (index, f"k ; e{dim}"), (source, " ".join(written)))
+    if "index_copy" in str(call.node.target):
+        call.pin(source, dim, LAST_WINS)
+    for tensor in (x, source):
+        call.pin_values(tensor, "indices are mixed with other integers")
 
 
 @rule("aten.index_fill")
@@ -183,19 +220,102 @@ def one_hot(call: Call) -> None:
 
 @rule("aten.bincount", "aten.histc")
 def count(call: Call) -> None:
-    """How often each value occurs: the axis that the index numbers becomes the dimension of the counts."""
-    x, out = call["self"], call.out
+    """How often each value occurs, whatever the order: the axis that the index numbers becomes that of the counts."""
+    x, out, weights = call["self"], call.out, call.get("weights")
     whole = call.get("bins") is None or (call.get("min") in (0, None) and call.get("max") in (out.shape[0] - 1, None))
-    if _follows(x, out.shape[0]) and whole and call.get("weights") is None:
-        call.link((x, " ".join([*(f"d{d}" for d in range(x.ndim)), "; e"])), (out, "e"))
+    every = " ".join(f"d{d}" for d in range(x.ndim))
+    if _follows(x, out.shape[0]) and whole:
+        call.link((x, f"{every} ; e"), (weights, every), (out, "e"))
     else:
-        call.pin_all([x, out], "counts of values from outside")
+        call.link((x, every), (weights, every), (out, "_"))
+        call.pin_values(x, "it looks up an axis of another size")
+        call.pin(out, 0, "counts of values from outside")
+
+
+@rule("aten.masked_scatter")
+def masked_scatter(call: Call) -> None:
+    """Elements of a source, one after the other, go where a mask is set.
+
+    Along last dimensions in which the mask is the same throughout, whole rows of the source are written.
+    """
+    x, mask, source = call["self"], call["mask"], call["source"]
+    arguments = [call.node.args[1], call.node.kwargs.get("mask")] if len(call.node.args) > 1 else []
+    node = next((a for a in arguments if isinstance(a, fx.Node)), None)
+    rows = 0
+    while (
+        rows < min(x.ndim, source.ndim - 1)
+        and x.shape[x.ndim - 1 - rows] == source.shape[source.ndim - 1 - rows]
+        and _is_constant(node, mask, mask.ndim - 1 - rows)
+    ):
+        rows += 1
+    same = [f"d{i}" for i in range(rows)]
+
+    def pattern(tensor: TypedTensor) -> str:
+        return " ".join([*["_"] * (tensor.ndim - rows), *same][-tensor.ndim :] if tensor.ndim else [])
+
+    slots = [(t, pattern(t)) for t in (x, source, mask, call.out)]
+    call.link(*slots)
+    for tensor, _ in slots:
+        call.pin(tensor, range(max(tensor.ndim - rows, 0)), "a mask chooses its elements")
+        call.pin_values(tensor, "indices are mixed with other integers")
+
+
+def _is_constant(node: fx.Node | None, mask: TypedTensor, dim: int) -> bool:
+    """Whether a mask is broadcast along a dimension, now or by the operators that made it."""
+    if dim < 0 or mask.shape[dim] == 1:
+        return True
+    while node is not None and isinstance(node.target, OpOverload):
+        name = node.target._schema.name
+        source = node.args[0] if node.args else None
+        if not isinstance(source, fx.Node):
+            return False
+        shape = source.meta["val"].shape
+        if name in ("aten::expand", "aten::expand_as", "aten::broadcast_to"):
+            own = dim - (len(mask.shape) - len(shape))
+            return own < 0 or bool(shape[own] == 1)
+        if name not in ("aten::alias", "aten::clone", "aten::_to_copy", "aten::detach"):
+            return False
+        node = source
+    return False
+
+
+@rule("aten.bucketize", "aten.searchsorted")
+def bucketize(call: Call) -> None:
+    """Elementwise: between which two of the boundaries, whose order is fixed."""
+    x = call.get("self")
+    boundaries: TypedTensor = call.get("boundaries", call.get("sorted_sequence"))
+    call.pin_all([boundaries], "boundaries in order")
+    if boundaries.ndim > 1 or call.get("sorter") is not None:
+        call.pin_all([*call.tensors, *call.results], "boundaries in order")
+    elif isinstance(x, TypedTensor):
+        call.pointwise(x, call.out)
+        call.pin_values(x, "arithmetic on an index")
+
+
+@rule("aten.take")
+def take(call: Call) -> None:
+    """Elements by their number in memory."""
+    x, index = call["self"], call["index"]
+    call.pin_all([x], LOOKED_UP)
+    call.pointwise(index, call.out)
+    call.pin_values(index, "it looks up several axes at once")
+
+
+@rule("aten.isin")
+def isin(call: Call) -> None:
+    """Elementwise: whether it is among others, whose order does not matter."""
+    x, others = (call.get(name, call.get(name[:-1])) for name in ("elements", "test_elements"))
+    if isinstance(x, TypedTensor):
+        call.pointwise(x, call.out)
+    for tensor in call.tensors:
+        call.pin_values(tensor, "compared with other integers")
+    if isinstance(others, TypedTensor):
+        call.link((others, " ".join(f"t{i}" for i in range(others.ndim))))
 
 
 @rule(
-    "aten.nonzero", "aten.masked_select", "aten.masked_scatter", "aten.searchsorted", "aten.bucketize", "aten.unique",
-    "aten._unique2", "aten.unique_dim", "aten.unique_consecutive", "aten.isin", "aten.take", "aten.put",
-    "aten.nonzero_static",
+    "aten.nonzero", "aten.masked_select", "aten._unique2", "aten.unique_dim", "aten.unique_consecutive",
+    "aten.put", "aten.nonzero_static",
 )  # fmt: skip
 def value_dependent(call: Call) -> None:
     """Which elements are meant depends on values: all that takes part stays put."""

@@ -6,18 +6,18 @@ from permgraph.rules.call import Call
 from permgraph.rules.registry import rule
 
 ARITHMETIC = """
-    abs acos acosh add addcdiv addcmul angle arccos arcsin arctan asin asinh atan atan2 atanh bitwise_and
-    bitwise_left_shift bitwise_not bitwise_or bitwise_right_shift bitwise_xor __and__ __or__ __xor__ __lshift__
-    __rshift__ __iand__
-    __ior__ __ixor__ __ilshift__ __irshift__ ceil celu clamp clamp_max clamp_min clip complex conj _conj conj_physical copysign cos
-    cosh deg2rad digamma div divide elu erf erfc erfinv exp exp2 expm1 float_power floor floor_divide fmax fmin fmod
-    frac ge gelu greater gt hardshrink hardsigmoid hardswish hardtanh heaviside hypot i0 imag isfinite isinf isnan
-    isneginf isposinf le leaky_relu lerp less lgamma log log10 log1p log2 log_sigmoid log_sigmoid_forward logaddexp
-    logaddexp2 logical_and logical_not logical_or logical_xor logit lt maximum minimum mish mul multiply nan_to_num neg
-    negative nextafter polar polygamma pow quantize_per_tensor rad2deg real reciprocal relu relu6 remainder
-    round rrelu rsqrt rsub selu sgn sigmoid sign signbit silu sin sinc sinh softplus softshrink special_expit
-    special_expm1 special_log1p special_ndtr special_xlog1py sqrt square sub subtract tan tanh threshold true_divide
-    trunc xlogy resolve_conj resolve_neg fake_quantize_per_tensor_affine dequantize int_repr
+    abs acos acosh add addcdiv addcmul __and__ angle arccos arcsin arctan asin asinh atan atan2 atanh
+    bitwise_and bitwise_left_shift bitwise_not bitwise_or bitwise_right_shift bitwise_xor ceil celu clamp
+    clamp_max clamp_min clip complex conj _conj conj_physical copysign cos cosh deg2rad dequantize digamma div
+    divide elu erf erfc erfinv exp exp2 expm1 fake_quantize_per_tensor_affine float_power floor floor_divide
+    fmax fmin fmod frac ge gelu greater gt hardshrink hardsigmoid hardswish hardtanh heaviside hypot i0 __iand__
+    __ilshift__ imag int_repr __ior__ __irshift__ isfinite isinf isnan isneginf isposinf __ixor__ le leaky_relu
+    lerp less lgamma log log10 log1p log2 log_sigmoid log_sigmoid_forward logaddexp logaddexp2 logical_and
+    logical_not logical_or logical_xor logit __lshift__ lt maximum minimum mish mul multiply nan_to_num neg
+    negative nextafter __or__ polar polygamma pow quantize_per_tensor rad2deg real reciprocal relu relu6
+    remainder resolve_conj resolve_neg round rrelu __rshift__ rsqrt rsub selu sgn sigmoid sign signbit silu sin
+    sinc sinh softplus softshrink special_expit special_expm1 special_log1p special_ndtr special_xlog1py sqrt
+    square sub subtract tan tanh threshold true_divide trunc xlogy __xor__
 """
 
 COPIES = """

@@ -8,8 +8,8 @@ from permgraph.rules.call import Call, TypedTensor
 from permgraph.rules.registry import rule
 
 REDUCTIONS = """
-    sum mean amax amin aminmax prod var std var_mean std_mean norm linalg_vector_norm logsumexp any all nansum count_nonzero
-    frobenius_norm _is_all_true
+    sum mean amax amin aminmax prod var std var_mean std_mean norm linalg_vector_norm logsumexp any all nansum
+    count_nonzero frobenius_norm _is_all_true
 """
 
 
@@ -138,3 +138,13 @@ def cosine_similarity(call: Call) -> None:
     dim = call["dim"] % len(names)
     slots = [(t, " ".join(names[len(names) - t.ndim :])) for t in (a, b)]
     call.link(*slots, (call.out, " ".join(n for i, n in enumerate(names) if i != dim)))
+
+
+@rule("aten._fft_r2c", "aten._fft_c2r", "aten._fft_c2c")
+def fourier(call: Call) -> None:
+    """Fourier transforms along some dimensions, which have an order; the others pass."""
+    x, out, dims = call["self"], call.out, call.dim_list(call["self"])
+    pattern = _blank(x, dims)
+    call.link((x, pattern), (out, pattern), via=[pattern.replace("_", "")])
+    for tensor in (x, out):
+        call.pin(tensor, dims, "frequencies and times have an order")

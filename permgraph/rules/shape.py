@@ -94,7 +94,7 @@ def repeat(call: Call) -> None:
         sizes[f"d{d}"] = x.shape[d]
         sizes[f"r{d}"] = out.shape[lead + d] // max(x.shape[d], 1)
         pattern.append(f"d{d}" if sizes[f"r{d}"] == 1 else "_" if x.shape[d] == 1 else f"(r{d} d{d})")
-    call.link((x, inner), (out, " ".join(pattern)), **sizes)
+    call.link((x, inner), (out, " ".join(pattern)), via=(), why="", **sizes)
     call.carry_values(x, out)
 
 

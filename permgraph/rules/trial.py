@@ -206,7 +206,8 @@ def undivided(op: OpOverload) -> Callable[..., Any]:
             return op(*args, **kwargs)
         with _pop_mode_temporarily():
             result = op(*args, **kwargs)
-        recorder.write(op, *tree_map(recorder.argument, (args, kwargs)), result)
+        node_args, node_kwargs = tree_map(recorder.argument, (args, kwargs))
+        recorder.write(op, node_args, node_kwargs, result)
         return result
 
     return run
@@ -219,9 +220,9 @@ def _typed(
     shown: dict[str, TypedTensor] = {}
     indexed: dict[str, int | None] = {}
     for name, tensor, value in zip(names, tensors, values, strict=True):
-        size = None
-        if tensor.value is not None and value.numel() and int(value.min()) >= 0 and int(value.max()) < tensor.value.size:
-            size = tensor.value.size
+        size = None if tensor.value is None or not value.numel() else tensor.value.size
+        if size is not None and not 0 <= int(value.min()) <= int(value.max()) < size:
+            size = None  # no index after all: arithmetic has pinned its axis
         shape = tensor.shape if size is None else (*tensor.shape, size)
         shown[name] = TypedTensor(name, shape, torch.float64, solution.axes)
         shown[name].dims = list(tensor.dims) if size is None else [*tensor.dims, tensor.axis(-1)]

@@ -24,7 +24,7 @@ from permgraph.expressions import Axis, Label, Product, refs, size_of
 from permgraph.rules.trial import Trial, Typed
 
 CLOSE = 1e-9
-SHUFFLES = 5
+SHUFFLES = 12
 
 
 @dataclass(frozen=True)
