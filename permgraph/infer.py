@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -52,6 +54,23 @@ def auto_spec(
 
 def spec_of(captured: Captured) -> PermutationSpec:
     """The spec of a captured graph."""
+    with _no_garbage_collection():
+        return _spec_of(captured)
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Inference makes many small objects that live until its end: to look for garbage among them is time lost."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _spec_of(captured: Captured) -> PermutationSpec:
     solution = solve(captured.graph)
     placeholders = {node.meta["names"][0]: node for node in captured.graph.nodes if _is_weight(node)}
     number = {node: i for i, node in enumerate(captured.graph.nodes)}
