@@ -3,7 +3,8 @@
 Every parameter and buffer is made random first, because a zero head, or a BatchNorm at its initial ones, makes any
 permutation look harmless. The model then runs in float64 before and after a random element of the group with every
 group moved; the outputs must agree. As a control, each group is moved on all of its axes but one: now the output must
-*change*, or the test above would have shown nothing about that group.
+*change*, or the test above would have shown nothing about that group. A group that stands in one axis alone cannot be
+torn apart so; there the weights that it moves are scaled at random instead, to see that they matter.
 """
 
 from __future__ import annotations
@@ -37,7 +38,10 @@ LOW_PRECISION = (torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Control:
-    """What happened when a group was moved on all of its axes but this one: the relative change of the output."""
+    """What happened when a group was moved on all of its axes but this one: the relative change of the output.
+
+    Of a group with this one axis: what happened when the weights that it moves were scaled at random.
+    """
 
     group: str
     parameter: str
@@ -168,8 +172,13 @@ def _controls(
     threshold: float,
     how: Literal["one", "all", "none"],
 ) -> Iterator[Control]:
-    for parameter, dim in trial.spec.uses(name):
-        change = _distance(reference, trial.outputs(alone, exclude=[(parameter, dim)]))
+    uses = trial.spec.uses(name)
+    for parameter, dim in uses:
+        if len(uses) > 1:
+            torn = trial.outputs(alone, exclude=[(parameter, dim)])
+        else:
+            torn = trial.outputs_scaled(alone, parameter)
+        change = _distance(reference, torn)
         passed = not change <= threshold  # an output that is no longer finite has changed as well
         yield Control(name, parameter, dim, change, passed)
         if passed and how == "one":
@@ -226,6 +235,20 @@ class _Trial:
                 result = self._twin.module(*args, **kwargs)
         return [tensor.detach().clone() for tensor in tensor_leaves(result)]
 
+    def outputs_scaled(self, permutation: Permutation, name: str) -> list[Tensor]:
+        """What the model returns when those elements of one weight that the permutation moves are scaled at random."""
+        weight = self.weights[name]
+        places = torch.arange(weight.numel()).reshape(weight.shape)
+        moved = permutation.apply_to(name, places) != places
+        factors = 0.5 + torch.rand(weight.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        self.weights[name] = torch.where(moved, weight * factors, weight)
+        self._stale.add(name)
+        try:
+            return self.outputs(None)
+        finally:
+            self.weights[name] = weight
+            self._stale.add(name)
+
     def _set_weights(self, permutation: Permutation | None, exclude: Sequence[tuple[str, int]]) -> None:
         """Write the permuted weights into the copy; only those that move, and those that moved the last time."""
         counts = {} if permutation is None else permutation.moved()
@@ -245,7 +268,9 @@ class _Trial:
     def _random(self, entry: StateTensor, made: Tensor, scale: float) -> Tensor:
         """Random values of a size that keeps signals alive: by fan-in for weights, around one for scales."""
         shape, generator = made.shape, self._generator
-        if entry.kind == "buffer" or (made.ndim <= 1 and not entry.names[0].endswith("bias")):
+        if entry.kind == "buffer" and entry.names[0].endswith("mean"):  # far from zero it would silence half of ReLUs
+            values = 0.3 * scale * torch.randn(shape, generator=generator, dtype=torch.float64)
+        elif entry.kind == "buffer" or (made.ndim <= 1 and not entry.names[0].endswith("bias")):
             values = 0.5 + torch.rand(shape, generator=generator, dtype=torch.float64)
         elif made.ndim <= 1:
             values = 0.3 * scale * torch.randn(shape, generator=generator, dtype=torch.float64)
