@@ -39,7 +39,8 @@ class Dependence:
         self._known_atoms: dict[Axis, tuple[Axis, ...]] = {}
         self._relations: dict[Axis, list[Relation]] = defaultdict(list)
         for relation in solution.ledger.relations:
-            for atom in dict.fromkeys(a for t in relation.tensors for axis in t.axes.values() for a in self._atoms(axis)):
+            axes = (axis for labelled in relation.tensors for axis in labelled.axes.values())
+            for atom in dict.fromkeys(atom for axis in axes for atom in self._atoms(axis)):
                 self._relations[atom].append(relation)
         self._disguises = self._find_disguises()
         self._tensors: dict[Axis, list[tuple[TypedTensor, frozenset[Axis]]]] = defaultdict(list)

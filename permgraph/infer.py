@@ -44,7 +44,7 @@ def auto_spec(
 
     >>> import torch, permgraph as pg
     >>> print(pg.auto_spec(torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.ReLU(), torch.nn.Linear(5, 2))).groups)
-    {'0': Group(name='0', size=5, parents=(), fixed=False)}
+    {'0.weight': Group(name='0.weight', size=5, parents=(), fixed=False)}
     """
     if example_inputs is not None and not isinstance(example_inputs, (tuple, list)):
         example_inputs = (example_inputs,)

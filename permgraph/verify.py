@@ -25,7 +25,7 @@ from permgraph.capture.outputs import tensor_leaves
 from permgraph.capture.state import StateTensor, state_tensors
 from permgraph.capture.subject import unwrap
 from permgraph.capture.surroundings import calm, make_transparent
-from permgraph.capture.twin import Twin, as_parameter_like, copy_with, make_twin
+from permgraph.capture.twin import as_parameter_like, copy_with, make_twin
 from permgraph.errors import CaptureError, MismatchError
 from permgraph.infer import auto_spec
 from permgraph.permutation import Permutation
@@ -231,7 +231,7 @@ class _Trial:
                 tensor.copy_(original)
             torch.manual_seed(0)
             args, kwargs = copy_with(self._inputs, Tensor.clone, {})
-            with _InDoublePrecision():
+            with _InDoublePrecision():  # type: ignore[no-untyped-call]
                 result = self._twin.module(*args, **kwargs)
         return [tensor.detach().clone() for tensor in tensor_leaves(result)]
 
@@ -303,7 +303,7 @@ def _in_double(tensor: Tensor) -> Tensor:
     return tensor.detach().to(device="cpu", dtype=dtype, copy=True)
 
 
-class _InDoublePrecision(TorchDispatchMode):
+class _InDoublePrecision(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Reads every request for a lower precision as one for float64, so that what remains is rounding of that kind."""
 
     def __torch_dispatch__(

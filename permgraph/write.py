@@ -25,7 +25,8 @@ class Writer:
         """`used`: parameter names in the order in which the forward pass first reads them."""
         self.solution = solution
         self.axes: Axes = solution.axes
-        self.parameters = {n: t for n, t in solution.parameters.items() if t.dtype.is_floating_point or t.dtype.is_complex}
+        weights = solution.parameters.items()
+        self.parameters = {n: t for n, t in weights if t.dtype.is_floating_point or t.dtype.is_complex}
         self.order = [name for name in used if name in self.parameters]
         self.unused = unused
         moving = self._moving()
