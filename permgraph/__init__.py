@@ -18,6 +18,7 @@ from permgraph.infer import auto_spec
 from permgraph.matching import Alignment, Matcher, MatchResult, WeightMatching, align
 from permgraph.permutation import Permutation
 from permgraph.rules import rule
+from permgraph.rules.check import RuleReport, check_rule
 from permgraph.spec import Group, PermutationSpec
 from permgraph.verify import Verification, verify
 
@@ -34,6 +35,7 @@ __all__ = [
     "Matcher",
     "Permutation",
     "PermutationSpec",
+    "RuleReport",
     "Verification",
     "WeightMatching",
     "__version__",
@@ -42,6 +44,7 @@ __all__ = [
     "barrier",
     "capture",
     "channel_statistics",
+    "check_rule",
     "errors",
     "evaluate_on",
     "input_finder",

@@ -21,7 +21,7 @@ ARITHMETIC = """
 """
 
 COPIES = """
-    alias clone contiguous detach lift lift_fresh lift_fresh_copy _to_copy to positive requires_grad_ type_as
+    alias clone contiguous detach lift lift_fresh lift_fresh_copy _to_copy to positive type_as
     resolve_conj _conj_physical
 """
 

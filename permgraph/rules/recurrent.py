@@ -25,6 +25,7 @@ def _gates(call: Call, count: int) -> None:
     gates = [(call["input_gates"], "b (g! h)"), (call["hidden_gates"], "b (g! h)")]
     biases = [(call.get(name), "(g! h)") for name in ("input_bias", "hidden_bias")]
     states = [(hidden, "b h"), *((out, "b h") for out in call.results if out.shape[-1] == width)]
-    workspace = [out for out in call.results if out.shape[-1] != width]
+    for out in call.results:
+        if out.shape[-1] != width:  # what is kept for the gradient: gates and states, one after the other
+            call.link((hidden, "b h"), (out, "b (w! h)"), why="the order of the gates", w=out.shape[-1] // width)
     call.link(*gates, *biases, *states, why="the order of the gates", g=count)
-    call.pin_all(workspace, "the workspace of a recurrent cell")

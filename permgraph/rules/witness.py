@@ -275,9 +275,7 @@ def _read_off(trial: Trial, typed: Typed, target: IntArray, arrays: Mapping[str,
         there = along[new[occurrence.dim]] >= 0
         for dim, path, part in occurrence.guards:
             there &= coordinates(axes[dim], (*path, part), trial.spec.groups)[new[dim]] >= 0
-        parents = [
-            coordinates(axes[p.dim], p.path, trial.spec.groups)[new[p.dim]][there] for p in occurrence.parents
-        ]
+        parents = [coordinates(axes[p.dim], p.path, trial.spec.groups)[new[p.dim]][there] for p in occurrence.parents]
         place = (*parents, along[new[occurrence.dim]][there])
         found = along[old[occurrence.dim]][there]
         if (found < 0).any():

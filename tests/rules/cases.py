@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map
 
+from permgraph.rules import rule
 from permgraph.rules.check import RuleReport, check_rule
+from permgraph.rules.recurrent import gru_cell, lstm_cell
 from permgraph.rules.trial import attempt, undivided
 
 aten = torch.ops.aten
@@ -154,7 +156,7 @@ POINTWISE = [
     *each("add.Scalar sub.Scalar mul.Scalar div.Scalar pow.Tensor_Scalar fmod.Scalar remainder.Scalar rsub.Scalar "
           "ge.Scalar gt.Scalar le.Scalar lt.Scalar eq.Scalar ne.Scalar clamp_min clamp_max add_.Scalar "
           "float_power.Tensor_Scalar copysign.Scalar", N(2, 3), 0.5, PAIR),
-    *each("__and__.Tensor __or__.Tensor __xor__.Tensor __iand__.Tensor __ior__.Tensor __lshift__.Tensor "
+    *each("__and__.Tensor __or__.Tensor __xor__.Tensor __iand__.Tensor __ior__.Tensor __ixor__.Tensor __ilshift__.Tensor __irshift__.Tensor __lshift__.Tensor "
           "__rshift__.Tensor bitwise_and.Tensor bitwise_or.Tensor bitwise_xor.Tensor bitwise_left_shift.Tensor "
           "bitwise_right_shift.Tensor", Z(9, 2, 3), Z(9, 2, 3), TWO),
     *each("eq.Tensor ne.Tensor not_equal.Tensor", Z(3, 3, 5), Z(3, 3, 5), TWO),
@@ -188,7 +190,6 @@ POINTWISE = [
         ("int_repr", lambda x: aten.int_repr(aten.quantize_per_tensor(x.float(), 0.1, 0, torch.qint8)), F(2, 3), PAIR),
         ("fake_quantize_per_tensor_affine", F(2, 3), 0.1, 0, -8, 7, PAIR),
         ("to.dtype", F(2, 3), torch.float32, PAIR),
-        ("requires_grad_", lambda x: x.requires_grad_(False), F(2, 3), PAIR),
         ("copy_", F(2, 3), F(3), "(a b), (b) -> (a b) where a per b ~ as above"),
         ("where.self", B(2, 3), F(2, 3), F(3), "(a b), (a b), (b) -> (a b) where a per b"),
         ("where.ScalarOther", B(2, 3), F(2, 3), 0.0, TWO),
@@ -329,6 +330,10 @@ SPACE = rows(
      "(n c . .), (n c .) -> (n c . .), (n c . .) where n per c"),
     ("max_unpool2d", lambda x: aten.max_unpool2d(*aten.max_pool2d_with_indices(x, [2, 2]), [7, 5]), F(3, 2, 7, 5),
      _IMAGE + " ~ windows that do not overlap"),
+    ("max_unpool3d", lambda x: aten.max_unpool3d(*aten.max_pool3d_with_indices(x, [2, 2, 2]), [7, 5, 4], [2, 2, 2], [0, 0, 0]),
+     F(3, 2, 7, 5, 4), _CUBE + " ~ as above"),
+    ("fractional_max_pool3d", F(3, 2, 7, 11, 5), [2, 2, 2], [3, 5, 2], F(3, 2, 3),
+     "(n c . . .), (n c .) -> (n c . . .), (n c . . .) where n per c"),
     ("upsample_nearest1d", F(3, 2, 7), [11], _LINE + " ~ space stays put also where it need not"),
     ("upsample_nearest2d", F(3, 2, 7, 5), [11, 13], _IMAGE + " ~ as above"),
     ("upsample_nearest3d", F(3, 2, 7, 5, 4), [9, 8, 9], _CUBE + " ~ as above"),
@@ -421,18 +426,42 @@ ATTENTION = rows(
      "(1 (h r) s d), (1 h t d), (1 h t e) -> (1 (h r) s e) where r per h, s per h r, d per h, t per h, e per h"),
 )
 
-def lstm_cell(
-    input_gates: torch.Tensor, hidden_gates: torch.Tensor, cx: torch.Tensor, input_bias: torch.Tensor
-) -> torch.Tensor:
-    """What the fused kernel computes."""
-    i, f, g, o = (input_gates + hidden_gates + input_bias).chunk(4, 1)
+# The fused cells run on a GPU only: here is what they compute, as operators of the same schema with the same rules.
+_library = torch.library.Library("permgraph_cells", "DEF")
+_library.define(
+    "lstm(Tensor input_gates, Tensor hidden_gates, Tensor cx, Tensor? input_bias, Tensor? hidden_bias) "
+    "-> (Tensor, Tensor, Tensor)"
+)
+_library.define(
+    "gru(Tensor input_gates, Tensor hidden_gates, Tensor hx, Tensor? input_bias, Tensor? hidden_bias) -> (Tensor, Tensor)"
+)
+rule("permgraph_cells.lstm")(lstm_cell)
+rule("permgraph_cells.gru")(gru_cell)
+
+
+def _lstm(a: torch.Tensor, b: torch.Tensor, cx: torch.Tensor, c: Any, d: Any) -> tuple[torch.Tensor, ...]:
+    gates = a + b + (0 if c is None else c + d)
+    i, f, g, o = gates.chunk(4, 1)
     cell = f.sigmoid() * cx + i.sigmoid() * g.tanh()
-    return o.sigmoid() * cell.tanh() + cell
+    return o.sigmoid() * cell.tanh(), cell, torch.cat([i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()], 1)
 
 
-_GATED = "(b [h + h + h + h]), (b [h + h + h + h]), (b h), ([h + h + h + h]) -> (b h)"
+def _gru(a: torch.Tensor, b: torch.Tensor, hx: torch.Tensor, c: Any, d: Any) -> tuple[torch.Tensor, ...]:
+    (r, z, n), (hr, hz, hn) = (a if c is None else a + c).chunk(3, 1), (b if d is None else b + d).chunk(3, 1)
+    reset, update = (r + hr).sigmoid(), (z + hz).sigmoid()
+    new = (n + reset * hn).tanh()
+    return new + update * (hx - new), torch.cat([reset, update, new, hx, hn], 1)
+
+
+_library.impl("lstm", _lstm, "CompositeExplicitAutograd")
+_library.impl("gru", _gru, "CompositeExplicitAutograd")
+_cells = torch.ops.permgraph_cells
+_FOUR = "(b (4 h)), (b (4 h)), (b h)"
 RECURRENT = rows(
-    ("lstm cell", lstm_cell, F(2, 12), F(2, 12), F(2, 3), F(12), _GATED),
+    ("lstm cell", _cells.lstm.default, F(2, 12), F(2, 12), F(2, 3), F(12), F(12),
+     _FOUR + ", ((4 h)), ((4 h)) -> (b h), (b h), (b (4 h)) where b per h"),
+    ("lstm cell", _cells.lstm.default, F(2, 12), F(2, 12), F(2, 3), None, None, _FOUR + " -> (b h), (b h), (b (4 h)) where h per b"),
+    ("gru cell", _cells.gru.default, F(2, 9), F(2, 9), F(2, 3), F(9), F(9), "(b (3 h)), (b (3 h)), (b h), ((3 h)), ((3 h)) -> (b h), (b (5 h)) where b per h"),
 )
 
 CREATION = [
@@ -739,5 +768,17 @@ CASES: list[Case] = [
     *REDUCTION, *SHAPE, *INDEX,
 ]
 
-# Rules whose operators do not run on a CPU, or not by themselves.
-ELSEWHERE: dict[str, str] = {}
+# Operators that run on a GPU only; the function that is their rule is tested on another operator of the same form.
+ELSEWHERE = {
+    "aten._thnn_fused_lstm_cell": "permgraph_cells.lstm",
+    "aten._thnn_fused_gru_cell": "permgraph_cells.gru",
+    "aten.cudnn_batch_norm": "aten._native_batch_norm_legit",
+    "aten.miopen_batch_norm": "aten._native_batch_norm_legit",
+    "aten.cudnn_convolution": "aten.mkldnn_convolution",
+    **dict.fromkeys(
+        ("aten._scaled_dot_product_flash_attention", "aten._scaled_dot_product_efficient_attention",
+         "aten._scaled_dot_product_cudnn_attention", "aten._scaled_dot_product_attention_math_for_mps",
+         "aten._scaled_dot_product_fused_attention_overrideable"),
+        "aten._scaled_dot_product_flash_attention_for_cpu",
+    ),
+}
