@@ -1,0 +1,5 @@
+"""``python -m permgraph``: the command line."""
+
+from permgraph.cli import main
+
+main()

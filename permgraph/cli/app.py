@@ -1,0 +1,45 @@
+"""The commands, put together."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from permgraph import __version__
+from permgraph.cli import combine, doctor, structure
+
+app = typer.Typer(
+    name="permgraph",
+    help="Every permutation symmetry of a PyTorch model, and the alignment of trained networks over it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"permgraph {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def permgraph(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
+) -> None:
+    """Every permutation symmetry of a PyTorch model, and the alignment of trained networks over it.
+
+    A MODEL is timm:NAME, torchvision:NAME, hf:FOLDER, package.module:factory or file.py:Class. Exit codes: 0 success,
+    1 the answer is no, 2 bad input, 70 a bug.
+    """
+
+
+app.command()(structure.spec)
+app.command()(structure.explain)
+app.command()(structure.diff)
+app.command()(structure.verify)
+app.command()(combine.align)
+app.command()(combine.merge)
+app.command()(doctor.doctor)

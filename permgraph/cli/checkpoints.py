@@ -1,0 +1,95 @@
+"""A checkpoint read by a spec's names, and what may be asked of its tensors."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from permgraph.cli.screen import Screen
+from permgraph.errors import MismatchError, NonFiniteError
+from permgraph.io import Checkpoint, Renamed, match_names
+from permgraph.permutation import Permutation
+from permgraph.spec import PermutationSpec
+
+
+def fitted(checkpoint: Checkpoint, spec: PermutationSpec, screen: Screen, leave: Sequence[str] = ()) -> Renamed:
+    """A checkpoint by the spec's names, once it is sure that every name and shape fits; no tensor is read.
+
+    Args:
+        checkpoint: whose keys may differ from the names by a prefix.
+        spec: what it must fit.
+        screen: is told of the prefix.
+        leave: patterns of keys that the spec need not know; they are left as they are.
+
+    Raises:
+        MismatchError: it does not fit; the message names the file and the first key at fault.
+    """
+    try:
+        names, note = match_names(list(checkpoint), [*spec.axes, *spec.aliases, *spec.unused])
+        if note:
+            screen.note(f"{checkpoint.path}: {note}")
+        known = {name: key for key, name in names.items() if not _left(key, name, leave)}
+        renamed = Renamed(checkpoint, known)
+        spec.check(renamed.without_values())
+    except MismatchError as error:
+        raise MismatchError(f"{checkpoint.path}: {error}") from None
+    return renamed
+
+
+def _left(key: str, name: str, leave: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(text, pattern) for pattern in leave for text in (key, name))
+
+
+def require_finite(name: str, tensor: torch.Tensor, path: Path) -> None:
+    """Raise NonFiniteError if a tensor holds NaN or infinity."""
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return
+    tensor = tensor.float() if tensor.dtype.itemsize == 1 else tensor
+    # Any NaN or infinity shows in the sum; a finite tensor can overflow it, so look again before refusing.
+    if not bool(torch.isfinite(tensor.sum())) and not bool(torch.isfinite(tensor).all()):
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise NonFiniteError(f"{path}: {name!r} holds NaN or infinity in {bad} of its {tensor.numel()} elements")
+
+
+def permuted(permutation: Permutation, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of a checkpoint after a permutation; one that the spec does not know as it is."""
+    spec = permutation.spec
+    name = spec.aliases.get(name, name)
+    if name not in spec.axes:
+        return tensor
+    if tensor.dtype.itemsize == 1 and tensor.is_floating_point():  # eight-bit floats cannot be indexed everywhere
+        return permutation.apply_to(name, tensor.view(torch.uint8)).view(tensor.dtype)
+    return permutation.apply_to(name, tensor)
+
+
+def tensor_of(weights: Mapping[str, torch.Tensor], name: str, spec: PermutationSpec) -> torch.Tensor:
+    """The tensor of a name, which the checkpoint may hold under any of the names tied to it."""
+    if name in weights:
+        return weights[name]
+    canonical = spec.aliases.get(name, name)
+    same = (canonical, *(alias for alias, other in spec.aliases.items() if other == canonical))
+    return weights[next(other for other in same if other in weights)]
+
+
+def whole_state(weights: Renamed, spec: PermutationSpec, module: nn.Module) -> dict[str, Any]:
+    """A state dict that the module takes: the checkpoint's tensors, and the module's own where it has none."""
+    state: dict[str, Any] = {}
+    for name, own in module.state_dict().items():
+        known = spec.aliases.get(name, name) in spec.axes or name in weights
+        state[name] = tensor_of(weights, name, spec) if known else own
+    return state
+
+
+def identity_of(checkpoint: Checkpoint) -> list[list[Any]]:
+    """What tells whether a checkpoint is still the same, without reading it: its files, their sizes and times."""
+    found = []
+    for file in checkpoint.files:
+        path = file.path.resolve()
+        status = path.stat()
+        found.append([str(path), status.st_size, status.st_mtime_ns])
+    return found

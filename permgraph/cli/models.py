@@ -1,0 +1,234 @@
+"""MODEL on the command line: five ways to name a model, and how each is built."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import importlib
+import importlib.util
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from permgraph.errors import CaptureError, MissingExtraError
+from permgraph.infer import auto_spec
+from permgraph.spec import PermutationSpec
+
+FORMS = (
+    "timm:NAME, torchvision:NAME, hf:FOLDER, package.module:factory or file.py:Class; all but hf: take literal "
+    "arguments, as in timm:resnet18(num_classes=10)"
+)
+SPEC_SUFFIXES = (".json", ".txt", ".spec")
+
+
+def build(model: str, device: str | None = "meta") -> nn.Module:
+    """Build the model that a text names, in evaluation mode.
+
+    Args:
+        model: one of the `FORMS`.
+        device: "meta" allocates no weight; a model whose constructor needs values is built on the CPU all the same.
+            None builds it on the CPU.
+
+    Raises:
+        CaptureError: the text names nothing, or what it names cannot be built.
+        MissingExtraError: the package that knows the model is not installed.
+    """
+    kind, _, rest = model.partition(":")
+    if kind == "hf" and rest:
+        make = _from_folder(Path(rest))
+    else:
+        rest, arguments, keywords = _call(rest, model)
+        if kind == "timm" and rest:
+            make = _from_timm(rest, arguments, keywords)
+        elif kind == "torchvision" and rest:
+            make = _from_torchvision(rest, arguments, keywords)
+        else:
+            make = _from_code(model, arguments, keywords)
+    with torch.random.fork_rng(devices=[]):
+        if device is not None:
+            try:
+                with torch.device(device):
+                    return _checked(make(), model)
+            except Exception:
+                pass
+        try:
+            return _checked(make(), model)
+        except CaptureError:
+            raise
+        except Exception as error:
+            raise CaptureError(f"{model} cannot be built: {type(error).__name__}: {error}") from error
+
+
+def spec_of(model: str, inputs: list[str] | None = None) -> PermutationSpec:
+    """The spec in a file (.json or text), or that of the model which a text names.
+
+    Args:
+        model: a file that `PermutationSpec.save` wrote, or one of the `FORMS`.
+        inputs: example inputs as text, see `parse_inputs`.
+    """
+    if model.endswith(SPEC_SUFFIXES) and ".py:" not in model:
+        if not Path(model).is_file():
+            raise CaptureError(f"{model}: no such file")
+        return PermutationSpec.load(model)
+    args, kwargs = parse_inputs(inputs or [])
+    return auto_spec(build(model), args or None, kwargs or None)
+
+
+def parse_inputs(texts: list[str]) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:
+    """Example inputs from texts such as ``1,3,224,224``, ``int:2,16`` and ``input_ids=int:2,16``.
+
+    Raises CaptureError if a text is malformed.
+    """
+    args: list[torch.Tensor] = []
+    kwargs: dict[str, torch.Tensor] = {}
+    generator = torch.Generator().manual_seed(0)
+    for text in texts:
+        parsed = re.fullmatch(r"(?:(\w+)=)?(?:(int|float|bool):)?(\d+(?:,\d+)*)", text.replace(" ", ""))
+        if parsed is None:
+            raise CaptureError(f"--input {text!r}: give a shape, as in 1,3,224,224, int:2,16 or input_ids=int:2,16")
+        name, kind, sizes = parsed.groups()
+        shape = tuple(map(int, sizes.split(",")))
+        if kind == "int":
+            tensor = torch.randint(0, 2, shape, generator=generator)
+        elif kind == "bool":
+            tensor = torch.ones(shape, dtype=torch.bool)
+        else:
+            tensor = torch.randn(shape, generator=generator)
+        if name:
+            kwargs[name] = tensor
+        else:
+            args.append(tensor)
+    return tuple(args), kwargs
+
+
+def _checked(made: Any, model: str) -> nn.Module:
+    if not isinstance(made, nn.Module):
+        raise CaptureError(f"{model} gives a {type(made).__name__}, not a torch.nn.Module")
+    return made.eval()
+
+
+def _call(text: str, model: str) -> tuple[str, list[Any], dict[str, Any]]:
+    """``name(1, a=2)`` as the name and its literal arguments."""
+    name, bracket, _ = text.partition("(")
+    if not bracket:
+        return text, [], {}
+    try:
+        call = ast.parse(f"f({text[len(name) + 1 :]}", mode="eval").body
+        assert isinstance(call, ast.Call)
+        arguments = [ast.literal_eval(value) for value in call.args]
+        keywords = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+        assert None not in keywords
+    except (SyntaxError, ValueError, AssertionError):
+        raise CaptureError(f"{model}: what stands in brackets must be literal arguments, as in (8, depth=2)") from None
+    return name, arguments, {str(key): value for key, value in keywords.items()}
+
+
+def _package(name: str, extra: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise CaptureError(f"{name} cannot be imported: {error}") from error
+        raise MissingExtraError(f"{name} is not installed: pip install 'permgraph[{extra}]'") from None
+    except Exception as error:
+        raise CaptureError(f"{name} cannot be imported: {type(error).__name__}: {error}") from error
+
+
+def _from_timm(name: str, arguments: list[Any], keywords: dict[str, Any]) -> Callable[[], Any]:
+    timm = _package("timm", "zoo")
+    known = name.split(".")[0]
+    if not timm.is_model(known):
+        near = timm.list_models(f"*{known}*")[:4]
+        raise CaptureError(f"timm has no model {known!r}" + (f"; it has {', '.join(near)}" if near else ""))
+    return lambda: timm.create_model(name, *arguments, pretrained=False, **keywords)
+
+
+def _from_torchvision(name: str, arguments: list[Any], keywords: dict[str, Any]) -> Callable[[], Any]:
+    models = _package("torchvision", "zoo").models
+    if name.lower() not in models.list_models():
+        near = models.list_models(include=f"*{name.lower()}*")[:4]
+        raise CaptureError(f"torchvision has no model {name!r}" + (f"; it has {', '.join(near)}" if near else ""))
+    options = {"weights": None, **keywords}
+    if "weights_backbone" in inspect.signature(models.get_model_builder(name)).parameters:  # else it is downloaded
+        options.setdefault("weights_backbone", None)
+    return lambda: models.get_model(name, *arguments, **options)
+
+
+def _from_folder(folder: Path) -> Callable[[], Any]:
+    if not (folder / "config.json").is_file():
+        raise CaptureError(f"hf:{folder}: there is no config.json: name a folder that save_pretrained wrote")
+    transformers = _package("transformers", "zoo")
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        named = (getattr(config, "architectures", None) or [None])[0]
+        known = getattr(transformers, named, None) if named else None
+    except Exception as error:
+        raise CaptureError(f"hf:{folder}: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
+    if named and known is None:
+        raise CaptureError(
+            f"hf:{folder}: transformers {transformers.__version__} has no {named}, and code that comes with a "
+            f"checkpoint is not run: build it in a file of yours and say file.py:factory"
+        )
+    if known is not None:
+        return lambda: known(config)
+    return lambda: transformers.AutoModel.from_config(config)
+
+
+def _from_code(model: str, arguments: list[Any], keywords: dict[str, Any]) -> Callable[[], Any]:
+    text = model.partition("(")[0] if arguments or keywords or "(" in model else model
+    found = load_object(text)
+    if isinstance(found, nn.Module):
+        return lambda: found
+    if not callable(found):
+        raise CaptureError(f"{text} is a {type(found).__name__}: name a module, a class or a function that makes one")
+    return lambda: found(*arguments, **keywords)
+
+
+def load_object(text: str) -> Any:
+    """What ``package.module:name`` or ``file.py:name`` names.
+
+    Raises CaptureError if there is no such file, module or name, or its code fails.
+    """
+    place, colon, name = text.rpartition(":")
+    if not colon or not place or not name:
+        raise CaptureError(f"{text!r} names no model: say {FORMS}")
+    try:
+        with _current_folder_on_path():
+            module = _load_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+    except CaptureError:
+        raise
+    except Exception as error:
+        raise CaptureError(f"{place} cannot be imported: {type(error).__name__}: {error}") from error
+    found: Any = module
+    for part in name.split("."):
+        if not hasattr(found, part):
+            raise CaptureError(f"{place} has no {name!r}")
+        found = getattr(found, part)
+    return found
+
+
+def _load_file(path: Path) -> Any:
+    if not path.is_file():
+        raise CaptureError(f"{path}: no such file")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(path.stem, module)  # dataclasses and pickles look themselves up there
+    spec.loader.exec_module(module)
+    return module
+
+
+@contextlib.contextmanager
+def _current_folder_on_path() -> Iterator[None]:
+    sys.path.insert(0, "")
+    try:
+        yield
+    finally:
+        sys.path.remove("")

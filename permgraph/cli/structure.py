@@ -1,0 +1,238 @@
+"""The commands about a model's structure: ``spec``, ``explain``, ``diff``, ``verify``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from permgraph.capture import capture
+from permgraph.capture.outputs import tensor_leaves
+from permgraph.cli.checkpoints import fitted, require_finite, whole_state
+from permgraph.cli.models import FORMS, build, parse_inputs, spec_of
+from permgraph.cli.screen import SAYS_NO, AsJson, Debug, Quiet, Screen, table
+from permgraph.errors import CaptureError
+from permgraph.io import open_checkpoint
+from permgraph.spec import PermutationSpec
+from permgraph.verify import verify as verify_spec
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=f"{FORMS}. Or a saved spec.")]
+Inputs = Annotated[
+    list[str] | None,
+    typer.Option("--input", "-i", help="Shape of an example input: 1,3,224,224 or input_ids=int:2,16."),
+]
+
+
+def spec(
+    model: Model,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Save the spec here as JSON.")] = None,
+    inputs: Inputs = None,
+    pins: Annotated[bool, typer.Option("--pins", help="List what stays put, and why.")] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Show every permutation symmetry of a model: its groups, and where they act on each parameter.
+
+    [bold]Examples[/bold]
+
+        permgraph spec torchvision:resnet18 -o resnet18.json
+
+        permgraph spec hf:./my-llama --pins
+    """
+    with Screen(as_json, quiet, debug) as screen:
+        with screen.stage("finding symmetries"):
+            found = spec_of(model, inputs)
+        if output is not None:
+            found.save(output)
+            screen.note(f"saved to {output}")
+        text = str(found)
+        if pins:
+            rows = [(f"{pin.parameter}[{pin.dim}]", str(pin.size), pin.reason) for pin in found.pins]
+            text += "\n" + table(rows, ("stays put", "size", "why"))
+        screen.result(summary(found, pins=pins), text)
+
+
+def summary(spec: PermutationSpec, *, pins: bool = False) -> dict[str, Any]:
+    """A spec as plain data."""
+    data: dict[str, Any] = {
+        "model": spec.model_class,
+        "fingerprint": spec.fingerprint,
+        "log_order": spec.log_order(),
+        "groups": {
+            name: {"size": group.size, "parents": list(group.parents), "fixed": group.fixed}
+            for name, group in spec.groups.items()
+        },
+        "axes": {
+            name: {"shape": list(spec.shapes[name]), "axes": list(map(str, axes))} for name, axes in spec.axes.items()
+        },
+        "aliases": dict(spec.aliases),
+        "unknown_operators": [
+            {"operator": op.operator, "count": op.count, "module": op.module, "source": op.source}
+            for op in spec.unknown_ops
+        ],
+        "unused": list(spec.unused),
+    }
+    if pins:
+        data["pins"] = [
+            {"parameter": pin.parameter, "dim": pin.dim, "size": pin.size, "reason": pin.reason} for pin in spec.pins
+        ]
+    return data
+
+
+def explain(
+    model: Model,
+    param: Annotated[str, typer.Argument(metavar="PARAM", help="A parameter's name in the state dict.")],
+    dim: Annotated[int, typer.Argument(metavar="DIM", help="Which of its dimensions, from 0.")],
+    inputs: Inputs = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Tell why one axis of a parameter is tied to others, or why it stays put.
+
+    [bold]Example[/bold]
+
+        permgraph explain torchvision:resnet18 layer1.0.conv2.weight 0
+    """
+    with Screen(as_json, quiet, debug) as screen:
+        with screen.stage("finding symmetries"):
+            found = spec_of(model, inputs)
+        explanation = found.explain(param, dim)
+        parts = [
+            {
+                "axis": part.axis,
+                "size": part.size,
+                "group": part.group,
+                "moves": part.moves,
+                "tied_to": [link.slot for link in part.links],
+                "reason": part.pin.reason if part.pin else None,
+            }
+            for part in explanation.parts
+        ]
+        data = {"slot": explanation.slot, "size": explanation.size, "axis": explanation.axis, "parts": parts}
+        screen.result({**data, "text": str(explanation)}, str(explanation))
+
+
+def diff(
+    spec_a: Annotated[str, typer.Argument(metavar="SPEC_A", help="A saved spec, or a MODEL.")],
+    spec_b: Annotated[str, typer.Argument(metavar="SPEC_B", help="Another.")],
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Tell how two specs differ. Exit code 0 if they do not, 1 if they do.
+
+    [bold]Example[/bold]
+
+        permgraph diff resnet18.json timm:resnet18
+    """
+    with Screen(as_json, quiet, debug) as screen:
+        with screen.stage("finding symmetries"):
+            one, other = spec_of(spec_a), spec_of(spec_b)
+        differences = one.diff(other)
+        screen.result(
+            {"same": not differences, "differences": list(differences)}, "\n".join(differences) or "no difference"
+        )
+        if differences:
+            raise typer.Exit(SAYS_NO)
+
+
+def verify(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=FORMS)],
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option("--checkpoint", "-c", help="Also check that these weights fit, are finite, and compute the same."),
+    ] = None,
+    spec_file: Annotated[Path | None, typer.Option("--spec", help="Check this spec, not the one found now.")] = None,
+    inputs: Inputs = None,
+    seed: Annotated[int, typer.Option(help="Of the random weights and permutations.")] = 0,
+    tolerance: Annotated[float, typer.Option(help="The largest relative error that counts as equal.")] = 1e-8,
+    all_controls: Annotated[
+        bool, typer.Option("--all-controls", help="A control on every axis, not one a group.")
+    ] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Prove that the symmetries of a model preserve what it computes. Exit code 1 if they do not.
+
+    Random weights, float64, every group moved; then, as a control, each group moved on all of its axes but one, which
+    must change the output.
+
+    [bold]Example[/bold]
+
+        permgraph verify timm:convnext_atto
+
+        permgraph verify hf:./my-bert --checkpoint ./my-bert
+    """
+    with Screen(as_json, quiet, debug) as screen:
+        module = build(model)
+        args, kwargs = parse_inputs(inputs or [])
+        with screen.stage("finding symmetries"):
+            found = PermutationSpec.load(spec_file) if spec_file else spec_of(model, inputs)
+        with screen.stage("verifying"):
+            proof = verify_spec(
+                module,
+                found,
+                args or None,
+                kwargs or None,
+                seed=seed,
+                tolerance=tolerance,
+                controls="all" if all_controls else "one",
+            )
+        data: dict[str, Any] = {
+            "passed": proof.passed,
+            "max_error": proof.max_error,
+            "tolerance": proof.tolerance,
+            "groups": len(proof.groups),
+            "controls": len(proof.controls),
+            "failed": list(proof.failed),
+            "inert": [f"{p}[{d}]" for group in proof.groups.values() for p, d in group.inert],
+        }
+        text, passed = str(proof), proof.passed
+        if checkpoint is not None:
+            error = _error_on(checkpoint, model, found, (args, kwargs), seed, screen)
+            # The weights were trained in their own precision, but compute in float64 here.
+            passed = passed and error <= tolerance
+            data["checkpoint"] = {"path": str(checkpoint), "max_error": error}
+            text += f"\n{checkpoint}: fits, is finite, and computes the same when permuted: relative error {error:.1e}"
+        screen.result({**data, "passed": passed}, text)
+        if not passed:
+            raise typer.Exit(SAYS_NO)
+
+
+def _error_on(
+    path: Path, model: str, spec: PermutationSpec, given: tuple[Any, Any], seed: int, screen: Screen
+) -> float:
+    """The relative change of the outputs when the checkpoint's own weights are permuted, in float64."""
+    checkpoint = open_checkpoint(path)
+    weights = fitted(checkpoint, spec, screen)
+    module = build(model, device=None)
+    args, kwargs = given
+    if not args and not kwargs:
+        inputs = capture(module).inputs
+        args, kwargs = inputs.args, inputs.kwargs
+    state = whole_state(weights, spec, module)
+    for name, tensor in state.items():
+        require_finite(name, tensor, path)
+    module = module.double()
+    outputs = []
+    with torch.no_grad():
+        for permutation in (spec.identity(), spec.random(seed, every_group=True)):
+            module.load_state_dict(permutation.apply(state))
+            result = module(*map(_double, args), **{name: _double(value) for name, value in kwargs.items()})
+            outputs.append([tensor.double() for tensor in tensor_leaves(result) if tensor.is_floating_point()])
+    if not outputs[0]:
+        raise CaptureError(f"{model} gives no floating-point output to compare")
+    return max(
+        float((one - other).abs().max() / one.abs().max().clamp(min=1e-300))
+        for one, other in zip(*outputs, strict=True)
+        if one.numel()
+    )
+
+
+def _double(value: Any) -> Any:
+    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
