@@ -80,14 +80,20 @@ class Dependence:
                 value = self._value_label(labelled)
                 if value is None or labelled.tensor is None:
                     continue
-                axis = self.axes.resolve(labelled.axes[value])
                 over = Counter(a for label, t in labelled.axes.items() if label != value for a in self._atoms(t))
-                if axis.kind is Kind.ATOM and over and max(over.values()) == 1 and axis not in over:
-                    found[axis][frozenset(over)].add(labelled.tensor.origin)
+                for axis in self._numbered(labelled.axes[value]):
+                    if over and max(over.values()) == 1 and axis not in over:
+                        found[axis][frozenset(over)].add(labelled.tensor.origin)
         return {
             axis: {over: next(iter(indices)) for over, indices in by_axes.items() if len(indices) == 1}
             for axis, by_axes in found.items()
         }
+
+    def _numbered(self, value: Axis) -> Sequence[Axis]:
+        """The atoms whose indices an index gives: of the axis of its values, or of each factor of that."""
+        factors = self.axes.factors(value)
+        plain = all(factor.kind is Kind.ATOM for factor in factors) and len(set(factors)) == len(factors)
+        return factors if plain else []
 
     @staticmethod
     def _value_label(labelled: Labelled) -> str | None:
@@ -154,7 +160,7 @@ class Dependence:
         """The labels that mean h in a lookup: that of its own dimension, and the one over which the index runs."""
         for labelled in relation.tensors:
             value = self._value_label(labelled)
-            if value is not None and self.axes.resolve(labelled.axes[value]) is h and len(labelled.axes) == 2:
+            if value is not None and len(labelled.axes) == 2 and h in self._numbered(labelled.axes[value]):
                 return set(labelled.axes)
         return set()
 
@@ -198,9 +204,7 @@ class Dependence:
                 found.append(next(iter(chosen)))
         return found
 
-    def _disguised(
-        self, named: Mapping[str, Axis], label: str, h: Axis, choice: Choice
-    ) -> dict[str, tuple[int, int]]:
+    def _disguised(self, named: Mapping[str, Axis], label: str, h: Axis, choice: Choice) -> dict[str, tuple[int, int]]:
         """The labels whose axis is one that an index into h runs over."""
         found = {}
         for m, axis in named.items():

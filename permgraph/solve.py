@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ from permgraph.axes import Axes, Axis, BirthKey, Kind
 from permgraph.errors import ConflictError
 from permgraph.rules import find_rule
 from permgraph.rules.call import Call, Ledger, TypedTensor, loose_families, provides
+from permgraph.uniform import Uniform, known_values, uniform_dims, written_nodes
 
 MAX_RUNS = 6
 PLACEHOLDER = "placeholder"
@@ -45,8 +46,13 @@ def solve(graph: fx.Graph) -> Solution:
     Raises `ConflictError`, naming the operator and its place in the source, where a rule ties axes of different sizes.
     """
     cuts: dict[BirthKey, tuple[int, ...]] = {}
+    nodes = list(graph.nodes)
+    constants = [n for n in nodes if n.op == "placeholder" and n.meta["kind"] == "constant"]
+    written = written_nodes(nodes)
+    uniform = uniform_dims(nodes, written, {node: _constant_along(node.meta.get("real")) for node in constants})
+    known = known_values(nodes, written)
     for _ in range(MAX_RUNS):
-        run = _Run(graph, Axes(cuts))
+        run = _Run(nodes, Axes(cuts), uniform, known)
         run.until_stable()
         seen = run.cuts_seen()
         if seen == cuts:
@@ -58,10 +64,17 @@ def solve(graph: fx.Graph) -> Solution:
 class _Run:
     """One attempt: fresh axes for every tensor, then the rules over and over."""
 
-    def __init__(self, graph: fx.Graph, axes: Axes) -> None:
+    def __init__(
+        self,
+        nodes: Sequence[fx.Node],
+        axes: Axes,
+        uniform: Mapping[fx.Node, Uniform],
+        known: Mapping[fx.Node, tuple[int, ...]],
+    ) -> None:
         self.axes = axes
+        self.uniform = uniform
         self.ends = Ledger()
-        self.nodes = list(graph.nodes)
+        self.nodes = nodes
         self.values: dict[fx.Node, Any] = {}
         self.parameters: dict[str, TypedTensor] = {}
         self.calls: list[Call] = []
@@ -71,6 +84,7 @@ class _Run:
                 self.values[node] = tensor = self._typed(node, node.meta["val"])
                 if isinstance(tensor, TypedTensor) and node.meta["kind"] != "input":
                     tensor.dims = axes.born((PLACEHOLDER, number), tensor.shape)
+                    tensor.known = known.get(node)
                 if node.meta["kind"] in ("parameter", "buffer") and isinstance(self.values[node], TypedTensor):
                     name = node.meta["names"][0]
                     self.values[node].name = name
@@ -84,6 +98,8 @@ class _Run:
                 arguments = self._arguments(node)
                 self.values[node] = result = self._result(node, arguments)
                 outs = list(result) if isinstance(result, (list, tuple)) else [result]
+                if node in known:
+                    result.known = known[node]
                 self.calls.append(Call(node, number, arguments, outs, axes, Ledger(), memo))
 
     # -- making tensors ----------------------------------------------------------------------------------------------
@@ -95,10 +111,21 @@ class _Run:
             return [self._typed(node, item, f"{suffix}.{i}") for i, item in enumerate(val)]
         return val
 
+    def _used(self, source: fx.Node, user: fx.Node) -> Any:
+        """What a node holds, as one use of it sees it: with axes of its own where the tensor does not vary."""
+        value = self.values[source]
+        dims = self.uniform.get(source)
+        if not dims or not isinstance(value, TypedTensor):
+            return value
+        used = TypedTensor(f"{value.name} in {user.name}", value.shape, value.dtype, self.axes)
+        used.dims = [used.dims[d] if d in dims else axis for d, axis in enumerate(value.dims)]
+        used.uniform = dims
+        return used
+
     def _arguments(self, node: fx.Node) -> dict[str, Any]:
         def lift(value: Any) -> Any:
             if isinstance(value, fx.Node):
-                return self.values[value]
+                return self._used(value, node)
             if isinstance(value, (list, tuple)):
                 return [lift(item) for item in value]
             return value

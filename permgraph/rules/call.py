@@ -18,6 +18,7 @@ be: ``(idx, "b k ; e")``.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,7 +37,7 @@ VALUE = -1  # the dimension number by which the axis of an integer tensor's valu
 class TypedTensor:
     """A tensor of the graph with an axis for each dimension, and one for its values where they index something."""
 
-    __slots__ = ("dims", "dtype", "name", "origin", "shape", "value")
+    __slots__ = ("dims", "dtype", "known", "name", "origin", "shape", "uniform", "value")
 
     def __init__(self, name: str, shape: Sequence[int], dtype: torch.dtype, axes: Axes) -> None:
         self.name = name
@@ -46,6 +47,10 @@ class TypedTensor:
         self.value: Axis | None = None
         # The tensor of which this one is a view of all elements: an index and its views are the same function.
         self.origin: TypedTensor = self
+        # Dimensions along which it does not vary: no link ties them, as if they were broadcast.
+        self.uniform: frozenset[int] = frozenset()
+        # The values of a short vector of integers that the model's code has.
+        self.known: tuple[int, ...] | None = None
 
     @property
     def ndim(self) -> int:
@@ -309,6 +314,19 @@ class Call:
         self.note_rearrangement(source, out)
         self.carry_values(source, out)
 
+    def take_known(self, source: TypedTensor, out: TypedTensor, dim: int, indices: Sequence[int]) -> None:
+        """``out`` is these indices of one dimension of `source`, put one after the other."""
+        wanted = [index % source.shape[dim] for index in indices]
+        joints = [0, *(i for i in range(1, len(wanted)) if wanted[i] != wanted[i - 1] + 1), len(wanted)]
+        runs = [(wanted[a], wanted[b - 1] + 1) for a, b in itertools.pairwise(joints)]
+        if len(runs) == 1:
+            self.take(source, out, dim, *runs[0])
+            return
+        pieces = self.remember("pieces", lambda: [self.tensor_like(source, dim, end - start) for start, end in runs])
+        for piece, (start, end) in zip(pieces, runs, strict=True):
+            self.take(source, piece, dim, start, end)
+        self.concatenate(pieces, out, dim)
+
     def concatenate(self, parts: Sequence[TypedTensor], out: TypedTensor, dim: int) -> None:
         """``out`` is the concatenation of `parts` along `dim`."""
         parts = [part for part in parts if part.ndim == out.ndim and part.shape[dim] > 0]
@@ -423,6 +441,8 @@ class Call:
         labelled: dict[str, Axis] = {}
         where: dict[str, int] = {}
         for d, labels in enumerate(dims):
+            if d in tensor.uniform:
+                continue
             if len(labels) == 1:
                 axes = [tensor.dims[d]]
             else:

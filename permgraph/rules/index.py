@@ -58,6 +58,9 @@ def index_select(call: Call) -> None:
     """Given indices of one dimension."""
     x, index = call["self"], call["index"]
     dim = call.dim(x)
+    if index.known is not None and x.ndim:
+        call.take_known(x, call.out, dim, index.known)
+        return
     names = [f"d{d}" for d in range(x.ndim)]
     looked = [_mark(call, x, dim, index) if d == dim else name for d, name in enumerate(names)]
     found = ["k" if d == dim else name for d, name in enumerate(names)]
@@ -116,6 +119,10 @@ def _along(
 def index(call: Call) -> None:
     """``x[i, :, j]``: index tensors, broadcast together, take the place of the dimensions that they look up."""
     x = call["self"]
+    given = [(dim, i) for dim, i in enumerate(call["indices"]) if i is not None]
+    if len(given) == 1 and given[0][1].known is not None:
+        call.take_known(x, call.out, given[0][0], given[0][1].known)
+        return
     looked, found, slots = _advanced(call, x, call["indices"])
     call.link((x, looked), *slots, (call.out, found))
     call.carry_values(x, call.out)

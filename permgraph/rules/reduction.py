@@ -12,6 +12,8 @@ REDUCTIONS = """
     count_nonzero frobenius_norm _is_all_true
 """
 
+EQUAL = "equal values are told apart by their place"
+
 
 def _names(tensor: TypedTensor) -> list[str]:
     return [f"d{i}" for i in range(tensor.ndim)]
@@ -61,6 +63,7 @@ def argmax(call: Call) -> None:
     """The position of the extreme value: an index of the dimension that was searched, or of all of them flattened."""
     x = call["self"]
     if call.get("dim") is None:  # an index of all dimensions, flattened
+        call.pin(x, sorted(x.uniform), EQUAL)
         call.out.value = call.axes.product(x.dims)
         call.link((x, " ".join(_names(x))), (call.out, "..."))
         call.pin_values(x, "arithmetic on an index")
@@ -69,6 +72,8 @@ def argmax(call: Call) -> None:
 
 
 def _positions(call: Call, x: TypedTensor, dim: int, values: TypedTensor | None, indices: TypedTensor) -> None:
+    if dim in x.uniform:
+        call.pin(x, dim, EQUAL)
     indices.value = x.dims[dim]
     pattern = _reduced(x, indices, [dim])
     call.link((x, " ".join(_names(x))), (values, pattern), (indices, f"{pattern} ; d{dim}"))
@@ -81,6 +86,8 @@ def ranking(call: Call) -> None:
     x = call["self"]
     dim = call.dim(x, default=-1)
     *values, indices = call.results
+    if dim in x.uniform:
+        call.pin(x, dim, EQUAL)
     indices.value = x.dims[dim]
     ranked = " ".join(f"r{dim}!" if i == dim else name for i, name in enumerate(_names(x)))
     call.link(
