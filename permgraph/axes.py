@@ -133,6 +133,7 @@ class Axes:
         self._splits: dict[tuple[object, ...], list[Axis]] = {}
         self._slices: dict[tuple[Axis, int, int], tuple[Axis, Restriction]] = {}
         self._interned: dict[tuple[Kind, Index | None, tuple[Axis, ...]], Axis] = {}
+        self._opaque: set[Axis] = set()  # pinned atoms that were seen as products which have no common refinement
         self._pinned_sums: dict[Axis, Axis] = {}
         self._contains: dict[Axis, tuple[int, bool]] = {}
 
@@ -151,11 +152,11 @@ class Axes:
         return self.resolve(self._intern(Kind.PRODUCT, math.prod(f.size for f in factors), factors))
 
     def sum(self, parts: Sequence[Axis], index: Index | None = None) -> Axis:
-        """The concatenation of `parts`. Parts of size zero are dropped."""
+        """The concatenation of `parts`, the same one for the same parts if no index is given; empty ones are dropped."""
         parts = tuple(part for part in parts if part.size)
         if len(parts) == 1:
             return self.resolve(parts[0])
-        return self._intern(Kind.SUM, sum(part.size for part in parts), parts, index or Index())
+        return self._intern(Kind.SUM, sum(part.size for part in parts), parts, index)
 
     def family(self, index: Index, members: Sequence[Axis]) -> Axis:
         """The axis that is ``members[i]`` at part i of the sum known by `index`; all members have one size."""
@@ -169,7 +170,7 @@ class Axes:
         root = None if index is None else index.find()
         key = (kind, root, tuple(self.resolve(child) for child in children))
         if key not in self._interned:
-            self._interned[key] = Axis(kind, size, key[2], root)
+            self._interned[key] = Axis(kind, size, key[2], Index() if kind is Kind.SUM and root is None else root)
         return self._interned[key].find()
 
     # -- reading axes --------------------------------------------------------------------------------------------
@@ -342,6 +343,10 @@ class Axes:
     def _bind(self, atom: Axis, other: Axis) -> None:
         if atom.pinned is not None:
             self.pin(other, atom.pinned)
+        if atom in self._opaque:
+            if other.kind is not Kind.ATOM:
+                return
+            atom, other = other, atom
         if other.kind is Kind.FAMILY and self._is_member(atom, other):
             self.collapse(other)
             return
@@ -430,6 +435,9 @@ class Axes:
         return [self.one if size == 1 else next(remaining) for size in sizes]
 
     def _split(self, axis: Axis, sizes: list[int]) -> list[Axis]:
+        if axis in self._opaque:
+            assert axis.pinned is not None
+            return self._splits.setdefault((axis, *sizes), [self.pinned(size, axis.pinned) for size in sizes])
         if axis.kind is Kind.ATOM:
             factors = self._split_atom(axis, sizes)
             self._link(axis, self.product(factors))
@@ -490,7 +498,11 @@ class Axes:
                     shape = "x".join(map(str, sizes))
                     why = Pinned(f"{show(axis)} was viewed as {shape}, which no product refines", self.scope)
                     self.pin(axis, why)
-                    return self._splits.setdefault((axis, *sizes), [self.pinned(size, why) for size in sizes])
+                    opaque = self.pinned(axis.size, why)
+                    self._opaque.add(opaque)
+                    self._link(axis, opaque)
+                    self.changes += 1
+                    return self._split(opaque, sizes)
                 if common < factor.size:
                     factor, left = self.split(factor, [common, factor.size // common])
                     queue.insert(0, left)
