@@ -22,8 +22,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "permgraph"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
-LEFT = ("capture", "axes", "rules", "solve", "dependence", "write", "infer")
-RIGHT = ("permutation", "matching", "connectivity", "merge")
+LEFT = ("capture", "axes", "rules", "solve", "uniform", "dependence", "write", "infer")
+RIGHT = ("permutation", "matching", "connectivity", "merging")
 GLUE = ("__init__", "verify", "cli")  # may join the two sides
 
 
