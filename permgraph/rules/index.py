@@ -83,7 +83,7 @@ def scatter(call: Call) -> None:
     source = call.get("src")
     others = [(source, False)] if isinstance(source, TypedTensor) else []
     call.pointwise(x, call.out)
-    _along(call, x, [(index, True), *others], index, dim)
+    _along(call, call.out, [(index, True), *others], index, dim)
     call.pin_values(x, "indices are mixed with other integers")
     if isinstance(source, TypedTensor):
         if str(call.node.target).removesuffix("_").endswith(("scatter.src", "scatter_.src")):
@@ -133,9 +133,9 @@ def index_put(call: Call) -> None:
     """``x[i, :, j] = values``."""
     x, values = call["self"], call["values"]
     call.pointwise(x, call.out)
-    looked, found, slots = _advanced(call, x, call["indices"])
+    looked, found, slots = _advanced(call, call.out, call["indices"])
     labels = found.split()
-    call.link((x, looked), *slots, (values, " ".join(labels[len(labels) - values.ndim :])))
+    call.link((call.out, looked), *slots, (values, " ".join(labels[len(labels) - values.ndim :])))
     if not call.get("accumulate", False):
         places = [i for i, label in enumerate(labels[len(labels) - values.ndim :]) if label.startswith("b")]
         call.pin(values, places, LAST_WINS)
@@ -194,9 +194,9 @@ def index_add(call: Call) -> None:
     dim = call.dim(x)
     call.pointwise(x, call.out)
     names = [f"d{d}" for d in range(x.ndim)]
-    looked = [_mark(call, x, dim, index) if d == dim else name for d, name in enumerate(names)]
+    looked = [_mark(call, call.out, dim, index) if d == dim else name for d, name in enumerate(names)]
     written = ["k" if d == dim else name for d, name in enumerate(names)]
-    call.link((x, " ".join(looked)), (index, f"k ; e{dim}"), (source, " ".join(written)))
+    call.link((call.out, " ".join(looked)), (index, f"k ; e{dim}"), (source, " ".join(written)))
     if "index_copy" in str(call.node.target):
         call.pin(source, dim, LAST_WINS)
     for tensor in (x, source):
@@ -209,8 +209,8 @@ def index_fill(call: Call) -> None:
     x, index = call["self"], call["index"]
     dim = call.dim(x)
     call.pointwise(x, call.out)
-    looked = [_mark(call, x, dim, index) if d == dim else f"d{d}" for d in range(x.ndim)]
-    call.link((x, " ".join(looked)), (index, f"k ; e{dim}"))
+    looked = [_mark(call, call.out, dim, index) if d == dim else f"d{d}" for d in range(x.ndim)]
+    call.link((call.out, " ".join(looked)), (index, f"k ; e{dim}"))
 
 
 @rule("aten.one_hot")
