@@ -39,11 +39,13 @@ class Kind(Enum):
 
 
 class Index:
-    """Identity of a sum's list of parts, by which families refer to it; merged by union-find."""
+    """Identity of a sum's list of parts, by which families refer to it; merged by union-find, into the older one."""
 
-    __slots__ = ("link",)
+    __slots__ = ("age", "link")
+    _ages = itertools.count()
 
     def __init__(self) -> None:
+        self.age = next(Index._ages)
         self.link: Index | None = None
 
     def find(self) -> Index:
@@ -410,9 +412,9 @@ class Axes:
 
     def _merge_indices(self, a: Axis, b: Axis) -> None:
         assert a.index is not None and b.index is not None
-        old, new = a.index.find(), b.index.find()
-        if old is not new:
-            old.link = new
+        older, younger = sorted((a.index.find(), b.index.find()), key=lambda index: index.age)
+        if older is not younger:
+            younger.link = older
             self.changes += 1
 
     # -- refinement ----------------------------------------------------------------------------------------------
