@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from permgraph import __version__
-from permgraph.cli import combine, doctor, structure
+from permgraph.cli import barrier, combine, doctor, structure
 
 app = typer.Typer(
     name="permgraph",
@@ -42,4 +42,5 @@ app.command()(structure.diff)
 app.command()(structure.verify)
 app.command()(combine.align)
 app.command()(combine.merge)
+app.command()(barrier.barrier)
 app.command()(doctor.doctor)

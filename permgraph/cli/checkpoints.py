@@ -36,6 +36,10 @@ def fitted(checkpoint: Checkpoint, spec: PermutationSpec, screen: Screen, leave:
         known = {name: key for key, name in names.items() if not _left(key, name, leave)}
         renamed = Renamed(checkpoint, known)
         spec.check(renamed.without_values())
+        for name, key in known.items():
+            dtype = checkpoint.formats[key].dtype
+            if spec.aliases.get(name, name) in spec.axes and not (dtype.is_floating_point or dtype.is_complex):
+                raise MismatchError(f"{key!r} is {dtype}, but the model's weights are floating point: dequantise first")
     except MismatchError as error:
         raise MismatchError(f"{checkpoint.path}: {error}") from None
     return renamed

@@ -50,10 +50,10 @@ Leave = Annotated[
     list[str] | None,
     typer.Option("--leave", help="Pattern of keys that the model does not know: leave them as they are."),
 ]
-InitOption = Annotated[Init, typer.Option(help="Where matching begins.")]
-ObjectiveOption = Annotated[Objective, typer.Option(help="What matching maximises.")]
-Restarts = Annotated[int, typer.Option(help="Matching runs, of which the best is kept.")]
-Sweeps = Annotated[int, typer.Option(help="Stop matching after so many passes over the groups.")]
+InitOption = Annotated[Init | None, typer.Option(help="Where matching begins.")]
+ObjectiveOption = Annotated[Objective | None, typer.Option(help="What matching maximises.")]
+Restarts = Annotated[int | None, typer.Option(help="Matching runs, of which the best is kept.")]
+Sweeps = Annotated[int | None, typer.Option(help="Stop matching after so many passes over the groups.")]
 Seed = Annotated[int, typer.Option(help="Of all random choices.")]
 
 
@@ -66,10 +66,10 @@ def align(
     permutation_file: Annotated[
         Path | None, typer.Option("--permutation", "-p", help="Save the permutation here as safetensors.")
     ] = None,
-    init: InitOption = Init.identity,
-    objective: ObjectiveOption = Objective.inner,
-    restarts: Restarts = 1,
-    max_sweeps: Sweeps = 100,
+    init: InitOption = None,
+    objective: ObjectiveOption = None,
+    restarts: Restarts = None,
+    max_sweeps: Sweeps = None,
     seed: Seed = 0,
     leave: Leave = None,
     overwrite: Overwrite = False,
@@ -88,7 +88,7 @@ def align(
         permgraph align a.safetensors b.safetensors --model timm:resnet18 -o b-aligned.safetensors
     """
     with Screen(as_json, quiet, debug) as screen:
-        matcher = WeightMatching(max_sweeps=max_sweeps, restarts=restarts, init=init.value, objective=objective.value)
+        matcher = _matcher(init, objective, restarts, max_sweeps)
         reference, other = open_checkpoint(a), open_checkpoint(b)
         check_target(other, output)
         spec = _spec(model, spec_file, reference, screen)
@@ -119,10 +119,10 @@ def merge(
     spec_file: SpecOption = None,
     weights: Annotated[str | None, typer.Option(help="How much each counts, as in 0.5,0.3,0.2.")] = None,
     aligned: Annotated[bool, typer.Option("--align/--no-align", help="Align to the first before averaging.")] = True,
-    init: InitOption = Init.identity,
-    objective: ObjectiveOption = Objective.inner,
-    restarts: Restarts = 1,
-    max_sweeps: Sweeps = 100,
+    init: InitOption = None,
+    objective: ObjectiveOption = None,
+    restarts: Restarts = None,
+    max_sweeps: Sweeps = None,
     seed: Seed = 0,
     leave: Leave = None,
     overwrite: Overwrite = False,
@@ -140,7 +140,7 @@ def merge(
         permgraph merge ./model-a ./model-b ./model-c -o ./merged --weights 0.5,0.25,0.25
     """
     with Screen(as_json, quiet, debug) as screen:
-        matcher = WeightMatching(max_sweeps=max_sweeps, restarts=restarts, init=init.value, objective=objective.value)
+        matcher = _matcher(init, objective, restarts, max_sweeps)
         shares = _shares(weights, len(checkpoints))
         opened = [open_checkpoint(path) for path in checkpoints]
         first = opened[0]
@@ -191,6 +191,19 @@ def merge(
             screen.note("the model has BatchNorm: measure its statistics anew on data before use")
         text = "\n".join([*(f"{report['checkpoint']}: {_said(report)}" for report in reports), f"written to {output}"])
         screen.result({"output": str(output), "weights": shares, "alignments": reports}, text)
+
+
+def _matcher(
+    init: Init | None, objective: Objective | None, restarts: int | None, max_sweeps: int | None
+) -> WeightMatching:
+    """Weight matching as the library does it, but for what was asked otherwise."""
+    asked: dict[str, Any] = {
+        "init": init and init.value,
+        "objective": objective and objective.value,
+        "restarts": restarts,
+        "max_sweeps": max_sweeps,
+    }
+    return WeightMatching(**{name: value for name, value in asked.items() if value is not None})
 
 
 def _spec(model: str | None, spec_file: Path | None, reference: Checkpoint, screen: Screen) -> PermutationSpec:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import sys
 import traceback
 import warnings
@@ -52,6 +53,9 @@ class Screen:
     ) -> None:
         if error is None or isinstance(error, typer.Exit):
             return
+        if isinstance(error, BrokenPipeError):  # whoever reads us has had enough, as head has
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(SAYS_NO) from None
         code, said = _verdict(error)
         if self.debug:
             traceback.print_exception(kind, error, trace, file=sys.stderr)
@@ -73,7 +77,7 @@ class Screen:
         if self.as_json:
             print(json.dumps(_plain({**data, "notes": self.notes}), indent=2, allow_nan=False))
         else:
-            print(text)
+            print(text, flush=True)
 
     @contextmanager
     def stage(self, title: str, total: float | None = None) -> Iterator[Update]:

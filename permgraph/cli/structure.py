@@ -198,7 +198,8 @@ def verify(
             # The weights were trained in their own precision, but compute in float64 here.
             passed = passed and error <= tolerance
             data["checkpoint"] = {"path": str(checkpoint), "max_error": error}
-            text += f"\n{checkpoint}: fits, is finite, and computes the same when permuted: relative error {error:.1e}"
+            verdict = "computes the same" if error <= tolerance else "does NOT compute the same"
+            text += f"\n{checkpoint}: fits, is finite, and {verdict} when permuted: relative error {error:.1e}"
         screen.result({**data, "passed": passed}, text)
         if not passed:
             raise typer.Exit(SAYS_NO)

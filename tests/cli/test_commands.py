@@ -1,0 +1,444 @@
+"""What the commands answer, write and refuse."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from typer.testing import CliRunner
+
+import permgraph as pg
+from permgraph.cli.app import app
+from permgraph.cli.models import spec_of
+from tests.cli.networks import Net, Normed, loader
+
+NETWORKS = Path(__file__).with_name("networks.py")
+NET = f"{NETWORKS}:Net"
+
+Run = Callable[..., Any]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run a command in an empty folder; returns the result of click's runner."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*args: object, code: int = 0) -> Any:
+        result = CliRunner().invoke(app, [str(arg) for arg in args])
+        assert result.exit_code == code, f"{result.stdout}\n{result.stderr}"
+        assert "Traceback" not in result.stderr
+        return result
+
+    return run
+
+
+def trained(seed: int, spec: pg.PermutationSpec) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    made = {name: torch.randn(shape, generator=generator) for name, shape in spec.shapes.items()}
+    return {name: tensor * (0.1 if name.endswith("bias") else 1.0) for name, tensor in made.items()}
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """A network and itself renumbered, written as a.safetensors and b.safetensors."""
+    spec = spec_of(NET)
+    a = trained(0, spec)
+    b = spec.random(1, every_group=True).apply(a)
+    save_file(a, tmp_path / "a.safetensors", {"format": "pt"})
+    save_file(b, tmp_path / "b.safetensors", {"format": "pt"})
+    return a, b
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(
+        one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]) for name in one
+    )
+
+
+# --- structure --------------------------------------------------------------------------------------------------------
+
+
+def test_spec_prints_and_saves(run: Run) -> None:
+    result = run("spec", NET, "-o", "net.json")
+    spec = pg.PermutationSpec.load("net.json")
+    assert spec.fingerprint == spec_of(NET).fingerprint
+    assert pg.PermutationSpec.parse(result.stdout).fingerprint == spec.fingerprint
+    assert "saved to net.json" in result.stderr
+    assert "saved" not in run("spec", NET, "-o", "net.json", "--quiet").stderr
+
+
+def test_spec_as_json(run: Run) -> None:
+    data = json.loads(run("spec", NET, "--json", "--pins").stdout)
+    assert sorted(group["size"] for group in data["groups"].values() if not group["fixed"]) == [24, 24, 24]
+    assert data["axes"]["head.weight"]["shape"] == [3, 24]
+    assert {"parameter": "head.weight", "dim": 0} in [
+        {"parameter": pin["parameter"], "dim": pin["dim"]} for pin in data["pins"]
+    ]
+
+
+def test_spec_of_a_model_with_arguments(run: Run) -> None:
+    data = json.loads(run("spec", f"{NET}(7, depth=2)", "--json").stdout)
+    assert sorted(group["size"] for group in data["groups"].values() if not group["fixed"]) == [7, 7]
+
+
+def test_a_model_by_package(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "zoo_of_mine.py").write_text(NETWORKS.read_text())
+    assert json.loads(run("spec", "zoo_of_mine:net", "--json").stdout)["model"].endswith("Net")
+
+
+def test_example_inputs_by_shape(run: Run) -> None:
+    run("spec", NET, "--input", "2,5")
+    run("spec", f"{NETWORKS}:Tied", "--input", "tokens=int:2,4")
+    assert "give a shape" in run("spec", NET, "--input", "2x5", code=2).stderr
+
+
+def test_explain(run: Run) -> None:
+    result = run("explain", NET, "layers.1.weight", 0)
+    assert "layers.1.weight[0] (24) is group" in result.stdout
+    data = json.loads(run("explain", NET, "layers.1.weight", 0, "--json").stdout)
+    assert "layers.2.weight[1]" in data["parts"][0]["tied_to"]
+    assert "near: layers.1.weight" in run("explain", NET, "layers.1.weigt", 0, code=2).stderr
+    assert "no dimension 5" in run("explain", NET, "layers.1.weight", 5, code=2).stderr
+
+
+def test_diff_tells_by_its_exit_code(run: Run) -> None:
+    run("spec", NET, "-o", "net.json", "-q")
+    assert "no difference" in run("diff", "net.json", NET).stdout
+    result = run("diff", "net.json", f"{NET}(7)", "--json", code=1)
+    assert not json.loads(result.stdout)["same"]
+    assert json.loads(result.stdout)["differences"]
+
+
+def test_verify(run: Run, pair: object) -> None:
+    data = json.loads(run("verify", NET, "--checkpoint", "a.safetensors", "--json").stdout)
+    assert data["passed"]
+    assert data["groups"] == data["controls"] == 3
+    assert data["checkpoint"]["max_error"] < 1e-12
+
+
+def test_verify_says_no_to_a_wrong_spec(run: Run) -> None:
+    right = spec_of(NET)
+    wrong = pg.PermutationSpec(
+        groups=right.groups,
+        axes={n: (axes if n != "layers.1.weight" else (axes[1], axes[0])) for n, axes in right.axes.items()},
+    )
+    wrong.save("wrong.json")
+    assert "FAILED" in run("verify", NET, "--spec", "wrong.json", code=1).stdout
+
+
+def test_doctor(run: Run) -> None:
+    data = json.loads(run("doctor", "--json").stdout)
+    assert data["healthy"]
+    assert data["trial"] == "works"
+    assert data["packages"]["torch"]
+
+
+def test_models_of_libraries(run: Run) -> None:
+    pytest.importorskip("torchvision")
+    pytest.importorskip("timm")
+    one = json.loads(run("spec", "torchvision:resnet18", "--json").stdout)
+    other = json.loads(run("spec", "timm:resnet18(num_classes=1000)", "--json").stdout)
+    assert one["fingerprint"] == other["fingerprint"]
+    assert "it has" in run("spec", "torchvision:resnet", code=2).stderr
+    assert "timm has no model 'resnet17000'" in run("spec", "timm:resnet17000", code=2).stderr
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ("nonsense", "names no model"),
+        ("absent.py:Net", "absent.py: no such file"),
+        ("no.such.package:thing", "cannot be imported"),
+        (f"{NETWORKS}:Nett", "has no 'Nett'"),
+        (f"{NETWORKS}:not_a_model", "is a int: name a module"),
+        (f"{NETWORKS}:fails", "ValueError: out of cheese"),
+        (f"{NETWORKS}:loader", "gives a list, not a torch.nn.Module"),
+        (f"{NET}(width=open('x'))", "literal arguments"),
+        (f"{NET}(nonsense=3)", "cannot be built: TypeError"),
+        ("hf:absent", "there is no config.json"),
+        ("absent.json", "absent.json: no such file"),
+    ],
+)
+def test_models_that_are_none(run: Run, model: str, said: str) -> None:
+    result = run("spec", model, code=2)
+    assert said in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    error = json.loads(run("spec", model, "--json", code=2).stdout)["error"]
+    assert said in error["message"]
+
+
+def test_a_traceback_only_for_debug(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["spec", f"{NETWORKS}:fails", "--debug"])
+    assert result.exit_code == 2
+    assert "Traceback" in result.stderr and "ValueError: out of" in result.stderr
+
+
+# --- align ------------------------------------------------------------------------------------------------------------
+
+
+def test_align_brings_a_scrambled_network_back(run: Run, tmp_path: Path, pair: Any) -> None:
+    before = (tmp_path / "b.safetensors").read_bytes()
+    result = run(
+        "align", "a.safetensors", "b.safetensors", "-m", NET, "-o", "c.safetensors", "-p", "p.safetensors", "--json"
+    )
+    data = json.loads(result.stdout)
+    assert data["outcome"] == "converged"
+    assert data["objective"] > data["objective_before"]
+    assert equal(load_file("c.safetensors"), pair[0])
+    permutation = pg.Permutation.load("p.safetensors", spec_of(NET))
+    assert equal(permutation.apply(pair[1]), pair[0])
+    assert (tmp_path / "b.safetensors").read_bytes() == before
+    assert sorted(os.listdir()) == ["a.safetensors", "b.safetensors", "c.safetensors", "p.safetensors"]
+
+
+def test_align_by_a_saved_spec(run: Run, pair: Any) -> None:
+    run("spec", NET, "-o", "net.json")
+    run("align", "a.safetensors", "b.safetensors", "--spec", "net.json", "-o", "c.safetensors")
+    assert equal(load_file("c.safetensors"), pair[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn])
+def test_align_preserves_every_dtype(run: Run, dtype: torch.dtype) -> None:
+    spec = spec_of(NET)
+    a = {name: tensor.to(dtype) for name, tensor in trained(0, spec).items()}
+    as_bits = {name: tensor.view(torch.uint8) if dtype.itemsize == 1 else tensor for name, tensor in a.items()}
+    b = {name: tensor.view(dtype) for name, tensor in spec.random(1, every_group=True).apply(as_bits).items()}
+    save_file(a, "a.safetensors")
+    save_file(b, "b.safetensors")
+    run("align", "a.safetensors", "b.safetensors", "-m", NET, "-o", "c.safetensors")
+    c = load_file("c.safetensors")
+    assert all(c[name].dtype == dtype and torch.equal(c[name].float(), a[name].float()) for name in a)
+
+
+def test_align_keeps_keys_wrappers_and_layout(run: Run, pair: Any) -> None:
+    a, b = pair
+    torch.save({"state_dict": {f"model.{n}": t for n, t in b.items()}, "epoch": 3, "optimizer": {"m": b}}, "b.ckpt")
+    result = run("align", "a.safetensors", "b.ckpt", "-m", NET, "-o", "c.ckpt")
+    assert "with 'model.' before them" in result.stderr
+    content = torch.load("c.ckpt", weights_only=True)
+    assert content.keys() == {"state_dict", "epoch"}
+    assert equal({n.removeprefix("model."): t for n, t in content["state_dict"].items()}, a)
+
+
+def test_align_between_kinds_of_file(run: Run, pair: Any) -> None:
+    a, b = pair
+    torch.save(b, "b.pt")
+    run("align", "a.safetensors", "b.pt", "-m", NET, "-o", "c.safetensors")
+    run("align", "a.safetensors", "b.safetensors", "-m", NET, "-o", "c.pt")
+    assert equal(load_file("c.safetensors"), a)
+    assert equal(torch.load("c.pt", weights_only=True), a)
+
+
+def test_align_writes_shards_as_it_read_them(run: Run, tmp_path: Path, pair: Any) -> None:
+    a, b = pair
+    (tmp_path / "b").mkdir()
+    placed = {}
+    for number, (name, tensor) in enumerate(b.items()):
+        save_file({name: tensor}, f"b/part-{number}.safetensors", {"format": "pt"})
+        placed[name] = f"part-{number}.safetensors"
+    Path("b/model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": placed}))
+    Path("b/tokenizer.json").write_text("{}")
+    Path("b/pytorch_model.bin").write_bytes(b"other weights, which would no longer fit")
+    run("align", "a.safetensors", "b", "-m", NET, "-o", "c")
+    assert sorted(os.listdir("c")) == sorted({*placed.values(), "model.safetensors.index.json", "tokenizer.json"})
+    for name, shard in placed.items():
+        assert equal(load_file(f"c/{shard}"), {name: a[name]})
+
+
+def test_align_leaves_tied_weights_tied(run: Run) -> None:
+    model = f"{NETWORKS}:Tied"
+    spec = spec_of(model)
+    a = trained(0, spec)
+    b = spec.random(1, every_group=True).apply(a)
+    assert set(spec.aliases) == {"head.weight"}
+    torch.save({**a, "head.weight": a["embedding.weight"]}, "a.pt")
+    torch.save({**b, "head.weight": b["embedding.weight"]}, "b.pt")
+    run("align", "a.pt", "b.pt", "-m", model, "-o", "c.pt")
+    c = torch.load("c.pt", weights_only=True)
+    assert torch.equal(c["embedding.weight"], a["embedding.weight"])
+    assert c["head.weight"].data_ptr() == c["embedding.weight"].data_ptr()
+
+
+def test_align_refuses_what_does_not_fit(run: Run, pair: Any) -> None:
+    _, b = pair
+    args = ("align", "a.safetensors", "x.safetensors", "-m", NET, "-o", "c.safetensors")
+
+    def refused(state: dict[str, torch.Tensor], *more: str) -> str:
+        save_file(state, "x.safetensors")
+        result = run(*args, *more, code=2)
+        assert len([line for line in result.stderr.splitlines() if line.startswith("error")]) == 1
+        assert not Path("c.safetensors").exists()
+        return str(result.stderr)
+
+    assert "x.safetensors: 'head.weight' has shape (24, 3), but" in refused({**b, "head.weight": torch.ones(24, 3)})
+    assert "has 'extra', of shape (2,), which the spec does not know" in refused({**b, "extra": torch.ones(2)})
+    assert "has no 'head.bias'" in refused({n: t for n, t in b.items() if n != "head.bias"})
+    assert "none of the checkpoint's 1 keys" in refused({"conv1.weight": torch.ones(3)})
+    assert "'head.bias' is torch.int32, but" in refused({**b, "head.bias": torch.ones(3, dtype=torch.int32)})
+    for value in (float("nan"), float("inf")):
+        for name in ("layers.0.weight", "head.bias"):
+            bad = b[name].clone()
+            bad.view(-1)[1] = value
+            assert "NaN or infinity in 1 of its" in refused({**b, name: bad})
+    save_file({**b, "extra": torch.ones(2)}, "x.safetensors")
+    run(*args, "--leave", "ext*")
+    assert torch.equal(load_file("c.safetensors")["extra"], torch.ones(2))
+
+
+def test_align_refuses_outputs_in_the_way(run: Run, pair: Any) -> None:
+    common = ("align", "a.safetensors", "b.safetensors", "-m", NET, "-o")
+    assert "is the input itself" in run(*common, "b.safetensors", code=2).stderr
+    assert "give it the ending .safetensors" in run(*common, "out", code=2).stderr
+    assert "no such folder" in run(*common, "absent/c.safetensors", code=2).stderr
+    run(*common, "c.safetensors")
+    assert "exists already" in run(*common, "c.safetensors", code=2).stderr
+    run(*common, "c.safetensors", "--overwrite")
+    assert "say --model" in run("align", "a.safetensors", "b.safetensors", "-o", "d.safetensors", code=2).stderr
+    os.makedirs("folder")
+    save_file(pair[1], "folder/model.safetensors")
+    inside = run("align", "a.safetensors", "folder", "-m", NET, "-o", "folder/out", code=2)
+    assert "lies inside it" in inside.stderr
+    assert "must be one too" in run("align", "a.safetensors", "folder", "-m", NET, "-o", "x.pt", code=2).stderr
+
+
+# --- merge ------------------------------------------------------------------------------------------------------------
+
+
+def test_merge_of_renumbered_copies_is_the_network(run: Run, pair: Any) -> None:
+    a, b = pair
+    save_file(spec_of(NET).random(2).apply(b), "c.safetensors")
+    result = run("merge", "a.safetensors", "b.safetensors", "c.safetensors", "-m", NET, "-o", "m.safetensors", "--json")
+    assert len(json.loads(result.stdout)["alignments"]) == 2
+    merged = load_file("m.safetensors")
+    assert all(torch.allclose(merged[name], tensor, atol=1e-6) for name, tensor in a.items())
+
+
+def test_merge_is_the_weighted_mean_after_alignment(run: Run, pair: Any) -> None:
+    a, _ = pair
+    spec = spec_of(NET)
+    other = trained(9, spec)
+    save_file({n: t.to(torch.bfloat16) for n, t in a.items()}, "x.safetensors")
+    save_file({n: t.to(torch.bfloat16) for n, t in other.items()}, "y.safetensors")
+    run("merge", "x.safetensors", "y.safetensors", "-m", NET, "-o", "m.safetensors", "--weights", "0.25,0.75")
+    x, y = load_file("x.safetensors"), load_file("y.safetensors")
+    fit = pg.align(x, y, spec=spec)
+    merged = load_file("m.safetensors")
+    for name, tensor in x.items():
+        expected = 0.25 * tensor.float() + 0.75 * fit.state_dict[name].float()
+        assert merged[name].dtype == torch.bfloat16
+        assert torch.equal(merged[name], expected.to(torch.bfloat16))
+    run("merge", "x.safetensors", "y.safetensors", "-m", NET, "-o", "p.safetensors", "--no-align")
+    plain = load_file("p.safetensors")
+    assert torch.equal(plain["head.weight"], ((x["head.weight"].float() + y["head.weight"].float()) / 2).bfloat16())
+
+
+def test_merge_speaks_of_batchnorm_and_of_counters(run: Run) -> None:
+    for seed, name in enumerate(("a.pt", "b.pt")):
+        torch.manual_seed(seed)
+        network = Normed()
+        network[1].num_batches_tracked.fill_(seed)
+        torch.save(network.state_dict(), name)
+    result = run("merge", "a.pt", "b.pt", "-m", f"{NETWORKS}:Normed", "-i", "1,3,8,8", "-o", "m.pt", code=2)
+    assert "No such option" in result.stderr
+    result = run("merge", "a.pt", "b.pt", "-m", f"{NETWORKS}:Normed", "-o", "m.pt")
+    assert "BatchNorm" in result.stderr
+    assert "1.num_batches_tracked" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("weights", "said"),
+    [("1", "give 2 numbers"), ("a,b", "give numbers"), ("0.5,0.6", "sum to 1.1"), ("0,0", "positive")],
+)
+def test_merge_refuses_odd_weights(run: Run, pair: Any, weights: str, said: str) -> None:
+    args = ("merge", "a.safetensors", "b.safetensors", "-m", NET, "-o", "m.safetensors", "--weights", weights)
+    assert said in run(*args, code=2).stderr
+
+
+def test_merge_takes_two_or_more(run: Run, pair: Any) -> None:
+    assert "two checkpoints or more" in run("merge", "a.safetensors", "-m", NET, "-o", "m.safetensors", code=2).stderr
+
+
+# --- barrier ----------------------------------------------------------------------------------------------------------
+
+
+def test_barrier_vanishes_after_alignment(run: Run, pair: Any) -> None:
+    network = Net()
+    network.load_state_dict(pair[0])
+    inputs = torch.randn(64, 5, generator=torch.Generator().manual_seed(0))
+    save_file({"x": inputs, "y": network(inputs).argmax(1)}, "data.safetensors")
+    args = ("barrier", "a.safetensors", "b.safetensors", "-m", NET, "--data", "data.safetensors", "--points", 5)
+    lines = json.loads(run(*args, "--json").stdout)["lines"]
+    assert lines["as given"]["curves"]["accuracy"][0] == 1
+    assert lines["as given"]["barriers"]["accuracy"] > 0.1
+    assert lines["aligned"]["barriers"]["accuracy"] == 0
+    run(*args, "-o", "report.html")
+    page = Path("report.html").read_text()
+    assert page.count("<svg") == 2
+    assert "http" not in page and "<script" not in page
+    assert "must be .html" in run(*args, "-o", "report.pdf", code=2).stderr
+
+
+def test_barrier_on_data_from_a_file(run: Run, pair: Any) -> None:
+    ((inputs, targets),) = loader()
+    save_file({"inputs": inputs, "targets": targets}, "data.safetensors")
+    args = ("barrier", "a.safetensors", "b.safetensors", "-m", NET, "--points", 3, "--no-align", "--json", "--data")
+    one = json.loads(run(*args, "data.safetensors", "--batch-size", 16).stdout)
+    other = json.loads(run(*args, f"{NETWORKS}:loader").stdout)
+    assert one["lines"] == other["lines"]
+    save_file({"inputs": inputs}, "data.safetensors")
+    assert "no targets" in run(*args, "data.safetensors", code=2).stderr
+    save_file({"inputs": inputs, "targets": targets[:3]}, "data.safetensors")
+    assert "must have one length" in run(*args, "data.safetensors", code=2).stderr
+
+
+# --- the program itself -----------------------------------------------------------------------------------------------
+
+
+def program(*args: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    root = str(Path(pg.__file__).parent.parent)
+    environment = {**os.environ, "PYTHONPATH": root, **options.pop("env", {})}
+    return subprocess.run(
+        [sys.executable, *args], capture_output=True, text=True, env=environment, check=False, **options
+    )
+
+
+@pytest.mark.slow
+def test_python_m_permgraph(tmp_path: Path) -> None:
+    result = program("-m", "permgraph", "spec", NET, "--json", cwd=tmp_path)
+    assert result.returncode == 0
+    assert json.loads(result.stdout)["groups"]
+    assert not result.stderr
+
+
+@pytest.mark.slow
+def test_without_the_extra_it_says_so_in_one_line(tmp_path: Path) -> None:
+    code = (
+        "import sys, importlib.util as u; find = u.find_spec\n"
+        "u.find_spec = lambda name, *rest: None if name == 'typer' else find(name, *rest)\n"
+        "from permgraph.cli import main; main()"
+    )
+    result = program("-c", code, cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr == "error: the command line needs typer: pip install 'permgraph[cli]'\n"
+
+
+def test_every_command_explains_itself_and_speaks_json(run: Run) -> None:
+    for command in ("spec", "explain", "diff", "verify", "align", "merge", "barrier", "doctor"):
+        shown = run(command, "--help").stdout
+        assert "--json" in shown and "--quiet" in shown and "--debug" in shown
+    assert pg.__version__ in run("--version").stdout
+
+
+def test_the_library_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    a = nn.Linear(3, 4)
+    pg.auto_spec(nn.Sequential(a, nn.ReLU(), nn.Linear(4, 2)))
+    assert capsys.readouterr() == ("", "")
