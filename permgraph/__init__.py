@@ -16,6 +16,7 @@ from permgraph.connectivity import (
 )
 from permgraph.infer import auto_spec
 from permgraph.matching import Alignment, Matcher, MatchResult, WeightMatching, align
+from permgraph.merging import CycleConsistent, Merge, MergeMany, MergeMethod, ToReference, average, merge
 from permgraph.permutation import Permutation
 from permgraph.rules import rule
 from permgraph.rules.check import RuleReport, check_rule
@@ -29,18 +30,24 @@ __all__ = [
     "Barrier",
     "Captured",
     "ChannelStatistics",
+    "CycleConsistent",
     "ExampleInputs",
     "Group",
     "MatchResult",
     "Matcher",
+    "Merge",
+    "MergeMany",
+    "MergeMethod",
     "Permutation",
     "PermutationSpec",
     "RuleReport",
+    "ToReference",
     "Verification",
     "WeightMatching",
     "__version__",
     "align",
     "auto_spec",
+    "average",
     "barrier",
     "capture",
     "channel_statistics",
@@ -49,6 +56,7 @@ __all__ = [
     "evaluate_on",
     "input_finder",
     "interpolate",
+    "merge",
     "recalibrate_batchnorm",
     "repair",
     "rule",

@@ -1,0 +1,25 @@
+"""Merging: bringing several networks into correspondence with each other, and averaging them.
+
+Every method chooses one permutation for each model, to a numbering that all then share. It works on state dicts and a
+specification, and knows no architecture.
+"""
+
+from __future__ import annotations
+
+from permgraph.merging.merge import merge
+from permgraph.merging.methods import CycleConsistent, MergeMany, ToReference
+from permgraph.merging.result import Found, Merge, MergeMethod, Models, Round
+from permgraph.merging.soup import average
+
+__all__ = [
+    "CycleConsistent",
+    "Found",
+    "Merge",
+    "MergeMany",
+    "MergeMethod",
+    "Models",
+    "Round",
+    "ToReference",
+    "average",
+    "merge",
+]

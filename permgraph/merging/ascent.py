@@ -1,0 +1,110 @@
+"""Rounds over several models: each in turn is matched to the mean of the others until none moves.
+
+With all other models at rest, the sum of inner products over all pairs of models is linear in what one of them is, and
+its slope is the sum of the others. So a matcher that raises the inner product with their mean raises the whole.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from permgraph.errors import MismatchError
+from permgraph.matching import Matcher, MatchResult, NeedsModels
+from permgraph.matching.result import Outcome
+from permgraph.merging.compared import Compared
+from permgraph.merging.result import Models, Progress, Round
+from permgraph.merging.soup import average
+from permgraph.permutation import Permutation
+
+log = logging.getLogger(__name__)
+
+
+class Ascent:
+    """One run: the present permutation of each model, and the models at it."""
+
+    def __init__(self, models: Models, matcher: Matcher, rng: np.random.Generator, started: float) -> None:
+        self.models, self.matcher, self.rng, self.started = models, matcher, rng, started
+        self.compared = Compared.of(models.spec, models.states[0], matcher)
+        self.permutations = [models.spec.identity()] * len(models)
+        self.moved: list[Mapping[str, Any]] = list(models.states)
+        self.history: list[Round] = []
+        self.outcome: Outcome = "sweep limit"
+
+    @property
+    def objective(self) -> float:
+        """The sum over all pairs of models of the inner products of their permuted weights."""
+        return self.compared.pairs(self.moved)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the user has interrupted it."""
+        return self.outcome == "interrupted"
+
+    def put(self, number: int, permutation: Permutation) -> None:
+        """Give one model this permutation, from the numbering in which it was given."""
+        self.permutations[number] = permutation
+        self.moved[number] = permutation.apply(self.models.states[number])
+
+    def climb(self, max_rounds: int, progress: Progress | None) -> None:
+        """Match each model, in random order, to the mean of the others, round after round, until none moves."""
+        while not self.stopped and len(self.history) < max_rounds:
+            moved: list[int] = []
+            for number in self.rng.permutation(len(self.models)).tolist():
+                if self.step(number):
+                    moved.append(number)
+                if self.stopped:
+                    break
+            seconds = time.perf_counter() - self.started
+            self.history.append(Round(len(self.history) + 1, self.objective, tuple(sorted(moved)), seconds))
+            log.debug("%s", self.history[-1])
+            if progress is not None:
+                progress(self.history[-1])
+            if not moved and not self.stopped:
+                self.outcome = "converged"
+                return
+
+    def step(self, number: int) -> bool:
+        """Match one model to the mean of the others; whether it moved."""
+        others = average([state for other, state in enumerate(self.moved) if other != number])
+        found = self.match(others, number)
+        if found.outcome == "interrupted":
+            self.outcome = "interrupted"
+        if found.permutation.is_identity:
+            return False
+        new = found.permutation.apply(self.moved[number])
+        if self.compared.linear:
+            # In float64, where the matcher's own figures may be of float32.
+            if not self.compared.rises(others, self.moved[number], new):
+                return False
+        elif found.objective <= found.objective_before:
+            return False
+        self.permutations[number] = found.permutation @ self.permutations[number]
+        self.moved[number] = new
+        return True
+
+    def match(self, target: Mapping[str, Any], number: int) -> MatchResult:
+        """What the matcher makes of one model, at its present permutation, and a target."""
+        matcher = self.matcher
+        if isinstance(matcher, NeedsModels):
+            matcher = matcher.with_models(self._module(target, number), self._module(self.moved[number], number))
+        return matcher.match(target, self.moved[number], self.models.spec, int(self.rng.integers(2**31)))
+
+    def _module(self, state: Mapping[str, Any], number: int) -> nn.Module:
+        modules = require_modules(self.models.modules, self.matcher)
+        module = copy.deepcopy(modules[number])
+        module.load_state_dict(state)
+        return module
+
+
+def require_modules(modules: Sequence[nn.Module] | None, matcher: Matcher) -> Sequence[nn.Module]:
+    """The modules, which a matcher that runs the networks cannot do without."""
+    if modules is None:
+        raise MismatchError(f"{type(matcher).__name__} runs the networks: give merge() modules, not state dicts")
+    return modules

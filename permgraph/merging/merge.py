@@ -1,0 +1,125 @@
+"""`merge`: bring several networks into correspondence, and average them."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from permgraph.connectivity.interpolation import check_same_keys
+from permgraph.errors import MismatchError
+from permgraph.merging.compared import Compared, require_finite
+from permgraph.merging.methods import CycleConsistent
+from permgraph.merging.result import Merge, MergeMethod, Models, Progress
+from permgraph.merging.soup import Network, average, shares_of
+from permgraph.spec import PermutationSpec
+
+log = logging.getLogger(__name__)
+
+
+def merge(
+    models: Sequence[Network],
+    method: MergeMethod | None = None,
+    *,
+    spec: PermutationSpec | None = None,
+    weights: Sequence[float] | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Merge:
+    """Renumber two or more networks so that they correspond to each other, and average them.
+
+    No model is modified. Any architecture will do.
+
+    Args:
+        models: modules, or state dicts when `spec` is given or another of them is a module. They may differ in device
+            and dtype; the result has the first one's.
+        method: how to choose the permutations: `CycleConsistent()` by default, `MergeMany` or `ToReference`.
+        spec: the symmetries; inferred from the first module.
+        weights: how much each model counts in the mean, not in the choice of permutations; scaled to a sum of 1.
+        seed: for all random choices.
+        progress: called with a `Round` after each pass over the models.
+
+    Raises:
+        MismatchError: fewer than two models; models that differ in their parameters, or do not fit the spec; state
+            dicts without a spec; weights that do not fit. The message names the models by number, from 0.
+        NonFiniteError: a weight of a model is NaN or infinite.
+
+    Example:
+        >>> spec = PermutationSpec.parse('''
+        ... 0.weight  3x1  hidden .
+        ... 2.weight  1x3  . hidden
+        ... groups: hidden 3
+        ... ''')
+        >>> a = {"0.weight": torch.tensor([[1.0], [2], [3]]), "2.weight": torch.tensor([[1.0, 0, 0]])}
+        >>> copies = [a, spec.random(1).apply(a), spec.random(2).apply(a)]
+        >>> sorted(merge(copies, spec=spec).state_dict["0.weight"].flatten().tolist())
+        [1.0, 2.0, 3.0]
+    """
+    started = time.perf_counter()
+    networks = list(models)
+    if len(networks) < 2:
+        raise MismatchError(f"merge() was given {len(networks)} models: it needs at least two")
+    shares = shares_of(weights, len(networks))
+    states = [_state(network, number) for number, network in enumerate(networks)]
+    modules = [network for network in networks if isinstance(network, nn.Module)]
+    for number, state in enumerate(states[1:], start=1):
+        check_same_keys(states[0], state, ("model 0", f"model {number}"))
+    if spec is None:
+        if not modules:
+            raise MismatchError("state dicts do not say what their model computes: give merge() a spec= with them")
+        from permgraph.infer import auto_spec
+
+        spec = auto_spec(modules[0])
+    for number, state in enumerate(states):
+        try:
+            spec.check(state)
+        except MismatchError as error:
+            raise MismatchError(f"model {number} does not fit the spec: {error}") from None
+    compared = Compared.of(spec, states[0])
+    require_finite(states, compared.names)
+    working = tuple(_working(state, states[0]) for state in states)
+    given = Models(working, spec, tuple(modules) if len(modules) == len(networks) else None)
+    found = (CycleConsistent() if method is None else method).find(given, seed, progress)
+    moved = [p.apply(state) for p, state in zip(found.permutations, states, strict=True)]
+    objective = compared.pairs([p.apply(state) for p, state in zip(found.permutations, working, strict=True)])
+    merged = Merge(
+        state_dict=average(moved, shares),
+        permutations=found.permutations,
+        objective=objective,
+        objective_before=compared.pairs(working),
+        outcome=found.outcome,
+        history=found.history,
+        runs=found.runs or (objective,),
+        weights=shares,
+        seed=seed,
+        seconds=time.perf_counter() - started,
+        notes=found.notes,
+        _module=modules[0] if modules else None,
+    )
+    log.info("%s", merged)
+    return merged
+
+
+def _state(network: object, number: int) -> Mapping[str, Any]:
+    if isinstance(network, nn.Module):
+        return network.state_dict()
+    if isinstance(network, Mapping):
+        return network
+    raise MismatchError(f"merge() takes modules or state dicts, but model {number} is a {type(network).__name__}")
+
+
+def _working(state: Mapping[str, Any], first: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict to compute with: on the first one's devices, in float32 or better."""
+    result = {}
+    for name, value in state.items():
+        if isinstance(value, torch.Tensor):
+            value = value.detach()
+            value = value.to(first[name].device)
+            if value.is_floating_point():
+                value = value.to(torch.promote_types(value.dtype, torch.float32))
+        result[name] = value
+    return result

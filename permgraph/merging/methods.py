@@ -1,0 +1,189 @@
+"""The methods: how to choose a permutation for each of several models."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import numpy as np
+
+from permgraph.errors import MismatchError, PermgraphError
+from permgraph.matching import Matcher, NeedsModels, WeightMatching
+from permgraph.matching.result import Outcome
+from permgraph.merging.ascent import Ascent, require_modules
+from permgraph.merging.result import Found, Models, Progress, Round
+from permgraph.merging.soup import average
+
+
+@dataclass(frozen=True)
+class ToReference:
+    """Bring every model to one of them, each on its own.
+
+    The others never see each other, so what they share and the reference lacks is lost; the choice of the reference
+    matters. One match for each model but one.
+
+    Args:
+        index: the number of the model that stays as it is.
+        matcher: how to bring one model to another.
+
+    Example:
+        >>> models = [nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)) for _ in range(3)]
+        >>> pg.merge(models, ToReference(index=1)).permutations[1].is_identity
+        True
+    """
+
+    index: int = 0
+    matcher: Matcher = field(default_factory=WeightMatching)
+
+    def find(self, models: Models, seed: int = 0, progress: Progress | None = None) -> Found:
+        """Find the permutation of each model; see `MergeMethod`."""
+        if not 0 <= self.index < len(models):
+            raise MismatchError(f"index={self.index}, but the models are 0 to {len(models) - 1}")
+        started = time.perf_counter()
+        ascent = Ascent(models, self.matcher, np.random.default_rng(seed), started)
+        outcome: Outcome = "converged"
+        moved: list[int] = []
+        for number in range(len(models)):
+            if number == self.index:
+                continue
+            matcher = self.matcher
+            if isinstance(matcher, NeedsModels):
+                modules = require_modules(models.modules, matcher)
+                matcher = matcher.with_models(modules[self.index], modules[number])
+            found = matcher.match(models.states[self.index], models.states[number], models.spec, seed)
+            ascent.put(number, found.permutation)
+            if not found.permutation.is_identity:
+                moved.append(number)
+            if found.outcome == "interrupted":
+                outcome = "interrupted"
+                break
+            if found.outcome == "sweep limit":
+                outcome = "sweep limit"
+        history = (Round(1, ascent.objective, tuple(moved), time.perf_counter() - started),)
+        if progress is not None:
+            progress(history[0])
+        return Found(tuple(ascent.permutations), outcome, history)
+
+
+@dataclass(frozen=True)
+class MergeMany:
+    """Match each model in turn to the mean of the others, until none moves.
+
+    With the default matcher each step raises the sum of the inner products of all pairs of models, or does nothing, so
+    a run ends. The first steps compare a model with a mean of models that do not correspond yet, which tells little:
+    `CycleConsistent` climbs the same hill from a better place.
+
+    Args:
+        max_rounds: stop after so many passes over the models.
+        matcher: how to bring one model to the mean of the others. A matcher of another objective than the inner product
+            is obeyed where it reports a gain; the rounds may then go on to the limit.
+
+    References:
+        Ainsworth, Hayase & Srinivasa, "Git Re-Basin: Merging Models modulo Permutation Symmetries", 2022, Algorithm 2.
+
+    Example:
+        >>> models = [nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)) for _ in range(3)]
+        >>> pg.merge(models, MergeMany()).outcome
+        'converged'
+    """
+
+    max_rounds: int = 100
+    matcher: Matcher = field(default_factory=lambda: WeightMatching(init="identity"))
+
+    def __post_init__(self) -> None:
+        _require_rounds(self.max_rounds)
+
+    def find(self, models: Models, seed: int = 0, progress: Progress | None = None) -> Found:
+        """Find the permutation of each model; see `MergeMethod`."""
+        ascent = Ascent(models, self.matcher, np.random.default_rng(seed), time.perf_counter())
+        ascent.climb(self.max_rounds, progress)
+        return Found(tuple(ascent.permutations), ascent.outcome, tuple(ascent.history))
+
+
+@dataclass(frozen=True)
+class CycleConsistent:
+    """Bring every model to a numbering of their own making, so that the sum over all pairs of models is greatest.
+
+    Each model has a permutation to a common universe; that of one model to another goes through it, so permutations
+    compose to the identity around every cycle, by construction. The objective is the sum, over all pairs of models, of
+    the inner products of their permuted weights, as in Crisostomi et al. They climb it by Frank-Wolfe steps; here it
+    is climbed by exact coordinate steps, each of which raises it, over any spec: the models join one after another, in
+    random order, each matched to the mean of those that have joined; then each in turn is matched to the mean of all
+    others until none moves. No model is a reference.
+
+    Args:
+        max_rounds: stop after so many passes over the models, once all have joined.
+        restarts: how many runs to make, with other orders of joining; the best is kept.
+        start: "joining", as described; or "identity", from the models as they are given.
+        ascent: how one model is matched: its `init` as it joins, from where it is afterwards. Its objective must be
+            "inner", and without weights.
+
+    References:
+        Crisostomi et al., "C2M3: Cycle-Consistent Multi-Model Merging", 2024.
+
+    Example:
+        >>> models = [nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)) for _ in range(3)]
+        >>> found = pg.merge(models, CycleConsistent())
+        >>> (found.pairwise(0, 1) @ found.pairwise(1, 2) @ found.pairwise(2, 0)).is_identity
+        True
+    """
+
+    max_rounds: int = 100
+    restarts: int = 1
+    start: Literal["joining", "identity"] = "joining"
+    ascent: WeightMatching = field(default_factory=WeightMatching)
+
+    def __post_init__(self) -> None:
+        _require_rounds(self.max_rounds)
+        if self.restarts < 1:
+            raise PermgraphError(f"restarts={self.restarts}: at least one run is needed")
+        if self.start not in ("joining", "identity"):
+            raise PermgraphError(f"unknown start {self.start!r}; choose 'joining' or 'identity'")
+        if self.ascent.objective != "inner" or self.ascent.weights is not None:
+            raise PermgraphError(
+                "the sum over pairs is one of plain inner products: ascent must have objective='inner' and no weights"
+            )
+        if not isinstance(self.ascent.init, str):
+            raise PermgraphError("ascent.init cannot be one permutation for all models; choose a start by name")
+
+    def find(self, models: Models, seed: int = 0, progress: Progress | None = None) -> Found:
+        """Find the permutation of each model; see `MergeMethod`."""
+        started = time.perf_counter()
+        best: Ascent | None = None
+        runs: list[float] = []
+        climbing = replace(self.ascent, init="identity", restarts=1)
+        for stream in np.random.SeedSequence(seed).spawn(self.restarts):
+            run = Ascent(models, climbing, np.random.default_rng(stream), started)
+            given = run.objective
+            if self.start == "joining":
+                self._join(run)
+                if run.objective < given and run.outcome != "interrupted":
+                    # Better matched as they were given than one after another: begin there.
+                    run = Ascent(models, climbing, np.random.default_rng(stream), started)
+            run.climb(self.max_rounds, progress)
+            runs.append(run.objective)
+            if best is None or run.objective > best.objective:
+                best = run
+            if run.outcome == "interrupted":
+                best.outcome = "interrupted"
+                break
+        assert best is not None
+        return Found(tuple(best.permutations), best.outcome, tuple(best.history), tuple(runs))
+
+    def _join(self, run: Ascent) -> None:
+        first, *rest = run.rng.permutation(len(run.models)).tolist()
+        joined = [first]
+        for number in rest:
+            target = average([run.moved[other] for other in joined])
+            found = self.ascent.match(target, run.moved[number], run.models.spec, int(run.rng.integers(2**31)))
+            run.put(number, found.permutation)
+            joined.append(number)
+            if found.outcome == "interrupted":
+                run.outcome = "interrupted"
+                return
+
+
+def _require_rounds(max_rounds: int) -> None:
+    if max_rounds < 1:
+        raise PermgraphError(f"max_rounds={max_rounds}: at least one pass over the models is needed")
