@@ -194,8 +194,9 @@ class Axes:
                 return self.resolve(members[0])
         if axis.kind is Kind.SUM:
             parts = [self.resolve(child) for child in axis.children]
-            if all(p.kind is Kind.ATOM and (p.pinned or p.size == 1) for p in parts) and axis.size > len(parts):
-                why = next(p.pinned for p in parts if p.pinned)
+            still = all(p.kind is Kind.ATOM and (p.pinned or p.size == 1) for p in parts)
+            if still and (axis.size > len(parts) or not self.may_cut):
+                why = next((p.pinned for p in parts if p.pinned), Pinned("cut at ever new places", self.scope))
                 self._link(axis, self._pinned_sums.setdefault(axis, self.pinned(axis.size, why)))
                 return axis.find()
         axis.stamp = self.changes
