@@ -46,18 +46,19 @@ class WeightMatching:
     Args:
         max_sweeps: stop after so many passes over the groups.
         restarts: how many runs to make; the best is kept. The first begins at `init`; the others at random
-            permutations.
+            permutations or, every other one if `init` is the barycentre, there with the groups in random order.
         init: where to begin: "barycentre", the mean over the whole group, where a group is first matched as if every
-            permutation of those not yet matched were equally likely, those first of which the matched ones tell most;
-            "identity"; or a `Permutation` of the spec. The barycentre takes fewer sweeps and ends higher than the
-            identity on random and on most trained pairs (docs/benchmarks); should it end below the identity's own
-            objective, a run from there is made too.
+            permutation of those not yet matched were equally likely; "identity"; or a `Permutation` of the spec. The
+            barycentre mostly takes fewer sweeps and ends higher than the identity, on random pairs and on trained
+            ones; should it end below where the identity begins, a run from there is made too.
         objective: "inner"; "cosine", where every tensor counts alike whatever its norm; or "l2", which has the same
             best permutation as "inner" and reports minus the squared distance.
         weights: how much each tensor counts: a mapping from its name, or a function of name and A's tensor, to a
             number or to a tensor of its shape (diagonal Fisher information, say). Names left out count 1.
         ignore: patterns (as in `fnmatch`) of names that are permuted, but are no evidence.
-        order: in which order the groups take their turns: "random", anew for each sweep, or "given", as in the spec.
+        order: in which order the groups take their turns: "random", anew for each sweep; "given", as in the spec; or
+            "informed": at random, but in the first sweep from the barycentre always next the group on which those
+            already matched and the fixed axes tell most.
         solver: for the assignments, see `assign`.
         dtype: in which to compute; by default float64 where both models are, else float32.
         memory: bytes that Gram matrices may take between steps; by default as many as the compared weights of one
@@ -73,7 +74,7 @@ class WeightMatching:
     objective: Objective = "inner"
     weights: Weights | None = None
     ignore: Sequence[str] = STATISTICS
-    order: Literal["random", "given"] = "random"
+    order: Literal["informed", "random", "given"] = "informed"
     solver: Solver = "auto"
     dtype: torch.dtype | None = None
     memory: int | None = None
@@ -83,8 +84,8 @@ class WeightMatching:
             raise PermgraphError(
                 f"max_sweeps={self.max_sweeps} and restarts={self.restarts}: give 0 or more sweeps and at least one run"
             )
-        if self.order not in ("random", "given"):
-            raise PermgraphError(f"unknown order {self.order!r}; choose 'random' or 'given'")
+        if self.order not in ("informed", "random", "given"):
+            raise PermgraphError(f"unknown order {self.order!r}; choose 'informed', 'random' or 'given'")
         if isinstance(self.init, str) and self.init not in ("identity", "barycentre"):
             raise PermgraphError(f"unknown init {self.init!r}; choose 'identity', 'barycentre' or a Permutation")
 
@@ -155,6 +156,7 @@ class _Ascent:
         self.own: set[str] = set()
         self.inner: dict[str, float] = {}
         self.free: set[str] = set()
+        self.order: str = how.order
         self.stale = set(range(len(plan.moves)))
         self.neighbours = _neighbours(plan)
         self.grams = Kept(sum(tensor.nbytes for tensor in compared.a.values()) if how.memory is None else how.memory)
@@ -164,7 +166,8 @@ class _Ascent:
 
     def begin(self, run: int) -> None:
         """Go to the starting point of one of the runs."""
-        if run > 0:
+        self.order = "random" if run > 0 and self.how.order == "informed" else self.how.order
+        if run > 0 and (self.how.init != "barycentre" or run % 2 == 0):
             self._go(self.spec.random(self.rng))
         elif self.how.init == "barycentre":
             self.free = {name for move in self.plan.moves for name in move.groups}
@@ -206,11 +209,14 @@ class _Ascent:
         before = dict(self.arrays)
         scale = 0.0 if self.free else self.compared.scale
         gains: dict[str, float] = {}
+        # Moves of several groups cost most, and what is inside them has moves of its own: after the first sweep they
+        # wait until nothing else helps.
+        wait = bool(self.history) and any(len(self.plan.moves[number].groups) == 1 for number in self.stale)
         # A move made stale on the way takes its turn in this sweep if that is still to come, else in the next.
         for number in self._order():
-            if number in self.stale:
-                name = self.plan.moves[number].name
-                gains[name] = gains.get(name, 0.0) + self._step(number, self.plan.moves[number])
+            move = self.plan.moves[number]
+            if number in self.stale and not (wait and len(move.groups) > 1):
+                gains[move.name] = gains.get(move.name, 0.0) + self._step(number, move)
         self.objective = self._objective()
         self.history.append(
             Sweep(
@@ -224,14 +230,13 @@ class _Ascent:
 
     def _order(self) -> Iterator[int]:
         count = len(self.plan.moves)
-        if self.free:
-            # Where groups are unknown, first those of which the known ones tell most.
+        if self.free and self.order == "informed":
             left = self.rng.permutation(count).tolist()
             while left:
                 number = max(left, key=lambda number: self._known(self.plan.moves[number]))
                 left.remove(number)
                 yield number
-        elif self.how.order == "random":
+        elif self.order != "given":
             yield from self.rng.permutation(count).tolist()
         else:
             yield from range(count)

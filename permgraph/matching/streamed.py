@@ -1,0 +1,415 @@
+"""Weight matching for models that do not fit in memory: the same ascent, with tensors read when a step needs them.
+
+`WeightMatching` keeps both models in float32, and Gram matrices between steps. Here nothing is kept but the permutation
+and a cache of bounded size: each step reads the parameters of its own groups, in the precision of the files, and takes
+products in portions. The price is that every step reads: a pass over the groups reads each tensor about once
+for each group on it.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import logging
+import math
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+
+from permgraph.errors import MismatchError, NonFiniteError, PermgraphError
+from permgraph.matching.assignment import Solver
+from permgraph.matching.moves import Move, Place, Plan
+from permgraph.matching.objective import STATISTICS, StateDict
+from permgraph.matching.paired import paired_values
+from permgraph.matching.renumber import Arrays, act, compose
+from permgraph.matching.result import MatchResult, Outcome, Progress, Sweep
+from permgraph.matching.step import Scene, choose, outer_values
+from permgraph.permutation import Permutation
+from permgraph.spec import PermutationSpec
+
+log = logging.getLogger(__name__)
+
+PORTION = 1 << 24  # elements that are in working precision at a time
+
+
+@dataclass(frozen=True)
+class StreamedWeightMatching:
+    """Weight matching that reads tensors when a step needs them, for models larger than memory.
+
+    Give it mappings that load a tensor on access, such as `permgraph.io.open_checkpoint` returns. In memory are, at a
+    time, the tensors of one parameter in both models in the precision of the files (B's twice), a portion of them in
+    float32, the Gram matrices of one group, and the cache; with nested groups, one parameter in float32 as well. A run
+    depends on the seed alone, not on the size of the cache.
+
+    Args:
+        max_sweeps: stop after so many passes over the groups.
+        init: "barycentre" or "identity" as in `WeightMatching`, or the `Permutation` that a run which was stopped had
+            reached.
+        done: how many sweeps that run had made: the orders of the coming ones follow from it, so that a run that goes
+            on ends where an unbroken one would.
+        keep: called after each sweep with its number and the permutation, to keep for such a case.
+        ignore: patterns of names that are permuted, but are no evidence.
+        solver: for the assignments, see `assign`.
+        cache: bytes of tensors to keep in case the next steps need them again.
+
+    Example:
+        >>> spec = PermutationSpec.parse('''
+        ... 0.weight  3x2  hidden .
+        ... 2.weight  1x3  . hidden
+        ... groups: hidden 3
+        ... ''')
+        >>> a = {"0.weight": torch.tensor([[1.0, 0], [0, 1], [1, 1]]), "2.weight": torch.tensor([[1.0, 2, 3]])}
+        >>> b = {"0.weight": torch.tensor([[0.0, 1], [1, 1], [1, 0]]), "2.weight": torch.tensor([[2.0, 3, 1]])}
+        >>> StreamedWeightMatching().match(a, b, spec).permutation.arrays["hidden"].tolist()
+        [2, 0, 1]
+
+    References:
+        Ainsworth, Hayase & Srinivasa 2022, section 3.2.
+    """
+
+    max_sweeps: int = 100
+    init: Permutation | Literal["identity", "barycentre"] = "barycentre"
+    done: int = 0
+    keep: Callable[[int, Permutation], object] | None = field(default=None, compare=False)
+    ignore: Sequence[str] = STATISTICS
+    solver: Solver = "auto"
+    cache: int = 1 << 29
+
+    def __post_init__(self) -> None:
+        if self.max_sweeps < 0 or self.cache < 0:
+            raise PermgraphError(f"max_sweeps={self.max_sweeps} and cache={self.cache}: neither can be negative")
+        if isinstance(self.init, str) and self.init not in ("identity", "barycentre"):
+            raise PermgraphError(f"unknown init {self.init!r}; choose 'identity', 'barycentre' or a Permutation")
+
+    def match(
+        self, a: StateDict, b: StateDict, spec: PermutationSpec, seed: int = 0, progress: Progress | None = None
+    ) -> MatchResult:
+        """Find the permutation of B that brings it to A.
+
+        Args:
+            a, b: state dicts that fit the spec, which may load a tensor on each access.
+            spec: the group, and where it acts.
+            seed: for the order of the groups.
+            progress: called after each sweep.
+
+        Raises:
+            MismatchError: a tensor, or `init`, does not fit the spec.
+            NonFiniteError: a weight is NaN or infinite.
+        """
+        started = time.perf_counter()
+        if isinstance(self.init, Permutation) and self.init.spec != spec:
+            raise MismatchError("init is a permutation of another spec than the one to match over")
+        ascent = _Streamed(self, a, b, spec, seed, started)
+        before = ascent.objective
+        ascent.climb(progress)
+        return MatchResult(
+            permutation=Permutation(spec, ascent.arrays),
+            objective=ascent.objective,
+            objective_before=before,
+            outcome=ascent.outcome,
+            history=tuple(ascent.history),
+            runs=(ascent.objective,),
+            seed=seed,
+            seconds=time.perf_counter() - started,
+            notes=()
+            if ascent.plan.moves
+            else ("nothing to permute: no group of the spec stands in a compared parameter",),
+        )
+
+
+class _Store:
+    """The compared tensors of both models in their own precision, with the last ones kept within a number of bytes."""
+
+    def __init__(self, a: StateDict, b: StateDict, spec: PermutationSpec, room: int) -> None:
+        self.sides = {"A": a, "B": b}
+        self.spec, self.room = spec, room
+        self.aliases: dict[str, list[str]] = {}
+        for alias, canonical in spec.aliases.items():
+            self.aliases.setdefault(canonical, []).append(alias)
+        self.kept: OrderedDict[tuple[str, str], torch.Tensor] = OrderedDict()
+
+    def get(self, side: str, name: str) -> torch.Tensor:
+        key = (side, name)
+        if key in self.kept:
+            self.kept.move_to_end(key)
+            return self.kept[key]
+        state = self.sides[side]
+        known = next((n for n in (name, *self.aliases.get(name, ())) if n in state), None)
+        if known is None:
+            raise MismatchError(f"{side} has no {name!r}, of shape {self.spec.shapes[name]}")
+        tensor = state[known].detach()
+        self.spec.check_entry(name, tensor)
+        if not tensor.dtype.is_floating_point or tensor.is_meta:
+            raise MismatchError(f"{name!r} of {side} is {tensor.dtype} on {tensor.device}: there is nothing to compare")
+        if tensor.dtype.itemsize == 1:  # exact, and eight-bit floats can hardly be computed with
+            tensor = tensor.to(torch.bfloat16)
+        if tensor.nbytes <= self.room:
+            self.kept[key] = tensor
+            while sum(other.nbytes for other in self.kept.values()) > self.room:
+                self.kept.popitem(last=False)
+        return tensor
+
+
+class _Lazy(Mapping[str, torch.Tensor]):
+    """A model as `Scene` wants it, each tensor made when it is asked for."""
+
+    def __init__(self, names: Sequence[str], load: Callable[[str], torch.Tensor]) -> None:
+        self.names, self.load = names, load
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.load(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+class _Streamed:
+    """One run: the present permutation, and which moves may still raise the objective."""
+
+    def __init__(
+        self, how: StreamedWeightMatching, a: StateDict, b: StateDict, spec: PermutationSpec, seed: int, started: float
+    ) -> None:
+        self.how, self.spec, self.seed, self.started = how, spec, seed, started
+        self.store = _Store(a, b, spec, how.cache)
+        names = [
+            name
+            for name in spec.axes
+            if any(o.group in spec.moving for o in spec.occurrences(name))
+            and not any(fnmatch.fnmatchcase(name, pattern) for pattern in how.ignore)
+        ]
+        # The smallest first, since whoever asks for any tensor takes the first.
+        self.names = sorted(names, key=lambda name: math.prod(spec.shapes[name]))
+        self.plan = Plan(spec, names)
+        self.arrays: Arrays = {}
+        self.free: set[str] = set()
+        self.work = torch.float32
+        self.objective = self._objective(check=True)
+        if isinstance(how.init, Permutation):
+            self.arrays = dict(how.init.arrays)
+            self.objective = self._objective()
+        elif how.init == "barycentre":
+            self.free = {name for move in self.plan.moves for name in move.groups}
+        self.stale = set(range(len(self.plan.moves)))
+        self.neighbours = _neighbours(self.plan)
+        self.history: list[Sweep] = []
+        self.outcome: Outcome = "sweep limit"
+
+    # --- the two models -----------------------------------------------------------------------------------------------
+
+    def _a(self, name: str) -> torch.Tensor:
+        return self.store.get("A", name)
+
+    def _b(self, name: str, arrays: Arrays) -> torch.Tensor:
+        tensor = self.store.get("B", name)
+        return act(self.spec, arrays, name, tensor) if arrays else tensor
+
+    def _scene(self, move: Move, arrays: Arrays) -> Scene:
+        a = _Lazy(self.names, lambda name: self._a(name).to(self.work))
+        b = _Lazy(self.names, lambda name: self._b(name, arrays).to(self.work))
+        return Scene(self.spec, a, b, self.free - move.groups, self.how.solver)
+
+    def _objective(self, *, check: bool = False) -> float:
+        return sum(self._inner(name, self.arrays, check=check) for name in self.names)
+
+    def _inner(self, name: str, arrays: Arrays, *, check: bool = False) -> float:
+        """The inner product of one parameter of A with B's, renumbered by `arrays`."""
+        one, other = self._a(name), self._b(name, arrays)
+        if check and one.dtype == other.dtype == torch.float64:
+            self.work = torch.float64
+        total = 0.0
+        portions = zip(torch.split(one.reshape(-1), PORTION), torch.split(other.reshape(-1), PORTION), strict=True)
+        for x, y in portions:
+            x, y = x.to(self.work), y.to(self.work)
+            if check:
+                _require_finite(x, name, "A")
+                _require_finite(y, name, "B")
+            total += float((x * y).sum(dtype=torch.float64))
+        return total
+
+    def _gain(self, step: Arrays, arrays: Arrays, parameters: Sequence[str]) -> tuple[float, float]:
+        """What taking a step from `arrays` would add to the objective, and what it was on these parameters."""
+        after = {**arrays, **compose(self.spec, step, arrays)}
+        old = sum(self._inner(name, arrays) for name in parameters)
+        return sum(self._inner(name, after) for name in parameters) - old, old
+
+    # --- the ascent ---------------------------------------------------------------------------------------------------
+
+    def climb(self, progress: Progress | None) -> None:
+        """Sweep until no move helps, or the limit, or Ctrl-C."""
+        try:
+            while self.stale and self.how.done + len(self.history) < self.how.max_sweeps:
+                self._sweep()
+                log.debug("%s", self.history[-1])
+                if progress is not None:
+                    progress(self.history[-1])
+                if self.how.keep is not None:
+                    self.how.keep(self.history[-1].number, Permutation(self.spec, self.arrays))
+            if not self.stale:
+                self.outcome = "converged"
+        except KeyboardInterrupt:
+            self.outcome = "interrupted"
+
+    def _sweep(self) -> None:
+        number = self.how.done + len(self.history) + 1
+        before, unknown = dict(self.arrays), bool(self.free)
+        gains: dict[str, float] = {}
+        for at in self._order(np.random.default_rng((self.seed, number))):
+            if at in self.stale:
+                move = self.plan.moves[at]
+                gains[move.name] = gains.get(move.name, 0.0) + self._step(at, move)
+        # What a step seemed to gain while groups were unknown is not what it gained.
+        self.objective = self._objective() if unknown else self.objective + sum(gains.values())
+        moved = {name: _differing(now, before.get(name)) for name, now in self.arrays.items()}
+        self.history.append(
+            Sweep(
+                number,
+                self.objective,
+                {name: count for name, count in moved.items() if count},
+                {} if unknown else {name: gain for name, gain in gains.items() if gain},
+                time.perf_counter() - self.started,
+            )
+        )
+
+    def _order(self, rng: np.random.Generator) -> Iterator[int]:
+        left: list[int] = rng.permutation(len(self.plan.moves)).tolist()
+        while left:
+            # Where groups are unknown, first those of which the known ones tell most.
+            at = max(left, key=lambda at: self._known(self.plan.moves[at])) if self.free else left[0]
+            left.remove(at)
+            yield at
+
+    def _known(self, move: Move) -> float:
+        free = self.free - move.groups
+        blocks = self.plan.standing[move.name]
+        known = sum(b.size / math.prod(leaf.size for leaf in b.leaves if leaf.group in free) for b in blocks)
+        return known / sum(block.size for block in blocks)
+
+    def _step(self, at: int, move: Move) -> float:
+        """Take one move if it raises the objective; what it gained."""
+        if move.paired:
+            step, gain = self._paired(move)
+        elif len(move.groups) == 1 and not move.bent:
+            columns, gain = choose(self._gram(move), self.how.solver, move.name)
+            step = {move.name: columns} if _differing(columns, None) else {}
+        else:
+            worth = outer_values(self._scene(move, self.arrays), move.root)
+            step, gain = self._nested(move, worth)
+        self.stale.discard(at)
+        self.free -= move.groups
+        if not step:
+            return 0.0
+        self.arrays.update(compose(self.spec, step, self.arrays))
+        self.stale |= self.neighbours[at]
+        if move.bent or move.paired:
+            self.stale.add(at)
+        return gain
+
+    def _gram(self, move: Move) -> torch.Tensor:
+        """The Gram matrix of a move of one group, one parameter at a time and in portions."""
+        total: torch.Tensor | None = None
+        free = self.free - move.groups
+        for name in move.parameters:
+            places = [place for place in move.root.places if place.block.parameter == name]
+            if not places:
+                continue
+            one, other = self._a(name), self._b(name, self.arrays)
+            for place in places:
+                for a, b in _portions(place, place.block.view(one), place.block.view(other), free):
+                    term = place.gram(a.to(self.work), b.to(self.work), free)
+                    total = term if total is None else total.add_(term)
+        assert total is not None, f"{move.name} stands nowhere"
+        return total
+
+    def _nested(self, move: Move, worth: torch.Tensor) -> tuple[Arrays, float]:
+        """The step of a root and what is inside it, with more and more weight on staying until the objective rises."""
+        if self.free:
+            columns, gain = choose(worth, self.how.solver, move.name)
+            return self._follow(move, columns, self.arrays), gain
+        diagonal = worth.diagonal(dim1=-2, dim2=-1)
+        pull = 0.0
+        for _ in range(8 if move.bent else 1):
+            columns, promised = choose(worth, self.how.solver, move.name)
+            step = self._follow(move, columns, self.arrays)
+            if not step:
+                break
+            gain, old = self._gain(step, self.arrays, move.parameters)
+            if gain > 16 * torch.finfo(worth.dtype).eps * abs(old):
+                return step, gain
+            pull = 2 * pull if pull else 0.5 * promised / max(1, _differing(columns, None))
+            diagonal += pull
+        return {}, 0.0
+
+    def _follow(self, move: Move, columns: np.ndarray, arrays: Arrays) -> Arrays:
+        """The step that renumbers the root so, and then chooses the best inside it."""
+        step: Arrays = {move.name: columns} if _differing(columns, None) else {}
+        for inner in move.then:
+            here = {**arrays, **compose(self.spec, step, arrays)}
+            chosen, _ = choose(outer_values(self._scene(move, here), inner.root), self.how.solver, inner.name)
+            step = {**step, **compose(self.spec, self._follow(inner, chosen, here), step)}
+        return step
+
+    def _paired(self, move: Move) -> tuple[Arrays, float]:
+        """The step of a root and of what each of its pairs has chosen inside."""
+        blocks = tuple(self.plan.standing[move.name])
+        worth, inside = paired_values(self._scene(move, self.arrays), move, blocks)
+        columns, _ = choose(worth, self.how.solver, move.name)
+        step: Arrays = {move.name: columns}
+        for name, chosen in inside.items():
+            step[name] = np.take_along_axis(chosen, columns[..., None, None], axis=-2)[..., 0, :]
+        step = {name: array for name, array in step.items() if _differing(array, None)}
+        if not step:
+            return {}, 0.0
+        gain, old = self._gain(step, self.arrays, move.parameters)
+        if gain > 16 * torch.finfo(worth.dtype).eps * abs(old) or self.free:
+            return step, gain
+        return {}, 0.0
+
+
+def _portions(
+    place: Place, a: torch.Tensor, b: torch.Tensor, free: set[str]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The same part of both blocks at a time, along an axis over which products are summed."""
+    leaves = place.block.leaves
+    summed = [
+        axis
+        for axis in range(len(leaves))
+        if axis not in place.own and axis not in place.batch and leaves[axis].group not in free
+    ]
+    longest = max(summed, key=lambda axis: a.shape[axis], default=None)
+    if longest is None or a.numel() <= PORTION:
+        yield a, b
+        return
+    length = max(1, a.shape[longest] * PORTION // a.numel())
+    yield from zip(torch.split(a, length, longest), torch.split(b, length, longest), strict=True)
+
+
+def _require_finite(tensor: torch.Tensor, name: str, model: str) -> None:
+    if not bool(torch.isfinite(tensor.sum())) and not bool(torch.isfinite(tensor).all()):
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise NonFiniteError(f"{name!r} of {model} holds NaN or infinity in at least {bad} elements; repair it first")
+
+
+def _differing(now: np.ndarray, before: np.ndarray | None) -> int:
+    return int((now != (np.arange(now.shape[-1]) if before is None else before)).sum())
+
+
+def _neighbours(plan: Plan) -> tuple[set[int], ...]:
+    """For each move, those others whose Gram matrices depend on where its groups stand."""
+    reach = [move.groups | move.carried for move in plan.moves]
+    by_group: dict[str, set[int]] = {}
+    for number, groups in enumerate(reach):
+        for group in groups:
+            by_group.setdefault(group, set()).add(number)
+    found = []
+    for number, move in enumerate(plan.moves):
+        blocks = (block for name in move.groups for block in plan.standing[name])
+        met = {leaf.group for block in blocks for leaf in block.leaves if leaf.group in by_group}
+        found.append({other for group in met if group is not None for other in by_group[group]} - {number})
+    return tuple(found)
