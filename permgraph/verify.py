@@ -33,6 +33,7 @@ from permgraph.spec import PermutationSpec
 
 log = logging.getLogger(__name__)
 
+SCALES = (1.0, 0.3, 0.05)
 LOW_PRECISION = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -67,6 +68,11 @@ class GroupReport:
     def inert(self) -> tuple[tuple[str, int], ...]:
         """Axes on which leaving the group unmoved changed nothing: they have no influence on the output."""
         return tuple((c.parameter, c.dim) for c in self.controls if not c.passed)
+
+    @property
+    def inert_throughout(self) -> bool:
+        """Whether controls were tried, and none of them changed anything."""
+        return bool(self.controls) and not any(c.passed for c in self.controls)
 
 
 @dataclass(frozen=True)
@@ -150,18 +156,34 @@ def verify(
         example_inputs, example_kwargs = found.args, found.kwargs
     trial = _Trial(model, spec, example_inputs, example_kwargs, seed)
     everything = spec.random(seed, every_group=True)
-    reference, max_error = trial.reference_and_error(everything)
-    ok = max_error <= tolerance
-    threshold = max(1e-10, 100 * max_error) if ok else tolerance
-    reports = {}
-    for name, group in spec.moving.items():
-        alone = everything.restricted_to([name])
-        error = max_error if ok else _distance(reference, trial.outputs(alone))
-        tried = [] if controls == "none" else list(_controls(trial, reference, alone, name, threshold, controls))
-        passed = error <= tolerance and (controls == "none" or any(control.passed for control in tried))
-        reports[name] = GroupReport(name, group.size, error, tuple(tried), passed)
-    passed = ok and all(report.passed for report in reports.values())
-    return Verification(passed, max_error, tolerance, reports, len(reference))
+    max_error, outputs = 0.0, 0
+    reports: dict[str, GroupReport] = {}
+    for scale in SCALES:
+        # A group that seems to have no influence is tried again on smaller weights: a softmax or a sigmoid that large
+        # ones drive to its limit hides what is before it.
+        waiting = [name for name in spec.moving if name not in reports or reports[name].inert_throughout]
+        if not waiting:
+            break
+        reference = trial.randomise(scale)
+        if reference is None:
+            continue
+        outputs = len(reference)
+        max_error = max(max_error, _distance(reference, trial.outputs(everything)))
+        ok = max_error <= tolerance
+        threshold = max(1e-10, 100 * max_error) if ok else tolerance
+        for name in waiting:
+            alone = everything.restricted_to([name])
+            error = max_error if ok else _distance(reference, trial.outputs(alone))
+            tried = [] if controls == "none" else list(_controls(trial, reference, alone, name, threshold, controls))
+            passed = error <= tolerance and (controls == "none" or any(control.passed for control in tried))
+            reports[name] = GroupReport(name, spec.groups[name].size, error, tuple(tried), passed)
+        if not ok:
+            break
+    if not reports:
+        raise CaptureError(f"{type(unwrap(model).core).__name__} gives outputs that are not finite on random weights")
+    reports = {name: reports[name] for name in spec.moving}
+    passed = max_error <= tolerance and all(report.passed for report in reports.values())
+    return Verification(passed, max_error, tolerance, reports, outputs)
 
 
 def _controls(
@@ -209,18 +231,13 @@ class _Trial:
         self._check_names()
         self._users = {group: {name for name, _ in spec.uses(group)} for group in spec.moving}
 
-    def reference_and_error(self, permutation: Permutation) -> tuple[list[Tensor], float]:
-        """The outputs on random weights, and how far they are from those on the permuted weights.
-
-        Weights are made smaller until outputs are finite.
-        """
-        for scale in (1.0, 0.3, 0.05):
-            self.weights = {entry.names[0]: self._random(entry, made, scale) for entry, made in self._floating}
-            self._stale = set(self.weights)
-            reference = self.outputs(None)
-            if all(bool(torch.isfinite(t).all()) for t in reference if t.is_floating_point()):
-                return reference, _distance(reference, self.outputs(permutation))
-        raise CaptureError(f"{type(self._twin.module).__name__} gives outputs that are not finite on random weights")
+    def randomise(self, scale: float) -> list[Tensor] | None:
+        """Make all weights random, and return the outputs on them; None if these are not finite."""
+        self.weights = {entry.names[0]: self._random(entry, made, scale) for entry, made in self._floating}
+        self._stale = set(self.weights)
+        reference = self.outputs(None)
+        finite = all(bool(torch.isfinite(t).all()) for t in reference if t.is_floating_point())
+        return reference if finite else None
 
     def outputs(self, permutation: Permutation | None, exclude: Sequence[tuple[str, int]] = ()) -> list[Tensor]:
         """What the model returns when its weights are permuted: all its tensors, detached."""

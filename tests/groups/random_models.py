@@ -89,7 +89,9 @@ class Gated(Block):
     def build(self, rng: random.Random, width: int) -> None:
         self.hidden, self.out = _width(rng), _width(rng)
         self.up, self.down = nn.Linear(width, 2 * self.hidden), nn.Linear(self.hidden, self.out)
-        self.layout = rng.choice(["chunk", "split", "every second", "view inner", "view outer", "glu", "unbind", "slice"])
+        self.layout = rng.choice(
+            ["chunk", "split", "every second", "view inner", "view outer", "glu", "unbind", "slice"]
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         y, n = self.up(x), self.hidden
@@ -300,7 +302,7 @@ class FusedAttention(Block):
     """Query, key and value from one projection, in every layout."""
 
     def build(self, rng: random.Random, width: int) -> None:
-        self.heads, self.size = rng.choice([1, 2, 3]), rng.choice([2, 3, 4])
+        self.heads, self.size = rng.choice([1, 2, 3]), rng.choice([3, 4])
         self.out = _width(rng)
         inner = self.heads * self.size
         self.qkv = nn.Linear(width, 3 * inner, bias=rng.random() < 0.5)
@@ -469,15 +471,15 @@ class Experts(Block):
         scores = self.router(flat).softmax(-1)
         weights, chosen = scores.topk(self.top, -1)
         if self.how == "dense":
-            hidden = torch.relu(torch.einsum("td,nhd->tnh", flat, self.up))
+            hidden = F.gelu(torch.einsum("td,nhd->tnh", flat, self.up))
             out = torch.einsum("tnh,ndh,tn->td", hidden, self.down, scores)
         elif self.how == "one-hot":
             gate = (F.one_hot(chosen, self.n).to(weights.dtype) * weights[..., None]).sum(1)
-            hidden = torch.relu(torch.einsum("td,nhd->tnh", flat, self.up))
+            hidden = F.gelu(torch.einsum("td,nhd->tnh", flat, self.up))
             out = torch.einsum("tnh,ndh,tn->td", hidden, self.down, gate)
         elif self.how == "scatter":
             gate = torch.zeros_like(scores).scatter(1, chosen, weights)
-            hidden = torch.relu(torch.einsum("td,nhd->tnh", flat, self.up))
+            hidden = F.gelu(torch.einsum("td,nhd->tnh", flat, self.up))
             out = torch.einsum("tnh,ndh,tn->td", hidden, self.down, gate)
         elif self.how == "loop":
             out = torch.zeros_like(flat)
@@ -486,14 +488,14 @@ class Experts(Block):
                 out = out + gate * (torch.relu(flat @ self.up[i].t()) @ self.down[i].t())
         elif self.how == "groups":
             group = scores.unflatten(-1, (-1, 1)).amax(-1).argmax(-1)
-            hidden = torch.relu(torch.einsum("td,thd->th", flat, self.up[group]))
+            hidden = F.gelu(torch.einsum("td,thd->th", flat, self.up[group]))
             out = torch.einsum("th,tdh->td", hidden, self.down[group])
         elif self.how == "sorted":
             order = chosen[:, 0].argsort()
-            hidden = torch.relu(torch.einsum("td,thd->th", flat[order], self.up[chosen[order, 0]]))
+            hidden = F.gelu(torch.einsum("td,thd->th", flat[order], self.up[chosen[order, 0]]))
             out = torch.einsum("th,tdh->td", hidden, self.down[chosen[order, 0]])[order.argsort()]
         else:
-            hidden = torch.relu(torch.einsum("td,tkhd->tkh", flat, self.up[chosen]))
+            hidden = F.gelu(torch.einsum("td,tkhd->tkh", flat, self.up[chosen]))
             out = torch.einsum("tkh,tkdh,tk->td", hidden, self.down[chosen], weights)
         if self.shared is not None:
             out = out + self.shared(flat)
@@ -510,9 +512,10 @@ class TwoRoutes(Block):
         self.crossed = rng.random() < 0.5
 
     def forward(self, x: Tensor) -> Tensor:
-        a, b = self.a(x).argmax(-1), self.b(x).argmax(-1)
-        hidden = torch.relu(torch.einsum("bsd,bshd->bsh", x, self.up[a]))
-        return torch.einsum("bsh,bsdh->bsd", hidden, self.down[b if self.crossed else a])
+        a = self.a(x).argmax(-1)
+        b = self.b(x).argmax(-1) if self.crossed else a
+        hidden = torch.tanh(torch.einsum("bsd,bshd->bsh", x, self.up[a]))
+        return torch.einsum("bsh,bsdh->bsd", hidden, self.down[b])
 
 
 @block
@@ -701,7 +704,7 @@ class Wired(Block):
 
 
 def _any(rng: random.Random, width: int, depth: int) -> Block:
-    if width > 24:
+    if not 2 <= width <= 24:
         return Dense(rng, width)
     if depth > 0 and rng.random() < 0.35:
         return Wired(rng, width, depth)

@@ -1,8 +1,8 @@
 """The group of well-known architectures against closed forms that are derived by hand, and the proof of each.
 
 Every row gives a small model and the natural logarithm of the order that its group should have, with the reasoning in
-a comment. ``s(n)`` is ``log n!``, the symmetric group of n; ``heads(H, D)`` is multi-head attention, ``H! (D!)^H (D!)^H``:
-the heads, and within each the channels of query-key and those of value-output.
+a comment. ``s(n)`` is ``log n!``, the symmetric group of n; ``heads(H, D)`` is multi-head attention,
+``H! (D!)^H (D!)^H``: the heads, and within each the channels of query-key and those of value-output.
 """
 
 from __future__ import annotations
@@ -392,8 +392,8 @@ def bert() -> Any:
 def t5() -> Any:
     config = dict(d_model=32, d_kv=6, d_ff=11, num_layers=2, num_heads=4, vocab_size=37)
     model = _from("T5Config", "T5ForConditionalGeneration", **config)
-    # One stream, for the embedding is shared; it stays put, for the model returns it. Layers share the table of relative biases, and so one axis of heads in
-    # the encoder and one in the decoder's self-attention; cross-attention has no such table.
+    # One stream, for the embedding is shared; it stays put, for the model returns it. Layers share a table of relative
+    # biases, and so one axis of heads in the encoder and one in the decoder's self-attention; cross-attention has none.
     itself = s(4) + 2 * 2 * 4 * s(6)
     return model, None, 2 * itself + 2 * heads(4, 6) + 4 * s(11)
 
@@ -480,6 +480,76 @@ def deberta() -> Any:
     )
     # the table of relative positions has channels of its own, projected to the queries' and keys' in each layer
     return model, None, 2 * s(32) + 2 * (heads(4, 8) + s(11))
+
+
+# -- image classifiers of full size, on the meta device ----------------------------------------------------------------
+
+
+def _convolutions(model: nn.Module) -> float:
+    return sum(s(m.out_channels) for m in model.modules() if isinstance(m, nn.Conv2d))
+
+
+def _resnet(blocks: tuple[int, ...], expansion: int) -> float:
+    widths = (64, 128, 256, 512)
+    streams = sum(s(width * expansion) for width in widths) + (s(64) if expansion > 1 else 0)  # and the stem's
+    inner = 2 if expansion > 1 else 1  # convolutions inside a block
+    return streams + sum(n * inner * s(width) for n, width in zip(blocks, widths, strict=True))
+
+
+def _inverted_residuals(stages: list[tuple[int, int, int]], stem: int, last: int, squeeze: bool = False) -> float:
+    """Stages (expansion, width, blocks): each a stream; in each block the expanded width, and what squeezes it."""
+    total, before = s(stem) + s(last), stem
+    for expansion, width, blocks in stages:
+        total += s(width)
+        for _ in range(blocks):
+            total += s(before * expansion) if expansion > 1 else 0  # without expansion it is the stream itself
+            total += s(max(1, before // 4)) if squeeze else 0
+            before = width
+    return total
+
+
+def _densenet(layers: tuple[int, ...]) -> float:
+    total, width = s(64), 64
+    for i, count in enumerate(layers):
+        total += count * (s(128) + s(32))  # a bottleneck, and what each layer adds
+        width = (width + 32 * count) // (2 if i < len(layers) - 1 else 1)
+        total += s(width) if i < len(layers) - 1 else 0  # the transition
+    return total
+
+
+def _convnext(blocks: tuple[int, ...]) -> float:
+    return sum(s(w) + n * s(4 * w) for n, w in zip(blocks, (96, 192, 384, 768), strict=True))
+
+
+MOBILENET = [(1, 16, 1), (6, 24, 2), (6, 32, 3), (6, 64, 4), (6, 96, 3), (6, 160, 3), (6, 320, 1)]
+EFFICIENT = [(1, 16, 1), (6, 24, 2), (6, 40, 2), (6, 80, 3), (6, 112, 3), (6, 192, 4), (6, 320, 1)]
+# half of 16, 24, 40, 80, 96, 192, 320 to the nearest multiple of 8; the stem as wide as the second
+MNASNET = [(1, 8, 1), (3, 16, 3), (3, 24, 3), (6, 40, 3), (6, 48, 2), (6, 96, 4), (6, 160, 1)]
+
+CLASSIFIERS: dict[str, Callable[[nn.Module], float]] = {
+    "resnet18": lambda m: _resnet((2, 2, 2, 2), 1),
+    "resnet50": lambda m: _resnet((3, 4, 6, 3), 4),
+    "vgg16_bn": lambda m: _convolutions(m) + 2 * s(4096),
+    "densenet121": lambda m: _densenet((6, 12, 24, 16)),
+    "mobilenet_v2": lambda m: _inverted_residuals(MOBILENET, 32, 1280),
+    "efficientnet_b0": lambda m: _inverted_residuals(EFFICIENT, 32, 1280, squeeze=True),
+    "squeezenet1_0": lambda m: _convolutions(m) - s(1000),  # the last convolution makes the classes
+    "googlenet": _convolutions,
+    "inception_v3": _convolutions,
+    "convnext_tiny": lambda m: _convnext((3, 3, 9, 3)),
+    "mnasnet0_5": lambda m: _inverted_residuals(MNASNET, 16, 1280),
+}
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_classifier(name: str) -> None:
+    torchvision = pytest.importorskip("torchvision")
+    more = dict(aux_logits=False, init_weights=False) if name in ("googlenet", "inception_v3") else {}
+    with torch.device("meta"):
+        model = getattr(torchvision.models, name)(**more).eval()
+    spec = pg.auto_spec(model)
+    assert spec.log_order() == pytest.approx(CLASSIFIERS[name](model), rel=1e-12)
+    assert name != "convnext_tiny" or len(spec.moving) == 22
 
 
 # -- all of them -------------------------------------------------------------------------------------------------------
