@@ -199,6 +199,8 @@ class _Run:
                 call.unknown()
             else:
                 rule(call)
+        except RecursionError:  # an axis that is cut again and again, as by a view that skews a padded matrix
+            call.pin_all([*call.tensors, *call.results], "its axes are cut in too intricate a way to follow")
         except Exception as error:
             place = call.node.meta.get("source") or "an unknown line"
             shapes = ", ".join(str(t.shape) for t in call.tensors)
