@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import enum
 import json
+import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Annotated, Any
@@ -20,6 +22,7 @@ from permgraph.errors import CheckpointError, MismatchError
 from permgraph.io import Checkpoint, Renamed, Staging, open_checkpoint, write_checkpoint
 from permgraph.io.write import check_target
 from permgraph.matching import Sweep, WeightMatching
+from permgraph.matching.streamed import StreamedWeightMatching
 from permgraph.permutation import Permutation
 from permgraph.spec import PermutationSpec
 
@@ -54,6 +57,10 @@ InitOption = Annotated[Init | None, typer.Option(help="Where matching begins.")]
 ObjectiveOption = Annotated[Objective | None, typer.Option(help="What matching maximises.")]
 Restarts = Annotated[int | None, typer.Option(help="Matching runs, of which the best is kept.")]
 Sweeps = Annotated[int | None, typer.Option(help="Stop matching after so many passes over the groups.")]
+Stream = Annotated[
+    bool | None,
+    typer.Option("--stream/--no-stream", help="Read tensors as they are needed; by default where memory is short."),
+]
 Seed = Annotated[int, typer.Option(help="Of all random choices.")]
 
 
@@ -70,6 +77,7 @@ def align(
     objective: ObjectiveOption = None,
     restarts: Restarts = None,
     max_sweeps: Sweeps = None,
+    stream: Stream = None,
     seed: Seed = 0,
     leave: Leave = None,
     overwrite: Overwrite = False,
@@ -88,8 +96,8 @@ def align(
         permgraph align a.safetensors b.safetensors --model timm:resnet18 -o b-aligned.safetensors
     """
     with Screen(as_json, quiet, debug) as screen:
-        matcher = _matcher(init, objective, restarts, max_sweeps)
         reference, other = open_checkpoint(a), open_checkpoint(b)
+        matcher = _matcher(init, objective, restarts, max_sweeps, stream, other)
         check_target(other, output)
         spec = _spec(model, spec_file, reference, screen)
         ours, theirs = (fitted(checkpoint, spec, screen, leave or ()) for checkpoint in (reference, other))
@@ -123,6 +131,7 @@ def merge(
     objective: ObjectiveOption = None,
     restarts: Restarts = None,
     max_sweeps: Sweeps = None,
+    stream: Stream = None,
     seed: Seed = 0,
     leave: Leave = None,
     overwrite: Overwrite = False,
@@ -140,10 +149,10 @@ def merge(
         permgraph merge ./model-a ./model-b ./model-c -o ./merged --weights 0.5,0.25,0.25
     """
     with Screen(as_json, quiet, debug) as screen:
-        matcher = _matcher(init, objective, restarts, max_sweeps)
         shares = _shares(weights, len(checkpoints))
         opened = [open_checkpoint(path) for path in checkpoints]
         first = opened[0]
+        matcher = _matcher(init, objective, restarts, max_sweeps, stream, first)
         check_target(first, output)
         spec = _spec(model, spec_file, first, screen)
         named = [fitted(checkpoint, spec, screen, leave or ()) for checkpoint in opened]
@@ -194,9 +203,23 @@ def merge(
 
 
 def _matcher(
-    init: Init | None, objective: Objective | None, restarts: int | None, max_sweeps: int | None
-) -> WeightMatching:
-    """Weight matching as the library does it, but for what was asked otherwise."""
+    init: Init | None,
+    objective: Objective | None,
+    restarts: int | None,
+    max_sweeps: int | None,
+    stream: bool | None,
+    checkpoint: Checkpoint,
+) -> WeightMatching | StreamedWeightMatching:
+    """Weight matching as the library does it, but for what was asked otherwise, in memory if there is enough."""
+    if stream is None:
+        # Two models in float32, the renumbered copy of one, and Gram matrices: up to four times the weights.
+        need = 16 * sum(math.prod(form.shape) for form in checkpoint.formats.values())
+        stream = need > 0.5 * _machine_memory() and objective is None and restarts is None
+    if stream:
+        if objective is not None or restarts is not None:
+            raise MismatchError("--stream matches once, by inner products: leave out --objective and --restarts")
+        how: dict[str, Any] = {"init": init and init.value, "max_sweeps": max_sweeps}
+        return StreamedWeightMatching(**{name: value for name, value in how.items() if value is not None})
     asked: dict[str, Any] = {
         "init": init and init.value,
         "objective": objective and objective.value,
@@ -204,6 +227,13 @@ def _matcher(
         "max_sweeps": max_sweeps,
     }
     return WeightMatching(**{name: value for name, value in asked.items() if value is not None})
+
+
+def _machine_memory() -> float:
+    try:
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (AttributeError, ValueError, OSError):  # Windows
+        return math.inf
 
 
 def _spec(model: str | None, spec_file: Path | None, reference: Checkpoint, screen: Screen) -> PermutationSpec:
@@ -227,7 +257,7 @@ def _job(
     command: str,
     spec: PermutationSpec,
     inputs: Sequence[Checkpoint],
-    matcher: WeightMatching,
+    matcher: WeightMatching | StreamedWeightMatching,
     seed: int,
     leave: Sequence[str] | None,
 ) -> dict[str, Any]:
@@ -250,7 +280,7 @@ def _matched(
     a: Renamed,
     b: Renamed,
     spec: PermutationSpec,
-    matcher: WeightMatching,
+    matcher: WeightMatching | StreamedWeightMatching,
     seed: int,
     screen: Screen,
 ) -> tuple[Permutation | None, dict[str, Any]]:
@@ -268,12 +298,14 @@ def _matched(
                 if screen.debug:
                     screen.note(f"sweep {sweep.number}: objective {sweep.objective:.8g}")
 
+            if isinstance(matcher, StreamedWeightMatching):
+                matcher = _going_on(matcher, staging, number, spec)
             result = matcher.match(a, b, spec, seed, progress)
         report = {
             "outcome": result.outcome,
             "objective_before": result.objective_before,
             "objective": result.objective,
-            "sweeps": result.sweeps,
+            "sweeps": result.history[-1].number if result.history else 0,
             "seed": seed,
             "groups": len(spec.moving),
             "moved": sum(result.permutation.moved().values()),
@@ -283,13 +315,32 @@ def _matched(
             raise KeyboardInterrupt
         for note in result.notes:
             screen.note(note)
-        permutation = result.permutation
-        permutation.save(staging.path(kept))
-        content = staging.path(kept).read_bytes()
-        staging.make(kept, lambda file: _write(file, content))
+        _save(staging, kept, result.permutation)
         staging.make(told, lambda file: _write(file, json.dumps(report).encode()))
     report = json.loads(staging.path(told).read_bytes())
     return Permutation.load(staging.path(kept), spec), report
+
+
+def _going_on(
+    matcher: StreamedWeightMatching, staging: Staging, number: int, spec: PermutationSpec
+) -> StreamedWeightMatching:
+    """The matcher, beginning after the last sweep that an earlier run has kept, and keeping its own."""
+    prefix = f".matching-{number}-sweep-"
+
+    def keep(sweep: int, permutation: Permutation) -> None:
+        _save(staging, f"{prefix}{sweep}.safetensors", permutation)
+
+    done = max((int(n.removeprefix(prefix).split(".")[0]) for n in staging.finished if n.startswith(prefix)), default=0)
+    if not done:
+        return dataclasses.replace(matcher, keep=keep)
+    reached = Permutation.load(staging.path(f"{prefix}{done}.safetensors"), spec)
+    return dataclasses.replace(matcher, init=reached, done=done, keep=keep)
+
+
+def _save(staging: Staging, name: str, permutation: Permutation) -> None:
+    permutation.save(staging.path(name))
+    content = staging.path(name).read_bytes()
+    staging.make(name, lambda file: _write(file, content))
 
 
 def _write(file: IO[bytes], content: bytes) -> None:

@@ -111,7 +111,7 @@ def _verdict(error: BaseException) -> tuple[int, str]:
         named = f"{error.filename}: " if error.filename else ""
         return BAD_INPUT, f"{named}{error.strerror or _line(error)}"
     if isinstance(error, MemoryError):
-        return BAD_INPUT, "out of memory: see --memory, or use a machine with more"
+        return BAD_INPUT, "out of memory: say --stream, or use a machine with more"
     return OUR_BUG, f"{type(error).__name__}: {_line(error)} (this is a bug in permgraph: --debug shows where)"
 
 

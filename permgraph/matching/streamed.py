@@ -14,7 +14,7 @@ import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -106,6 +106,10 @@ class StreamedWeightMatching:
         ascent = _Streamed(self, a, b, spec, seed, started)
         before = ascent.objective
         ascent.climb(progress)
+        if ascent.objective < before and ascent.outcome != "interrupted":
+            # A run that did not begin at the identity can end below it. One that does cannot.
+            ascent = _Streamed(replace(self, init="identity", done=0, keep=None), a, b, spec, seed, started)
+            ascent.climb(progress)
         return MatchResult(
             permutation=Permutation(spec, ascent.arrays),
             objective=ascent.objective,
@@ -228,8 +232,8 @@ class _Streamed:
         for x, y in portions:
             x, y = x.to(self.work), y.to(self.work)
             if check:
-                _require_finite(x, name, "A")
-                _require_finite(y, name, "B")
+                _require_finite(x, one, name, "A")
+                _require_finite(y, other, name, "B")
             total += float((x * y).sum(dtype=torch.float64))
         return total
 
@@ -390,10 +394,14 @@ def _portions(
     yield from zip(torch.split(a, length, longest), torch.split(b, length, longest), strict=True)
 
 
-def _require_finite(tensor: torch.Tensor, name: str, model: str) -> None:
-    if not bool(torch.isfinite(tensor.sum())) and not bool(torch.isfinite(tensor).all()):
-        bad = int((~torch.isfinite(tensor)).sum())
-        raise NonFiniteError(f"{name!r} of {model} holds NaN or infinity in at least {bad} elements; repair it first")
+def _require_finite(portion: torch.Tensor, whole: torch.Tensor, name: str, model: str) -> None:
+    # A finite sum needs one pass and no second tensor; only a sum that is not finite is worth looking into.
+    if not bool(torch.isfinite(portion.sum())) and not bool(torch.isfinite(portion).all()):
+        bad = int((~torch.isfinite(whole)).sum())
+        raise NonFiniteError(
+            f"{name!r} of {model} holds NaN or infinity in {bad} of its {whole.numel()} elements; "
+            f"repair it, or name it in ignore="
+        )
 
 
 def _differing(now: np.ndarray, before: np.ndarray | None) -> int:

@@ -378,7 +378,7 @@ def test_barrier_vanishes_after_alignment(run: Run, pair: Any) -> None:
     args = ("barrier", "a.safetensors", "b.safetensors", "-m", NET, "--data", "data.safetensors", "--points", 5)
     lines = json.loads(run(*args, "--json").stdout)["lines"]
     assert lines["as given"]["curves"]["accuracy"][0] == 1
-    assert lines["as given"]["barriers"]["accuracy"] > 0.1
+    assert lines["as given"]["barriers"]["accuracy"] > 0.05
     assert lines["aligned"]["barriers"]["accuracy"] == 0
     run(*args, "-o", "report.html")
     page = Path("report.html").read_text()
