@@ -29,6 +29,11 @@ from enum import Enum
 from permgraph.errors import ConflictError
 
 
+MAX_SKEW = 8
+"""How often rows may be cut off the joints of a concatenation within one another: a matrix that is padded and viewed
+with longer rows, so that each is shifted against the one before, would be cut once more for every row."""
+
+
 class Kind(Enum):
     """The four forms that an axis can take."""
 
@@ -132,6 +137,7 @@ class Axes:
         self.one = Axis(Kind.ATOM, 1)
         self._births: list[tuple[BirthKey, Axis]] = []
         self._born_in_scope: dict[BirthKey, int] = {}
+        self._skew = 0  # how many concatenations are being split, each off its joints, within one another
         self._splits: dict[tuple[object, ...], list[Axis]] = {}
         self._slices: dict[tuple[Axis, int, int], tuple[Axis, Restriction]] = {}
         self._interned: dict[tuple[Kind, Index | None, tuple[Axis, ...]], Axis] = {}
@@ -498,14 +504,7 @@ class Axes:
                     continue
                 common = math.gcd(need, factor.size)
                 if common == 1:
-                    shape = "x".join(map(str, sizes))
-                    why = Pinned(f"{show(axis)} was viewed as {shape}, which no product refines", self.scope)
-                    self.pin(axis, why)
-                    opaque = self.pinned(axis.size, why)
-                    self._opaque.add(opaque)
-                    self._link(axis, opaque)
-                    self.changes += 1
-                    return self._split(opaque, sizes)
+                    return self._unsplittable(axis, sizes)
                 if common < factor.size:
                     factor, left = self.split(factor, [common, factor.size // common])
                     queue.insert(0, left)
@@ -513,6 +512,17 @@ class Axes:
                 need //= common
             found.append(self.product(taken))
         return found
+
+    def _unsplittable(self, axis: Axis, sizes: list[int]) -> list[Axis]:
+        """Pin an axis that is viewed in a way which these types cannot express."""
+        shape = "x".join(map(str, sizes))
+        why = Pinned(f"{show(axis)[:80]} was viewed as {shape}, which no product refines", self.scope)
+        self.pin(axis, why)
+        opaque = self.pinned(axis.size, why)
+        self._opaque.add(opaque)
+        self._link(axis, opaque)
+        self.changes += 1
+        return self._split(opaque, sizes)
 
     def _split_sum(self, axis: Axis, outer: int, inner: int) -> list[Axis]:
         """Rows and columns of a concatenation: rows are cut at its joints, and columns differ from row to row."""
@@ -524,6 +534,9 @@ class Axes:
             at += part.size
             joints.append(at)
         aligned = all(joint % inner == 0 for joint in joints)
+        if not aligned and self._skew >= MAX_SKEW:
+            return self._unsplittable(axis, [outer, inner])
+        self._skew += not aligned
         rows = sorted({0, outer} | {row for j in joints for row in (j // inner, -(-j // inner))})
         heads, columns = [], []
         for start, end in itertools.pairwise(rows):
@@ -531,6 +544,7 @@ class Axes:
             head, column = self.split(piece, [end - start, inner])
             heads.append(head)
             columns.append(column)
+        self._skew -= not aligned
         total = self.resolve(self.sum(heads, axis.index if aligned else None))
         if total.index is None:  # all of it is pinned: nothing tells the rows apart any more
             for column in columns[1:]:

@@ -121,7 +121,9 @@ def _pixels(model: nn.Module) -> Iterator[Tensor]:
     first = next((m.in_channels for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d))), 3)
     channels = whole(setting(config, "num_channels", "in_channels", "in_chans"), first)
     frames = setting(config, "num_frames")
-    for height, width in sides(model)[:6]:
+    common = sides(model)
+    # Reduced keys (a grid of one eighth and the like) are one single key at 32, over which nothing can move.
+    for height, width in dict.fromkeys([*named_sides(model), (64, 64), *common[:6]]):
         if isinstance(frames, int):
             yield floats(model, BATCH, frames, channels, height, width)
         yield floats(model, BATCH, channels, height, width)

@@ -1,0 +1,32 @@
+"""The command: ``python -m benchmarks.zoo sweep ZOO [NAMES...]`` and ``python -m benchmarks.zoo report``."""
+
+from __future__ import annotations
+
+import argparse
+
+from benchmarks.zoo import report
+from benchmarks.zoo.names import ZOOS
+from benchmarks.zoo.sweep import sweep
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.zoo", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("sweep", help="measure the models that have no record yet")
+    run.add_argument("zoo", choices=list(ZOOS), nargs="?", help="all of them, one after the other, if none is named")
+    run.add_argument("names", nargs="*", help="only these models")
+    run.add_argument("--again", nargs="*", default=[], metavar="STATUS", help="measure those of this status once more")
+    run.add_argument("--controls", choices=("one", "all", "none"), default="one")
+    run.add_argument("--seconds", type=float, default=600, help="for one model")
+    run.add_argument("--gib", type=float, default=8, help="for one model")
+    commands.add_parser("report", help="write docs/coverage.md")
+    given = parser.parse_args()
+    if given.command == "sweep":
+        for zoo in [given.zoo] if given.zoo else ZOOS:
+            options = {"again": given.again, "controls": given.controls, "seconds": given.seconds, "gib": given.gib}
+            sweep(zoo, given.names or None, **options)
+    report.write()
+
+
+if __name__ == "__main__":
+    main()

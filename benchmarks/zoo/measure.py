@@ -1,0 +1,94 @@
+"""What is recorded about one model."""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from collections import Counter
+from typing import Any
+
+import torch
+
+from benchmarks.zoo.names import ZOOS
+
+#: How far a model came. Only what was inferred can be verified; a model that cannot be built is nobody's failure.
+STATUSES = ("not built", "not captured", "not inferred", "not verified", "wrong", "inert", "inferred", "verified")
+
+
+def measure(zoo: str, name: str, controls: str = "one", seed: int = 0) -> dict[str, Any]:
+    """Build a model, infer its spec and, unless it lies on the meta device, verify it. Never raises."""
+    record: dict[str, Any] = {"zoo": zoo, "name": name, "status": "not built"}
+    started = time.monotonic()
+    try:
+        _measure(record, controls, seed)
+    except Exception as error:
+        record["error"] = f"{type(error).__name__}: {error}"[:1500]
+    record["seconds"] = round(time.monotonic() - started, 2)
+    record["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    return record
+
+
+def _measure(record: dict[str, Any], controls: str, seed: int) -> None:
+    import permgraph as pg
+    from permgraph.capture import capture
+    from permgraph.errors import CaptureError
+    from permgraph.infer import spec_of
+
+    zoo = ZOOS[record["zoo"]]
+    torch.manual_seed(seed)
+    first: CaptureError | None = None
+    with torch.device("meta" if zoo.meta else "cpu"):
+        for model in zoo.build(record["name"]):
+            record["status"] = "not captured"
+            started = time.monotonic()
+            try:
+                with torch.device("cpu"):
+                    captured = capture(model, max_seconds=100 if first is None else 20)
+                break
+            except CaptureError as error:
+                first = first or error
+        else:
+            assert first is not None
+            raise first
+    model = model.eval()
+    record["capture_seconds"] = round(time.monotonic() - started, 2)
+    record["parameters"] = sum(p.numel() for p in model.parameters())
+    record["finder"] = captured.inputs.finder
+    record["inputs"] = captured.inputs.describe()[:300]
+    record["mode"] = captured.mode
+    record["fallback"] = captured.fallback_reason
+    record["nodes"] = len(captured.graph.nodes)
+
+    record["status"] = "not inferred"
+    started = time.monotonic()
+    spec = spec_of(captured)
+    record["infer_seconds"] = round(time.monotonic() - started, 2)
+    record["groups"] = len(spec.moving)
+    record["log_order"] = round(spec.log_order(), 3)
+    record["unknown"] = {op.operator: op.count for op in spec.unknown_ops}
+    pins: Counter[str] = Counter(pin.reason for pin in spec.pins)
+    record["pins"] = dict(pins.most_common(12))
+    record["free_share"] = _free_share(spec)
+
+    record["status"] = "inferred"
+    if zoo.meta or not spec.moving:
+        return
+    record["status"] = "not verified"
+    started = time.monotonic()
+    found = pg.verify(model, spec, captured.inputs.args, captured.inputs.kwargs, controls=controls)
+    record["verify_seconds"] = round(time.monotonic() - started, 2)
+    record["max_error"] = found.max_error if math.isfinite(found.max_error) else str(found.max_error)
+    record["controls"] = len(found.controls)
+    record["failed"] = list(found.failed)[:20]
+    wrong = not found.max_error <= found.tolerance
+    record["status"] = "verified" if found.passed else "wrong" if wrong else "inert"
+    if not found.passed:
+        record["error"] = str(found)[:1500]
+
+
+def _free_share(spec: Any) -> float:
+    """Of all dimensions of parameters with more than one index, the share on which a group acts."""
+    total = sum(1 for shape in spec.shapes.values() for size in shape if size > 1)
+    moved = {use for group in spec.moving for use in spec.uses(group)}
+    return round(len(moved) / max(total, 1), 4)

@@ -1,0 +1,136 @@
+"""Names for the models of a zoo, and how each is built: all that the sweeps know about a library."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from benchmarks.zoo.small import small_models
+
+
+@dataclass(frozen=True)
+class Zoo:
+    """A library of models. `names` may be slow (it imports the library).
+
+    `build` makes one model, untrained; where there are several ways, each when it is asked for, the smallest first.
+    `meta` builds models on the meta device, at their full size: they are captured and inferred, not verified.
+    """
+
+    title: str
+    names: Callable[[], list[str]]
+    build: Callable[[str], Iterator[nn.Module]]
+    meta: bool = False
+
+
+# -- torchvision ------------------------------------------------------------------------------------------------------
+
+
+def torchvision_names() -> list[str]:
+    import torchvision
+
+    return sorted(torchvision.models.list_models())
+
+
+def torchvision_model(name: str) -> Iterator[nn.Module]:
+    import torchvision
+
+    takes = inspect.signature(torchvision.models.get_model_builder(name)).parameters
+    backbone = {"weights_backbone": None} if "weights_backbone" in takes else {}
+    yield torchvision.models.get_model(name, weights=None, **backbone)
+
+
+# -- timm -------------------------------------------------------------------------------------------------------------
+
+
+def timm_entrypoints() -> list[str]:
+    import timm
+
+    return sorted(timm.list_models())
+
+
+def timm_model(name: str) -> Iterator[nn.Module]:
+    import timm
+
+    yield timm.create_model(name)
+
+
+def timm_smallest() -> list[str]:
+    """Of each of timm's architecture modules the model with the fewest parameters."""
+    import timm
+
+    smallest: dict[str, tuple[int, str]] = {}
+    for module in sorted(timm.list_modules()):
+        for name in sorted(timm.list_models(module=module)):
+            with torch.device("meta"), contextlib.suppress(Exception):
+                size = sum(p.numel() for p in timm.create_model(name).parameters())
+                smallest[module] = min(smallest.get(module, (size, name)), (size, name))
+    return [name for _, name in smallest.values()]
+
+
+# -- transformers -----------------------------------------------------------------------------------------------------
+
+#: The heads that are swept, as the names of the mappings in which transformers keeps them.
+HEADS = {
+    "causal-lm": "MODEL_FOR_CAUSAL_LM_MAPPING",
+    "masked-lm": "MODEL_FOR_MASKED_LM_MAPPING",
+    "seq2seq-lm": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
+    "sequence-classification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
+    "token-classification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING",
+    "question-answering": "MODEL_FOR_QUESTION_ANSWERING_MAPPING",
+    "image-classification": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING",
+    "image-text-to-text": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
+    "ctc": "MODEL_FOR_CTC_MAPPING",
+    "speech-seq2seq": "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING",
+    "audio-classification": "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING",
+    "object-detection": "MODEL_FOR_OBJECT_DETECTION_MAPPING",
+    "semantic-segmentation": "MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING",
+    "depth-estimation": "MODEL_FOR_DEPTH_ESTIMATION_MAPPING",
+}
+
+
+def _model_types(mapping: str) -> dict[str, str]:
+    """Class name to model type, over everything that a mapping of transformers lists; nothing is imported for it."""
+    from transformers.models.auto import modeling_auto
+
+    found: dict[str, str] = {}
+    for model_type, listed in getattr(modeling_auto, mapping)._model_mapping.items():
+        for name in listed if isinstance(listed, (tuple, list)) else (listed,):
+            found.setdefault(name, model_type)
+    return found
+
+
+def transformers_names() -> list[str]:
+    """Every architecture that `AutoModel` maps to."""
+    return sorted(_model_types("MODEL_MAPPING"))
+
+
+def heads_names() -> list[str]:
+    """Every architecture with a head, as ``head/class``."""
+    return sorted(f"{head}/{cls}" for head, mapping in HEADS.items() for cls in _model_types(mapping))
+
+
+def transformers_model(name: str) -> Iterator[nn.Module]:
+    from transformers.models.auto import modeling_auto
+
+    head, _, cls_name = name.rpartition("/")
+    mapping = HEADS[head] if head else "MODEL_MAPPING"
+    table = getattr(modeling_auto, mapping)
+    cls = table._load_attr_from_module(_model_types(mapping)[cls_name], cls_name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield from small_models(cls)
+
+
+ZOOS: dict[str, Zoo] = {
+    "torchvision": Zoo("torchvision", torchvision_names, torchvision_model),
+    "timm": Zoo("timm, the smallest model of each architecture module", timm_smallest, timm_model),
+    "timm-meta": Zoo("timm, every entrypoint on the meta device", timm_entrypoints, timm_model, meta=True),
+    "transformers": Zoo("transformers, every architecture of AutoModel", transformers_names, transformers_model),
+    "heads": Zoo("transformers, with the heads people use", heads_names, transformers_model),
+}

@@ -1,0 +1,127 @@
+"""Running a sweep: one process a model, limits on time and memory, one line of JSON for each."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import logging
+import multiprocessing
+import resource
+import time
+import traceback
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import permgraph as pg
+from benchmarks.zoo import operators
+from benchmarks.zoo.measure import measure
+from benchmarks.zoo.names import ZOOS
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def read(path: Path) -> dict[str, dict[str, Any]]:
+    """The last record of each model; a line that was cut off is as if it were not there."""
+    found: dict[str, dict[str, Any]] = {}
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            found[record["name"]] = record
+    return found
+
+
+def sweep(
+    zoo: str,
+    names: Sequence[str] | None = None,
+    *,
+    again: Sequence[str] = (),
+    controls: str = "one",
+    seconds: float = 600,
+    gib: float = 8,
+    results: Path = RESULTS,
+) -> dict[str, dict[str, Any]]:
+    """Measure the models that have no record yet, or one whose status is in `again`."""
+    results.mkdir(parents=True, exist_ok=True)
+    path = results / f"{zoo}.jsonl"
+    known = read(path)
+    warm_up()
+    todo = [n for n in (names or ZOOS[zoo].names()) if n not in known or known[n]["status"] in again]
+    for at, name in enumerate(todo):
+        record = in_process(zoo, name, controls, seconds, gib)
+        with path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        known[name] = record
+        print(f"{at + 1}/{len(todo)} {line(record)}", flush=True)
+    return known
+
+
+def warm_up() -> None:
+    """Import in this process, once, what every forked one would import for itself."""
+    torch.set_num_threads(1)
+    operators.provide()
+    for library in ("torchvision", "timm", "transformers.modeling_utils", "transformers.models.auto.modeling_auto"):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(library)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    pg.verify(nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2)))
+
+
+def line(record: dict[str, Any]) -> str:
+    """One record in one line."""
+    text = f"{record['status']:12} {record['name']:40} {record['seconds']:7.1f}s"
+    if "groups" in record:
+        text += f" {record['groups']:5} groups, log order {record['log_order']:.1f}, {record['nodes']} nodes"
+    if "max_error" in record:
+        text += f", error {record['max_error']:.1e}" if isinstance(record["max_error"], float) else ", error not finite"
+    if record.get("unknown"):
+        text += f", no rule for {', '.join(record['unknown'])}"
+    return text + (f"  {record['error'][:300]!r}" if "error" in record else "")
+
+
+def in_process(zoo: str, name: str, controls: str = "one", seconds: float = 600, gib: float = 8) -> dict[str, Any]:
+    """`measure` in a forked process, so that the libraries are imported once and a crash or a hang harms nobody."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    worker = context.Process(target=_work, args=(sender, zoo, name, controls, gib), daemon=True)
+    started = time.monotonic()
+    worker.start()
+    sender.close()
+    record: dict[str, Any] = {"zoo": zoo, "name": name}
+    try:
+        if receiver.poll(seconds):
+            record = receiver.recv()
+        else:
+            record.update(status="not captured", error=f"stopped after {seconds:.0f} s")
+    except EOFError:
+        worker.join()
+        record.update(status="not captured", error=f"the process ended with code {worker.exitcode}")
+    record.setdefault("seconds", round(time.monotonic() - started, 1))
+    if worker.is_alive():
+        worker.kill()
+    worker.join()
+    return record
+
+
+def _work(sender: Connection, zoo: str, name: str, controls: str, gib: float) -> None:
+    limit = int(gib * 2**30)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    try:
+        record = measure(zoo, name, controls)
+    except MemoryError:
+        record = {
+            "zoo": zoo,
+            "name": name,
+            "status": "not captured",
+            "error": traceback.format_exc(limit=1),
+            "seconds": 0,
+        }
+    sender.send(record)
