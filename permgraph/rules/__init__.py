@@ -1,6 +1,6 @@
 """What each operator ties together: one file for each family of operators."""
 
-from permgraph.rules import (
+from permgraph.rules import (  # noqa: F401  (importing a family registers its rules)
     attention,
     convolution,
     create,
@@ -16,15 +16,3 @@ from permgraph.rules.call import Call, TypedTensor
 from permgraph.rules.registry import find_rule, registered, rule, rule_name
 
 __all__ = ["Call", "TypedTensor", "find_rule", "registered", "rule", "rule_name"]
-_families = (
-    attention,
-    convolution,
-    create,
-    index,
-    linear,
-    normalisation,
-    pointwise,
-    recurrent,
-    reduction,
-    shape,
-)
