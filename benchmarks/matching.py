@@ -153,15 +153,21 @@ def timed(run: Callable[[], tuple[float, int]]) -> tuple[float, float, int]:
 
 
 def peak(name: str, method: str, threads: int) -> float:
-    """Peak memory in MB of one run in a process of its own, above what the two models and the imports need."""
-    code = (
-        "import sys, torch, resource; sys.path.insert(0, 'benchmarks'); import matching as m;"
-        f"torch.set_num_threads({threads}); spec = m.permgraph.auto_spec(m.MODELS[{name!r}]());"
-        f"a, b = m.models({name!r}, 0), m.models({name!r}, 1);"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
-        + ("m.plain(a, b, spec, 0, 2);" if method == "plain" else "m.ours(a, b, spec, 0, 'identity');")
-        + "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)"
-    )
+    """Peak memory in MB of one run, in a process of its own, above what holds the two models (Linux only)."""
+    init = "identity" if "identity" in method else "barycentre"
+    run = "m.plain(a, b, spec, 0, 2)" if method == "plain" else f"m.ours(a, b, spec, 0, {init!r})"
+    code = f"""
+import re, sys; sys.path.insert(0, "benchmarks")
+import torch, matching as m
+def status(field): return int(re.search(field + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
+torch.set_num_threads({threads})
+spec = m.permgraph.auto_spec(m.MODELS[{name!r}]())
+a, b = m.models({name!r}, 0), m.models({name!r}, 1)
+open("/proc/self/clear_refs", "w").write("5")  # the peak so far was the imports'
+before = status("VmRSS")
+{run}
+print(status("VmHWM") - before)
+"""
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return float(out.stdout.strip().splitlines()[-1])
 
@@ -196,7 +202,7 @@ def main() -> None:
         reference = next(iter(methods))
         for method, results in runs.items():
             ratio = statistics.median(p[0] / r[0] for p, r in zip(runs[reference], results, strict=True))
-            memory = f"{peak(name, method.split(',')[0], chosen.threads):8.0f}" if chosen.memory else ""
+            memory = f"{peak(name, method, chosen.threads):8.0f}" if chosen.memory else ""
             seconds, sweeps = (statistics.median(r[column] for r in results) for column in (0, 2))
             objective = statistics.mean(r[1] for r in results)
             print(
