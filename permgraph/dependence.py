@@ -27,7 +27,8 @@ from permgraph.rules.call import VALUE, Labelled, Relation, TypedTensor
 from permgraph.solve import Solution
 
 Choice = Mapping[Index, int]  # the part that was taken of each sum on the way to an occurrence
-INTERNAL = "inside"
+Giver = frozenset[str]  # the labels that together tell which index of a parent an occurrence stands at
+INTERNAL: Giver = frozenset()  # a factor of the same product tells
 
 
 class Dependence:
@@ -131,7 +132,7 @@ class Dependence:
                 return False
         return all(self._coherent(relation, d, h) for relation in self._relations[d])
 
-    def _bound_in_tensor(self, tensor: TypedTensor, d: Axis, h: Axis, strict: bool) -> list[object] | None:
+    def _bound_in_tensor(self, tensor: TypedTensor, d: Axis, h: Axis, strict: bool) -> list[Giver] | None:
         named = {str(i): axis for i, axis in enumerate(tensor.dims)}
         where = {str(i): i for i in range(tensor.ndim)}
         if tensor.value is not None:
@@ -139,7 +140,7 @@ class Dependence:
         return self._bindings(named, where, d, h, strict=strict)
 
     def _coherent(self, relation: Relation, d: Axis, h: Axis) -> bool:
-        obeyed: dict[str, set[object]] = defaultdict(set)
+        obeyed: dict[str, set[Giver]] = defaultdict(set)
         for labelled in relation.tensors:
             for label, axis in labelled.axes.items():
                 if d in self._atoms(axis):
@@ -152,16 +153,18 @@ class Dependence:
             if len(givers) != 1 and not givers <= same:
                 return False
             allowed = same if givers <= same else givers
-            if INTERNAL not in givers and any(label in t.axes and not allowed & set(t.axes) for t in relation.tensors):
-                return False
+            if INTERNAL not in givers:
+                for labelled in relation.tensors:
+                    if label in labelled.axes and not any(giver <= labelled.axes.keys() for giver in allowed):
+                        return False
         return True
 
-    def _index_labels(self, relation: Relation, h: Axis) -> set[object]:
-        """The labels that mean h in a lookup: that of its own dimension, and the one over which the index runs."""
+    def _index_labels(self, relation: Relation, h: Axis) -> set[Giver]:
+        """The labels that mean h in a lookup: that of its own dimension, and those over which the index runs."""
         for labelled in relation.tensors:
             value = self._value_label(labelled)
-            if value is not None and len(labelled.axes) == 2 and h in self._numbered(labelled.axes[value]):
-                return set(labelled.axes)
+            if value is not None and len(labelled.axes) > 1 and h in self._numbered(labelled.axes[value]):
+                return {frozenset({value}), frozenset(labelled.axes.keys() - {value})}
         return set()
 
     def _with_unlabelled(self, labelled: Labelled) -> Mapping[str, Axis]:
@@ -178,13 +181,13 @@ class Dependence:
         h: Axis,
         only: str | None = None,
         strict: bool = False,
-    ) -> list[object] | None:
-        """For each occurrence of d (under the label `only`, if given) the label that bears the h it obeys, or None.
+    ) -> list[Giver] | None:
+        """For each occurrence of d (under the label `only`, if given) the labels that bear the h it obeys, or None.
 
         If `strict`, as the spec's expressions can say it: with an h that is there as such, and at one place, not at
         another in each part of a sum.
         """
-        found: list[object] = []
+        found: list[Giver] = []
         for label, axis in named.items():
             if only is not None and label != only:
                 continue
@@ -198,20 +201,32 @@ class Dependence:
                 givers = {m: self._count([other], h, choice, strict) for m, other in named.items() if m != label}
                 givers = {m: count for m, count in givers.items() if count[1]}
                 near = {m: c for m, c in givers.items() if where.get(m, m) == where.get(label, label)}
-                chosen = near or givers or ({} if strict else self._disguised(named, label, h, choice))
-                if len(chosen) != 1 or next(iter(chosen.values())) != (1, 1):
+                chosen = near or givers
+                if not chosen and not strict:
+                    disguised = self._disguised(named, label, siblings, h, choice)
+                    if len(disguised) != 1:
+                        return None
+                    found.extend(disguised)
+                elif len(chosen) != 1 or next(iter(chosen.values())) != (1, 1):
                     return None
-                found.append(next(iter(chosen)))
+                else:
+                    found.append(frozenset(chosen))
         return found
 
-    def _disguised(self, named: Mapping[str, Axis], label: str, h: Axis, choice: Choice) -> dict[str, tuple[int, int]]:
-        """The labels whose axis is one that an index into h runs over."""
-        found = {}
-        for m, axis in named.items():
-            if m != label:
-                for over in self._disguises.get(h, {}):
-                    if all(self._count([axis], atom, choice) == (1, 1) for atom in over):
-                        found[m] = (1, 1)
+    def _disguised(
+        self, named: Mapping[str, Axis], label: str, siblings: Sequence[Axis], h: Axis, choice: Choice
+    ) -> set[Giver]:
+        """The labels whose axes are those that an index into h runs over; each way in which they are."""
+        found = set()
+        for over in self._disguises.get(h, {}):
+            bearing = []
+            for atom in over:
+                counts = {"": self._count(siblings, atom, choice)}
+                if not counts[""][1]:
+                    counts = {m: self._count([axis], atom, choice) for m, axis in named.items() if m != label}
+                bearing.append({m: count for m, count in counts.items() if count[1]})
+            if all(list(labels.values()) == [(1, 1)] for labels in bearing):
+                found.add(frozenset(m for labels in bearing for m in labels if m))
         return found
 
     def _occurrences(self, axis: Axis, d: Axis) -> Iterator[tuple[Choice, list[Axis]]]:
