@@ -44,6 +44,7 @@ class Dependence:
             for atom in dict.fromkeys(atom for axis in axes for atom in self._atoms(axis)):
                 self._relations[atom].append(relation)
         self._disguises = self._find_disguises()
+        self.mutual: set[tuple[Axis, Axis]] = set()  # pairs of which each may depend on the other, both ways round
         self._tensors: dict[Axis, list[tuple[TypedTensor, frozenset[Axis]]]] = defaultdict(list)
         self._rank: dict[Axis, int] = {}  # in the order in which atoms are met, so that results do not depend on chance
         for tensor in solution.tensors:
@@ -67,6 +68,7 @@ class Dependence:
         """For each atom in `moving`, the atoms (pinned ones among them) over which it is fibred, outermost first."""
         found = {d: [h for h in self._candidates(d) if self._obeys(d, h)] for d in moving}
         found = {d: parents for d, parents in found.items() if parents}
+        self.mutual = {(d, h) for d, parents in found.items() for h in parents if d in found.get(h, ())}
         self._break_cycles(found)
         self._close(found)
         return {d: tuple(sorted(p, key=lambda h: len(found.get(h, ())))) for d, p in found.items() if p}

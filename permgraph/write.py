@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+import itertools
+import math
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from torch import fx
 
@@ -30,7 +32,11 @@ class Writer:
         self.order = [name for name in used if name in self.parameters]
         self.unused = unused
         moving = self._moving()
-        self.parents = Dependence(solution).parents(moving)
+        dependence = Dependence(solution)
+        self.parents = dependence.parents(moving)
+        self.inner: set[Axis] = set()  # the atoms of joined factors but the first of each
+        self.fused = self._fuse(dependence.mutual)
+        moving = list(dict.fromkeys(self.fused.get(atom, atom) for atom in moving))
         fibred_over = {h for parents in self.parents.values() for h in parents}
         self.names = self._names([*moving, *(h for h in fibred_over if h.pinned is not None)])
 
@@ -94,6 +100,68 @@ class Writer:
                 found.update(dict.fromkeys(a for a in self.axes.atoms(axis) if a.pinned is None))
         return list(found)
 
+    # -- factors that are one axis -------------------------------------------------------------------------------------
+
+    def _fuse(self, mutual: Collection[tuple[Axis, Axis]]) -> dict[Axis, Axis]:
+        """Join factors which a view has split and nothing tells apart: ``(h d)`` is one axis then, no wreath product.
+
+        That is so where each may depend on the other, and possible where they always stand side by side. Returns for
+        each atom of such a run the atom that takes the place of all.
+        """
+        after: dict[Axis, set[Axis | None]] = defaultdict(set)
+        before: dict[Axis, set[Axis | None]] = defaultdict(set)
+        if mutual:
+            for tensor in self.parameters.values():
+                for axis in tensor.dims:
+                    for factors in self._runs(axis):
+                        for left, right in itertools.pairwise([None, *factors, None]):
+                            if left is not None:
+                                after[left].add(right)
+                            if right is not None:
+                                before[right].add(left)
+        fused: dict[Axis, Axis] = {}
+        for first in {h: None for pair in mutual for h in pair}:
+            run = [first]
+            while first not in fused and len(after[run[-1]]) == 1:
+                (following,) = after[run[-1]]
+                if following is None or len(before[following]) != 1 or following in fused:
+                    break
+                if not all({(atom, following), (following, atom)} <= set(mutual) for atom in run):
+                    break
+                run.append(following)
+            if len(run) > 1 and self._alike_outside(run) and not self._continues(run[0], before, mutual):
+                whole = self.axes.atom(math.prod(atom.size for atom in run))
+                fused.update(dict.fromkeys(run, whole))
+                self.inner.update(run[1:])
+                self.parents[whole] = tuple(p for p in self.parents.get(run[0], ()) if p not in run)
+        for atom, parents in list(self.parents.items()):
+            self.parents[atom] = tuple(dict.fromkeys(fused.get(p, p) for p in parents))
+        return fused
+
+    @staticmethod
+    def _continues(first: Axis, before: Mapping[Axis, set[Axis | None]], mutual: Collection[tuple[Axis, Axis]]) -> bool:
+        """Whether a run that starts earlier could hold this one."""
+        earlier = before[first]
+        return len(earlier) == 1 and (first, next(iter(earlier))) in mutual
+
+    def _alike_outside(self, run: Sequence[Axis]) -> bool:
+        """Whether the atoms of a run have the same parents beside one another, and are parents of the same atoms."""
+        own = {frozenset(p for p in self.parents.get(atom, ()) if p not in run) for atom in run}
+        over = {frozenset(a for a, parents in self.parents.items() if atom in parents and a not in run) for atom in run}
+        return len(own) == 1 and len(over) == 1
+
+    def _runs(self, axis: Axis) -> Iterator[list[Axis | None]]:
+        """The factors of each product in an axis, in order; None for one that is no atom."""
+        axis = self.axes.resolve(axis)
+        factors = self.axes.factors(axis)
+        if axis.kind in (Kind.ATOM, Kind.PRODUCT):
+            yield [factor if factor.kind is Kind.ATOM else None for factor in factors]
+        for child in factors if axis.kind is Kind.PRODUCT else axis.children:
+            if child.kind is not Kind.ATOM or axis.kind is not Kind.PRODUCT:
+                yield from self._runs(child)
+
+    # -- names ---------------------------------------------------------------------------------------------------------
+
     def _names(self, atoms: Sequence[Axis]) -> dict[Axis, str]:
         """Each atom by the module that makes it: the first whose parameter has the atom where results come out."""
         wanted = set(atoms)
@@ -104,7 +172,7 @@ class Writer:
                 for dim in range(tensor.ndim):
                     if produced and not self._is_output(tensor, dim):
                         continue
-                    for atom in self.axes.atoms(tensor.dims[dim]):
+                    for atom in (self.fused.get(a, a) for a in self.axes.atoms(tensor.dims[dim])):
                         if atom in wanted:
                             module = name.rpartition(".")[0] or name
                             origin.setdefault(atom, name if module.isdecimal() else module)
@@ -145,7 +213,8 @@ class Writer:
             assert axis.index is not None
             return Family(labels[axis.index.find()], tuple(self._expression(c, labels) for c in axis.children))
         if axis.kind is Kind.PRODUCT:
-            return _product([self._expression(factor, labels) for factor in self.axes.factors(axis)])
+            starts = [factor for factor in self.axes.factors(axis) if factor not in self.inner]
+            return _product([self._expression(self.fused.get(factor, factor), labels) for factor in starts])
         assert axis.index is not None
         name = labels.get(axis.index.find())
         if name is not None:
