@@ -38,7 +38,7 @@ def scaled_dot_product_attention(call: Call) -> None:
             slots.append((more, f"{many} s"))  # the logarithm of the sum that softmax divides by
         else:
             call.pin_all([more], "what the kernel keeps for itself")
-    call.link(*slots, via=[f"{many} s", f"{many} s t"], **copies)
+    call.link(*slots, via=(), why="", **copies)
     if call.get("is_causal", False):
         for tensor in (q, k):
             call.pin(tensor, tensor.ndim - 2, "a causal mask")

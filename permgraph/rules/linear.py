@@ -100,7 +100,7 @@ def square_matrix(call: Call) -> None:
     for tensor in matrices[1:]:
         call.axes.unify(x.dims[-1], tensor.dims[-1])
         call.axes.unify(x.dims[-2], tensor.dims[-2])
-    call.link((x, "... _ _"), (call.out, "... _ _"), via=["..."])
+    call.link((x, "... _ _"), (call.out, "... _ _"))
 
 
 @rule("aten.linalg_inv_ex")

@@ -17,7 +17,7 @@ def batch_norm(call: Call) -> None:
     rest = " ".join(["b", "c", *(f"s{i}" for i in range(x.ndim - 2))])
     parameters = [t for t in call.tensors if t is not x and t.shape == (x.shape[1],)]
     saved = [t for t in call.results if t.shape == (x.shape[1],) and t.ndim == 1]
-    call.link((x, rest), *((t, "c") for t in (*parameters, *saved)), (call.out, rest), via=["c"])
+    call.link((x, rest), *((t, "c") for t in (*parameters, *saved)), (call.out, rest))
 
 
 @rule("aten.native_layer_norm", "aten._fused_rms_norm", "aten.rms_norm", "aten.layer_norm")
@@ -54,4 +54,4 @@ def weight_norm(call: Call) -> None:
     norm = " ".join(f"d{i}" if i == dim else "_" for i in range(v.ndim))
     norms = [(out, norm if out.ndim == v.ndim else f"d{dim}") for out in call.results[1:]]
     g = call["g"]
-    call.link((v, every), (g, norm if g.ndim == v.ndim else f"d{dim}"), (call.out, every), *norms, via=[f"d{dim}"])
+    call.link((v, every), (g, norm if g.ndim == v.ndim else f"d{dim}"), (call.out, every), *norms)

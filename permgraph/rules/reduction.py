@@ -152,6 +152,6 @@ def fourier(call: Call) -> None:
     """Fourier transforms along some dimensions, which have an order; the others pass."""
     x, out, dims = call["self"], call.out, call.dim_list(call["self"])
     pattern = _blank(x, dims)
-    call.link((x, pattern), (out, pattern), via=[pattern.replace("_", "")])
+    call.link((x, pattern), (out, pattern))
     for tensor in (x, out):
         call.pin(tensor, dims, "frequencies and times have an order")

@@ -134,7 +134,11 @@ class Solved:
     def _text(self, axis: Axis, numbers: dict[Axis, int]) -> str:
         axis = self.axes.resolve(axis)
         if axis.kind is Kind.ATOM:
-            return f".{axis.size}" if axis.pinned or axis.size == 1 else f"{numbers.setdefault(axis, len(numbers))}:{axis.size}"
+            return (
+                f".{axis.size}"
+                if axis.pinned or axis.size == 1
+                else f"{numbers.setdefault(axis, len(numbers))}:{axis.size}"
+            )
         if all(atom.pinned for atom in self.axes.atoms(axis)):
             return f".{axis.size}"  # in how many pieces does not matter
         if axis.kind is Kind.PRODUCT:
