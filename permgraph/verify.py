@@ -26,7 +26,7 @@ from permgraph.capture.state import StateTensor, state_tensors
 from permgraph.capture.subject import unwrap
 from permgraph.capture.surroundings import calm, make_transparent
 from permgraph.capture.twin import as_parameter_like, copy_with, make_twin
-from permgraph.errors import CaptureError, MismatchError
+from permgraph.errors import CaptureError, EvaluationError, MismatchError
 from permgraph.infer import auto_spec
 from permgraph.permutation import Permutation
 from permgraph.spec import PermutationSpec
@@ -146,7 +146,10 @@ def verify(
     Raises:
         CaptureError: the model cannot be run, or its output is not finite whatever the weights' scale.
         MismatchError: the spec is not of this model.
+        EvaluationError: `controls` is none of the three.
     """
+    if controls not in ("one", "all", "none"):
+        raise EvaluationError(f"controls is {controls!r}; it may be 'one', 'all' or 'none'")
     if spec is None:
         spec = auto_spec(model, example_inputs, example_kwargs)
     if not spec.moving:
@@ -248,8 +251,15 @@ class _Trial:
                 tensor.copy_(original)
             torch.manual_seed(0)
             args, kwargs = copy_with(self._inputs, Tensor.clone, {})
-            with _InDoublePrecision():  # type: ignore[no-untyped-call]
-                result = self._twin.module(*args, **kwargs)
+            try:
+                with _InDoublePrecision():  # type: ignore[no-untyped-call]
+                    result = self._twin.module(*args, **kwargs)
+            except Exception as error:
+                shapes = ", ".join(str(tuple(t.shape)) for t in tensor_leaves((args, kwargs))) or "none"
+                raise CaptureError(
+                    f"{type(self._twin.module).__name__} cannot be run on random weights in float64 with tensors of "
+                    f"shape {shapes}: {error}; pass example_inputs or example_kwargs that its forward takes"
+                ) from error
         return [tensor.detach().clone() for tensor in tensor_leaves(result)]
 
     def outputs_scaled(self, permutation: Permutation, name: str) -> list[Tensor]:

@@ -1,0 +1,243 @@
+"""`verify` must fail on a wrong spec, pass on a right one whatever the weights were, and leave the model alone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import permgraph as pg
+from permgraph.errors import CaptureError, EvaluationError, MismatchError
+from permgraph.spec import PermutationSpec
+
+X = (torch.randn(3, 4),)
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 2)
+    ).eval()  # fmt: skip
+
+
+def text(**lines: str) -> PermutationSpec:
+    """The right spec of `network`, with these lines (by parameter, a dot written as two underscores) put otherwise."""
+    right = {
+        "0.weight": "6x4  a .", "0.bias": "6  a", "1.weight": "6  a", "1.bias": "6  a", "3.weight": "6x6  b a",
+        "3.bias": "6  b", "5.weight": "2x6  . b", "5.bias": "2  .", "1.running_mean": "6  a", "1.running_var": "6  a",
+    }  # fmt: skip
+    right.update({name.strip("_").replace("__", "."): line for name, line in lines.items() if name != "groups"})
+    groups = lines.get("groups", "a 6 · b 6")
+    body = "\n".join(f"{name}  {line}" for name, line in right.items())
+    return PermutationSpec.parse(f"{body}\ngroups: {groups}")
+
+
+def test_the_right_spec_passes_and_controls_change_the_output() -> None:
+    proof = pg.verify(network(), text(), X, controls="all")
+    assert proof and proof.max_error < 1e-12 and not proof.failed
+    changes = {(c.group, c.parameter): c.change for c in proof.controls}
+    assert changes["a", "3.weight"] > 1e-3 and changes["b", "5.weight"] > 1e-3
+    assert "passed" in str(proof)
+
+
+WRONG = {
+    "an axis is missing": text(_1__bias="6  ."),
+    "a buffer is missing": text(_1__running_var="6  ."),
+    "an axis is of another group": text(_3__bias="6  a"),
+    "two groups have changed places": text(_3__weight="6x6  a b"),
+    "the output moves": text(_5__weight="2x6  out b", _5__bias="2  out", groups="a 6 · b 6 · out 2"),
+    "the input moves": text(_0__weight="6x4  a in", groups="a 6 · b 6 · in 4"),
+    "a group is made up": text(_3__weight="6x6  b (c d)", groups="a 6 · b 6 · c 2 · d 3"),
+    "one axis is called two": text(
+        _5__weight="2x6  . (c d)", _3__weight="6x6  (c d) a", _3__bias="6  b", groups="a 6 · b 6 · c 2 · d 3 per c"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_spec_fails(name: str) -> None:
+    proof = pg.verify(network(), WRONG[name], X)
+    assert not proof.passed and proof.max_error > proof.tolerance
+    assert proof.failed and "FAILED" in str(proof)
+
+
+def test_groups_that_must_move_together_fail_apart() -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x)
+            return self.c(y + torch.relu(self.b(y)))
+
+    model = Residual()
+    right = pg.auto_spec(model, X)
+    assert pg.verify(model, right, X)
+    apart = PermutationSpec.parse("""
+        a.weight  6x4  a .
+        a.bias    6    a
+        b.weight  6x6  b a
+        b.bias    6    b
+        c.weight  2x6  . b
+        c.bias    2    .
+        groups: a 6 · b 6
+    """)
+    assert set(pg.verify(model, apart, X).failed) == {"a", "b"}
+
+
+def test_only_the_groups_at_fault_are_named() -> None:
+    proof = pg.verify(network(), text(_1__bias="6  ."), X)
+    assert proof.failed == ("a",) and proof.groups["b"].error < 1e-12
+
+
+def test_zero_heads_and_fresh_statistics_hide_nothing() -> None:
+    model = network()
+    nn.init.zeros_(model[5].weight)
+    nn.init.ones_(model[1].weight)
+    assert pg.verify(model, text(), X)
+    assert not pg.verify(model, text(_1__running_mean="6  ."), X)
+
+
+def test_a_group_that_has_no_influence_fails_and_its_axes_are_named() -> None:
+    class Dead(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 6), nn.Linear(6, 3), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.c(x) + 0 * self.b(torch.tanh(self.a(x)))
+
+    proof = pg.verify(Dead(), None, X)
+    (name,) = proof.failed
+    assert proof.max_error < 1e-12 and ("a.weight", 0) in proof.groups[name].inert
+    assert "no control changed the output" in str(proof)
+
+
+def test_a_key_bias_under_softmax_is_inert_and_does_not_fail_its_group() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v = (nn.Linear(4, 5) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (self.q(x) @ self.k(x).transpose(1, 2)).softmax(-1) @ self.v(x)
+
+    proof = pg.verify(Attention(), None, (torch.randn(2, 3, 4),), controls="all")
+    assert proof
+    (group,) = (g for g in proof.groups.values() if ("k.bias", 0) in g.inert)
+    assert ("k.weight", 0) not in group.inert and ("q.bias", 0) not in group.inert
+
+
+def test_a_group_with_one_axis_has_a_control() -> None:
+    class Tied(nn.Module):
+        def __init__(self, scale: float) -> None:
+            super().__init__()
+            self.weight, self.scale = nn.Parameter(torch.randn(6, 4)), scale
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.scale * torch.relu(x @ self.weight.t()) @ self.weight
+
+    assert pg.verify(Tied(1.0), None, X)
+    assert pg.verify(Tied(0.0), None, X).failed == ("weight",)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_nothing_of_the_model_changes(train: bool) -> None:
+    model = network().train(train)
+    calls: list[object] = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    before = copy.deepcopy(model.state_dict())
+    identities = [id(p) for p in model.parameters()]
+    x = X[0].clone()
+    rng, dtype, threads = torch.get_rng_state(), torch.get_default_dtype(), torch.get_num_threads()
+    assert pg.verify(model, text(), (x,))
+    assert model.training is train and all(m.training is train for m in model)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert identities == [id(p) for p in model.parameters()] and all(p.grad is None for p in model.parameters())
+    assert torch.equal(x, X[0]) and torch.equal(rng, torch.get_rng_state())
+    assert torch.get_default_dtype() is dtype and torch.get_num_threads() == threads and torch.is_grad_enabled()
+
+
+def test_models_without_data_and_of_low_precision() -> None:
+    with torch.device("meta"):
+        empty = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    assert pg.verify(empty)
+    assert empty[0].weight.is_meta
+    half = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)).to(torch.bfloat16)
+    proof = pg.verify(half)
+    assert proof and proof.max_error < 1e-12  # computed in double precision
+    assert half[0].weight.dtype is torch.bfloat16
+
+
+def test_weights_that_are_not_finite_do_not_matter() -> None:
+    model = network()
+    with torch.no_grad():
+        model[0].weight.fill_(float("nan"))
+    assert pg.verify(model, text(), X)
+
+
+def test_the_seed_decides_all() -> None:
+    a, b, c = (pg.verify(network(), text(), X, seed=seed, controls="all") for seed in (1, 1, 2))
+    assert a.controls == b.controls and a.controls != c.controls
+
+
+def test_without_controls_only_the_error_counts() -> None:
+    proof = pg.verify(network(), text(), X, controls="none")
+    assert proof and proof.controls == ()
+    assert not pg.verify(network(), WRONG["the output moves"], X, controls="none")
+
+
+def test_nothing_to_permute_is_said_plainly() -> None:
+    proof = pg.verify(nn.Linear(3, 2))
+    assert proof and "nothing to permute" in str(proof)
+
+
+def test_tied_names_and_integer_outputs() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = nn.Embedding(7, 6), nn.Linear(6, 7, bias=False)
+            self.head.weight = self.embed.weight
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.head(torch.tanh(self.embed(ids))).argmax(-1)
+
+    ids = torch.randint(0, 7, (64, 5), generator=torch.Generator().manual_seed(0))
+    spec = pg.auto_spec(Tied(), (ids,))
+    assert next(iter(spec.moving.values())).size == 6 and pg.verify(Tied(), spec, (ids,))
+
+
+BAD: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
+    "another architecture": (lambda: pg.verify(nn.Sequential(nn.Linear(4, 6)), text(), X), MismatchError, r"1\.bias"),
+    "another width": (
+        lambda: pg.verify(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)), pg.auto_spec(
+            nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2)), X), X),
+        MismatchError, r"0\.weight",
+    ),
+    "an input of the wrong shape": (lambda: pg.verify(network(), text(), (torch.randn(3, 5),)), CaptureError, "5"),
+    "a model that cannot run": (lambda: pg.verify(nn.ModuleList([nn.Linear(2, 2)]), None, X), CaptureError, "forward"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_clear_error(name: str) -> None:
+    call, kind, words = BAD[name]
+    with pytest.raises(kind, match=words):
+        call()
+
+
+def test_an_unknown_way_of_controls_is_refused() -> None:
+    with pytest.raises(EvaluationError, match="controls"):
+        pg.verify(network(), text(), X, controls="some")  # type: ignore[arg-type]
+
+
+def test_a_spec_is_not_changed_by_its_proof() -> None:
+    spec = text()
+    before = str(replace(spec))
+    pg.verify(network(), spec, X)
+    assert str(spec) == before
