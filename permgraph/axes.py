@@ -28,7 +28,6 @@ from enum import Enum
 
 from permgraph.errors import ConflictError
 
-
 MAX_SKEW = 8
 """How often rows may be cut off the joints of a concatenation within one another: a matrix that is padded and viewed
 with longer rows, so that each is shifted against the one before, would be cut once more for every row."""
@@ -160,7 +159,7 @@ class Axes:
         return self.resolve(self._intern(Kind.PRODUCT, math.prod(f.size for f in factors), factors))
 
     def sum(self, parts: Sequence[Axis], index: Index | None = None) -> Axis:
-        """The concatenation of `parts`, the same one for the same parts if no index is given; empty ones are dropped."""
+        """The concatenation of `parts`, empty ones dropped; without an index, the same one for the same parts."""
         parts = tuple(part for part in parts if part.size)
         if len(parts) == 1:
             return self.resolve(parts[0])

@@ -1,7 +1,7 @@
 """Small systems of constraints on permutations: solved by the algebra, and by brute force.
 
 Each slot of a system is one permutation. A constraint says that two are equal, that a product of some is a product of
-others (a view), that one maps a range to itself as another says (a slice), that one is a concatenation, or the identity.
+others (a view), that one maps a range to itself as another says (a slice), is a concatenation, or the identity.
 """
 
 from __future__ import annotations
