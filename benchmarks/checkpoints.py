@@ -28,7 +28,8 @@ from permgraph.cli.models import spec_of
 from permgraph.io import Staging, open_checkpoint, write_checkpoint
 
 SHARD = 1 << 30  # bytes
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+ROOT = str(Path(__file__).parent.parent)
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [ROOT, os.environ.get("PYTHONPATH")]))}
 
 
 def make(folder: Path, options: argparse.Namespace) -> PermutationSpec:
@@ -99,9 +100,7 @@ def main() -> None:
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024**2
         same = all(filecmp.cmp(file.path, work / "c" / file.path.name, shallow=False) for file in a.files)
         report = json.loads(done.stdout)
-        print(
-            f"align: {report['outcome']}, {report['sweeps']} sweeps, {seconds:.0f} s, peak resident memory {peak:.2f} GiB"
-        )
+        print(f"align: {report['outcome']}, {report['sweeps']} sweeps, {seconds:.0f} s, peak memory {peak:.2f} GiB")
         print(f"the aligned shards are {'byte for byte those' if same else 'NOT those'} of the reference")
         sys.exit(0 if same else 1)
     finally:

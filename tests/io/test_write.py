@@ -1,0 +1,210 @@
+"""Writing checkpoints whole or not at all, and going on after an interruption."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from permgraph.errors import CheckpointError
+from permgraph.io import Staging, open_checkpoint, write_checkpoint
+from permgraph.io import write as module
+
+JOB = {"what": "double"}
+
+
+def double(key: str, tensor: torch.Tensor) -> torch.Tensor:
+    return tensor * 2
+
+
+def source(folder: Path, shards: int = 4) -> dict[str, torch.Tensor]:
+    folder.mkdir()
+    placed = {}
+    state = {f"layer{i}.weight": torch.full((3, 2), float(i)) for i in range(shards)}
+    for name, tensor in state.items():
+        placed[name] = f"{name}.safetensors"
+        save_file({name: tensor}, folder / placed[name], {"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": placed}))
+    (folder / "sub").mkdir()
+    (folder / "sub" / "config.json").write_text("{}")
+    (folder / ".git").mkdir()
+    (folder / ".git" / "HEAD").write_text("ref")
+    return state
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def write(path: Path, out: Path, *, transform: object = double, job: object = JOB, overwrite: bool = False) -> None:
+    with Staging(out, job, overwrite=overwrite) as staging:  # type: ignore[arg-type]
+        write_checkpoint(open_checkpoint(path), staging, transform)  # type: ignore[arg-type]
+
+
+def test_a_folder_with_all_that_belongs_to_it(tmp_path: Path) -> None:
+    state = source(tmp_path / "a")
+    before = contents(tmp_path / "a")
+    seen: list[tuple[int, int]] = []
+    with Staging(tmp_path / "out", JOB) as staging:
+        checkpoint = open_checkpoint(tmp_path / "a")
+        write_checkpoint(checkpoint, staging, double, progress=lambda done, whole: seen.append((done, whole)))
+    assert seen[-1] == (checkpoint.nbytes, checkpoint.nbytes)
+    assert contents(tmp_path / "a") == before
+    assert contents(tmp_path / "out").keys() == {name for name in before if not name.startswith(".git")}
+    written = open_checkpoint(tmp_path / "out")
+    assert all(torch.equal(written[name], 2 * tensor) for name, tensor in state.items())
+    assert sorted(os.listdir(tmp_path)) == ["a", "out"]
+
+
+def test_the_header_of_a_safetensors_file_says_the_same(tmp_path: Path) -> None:
+    state = {"b": torch.ones(3), "a": torch.zeros(0, 2), "c": torch.tensor(True), "d": torch.ones(2).bfloat16()}
+    save_file(state, tmp_path / "a.safetensors", {"format": "pt", "title": "ü"})
+    write(tmp_path / "a.safetensors", tmp_path / "b.safetensors", transform=lambda key, tensor: tensor)
+    assert (tmp_path / "b.safetensors").read_bytes() == (tmp_path / "a.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("after", range(4))
+def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(tmp_path: Path, after: int) -> None:
+    source(tmp_path / "a")
+    write(tmp_path / "a", tmp_path / "whole")
+    done: list[str] = []
+
+    def fails(key: str, tensor: torch.Tensor) -> torch.Tensor:
+        if len(done) == after:
+            raise KeyboardInterrupt
+        done.append(key)
+        return double(key, tensor)
+
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "a", tmp_path / "out", transform=fails)
+    assert not (tmp_path / "out").exists()
+    again: list[str] = []
+
+    def counts(key: str, tensor: torch.Tensor) -> torch.Tensor:
+        again.append(key)
+        return double(key, tensor)
+
+    write(tmp_path / "a", tmp_path / "out", transform=counts)
+    assert len(again) == 4 - after
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert sorted(os.listdir(tmp_path)) == ["a", "out", "whole"]
+
+
+def test_another_job_starts_afresh_and_so_does_a_damaged_shard(tmp_path: Path) -> None:
+    source(tmp_path / "a")
+
+    def stop_at_the_third(key: str, tensor: torch.Tensor) -> torch.Tensor:
+        if key.startswith("layer2"):
+            raise KeyboardInterrupt
+        return double(key, tensor)
+
+    def leave_half() -> Path:
+        with pytest.raises(KeyboardInterrupt):
+            write(tmp_path / "a", tmp_path / "out", transform=stop_at_the_third)
+        return tmp_path / ".out.permgraph" / "out" / "layer0.weight.safetensors"
+
+    leave_half()
+    write(tmp_path / "a", tmp_path / "out", transform=lambda key, tensor: tensor * 3, job={"what": "triple"})
+    assert float(open_checkpoint(tmp_path / "out")["layer1.weight"][0, 0]) == 3
+    write(tmp_path / "a", tmp_path / "whole")
+    for spoil in (lambda path: path.write_bytes(b"spoilt"), lambda path: path.unlink()):
+        (tmp_path / "out").rename(tmp_path / f"old{len(os.listdir(tmp_path))}")
+        spoil(leave_half())
+        write(tmp_path / "a", tmp_path / "out")
+        assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_run_killed_after_the_last_rename_has_only_to_tidy_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(folder: Path) -> None:
+        if folder == tmp_path:
+            raise KeyboardInterrupt
+
+    source(tmp_path / "a")
+    save_file({"x": torch.ones(2)}, tmp_path / "x.safetensors")
+    for path, out in (("a", "out"), ("x.safetensors", "y.safetensors")):
+        with monkeypatch.context() as patch:
+            patch.setattr("permgraph.io.staging._sync_folder", killed)
+            with pytest.raises(KeyboardInterrupt):
+                write(tmp_path / path, tmp_path / out)
+        assert (tmp_path / out).exists()
+        assert (tmp_path / f".{out}.permgraph").exists()
+        write(tmp_path / path, tmp_path / out, transform=None)
+        assert not (tmp_path / f".{out}.permgraph").exists()
+        with pytest.raises(CheckpointError, match="exists already"):
+            write(tmp_path / path, tmp_path / out)
+
+
+def test_overwriting_replaces_files_and_folders(tmp_path: Path) -> None:
+    source(tmp_path / "a")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "stale.txt").write_text("old")
+    with pytest.raises(CheckpointError, match="exists already"):
+        write(tmp_path / "a", tmp_path / "out")
+    write(tmp_path / "a", tmp_path / "out", overwrite=True)
+    assert "stale.txt" not in contents(tmp_path / "out")
+    save_file({"x": torch.ones(2)}, tmp_path / "x.safetensors")
+    (tmp_path / "y.safetensors").write_text("old")
+    write(tmp_path / "x.safetensors", tmp_path / "y.safetensors", overwrite=True)
+    assert torch.equal(load_file(tmp_path / "y.safetensors")["x"], 2 * torch.ones(2))
+
+
+def test_two_runs_at_once(tmp_path: Path) -> None:
+    pytest.importorskip("fcntl")
+    with Staging(tmp_path / "out", JOB), pytest.raises(CheckpointError, match="another run is writing"):
+        Staging(tmp_path / "out", JOB).__enter__()
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[1]", "\xff"])
+def test_a_journal_of_somebody_else_s(tmp_path: Path, content: str) -> None:
+    (tmp_path / ".out.permgraph").mkdir()
+    (tmp_path / ".out.permgraph" / "journal.json").write_text(content)
+    with pytest.raises(CheckpointError, match="not a journal of permgraph's"):
+        Staging(tmp_path / "out", JOB).__enter__()
+
+
+def test_a_folder_of_somebody_else_s(tmp_path: Path) -> None:
+    (tmp_path / ".out.permgraph").mkdir()
+    (tmp_path / ".out.permgraph" / "thesis.txt").write_text("important")
+    with pytest.raises(CheckpointError, match=r"holds 'thesis.txt' and no journal"):
+        Staging(tmp_path / "out", JOB).__enter__()
+    assert (tmp_path / ".out.permgraph" / "thesis.txt").read_text() == "important"
+
+
+def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source(tmp_path / "a")
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage(100, 99, 1))
+    with pytest.raises(CheckpointError, match="the disk has 0.00 GB"):
+        write(tmp_path / "a", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("wrong", [lambda key, t: t.double(), lambda key, t: t[:1]])
+def test_a_transform_must_keep_shape_and_dtype(tmp_path: Path, wrong: object) -> None:
+    source(tmp_path / "a")
+    with pytest.raises(CheckpointError, match="cannot take the place of"):
+        write(tmp_path / "a", tmp_path / "out", transform=wrong)
+
+
+def test_from_safetensors_to_pytorch_and_back(tmp_path: Path) -> None:
+    state = {"x": torch.randn(3, 2), "n": torch.tensor(3)}
+    torch.save({"state_dict": state, "epoch": 1}, tmp_path / "a.ckpt")
+    write(tmp_path / "a.ckpt", tmp_path / "b.safetensors")
+    write(tmp_path / "b.safetensors", tmp_path / "c.pt")
+    for made in (load_file(tmp_path / "b.safetensors"), torch.load(tmp_path / "a.ckpt")["state_dict"]):
+        assert made.keys() == state.keys()
+    assert torch.equal(torch.load(tmp_path / "c.pt")["x"], 4 * state["x"])
+
+
+def test_pytorch_files_have_the_same_bytes_each_time(tmp_path: Path) -> None:
+    torch.save({"x": torch.randn(3, 2)}, tmp_path / "a.pt")
+    write(tmp_path / "a.pt", tmp_path / "b.pt")
+    write(tmp_path / "a.pt", tmp_path / "another_name.pt")
+    assert (tmp_path / "b.pt").read_bytes() == (tmp_path / "another_name.pt").read_bytes()
