@@ -25,7 +25,15 @@ from permgraph.connectivity import (
     weak_connectivity,
 )
 from permgraph.infer import auto_spec
-from permgraph.matching import Alignment, Matcher, MatchResult, WeightMatching, align
+from permgraph.matching import (
+    ActivationMatching,
+    Alignment,
+    Matcher,
+    MatchResult,
+    StraightThrough,
+    WeightMatching,
+    align,
+)
 from permgraph.merging import CycleConsistent, Merge, MergeMany, MergeMethod, ToReference, average, merge
 from permgraph.permutation import Permutation
 from permgraph.rules import rule
@@ -36,6 +44,7 @@ from permgraph.verify import Verification, verify
 __version__ = "0.1.0"
 
 __all__ = [
+    "ActivationMatching",
     "Alignment",
     "Barrier",
     "Captured",
@@ -55,6 +64,7 @@ __all__ = [
     "Permutation",
     "PermutationSpec",
     "RuleReport",
+    "StraightThrough",
     "ToReference",
     "Verification",
     "WeightMatching",

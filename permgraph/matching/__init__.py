@@ -4,6 +4,7 @@ from permgraph.matching.activation_matching import ActivationMatching
 from permgraph.matching.alignment import Alignment, align
 from permgraph.matching.assignment import Assignment, assign, certify
 from permgraph.matching.result import Matcher, MatchResult, NeedsModels, Sweep
+from permgraph.matching.straight_through import StraightThrough
 from permgraph.matching.weight_matching import WeightMatching
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "MatchResult",
     "Matcher",
     "NeedsModels",
+    "StraightThrough",
     "Sweep",
     "WeightMatching",
     "align",

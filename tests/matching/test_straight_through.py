@@ -1,0 +1,239 @@
+"""Straight-through matching: what it keeps, that it leaves no trace, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import permgraph
+from permgraph.errors import MismatchError, NonFiniteError, PermgraphError
+from permgraph.matching import StraightThrough, WeightMatching, align
+
+
+def sgd(parameters):
+    return torch.optim.SGD(parameters, lr=0.5, momentum=0.9)
+
+
+def data(count=256):
+    """Points in eight dimensions, whose class is the sign pattern of two quadratic forms."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(count, 8, generator=generator)
+    y = (x[:, 0] * x[:, 1] > 0).long() + 2 * (x[:, 2] * x[:, 3] > 0).long()
+    return x, y
+
+
+def batches(size=64):
+    x, y = data()
+    return list(zip(x.split(size), y.split(size), strict=True))
+
+
+def trained(seed, width=24, norm=False):
+    torch.manual_seed(seed)
+    normalise = [nn.BatchNorm1d(width)] if norm else []
+    model = nn.Sequential(
+        nn.Linear(8, width), *normalise, nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 4)
+    )
+    x, y = data()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for _ in range(80):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    model.zero_grad()
+    return model.eval()
+
+
+def midpoint_loss(a, b, x, y):
+    """The loss halfway between two networks without normalisation, from the definition."""
+    middle = copy.deepcopy(a)
+    theirs = b.state_dict()
+    middle.load_state_dict({name: (tensor + theirs[name]) / 2 for name, tensor in a.state_dict().items()})
+    with torch.no_grad():
+        return float(nn.functional.cross_entropy(middle(x), y))
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return trained(0), trained(1)
+
+
+def test_recovers_a_planted_permutation(pair):
+    a = pair[0]
+    spec = permgraph.auto_spec(a)
+    secret = spec.random(3)
+    b = copy.deepcopy(a)
+    b.load_state_dict(secret.inverse().apply(a.state_dict()))
+    fit = align(a, b, StraightThrough(batches(), epochs=1), spec=spec)
+    assert fit.permutation == secret
+
+
+def test_is_better_than_weight_matching(pair):
+    a, b = pair
+    x, y = data()
+    plain = midpoint_loss(a, align(a, b).model(), x, y)
+    fit = align(a, b, StraightThrough(batches(), epochs=20, optimizer=sgd))
+    assert midpoint_loss(a, fit.model(), x, y) < 0.95 * plain
+    assert fit.objective > fit.objective_before
+
+
+def test_reports_the_best_that_it_measured(pair):
+    a, b = pair
+    x, y = data()
+    seen = []
+    fit = align(a, b, StraightThrough(batches(), epochs=4, optimizer=sgd), progress=seen.append)
+    assert fit.objective == pytest.approx(-midpoint_loss(a, fit.model(), x, y), rel=1e-5)
+    assert fit.objective_before == pytest.approx(-midpoint_loss(a, b, x, y), rel=1e-5)
+    assert fit.objective >= max(sweep.objective for sweep in fit.history)
+    assert tuple(seen) == fit.history
+    assert [sweep.number for sweep in fit.history] == [1, 2, 3, 4]
+    assert fit.outcome == "sweep limit"
+
+
+def test_without_an_epoch_it_chooses_between_the_identity_and_weight_matching(pair):
+    a, b = pair
+    fit = align(a, b, StraightThrough(batches(), epochs=0))
+    assert fit.permutation == align(a, b).permutation
+    same = align(a, a, StraightThrough(batches(), epochs=0, projection=WeightMatching(max_sweeps=0, init="identity")))
+    assert same.permutation.is_identity
+
+
+def test_goes_on_from_an_earlier_result(pair):
+    a, b = pair
+    spec = permgraph.auto_spec(a)
+    first = align(a, b, StraightThrough(batches(), epochs=8, optimizer=sgd), spec=spec)
+    second = align(a, b, StraightThrough(batches(), epochs=0, init=first.permutation), spec=spec)
+    assert second.objective >= first.objective
+
+
+def test_the_seed_decides(pair):
+    a, b = pair
+    loader = DataLoader(TensorDataset(*data()), batch_size=32, shuffle=True)
+    how = StraightThrough(loader, epochs=2, optimizer=sgd, measured_batches=None)
+    fits = []
+    for noise in (1, 2):
+        torch.manual_seed(noise)
+        fits.append(align(a, b, how, seed=4))
+    assert fits[0].permutation == fits[1].permutation
+    assert [s.objective for s in fits[0].history] == [s.objective for s in fits[1].history]
+
+
+def test_leaves_models_and_the_random_state_alone():
+    a, b = trained(0, norm=True), trained(1, norm=True)
+    a.train()
+    copies = [copy.deepcopy(model.state_dict()) for model in (a, b)]
+    random_state = torch.get_rng_state()
+    with torch.no_grad():
+        align(a, b, StraightThrough(batches(), epochs=1))
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert a.training and not b.training
+    assert all(p.requires_grad and p.grad is None for model in (a, b) for p in model.parameters())
+    for model, state in zip((a, b), copies, strict=True):
+        assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+def test_tied_weights():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(11, 6)
+            self.mix = nn.Linear(6, 6, bias=False)
+            self.head = nn.Linear(6, 11, bias=False)
+            self.head.weight = self.embed.weight
+
+        def forward(self, x):
+            return self.head(torch.relu(self.mix(self.embed(x))))
+
+    torch.manual_seed(0)
+    a, b = Tied(), Tied()
+    tokens = torch.arange(11)
+    fit = align(a, b, StraightThrough([{"x": tokens, "labels": tokens.flip(0)}], epochs=3))
+    assert fit.model().head.weight is fit.model().embed.weight or torch.equal(
+        fit.state_dict["head.weight"], fit.state_dict["embed.weight"]
+    )
+    middle = copy.deepcopy(a)
+    middle.load_state_dict({n: (t + fit.state_dict[n]) / 2 for n, t in a.state_dict().items()})
+    loss = nn.functional.cross_entropy(middle(tokens), tokens.flip(0))
+    assert fit.objective == pytest.approx(-loss.item(), rel=1e-5)
+
+
+def test_gradients_go_straight_to_the_free_weights(pair):
+    """The first step must use the gradient at the midpoint, halved, not that at A."""
+    a, b = pair
+    spec = permgraph.auto_spec(a)
+    kept = {}
+
+    class Spy(torch.optim.SGD):
+        def step(self, closure=None):
+            if not kept:
+                kept["gradients"] = [p.grad.clone() for p in self.param_groups[0]["params"]]
+            return super().step(closure)
+
+    align(a, b, StraightThrough(batches(256), epochs=1, optimizer=lambda p: Spy(p, lr=0.01)), spec=spec)
+    aligned = align(a, b, spec=spec).state_dict
+    middle = copy.deepcopy(a)
+    middle.load_state_dict({name: (tensor + aligned[name]) / 2 for name, tensor in a.state_dict().items()})
+    x, y = data()
+    nn.functional.cross_entropy(middle(x), y).backward()
+    expected = {name: p.grad / 2 for name, p in middle.named_parameters()}
+    moving = [n for n in spec.axes if any(o.group in spec.moving for o in spec.occurrences(n))]
+    assert len(kept["gradients"]) == len(moving) > 2
+    for name, gradient in zip(moving, kept["gradients"], strict=True):
+        assert torch.allclose(gradient, expected[name], atol=1e-6)
+
+
+def test_an_interrupted_run_gives_the_best_so_far(pair):
+    def stop(sweep):
+        raise KeyboardInterrupt
+
+    fit = align(*pair, StraightThrough(batches(), epochs=5), progress=stop)
+    assert fit.outcome == "interrupted"
+    assert fit.sweeps == 1
+    assert fit.objective > fit.objective_before
+
+
+def test_refuses_bad_settings(pair):
+    with pytest.raises(PermgraphError, match="epochs=-1"):
+        StraightThrough([], epochs=-1)
+    with pytest.raises(PermgraphError, match="measured_batches=0"):
+        StraightThrough([], measured_batches=0)
+    with pytest.raises(PermgraphError, match="generator"):
+        StraightThrough(batch for batch in batches())
+    a, b = pair
+    with pytest.raises(MismatchError, match="align\\(\\) with modules"):
+        StraightThrough(batches()).match(a.state_dict(), b.state_dict(), permgraph.auto_spec(a))
+    other = permgraph.auto_spec(trained(0, width=5)).identity()
+    with pytest.raises(MismatchError, match="another spec"):
+        align(a, b, StraightThrough(batches(), init=other))
+
+
+@pytest.mark.parametrize(
+    ("loader", "error", "message"),
+    [
+        ([], PermgraphError, "yielded no batch"),
+        ([torch.zeros(4, 8)], PermgraphError, "holds no targets"),
+        ([(torch.zeros(4, 7), torch.zeros(4).long())], MismatchError, r"batch 1 of the loader, of shape \(4, 7\)"),
+        ([(torch.zeros(4, 8), torch.zeros(3).long())], MismatchError, r"targets of shape \(3,\)"),
+        (
+            [(torch.full((4, 8), float("nan")), torch.zeros(4).long())],
+            NonFiniteError,
+            "the loss at the midpoint is nan",
+        ),
+    ],
+)
+def test_refuses_bad_data(pair, loader, error, message):
+    with pytest.raises(error, match=message):
+        align(*pair, StraightThrough(loader))
+
+
+def test_refuses_a_loss_that_is_no_number(pair):
+    with pytest.raises(PermgraphError, match="one number"):
+        align(*pair, StraightThrough(batches(), loss=nn.CrossEntropyLoss(reduction="none")))
+
+
+def test_says_when_the_free_weights_diverge(pair):
+    with pytest.raises(NonFiniteError, match="lower the learning rate"):
+        align(*pair, StraightThrough(batches(), optimizer=lambda p: torch.optim.SGD(p, lr=float("inf")), epochs=3))
