@@ -1,0 +1,350 @@
+"""Places where a claimed symmetry would be easy to get wrong: whatever is claimed there must hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import permgraph as pg
+from tests.groups.test_layouts import Net, lin, par
+
+X = torch.randn(3, 6, 5, generator=torch.Generator().manual_seed(0))
+CORNERS: dict[str, Callable[[], nn.Module]] = {}
+
+
+def corner(forward: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
+    """A function of an input and of the layers and weights below, 6 of most things."""
+
+    def make() -> nn.Module:
+        return Net(
+            forward, a=lin(5, 6), b=lin(5, 6), c=lin(6, 6), o=lin(6, 2), w=par(6, 6), v=par(6), t=par(4, 6, 6),
+            p=lin(36, 2), r=lin(5, 4), u=par(4, 6, 5), z=par(4, 3, 2), table=nn.Embedding(6, 6),
+        )  # fmt: skip
+
+    CORNERS[forward.__name__.strip("_")] = make
+    return forward
+
+
+@corner
+def outer_product_of_a_vector_with_itself(m: Any, x: Tensor) -> Tensor:
+    y = m.a(x)
+    return m.p((y[..., :, None] * y[..., None, :]).flatten(2))
+
+
+@corner
+def outer_product_with_a_square_weight(m: Any, x: Tensor) -> Tensor:
+    y = m.a(x)
+    return m.o((y[..., :, None] * m.w).sum(-2))
+
+
+@corner
+def rows_of_a_square_weight_as_vectors(m: Any, x: Tensor) -> Tensor:
+    return m.o(m.a(x) * m.w[0] + m.w[:, 1])
+
+
+@corner
+def a_weight_and_its_transpose_added(m: Any, x: Tensor) -> Tensor:
+    return m.o(m.a(x) @ (m.w + m.w.t() * 2))
+
+
+@corner
+def rows_compared_with_columns(m: Any, x: Tensor) -> Tensor:
+    return m.o(m.a(x) @ (m.w * (m.w.sum(0) > m.w.sum(1)).to(x.dtype)))
+
+
+@corner
+def heads_of_a_gram_matrix(m: Any, x: Tensor) -> Tensor:
+    y = m.a(x).unflatten(-1, (3, 2))
+    return m.o(torch.einsum("bsgd,bshd->bsgh", y, m.b(x).unflatten(-1, (3, 2))).flatten(2)[..., :6])
+
+
+@corner
+def heads_shifted_against_each_other(m: Any, x: Tensor) -> Tensor:
+    y = m.a(x).unflatten(-1, (3, 2))
+    return m.o((y * y.roll(1, -2)).flatten(2))
+
+
+@corner
+def channels_of_one_head_in_the_next(m: Any, x: Tensor) -> Tensor:
+    y = m.a(x).unflatten(-1, (3, 2))
+    return m.o(torch.cat([y[..., :1, :], y[..., 1:, :] * y[..., :-1, :]], -2).flatten(2))
+
+
+@corner
+def in_place_into_a_slice(m: Any, x: Tensor) -> Tensor:
+    y = m.a(x)
+    y[..., 1:4] += m.b(x)[..., :3]
+    y[..., 2].mul_(2)
+    return m.o(torch.tanh(y))
+
+
+@corner
+def in_place_through_a_view_of_a_view(m: Any, x: Tensor) -> Tensor:
+    y = m.a(x)
+    y.view(3, 6, 2, 3).transpose(-1, -2)[..., 1].copy_(m.b(x)[..., :3])
+    return m.o(y)
+
+
+@corner
+def in_place_into_zeros(m: Any, x: Tensor) -> Tensor:
+    y = torch.zeros(3, 6, 6, dtype=x.dtype)
+    row = y[:, 0]
+    y[:, 1:] = m.a(x)[:, 1:]
+    row += m.v
+    return m.o(y * m.b(x))
+
+
+@corner
+def zeros_filled_at_one_index(m: Any, x: Tensor) -> Tensor:
+    gate = torch.zeros(6, dtype=x.dtype)
+    gate[2] = 1
+    return m.o(m.a(x) * gate + gate.flip(0) * m.b(x))
+
+
+@corner
+def zeros_written_by_index_put(m: Any, x: Tensor) -> Tensor:
+    y = torch.zeros(6, 6, dtype=x.dtype)
+    y.index_put_((torch.arange(6), torch.arange(6)), m.v)
+    return m.o(m.a(x) @ y @ m.w)
+
+
+@corner
+def ones_accumulated(m: Any, x: Tensor) -> Tensor:
+    return m.o(m.a(x) * torch.ones(6, dtype=x.dtype).cumsum(0))
+
+
+@corner
+def ones_padded(m: Any, x: Tensor) -> Tensor:
+    return m.o(m.a(x) * F.pad(torch.ones(4, dtype=x.dtype), (1, 1)))
+
+
+@corner
+def ones_convolved(m: Any, x: Tensor) -> Tensor:
+    kernel = torch.ones(1, 1, 3, dtype=x.dtype)
+    return m.o(m.a(x) * F.conv1d(torch.ones(1, 1, 6, dtype=x.dtype), kernel, padding=1)[0, 0])
+
+
+@corner
+def the_largest_of_equals(m: Any, x: Tensor) -> Tensor:
+    y = m.a(x)
+    first = torch.zeros_like(y).argmax(-1)
+    return m.o(y * F.one_hot(first, 6) + m.table(first))
+
+
+@corner
+def the_largest_of_what_was_expanded(m: Any, x: Tensor) -> Tensor:
+    y = m.a(x).mean(-1, keepdim=True).expand(-1, -1, 6)
+    return m.o(m.b(x) * y.sort(-1).indices)
+
+
+@corner
+def what_was_expanded_and_written(m: Any, x: Tensor) -> Tensor:
+    y = m.v[:, None].expand(6, 6).clone()
+    y[0] = m.w[1]
+    return m.o(m.a(x) @ y)
+
+
+@corner
+def ones_that_one_branch_reads_and_another_writes(m: Any, x: Tensor) -> Tensor:
+    y = torch.ones(6, dtype=x.dtype)
+    z = m.a(x) * y
+    y[1:3] = 0
+    return m.o(z + m.b(x) * y)
+
+
+@corner
+def an_index_in_two_tables(m: Any, x: Tensor) -> Tensor:
+    chosen = m.r(x).argmax(-1)
+    return m.o(torch.einsum("bsoi,bsi->bso", m.t[chosen], m.a(x)) + m.u[chosen].sum(-1))
+
+
+@corner
+def an_expert_of_the_token_before(m: Any, x: Tensor) -> Tensor:
+    chosen = m.r(x).argmax(-1)
+    hidden = torch.einsum("bsd,bshd->bsh", x, m.u[chosen])
+    return m.o(hidden * hidden.roll(1, 1))
+
+
+@corner
+def an_expert_of_the_next_token(m: Any, x: Tensor) -> Tensor:
+    chosen = m.r(x).argmax(-1)
+    hidden = torch.einsum("bsd,bshd->bsh", x, m.u[chosen])
+    return m.o(hidden[:, 1:] * hidden[:, :-1])
+
+
+@corner
+def experts_of_two_routers_meet(m: Any, x: Tensor) -> Tensor:
+    one, two = m.r(x).argmax(-1), m.r(x).argmin(-1)
+    return m.o(torch.einsum("bsd,bshd->bsh", x, m.u[one]) * torch.einsum("bsd,bshd->bsh", x, m.u[two]))
+
+
+@corner
+def the_first_and_the_second_choice_meet(m: Any, x: Tensor) -> Tensor:
+    chosen = m.r(x).topk(2, -1).indices
+    hidden = torch.einsum("bsd,bskhd->bskh", x, m.u[chosen])
+    return m.o(hidden[:, :, 0] * hidden[:, :, 1])
+
+
+@corner
+def choices_that_change_places(m: Any, x: Tensor) -> Tensor:
+    chosen = m.r(x).topk(2, -1).indices
+    hidden = torch.einsum("bsd,bskhd->bskh", x, m.u[chosen])
+    return m.o((hidden * hidden.flip(2)).sum(2))
+
+
+@corner
+def tokens_sorted_by_expert(m: Any, x: Tensor) -> Tensor:
+    flat = x.flatten(0, 1)
+    chosen = m.r(flat).argmax(-1)
+    order = chosen.argsort(stable=True)
+    hidden = torch.einsum("td,thd->th", flat[order], m.u[chosen[order]])
+    return m.o(hidden * torch.linspace(0, 1, 18, dtype=x.dtype)[:, None])
+
+
+@corner
+def an_index_compared_with_numbers(m: Any, x: Tensor) -> Tensor:
+    chosen = m.r(x).argmax(-1)
+    return m.o(m.a(x) * (chosen[..., None] == torch.arange(6)) + (chosen > 1)[..., None] * m.b(x))
+
+
+@corner
+def an_index_plus_one(m: Any, x: Tensor) -> Tensor:
+    return m.o(m.t[(m.r(x).argmax(-1) + 1) % 4].sum(-1))
+
+
+@corner
+def an_index_of_an_index(m: Any, x: Tensor) -> Tensor:
+    order = m.r(x).mean((0, 1)).argsort()
+    return m.o(torch.einsum("bsn,noi,bsi->bso", m.r(x), m.t[order], m.a(x)))
+
+
+@corner
+def ranks_of_channels(m: Any, x: Tensor) -> Tensor:
+    y = m.a(x)
+    return m.o(y * y.argsort(-1).argsort(-1))
+
+
+@corner
+def channels_below_the_diagonal(m: Any, x: Tensor) -> Tensor:
+    mask = torch.arange(6)[:, None] >= torch.arange(6)[None]
+    return m.o(m.a(x) @ (m.w * mask))
+
+
+@corner
+def channels_that_are_not_themselves(m: Any, x: Tensor) -> Tensor:
+    mask = torch.arange(6)[:, None] != torch.arange(6)[None]
+    return m.o(m.a(x) @ (m.w * mask))
+
+
+@corner
+def a_causal_mask_over_channels(m: Any, x: Tensor) -> Tensor:
+    scores = (m.a(x).transpose(1, 2) @ m.b(x)).masked_fill(torch.ones(6, 6).triu(1).bool(), -1e9)
+    return m.o(m.a(x) @ scores.softmax(-1))
+
+
+@corner
+def dependence_through_a_sum(m: Any, x: Tensor) -> Tensor:
+    y = m.a(x).unflatten(-1, (3, 2))
+    return m.o((y * y.sum(-2, keepdim=True)).flatten(2))
+
+
+@corner
+def dependence_through_an_expansion(m: Any, x: Tensor) -> Tensor:
+    y = m.a(x).unflatten(-1, (3, 2))
+    shared = m.b(x).unflatten(-1, (3, 2)).mean(-2, keepdim=True).expand(-1, -1, 3, -1)
+    return m.o(torch.tanh(y + shared).flatten(2))
+
+
+@corner
+def three_factors_of_which_two_meet(m: Any, x: Tensor) -> Tensor:
+    y = torch.einsum("bsr,rij->bsij", m.r(x), m.z)
+    return m.o(torch.tanh(y).flatten(2)) + m.o(torch.tanh(y.transpose(-1, -2)).flatten(2))
+
+
+@corner
+def a_product_read_in_two_ways(m: Any, x: Tensor) -> Tensor:
+    y = m.a(x)
+    one = y.unflatten(-1, (2, 3)).softmax(-1).flatten(2)
+    two = y.unflatten(-1, (3, 2)).softmax(-1).flatten(2)
+    return m.o(one * two)
+
+
+@corner
+def slices_across_the_factors(m: Any, x: Tensor) -> Tensor:
+    y = m.a(x).unflatten(-1, (3, 2)).softmax(-1).flatten(2)
+    return m.o(torch.cat([y[..., 1:5], y[..., :1], y[..., 5:]], -1))
+
+
+@corner
+def joined_and_cut_elsewhere(m: Any, x: Tensor) -> Tensor:
+    y = torch.cat([m.a(x), m.b(x)], -1)
+    return m.o(y[..., 2:8] + y[..., 4:10])
+
+
+@corner
+def joined_with_itself(m: Any, x: Tensor) -> Tensor:
+    y = m.a(x)
+    z = torch.cat([y, y], -1)
+    return m.o(z[..., 3:9] * y)
+
+
+@corner
+def stacked_and_swapped(m: Any, x: Tensor) -> Tensor:
+    y = torch.stack([m.a(x), m.b(x)], -2)
+    return m.o((y * y.flip(-2)).sum(-2))
+
+
+@corner
+def stacked_and_transposed(m: Any, x: Tensor) -> Tensor:
+    y = torch.stack([m.a(x), m.b(x)], -1)
+    return m.o(torch.tanh(y.flatten(2)[..., :6]) * torch.tanh(y.flatten(2)[..., 6:]))
+
+
+@corner
+def shared_modules_on_different_streams(m: Any, x: Tensor) -> Tensor:
+    return m.o(m.c(torch.tanh(m.c(m.a(x)))) + m.c(m.b(x)))
+
+
+@corner
+def an_embedding_used_transposed(m: Any, x: Tensor) -> Tensor:
+    scores = m.a(x) @ m.table.weight
+    return m.o(m.table(scores.argmax(-1)) @ m.table.weight.t())
+
+
+@corner
+def weights_over_a_square_axis(m: Any, x: Tensor) -> Tensor:
+    return m.o(torch.einsum("bsi,ij,bsj->bsj", m.a(x), m.w.softmax(0), m.b(x)) @ m.w.softmax(1).t())
+
+
+@corner
+def windows_of_channels(m: Any, x: Tensor) -> Tensor:
+    return m.o(F.pad(m.a(x).unfold(-1, 3, 1).mean(-1), (1, 1)))
+
+
+@corner
+def a_vector_that_weighs_positions(m: Any, x: Tensor) -> Tensor:
+    return m.o(m.a(x) * m.v[:, None] + m.b(x) * m.v)
+
+
+@corner
+def a_determinant_and_an_inverse(m: Any, x: Tensor) -> Tensor:
+    eye = torch.eye(6, dtype=x.dtype)
+    return m.o(m.a(x) @ torch.linalg.inv(m.w @ m.w.t() + eye))
+
+
+@corner
+def distances_between_rows(m: Any, x: Tensor) -> Tensor:
+    return m.o(m.a(x) @ torch.cdist(m.w, m.w))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", CORNERS)
+def test_what_is_claimed_holds(name: str) -> None:
+    model = CORNERS[name]()
+    proof = pg.verify(model, None, (X,), controls="none")
+    assert proof.passed, f"{proof}\n{pg.auto_spec(model, (X,))}"
