@@ -90,7 +90,8 @@ def layerwise_barriers(
     Args:
         a, b, evaluate, points, model, prepare, higher_is_better: as for ``barrier``.
         layers: a name for each group of layers, to one or several patterns (as in ``fnmatch``) of the state-dict names
-            that move with it. By default each module that holds parameters or buffers is a layer of its own.
+            that move with it. By default each module that holds parameters or buffers is a layer of its own, and so is
+            each parameter or buffer that the model itself holds.
         progress: called as ``progress(done, all)`` after each evaluation.
 
     Tied names move together where a pattern matches one of them.
@@ -149,7 +150,8 @@ def _layers(state: Mapping[str, Tensor], layers: Mapping[str, str | Sequence[str
     if layers is None:
         for names in tied.values():
             # A tied tensor belongs to the first module that holds it.
-            found.setdefault(min(names, key=list(state).index).rpartition(".")[0], set()).update(names)
+            first = min(names, key=list(state).index)
+            found.setdefault(first.rpartition(".")[0] or first, set()).update(names)
         return {layer: frozenset(names) for layer, names in found.items()}
     for layer, given in layers.items():
         patterns = (given,) if isinstance(given, str) else tuple(given)

@@ -95,6 +95,16 @@ def test_tied_tensors_move_together() -> None:
     assert found.paths["head"].losses == pytest.approx((0, 2, 4))
 
 
+def test_what_the_model_itself_holds_is_named_after_itself() -> None:
+    class Root(Two):
+        def __init__(self, z: float) -> None:
+            super().__init__(1, 1)
+            self.z = nn.Parameter(torch.tensor(z, dtype=torch.float64))
+
+    found = layerwise_barriers(Root(0), Root(2), lambda net: float(net.z), points=3)  # type: ignore[arg-type]
+    assert {name: path.losses[-1] for name, path in found.paths.items()} == {"z": 2, "one": 0, "other": 0}
+
+
 def test_a_loss_that_is_not_a_number_is_not_lost() -> None:
     def loss(net: nn.Module) -> float:
         return math.nan if float(net.one.x) == 0 else 1.0  # type: ignore[union-attr,arg-type]

@@ -1,0 +1,132 @@
+"""Merge more and more networks, and see what is left of them.
+
+Networks of each architecture are trained from different seeds and averaged: as they are, each brought to the first, by
+MergeMany (Ainsworth et al. 2022) and by cycle-consistent matching (Crisostomi et al. 2024). The mean is then the centre
+of a star: the barriers from it to each network are measured too. Last, what goes wrong where each pair is matched by
+itself: the share of units that does not come back after a cycle of three.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from common import Setting, arguments, bar, console, figure, line, settings, table
+from matplotlib.axes import Axes
+from rich.console import Console
+
+import permgraph as pg
+
+METHODS: dict[str, pg.MergeMethod | None] = {
+    "naive": None,
+    "to the first": pg.ToReference(),
+    "MergeMany": pg.MergeMany(),
+    "cycle-consistent": pg.CycleConsistent(),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method on so many networks."""
+
+    method: str
+    count: int
+    objective: float
+    loss: float
+    accuracy: float
+    star: float | None
+    cycle: float | None
+    seconds: float
+
+
+def run(setting: Setting, seeds: Sequence[int], points: int, where: Console) -> list[Row]:
+    """Every method on two and more networks; barriers for all of them only."""
+    with bar(where, f"{setting.name}: training", len(seeds) * setting.epochs) as step:
+        networks = [setting.network(setting.train(seed, step=step)[-1]) for seed in seeds]
+    rows = []
+    ends = [setting.evaluate(network) for network in networks]
+    mean = {metric: sum(end[metric] for end in ends) / len(ends) for metric in ("loss", "accuracy")}
+    rows.append(Row("single, mean", 1, float("nan"), mean["loss"], mean["accuracy"], None, None, 0.0))
+    spec = pg.auto_spec(networks[0])
+    counts = range(2, len(networks) + 1)
+    with bar(where, f"{setting.name}: merging", len(METHODS) * len(counts)) as step:
+        for name, method in METHODS.items():
+            for count in counts:
+                chosen, start = networks[:count], time.perf_counter()
+                merged = pg.merge(chosen, method or pg.ToReference(), spec=spec)
+                seconds = time.perf_counter() - start if method else 0.0
+                state = merged.state_dict if method else pg.average(chosen)
+                centre = setting.prepare(setting.network(state))
+                found = setting.evaluate(centre)
+                star = None
+                if count == len(networks):
+                    permuted = [p.apply(n.state_dict()) for p, n in zip(merged.permutations, chosen, strict=True)]
+                    ends = permuted if method else [network.state_dict() for network in chosen]
+                    # The ends of these lines are a network and a mean of networks, with statistics of its own.
+                    star = max(setting.barrier(centre, end, points).barrier for end in ends)
+                cycle = around(merged) if method and count >= 3 else None
+                objective = merged.objective if method else merged.objective_before
+                rows.append(Row(name, count, objective, found["loss"], found["accuracy"], star, cycle, seconds))
+                step()
+    if len(networks) >= 3:
+        pairs = [pg.align(networks[i], networks[j], spec=spec).permutation for i, j in ((0, 1), (1, 2), (2, 0))]
+        rows.append(Row("each pair by itself", 3, *[float("nan")] * 3, None, moved(*pairs), 0.0))
+    return rows
+
+
+def around(merged: pg.Merge) -> float:
+    """The share of units that do not come back after going from model to model in a circle of three."""
+    return moved(merged.pairwise(0, 1), merged.pairwise(1, 2), merged.pairwise(2, 0))
+
+
+def moved(one: pg.Permutation, two: pg.Permutation, three: pg.Permutation) -> float:
+    """The share of units that three permutations, one after another, move."""
+    circle = one @ two @ three
+    return sum(circle.moved().values()) / sum(array.size for array in circle.arrays.values())
+
+
+def main(given: Sequence[str] | None = None) -> dict[str, list[Row]]:
+    """Run the experiment and return its rows."""
+    options = arguments(__doc__, models=("MLP", "ResNet", "ViT"), seeds=(1, 2, 3, 4, 5)).parse_args(given)
+    if len(options.seeds) < 2:
+        raise SystemExit("--seeds: give at least two")
+    where = console()
+    found: dict[str, list[Row]] = {}
+    result = table(
+        f"Merging {len(options.seeds)} networks, seeds {' '.join(map(str, options.seeds))}",
+        *("", "networks", "objective", "test loss", "accuracy", "star", "cycle", "s"),
+        caption="Objective: sum of inner products over pairs. Star: highest barrier in test loss from the mean to a "
+        "network.\nCycle: share of units that do not come back after a circle of three networks.",
+    )
+    for setting in settings(options):
+        rows = found[setting.name] = run(setting, options.seeds, options.points, where)
+        result.add_row(f"[bold]{setting.name}, width {setting.width}")
+        for row in rows:
+            if (row.count in (1, 3) and row.method.startswith(("single", "each"))) or row.count == len(options.seeds):
+                values = [
+                    *(
+                        f"{v:.{d}f}" if v == v else ""
+                        for v, d in ((row.objective, 0), (row.loss, 3), (row.accuracy, 3))
+                    ),
+                    "" if row.star is None else f"{row.star:.3f}",
+                    "" if row.cycle is None else f"{row.cycle:.3f}",
+                    f"{row.seconds:.1f}" if row.seconds else "",
+                ]
+                result.add_row(row.method, str(row.count), *values)
+    where.print(result)
+
+    def draw(axes: list[Axes]) -> None:
+        for ax, (name, rows) in zip(axes, found.items(), strict=True):
+            for number, method in enumerate(METHODS):
+                points = [(row.count, row.accuracy) for row in rows if row.method == method]
+                line(ax, number, [1, *(n for n, _ in points)], [rows[0].accuracy, *(a for _, a in points)], method)
+            ax.set(title=name, xlabel="networks in the mean", ylabel="test accuracy")
+        axes[0].legend(frameon=False)
+
+    figure(len(found), options.out / "many_models.png", draw)
+    return found
+
+
+if __name__ == "__main__":
+    main()
