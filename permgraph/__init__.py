@@ -28,6 +28,7 @@ from permgraph.infer import auto_spec
 from permgraph.matching import (
     ActivationMatching,
     Alignment,
+    FrankWolfe,
     Matcher,
     MatchResult,
     StraightThrough,
@@ -54,6 +55,7 @@ __all__ = [
     "ExampleInputs",
     "FeatureAgreement",
     "FeatureConnectivity",
+    "FrankWolfe",
     "Group",
     "LayerwiseBarriers",
     "MatchResult",

@@ -3,6 +3,7 @@
 from permgraph.matching.activation_matching import ActivationMatching
 from permgraph.matching.alignment import Alignment, align
 from permgraph.matching.assignment import Assignment, assign, certify
+from permgraph.matching.frank_wolfe import FrankWolfe
 from permgraph.matching.result import Matcher, MatchResult, NeedsModels, Sweep
 from permgraph.matching.straight_through import StraightThrough
 from permgraph.matching.weight_matching import WeightMatching
@@ -11,6 +12,7 @@ __all__ = [
     "ActivationMatching",
     "Alignment",
     "Assignment",
+    "FrankWolfe",
     "MatchResult",
     "Matcher",
     "NeedsModels",

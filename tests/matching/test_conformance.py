@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from permgraph.errors import MismatchError, NonFiniteError
-from permgraph.matching import WeightMatching
+from permgraph.matching import FrankWolfe, WeightMatching
 from permgraph.matching.result import Matcher
 from tests.matching.examples import SPECS, best_of_all, inner, planted, state
 
@@ -17,6 +17,8 @@ MATCHERS = {
     "weight matching, identity": WeightMatching(init="identity"),
     "weight matching, in order, no memory": WeightMatching(order="given", memory=0),
     "weight matching, cosine": WeightMatching(objective="cosine"),
+    "Frank-Wolfe": FrankWolfe(),
+    "Frank-Wolfe, identity": FrankWolfe(init="identity"),
 }
 """Every matcher that needs nothing but the two state dicts."""
 
