@@ -44,7 +44,9 @@ demo: $(VENV)/.demo
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
+# Resumes where it stopped, and writes docs/coverage.md; then the tests that are marked as zoo.
 zoo: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.zoo sweep
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m zoo $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev

@@ -25,14 +25,16 @@ DEPTH = re.compile(
 )
 DEPTHS = re.compile(r"^(depths|num_blocks|layers|layer_depths|num_conv_layers|stage_depths|num_hidden_layers)$")
 WIDTH = re.compile(
-    r"(hidden|embed\w*|intermediate|ffn|feed_?forward|mlp|inner|head|proj\w*|projection|state|filter|model|lora|latent|"
-    r"expert|rank|bottleneck|codebook|latents?|conv)_(size|dims?|channels?|width|rank|ff)$"
-    r"|^(\w*d_(model|ff|kv|state|conv|inner|ssm|\w+)|mamba_\w*d_\w+|n_embd|n_inner|dim|width|\w*_?ffn_dim|hidden_dim|\w*embed_dim|\w*hidden_sizes?|dims|channels|"
-    r"\w*_lora_rank|\w*head_dim|\w*_dim|\w*_hidden_size|embedding_size|\w*_channels|\w*_channel_list|lm_head_dims|emb_dim)$"
+    r"(hidden|embed\w*|intermediate|ffn|feed_?forward|mlp|inner|head|proj\w*|projection|state|filter|model|lora|latents?|"
+    r"expert|rank|bottleneck|codebook|conv)_(size|dims?|channels?|width|rank|ff)$"
+    r"|^((\w+_)?d_\w+|n_embd|n_inner|dims?|\w*_dim|width|channels|\w*_channels|\w*_channel_list|\w*hidden_sizes?|num_filters|"
+    r"\w*embed_dim|\w*_lora_rank|lm_head_dims)$"
 )
-KEPT = re.compile(r"^(image_|patch_|window_|num_channels|in_channels|audio_channels|num_mel_bins|in_chans|rope|rotary|kernel|conv_kernel_dim)")
+KEPT = re.compile(
+    r"^(image_|patch_|window_|num_channels|in_cha|audio_channels|num_mel_bins|rope|rotary|kernel|conv_kernel_dim)"
+)
 LENGTH = re.compile(r"^(max_position_embeddings|n_positions|max_seq_len|n_ctx|max_sequence_length|seq_length)$")
-VOCAB = re.compile(r"^(\w+_)?vocab_size\w*$|^n_vocab$")
+VOCAB = re.compile(r"^(\w+_)?vocab_size\w*$|^n_vocab$|_vocab$")
 EXPERTS = re.compile(r"^(num_experts|n_routed_experts|num_local_experts|moe_num_experts|num_routed_experts)$")
 CHOSEN = re.compile(r"^(num_experts_per_tok(en)?|moe_top_?k|top_k|moe_k|experts_per_token)$")
 
@@ -52,10 +54,8 @@ SHRINKS = (
     Shrink(16, 2), Shrink(8, 2, 8), Shrink(16, 4), Shrink(4, 2, 16), Shrink(1, 2), Shrink(1, 2, experts=False),
     Shrink(1, 2, vocabulary=False, experts=False), Shrink(8, 1000, 8), Shrink(1, 1000, vocabulary=False, experts=False),
 )  # fmt: skip
-#: What is put in place of None: numbers that some configurations leave to their checkpoints.
-MISSING = {"prediction_length": 4, "rope_theta": 10000.0}
 #: A model with more parameters than this is not built.
-LARGEST = 150_000_000
+LARGEST = 200_000_000
 
 
 def small_models(cls: type[nn.Module]) -> Iterator[nn.Module]:
@@ -97,12 +97,19 @@ def configs(config_class: Any) -> Iterator[Any]:
 
 
 def filled(config: dict[str, Any]) -> dict[str, Any]:
-    """A copy with numbers where a configuration has none and its models need one."""
-    return {
-        name: filled(value) if isinstance(value, dict) and all(isinstance(key, str) for key in value)
-        else MISSING.get(name) if value is None else value
-        for name, value in config.items()
+    """A copy with numbers where a configuration has none, which some leave to their checkpoints."""
+    heads, width = config.get("num_attention_heads"), config.get("hidden_size")
+    missing = {
+        "prediction_length": 4, "rope_theta": 10000.0, "n_routed_experts": 8, "n_shared_experts": 1,
+        "num_key_value_heads": heads, "head_dim": width // heads if _is_size(width) and _is_size(heads) else None,
     }  # fmt: skip
+    found = {name: missing.get(name) if value is None else value for name, value in config.items()}
+    nested = {name: filled(value) for name, value in found.items() if _is_nested(value)}
+    return {**found, **nested}
+
+
+def _is_nested(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(key, str) for key in value)
 
 
 def shrunk(config: dict[str, Any], shrink: Shrink) -> dict[str, Any]:
@@ -113,7 +120,7 @@ def shrunk(config: dict[str, Any], shrink: Shrink) -> dict[str, Any]:
         depth = None  # stages, each with a depth of its own: all of them stay
     for name, value in config.items():
         if isinstance(value, dict):
-            found[name] = shrunk(value, shrink) if all(isinstance(key, str) for key in value) else value
+            found[name] = shrunk(value, shrink) if _is_nested(value) else value
         elif name.endswith("layer_types") and isinstance(value, list) and value:
             found[name] = varied(value, min(shrink.depth, len(value)))
         elif isinstance(value, list) and depth and len(value) == depth and not DEPTHS.search(name):

@@ -39,6 +39,13 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
+def _append(path: Path, text: str) -> None:
+    """Add a line; one that was cut off before it stays a line of its own."""
+    cut_off = path.exists() and path.read_bytes()[-1:] not in (b"\n", b"")
+    with path.open("a") as file:
+        file.write("\n" * cut_off + text + "\n")
+
+
 def sweep(
     zoo: str,
     names: Sequence[str] | None = None,
@@ -57,8 +64,7 @@ def sweep(
     todo = [n for n in (names or ZOOS[zoo].names()) if n not in known or known[n]["status"] in again]
     for at, name in enumerate(todo):
         record = in_process(zoo, name, controls, seconds, gib)
-        with path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        _append(path, json.dumps(record))
         known[name] = record
         print(f"{at + 1}/{len(todo)} {line(record)}", flush=True)
     return known

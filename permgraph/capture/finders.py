@@ -1,13 +1,14 @@
 """The finders of example inputs that come with the library.
 
 Sizes are only bookkeeping to the graph, so they are small, and unlike the sizes that models are made of: a batch of 2,
-7 positions. Values are random and fixed, so that the inputs may serve for a real forward pass later.
+19 positions. Values are random and fixed, so that the inputs may serve for a real forward pass later.
 """
 
 from __future__ import annotations
 
 import inspect
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from permgraph.capture.inputs import Candidate, input_finder
 
 BATCH = 2
-LENGTH = 7
+LENGTH = 19
 #: Square image sizes in the order in which they are tried.
 SIDES = (32, 64, 224, 299, 28, 96, 128, 160, 192, 256, 384, 448, 512, 16, 8)
 
@@ -178,6 +179,19 @@ def _segments(model: nn.Module) -> Iterator[Tensor]:
     yield torch.zeros(BATCH, LENGTH, dtype=torch.int64, device="cpu")
 
 
+def _grid(model: nn.Module) -> Iterator[Tensor]:
+    yield torch.tensor([[1, 4, 4]], device="cpu")  # one image: frames, rows, columns of patches
+
+
+def _patches(model: nn.Module) -> Iterator[Tensor]:
+    """The patches of that one image as rows, flattened as the first layer wants them."""
+    first = next((m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d, nn.Linear))), None)
+    if isinstance(first, nn.Linear):
+        yield floats(model, 16, first.in_features)
+    elif first is not None:
+        yield floats(model, 16, first.in_channels * math.prod(first.kernel_size))
+
+
 #: Makers of an argument's values, likeliest first, by the argument's name.
 BY_NAME: dict[str, Callable[[nn.Module], Iterator[Tensor]]] = {
     **dict.fromkeys(("input_ids", "decoder_input_ids", "token_ids", "tokens", "idx"), _token_ids),
@@ -190,7 +204,21 @@ BY_NAME: dict[str, Callable[[nn.Module], Iterator[Tensor]]] = {
     "bbox": _boxes,
     **dict.fromkeys(("token_type_ids", "position_ids", "segment_ids"), _segments),
     "edge_index": _edges,
+    **dict.fromkeys(("grid_thw", "image_grid_thw"), _grid),
 }
+
+
+def _grid(model: nn.Module) -> Iterator[Tensor]:
+    yield torch.tensor([[1, 4, 4]], device="cpu")  # one image: frames, rows, columns of patches
+
+
+def _patches(model: nn.Module) -> Iterator[Tensor]:
+    """The rows of patches of that one image, flattened as the first layer wants them."""
+    first = next((m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d, nn.Linear))), None)
+    if isinstance(first, nn.Linear):
+        yield floats(model, 16, first.in_features)
+    elif first is not None:
+        yield floats(model, 16, first.in_channels * math.prod(first.kernel_size))
 
 
 # -- tensors for a layer ----------------------------------------------------------------------------------------
@@ -284,6 +312,10 @@ def from_layers(model: nn.Module) -> Iterator[Candidate]:
             chosen = dict(zip(known, choice, strict=True))
             # Each argument is a tensor of its own: attention, for one, asks whether its query is its key.
             yield tuple(chosen[name] if name in chosen else shape.clone() for name in names), {}
+    grids = [name for name in names if BY_NAME.get(name) is _grid]
+    if grids:  # vision towers that take patches of images of any size in one row
+        for patches in _patches(model):
+            yield (), {name: next(_grid(model)) if name in grids else patches for name in names}
     if unknown == names:
         bilinear = next((m for m in model.modules() if isinstance(m, nn.Bilinear)), None)
         if bilinear is not None and len(names) == 2:
@@ -330,3 +362,13 @@ def from_huggingface(model: nn.Module) -> Iterator[Candidate]:
     dummy = getattr(model, "dummy_inputs", None)
     if isinstance(dummy, dict):
         yield (), dict(dummy)
+
+
+@input_finder("patches")
+def from_patches(model: nn.Module) -> Iterator[Candidate]:
+    """Vision towers that take the patches of images of any size in one row, and each image's rows and columns."""
+    names = required(model)
+    grids = [name for name in names if BY_NAME.get(name) is _grid]
+    if grids:
+        for patches in _patches(model):
+            yield (), {name: next(_grid(model)) if name in grids else patches for name in names}

@@ -36,24 +36,24 @@ class Small(nn.Module):
     [
         (nn.Linear(3, 5), [(2, 3)]),
         (nn.Sequential(nn.Flatten(), nn.Linear(784, 5)), [(2, 784)]),
-        (nn.Sequential(nn.Embedding(11, 4), nn.Linear(4, 3)), [(2, 7)]),
-        (nn.EmbeddingBag(11, 4), [(2, 7)]),
+        (nn.Sequential(nn.Embedding(11, 4), nn.Linear(4, 3)), [(2, 19)]),
+        (nn.EmbeddingBag(11, 4), [(2, 19)]),
         (nn.Conv1d(3, 4, 5), [(2, 3, 32)]),
         (nn.Conv2d(3, 4, 5), [(2, 3, 32, 32)]),
         (nn.Conv3d(3, 4, 5), [(2, 3, 8, 32, 32)]),
         (nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(4 * 26 * 26, 3)), [(2, 1, 28, 28)]),
         (Small(), [(2, 3, 32, 32)]),
         (Small(96), [(2, 3, 96, 96)]),
-        (nn.LSTM(3, 5), [(2, 7, 3)]),
+        (nn.LSTM(3, 5), [(2, 19, 3)]),
         (nn.GRUCell(3, 5), [(2, 3)]),
         (nn.BatchNorm1d(3), [(2, 3)]),
-        (nn.BatchNorm3d(3), [(2, 3, 7, 7, 7)]),
+        (nn.BatchNorm3d(3), [(2, 3, 19, 19, 19)]),
         (nn.GroupNorm(2, 4), [(2, 4)]),
         (nn.LayerNorm(4), [(2, 4)]),
-        (nn.ReLU(), [(2, 7)]),
-        (nn.Transformer(8, 2, 1, 1, 16, batch_first=True), [(2, 7, 8), (2, 7, 8)]),
-        (nn.TransformerDecoderLayer(8, 2, 16), [(2, 7, 8), (2, 7, 8)]),
-        (nn.MultiheadAttention(8, 2), [(2, 7, 8)] * 3),
+        (nn.ReLU(), [(2, 19)]),
+        (nn.Transformer(8, 2, 1, 1, 16, batch_first=True), [(2, 19, 8), (2, 19, 8)]),
+        (nn.TransformerDecoderLayer(8, 2, 16), [(2, 19, 8), (2, 19, 8)]),
+        (nn.MultiheadAttention(8, 2), [(2, 19, 8)] * 3),
         (nn.Bilinear(3, 4, 5), [(2, 3), (2, 4)]),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
@@ -79,7 +79,7 @@ def test_arguments_by_name_and_by_layer():
         def forward(self, input_ids: Tensor, pixel_values: Tensor, scale: float = 1.0) -> Tensor:
             return self.embed(input_ids).sum(1) + self.conv(pixel_values).sum((2, 3)) * scale
 
-    assert shapes(Model()) == [(2, 7), (2, 3, 32, 32)]
+    assert shapes(Model()) == [(2, 19), (2, 3, 64, 64)]
 
 
 def test_bare_parameters():

@@ -1,0 +1,109 @@
+"""A sample of each zoo, measured as the sweeps measure, and the sweeps themselves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.zoo import report
+from benchmarks.zoo.measure import measure
+from benchmarks.zoo.names import ZOOS
+from benchmarks.zoo.small import Shrink, shrunk
+from benchmarks.zoo.sweep import in_process, read, sweep, warm_up
+
+torchvision = pytest.importorskip("torchvision")
+
+SAMPLE = [
+    ("torchvision", "squeezenet1_1"),
+    ("torchvision", "shufflenet_v2_x0_5"),
+    ("torchvision", "mobilenet_v3_small"),
+    ("timm", "test_resnet"),
+    ("timm", "test_vit"),
+    ("timm", "test_convnext"),
+    ("timm", "test_efficientnet"),
+    ("timm", "test_nfnet"),
+    ("transformers", "BertModel"),
+    ("transformers", "T5Model"),
+    ("transformers", "GptOssModel"),
+    ("transformers", "FalconMambaModel"),
+    ("transformers", "ConvNextV2Model"),
+    ("transformers", "ViltModel"),
+    ("heads", "causal-lm/GPTBigCodeForCausalLM"),
+    ("heads", "masked-lm/RoFormerForMaskedLM"),
+    ("heads", "sequence-classification/OPTForSequenceClassification"),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _warm() -> None:
+    pytest.importorskip("timm")
+    pytest.importorskip("transformers")
+    warm_up()
+
+
+@pytest.mark.parametrize(("zoo", "name"), SAMPLE, ids=lambda value: value)
+def test_a_sample_is_verified(zoo: str, name: str) -> None:
+    record = measure(zoo, name)
+    assert record["status"] == "verified", record
+    assert record["groups"] > 0
+    assert record["unknown"] == {}
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("zoo", list(ZOOS))
+def test_nothing_in_a_zoo_is_wrong(zoo: str) -> None:
+    records = sweep(zoo)
+    assert [name for name, record in records.items() if record["status"] in ("wrong", "not inferred")] == []
+
+
+def test_a_crash_or_a_hang_is_a_record() -> None:
+    assert in_process("torchvision", "resnet18", seconds=0.01)["status"] == "not captured"
+    record = in_process("torchvision", "no such model")
+    assert record["status"] == "not built"
+    assert "no such model" in record["error"]
+
+
+def test_sweeps_resume(tmp_path: Path) -> None:
+    done = {"zoo": "timm", "name": "test_vit", "status": "wrong", "seconds": 1.0}
+    cut_off = '{"zoo": "timm", "na'
+    (tmp_path / "timm.jsonl").write_text(json.dumps(done) + "\n" + cut_off)
+    assert sweep("timm", ["test_vit"], results=tmp_path) == {"test_vit": done}
+    again = sweep("timm", ["test_vit"], again=["wrong"], controls="none", results=tmp_path)
+    assert again["test_vit"]["status"] == "verified"
+    assert read(tmp_path / "timm.jsonl") == again
+
+
+def test_the_report_counts_and_lists(tmp_path: Path) -> None:
+    common = {"zoo": "timm", "seconds": 1.0, "pins": {"padded with 3": 2}, "nodes": 7, "mode": "fake"}
+    records = [
+        {**common, "name": "good", "status": "verified", "groups": 3, "log_order": 9.5, "max_error": 1e-15},
+        {**common, "name": "bad", "status": "wrong", "groups": 3, "log_order": 9.5, "error": "an error of 1 | 2"},
+        {**common, "name": "rigid", "status": "inferred", "groups": 0, "log_order": 0.0, "unknown": {"aten.odd": 2}},
+        {"zoo": "timm", "seconds": 1.0, "name": "absent", "status": "not built", "error": "No /home/someone/file"},
+    ]
+    (tmp_path / "timm.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    page = tmp_path / "coverage.md"
+    report.write(tmp_path, page)
+    text = page.read_text()
+    assert f"| {ZOOS['timm'].title} | 4 | 3 | 3 | 3 | 2 | 0 | 1 | 0 | 1 |" in text
+    assert "| bad | wrong | an error of 1 \\| 2 |" in text
+    assert "| padded with n | 6 |" in text
+    assert "| `aten.odd` | 1 | rigid |" in text
+    assert "/home" not in text
+
+
+def test_configurations_shrink_by_what_names_mean() -> None:
+    config = {
+        "hidden_size": 768, "num_attention_heads": 12, "head_dim": 64, "num_hidden_layers": 12, "vocab_size": 50000,
+        "image_token_id": 49999, "image_size": 224, "layer_types": ["a", "a", "a", "b"] * 3,
+        "rope_parameters": {"mrope_section": [16, 24, 24]}, "id2label": {0: "x"}, "num_experts": 64,
+    }  # fmt: skip
+    small = shrunk(config, Shrink(8, 2))
+    assert small["hidden_size"] == 96 and small["head_dim"] == 8 and small["num_attention_heads"] == 12
+    assert small["layer_types"] == ["a", "b"] and small["num_hidden_layers"] == 2
+    assert 0 < small["image_token_id"] < small["vocab_size"] < 1000
+    assert small["image_size"] == 224 and small["num_experts"] == 8
+    assert small["rope_parameters"]["mrope_section"] == [2, 3, 3]
+    assert config["hidden_size"] == 768
