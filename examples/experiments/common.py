@@ -80,9 +80,11 @@ class Setting:
 
     def prepare(self, network: nn.Module, t: float = 0.5) -> nn.Module:
         """Recalibrate BatchNorm, where there is any, between networks; the ends keep their own statistics."""
-        if not self.recipe.batchnorm or t in (0, 1):
-            return network
-        return pg.recalibrate_batchnorm(network, self.loader)
+        return network if t in (0, 1) else self.recalibrate(network)
+
+    def recalibrate(self, network: nn.Module, _: float = 0.5) -> nn.Module:
+        """Recalibrate BatchNorm, where there is any, of any network, since hybrids have no statistics of their own."""
+        return pg.recalibrate_batchnorm(network, self.loader) if self.recipe.batchnorm else network
 
     def barrier(self, a: nn.Module, b: nn.Module | Mapping[str, Tensor], points: int) -> pg.Barrier:
         """The barrier in test loss and accuracy, with BatchNorm recalibrated."""

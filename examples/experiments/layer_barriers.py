@@ -41,7 +41,7 @@ def run(setting: Setting, seeds: Sequence[int], points: int, where: Console) -> 
         for a, b in pairs:
             for kind, end in (("naive", b), ("aligned", pg.align(a, b).model())):
                 found[kind].append(
-                    pg.layerwise_barriers(a, end, setting.evaluate, points, layers=groups, prepare=setting.prepare)
+                    pg.layerwise_barriers(a, end, setting.evaluate, points, layers=groups, prepare=setting.recalibrate)
                 )
                 step()
     return found

@@ -122,6 +122,7 @@ def main(given: Sequence[str] | None = None) -> dict[str, list[Row]]:
                 points = [(row.count, row.accuracy) for row in rows if row.method == method]
                 line(ax, number, [1, *(n for n, _ in points)], [rows[0].accuracy, *(a for _, a in points)], method)
             ax.set(title=name, xlabel="networks in the mean", ylabel="test accuracy")
+            ax.set_xticks(range(1, len(options.seeds) + 1))
         axes[0].legend(frameon=False)
 
     figure(len(found), options.out / "many_models.png", draw)
