@@ -470,18 +470,21 @@ class Axes:
     def born(self, name: BirthKey, sizes: Sequence[int]) -> list[Axis]:
         """New axes that stand side by side, known by a name: where one was cut in an earlier run, it is a sum now."""
         keys = [(*name, position) for position in range(len(sizes))]
-        cut = [self._born_cut(key, size) for key, size in zip(keys, sizes, strict=True)]
-        outers = [axis for axis in cut if axis is not None]
+        outers: list[Axis] = []
+        cut = []
+        for key, size in zip(keys, sizes, strict=True):
+            cut.append(self._born_cut(key, size, outers))  # its parts differ from part to part of those before it
+            outers += [axis for axis in cut[-1:] if axis is not None]
         result = [axis or self._family_of_atoms(size, outers) for axis, size in zip(cut, sizes, strict=True)]
         self._births.extend(zip(keys, result, strict=True))
         return result
 
-    def _born_cut(self, key: BirthKey, size: int) -> Axis | None:
+    def _born_cut(self, key: BirthKey, size: int, outers: Sequence[Axis]) -> Axis | None:
         points = self.cuts.get(key)
         if points is None:
             return None
         bounds = [0, *points, size]
-        return self.sum([self.atom(end - start) for start, end in itertools.pairwise(bounds)])
+        return self.sum([self._family_of_atoms(end - start, outers) for start, end in itertools.pairwise(bounds)])
 
     def _family_of_atoms(self, size: int, outers: Sequence[Axis]) -> Axis:
         if not outers:
