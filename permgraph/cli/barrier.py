@@ -73,7 +73,7 @@ def barrier(
         loader = _loader(data, batch_size)
         states = []
         for checkpoint in (one, other):
-            state = whole_state(fitted(checkpoint, spec, screen), spec, module)
+            state = whole_state(fitted(checkpoint, spec, screen, model=model), spec, module)
             for name, tensor in state.items():
                 require_finite(name, tensor, checkpoint.path)
             states.append(state)

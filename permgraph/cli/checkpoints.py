@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from permgraph.cli.models import names_on_disk
 from permgraph.cli.screen import Screen
 from permgraph.errors import MismatchError, NonFiniteError
 from permgraph.io import Checkpoint, Renamed, match_names
@@ -17,7 +18,9 @@ from permgraph.permutation import Permutation
 from permgraph.spec import PermutationSpec
 
 
-def fitted(checkpoint: Checkpoint, spec: PermutationSpec, screen: Screen, leave: Sequence[str] = ()) -> Renamed:
+def fitted(
+    checkpoint: Checkpoint, spec: PermutationSpec, screen: Screen, leave: Sequence[str] = (), model: str = ""
+) -> Renamed:
     """A checkpoint by the spec's names, once it is sure that every name and shape fits; no tensor is read.
 
     Args:
@@ -25,12 +28,15 @@ def fitted(checkpoint: Checkpoint, spec: PermutationSpec, screen: Screen, leave:
         spec: what it must fit.
         screen: is told of the prefix.
         leave: patterns of keys that the spec need not know; they are left as they are.
+        model: what it holds the weights of, if that has names of its own for the keys.
 
     Raises:
         MismatchError: it does not fit; the message names the file and the first key at fault.
     """
     try:
-        names, note = match_names(list(checkpoint), [*spec.axes, *spec.aliases, *spec.unused])
+        today = names_on_disk(model, list(checkpoint))
+        matched, note = match_names(list(today.values()), [*spec.axes, *spec.aliases, *spec.unused])
+        names = {key: matched[name] for key, name in today.items()}
         if note:
             screen.note(f"{checkpoint.path}: {note}")
         known = {name: key for key, name in names.items() if not _left(key, name, leave)}

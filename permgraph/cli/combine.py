@@ -100,7 +100,8 @@ def align(
         matcher = _matcher(init, objective, restarts, max_sweeps, stream, other)
         check_target(other, output)
         spec = _spec(model, spec_file, reference, screen)
-        ours, theirs = (fitted(checkpoint, spec, screen, leave or ()) for checkpoint in (reference, other))
+        named = _model(model, reference)
+        ours, theirs = (fitted(opened, spec, screen, leave or (), named) for opened in (reference, other))
         names = {key: name for name, key in theirs.keys_of.items()}
         job = _job("align", spec, [reference, other], matcher, seed, leave)
         with Staging(output, job, overwrite=overwrite) as staging:
@@ -155,7 +156,7 @@ def merge(
         matcher = _matcher(init, objective, restarts, max_sweeps, stream, first)
         check_target(first, output)
         spec = _spec(model, spec_file, first, screen)
-        named = [fitted(checkpoint, spec, screen, leave or ()) for checkpoint in opened]
+        named = [fitted(checkpoint, spec, screen, leave or (), _model(model, first)) for checkpoint in opened]
         _require_alike(named, spec)
         names = {key: name for name, key in named[0].keys_of.items()}
         job = {**_job("merge", spec, opened, matcher, seed, leave), "shares": shares, "aligned": aligned}
@@ -243,14 +244,20 @@ def _spec(model: str | None, spec_file: Path | None, reference: Checkpoint, scre
         if not spec_file.is_file():
             raise CheckpointError(f"{spec_file}: no such file")
         return PermutationSpec.load(spec_file)
-    if model is None:
-        if reference.folder is None or not (reference.folder / "config.json").is_file():
-            raise MismatchError(
-                f"{reference.path} does not say what it holds the weights of: say --model {FORMS}; or --spec FILE"
-            )
-        model = f"hf:{reference.folder}"
+    model = _model(model, reference)
+    if not model:
+        raise MismatchError(
+            f"{reference.path} does not say what it holds the weights of: say --model {FORMS}; or --spec FILE"
+        )
     with screen.stage("finding symmetries"):
         return spec_of(model)
+
+
+def _model(model: str | None, reference: Checkpoint) -> str:
+    """The model that was named, or the one that a Hugging Face folder describes; empty if there is neither."""
+    if model is None and reference.folder is not None and (reference.folder / "config.json").is_file():
+        return f"hf:{reference.folder}"
+    return model or ""
 
 
 def _job(

@@ -9,14 +9,14 @@ import importlib.util
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from permgraph.errors import CaptureError, MissingExtraError
+from permgraph.errors import CaptureError, MissingExtraError, PermgraphError
 from permgraph.infer import auto_spec
 from permgraph.spec import PermutationSpec
 
@@ -78,6 +78,34 @@ def spec_of(model: str, inputs: list[str] | None = None) -> PermutationSpec:
         return PermutationSpec.load(model)
     args, kwargs = parse_inputs(inputs or [])
     return auto_spec(build(model), args or None, kwargs or None)
+
+
+def names_on_disk(model: str, keys: Sequence[str]) -> dict[str, str]:
+    """Each key of a checkpoint to the name that the model has for it today.
+
+    transformers renames modules now and then, and goes on writing the names of old. Its own table of renamings is read
+    here; where it also joins or splits tensors, or for models that are not its own, keys stay as they are.
+    """
+    same = {key: key for key in keys}
+    if not model.startswith("hf:"):
+        return same
+    try:
+        module = build(model)
+        mapping = importlib.import_module("transformers.conversion_mapping")
+        loading = importlib.import_module("transformers.core_model_loading")
+        transforms = mapping.get_model_conversion_mapping(module)
+        renamings = [transform for transform in transforms if isinstance(transform, loading.WeightRenaming)]
+        renamed = {}
+        for key in keys:
+            name = key
+            for renaming in renamings:
+                name = renaming.rename_source_key(name)[0]
+            renamed[key] = name
+    except (PermgraphError, ImportError, AttributeError, TypeError):  # no such model, or no such table in its version
+        return same
+    known = module.state_dict().keys()
+    better = len(known & set(renamed.values())) > len(known & same.keys())
+    return renamed if better and len(set(renamed.values())) == len(renamed) else same
 
 
 def parse_inputs(texts: list[str]) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:

@@ -210,7 +210,7 @@ def _error_on(
 ) -> float:
     """The relative change of the outputs when the checkpoint's own weights are permuted, in float64."""
     checkpoint = open_checkpoint(path)
-    weights = fitted(checkpoint, spec, screen)
+    weights = fitted(checkpoint, spec, screen, model=model)
     module = build(model, device=None)
     args, kwargs = given
     if not args and not kwargs:

@@ -92,6 +92,31 @@ def test_a_backbone_checkpoint_is_read_with_the_prefix(bert: Path, tmp_path: Pat
     assert (tmp_path / "c" / "model.safetensors").read_bytes() == (tmp_path / "a" / "model.safetensors").read_bytes()
 
 
+def test_names_that_transformers_has_changed_since(tmp_path: Path) -> None:
+    config = transformers.ViTConfig(
+        hidden_size=24, num_hidden_layers=1, num_attention_heads=3, intermediate_size=32, image_size=16, patch_size=8
+    )
+    with torch.random.fork_rng():
+        transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "a")
+    run("align", tmp_path / "a", tmp_path / "a", "-o", tmp_path / "b")
+    assert open_checkpoint(tmp_path / "b").formats == open_checkpoint(tmp_path / "a").formats
+    assert (tmp_path / "b" / "model.safetensors").read_bytes() == (tmp_path / "a" / "model.safetensors").read_bytes()
+
+
+def test_a_folder_of_another_library_with_a_spec(tmp_path: Path) -> None:
+    spec = spec_of(f"{Path(__file__).with_name('networks.py')}:Net")
+    spec.save(tmp_path / "net.json")
+    generator = torch.Generator().manual_seed(0)
+    state = {name: torch.randn(shape, generator=generator) for name, shape in spec.shapes.items()}
+    for folder, tensors in (("a", state), ("b", spec.random(1).apply(state))):
+        (tmp_path / folder).mkdir()
+        save_file(tensors, tmp_path / folder / "model.safetensors")
+        (tmp_path / folder / "config.json").write_text('{"architecture": "of its own"}')
+    run("align", tmp_path / "a", tmp_path / "b", "--spec", tmp_path / "net.json", "-o", tmp_path / "c")
+    aligned = load_file(tmp_path / "c" / "model.safetensors")
+    assert all(torch.equal(aligned[name], tensor) for name, tensor in state.items())
+
+
 def test_folders_that_cannot_be_built(bert: Path, tmp_path: Path) -> None:
     shutil.copytree(bert, tmp_path / "x")
     config = json.loads((bert / "config.json").read_text())
