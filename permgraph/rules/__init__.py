@@ -11,6 +11,7 @@ from permgraph.rules import (  # noqa: F401  (importing a family registers its r
     recurrent,
     reduction,
     shape,
+    vision,
 )
 from permgraph.rules.call import Call, TypedTensor
 from permgraph.rules.registry import find_rule, registered, rule, rule_name

@@ -110,3 +110,11 @@ def inverse(call: Call) -> None:
     call.link(
         (a, "... r c"), (out, "... c r"), *((t, "...") for t in success), via=["... r", "... c"]
     )  # fmt: skip
+
+
+@rule("aten.linalg_solve_triangular")
+def solve_triangular(call: Call) -> None:
+    """The X with A X = B, or X A = B if not `left`: A's rows are in the order of its triangle."""
+    a, b, out = call["self"], call["B"], call.out
+    right = "... s! k" if call.get("left", True) else "... k s!"
+    call.link((a, "... r! c!"), (b, right), (out, right), via=["... k"], why="a triangle of a matrix")
