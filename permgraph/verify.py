@@ -9,6 +9,7 @@ torn apart so; there the weights that it moves are scaled at random instead, to 
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -268,7 +269,7 @@ class _Trial:
             torch.manual_seed(0)
             args, kwargs = copy_with(self._inputs, Tensor.clone, {})
             try:
-                with _InDoublePrecision():  # type: ignore[no-untyped-call]
+                with _InDoublePrecision(), _left_as_found(self._twin.modules):  # type: ignore[no-untyped-call]
                     result = self._twin.module(*args, **kwargs)
             except Exception as error:
                 shapes = ", ".join(str(tuple(t.shape)) for t in tensor_leaves((args, kwargs))) or "none"
@@ -360,6 +361,19 @@ class _InDoublePrecision(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if kwargs.get("dtype") in LOW_PRECISION:
             kwargs["dtype"] = torch.float64
         return func(*args, **kwargs)
+
+
+@contextmanager
+def _left_as_found(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Undo what a forward pass keeps on its modules, such as a table computed from weights that are about to change."""
+    containers = (dict, list, set)
+    before = [{k: copy.copy(v) if isinstance(v, containers) else v for k, v in vars(m).items()} for m in modules]
+    try:
+        yield
+    finally:
+        for module, attributes in zip(modules, before, strict=True):
+            vars(module).clear()
+            vars(module).update(attributes)
 
 
 @contextmanager

@@ -208,19 +208,6 @@ BY_NAME: dict[str, Callable[[nn.Module], Iterator[Tensor]]] = {
 }
 
 
-def _grid(model: nn.Module) -> Iterator[Tensor]:
-    yield torch.tensor([[1, 4, 4]], device="cpu")  # one image: frames, rows, columns of patches
-
-
-def _patches(model: nn.Module) -> Iterator[Tensor]:
-    """The rows of patches of that one image, flattened as the first layer wants them."""
-    first = next((m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d, nn.Linear))), None)
-    if isinstance(first, nn.Linear):
-        yield floats(model, 16, first.in_features)
-    elif first is not None:
-        yield floats(model, 16, first.in_channels * math.prod(first.kernel_size))
-
-
 # -- tensors for a layer ----------------------------------------------------------------------------------------
 
 

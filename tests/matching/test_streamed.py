@@ -109,9 +109,9 @@ def test_tied_names_are_found_under_any_of_them() -> None:
 def test_refusals() -> None:
     spec = SPECS["mlp"]
     a, b = state(spec, 1), state(spec, 2)
+    bad = b["l2.weight"].clone()
+    bad[3, 4] = float("inf")
     with pytest.raises(NonFiniteError, match="'l2.weight' of B holds NaN or infinity in 1 of its 192 elements"):
-        bad = b["l2.weight"].clone()
-        bad[3, 4] = float("inf")
         StreamedWeightMatching().match(a, {**b, "l2.weight": bad}, spec)
     with pytest.raises(MismatchError, match="A has no 'l1.bias'"):
         StreamedWeightMatching().match({n: t for n, t in a.items() if n != "l1.bias"}, b, spec)
