@@ -21,7 +21,8 @@ written by `python -m benchmarks.zoo report` from what `make zoo` measured; each
   real ones where the model asks for values.
 - *inferred*: a spec came out. Models with no groups are listed below, and so are operators without a rule.
 - *verified*: on random weights in float64 a random element of the whole group left the outputs as they were (relative
-  error at most 1e-8), and for every group a control, moving it on all of its axes but one, changed them.
+  error at most 1e-8), or there is nothing to move. *With controls*: for every group, moving it on all of its axes but
+  one changed the outputs; sweeps with `--controls none` leave that out.
 - *inert*: the outputs stayed, but for some group no control changed anything, so that the test could not have told.
 - *wrong*: the outputs changed.
 
@@ -37,7 +38,18 @@ def write(results: Path = RESULTS, page: Path = PAGE) -> None:
     measured = {zoo: records for zoo, records in measured.items() if records}
     parts = [INTRODUCTION, _totals(measured)]
     parts += [_zoo(ZOOS[zoo].title, records) for zoo, records in measured.items()]
+    parts += _sizes(list(read(results / "sizes.jsonl").values()))
     page.write_text("\n".join(parts))
+
+
+def _sizes(records: list[dict[str, Any]]) -> list[str]:
+    if not records:
+        return []
+    columns = ("parameters", "nodes", "groups", "capture_seconds", "infer_seconds", "seconds", "peak_mib")
+    rows = [(r["name"], *(r.get(column, "") for column in columns)) for r in records]
+    head = ("model", "parameters", "operators", "groups", "capture", "infer", "seconds", "MiB")
+    text = "\n## Large and deep, from configurations alone on the meta device\n"
+    return [text, _table(head, rows)]
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -56,11 +68,13 @@ def _totals(measured: dict[str, list[dict[str, Any]]]) -> str:
         rows.append(
             (
                 ZOOS[zoo].title, len(records), built, captured, inferred,
-                "" if ZOOS[zoo].meta else verified, status["inert"], status["wrong"], status["not verified"],
+                "" if ZOOS[zoo].meta else verified,
+                "" if ZOOS[zoo].meta else sum(r["status"] == "verified" and r["controls"] > 0 for r in records),
+                status["inert"], status["wrong"], status["not verified"],
                 len({op for record in records for op in record.get("unknown", ())}),
             )
         )  # fmt: skip
-    head = ("zoo", "models", "built", "captured", "inferred", "verified", "inert", "wrong", "not verified",
+    head = ("zoo", "models", "built", "captured", "inferred", "verified", "with controls", "inert", "wrong", "not verified",
             "operators without a rule")  # fmt: skip
     return "## Totals\n\n" + _table(head, rows)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import resource
 import time
@@ -11,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from benchmarks.zoo.sweep import RESULTS
 
 LLAMA_3_70B = {
     "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
@@ -94,6 +97,16 @@ SIZES: dict[str, Callable[[], nn.Module]] = {
     **{f"ResNet, {n} layers": resnet(n) for n in (125, 250, 500, 1000)},
     **{f"DenseNet, nested {n} deep": dense(n) for n in (25, 50, 100, 200)},
 }
+
+
+def sweep() -> None:
+    """Measure all of them, and record it."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    for name in SIZES:
+        record = measure(name)
+        with (RESULTS / "sizes.jsonl").open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        print(record, flush=True)
 
 
 def measure(name: str) -> dict[str, Any]:

@@ -78,7 +78,15 @@ def test_sweeps_resume(tmp_path: Path) -> None:
 def test_the_report_counts_and_lists(tmp_path: Path) -> None:
     common = {"zoo": "timm", "seconds": 1.0, "pins": {"padded with 3": 2}, "nodes": 7, "mode": "fake"}
     records = [
-        {**common, "name": "good", "status": "verified", "groups": 3, "log_order": 9.5, "max_error": 1e-15},
+        {
+            **common,
+            "name": "good",
+            "status": "verified",
+            "groups": 3,
+            "log_order": 9.5,
+            "max_error": 1e-15,
+            "controls": 5,
+        },
         {**common, "name": "bad", "status": "wrong", "groups": 3, "log_order": 9.5, "error": "an error of 1 | 2"},
         {**common, "name": "rigid", "status": "inferred", "groups": 0, "log_order": 0.0, "unknown": {"aten.odd": 2}},
         {"zoo": "timm", "seconds": 1.0, "name": "absent", "status": "not built", "error": f"No {Path.home()}/file"},
@@ -87,7 +95,7 @@ def test_the_report_counts_and_lists(tmp_path: Path) -> None:
     page = tmp_path / "coverage.md"
     report.write(tmp_path, page)
     text = page.read_text()
-    assert f"| {ZOOS['timm'].title} | 4 | 3 | 3 | 3 | 2 | 0 | 1 | 0 | 1 |" in text
+    assert f"| {ZOOS['timm'].title} | 4 | 3 | 3 | 3 | 2 | 1 | 0 | 1 | 0 | 1 |" in text
     assert "| bad | wrong | an error of 1 \\| 2 |" in text
     assert "| padded with n | 6 |" in text
     assert "| `aten.odd` | 1 | rigid |" in text
