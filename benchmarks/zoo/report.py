@@ -74,8 +74,10 @@ def _totals(measured: dict[str, list[dict[str, Any]]]) -> str:
                 len({op for record in records for op in record.get("unknown", ())}),
             )
         )  # fmt: skip
-    head = ("zoo", "models", "built", "captured", "inferred", "verified", "with controls", "inert", "wrong", "not verified",
-            "operators without a rule")  # fmt: skip
+    head = (
+        "zoo", "models", "built", "captured", "inferred", "verified", "with controls", "inert", "wrong",
+        "not verified", "operators without a rule",
+    )  # fmt: skip
     return "## Totals\n\n" + _table(head, rows)
 
 
