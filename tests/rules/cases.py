@@ -278,6 +278,7 @@ LINEAR = rows(
     ("matrix_exp", F(3, 3), "(m m) -> (m m)"),
     ("matrix_power", F(3, 3), 3, "(m m) -> (m m)"),
     ("linalg_inv_ex", F(2, 3, 3), "(b r c) -> (b c r), (b) where r per b, c per b"),
+    ("linalg_solve_triangular", F(2, 5, 5), F(2, 5, 3), {"upper": False}, "(a . .), (a . b) -> (a . b) where b per a"),
 )
 
 CONVOLUTION = rows(
