@@ -22,7 +22,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
-from permgraph.axes import Axes, Axis, Index, Kind
+from permgraph.axes import Axis, Index, Kind
 from permgraph.rules.call import VALUE, Labelled, Relation, TypedTensor
 from permgraph.solve import Solution
 
@@ -295,13 +295,3 @@ class Dependence:
                     if d in found.get(h, ()) or any(p not in parents for p in found.get(h, ())):
                         parents.remove(h)
                         changed = True
-
-
-def multiplicity(atom: Axis, parents: Mapping[Axis, Sequence[Axis]]) -> int:
-    """How many independent permutations of an atom there are: one at each index of its parents."""
-    return math.prod(h.size for h in parents.get(atom, ()))
-
-
-def occurrences(axes: Axes, dims: Sequence[Axis]) -> Counter[Axis]:
-    """How often each atom stands in these axes."""
-    return Counter(atom for axis in dims for atom in axes.atoms(axis))
