@@ -12,6 +12,7 @@ from permgraph.connectivity import (
     FeatureConnectivity,
     LayerwiseBarriers,
     barrier,
+    barrier_along,
     channel_statistics,
     evaluate_on,
     feature_connectivity,
@@ -21,6 +22,7 @@ from permgraph.connectivity import (
     recalibrate_batchnorm,
     repair,
     simultaneous_connectivity,
+    star_connectivity,
     strong_connectivity,
     weak_connectivity,
 )
@@ -40,6 +42,7 @@ from permgraph.permutation import Permutation
 from permgraph.rules import rule
 from permgraph.rules.check import RuleReport, check_rule
 from permgraph.spec import Group, PermutationSpec
+from permgraph.studies import StudyPlan, StudyResult, study
 from permgraph.verify import Verification, verify
 
 __version__ = "0.1.0"
@@ -67,6 +70,8 @@ __all__ = [
     "PermutationSpec",
     "RuleReport",
     "StraightThrough",
+    "StudyPlan",
+    "StudyResult",
     "ToReference",
     "Verification",
     "WeightMatching",
@@ -75,6 +80,7 @@ __all__ = [
     "auto_spec",
     "average",
     "barrier",
+    "barrier_along",
     "capture",
     "channel_statistics",
     "check_rule",
@@ -90,7 +96,9 @@ __all__ = [
     "repair",
     "rule",
     "simultaneous_connectivity",
+    "star_connectivity",
     "strong_connectivity",
+    "study",
     "verify",
     "weak_connectivity",
 ]

@@ -33,5 +33,9 @@ class CheckpointError(PermgraphError, ValueError):
     """A checkpoint is damaged, unsafe or of an unknown layout, or cannot be written where it was asked for."""
 
 
+class StudyError(PermgraphError, ValueError):
+    """A study cannot be run as planned: its plan, its store or its workers are not what they should be."""
+
+
 class MissingExtraError(PermgraphError, ImportError):
     """An optional dependency is not installed; the message says which extra brings it."""

@@ -24,7 +24,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 LEFT = ("capture", "axes", "rules", "solve", "uniform", "dependence", "write", "infer")
 RIGHT = ("permutation", "matching", "connectivity", "merging")
-GLUE = ("__init__", "verify", "cli")  # may join the two sides
+GLUE = ("__init__", "verify", "cli", "studies")  # may join the two sides
 
 
 def _module_name(source: Path) -> str:
@@ -94,7 +94,7 @@ def test_symbols_and_numbers_stay_apart(source: Path) -> None:
 
 @pytest.mark.parametrize("source", SOURCES, ids=_module_name)
 def test_optional_dependencies_are_imported_where_they_are_used(source: Path) -> None:
-    optional = ("matplotlib", "torchvision", "timm", "transformers", "rich", "sklearn")
+    optional = ("matplotlib", "torchvision", "timm", "transformers", "rich", "sklearn", "joblib", "fsspec", "pyarrow")
     assert not [name for name in _imports_of(source, inside_functions=False) if _is_one_of(name, optional)]
 
 
