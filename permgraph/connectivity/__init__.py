@@ -5,7 +5,7 @@ Nothing here knows an operator: it works on modules and state dicts, aligned or 
 
 from __future__ import annotations
 
-from permgraph.connectivity.barriers import Barrier, barrier
+from permgraph.connectivity.barriers import Barrier, barrier, barrier_along
 from permgraph.connectivity.evaluation import evaluate_on
 from permgraph.connectivity.features import FeatureAgreement, FeatureConnectivity, feature_connectivity
 from permgraph.connectivity.interpolation import interpolate
@@ -16,6 +16,7 @@ from permgraph.connectivity.simultaneous import (
     Claim,
     permute_masks,
     simultaneous_connectivity,
+    star_connectivity,
     strong_connectivity,
     weak_connectivity,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "FeatureConnectivity",
     "LayerwiseBarriers",
     "barrier",
+    "barrier_along",
     "channel_statistics",
     "evaluate_on",
     "feature_connectivity",
@@ -37,6 +39,7 @@ __all__ = [
     "recalibrate_batchnorm",
     "repair",
     "simultaneous_connectivity",
+    "star_connectivity",
     "strong_connectivity",
     "weak_connectivity",
 ]

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from permgraph.connectivity.evaluation import require_eval_mode, undisturbed
+from permgraph.connectivity.evaluation import template_of, undisturbed
 from permgraph.connectivity.interpolation import as_state_dict, check_same_keys, interpolate
 from permgraph.errors import EvaluationError
 
@@ -182,22 +182,57 @@ def barrier(
         >>> barrier(a, b, lambda net: net.weight.item() ** 2, points=5).barrier  # a convex loss has none
         0.0
     """
-    start = time.perf_counter()
     alphas = _alphas(points)
-    for role, network in (("a", a), ("b", b), ("model", model)):
-        if isinstance(network, nn.Module):
-            require_eval_mode(network, role)
-    template = next((network for network in (model, a, b) if isinstance(network, nn.Module)), None)
-    if template is None:
-        raise EvaluationError("a and b are both state dicts: pass the module that runs them as model=...")
+    template = template_of(model, a=a, b=b)
     check_same_keys(as_state_dict(a), as_state_dict(b))
     if model is not None:
         check_same_keys(as_state_dict(a), model.state_dict(), ("a", "model"))
+    return barrier_along(
+        lambda t: interpolate(a, b, t),
+        evaluate,
+        alphas,
+        model=template,
+        prepare=prepare,
+        higher_is_better=higher_is_better,
+        progress=progress,
+    )
+
+
+def barrier_along(
+    path: Callable[[float], Mapping[str, Tensor]],
+    evaluate: Evaluate,
+    points: int | Sequence[float] = 25,
+    *,
+    model: nn.Module,
+    prepare: Prepare | None = None,
+    higher_is_better: Collection[str] = ("accuracy",),
+    progress: Progress | None = None,
+) -> Barrier:
+    """Evaluate the networks on any path, and return its barrier over the line between the losses of its ends.
+
+    Args:
+        path: gives the state dict at each t from 0 to 1; a ``Curve``, say.
+        model: the module to put the state dicts in, in evaluation mode.
+        evaluate, points, prepare, higher_is_better, progress: as for ``barrier``.
+
+    Raises:
+        EvaluationError: the module is in training mode, the points do not run from 0 to 1, or ``evaluate`` returned
+            other metrics than before.
+
+    Example:
+        >>> net = nn.Linear(1, 1, bias=False).eval()
+        >>> path = lambda t: {"weight": torch.tensor([[t * (1 - t)]])}
+        >>> barrier_along(path, lambda net: net.weight.item(), points=3, model=net).barrier
+        0.25
+    """
+    start = time.perf_counter()
+    alphas = _alphas(points)
+    template = template_of(model)
     curves: dict[str, list[float]] = {}
     with undisturbed():
         scratch = copy.deepcopy(template)
         for done, t in enumerate(alphas, start=1):
-            scratch.load_state_dict(interpolate(a, b, t))
+            scratch.load_state_dict(path(t))
             network = scratch
             if prepare is not None:
                 network = prepare(copy.deepcopy(scratch), t)

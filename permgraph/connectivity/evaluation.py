@@ -126,6 +126,21 @@ def require_eval_mode(model: nn.Module, role: str) -> None:
             )
 
 
+def template_of(model: nn.Module | None, **networks: nn.Module | Mapping[str, Tensor]) -> nn.Module:
+    """The module in which state dicts are run: ``model``, or else the first of ``networks`` that is one.
+
+    Raises EvaluationError if there is none, or if one of them is in training mode.
+    """
+    given = {**networks, **({} if model is None else {"model": model})}
+    modules = {role: network for role, network in given.items() if isinstance(network, nn.Module)}
+    for role, module in modules.items():
+        require_eval_mode(module, role)
+    if not modules:
+        which = "a and b are both" if set(networks) == {"a", "b"} else "the networks are all"
+        raise EvaluationError(f"{which} state dicts: pass the module that runs them as model=...")
+    return modules["model"] if model is not None else next(iter(modules.values()))
+
+
 def device_of(model: nn.Module) -> torch.device | None:
     """Return the device of the model's first parameter or buffer, or None if it has neither."""
     for tensor in (*model.parameters(), *model.buffers()):

@@ -26,8 +26,8 @@ from permgraph.connectivity.evaluation import (
     Loader,
     batches,
     device_of,
-    require_eval_mode,
     split_batch,
+    template_of,
     undisturbed,
 )
 from permgraph.connectivity.interpolation import as_state_dict, check_same_keys, interpolate
@@ -120,12 +120,7 @@ def feature_connectivity(
         >>> round(found.layers["0"].cosine, 4), round(found.layers["0"].scale, 4)
         (1.0, 1.0)
     """
-    for role, network in (("a", a), ("b", b), ("model", model)):
-        if isinstance(network, nn.Module):
-            require_eval_mode(network, role)
-    template = next((network for network in (model, a, b) if isinstance(network, nn.Module)), None)
-    if template is None:
-        raise EvaluationError("a and b are both state dicts: pass the module that runs them as model=...")
+    template = template_of(model, a=a, b=b)
     check_same_keys(as_state_dict(a), as_state_dict(b))
     known = dict(template.named_modules())
     for name in modules or ():

@@ -21,6 +21,7 @@ from types import MappingProxyType
 from torch import Tensor, nn
 
 from permgraph.connectivity.barriers import Barrier, Evaluate, Prepare, barrier
+from permgraph.connectivity.evaluation import template_of
 from permgraph.connectivity.interpolation import as_state_dict, check_same_keys
 from permgraph.errors import EvaluationError
 
@@ -107,9 +108,7 @@ def layerwise_barriers(
         >>> sorted(layerwise_barriers(a, b, lambda net: net(x).item() ** 2).paths)
         ['0', '1']
     """
-    template = next((network for network in (model, a, b) if isinstance(network, nn.Module)), None)
-    if template is None:
-        raise EvaluationError("a and b are both state dicts: pass the module that runs them as model=...")
+    template = template_of(model, a=a, b=b)
     first, second = as_state_dict(a), as_state_dict(b)
     check_same_keys(first, second)
     groups = _layers(first, layers)

@@ -1,14 +1,15 @@
-"""One permutation for whole sequences of networks: three claims of growing strength.
+"""What it may mean that several networks are linearly connected up to permutation: four claims.
 
-Sharma et al. (2024), "Simultaneous Linear Connectivity of Neural Networks Modulo Permutation", tell apart what it may
-mean that networks are linearly connected up to permutation. Two are connected where the barrier between them is at
-most a tolerance.
+Sharma et al. (2024), "Simultaneous Linear Connectivity of Neural Networks Modulo Permutation", tell the first three
+apart. Two networks are connected where the barrier between them is at most a tolerance.
 
 - *Weak*: for two networks a and b there is a permutation p such that a and p(b) are connected.
 - *Simultaneous*: for two sequences of networks a_1, a_2, ... and b_1, b_2, ... (checkpoints of two trainings, or ever
   sparser networks) there is one p such that a_k and p(b_k) are connected for every k.
 - *Strong*: for several networks there is one permutation each such that all pairs are connected, so that their convex
   hull may be low everywhere; no pair has a permutation of its own.
+- *Star*: for several networks there are a centre and one permutation each such that the centre is connected to all
+  (Sonthalia et al. 2024, "Do Deep Neural Network Solutions Form a Star Domain?"). It is weaker than the strong claim.
 
 A claim that holds is shown by the permutations at hand. One that fails is not refuted: others may do better.
 """
@@ -17,14 +18,15 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor, nn
 
 from permgraph.connectivity.barriers import Barrier, Evaluate, Prepare, barrier
+from permgraph.connectivity.evaluation import template_of
 from permgraph.connectivity.interpolation import as_state_dict
 from permgraph.errors import EvaluationError, MismatchError
 
@@ -32,6 +34,9 @@ if TYPE_CHECKING:
     from permgraph.permutation import Permutation
 
 Network = nn.Module | Mapping[str, Tensor]
+Kind = Literal["weak", "simultaneous", "strong", "star"]
+End = Callable[[], Network]
+Pairs = dict[tuple[int, ...], tuple[End, End]]
 
 
 @dataclass(frozen=True)
@@ -39,12 +44,13 @@ class Claim:
     """Whether networks are linearly connected up to the permutations at hand.
 
     Attributes:
-        kind: "weak", "simultaneous" or "strong".
-        barriers: what was measured between each two networks: by their place in the sequences, or their two numbers.
+        kind: "weak", "simultaneous", "strong" or "star".
+        barriers: what was measured between each two networks: by their place in the sequences, by their two numbers,
+            or, for a star, by the number of the network that is not the centre.
         tolerance: how high a barrier may be.
     """
 
-    kind: Literal["weak", "simultaneous", "strong"]
+    kind: Kind
     barriers: Mapping[tuple[int, ...], Barrier]
     tolerance: float
 
@@ -84,16 +90,21 @@ def weak_connectivity(
 ) -> Claim:
     """Measure whether two networks are connected once ``permutation`` is applied to ``b``.
 
-    The arguments are those of ``barrier``; ``permutation`` is that of an alignment of ``b`` to ``a``.
+    It is the simultaneous claim about sequences of one network.
+
+    Args:
+        a: a module or a state dict.
+        b: another of the same architecture.
+        permutation: applied to ``b``; that of an alignment of ``b`` to ``a``, say.
+        evaluate, points, model, prepare: as for ``barrier``.
+        tolerance: how high a barrier may be.
 
     Raises:
         MismatchError: the networks differ, or the permutation is of another spec.
         EvaluationError: as for ``barrier``, or the tolerance is negative or not finite.
     """
-    _require_tolerance(tolerance)
-    end = permutation.apply(as_state_dict(b))
-    result = barrier(a, end, evaluate, points, model=_module(model, a, b), prepare=prepare)
-    return Claim("weak", MappingProxyType({(0,): result}), tolerance)
+    pairs: Pairs = {(0,): (_moved(None, a), _moved(permutation, b))}
+    return _claim("weak", pairs, evaluate, tolerance, points, template_of(model, a=a, b=b), prepare)
 
 
 def simultaneous_connectivity(
@@ -131,17 +142,16 @@ def simultaneous_connectivity(
         >>> claim.holds
         True
     """
-    _require_tolerance(tolerance)
     if len(sequence_a) != len(sequence_b) or not sequence_a:
         raise MismatchError(
             f"the sequences have {len(sequence_a)} and {len(sequence_b)} networks: give equally many, at least one"
         )
-    template = _module(model, *sequence_a, *sequence_b)
-    barriers: dict[tuple[int, ...], Barrier] = {}
-    for place, (a, b) in enumerate(zip(sequence_a, sequence_b, strict=True)):
-        end = permutation.apply(as_state_dict(b))
-        barriers[(place,)] = barrier(a, end, evaluate, points, model=template, prepare=prepare)
-    return Claim("simultaneous", MappingProxyType(barriers), tolerance)
+    template = _template(model, sequence_a=sequence_a, sequence_b=sequence_b)
+    pairs: Pairs = {
+        (place,): (_moved(None, a), _moved(permutation, b))
+        for place, (a, b) in enumerate(zip(sequence_a, sequence_b, strict=True))
+    }
+    return _claim("simultaneous", pairs, evaluate, tolerance, points, template, prepare)
 
 
 def strong_connectivity(
@@ -167,18 +177,54 @@ def strong_connectivity(
             permutation of another spec.
         EvaluationError: as for ``barrier``, or the tolerance is negative or not finite.
     """
-    _require_tolerance(tolerance)
     if len(networks) < 3:
         raise MismatchError(f"the strong claim is about at least three networks, not {len(networks)}")
-    if len(permutations) != len(networks):
-        raise MismatchError(f"{len(permutations)} permutations for {len(networks)} networks: give one for each")
-    template = _module(model, *networks)
-    moved = [p.apply(as_state_dict(network)) for p, network in zip(permutations, networks, strict=True)]
-    barriers: dict[tuple[int, ...], Barrier] = {
-        (i, j): barrier(moved[i], moved[j], evaluate, points, model=template, prepare=prepare)
-        for i, j in itertools.combinations(range(len(networks)), 2)
-    }
-    return Claim("strong", MappingProxyType(barriers), tolerance)
+    ends = _ends(networks, permutations)
+    pairs: Pairs = {(i, j): (ends[i], ends[j]) for i, j in itertools.combinations(range(len(networks)), 2)}
+    return _claim("strong", pairs, evaluate, tolerance, points, _template(model, networks=networks), prepare)
+
+
+def star_connectivity(
+    centre: Network,
+    networks: Sequence[Network],
+    permutations: Sequence[Permutation] | None,
+    evaluate: Evaluate,
+    tolerance: float,
+    points: int | Sequence[float] = 11,
+    *,
+    model: nn.Module | None = None,
+    prepare: Prepare | None = None,
+) -> Claim:
+    """Measure whether one network, the centre of a star, is connected to each of several others.
+
+    Args:
+        centre: the mean of merged networks, say, or what ``fit_star`` has trained.
+        networks: one or more others.
+        permutations: one for each of them, such as ``merge(...).permutations``; None if they are in the centre's
+            numbering.
+        evaluate, points, model, prepare: as for ``barrier``.
+        tolerance: how high a barrier may be.
+
+    Raises:
+        MismatchError: no networks, another number of permutations, networks that differ, or a permutation of another
+            spec.
+        EvaluationError: as for ``barrier``, or the tolerance is negative or not finite.
+
+    Example:
+        >>> net = lambda w: nn.Linear(1, 1, bias=False).eval().requires_grad_(False)
+        >>> centre, left, right = (net(w) for w in (0.0, -1.0, 1.0))
+        >>> _ = [m.weight.fill_(w) for m, w in ((centre, 0.0), (left, -1.0), (right, 1.0))]
+        >>> flat_beyond_one_half = lambda m: min(abs(m.weight.item()), 0.5)
+        >>> claim = star_connectivity(centre, [left, right], None, flat_beyond_one_half, 0.3)
+        >>> claim.holds, round(claim.highest, 2)
+        (True, 0.25)
+    """
+    if not networks:
+        raise MismatchError("a star needs at least one network beside its centre")
+    ends = _ends(networks, permutations)
+    template = _template(model, centre=[centre], networks=networks)
+    pairs: Pairs = {(number,): (_moved(None, centre), end) for number, end in enumerate(ends)}
+    return _claim("star", pairs, evaluate, tolerance, points, template, prepare)
 
 
 def permute_masks(permutation: Permutation, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -197,14 +243,37 @@ def permute_masks(permutation: Permutation, masks: Mapping[str, Tensor]) -> dict
     return {name: permutation.apply_to(name, mask) for name, mask in masks.items()}
 
 
-def _module(*candidates: Any) -> nn.Module:
-    """The first module; all of them must be in evaluation mode, which ``barrier`` sees to for that one."""
-    found = next((candidate for candidate in candidates if isinstance(candidate, nn.Module)), None)
-    if found is None:
-        raise EvaluationError("the networks are all state dicts: pass the module that runs them as model=...")
-    return found
-
-
-def _require_tolerance(tolerance: float) -> None:
+def _claim(
+    kind: Kind,
+    pairs: Pairs,
+    evaluate: Evaluate,
+    tolerance: float,
+    points: int | Sequence[float],
+    template: nn.Module,
+    prepare: Prepare | None,
+) -> Claim:
+    """Measure the barrier of each pair. Its ends are made when their turn comes, so that few are in memory at once."""
     if not math.isfinite(tolerance) or tolerance < 0:
         raise EvaluationError(f"tolerance={tolerance}: how high a barrier may be must be finite and not negative")
+    barriers = {
+        key: barrier(one(), other(), evaluate, points, model=template, prepare=prepare)
+        for key, (one, other) in pairs.items()
+    }
+    return Claim(kind, MappingProxyType(barriers), tolerance)
+
+
+def _moved(permutation: Permutation | None, network: Network) -> End:
+    return lambda: network if permutation is None else permutation.apply(as_state_dict(network))
+
+
+def _ends(networks: Sequence[Network], permutations: Sequence[Permutation] | None) -> list[End]:
+    if permutations is None:
+        return [_moved(None, network) for network in networks]
+    if len(permutations) != len(networks):
+        raise MismatchError(f"{len(permutations)} permutations for {len(networks)} networks: give one for each")
+    return [_moved(permutation, network) for permutation, network in zip(permutations, networks, strict=True)]
+
+
+def _template(model: nn.Module | None, **sequences: Sequence[Network]) -> nn.Module:
+    every = {f"{name}[{at}]": network for name, sequence in sequences.items() for at, network in enumerate(sequence)}
+    return template_of(model, **every)

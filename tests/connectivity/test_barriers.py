@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from permgraph.connectivity import Barrier, barrier, evaluate_on, recalibrate_batchnorm
+from permgraph.connectivity import Barrier, barrier, barrier_along, evaluate_on, recalibrate_batchnorm
 from permgraph.errors import EvaluationError, MismatchError, MissingExtraError
 
 
@@ -267,3 +267,16 @@ def test_plot_without_matplotlib_says_what_to_install(monkeypatch: pytest.Monkey
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(MissingExtraError, match=r"pip install 'permgraph\[plots\]'"):
         _result((1.0, 3.0, 1.0)).plot()
+
+
+def test_a_path_need_not_be_straight() -> None:
+    net = nn.Linear(1, 1, bias=False).eval()
+
+    def path(t: float) -> dict[str, torch.Tensor]:
+        return {"weight": torch.tensor([[t + 3 * t * (1 - t)]])}
+
+    found = barrier_along(path, lambda m: m.weight.item(), points=5, model=net)
+    assert found.alphas == (0.0, 0.25, 0.5, 0.75, 1.0)
+    assert found.barrier == pytest.approx(0.75) and found.position() == 0.5
+    with pytest.raises(EvaluationError, match="evaluation mode"):
+        barrier_along(path, lambda m: 0.0, model=net.train())

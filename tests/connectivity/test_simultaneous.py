@@ -12,6 +12,7 @@ from permgraph.connectivity import (
     Claim,
     permute_masks,
     simultaneous_connectivity,
+    star_connectivity,
     strong_connectivity,
     weak_connectivity,
 )
@@ -128,3 +129,22 @@ def test_refusals() -> None:
         weak_connectivity(a, b, SPECS["mlp"].identity(), loss, 0.1)
     with pytest.raises(EvaluationError, match="evaluation mode"):
         weak_connectivity(network(0).train(), b, p, loss, 0.1)
+
+
+def test_star_is_about_the_centre_and_each() -> None:
+    a = network(0)
+    turns = [SPEC.random(seed, every_group=True) for seed in (1, 2, 3)]
+    copies = [turn.apply(a.state_dict()) for turn in turns]
+    back = [turn.inverse() for turn in turns]
+    held = star_connectivity(a, copies, back, far_from(a), 1e-9, points=3)
+    assert held.holds and held.kind == "star" and set(held.heights) == {(0,), (1,), (2,)}
+    missed = star_connectivity(a, copies, [*back[:2], back[0]], far_from(a), 1e-9, points=3)
+    assert [height > 1e-3 for height in missed.heights.values()] == [False, False, True]
+    brought = [p.apply(copy) for p, copy in zip(back, copies, strict=True)]
+    assert star_connectivity(a.state_dict(), brought, None, far_from(a), 1e-9, points=3, model=a).holds
+    with pytest.raises(MismatchError, match="at least one network beside"):
+        star_connectivity(a, [], None, far_from(a), 0.1)
+    with pytest.raises(MismatchError, match="1 permutations for 3 networks"):
+        star_connectivity(a, copies, back[:1], far_from(a), 0.1)
+    with pytest.raises(EvaluationError, match=r"networks\[1\] must be in evaluation mode"):
+        star_connectivity(a, [a, network(1).train()], None, far_from(a), 0.1)
