@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -49,9 +50,12 @@ def torchvision_model(name: str) -> Iterator[nn.Module]:
 
 
 def timm_entrypoints() -> list[str]:
+    """One of each architecture module, then another of each, and so on: a sweep that is cut short has seen them all."""
     import timm
 
-    return sorted(timm.list_models())
+    modules = [sorted(timm.list_models(module=module)) for module in sorted(timm.list_modules())]
+    rounds = itertools.zip_longest(*modules)
+    return list(dict.fromkeys(name for one_of_each in rounds for name in one_of_each if name is not None))
 
 
 def timm_model(name: str) -> Iterator[nn.Module]:
