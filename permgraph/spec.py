@@ -45,6 +45,7 @@ from permgraph.provenance import Constraints, Explanation, SlotPin, Tie, explain
 if TYPE_CHECKING:
     import numpy as np
     import torch
+    from matplotlib.axes import Axes
 
     from permgraph.permutation import Permutation
 
@@ -420,6 +421,33 @@ class PermutationSpec:
         as ``group``.
         """
         return slot_graph(self)
+
+    # --- pictures -----------------------------------------------------------------------------------------------------
+
+    def plot(self, *, rows: int = 80, collapse: bool = True, within: str = "", ax: Axes | None = None) -> Axes:
+        """Draw the groups as lanes that run through the modules, top to bottom, and return the axes.
+
+        A square marks a module in which the group stands in the first dimension of some parameter, a circle one in
+        which it stands in a later dimension. Groups that do not share a row may share a column, and a colour.
+
+        Args:
+            rows: about how many modules there is room for; with more, inner ones are folded into those around them.
+            collapse: draw the third and later of neighbouring blocks that are alike as one row.
+            within: the path of a module, to draw only what is inside it.
+            ax: where to draw; its limits are set to inches. By default a new figure of the size that is needed.
+
+        Raises:
+            MissingExtraError: matplotlib is not installed.
+            SpecError: no module `within` holds a parameter.
+        """
+        from permgraph.pictures.drawing import plot_spec
+
+        return plot_spec(self, rows=rows, collapse=collapse, within=within, ax=ax)
+
+    def _repr_html_(self) -> str:
+        from permgraph.pictures.tables import spec_table
+
+        return spec_table(self)
 
     # --- text and files -----------------------------------------------------------------------------------------------
 

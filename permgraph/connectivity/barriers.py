@@ -137,6 +137,11 @@ class Barrier:
             text += f"; not finite at {', '.join(f'{metric}[{t:.3g}]' for metric, t in self.nonfinite)}"
         return text
 
+    def _repr_html_(self) -> str:
+        from permgraph.pictures.tables import barrier_table
+
+        return barrier_table(self)
+
     def _as_loss(self, metric: str) -> tuple[float, ...]:
         if metric not in self.curves:
             raise EvaluationError(f"no metric {metric!r} was measured, only {', '.join(map(repr, self.curves))}")
@@ -238,12 +243,7 @@ def barrier_along(
                 network = prepare(copy.deepcopy(scratch), t)
                 if not isinstance(network, nn.Module):
                     raise EvaluationError(f"prepare must return the network to evaluate, not {type(network).__name__}")
-            values = _measure(evaluate, network)
-            if curves and values.keys() != curves.keys():
-                raise EvaluationError(
-                    f"evaluate returned the metrics {sorted(values)} at t = {t:.3g}, but {sorted(curves)} before: "
-                    "it must return the same ones at each point"
-                )
+            values = measure(evaluate, network, curves, f"t = {t:.3g}")
             for metric, value in values.items():
                 curves.setdefault(metric, []).append(value)
             if progress is not None:
@@ -271,11 +271,17 @@ def _alphas(points: int | Sequence[float]) -> tuple[float, ...]:
     return alphas
 
 
-def _measure(evaluate: Evaluate, network: nn.Module) -> dict[str, float]:
+def measure(evaluate: Evaluate, network: nn.Module, before: Collection[str] | None, at: str) -> dict[str, float]:
+    """What ``evaluate`` says of a network, by name, where the metrics must be those ``before``, if there are any."""
     values = evaluate(network)
     named = dict(values) if isinstance(values, Mapping) else {"loss": values}
     if not named:
         raise EvaluationError("evaluate returned no metric: return a number, or a mapping such as {'loss': ...}")
+    if before and named.keys() != set(before):
+        raise EvaluationError(
+            f"evaluate returned the metrics {sorted(named)} at {at}, but {sorted(before)} before: "
+            "it must return the same ones at each point"
+        )
     return {metric: float(value) for metric, value in named.items()}
 
 

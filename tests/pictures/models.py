@@ -1,0 +1,52 @@
+"""Specs to draw: small ones written by hand, and one with names that are out to do harm."""
+
+from __future__ import annotations
+
+from permgraph.expressions import Fixed, Ref
+from permgraph.spec import Group, PermutationSpec, Pin, UnknownOp
+
+HOSTILE = "<img src=x onerror=alert(1)>"
+ENDING = '</script><script>window.harmed="script"</script>'
+
+
+def stack(layers: int = 5, inner: int = 6) -> PermutationSpec:
+    """A residual stream through blocks that are alike, each with a group of its own."""
+    lines = ["embed.weight 10x4 . embed"]
+    for layer in range(layers):
+        lines += [
+            f"layers.{layer}.up.weight {inner}x4 layers.{layer}.up embed",
+            f"layers.{layer}.down.weight 4x{inner} embed layers.{layer}.up",
+        ]
+    lines += ["head.weight 3x4 . embed", "groups: embed 4"]
+    lines += [f"    · layers.{layer}.up {inner}" for layer in range(layers)]
+    return PermutationSpec.parse("\n".join(lines))
+
+
+def attention() -> PermutationSpec:
+    """Heads with channels in each, in a fused projection."""
+    return PermutationSpec.parse(
+        """
+        qkv.weight  24x8  [(h qk) + (h qk) + (h v)] stream
+        out.weight  8x8   stream (h v)
+        norm.weight 8     stream
+        groups: stream 8 · h 2 · qk 4 per h · v 4 per h
+        """
+    )
+
+
+def hostile() -> PermutationSpec:
+    """Names, reasons and operators that would be markup if they were not escaped."""
+    group = "<b>&amp;"
+    return PermutationSpec(
+        groups={group: Group(group, 3)},
+        axes={
+            f"{HOSTILE}.weight": (Ref(group), Fixed(2)),
+            f"{ENDING}.a..b.weight": (Fixed(2), Ref(group)),
+            "." * 5000: (Fixed(1),),
+        },
+        pins=(Pin(f"{HOSTILE}.weight", 1, 2, ENDING, HOSTILE, ENDING, HOSTILE),),
+        unknown_ops=(UnknownOp(ENDING, 2, HOSTILE, ENDING),),
+        unused=(HOSTILE,),
+        model_class=ENDING,
+        notes=(ENDING,),
+    )
