@@ -97,6 +97,11 @@ class Alignment:
         model.load_state_dict(self.state_dict)
         return model
 
+    def _repr_html_(self) -> str:
+        from permgraph.pictures.tables import alignment_table
+
+        return alignment_table(self)
+
     def __str__(self) -> str:
         return (
             f"{self.outcome} after {self.sweeps} sweeps in {self.seconds:.2f} s: objective {self.objective_before:.6g} "

@@ -75,10 +75,18 @@ class MatchResult:
         """How many passes the best run made."""
         return len(self.history)
 
+    def _repr_html_(self) -> str:
+        from permgraph.pictures.tables import alignment_table
+
+        return alignment_table(self)
+
 
 @runtime_checkable
 class NeedsModels(Protocol):
-    """A matcher that must run the networks; `align` gives it the modules."""
+    """A matcher that must run the networks; `align` gives it the modules.
+
+    One that runs them only in some of its settings has a property `needs_models` that says whether it does.
+    """
 
     def with_models(self, model_a: nn.Module, model_b: nn.Module) -> Matcher:
         """The same matcher for these two modules, which it will not modify."""
