@@ -23,7 +23,7 @@ PACKAGE = ROOT / "permgraph"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 LEFT = ("capture", "axes", "rules", "solve", "uniform", "dependence", "write", "infer")
-RIGHT = ("permutation", "matching", "connectivity", "merging")
+RIGHT = ("permutation", "matching", "connectivity", "merging", "planning")
 GLUE = ("__init__", "verify", "cli", "studies")  # may join the two sides
 
 

@@ -1,0 +1,270 @@
+"""What an alignment will cost, from the spec alone: no weight is needed, so what no machine holds can be planned.
+
+The counts are exact for one full pass of weight matching over all groups, in multiplications and additions, assignment
+problems and bytes. Seconds follow from them by a short calibration of this machine. Later passes of `WeightMatching`
+skip what nothing around has moved, so the seconds of a run that keeps its matrices are an upper estimate.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import networkx as nx
+import numpy as np
+import torch
+
+from permgraph.errors import PermgraphError
+from permgraph.matching.assignment import assign
+from permgraph.matching.moves import Move, Plan
+from permgraph.matching.streamed import PORTION
+from permgraph.spec import PermutationSpec
+
+WORKING = 4  # bytes of a float32
+
+
+@dataclass(frozen=True)
+class Rates:
+    """How fast a machine is.
+
+    Attributes:
+        flops: floating-point operations per second, in float32 matrix products.
+        assignment: seconds of one assignment of n rows, as (c, k) for c n^k.
+        read: bytes per second from where checkpoints lie.
+        network: bytes per second between two workers.
+    """
+
+    flops: float
+    assignment: tuple[float, float]
+    read: float = 1e9
+    network: float = 1e9
+
+    def assigning(self, size: int) -> float:
+        """Seconds for one assignment problem of this size."""
+        c, k = self.assignment
+        return float(c * size**k)
+
+
+@dataclass(frozen=True)
+class MoveCost:
+    """One step: the best renumbering of one group, with those fibred over it.
+
+    Attributes:
+        group: the root of the step.
+        size: how many indices the root has.
+        flops: of its Gram matrices, computed in full.
+        gram: bytes of the Gram matrices, in float32; nested ones are made in portions.
+        problems: (size, count) of the assignment problems.
+        parameters: how many elements the parameters have in which the group stands.
+        largest: elements of the largest of them.
+    """
+
+    group: str
+    size: int
+    flops: int
+    gram: int
+    problems: tuple[tuple[int, int], ...]
+    parameters: int
+    largest: int
+
+    def seconds(self, rates: Rates) -> tuple[float, float]:
+        """The seconds for the Gram matrices and those for the assignments."""
+        return self.flops / rates.flops, sum(count * rates.assigning(size) for size, count in self.problems)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What one alignment over a spec costs.
+
+    Attributes:
+        moves: one per step of a pass.
+        elements: of all parameters and buffers.
+        rounds: the groups of steps that may run side by side: no two groups of one share a parameter.
+        nested: bytes that the Gram matrices of nested groups take at a time.
+    """
+
+    moves: tuple[MoveCost, ...]
+    elements: int
+    rounds: tuple[tuple[str, ...], ...]
+    nested: int = 1 << 29
+
+    @cached_property
+    def flops(self) -> int:
+        """Of all Gram matrices of one pass."""
+        return sum(move.flops for move in self.moves)
+
+    @cached_property
+    def problems(self) -> dict[int, int]:
+        """How many assignment problems of each size one pass solves."""
+        found: dict[int, int] = {}
+        for move in self.moves:
+            for size, count in move.problems:
+                found[size] = found.get(size, 0) + count
+        return dict(sorted(found.items(), reverse=True))
+
+    @cached_property
+    def gram(self) -> int:
+        """Bytes of the largest step's Gram matrices, as far as they are in memory at once."""
+        return max((min(move.gram, max(self.nested, WORKING * move.size**2)) for move in self.moves), default=0)
+
+    def memory(self, bytes_per_element: int = WORKING, *, streamed: bool = False, cache: int = 0) -> int:
+        """Peak bytes of a run.
+
+        Args:
+            bytes_per_element: of the checkpoint's dtype.
+            streamed: tensors are read when a step needs them (`StreamedWeightMatching`), rather than held.
+            cache: of a streamed run.
+
+        Without streaming: both models and one working copy in float32, and the largest Gram matrices. With it: one
+        parameter in both models and B's renumbered, a portion of them in float32, the Gram matrices, and the cache.
+        """
+        if not streamed:
+            return 3 * WORKING * self.elements + self.gram
+        largest = max((move.largest for move in self.moves), default=0)
+        return 3 * bytes_per_element * largest + 3 * WORKING * min(PORTION, largest) + self.gram + cache
+
+    def read(self, bytes_per_element: int = WORKING) -> int:
+        """Bytes that a streamed run reads in one pass: each tensor, of both models, once for each group on it."""
+        return 2 * bytes_per_element * sum(move.parameters for move in self.moves)
+
+    def seconds(
+        self,
+        rates: Rates,
+        *,
+        passes: int = 1,
+        workers: int = 1,
+        streamed: bool = False,
+        bytes_per_element: int = WORKING,
+    ) -> float:
+        """Seconds of a run, were each pass to compute everything.
+
+        Args:
+            rates: of each worker.
+            passes: over all groups; runs took 4 to 12 where they were measured.
+            workers: the Gram matrices are sums over shards, so they divide among the workers, whose parts are then
+                added up over the network. Assignments divide only among steps that may run side by side.
+            streamed: count the reading, which divides among the workers as well.
+            bytes_per_element: of the checkpoint's dtype.
+        """
+        if passes < 1 or workers < 1:
+            raise PermgraphError(f"passes={passes}, workers={workers}: give at least 1")
+        costs = {move.group: move.seconds(rates) for move in self.moves}
+        grams = sum(gram for gram, _ in costs.values()) / workers
+        solving = sum(
+            max(
+                max((costs[group][1] for group in together), default=0.0),
+                sum(costs[group][1] for group in together) / workers,
+            )
+            for together in self.rounds
+        )
+        adding = 0.0
+        if workers > 1:  # a ring: each worker sends and receives the matrix about once, in both halves
+            adding = sum(2 * (workers - 1) / workers * move.gram for move in self.moves) / rates.network
+        reading = self.read(bytes_per_element) / rates.read / workers if streamed else 0.0
+        return passes * (grams + solving + adding + reading)
+
+
+def estimate(spec: PermutationSpec) -> Estimate:
+    """Count what one pass of weight matching over a spec computes, reads and holds.
+
+    Args:
+        spec: of any model, also one that was built on the meta device.
+
+    Example:
+        >>> spec = pg.auto_spec(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)))
+        >>> estimate(spec).flops  # two Gram matrices (16, 16), and the bias's
+        6656
+    """
+    plan = Plan(spec, [name for name in spec.axes if name not in spec.aliases])
+    elements = {name: math.prod(shape) for name, shape in spec.shapes.items()}
+    costs: dict[str, MoveCost] = {}
+    for move in plan.moves:
+        cost = _cost(spec, move, elements)
+        if move.name in costs:  # a second step of the same root, for groups that one nested assignment cannot take
+            cost = _together(costs[move.name], cost)
+        costs[move.name] = cost
+    return Estimate(tuple(costs.values()), sum(elements.values()), _rounds(spec, list(costs)))
+
+
+def calibrate(seconds: float = 2.0) -> Rates:
+    """Measure this machine, with torch's present number of threads.
+
+    Args:
+        seconds: about how long to take.
+    """
+    side = 512
+    one, other = torch.ones(side, side), torch.ones(side, side)
+    product = _repeat(lambda: one @ other, seconds / 4)
+    small, large = 512, 2048
+    times = {}
+    for size in (small, large):
+        solve = functools.partial(assign, _costs(size), maximise=True)
+        times[size] = _repeat(solve, seconds / 4)
+    power = min(3.0, max(2.0, math.log(times[large] / times[small]) / math.log(large / small)))
+    return Rates(flops=2 * side**3 / product, assignment=(times[large] / large**power, power))
+
+
+def _costs(size: int) -> np.ndarray:
+    """A Gram matrix of two random layers."""
+    random = np.random.default_rng(0)
+    one, other = (random.standard_normal((size, size), dtype=np.float32) for _ in range(2))
+    return one @ other.T
+
+
+def _repeat(work: Callable[[], object], seconds: float) -> float:
+    """The least time of one run among those that fit."""
+    work()
+    best, until = math.inf, time.perf_counter() + seconds
+    while True:
+        started = time.perf_counter()
+        work()
+        ended = time.perf_counter()
+        best = min(best, ended - started)
+        if ended >= until:
+            return best
+
+
+def _cost(spec: PermutationSpec, move: Move, elements: dict[str, int]) -> MoveCost:
+    def size(group: str) -> int:
+        return spec.groups[group].size
+
+    flops, gram = 0, 0
+    problems: list[tuple[int, int]] = []
+    for node in (*move.root.nodes(), *(node for then in move.then for node in then.root.nodes())):
+        chain, batch = math.prod(map(size, node.chain)), math.prod(map(size, node.batch))
+        flops += sum(2 * place.block.size * chain for place in node.places)
+        gram += WORKING * chain**2 * batch
+        problems.append((size(node.group), batch * math.prod(size(group) for group in node.chain[:-1]) ** 2))
+    standing = [elements[name] for name in move.parameters]
+    return MoveCost(move.name, size(move.name), flops, gram, tuple(problems), sum(standing), max(standing, default=0))
+
+
+def _together(one: MoveCost, other: MoveCost) -> MoveCost:
+    return MoveCost(
+        one.group,
+        one.size,
+        one.flops + other.flops,
+        max(one.gram, other.gram),
+        one.problems + other.problems,
+        one.parameters + other.parameters,
+        max(one.largest, other.largest),
+    )
+
+
+def _rounds(spec: PermutationSpec, roots: list[str]) -> tuple[tuple[str, ...], ...]:
+    """Steps that may run side by side: colours of the graph whose edges join groups that meet in some parameter."""
+    graph = nx.Graph()
+    graph.add_nodes_from(roots)
+    root_of = {name: next((p for p in group.parents if p in graph), name) for name, group in spec.groups.items()}
+    for one, other, data in spec.coupling().edges(data=True):
+        a, b = root_of[one], root_of[other]
+        if a != b and a in graph and b in graph and data["meeting"]:
+            graph.add_edge(a, b)
+    rounds: dict[int, list[str]] = {}
+    for group, colour in nx.greedy_color(graph, strategy="largest_first").items():
+        rounds.setdefault(colour, []).append(group)
+    return tuple(tuple(together) for _, together in sorted(rounds.items()))
