@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -229,6 +230,65 @@ def test_bad_input_is_one_clear_error(name: str) -> None:
     call, kind, words = BAD[name]
     with pytest.raises(kind, match=words):
         call()
+
+
+class Detector(nn.Module):
+    """Scores two boxes, and returns those above a threshold that none ever passes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.scores = nn.Linear(4, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.scores(torch.relu(self.first(x)))
+        return scores[scores.sigmoid() > 2]
+
+
+def detector(**lines: str) -> PermutationSpec:
+    right = {"first.weight": "6x4  a .", "first.bias": "6  a", "scores.weight": "2x6  . a", "scores.bias": "2  ."}
+    right.update({name.replace("__", "."): line for name, line in lines.items()})
+    return PermutationSpec.parse("\n".join(f"{n}  {line}" for n, line in right.items()) + "\ngroups: a 6")
+
+
+def test_empty_outputs_hide_nothing() -> None:
+    proof = pg.verify(Detector(), detector(), X, controls="all")
+    assert proof and len(proof.controls) == 3 and all(control.passed for control in proof.controls)
+    assert "empty" in proof.note
+    assert pg.verify(Detector(), detector(first__bias="6  ."), X).failed == ("a",)
+    assert pg.verify(Detector(), detector(scores__weight="2x6  . ."), X).failed == ("a",)
+
+
+def test_time_for_controls_may_run_out() -> None:
+    proof = pg.verify(network(), text(), X, max_seconds=0.0)
+    assert proof and proof.controls == () and proof.untried == ("a", "b")
+    assert "no time for controls on 2 groups: a, b" in str(proof)
+    assert not pg.verify(network(), WRONG["an axis is missing"], X, max_seconds=0.0)
+    assert pg.verify(network(), text(), X, max_seconds=600.0).untried == ()
+
+
+def test_a_model_that_writes_to_its_weights_is_run_on_the_same_ones_each_time() -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.scale = network(), nn.Parameter(torch.ones(1))
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                self.calls += 1
+                self.scale.mul_(2)
+            return self.net(x) * self.calls + self.scale
+
+    model = Counts()
+    proof = pg.verify(model, None, X, controls="all")
+    assert proof and proof.max_error < 1e-12
+    assert model.calls == 0 and model.scale == 1
+
+
+def test_what_does_not_fit_to_be_kept_is_drawn_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = pg.verify(network(), text(), X, controls="all")
+    monkeypatch.setattr(sys.modules["permgraph.verify"], "KEEP_BYTES", 0)
+    assert pg.verify(network(), text(), X, controls="all") == kept
 
 
 def test_an_unknown_way_of_controls_is_refused() -> None:
