@@ -52,6 +52,8 @@ class StreamedWeightMatching:
         done: how many sweeps that run had made: the orders of the coming ones follow from it, so that a run that goes
             on ends where an unbroken one would.
         keep: called after each sweep with its number and the permutation, to keep for such a case.
+        watch: called before each piece of work with how many pieces of the present pass are done, how many there are,
+            and what comes next, in words.
         ignore: patterns of names that are permuted, but are no evidence.
         solver: for the assignments, see `assign`.
         cache: bytes of tensors to keep in case the next steps need them again.
@@ -75,6 +77,7 @@ class StreamedWeightMatching:
     init: Permutation | Literal["identity", "barycentre"] = "barycentre"
     done: int = 0
     keep: Callable[[int, Permutation], object] | None = field(default=None, compare=False)
+    watch: Callable[[int, int, str], object] | None = field(default=None, compare=False)
     ignore: Sequence[str] = STATISTICS
     solver: Solver = "auto"
     cache: int = 1 << 29
@@ -220,7 +223,15 @@ class _Streamed:
         return Scene(self.spec, a, b, self.free - move.groups, self.how.solver)
 
     def _objective(self, *, check: bool = False) -> float:
-        return sum(self._inner(name, self.arrays, check=check) for name in self.names)
+        total = 0.0
+        for done, name in enumerate(self.names):
+            self._tell(done, len(self.names), f"objective, {name}")
+            total += self._inner(name, self.arrays, check=check)
+        return total
+
+    def _tell(self, done: int, of: int, what: str) -> None:
+        if self.how.watch is not None:
+            self.how.watch(done, of, what)
 
     def _inner(self, name: str, arrays: Arrays, *, check: bool = False) -> float:
         """The inner product of one parameter of A with B's, renumbered by `arrays`."""
@@ -264,10 +275,10 @@ class _Streamed:
         number = self.how.done + len(self.history) + 1
         before, unknown = dict(self.arrays), bool(self.free)
         gains: dict[str, float] = {}
-        for at in self._order(np.random.default_rng((self.seed, number))):
+        for done, at in enumerate(self._order(np.random.default_rng((self.seed, number)))):
             if at in self.stale:
                 move = self.plan.moves[at]
-                gains[move.name] = gains.get(move.name, 0.0) + self._step(at, move)
+                gains[move.name] = gains.get(move.name, 0.0) + self._step(at, move, done)
         # What a step seemed to gain while groups were unknown is not what it gained.
         self.objective = self._objective() if unknown else self.objective + sum(gains.values())
         moved = {name: _differing(now, before.get(name)) for name, now in self.arrays.items()}
@@ -295,12 +306,15 @@ class _Streamed:
         known = sum(b.size / math.prod(leaf.size for leaf in b.leaves if leaf.group in free) for b in blocks)
         return known / sum(block.size for block in blocks)
 
-    def _step(self, at: int, move: Move) -> float:
+    def _step(self, at: int, move: Move, done: int) -> float:
         """Take one move if it raises the objective; what it gained."""
+        self._tell(done, len(self.plan.moves), f"Gram matrices, {move.name}")
         if move.paired:
             step, gain = self._paired(move)
         elif len(move.groups) == 1 and not move.bent:
-            columns, gain = choose(self._gram(move), self.how.solver, move.name)
+            gram = self._gram(move)
+            self._tell(done, len(self.plan.moves), f"assignment, {move.name}")
+            columns, gain = choose(gram, self.how.solver, move.name)
             step = {move.name: columns} if _differing(columns, None) else {}
         else:
             worth = outer_values(self._scene(move, self.arrays), move.root)
