@@ -7,7 +7,14 @@ from typing import Annotated
 import typer
 
 from permgraph import __version__
-from permgraph.cli import barrier, combine, doctor, structure
+from permgraph.cli.align import align
+from permgraph.cli.barrier import barrier
+from permgraph.cli.doctor import doctor
+from permgraph.cli.merge import merge
+from permgraph.cli.options import spread
+from permgraph.cli.plan import plan
+from permgraph.cli.structure import diff, explain, spec, verify
+from permgraph.cli.study import study
 
 app = typer.Typer(
     name="permgraph",
@@ -36,11 +43,5 @@ def permgraph(
     """
 
 
-app.command()(structure.spec)
-app.command()(structure.explain)
-app.command()(structure.diff)
-app.command()(structure.verify)
-app.command()(combine.align)
-app.command()(combine.merge)
-app.command()(barrier.barrier)
-app.command()(doctor.doctor)
+for command in (spec, explain, diff, verify, align, merge, barrier, study, plan, doctor):
+    app.command()(spread(command))

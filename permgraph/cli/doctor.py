@@ -13,7 +13,8 @@ import torch
 import typer
 
 import permgraph
-from permgraph.cli.screen import SAYS_NO, AsJson, Debug, Quiet, Screen, table
+from permgraph.cli.options import Shown
+from permgraph.cli.screen import SAYS_NO, Screen, table
 from permgraph.matching import align
 from permgraph.verify import verify
 
@@ -29,9 +30,9 @@ OPTIONAL = {
 }
 
 
-def doctor(as_json: AsJson = False, quiet: Quiet = False, debug: Debug = False) -> None:
+def doctor(shown: Shown) -> None:
     """Show versions, optional packages and devices, and try the library on a small network. Exit code 1 if it fails."""
-    with Screen(as_json, quiet, debug) as screen:
+    with Screen(shown) as screen:
         versions = {name: _version(name) for name in (*NEEDED, *OPTIONAL)}
         with screen.stage("trying it out"):
             trial = _trial()

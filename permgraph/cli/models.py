@@ -219,14 +219,14 @@ def _from_code(model: str, arguments: list[Any], keywords: dict[str, Any]) -> Ca
     return lambda: found(*arguments, **keywords)
 
 
-def load_object(text: str) -> Any:
+def load_object(text: str, wanted: str = f"model: say {FORMS}") -> Any:
     """What ``package.module:name`` or ``file.py:name`` names.
 
-    Raises CaptureError if there is no such file, module or name, or its code fails.
+    Raises CaptureError if there is no such file, module or name, or its code fails; ``wanted`` says what to name.
     """
     place, colon, name = text.rpartition(":")
     if not colon or not place or not name:
-        raise CaptureError(f"{text!r} names no model: say {FORMS}")
+        raise CaptureError(f"{text!r} names no {wanted}")
     try:
         with _current_folder_on_path():
             module = _load_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)

@@ -9,25 +9,33 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
+from permgraph.cli.options import Shown
 from permgraph.errors import PermgraphError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
 
 SAYS_NO = 1
 BAD_INPUT = 2
 OUR_BUG = 70  # EX_SOFTWARE
 INTERRUPTED = 130
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, errors too.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No notes and no progress bars.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, and the library's log.")]
 
-Update = Callable[[float], None]
+class Stage:
+    """A stage of the work: called with how much of it is done. This one shows nothing."""
+
+    def __call__(self, done: float) -> None:
+        """Say how much is done."""
+
+    def step(self, done: int, total: int, what: str) -> None:
+        """Say how many steps of the present pass are done, of how many, and what comes next."""
 
 
 class Screen:
@@ -37,8 +45,8 @@ class Screen:
     that says that it is a bug, and exit code 70. Tracebacks are shown only for `debug`.
     """
 
-    def __init__(self, as_json: bool, quiet: bool, debug: bool) -> None:
-        self.as_json, self.quiet, self.debug = as_json, quiet, debug
+    def __init__(self, shown: Shown) -> None:
+        self.as_json, self.quiet, self.debug = shown.as_json, shown.quiet, shown.debug
         self.notes: list[str] = []
 
     def __enter__(self) -> Screen:
@@ -80,18 +88,39 @@ class Screen:
             print(text, flush=True)
 
     @contextmanager
-    def stage(self, title: str, total: float | None = None) -> Iterator[Update]:
-        """A stage of the work, with a live bar on a terminal; yields a function to be called with how much is done."""
+    def stage(self, title: str, total: float | None = None) -> Iterator[Stage]:
+        """A stage of the work, with a live bar and the time left on a terminal."""
         if self.quiet or self.as_json or self.debug or not sys.stderr.isatty():
-            yield lambda done: None
+            yield Stage()
             return
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
         columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-            task = progress.add_task(title, total=total)
-            yield lambda done: progress.update(task, completed=done)
+            yield _Bar(progress, progress.add_task(title, total=total), title)
+
+
+class _Bar(Stage):
+    """A stage with a bar."""
+
+    def __init__(self, progress: Progress, task: TaskID, title: str) -> None:
+        self.progress, self.task, self.title = progress, task, title
+        self.passes = 0
+
+    def __call__(self, done: float) -> None:
+        """Show how much is done; where nobody knows of how much, as a number beside the title."""
+        if self.progress.tasks[0].total is None:
+            self.progress.update(self.task, description=f"{self.title}, pass {done + 1:g}")
+        else:
+            self.progress.update(self.task, completed=done)
+
+    def step(self, done: int, total: int, what: str) -> None:
+        """Show the steps of the present pass, and what comes next."""
+        if done == 0:
+            self.passes += 1
+            self.progress.reset(self.task, total=total)
+        self.progress.update(self.task, completed=done, description=f"{self.title}, pass {self.passes}: {what}")
 
 
 def table(rows: Sequence[tuple[str, ...]], head: tuple[str, ...] = ()) -> str:

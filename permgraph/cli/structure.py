@@ -12,13 +12,16 @@ from permgraph.capture import capture
 from permgraph.capture.outputs import tensor_leaves
 from permgraph.cli.checkpoints import fitted, require_finite, whole_state
 from permgraph.cli.models import FORMS, build, parse_inputs, spec_of
-from permgraph.cli.screen import SAYS_NO, AsJson, Debug, Quiet, Screen, table
+from permgraph.cli.options import Shown, complete_model
+from permgraph.cli.screen import SAYS_NO, Screen, table
 from permgraph.errors import CaptureError
 from permgraph.io import open_checkpoint
 from permgraph.spec import PermutationSpec
 from permgraph.verify import verify as verify_spec
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help=f"{FORMS}. Or a saved spec.")]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help=f"{FORMS}. Or a saved spec.", autocompletion=complete_model)
+]
 Inputs = Annotated[
     list[str] | None,
     typer.Option("--input", "-i", help="Shape of an example input: 1,3,224,224 or input_ids=int:2,16."),
@@ -27,12 +30,11 @@ Inputs = Annotated[
 
 def spec(
     model: Model,
+    *,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Save the spec here as JSON.")] = None,
     inputs: Inputs = None,
     pins: Annotated[bool, typer.Option("--pins", help="List what stays put, and why.")] = False,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
+    shown: Shown,
 ) -> None:
     """Show every permutation symmetry of a model: its groups, and where they act on each parameter.
 
@@ -42,7 +44,7 @@ def spec(
 
         permgraph spec hf:./my-llama --pins
     """
-    with Screen(as_json, quiet, debug) as screen:
+    with Screen(shown) as screen:
         with screen.stage("finding symmetries"):
             found = spec_of(model, inputs)
         if output is not None:
@@ -86,10 +88,9 @@ def explain(
     model: Model,
     param: Annotated[str, typer.Argument(metavar="PARAM", help="A parameter's name in the state dict.")],
     dim: Annotated[int, typer.Argument(metavar="DIM", help="Which of its dimensions, from 0.")],
+    *,
     inputs: Inputs = None,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
+    shown: Shown,
 ) -> None:
     """Tell why one axis of a parameter is tied to others, or why it stays put.
 
@@ -97,7 +98,7 @@ def explain(
 
         permgraph explain torchvision:resnet18 layer1.0.conv2.weight 0
     """
-    with Screen(as_json, quiet, debug) as screen:
+    with Screen(shown) as screen:
         with screen.stage("finding symmetries"):
             found = spec_of(model, inputs)
         explanation = found.explain(param, dim)
@@ -119,9 +120,8 @@ def explain(
 def diff(
     spec_a: Annotated[str, typer.Argument(metavar="SPEC_A", help="A saved spec, or a MODEL.")],
     spec_b: Annotated[str, typer.Argument(metavar="SPEC_B", help="Another.")],
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
+    *,
+    shown: Shown,
 ) -> None:
     """Tell how two specs differ. Exit code 0 if they do not, 1 if they do.
 
@@ -129,7 +129,7 @@ def diff(
 
         permgraph diff resnet18.json timm:resnet18
     """
-    with Screen(as_json, quiet, debug) as screen:
+    with Screen(shown) as screen:
         with screen.stage("finding symmetries"):
             one, other = spec_of(spec_a), spec_of(spec_b)
         differences = one.diff(other)
@@ -141,7 +141,8 @@ def diff(
 
 
 def verify(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help=FORMS)],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=FORMS, autocompletion=complete_model)],
+    *,
     checkpoint: Annotated[
         Path | None,
         typer.Option("--checkpoint", "-c", help="Also check that these weights fit, are finite, and compute the same."),
@@ -149,13 +150,11 @@ def verify(
     spec_file: Annotated[Path | None, typer.Option("--spec", help="Check this spec, not the one found now.")] = None,
     inputs: Inputs = None,
     seed: Annotated[int, typer.Option(help="Of the random weights and permutations.")] = 0,
-    tolerance: Annotated[float, typer.Option(help="The largest relative error that counts as equal.")] = 1e-8,
+    tolerance: Annotated[float, typer.Option(help="The largest relative error that counts as equal.")] = 1e-9,
     all_controls: Annotated[
         bool, typer.Option("--all-controls", help="A control on every axis, not one a group.")
     ] = False,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
+    shown: Shown,
 ) -> None:
     """Prove that the symmetries of a model preserve what it computes. Exit code 1 if they do not.
 
@@ -168,7 +167,7 @@ def verify(
 
         permgraph verify hf:./my-bert --checkpoint ./my-bert
     """
-    with Screen(as_json, quiet, debug) as screen:
+    with Screen(shown) as screen:
         module = build(model)
         args, kwargs = parse_inputs(inputs or [])
         with screen.stage("finding symmetries"):

@@ -52,7 +52,7 @@ class TorchFile:
             OSError: it cannot be read.
         """
         path = Path(path)
-        content = _load(path)
+        content = load_safely(path)
         state, wrapper, beside = _unwrap(content, path)
         tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
         for name, tensor in tensors.items():
@@ -90,7 +90,11 @@ class TorchFile:
         torch.save(content, file)
 
 
-def _load(path: Path) -> Any:
+def load_safely(path: Path) -> Any:
+    """The content of a PyTorch file, which may be tensors and plain data only.
+
+    Raises CheckpointError if it is damaged, or holds anything else.
+    """
     # Others' training scripts store their arguments as a Namespace, which holds data and runs nothing.
     with torch.serialization.safe_globals([argparse.Namespace]):
         try:

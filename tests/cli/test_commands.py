@@ -313,13 +313,53 @@ def test_align_refuses_outputs_in_the_way(run: Run, pair: Any) -> None:
 # --- merge ------------------------------------------------------------------------------------------------------------
 
 
-def test_merge_of_renumbered_copies_is_the_network(run: Run, pair: Any) -> None:
+@pytest.mark.parametrize("how", ["", "--method reference --reference 2", "--method merge-many --init barycentre"])
+def test_merge_of_renumbered_copies_is_the_network(run: Run, pair: Any, how: str) -> None:
     a, b = pair
     save_file(spec_of(NET).random(2).apply(b), "c.safetensors")
-    result = run("merge", "a.safetensors", "b.safetensors", "c.safetensors", "-m", NET, "-o", "m.safetensors", "--json")
-    assert len(json.loads(result.stdout)["alignments"]) == 2
+    args = ("merge", "a.safetensors", "b.safetensors", "c.safetensors", "-m", NET, "-o", "m.safetensors", "--json")
+    data = json.loads(run(*args, *how.split()).stdout)
+    assert data["method"] == (how.split()[1] if how else "cycle-consistent")
+    if "reference" in how:
+        assert [report["checkpoint"] for report in data["alignments"]] == ["a.safetensors", "b.safetensors"]
+    else:
+        assert data["outcome"] == "converged"
+        assert data["objective"] > data["objective_before"]
+        assert data["moved"][0] == 0
+    # Numbered as the first is, whatever the method made of the numbering.
     merged = load_file("m.safetensors")
     assert all(torch.allclose(merged[name], tensor, atol=1e-6) for name, tensor in a.items())
+
+
+def test_merge_finds_what_the_library_finds(run: Run) -> None:
+    spec = spec_of(NET)
+    states = [trained(seed, spec) for seed in range(3)]
+    for number, state in enumerate(states):
+        save_file(state, f"{number}.safetensors")
+    args = ("merge", *(f"{number}.safetensors" for number in range(3)), "-m", NET, "--seed", 3, "--json", "-o")
+    methods = {"cycle-consistent": pg.CycleConsistent(), "merge-many": pg.MergeMany(), "reference": pg.ToReference()}
+    for name, method in methods.items():
+        data = json.loads(run(*args, f"{name}.safetensors", "--method", name).stdout)
+        expected = pg.merge(states, method, spec=spec, seed=3)
+        if name != "reference":
+            assert data["objective"] == pytest.approx(expected.objective)
+            assert data["objective_before"] == pytest.approx(expected.objective_before)
+            assert data["rounds"] == expected.rounds
+            # The library's mean is in a numbering of its own; the command's in that of the first.
+            renumbered = expected.permutations[0].inverse().apply(expected.state_dict)
+            made = load_file(f"{name}.safetensors")
+            assert all(torch.allclose(made[key], tensor, atol=1e-5) for key, tensor in renumbered.items())
+
+
+def test_merge_refuses_what_does_not_go_together(run: Run, pair: Any) -> None:
+    args = ("merge", "a.safetensors", "b.safetensors", "-m", NET, "-o", "m.safetensors")
+    assert "the checkpoints are 0 to 1" in run(*args, "--reference", 2, code=2).stderr
+    assert "say --data" in run(*args, "--recalibrate", code=2).stderr
+    assert "by weights" in run(*args, "--method", "cycle-consistent", "--matcher", "frank-wolfe", code=2).stderr
+    assert "plain inner products" in run(
+        *args, "--method", "cycle-consistent", "--objective", "cosine", code=2
+    ).stderr
+    assert not Path("m.safetensors").exists()
 
 
 def test_merge_is_the_weighted_mean_after_alignment(run: Run, pair: Any) -> None:

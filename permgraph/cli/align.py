@@ -1,0 +1,64 @@
+"""``permgraph align``: a checkpoint, renumbered to correspond to another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from permgraph.cli.checkpoints import permuted, require_finite
+from permgraph.cli.options import Data, Matching, Shown, Subject, Writing
+from permgraph.cli.screen import Screen
+from permgraph.cli.work import Work, said
+from permgraph.io import Staging, write_checkpoint
+
+
+def align(
+    a: Annotated[Path, typer.Argument(metavar="A", help="The checkpoint to align to.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="The checkpoint to renumber.")],
+    *,
+    writing: Writing,
+    permutation_file: Annotated[
+        Path | None, typer.Option("--permutation", "-p", help="Save the permutation here as safetensors.")
+    ] = None,
+    subject: Subject,
+    matching: Matching,
+    data: Data,
+    shown: Shown,
+) -> None:
+    """Renumber B's hidden units so that they correspond to A's, and write the result: the same function as B.
+
+    An interrupted run goes on where it stopped when the same command is given again. The inputs are only read.
+
+    [bold]Examples[/bold]
+
+        permgraph align ./model-a ./model-b -o ./model-b-aligned
+
+        permgraph align a.safetensors b.safetensors --model timm:resnet18 -o b-aligned.safetensors
+
+        permgraph align a.pt b.pt -m net.py:Net --matcher activation --data ./mnist --flatten -o c.pt
+    """
+    with Screen(shown) as screen:
+        work = Work.prepare((a, b), subject, matching, data, screen, output=writing.output, like=1)
+        other = work.checkpoints[1]
+        names = {key: name for name, key in work.weights[1].keys_of.items()}
+        with Staging(writing.output, work.job("align"), overwrite=writing.overwrite) as staging:
+            if staging.complete:
+                write_checkpoint(other, staging, lambda key, tensor: tensor)
+                screen.result({"output": str(writing.output)}, f"an earlier run had finished {writing.output}")
+                return
+            if staging.resumed:
+                screen.note("going on where an earlier run stopped")
+            permutation, report = work.match(staging, 1)
+            if permutation_file is not None:
+                permutation.save(permutation_file)
+
+            def moved(key: str, tensor: torch.Tensor) -> torch.Tensor:
+                require_finite(key, tensor, b)
+                return permuted(permutation, names[key], tensor) if key in names else tensor
+
+            with screen.stage("writing", other.nbytes) as update:
+                write_checkpoint(other, staging, moved, progress=lambda done, whole: update(done))
+        screen.result({"output": str(writing.output), **report}, f"{said(report)}\nwritten to {writing.output}")

@@ -1,0 +1,175 @@
+"""``--matcher``: one table of the library's matchers, and how the options make one of them."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
+
+from permgraph import matching
+from permgraph.cli.data import loss_on
+from permgraph.cli.options import MatcherName, Matching
+from permgraph.errors import MismatchError
+from permgraph.io import Checkpoint
+from permgraph.matching import Matcher, NeedsModels, WeightMatching
+from permgraph.matching.streamed import StreamedWeightMatching
+
+M = TypeVar("M")
+
+MATCHERS: dict[MatcherName, Callable[..., Matcher]] = {
+    MatcherName.weight: WeightMatching,
+    MatcherName.activation: matching.ActivationMatching,
+    MatcherName.frank_wolfe: matching.FrankWolfe,
+    MatcherName.straight_through: matching.StraightThrough,
+    MatcherName.sinkhorn: matching.Sinkhorn,
+}
+
+
+def matcher_of(asked: Matching, checkpoint: Checkpoint, loader: Iterable[Any] | None, class_dim: int = 1) -> Matcher:
+    """The matcher that the options ask for; weight matching is streamed where memory is short, unless they say.
+
+    Args:
+        asked: the options; what they leave out is as the library has it.
+        checkpoint: one of those to match.
+        loader: the batches of ``--data``, if that was given.
+        class_dim: the dimension of the networks' logits that holds the classes.
+
+    Raises:
+        MismatchError: the options do not go together, or a setting is not one of the matcher's.
+        PermgraphError: the matcher refuses a value.
+    """
+    name = asked.matcher
+    settings = dict(map(_setting, asked.settings or ()))
+    weight: dict[str, Any] = {
+        "init": asked.init and asked.init.value,
+        "objective": asked.objective and asked.objective.value,
+        "restarts": asked.restarts,
+        "max_sweeps": asked.max_sweeps,
+    }
+    weight = {key: value for key, value in weight.items() if value is not None}
+    if name is MatcherName.weight:
+        streamed = asked.stream
+        if streamed is None:
+            streamed = _memory_is_short(checkpoint) and not {"objective", "restarts"} & {*weight, *settings}
+        if streamed:
+            if {"objective", "restarts"} & weight.keys():
+                raise MismatchError("--stream matches once, by inner products: leave out --objective and --restarts")
+            return _changed(StreamedWeightMatching(), {**weight, **settings})
+        return _changed(WeightMatching(), {**weight, **settings})
+    if asked.stream:
+        raise MismatchError(f"--stream reads tensors as weight matching needs them; {name.value} needs whole networks")
+    make = MATCHERS[name]
+    fields = {field.name: field for field in dataclasses.fields(make)}  # type: ignore[arg-type]
+    given: dict[str, Any] = {}
+    if "loader" in fields:
+        if loader is not None:
+            given["loader"] = loader
+            if "loss" in fields:
+                given["loss"] = loss_on(class_dim)
+            if name is MatcherName.sinkhorn:
+                settings = {"objective": "midpoint", **settings}  # else the data would count for nothing
+        elif fields["loader"].default is dataclasses.MISSING:
+            raise MismatchError(f"--matcher {name.value} runs the networks: say --data")
+    made = make(**given)
+    if weight:
+        inner = _ascent(made)
+        assert inner is not None, f"{name.value} has no weight matching in it"
+        made = dataclasses.replace(made, **{inner: _changed(getattr(made, inner), weight)})  # type: ignore[type-var]
+    return _changed(made, settings)
+
+
+def runs_networks(matcher: Matcher) -> bool:
+    """Whether it needs modules, not just weights."""
+    return isinstance(matcher, NeedsModels) and bool(getattr(matcher, "needs_models", True))
+
+
+def describe(value: Any) -> Any:
+    """A matcher as plain data that is the same in every run, without loaders and modules."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {
+            "kind": type(value).__name__,
+            **{
+                field.name: describe(getattr(value, field.name))
+                for field in dataclasses.fields(value)
+                if field.name not in ("loader", "models", "keep", "watch", "done")
+            },
+        }
+    if isinstance(value, (tuple, list)):
+        return list(map(describe, value))
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return getattr(value, "__qualname__", type(value).__name__)
+
+
+def _ascent(matcher: Any) -> str | None:
+    """The field that holds the weight matching inside another matcher."""
+    return next(
+        (f.name for f in dataclasses.fields(matcher) if isinstance(getattr(matcher, f.name), WeightMatching)), None
+    )
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals or not name.strip().replace("-", "_").isidentifier():
+        raise MismatchError(f"--set {text!r}: give a name and a value, as in epochs=10")
+    try:
+        found = ast.literal_eval(value.strip())
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        found = value.strip()
+    return name.strip().replace("-", "_"), found
+
+
+def _changed(matcher: M, settings: Mapping[str, Any]) -> M:
+    """The matcher with other values in fields that hold plain ones, its own or those of the weight matching in it."""
+
+    def plain(owner: Any) -> dict[str, Any]:
+        held = {field.name: getattr(owner, field.name) for field in dataclasses.fields(owner)}
+        return {
+            key: value
+            for key, value in held.items()
+            if key not in ("loader", "models", "keep", "watch", "done")
+            and (value is None or isinstance(value, (bool, int, float, str, tuple)))
+        }
+
+    inner = _ascent(matcher)
+    own = plain(matcher)
+    nested = plain(getattr(matcher, inner)) if inner else {}
+    for name, value in settings.items():
+        if name not in own and name not in nested:
+            raise MismatchError(
+                f"{type(matcher).__name__} has no setting {name!r}; it has {', '.join(sorted({*own, *nested}))}"
+            )
+        old = own.get(name, nested.get(name))
+        if old is not None and not _alike(old, value):
+            raise MismatchError(f"--set {name}={value!r}: it should be like {old!r}")
+    mine = {name: value for name, value in settings.items() if name in own}
+    if inner and len(mine) < len(settings):
+        rest = {name: value for name, value in settings.items() if name not in own}
+        mine[inner] = dataclasses.replace(getattr(matcher, inner), **rest)
+    return dataclasses.replace(matcher, **mine)  # type: ignore[type-var]
+
+
+def _alike(old: Any, new: Any) -> bool:
+    if new is None:
+        return True
+    if isinstance(old, bool) or isinstance(new, bool):
+        return isinstance(old, bool) and isinstance(new, bool)
+    if isinstance(old, (int, float)):
+        return isinstance(new, int) or (isinstance(old, float) and isinstance(new, float))
+    return isinstance(new, type(old))
+
+
+def _memory_is_short(checkpoint: Checkpoint) -> bool:
+    # Two models in float32, the renumbered copy of one, and Gram matrices: up to four times the weights.
+    return 16 * sum(math.prod(form.shape) for form in checkpoint.formats.values()) > 0.5 * machine_memory()
+
+
+def machine_memory() -> float:
+    """Bytes of physical memory; infinite where the system does not say."""
+    try:
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (AttributeError, ValueError, OSError):  # Windows
+        return math.inf

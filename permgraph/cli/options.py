@@ -1,0 +1,229 @@
+"""Options that several commands share, each written once, and `spread`, which gives a command a whole set of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import functools
+import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from permgraph.cli.models import FORMS
+
+MATCHING = "How to match"
+DATA = "Data"
+
+
+def spread(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with each parameter that is a dataclass replaced by one option for each of the dataclass's fields."""
+    hints = get_type_hints(command, include_extras=True)
+    parameters: dict[str, inspect.Parameter] = {}
+    sets: dict[str, Any] = {}
+    for name, parameter in inspect.signature(command).parameters.items():
+        kind = hints[name]
+        if not dataclasses.is_dataclass(kind):
+            parameters[name] = parameter.replace(annotation=kind, kind=inspect.Parameter.KEYWORD_ONLY)
+            continue
+        sets[name] = kind
+        of_fields = get_type_hints(kind, include_extras=True)
+        for field in dataclasses.fields(kind):
+            default = inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
+            parameters[field.name] = inspect.Parameter(
+                field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=of_fields[field.name]
+            )
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        for name, kind in sets.items():
+            given[name] = kind(**{field.name: given.pop(field.name) for field in dataclasses.fields(kind)})
+        command(**given)
+
+    run.__signature__ = inspect.Signature(list(parameters.values()))  # type: ignore[attr-defined]
+    run.__annotations__ = {name: parameter.annotation for name, parameter in parameters.items()}
+    return run
+
+
+def complete_model(incomplete: str) -> list[str]:
+    """What a shell offers for MODEL: the kinds, and names, folders and files after them."""
+    kind, colon, rest = incomplete.partition(":")
+    if not colon:
+        files = [f"{path}:" for path in sorted(Path().glob("*.py"))] + [str(p) for p in sorted(Path().glob("*.json"))]
+        return [text for text in ("timm:", "torchvision:", "hf:", *files) if text.startswith(incomplete)]
+    if kind == "hf":
+        parent = Path(rest) if rest.endswith("/") or not rest else Path(rest).parent
+        found = sorted(map(str, parent.iterdir())) if parent.is_dir() else []
+        return [f"hf:{path}" for path in found if path.startswith(rest) and Path(path).is_dir()]
+    try:
+        if kind == "timm":
+            return [f"timm:{name}" for name in importlib.import_module("timm").list_models(f"{rest}*")]
+        if kind == "torchvision":
+            names = importlib.import_module("torchvision").models.list_models(include=f"{rest}*")
+            return [f"torchvision:{name}" for name in names]
+    except Exception:  # whatever is amiss with the package, a completion is no place to say so
+        return []
+    return []
+
+
+class Init(str, enum.Enum):
+    """Where a matcher begins."""
+
+    identity = "identity"
+    barycentre = "barycentre"
+
+
+class Objective(str, enum.Enum):
+    """What weight matching maximises."""
+
+    inner = "inner"
+    cosine = "cosine"
+    l2 = "l2"
+
+
+class MatcherName(str, enum.Enum):
+    """The matchers, by their names on the command line."""
+
+    weight = "weight"
+    activation = "activation"
+    frank_wolfe = "frank-wolfe"
+    straight_through = "straight-through"
+    sinkhorn = "sinkhorn"
+
+
+class Split(str, enum.Enum):
+    """Which part of a data set to read, where its folder holds both."""
+
+    train = "train"
+    test = "test"
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a command shows, and how."""
+
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON, errors too.")] = False
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No notes and no progress bars.")] = False
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, and the library's log.")] = (
+        False
+    )
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What the checkpoints are weights of."""
+
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            help=f"What these are weights of: {FORMS}. A Hugging Face folder says.",
+            autocompletion=complete_model,
+        ),
+    ] = None
+    spec_file: Annotated[Path | None, typer.Option("--spec", help="A saved spec, in place of --model.")] = None
+    leave: Annotated[
+        list[str] | None,
+        typer.Option("--leave", help="Pattern of keys that the model does not know: leave them as they are."),
+    ] = None
+
+
+@dataclass(frozen=True)
+class Writing:
+    """Where a checkpoint goes."""
+
+    output: Annotated[Path, typer.Option("--output", "-o", help="The checkpoint to write, of the layout of the input.")]
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")] = False
+
+
+@dataclass(frozen=True)
+class Matching:
+    """How checkpoints are matched."""
+
+    matcher: Annotated[
+        MatcherName,
+        typer.Option(help="By the weights alone, or by what the networks do on --data.", rich_help_panel=MATCHING),
+    ] = MatcherName.weight
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="A setting of the matcher, as in epochs=10; a wrong name lists them all.",
+            rich_help_panel=MATCHING,
+        ),
+    ] = None
+    init: Annotated[Init | None, typer.Option(help="Where matching begins.", rich_help_panel=MATCHING)] = None
+    objective: Annotated[
+        Objective | None, typer.Option(help="What weight matching maximises.", rich_help_panel=MATCHING)
+    ] = None
+    restarts: Annotated[
+        int | None, typer.Option(help="Matching runs, of which the best is kept.", rich_help_panel=MATCHING)
+    ] = None
+    max_sweeps: Annotated[
+        int | None, typer.Option(help="Stop matching after so many passes over the groups.", rich_help_panel=MATCHING)
+    ] = None
+    stream: Annotated[
+        bool | None,
+        typer.Option(
+            "--stream/--no-stream",
+            help="Read tensors as they are needed; by default where memory is short.",
+            rich_help_panel=MATCHING,
+        ),
+    ] = None
+    seed: Annotated[int, typer.Option(help="Of all random choices.", rich_help_panel=MATCHING)] = 0
+
+
+DATA_HELP = (
+    "A folder of MNIST (idx), CIFAR (Python batches) or images in one folder per class; a file of tensors "
+    "(.safetensors, .pt, .npz: inputs and targets, or keyword arguments and labels); a text (.txt) for language "
+    "models; or package.module:loader or file.py:loader, a sequence of batches or a function that makes one."
+)
+
+
+@dataclass(frozen=True)
+class Data:
+    """Which data the networks are run on, and how they are prepared."""
+
+    data: Annotated[str | None, typer.Option("--data", help=DATA_HELP, rich_help_panel=DATA)] = None
+    batch_size: Annotated[int, typer.Option(help="Samples in a batch.", rich_help_panel=DATA)] = 256
+    limit: Annotated[
+        int | None, typer.Option(help="Take so many samples, evenly spread over the data.", rich_help_panel=DATA)
+    ] = None
+    split: Annotated[
+        Split | None,
+        typer.Option(help="Of a folder with both: train by default to match, test to measure.", rich_help_panel=DATA),
+    ] = None
+    mean: Annotated[
+        str | None,
+        typer.Option(
+            help="Of each channel, as in training: 0.49,0.48,0.45. Images are scaled to 0..1 before.",
+            rich_help_panel=DATA,
+        ),
+    ] = None
+    std: Annotated[str | None, typer.Option(help="Of each channel, as in training.", rich_help_panel=DATA)] = None
+    image_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Resize and crop images to a square of this side; 224 for image folders.", rich_help_panel=DATA
+        ),
+    ] = None
+    flatten: Annotated[
+        bool, typer.Option("--flatten", help="Give the network each image as one row.", rich_help_panel=DATA)
+    ] = False
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(help="A Hugging Face folder, for text; by default that of the model.", rich_help_panel=DATA),
+    ] = None
+    length: Annotated[int, typer.Option(help="Tokens in a sample of text.", rich_help_panel=DATA)] = 128
+    class_dim: Annotated[
+        int | None,
+        typer.Option(
+            help="Which dimension of the logits holds the classes: 1 by default, -1 for text.", rich_help_panel=DATA
+        ),
+    ] = None

@@ -1,0 +1,88 @@
+"""``permgraph plan``: what aligning two checkpoints of a model will cost, before there are any."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, Any
+
+import typer
+
+from permgraph.cli.models import spec_of
+from permgraph.cli.options import Shown
+from permgraph.cli.screen import Screen, table
+from permgraph.cli.structure import Model
+from permgraph.planning import Estimate, calibrate, estimate
+
+
+def plan(
+    model: Model,
+    *,
+    dtype_bytes: Annotated[int, typer.Option(help="Bytes of one weight in the checkpoint: 2 for bf16.")] = 4,
+    passes: Annotated[int, typer.Option(help="Passes over all groups to count with.")] = 6,
+    workers: Annotated[list[int] | None, typer.Option(help="Numbers of workers to show.")] = None,
+    calibration: Annotated[float, typer.Option(help="Seconds to measure this machine for.")] = 2.0,
+    shown: Shown,
+) -> None:
+    """Say what aligning two checkpoints of a model will cost; no weights are needed.
+
+    [bold]Example[/bold]
+
+        permgraph plan hf:./Llama-3-70B --dtype-bytes 2 --workers 1 --workers 8
+    """
+    with Screen(shown) as screen:
+        with screen.stage("finding symmetries"):
+            cost = estimate(spec_of(model))
+        with screen.stage("measuring this machine"):
+            rates = calibrate(calibration)
+        shards = workers or [1, 2, 8, 64]
+        seconds = {
+            mode: {n: cost.seconds(rates, passes=passes, workers=n, streamed=streamed, width=dtype_bytes) for n in shards}
+            for mode, streamed in (("in memory", False), ("streamed", True))
+        }
+        data = {
+            "flops_per_pass": cost.flops,
+            "assignments_per_pass": cost.problems,
+            "elements": cost.elements,
+            "memory": {"in memory": cost.memory(dtype_bytes), "streamed": cost.memory(dtype_bytes, streamed=True)},
+            "read_per_pass": cost.read(dtype_bytes),
+            "rounds": [len(together) for together in cost.rounds],
+            "seconds": seconds,
+            "passes": passes,
+            "rates": dataclasses.asdict(rates),
+        }
+        screen.result(data, _plan_text(cost, data, seconds, passes))
+
+
+def _plan_text(cost: Estimate, data: dict[str, Any], seconds: dict[str, dict[int, float]], passes: int) -> str:
+    problems = [f"{count} of {size}" for size, count in list(cost.problems.items())[:8]]
+    rows = [
+        ("weights", f"{cost.elements:,}"),
+        ("steps", f"{len(cost.moves)}, in {len(cost.rounds)} rounds of steps that may run side by side"),
+        ("Gram matrices, a pass", f"{cost.flops / 1e9:,.1f} GFLOP"),
+        ("assignments, a pass", ", ".join(problems) + (", ..." if len(cost.problems) > 8 else "")),
+        ("largest Gram matrices", _size(cost.gram)),
+        ("memory, all in memory", _size(data["memory"]["in memory"])),
+        ("memory, streamed", f"{_size(data['memory']['streamed'])}, and the cache"),
+        ("read, streamed, a pass", _size(data["read_per_pass"])),
+    ]
+    times = [
+        (str(n), *(_duration(seconds[mode][n]) for mode in ("in memory", "streamed"))) for n in seconds["in memory"]
+    ]
+    return (
+        f"{table(rows)}\n\n{passes} passes on machines like this one, every pass computed in full:\n"
+        + table(times, ("workers", "in memory", "streamed"))
+    )
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.3g} {unit}"
+        count /= 1024
+    return f"{count:,.4g} TiB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.3g} min" if seconds < 7200 else f"{seconds / 3600:,.3g} h"

@@ -1,0 +1,232 @@
+"""What commands on checkpoints share: they are opened and checked, and matching that was interrupted goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import nn
+
+import permgraph
+from permgraph.cli.checkpoints import fitted, identity_of, whole_state
+from permgraph.cli.data import class_dim_of, identity_of_data, load_data
+from permgraph.cli.matchers import describe, matcher_of, runs_networks
+from permgraph.cli.models import FORMS, build, spec_of
+from permgraph.cli.options import Data, Init, Matching, Split, Subject
+from permgraph.cli.screen import Screen
+from permgraph.errors import CheckpointError, MismatchError
+from permgraph.io import Checkpoint, Renamed, Staging, open_checkpoint
+from permgraph.io.write import check_target
+from permgraph.matching import Matcher, MatchResult, NeedsModels, Sweep
+from permgraph.matching.streamed import StreamedWeightMatching
+from permgraph.permutation import Permutation
+from permgraph.spec import PermutationSpec
+
+
+@dataclass(frozen=True)
+class Work:
+    """Checkpoints of one model, and how they are to be matched.
+
+    Attributes:
+        checkpoints: as they were opened.
+        weights: the same by the spec's names.
+        spec: the symmetries of their model.
+        model: the model as it is named on the command line; empty if only its spec is known.
+        matcher: how to match two of them.
+        loader: the batches of ``--data``, if that was given.
+        data: the options about data.
+        seed: of all random choices.
+        leave: patterns of keys that the spec need not know.
+        from_barycentre: whether the barycentre was asked for, and is not just where a matcher begins by itself.
+        screen: where to say what is going on.
+    """
+
+    checkpoints: tuple[Checkpoint, ...]
+    weights: tuple[Renamed, ...]
+    spec: PermutationSpec
+    model: str
+    matcher: Matcher
+    loader: Iterable[Any] | None
+    data: Data
+    seed: int
+    leave: tuple[str, ...]
+    from_barycentre: bool
+    screen: Screen
+
+    @classmethod
+    def prepare(
+        cls,
+        paths: Sequence[Path],
+        subject: Subject,
+        asked: Matching,
+        data: Data,
+        screen: Screen,
+        *,
+        output: Path | None = None,
+        like: int = 0,
+        split: Split = Split.train,
+    ) -> Work:
+        """Open the checkpoints, and make sure of all that can be known before anything is computed.
+
+        Args:
+            paths: of the checkpoints; the first may say what model it is of.
+            subject, asked, data: the options.
+            screen: where to say what is going on.
+            output: where a checkpoint is to be written, if one is.
+            like: the number of the checkpoint whose layout that has.
+            split: of data that have two, unless the options say.
+
+        Raises:
+            CheckpointError, MismatchError: a checkpoint cannot be read, does not fit the model or the output's name.
+            EvaluationError: so for the data.
+        """
+        opened = tuple(map(open_checkpoint, paths))
+        if output is not None:
+            check_target(opened[like], output)
+        folder = opened[0].folder if opened[0].folder and (opened[0].folder / "config.json").is_file() else None
+        loader = load_data(data, folder, split=split) if data.data is not None else None
+        matcher = matcher_of(asked, opened[0], loader, class_dim_of(data))
+        model = subject.model or ("" if subject.spec_file or folder is None else f"hf:{folder}")
+        spec = _spec(model, subject, opened[0], screen)
+        if runs_networks(matcher) and not model:
+            raise MismatchError(f"--matcher {asked.matcher.value} runs the networks: say --model {FORMS}")
+        leave = tuple(subject.leave or ())
+        weights = tuple(fitted(checkpoint, spec, screen, leave, model) for checkpoint in opened)
+        barycentre = asked.init is Init.barycentre
+        return cls(opened, weights, spec, model, matcher, loader, data, asked.seed, leave, barycentre, screen)
+
+    def job(self, command: str, **more: Any) -> dict[str, Any]:
+        """What the bytes of the output depend on."""
+        return {
+            "command": command,
+            "permgraph": permgraph.__version__,
+            "torch": torch.__version__,
+            "spec": self.spec.fingerprint,
+            "inputs": [identity_of(checkpoint) for checkpoint in self.checkpoints],
+            "matcher": describe(self.matcher),
+            "data": None if self.loader is None else identity_of_data(self.data),
+            "seed": self.seed,
+            "leave": self.leave,
+            **more,
+        }
+
+    def module(self, number: int) -> nn.Module:
+        """The network of a checkpoint, in evaluation mode."""
+        module = build(self.model, device=None)
+        module.load_state_dict(whole_state(self.weights[number], self.spec, module))
+        return module
+
+    def match(self, staging: Staging, number: int, reference: int = 0) -> tuple[Permutation, dict[str, Any]]:
+        """Match one checkpoint to another, unless an earlier run has, and keep the outcome with the staging."""
+        kept, told = f".permutation-{number}.safetensors", f".report-{number}.json"
+        if kept not in staging.finished or told not in staging.finished:
+            result = self.find(number, reference, staging)
+            save(staging, kept, result.permutation)
+            keep_json(staging, told, self.report(result))
+        return Permutation.load(staging.path(kept), self.spec), json.loads(staging.path(told).read_bytes())
+
+    def find(self, number: int, reference: int = 0, staging: Staging | None = None) -> MatchResult:
+        """Match one checkpoint to another; a streamed run keeps each sweep with the staging, and goes on after it."""
+        matcher = self.matcher
+        a: Mapping[str, torch.Tensor] = self.weights[reference]
+        b: Mapping[str, torch.Tensor] = self.weights[number]
+        if not self.spec.moving:
+            self.screen.note("nothing to permute: the spec has no groups")
+        with self.screen.stage(f"matching {self.checkpoints[number].path.name}") as stage:
+            if isinstance(matcher, StreamedWeightMatching):
+                matcher = dataclasses.replace(matcher, watch=stage.step)
+                if staging is not None:
+                    matcher = resumed(matcher, staging, f".matching-{number}-", self.spec)
+            if runs_networks(matcher):
+                assert isinstance(matcher, NeedsModels)
+                modules = self.module(reference), self.module(number)
+                matcher, (a, b) = matcher.with_models(*modules), (module.state_dict() for module in modules)
+            result = matcher.match(a, b, self.spec, self.seed, self.sweeps(stage))
+        if result.outcome == "interrupted":
+            raise KeyboardInterrupt
+        for note in result.notes:
+            self.screen.note(note)
+        return result
+
+    def sweeps(self, update: Callable[[float], None]) -> Callable[[Sweep], None]:
+        """What a matcher calls after each sweep."""
+
+        def progress(sweep: Sweep) -> None:
+            update(sweep.number)
+            if self.screen.debug:
+                self.screen.note(f"sweep {sweep.number}: objective {sweep.objective:.8g}")
+
+        return progress
+
+    def report(self, result: MatchResult) -> dict[str, Any]:
+        """The outcome of matching two checkpoints, as plain data."""
+        return {
+            "outcome": result.outcome,
+            "objective_before": result.objective_before,
+            "objective": result.objective,
+            "sweeps": result.history[-1].number if result.history else 0,
+            "seed": self.seed,
+            "groups": len(self.spec.moving),
+            "moved": sum(result.permutation.moved().values()),
+            "of": sum(array.size for array in result.permutation.arrays.values()),
+        }
+
+
+def _spec(model: str, subject: Subject, reference: Checkpoint, screen: Screen) -> PermutationSpec:
+    if subject.spec_file is not None:
+        if not subject.spec_file.is_file():
+            raise CheckpointError(f"{subject.spec_file}: no such file")
+        if not subject.model:
+            return PermutationSpec.load(subject.spec_file)
+        raise MismatchError("--model and --spec both say what the checkpoints are weights of: give one")
+    if not model:
+        raise MismatchError(
+            f"{reference.path} does not say what it holds the weights of: say --model {FORMS}; or --spec FILE"
+        )
+    with screen.stage("finding symmetries"):
+        return spec_of(model)
+
+
+def resumed(
+    matcher: StreamedWeightMatching, staging: Staging, prefix: str, spec: PermutationSpec
+) -> StreamedWeightMatching:
+    """The matcher, beginning after the last sweep that an earlier run has kept, and keeping its own."""
+    prefix = f"{prefix}sweep-"
+
+    def keep(sweep: int, permutation: Permutation) -> None:
+        save(staging, f"{prefix}{sweep}.safetensors", permutation)
+
+    done = max((int(n.removeprefix(prefix).split(".")[0]) for n in staging.finished if n.startswith(prefix)), default=0)
+    if not done:
+        return dataclasses.replace(matcher, keep=keep)
+    reached = Permutation.load(staging.path(f"{prefix}{done}.safetensors"), spec)
+    return dataclasses.replace(matcher, init=reached, done=done, keep=keep)
+
+
+def save(staging: Staging, name: str, permutation: Permutation) -> None:
+    """Keep a permutation with the staging."""
+    permutation.save(staging.path(name))
+    content = staging.path(name).read_bytes()
+    staging.make(name, lambda file: _write(file, content))
+
+
+def keep_json(staging: Staging, name: str, value: Any) -> None:
+    """Keep plain data with the staging."""
+    staging.make(name, lambda file: _write(file, json.dumps(value).encode()))
+
+
+def _write(file: IO[bytes], content: bytes) -> None:
+    file.write(content)
+
+
+def said(report: Mapping[str, Any]) -> str:
+    """A report of matching, in words."""
+    return (
+        f"{report['outcome']} after {report['sweeps']} sweeps: objective {report['objective_before']:.6g} -> "
+        f"{report['objective']:.6g}; {report['moved']} of {report['of']} indices moved in {report['groups']} groups"
+    )
