@@ -42,7 +42,7 @@ from permgraph.spec import PermutationSpec
 
 log = logging.getLogger(__name__)
 
-SCALES = (1.0, 0.3, 0.05)
+SCALES = (1.0, 0.7, 0.5, 0.3, 0.05)
 #: Weights that a permutation overwrites are kept up to this many bytes; others are drawn again.
 KEEP_BYTES = 2**29
 LOW_PRECISION = (torch.float32, torch.float16, torch.bfloat16)
