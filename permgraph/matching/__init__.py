@@ -5,6 +5,7 @@ from permgraph.matching.alignment import Alignment, align
 from permgraph.matching.assignment import Assignment, assign, certify
 from permgraph.matching.frank_wolfe import FrankWolfe
 from permgraph.matching.result import Matcher, MatchResult, NeedsModels, Sweep
+from permgraph.matching.sinkhorn import Sinkhorn
 from permgraph.matching.straight_through import StraightThrough
 from permgraph.matching.weight_matching import WeightMatching
 
@@ -16,6 +17,7 @@ __all__ = [
     "MatchResult",
     "Matcher",
     "NeedsModels",
+    "Sinkhorn",
     "StraightThrough",
     "Sweep",
     "WeightMatching",

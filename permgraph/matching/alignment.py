@@ -155,7 +155,7 @@ def align(
     spec.check(b)
     if matcher is None:
         matcher = WeightMatching()
-    if isinstance(matcher, NeedsModels):
+    if isinstance(matcher, NeedsModels) and getattr(matcher, "needs_models", True):
         if not (isinstance(model_a, nn.Module) and isinstance(model_b, nn.Module)):
             raise MismatchError(f"{type(matcher).__name__} runs the networks: give align() modules, not state dicts")
         matcher = matcher.with_models(model_a, model_b)

@@ -304,6 +304,24 @@ class Relaxation:
         with torch.no_grad():
             return sum(float(term.value(self.compared, matrices)) for term in self.terms)
 
+    def permuted(self, matrices: Matrices) -> dict[str, torch.Tensor]:
+        """B's compared tensors under the matrices, as new tensors through which gradients flow.
+
+        At the matrices of a permutation these are B's tensors permuted by it; in between, each element is a mean of
+        elements of B.
+        """
+        found: dict[str, torch.Tensor] = {}
+        for name, tensor in self.compared.b.items():
+            terms = [term for term in self.terms if term.block.parameter == name]
+            if len(terms) == 1 and terms[0].block.size == tensor.numel():
+                found[name] = terms[0].permuted(tensor, matrices).reshape(tensor.shape)
+                continue
+            whole = torch.empty_like(tensor, memory_format=torch.contiguous_format)
+            for term in terms:
+                term.block.view(whole).copy_(term.permuted(tensor, matrices))
+            found[name] = whole
+        return found
+
     def value_and_slope(self, matrices: Matrices) -> tuple[float, Matrices]:
         """The relaxed objective and its derivative by each entry."""
         leaves = {name: matrix.detach().requires_grad_() for name, matrix in matrices.items()}
@@ -376,12 +394,23 @@ class _Term:
     def value(self, compared: Pair, matrices: Matrices) -> torch.Tensor:
         """This part of the objective, a scalar."""
         name = self.block.parameter
-        product = self.block.view(compared.b[name])
+        a = self.block.view(compared.a[name]).permute(self._end)
+        return (a * self._product(compared.b[name], matrices)).sum()
+
+    def permuted(self, tensor: torch.Tensor, matrices: Matrices) -> torch.Tensor:
+        """This block of a parameter of B, each moving axis through its group's matrix; its axes are the leaves."""
+        return self._product(tensor, matrices).permute([self._end.index(axis) for axis in range(len(self._end))])
+
+    @property
+    def _end(self) -> list[int]:
+        """The leaves, in the order in which the product ends up having them."""
+        return self.factors[-1][3] if self.factors else list(self.start)
+
+    def _product(self, tensor: torch.Tensor, matrices: Matrices) -> torch.Tensor:
+        product = self.block.view(tensor)
         for group, matrix, before, after in self.factors:
             product = torch.einsum(product, before, matrices[group], matrix, after)
-        present = self.factors[-1][3] if self.factors else list(self.start)
-        a = self.block.view(compared.a[name]).permute(present)
-        return (a * product).sum()
+        return product
 
 
 def _childless(block: Block, axis: int) -> bool:

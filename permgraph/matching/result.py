@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -40,6 +41,12 @@ class Sweep:
 
 Progress = Callable[[Sweep], object]
 """Called after each sweep."""
+
+
+def moved_between(before: Permutation, after: Permutation) -> dict[str, int]:
+    """For each group that differs between two permutations of a spec, how many of its indices do."""
+    counts = {name: int(np.sum(array != before.arrays[name])) for name, array in after.arrays.items()}
+    return {name: count for name, count in counts.items() if count}
 
 
 @dataclass(frozen=True)
