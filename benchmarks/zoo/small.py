@@ -1,17 +1,21 @@
 """A small model of any transformers architecture, from its configuration alone.
 
 Nothing here knows an architecture. The default configuration is taken, and its numbers are shrunk by what their names
-mean: widths by one common factor, so that what divided still divides; depths to a few layers; vocabularies to a few
-hundred tokens, the special ones among them. Milder shrinkings are tried where a model refuses the stronger ones.
+mean. A width and the heads that share it are divided by one factor, so that a head keeps its size, and with it whatever
+is counted in a head's channels; every width of the same size anywhere in the configuration is divided alike, since one
+part's output is another's input. Of the layers a few remain, one of each kind that the configuration tells apart. Of a
+vocabulary a few hundred tokens remain, the special ones among them. Other shrinkings follow where a model refuses one.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -23,7 +27,7 @@ DEPTH = re.compile(
     r"(num|n)_?(\w*_)?(hidden_)?(layers?|blocks?|stages_layers)$|^(n_layers?|depth|num_block|layers|encoder_layers|"
     r"decoder_layers|num_hidden_groups|num_decoder_blocks|l_layers|x_layers|r_layers)$"
 )
-DEPTHS = re.compile(r"^(depths|num_blocks|layers|layer_depths|num_conv_layers|stage_depths|num_hidden_layers)$")
+DEPTHS = re.compile(r"^((\w+_)?depths|num_blocks|layers|num_conv_layers|num_hidden_layers)$")
 WIDTH = re.compile(
     r"(hidden|embed\w*|intermediate|ffn|feed_?forward|mlp|inner|head|proj\w*|projection|state|filter|model|lora|latents?|"
     r"expert|rank|bottleneck|codebook|conv)_(size|dims?|channels?|width|rank|ff)$"
@@ -33,26 +37,42 @@ WIDTH = re.compile(
 KEPT = re.compile(
     r"^(image_|patch_|window_|num_channels|in_cha|audio_channels|num_mel_bins|rope|rotary|kernel|conv_kernel_dim)"
 )
+#: The sizes of one head, and what is looked up in it: kept where there are fewer heads instead.
+HEAD_SIZE = re.compile(r"head_(dim|size)|^d_(head|kv)$|_d_head$|^kv_channels$|kernel_dim$|_d_conv$|^d_conv$")
+HEADS = re.compile(r"^(\w+_)?(num|n)_(\w+_)?heads?(_kv)?$|^(\w+_)?(attention_)?heads$|^nhead$|^kv_n_heads$|^n_head_kv$")
+SHARED_HEADS = re.compile(r"(key_value|kv|value)_?(n_)?(head|group)|head_kv$")
+#: What a model calls its main width, likeliest first.
+MAIN_WIDTH = (
+    "hidden_size", "d_model", "n_embd", "embed_dim", "hidden_dim", "dim", "width", "dim_model", "encoder_hidden_size",
+    "decoder_hidden_size", "embed_dims", "hidden_sizes",
+)  # fmt: skip
 LENGTH = re.compile(r"^(max_position_embeddings|n_positions|max_seq_len|n_ctx|max_sequence_length|seq_length)$")
 VOCAB = re.compile(r"^(\w+_)?vocab_size\w*$|^n_vocab$|_vocab$")
 EXPERTS = re.compile(r"^(num_experts|n_routed_experts|num_local_experts|moe_num_experts|num_routed_experts)$")
-CHOSEN = re.compile(r"^(num_experts_per_tok(en)?|moe_top_?k|top_k|moe_k|experts_per_token)$")
+CHOSEN = re.compile(r"^(num_experts_per_tok(en)?|moe_top_?k|top_k|moe_k|experts_per_token|top_k_experts)$")
+CHOSEN_GROUPS = re.compile(r"^(n_group|topk_group|num_expert_group|moe_n_group)$")
 
 
 @dataclass(frozen=True)
 class Shrink:
-    """How strongly: widths are divided by `width` where they are multiples of it, at least `least` remaining."""
+    """How strongly: `depth` layers remain.
+
+    With `heads`, widths are divided along with their heads, of which two to four remain, else all by `width`; other
+    numbers are divided by `width` where they are multiples of it, at least `least` remaining.
+    """
 
     width: int
     depth: int
     least: int = 4
+    heads: bool = False
     vocabulary: bool = True
     experts: bool = True
 
 
 SHRINKS = (
-    Shrink(16, 2), Shrink(8, 2, 8), Shrink(16, 4), Shrink(4, 2, 16), Shrink(1, 2), Shrink(1, 2, experts=False),
-    Shrink(1, 2, vocabulary=False, experts=False), Shrink(8, 1000, 8), Shrink(1, 1000, vocabulary=False, experts=False),
+    Shrink(8, 2, 16, heads=True), Shrink(16, 2), Shrink(8, 2, 8), Shrink(8, 4, 16, heads=True), Shrink(16, 4),
+    Shrink(4, 2, 16), Shrink(1, 2), Shrink(1, 2, experts=False), Shrink(1, 2, vocabulary=False, experts=False),
+    Shrink(8, 1000, 8), Shrink(1, 1000, vocabulary=False, experts=False),
 )  # fmt: skip
 #: A model with more parameters than this is not built.
 LARGEST = 200_000_000
@@ -65,7 +85,7 @@ def small_models(cls: type[nn.Module]) -> Iterator[nn.Module]:
     """
     first: Exception | None = None
     seen: set[tuple[int, ...]] = set()
-    for config in configs(cls.config_class):
+    for config in configs(cls.config_class):  # type: ignore[attr-defined]
         try:
             with torch.device("meta"):
                 sizes = tuple(p.numel() for p in _build(cls, copy.deepcopy(config)).parameters())
@@ -90,21 +110,34 @@ def _build(cls: Any, config: Any) -> nn.Module:
 
 def configs(config_class: Any) -> Iterator[Any]:
     """Small configurations, the smallest first."""
+    default = filled(_default(config_class))
     for shrink in SHRINKS:
         with contextlib.suppress(Exception):
-            yield config_class.from_dict(filled(shrunk(config_class().to_dict(), shrink)))
+            yield config_class.from_dict(filled(shrunk(default, shrink)))
     yield config_class()
+
+
+def _default(config_class: Any) -> dict[str, Any]:
+    """The default configuration, with those inside it that the class knows and leaves out."""
+    config: dict[str, Any] = config_class().to_dict()
+    for name, inner in getattr(config_class, "sub_configs", {}).items():
+        if config.get(name) is None and hasattr(inner, "to_dict"):
+            with contextlib.suppress(Exception):
+                config[name] = _default(inner)
+    return config
 
 
 def filled(config: dict[str, Any]) -> dict[str, Any]:
     """A copy with numbers where a configuration has none, which some leave to their checkpoints."""
     heads, width = config.get("num_attention_heads"), config.get("hidden_size")
+    size = width // heads if isinstance(width, int) and isinstance(heads, int) and heads else None
     missing = {
         "prediction_length": 4, "rope_theta": 10000.0, "n_routed_experts": 8, "n_shared_experts": 1,
-        "num_key_value_heads": heads, "head_dim": width // heads if _is_size(width) and _is_size(heads) else None,
+        "num_key_value_heads": heads, "head_dim": size,
+        "vocab_size": VOCABULARY, "pad_token_id": 0,
     }  # fmt: skip
     found = {name: missing.get(name) if value is None else value for name, value in config.items()}
-    nested = {name: filled(value) for name, value in found.items() if _is_nested(value)}
+    nested = {name: filled(value) for name, value in found.items() if isinstance(value, dict) and _is_nested(value)}
     return {**found, **nested}
 
 
@@ -112,49 +145,166 @@ def _is_nested(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(key, str) for key in value)
 
 
-def shrunk(config: dict[str, Any], shrink: Shrink) -> dict[str, Any]:
-    """A copy of a configuration with smaller numbers, and with those inside it shrunk alike."""
+def shrunk(config: dict[str, Any], shrink: Shrink, widths: Mapping[int, int] | None = None) -> dict[str, Any]:
+    """A copy of a configuration with smaller numbers, and with those inside it shrunk alike.
+
+    `widths` says what becomes of some widths, wherever they stand; by default it is found from the configuration.
+    """
+    if widths is None:
+        widths = narrowed(config) if shrink.heads else {}
+    local = _factor(config, widths) if shrink.heads else Fraction(shrink.width)
     found = dict(config)
-    depth = next((v for k, v in config.items() if DEPTH.search(k) and _is_size(v)), None)
-    if any(DEPTHS.search(k) and isinstance(v, list) for k, v in config.items()):
-        depth = None  # stages, each with a depth of its own: all of them stay
+    kept = kept_layers(config, shrink.depth)
+    layers = _layer_count(config)
     for name, value in config.items():
-        if isinstance(value, dict):
-            found[name] = shrunk(value, shrink) if _is_nested(value) else value
-        elif name.endswith("layer_types") and isinstance(value, list) and value:
-            found[name] = varied(value, min(shrink.depth, len(value)))
-        elif isinstance(value, list) and depth and len(value) == depth and not DEPTHS.search(name):
-            found[name] = value[: min(shrink.depth, depth)]
+        if _is_by_layer(value, layers):
+            found[name] = _by_layer(value, kept, config, shrink, widths)
+        elif _is_nested(value):
+            found[name] = shrunk(value, shrink, widths)
+        elif isinstance(value, (list, tuple)) and layers and len(value) == layers and not DEPTHS.search(name):
+            found[name] = [value[i] for i in kept]
+        elif _is_size(value) and name == "num_hidden_layers":
+            found[name] = len(kept)
+        elif _is_size(value) and DEPTH.search(name) and "num_hidden_layers" in config and layers and value < layers:
+            found[name] = max(1, round(value * len(kept) / layers))  # so many of the layers are of some kind
+        elif shrink.heads and HEADS.search(name) and _is_size(value):
+            found[name] = _fewer_heads(name, value, config, local)
+        elif shrink.heads and HEAD_SIZE.search(name):
+            found[name] = value
         else:
-            found[name] = _smaller(name, value, shrink)
-    kinds = next((v for k, v in found.items() if k.endswith("layer_types") and isinstance(v, list)), None)
-    if kinds:
-        for name in config:
-            if name == "num_hidden_layers":
-                found[name] = len(kinds)
+            found[name] = _smaller(name, value, shrink, local, widths)
     if shrink.vocabulary:
         _shrink_vocabulary(found)
     return found
 
 
-def varied(kinds: list[Any], count: int) -> list[Any]:
-    """As many entries as asked for, but with every kind that the list has."""
-    distinct = list(dict.fromkeys(map(str, kinds)))
-    first = [next(k for k in kinds if str(k) == kind) for kind in distinct]
-    return first + kinds[len(first) : max(count, len(first))] if len(first) < count else first
+# -- layers -----------------------------------------------------------------------------------------------------------
+
+
+def _layer_count(config: Mapping[str, Any]) -> int:
+    """How many layers a configuration speaks of; none where stages have a depth each."""
+    if any(DEPTHS.search(name) and isinstance(value, list) for name, value in config.items()):
+        return 0
+    named = [config.get("num_hidden_layers"), *(value for name, value in config.items() if DEPTH.search(name))]
+    return next((int(value) for value in named if _is_size(value)), 0)
+
+
+def kept_layers(config: Mapping[str, Any], count: int) -> list[int]:
+    """The layers that stay: one of each kind that lists and tables by layer tell apart, and others up to `count`."""
+    layers = _layer_count(config)
+    told = [v for v in config.values() if _is_by_layer(v, layers) or _is_list_of_kinds(v, layers)]
+    kinds = [tuple(str(v.get(_key(v, i)) if isinstance(v, dict) else v[i]) for v in told) for i in range(layers)]
+    order = list(dict.fromkeys(kinds))
+    if len(order) > 2 * max(count, 3):  # no kinds, then, but a schedule
+        return list(range(min(count, layers)))
+    first = [kinds.index(kind) for kind in order]
+    # Twice through all kinds rather than in the given order: what one layer shares with another is of its kind.
+    again = [i for i in range(layers) if i not in first]
+    second = [next((i for i in again if kinds[i] == kind), None) for kind in order]
+    chosen = first + [i for i in second if i is not None] + again
+    return list(dict.fromkeys(chosen))[: max(count, len(first))]
+
+
+def _is_list_of_kinds(value: Any, layers: int) -> bool:
+    return isinstance(value, (list, tuple)) and 0 < len(value) == layers and not isinstance(value[0], float)
+
+
+def _is_by_layer(value: Any, layers: int) -> bool:
+    if not (isinstance(value, dict) and value and layers):
+        return False
+    return all(str(key).isdigit() and isinstance(inner, dict) for key, inner in value.items())
+
+
+def _by_layer(
+    table: Mapping[str, Any], kept: list[int], config: Mapping[str, Any], shrink: Shrink, widths: Mapping[int, int]
+) -> dict[str, Any]:
+    """What single layers have instead of what the configuration says, shrunk as it would be there."""
+    plain = {name: value for name, value in config.items() if not isinstance(value, (dict, list))}
+    found: dict[str, Any] = {}
+    for at, layer in enumerate(kept):
+        own = table.get(_key(table, layer))
+        if own is not None:
+            smaller = shrunk({**plain, **own}, shrink, widths)
+            found[str(at).zfill(2)] = {name: smaller[name] for name in own}
+    return found
+
+
+def _key(table: Mapping[Any, Any], layer: int) -> Any:
+    return next((key for key in table if int(key) == layer), None)
+
+
+# -- widths -----------------------------------------------------------------------------------------------------------
+
+
+def narrowed(config: Mapping[str, Any]) -> dict[int, int]:
+    """What becomes of each width that heads share, wherever it stands: so much less that few heads remain."""
+    heads: dict[int, int] = {}
+    shared: dict[int, bool] = {}
+    for inner in _all(config):
+        width = _main_width(inner)
+        if width is None:
+            continue
+        counts = [v for k, v in inner.items() if HEADS.search(k) and _is_size(v) and not SHARED_HEADS.search(k)]
+        fewer = [v for k, v in inner.items() if SHARED_HEADS.search(k) and _is_size(v)]
+        for count in counts:
+            heads[width] = math.gcd(heads.get(width, 0), count)
+            shared[width] = shared.get(width, False) or any(f < count for f in fewer)
+    found: dict[int, int] = {}
+    for width, count in heads.items():
+        least = 4 if shared[width] else 2
+        left = [d for d in range(2, count) if count % d == 0 and width * d % count == 0]
+        best = next((d for d in left if d >= least), max(left, default=least if width % count == 0 else count))
+        found[width] = width * min(best, count) // count
+    return found
+
+
+def _all(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    yield config
+    for value in config.values():
+        if _is_nested(value):
+            yield from _all(value)
+
+
+def _main_width(config: Mapping[str, Any]) -> int | None:
+    return next((v for v in (config.get(name) for name in MAIN_WIDTH) if _is_size(v)), None)
+
+
+def _factor(config: Mapping[str, Any], widths: Mapping[int, int]) -> Fraction:
+    """By how much this part of a configuration is narrower."""
+    width = _main_width(config)
+    if width is not None and width in widths:
+        return Fraction(width, widths[width])
+    return max((Fraction(old, new) for old, new in widths.items()), default=Fraction(8))
+
+
+def _fewer_heads(name: str, count: int, config: Mapping[str, Any], factor: Fraction) -> int:
+    queries = [v for k, v in config.items() if HEADS.search(k) and _is_size(v) and not SHARED_HEADS.search(k)]
+    if not SHARED_HEADS.search(name) or not queries or count >= max(queries):
+        return _quotient(count, factor) or count
+    left = _quotient(max(queries), factor) or max(queries)
+    return 2 if count > 1 and left % 2 == 0 and left > 2 else 1
+
+
+def _quotient(value: int, factor: Fraction) -> int | None:
+    """`value / factor` where that is a whole number."""
+    found = value / factor
+    return int(found) if found.denominator == 1 else None
 
 
 def _is_size(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _smaller(name: str, value: Any, shrink: Shrink) -> Any:
+def _smaller(name: str, value: Any, shrink: Shrink, factor: Fraction, widths: Mapping[int, int]) -> Any:
     if isinstance(value, (list, tuple)):
         if DEPTHS.search(name):
             return type(value)(min(v, 1 if shrink.depth < 100 else v) if _is_size(v) else v for v in value)
         if all(map(_is_size, value)) and WIDTH.search(name) and not KEPT.search(name):
+            if shrink.heads:
+                common = math.gcd(*value, 8) if value else 1
+                return type(value)(v // common for v in value)
             return type(value)(_divided(v, shrink) for v in value)
-        if name.endswith("_section") and all(_is_size(v) and v % shrink.width == 0 for v in value):
+        if not shrink.heads and name.endswith("_section") and all(_is_size(v) and v % shrink.width == 0 for v in value):
             return type(value)(v // shrink.width for v in value)  # of a head's channels
         return value
     if not _is_size(value) or KEPT.search(name):
@@ -167,13 +317,21 @@ def _smaller(name: str, value: Any, shrink: Shrink) -> Any:
         return min(value, 8)
     if CHOSEN.search(name) and shrink.experts:
         return min(value, 2)
+    if CHOSEN_GROUPS.search(name) and shrink.experts:
+        return min(value, 2 if name.endswith("n_group") else 1)
+    if value in widths and (WIDTH.search(name) or name.endswith(("_size", "_groups"))):
+        return widths[value]
     if WIDTH.search(name):
-        return _divided(value, shrink)
+        narrow = _quotient(value, factor) if shrink.heads else None
+        return narrow if narrow is not None and narrow >= shrink.least else _divided(value, shrink)
     return value
 
 
 def _divided(value: int, shrink: Shrink) -> int:
     return value // shrink.width if value % shrink.width == 0 and value // shrink.width >= shrink.least else value
+
+
+# -- vocabularies -----------------------------------------------------------------------------------------------------
 
 
 def _shrink_vocabulary(config: dict[str, Any]) -> None:
