@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from permgraph.matching.blocks import Block
-from permgraph.matching.moves import Move, Place
+from permgraph.matching.moves import Move, Place, Tensors
 
 
 class Kept:
@@ -23,27 +23,40 @@ class Kept:
     def __init__(self, room: int) -> None:
         self.room = room
         self.grams: dict[str, torch.Tensor] = {}
+        self.missing: dict[str, tuple[Place, ...]] = {}
         self.debt: dict[str, float] = {}
 
-    def get(self, move: Move) -> torch.Tensor | None:
-        """The Gram matrix at the present permutation, if it is kept."""
-        return self.grams.get(move.name)
+    def get(self, move: Move, a: Tensors, b: Tensors) -> torch.Tensor | None:
+        """The Gram matrix at the present permutation, if it is kept; `a` and `b` are the models."""
+        gram = self.grams.get(move.name)
+        for place in self.missing.pop(move.name, ()):
+            block = place.block
+            place.gram(block.view(a[block.parameter]), block.view(b[block.parameter]), into=gram)
+        return gram
 
-    def keep(self, move: Move, gram: torch.Tensor, columns: np.ndarray) -> None:
-        """Keep a move's Gram matrix, as it becomes once the move's group has been renumbered by `columns`."""
+    def keep(self, move: Move, gram: torch.Tensor, columns: np.ndarray, missing: Iterable[Place] = ()) -> None:
+        """Keep a move's Gram matrix, as it becomes once the move's group has been renumbered by `columns`.
+
+        Places that are `missing` in it are added when it is next used.
+        """
         if move.name not in self.grams:
             if gram.nbytes > self.room:
                 return
             self.room -= gram.nbytes
         if (columns != np.arange(columns.shape[-1])).any():
             index = torch.from_numpy(columns).to(gram.device)
-            gram = gram.gather(-1, index.unsqueeze(-2).expand_as(gram)) if index.ndim > 1 else gram[:, index]
+            if index.ndim > 1:
+                gram = gram.gather(-1, index.unsqueeze(-2).expand_as(gram))
+            else:
+                gram = gram.index_select(-1, index)
         self.grams[move.name] = gram
+        self.missing[move.name] = tuple(missing)
         self.debt[move.name] = 0.0
 
     def drop(self, move: Move) -> None:
         """Forget a move's Gram matrix."""
         gram = self.grams.pop(move.name, None)
+        self.missing.pop(move.name, None)
         self.room += 0 if gram is None else gram.nbytes
 
     def worth_amending(
@@ -58,7 +71,8 @@ class Kept:
         for move in moves:
             if move.name not in self.grams:
                 continue
-            touched = [place for place in move.root.places if place.block.parameter in parameters]
+            missing = self.missing.get(move.name, ())
+            touched = [p for p in move.root.places if p.block.parameter in parameters and p not in missing]
             whole = sum(place.block.size for place in move.root.places)
             self.debt[move.name] += fraction * sum(place.block.size for place in touched) / whole
             if self.debt[move.name] >= 1.0:
@@ -73,4 +87,4 @@ class Kept:
 
         `a` and `difference` are views of the block, or both the same portion of it outside of which nothing changed.
         """
-        self.grams[move.name] += place.gram(a, difference)
+        place.gram(a, difference, into=self.grams[move.name])

@@ -37,7 +37,9 @@ class Place:
     own: tuple[int, ...]
     batch: tuple[int, ...]
 
-    def gram(self, a: torch.Tensor, b: torch.Tensor, free: Collection[str] = ()) -> torch.Tensor:
+    def gram(
+        self, a: torch.Tensor, b: torch.Tensor, free: Collection[str] = (), into: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """How well A's indices agree with B's here.
 
         Args:
@@ -45,9 +47,10 @@ class Place:
                 each may be another part.
             free: groups whose permutation is unknown: B is averaged over their axes, as if every permutation of them
                 were equally likely.
+            into: a Gram matrix to which to add this place's share; it is changed.
 
         Returns:
-            A tensor (*batch, i, j, i', j', ...) with a pair of axes, A's and B's, for each of `own`.
+            A tensor (*batch, i, j, i', j', ...) with a pair of axes, A's and B's, for each of `own`; `into`, if given.
         """
         leaves = self.block.leaves
         rest = [axis for axis in range(len(leaves)) if axis not in self.own and axis not in self.batch]
@@ -60,9 +63,18 @@ class Place:
         depth = math.prod(a.shape[axis] for axis in rest)
         left = a.permute(order).reshape(math.prod(batch), math.prod(rows), depth)
         right = b.permute(order).reshape(math.prod(batch), math.prod(columns), depth)
-        gram = torch.matmul(left, right.mT).reshape(*batch, *rows, *columns)
         n, k = len(batch), len(rows)
-        return gram.permute(*range(n), *(axis for pair in range(k) for axis in (n + pair, n + k + pair)))
+        if into is not None and k == 1 and into.is_contiguous():
+            # Adding inside the product spares a matrix, and a pass over it.
+            into.view(len(left), *rows, *columns).baddbmm_(left, right.mT)
+            return into
+        gram = torch.matmul(left, right.mT).reshape(*batch, *rows, *columns)
+        gram = gram.permute(*range(n), *(axis for pair in range(k) for axis in (n + pair, n + k + pair)))
+        return gram if into is None else into.add_(gram)
+
+    def known(self, free: Collection[str]) -> bool:
+        """Whether what is seen here hangs on none of these groups."""
+        return not any(leaf.group in free for axis, leaf in enumerate(self.block.leaves) if axis not in self.own)
 
 
 @dataclass(frozen=True)

@@ -340,8 +340,7 @@ class _Streamed:
             one, other = self._a(name), self._b(name, self.arrays)
             for place in places:
                 for a, b in _portions(place, place.block.view(one), place.block.view(other), free):
-                    term = place.gram(a.to(self.work), b.to(self.work), free)
-                    total = term if total is None else total.add_(term)
+                    total = place.gram(a.to(self.work), b.to(self.work), free, total)
         assert total is not None, f"{move.name} stands nowhere"
         return total
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
@@ -19,12 +19,12 @@ import torch
 from permgraph.errors import MismatchError, PermgraphError
 from permgraph.matching.assignment import Solver
 from permgraph.matching.kept import Kept
-from permgraph.matching.moves import Move, Plan
+from permgraph.matching.moves import Move, Place, Plan
 from permgraph.matching.objective import STATISTICS, Objective, Pair, StateDict, Weights, pair
 from permgraph.matching.paired import paired_values
 from permgraph.matching.renumber import Arrays, act, compose
 from permgraph.matching.result import MatchResult, Outcome, Progress, Sweep
-from permgraph.matching.step import Scene, choose, outer_values
+from permgraph.matching.step import Scene, choose, gram, outer_values
 from permgraph.permutation import Permutation
 from permgraph.spec import PermutationSpec
 
@@ -111,11 +111,12 @@ class WeightMatching:
             a, b, spec, objective=self.objective, weights=self.weights, ignore=self.ignore, dtype=self.dtype
         )
         plan = Plan(spec, compared.a)
-        before = compared.objective(compared.b)
+        at_rest = {name: compared.inner([name], compared.b) for name in compared.a}
+        before = compared.scale * sum(at_rest.values()) + compared.offset
         best: _Ascent | None = None
         runs: list[float] = []
         for run, stream in enumerate(np.random.SeedSequence(seed).spawn(self.restarts)):
-            ascent = _Ascent(self, compared, plan, np.random.default_rng(stream), started)
+            ascent = _Ascent(self, compared, plan, np.random.default_rng(stream), at_rest, started)
             ascent.begin(run)
             ascent.climb(progress)
             runs.append(ascent.objective)
@@ -127,7 +128,7 @@ class WeightMatching:
         assert best is not None
         if best.objective < before and best.outcome != "interrupted":
             # A run that did not begin at the identity can end below it. One that does cannot.
-            best = _Ascent(self, compared, plan, np.random.default_rng(seed), started)
+            best = _Ascent(self, compared, plan, np.random.default_rng(seed), at_rest, started)
             best.climb(progress)
             runs.append(best.objective)
         result = MatchResult(
@@ -147,14 +148,20 @@ class _Ascent:
     """One run: the present permutation, B at it, and which moves may still raise the objective."""
 
     def __init__(
-        self, how: WeightMatching, compared: Pair, plan: Plan, rng: np.random.Generator, started: float
+        self,
+        how: WeightMatching,
+        compared: Pair,
+        plan: Plan,
+        rng: np.random.Generator,
+        at_rest: Mapping[str, float],
+        started: float,
     ) -> None:
         self.how, self.compared, self.plan, self.rng, self.started = how, compared, plan, rng, started
         self.spec = plan.spec
         self.arrays: Arrays = {}
         self.b = dict(compared.b)
         self.own: set[str] = set()
-        self.inner: dict[str, float] = {}
+        self.inner = dict(at_rest)
         self.free: set[str] = set()
         self.order: str = how.order
         self.stale = set(range(len(plan.moves)))
@@ -201,13 +208,15 @@ class _Ascent:
                     progress(self.history[-1])
             if not self.stale:
                 self.outcome = "converged"
+            self.objective = self._objective()
         except KeyboardInterrupt:
             self.outcome = "interrupted"
             self._go(self.permutation)
 
     def _sweep(self) -> None:
         before = dict(self.arrays)
-        scale = 0.0 if self.free else self.compared.scale
+        unknown = bool(self.free)
+        scale = self.compared.scale
         gains: dict[str, float] = {}
         # Moves of several groups cost most, and what is inside them has moves of its own: after the first sweep they
         # wait until nothing else helps.
@@ -217,13 +226,14 @@ class _Ascent:
             move = self.plan.moves[number]
             if number in self.stale and not (wait and len(move.groups) > 1):
                 gains[move.name] = gains.get(move.name, 0.0) + self._step(number, move)
-        self.objective = self._objective()
+        # What a step seemed to gain while groups were unknown is not what it gained.
+        self.objective = self._objective() if unknown else self.objective + scale * sum(gains.values())
         self.history.append(
             Sweep(
                 len(self.history) + 1,
                 self.objective,
                 {name: moved for name, now in self.arrays.items() if (moved := _differing(now, before.get(name)))},
-                {name: gain * scale for name, gain in gains.items() if gain * scale},
+                {} if unknown else {name: gain * scale for name, gain in gains.items() if gain},
                 time.perf_counter() - self.started,
             )
         )
@@ -281,13 +291,11 @@ class _Ascent:
 
     def _plain(self, number: int, move: Move, scene: Scene) -> float:
         """A move of one group, of whose Gram matrix only what has changed is computed, and of B only what moves."""
-        worth = self.grams.get(move)
-        if worth is None:
-            worth = outer_values(scene, move.root)
+        worth, kept, missing = self._worth(move, scene)
         columns, gain = choose(worth, self.how.solver, move.name)
         self.stale.discard(number)
-        if not self.free:
-            self.grams.keep(move, worth, columns)
+        if kept is not None:
+            self.grams.keep(move, kept, columns, missing)
         self.free -= move.groups
         step = {move.name: columns}
         if columns.ndim > 1:
@@ -314,6 +322,21 @@ class _Ascent:
                     self.grams.amend(other, at, a, after.sub(before))
         self._record(number, step, move.parameters)
         return gain
+
+    def _worth(self, move: Move, scene: Scene) -> tuple[torch.Tensor, torch.Tensor | None, tuple[Place, ...]]:
+        """The Gram matrix of a move of one group; what of it to keep; and the places that are missing in that."""
+        kept = self.grams.get(move, scene.a, scene.b)
+        if kept is not None:
+            return kept, kept, ()
+        missing = tuple(place for place in move.root.places if not place.known(scene.free))
+        sure = tuple(place for place in move.root.places if place not in missing)
+        if not missing or not sure:
+            worth = outer_values(scene, move.root)
+            return worth, None if missing else worth, ()
+        kept = gram(scene, replace(move.root, places=sure))
+        guess = gram(scene, replace(move.root, places=missing))
+        assert kept is not None and guess is not None
+        return guess.add_(kept), kept, missing
 
     def _writable(self, name: str) -> torch.Tensor:
         """B's tensor, which is the caller's until the first time that it is written to."""

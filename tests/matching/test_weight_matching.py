@@ -205,7 +205,7 @@ def test_kept_gram_matrices_are_those_computed_anew(spec):
     survived = 0
     for _ in range(20):
         for move in plain:
-            if kept.get(move) is None:
+            if kept.get(move, a, b) is None:
                 gram = outer_values(Scene(given, a, b), move.root)
                 kept.keep(move, gram, np.broadcast_to(np.arange(gram.shape[-1]), gram.shape[:-1]))
         moving = plan.moves[rng.integers(len(plan.moves))]
@@ -221,7 +221,7 @@ def test_kept_gram_matrices_are_those_computed_anew(spec):
                 kept.amend(move, place, x, after - before)
         b.update(new)
         for move in plain:
-            gram = kept.get(move)
+            gram = kept.get(move, a, b)
             fresh = outer_values(Scene(given, a, b), move.root)
             if gram is not None:
                 survived += 1
