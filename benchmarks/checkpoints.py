@@ -3,7 +3,7 @@
 A Llama-shaped configuration is filled with random bf16 weights shard by shard, renumbered by a random element of its
 spec, and aligned back in a process of its own: the result must be the first checkpoint, byte for byte.
 
-    python benchmarks/checkpoints.py --layers 320 --hidden 1024 --intermediate 1024   # about 8 GB
+    python benchmarks/checkpoints.py --layers 630 --hidden 1024 --intermediate 1024   # about 8 GB
 """
 
 from __future__ import annotations
@@ -71,12 +71,18 @@ def make(folder: Path, options: argparse.Namespace) -> PermutationSpec:
     return spec
 
 
+def cpu_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--intermediate", type=int, default=1024)
     parser.add_argument("--vocabulary", type=int, default=32000)
+    parser.add_argument("--max-sweeps", type=int, default=100)
     parser.add_argument("--folder", type=Path, help="where to work; a temporary folder by default")
     options = parser.parse_args()
     work = Path(tempfile.mkdtemp(dir=options.folder))
@@ -91,16 +97,22 @@ def main() -> None:
             f"checkpoint: {parameters / 1e9:.2f} G parameters, {a.nbytes / 1e9:.2f} GB in {len(a.files)} shards",
             flush=True,
         )
-        command = [sys.executable, "-m", "permgraph", "align", "a", "b", "-o", "c", "--stream", "--json"]
-        started = time.perf_counter()
+        spec.save(work / "spec.json")
+        command = [sys.executable, "-m", "permgraph", "align", "a", "b", "-o", "c", "--spec", "spec.json", "--stream"]
+        command += ["--max-sweeps", str(options.max_sweeps), "--json"]
+        started, used = time.perf_counter(), cpu_seconds()
         done = subprocess.run(command, cwd=work, env=ENVIRONMENT, capture_output=True, text=True)
         seconds = time.perf_counter() - started
         if done.returncode:
             sys.exit(done.stderr)
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024**2
+        largest = max(a.formats.values(), key=lambda form: form.nbytes).nbytes / 1024**3
         same = all(filecmp.cmp(file.path, work / "c" / file.path.name, shallow=False) for file in a.files)
         report = json.loads(done.stdout)
-        print(f"align: {report['outcome']}, {report['sweeps']} sweeps, {seconds:.0f} s, peak memory {peak:.2f} GiB")
+        print(
+            f"align: {report['outcome']}, {report['sweeps']} sweeps, {seconds:.0f} s ({cpu_seconds() - used:.0f} s of "
+            f"processor time), peak memory {peak:.2f} GiB; the largest parameter has {largest:.2f} GiB"
+        )
         print(f"the aligned shards are {'byte for byte those' if same else 'NOT those'} of the reference")
         sys.exit(0 if same else 1)
     finally:

@@ -162,19 +162,18 @@ def _line(error: BaseException) -> str:
 
 
 def _folder(path: Path, split: Split, asked: Data) -> Batches:
-    names = {file.name for file in path.iterdir()}
+    names = {file.name.removesuffix(".gz") for file in path.iterdir() if file.is_file()}
     for known, read in ((_MNIST, _mnist), (_CIFAR, _cifar)):
-        if any(f"{name}{end}" in names for name in known[split] for end in ("", ".gz")):
+        if names.intersection(known[split]):
             return _labelled(*read(path, split), asked)
-    if any(name in names for known in (_MNIST, _CIFAR) for files in known.values() for name in files):
+    if any(names.intersection(files) for known in (_MNIST, _CIFAR) for files in known.values()):
         raise EvaluationError(f"--data {path}: it has no {split.value} part: say --split, or add the files")
-    nested = path / MATCHING_EXTRACTED
-    if nested.is_dir():
-        return _folder(nested, split, asked)
+    if (path / CIFAR_FOLDER).is_dir():
+        return _folder(path / CIFAR_FOLDER, split, asked)
     return _pictures(path, split, asked)
 
 
-MATCHING_EXTRACTED = "cifar-10-batches-py"  # the folder in which CIFAR-10 unpacks
+CIFAR_FOLDER = "cifar-10-batches-py"  # in which CIFAR-10 unpacks
 _MNIST = {
     Split.train: ("train-images-idx3-ubyte", "train-images.idx3-ubyte"),
     Split.test: ("t10k-images-idx3-ubyte", "t10k-images.idx3-ubyte"),

@@ -7,7 +7,8 @@ import dataclasses
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from types import NoneType
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from permgraph import matching
 from permgraph.cli.data import loss_on
@@ -18,6 +19,9 @@ from permgraph.matching import Matcher, NeedsModels, WeightMatching
 from permgraph.matching.streamed import StreamedWeightMatching
 
 M = TypeVar("M")
+
+OPTIONAL = ("measured_batches", "max_batches", "memory")
+"""Settings that may be None, for no limit."""
 
 MATCHERS: dict[MatcherName, Callable[..., Matcher]] = {
     MatcherName.weight: WeightMatching,
@@ -125,26 +129,18 @@ def _setting(text: str) -> tuple[str, Any]:
 def _changed(matcher: M, settings: Mapping[str, Any]) -> M:
     """The matcher with other values in fields that hold plain ones, its own or those of the weight matching in it."""
 
-    def plain(owner: Any) -> dict[str, Any]:
-        held = {field.name: getattr(owner, field.name) for field in dataclasses.fields(owner)}
-        return {
-            key: value
-            for key, value in held.items()
-            if key not in ("loader", "models", "keep", "watch", "done")
-            and (value is None or isinstance(value, (bool, int, float, str, tuple)))
-        }
-
     inner = _ascent(matcher)
-    own = plain(matcher)
-    nested = plain(getattr(matcher, inner)) if inner else {}
+    own = _plain(matcher)
+    nested = _plain(getattr(matcher, inner)) if inner else {}
     for name, value in settings.items():
         if name not in own and name not in nested:
             raise MismatchError(
                 f"{type(matcher).__name__} has no setting {name!r}; it has {', '.join(sorted({*own, *nested}))}"
             )
         old = own.get(name, nested.get(name))
-        if old is not None and not _alike(old, value):
-            raise MismatchError(f"--set {name}={value!r}: it should be like {old!r}")
+        fits = isinstance(value, (int, float, NoneType)) if old is None else _alike(old, value)
+        if not fits and not (value is None and name in OPTIONAL):
+            raise MismatchError(f"--set {name}={value!r}: it should be like {'a number' if old is None else repr(old)}")
     mine = {name: value for name, value in settings.items() if name in own}
     if inner and len(mine) < len(settings):
         rest = {name: value for name, value in settings.items() if name not in own}
@@ -152,9 +148,21 @@ def _changed(matcher: M, settings: Mapping[str, Any]) -> M:
     return dataclasses.replace(matcher, **mine)  # type: ignore[type-var]
 
 
+def _plain(owner: Any) -> dict[str, Any]:
+    """The fields of a matcher that a text can set, and what they hold."""
+    kinds = get_type_hints(type(owner))
+    found = {}
+    for field in dataclasses.fields(owner):
+        value = getattr(owner, field.name)
+        number = value is None and bool({int, float} & {*get_args(kinds[field.name])})
+        if number or (isinstance(value, (bool, int, float, str, tuple)) and field.name != "done"):
+            found[field.name] = value
+    return found
+
+
 def _alike(old: Any, new: Any) -> bool:
-    if new is None:
-        return True
+    if isinstance(old, tuple):
+        return isinstance(new, tuple) and all(_alike(old[0], item) for item in new if old)
     if isinstance(old, bool) or isinstance(new, bool):
         return isinstance(old, bool) and isinstance(new, bool)
     if isinstance(old, (int, float)):

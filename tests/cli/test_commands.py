@@ -356,9 +356,7 @@ def test_merge_refuses_what_does_not_go_together(run: Run, pair: Any) -> None:
     assert "the checkpoints are 0 to 1" in run(*args, "--reference", 2, code=2).stderr
     assert "say --data" in run(*args, "--recalibrate", code=2).stderr
     assert "by weights" in run(*args, "--method", "cycle-consistent", "--matcher", "frank-wolfe", code=2).stderr
-    assert "plain inner products" in run(
-        *args, "--method", "cycle-consistent", "--objective", "cosine", code=2
-    ).stderr
+    assert "plain inner products" in run(*args, "--method", "cycle-consistent", "--objective", "cosine", code=2).stderr
     assert not Path("m.safetensors").exists()
 
 
