@@ -111,11 +111,11 @@ class Estimate:
         """Bytes of the largest step's Gram matrices, as far as they are in memory at once."""
         return max((min(move.gram, max(self.nested, WORKING * move.size**2)) for move in self.moves), default=0)
 
-    def memory(self, bytes_per_element: int = WORKING, *, streamed: bool = False, cache: int = 0) -> int:
+    def memory(self, width: int = WORKING, *, streamed: bool = False, cache: int = 0) -> int:
         """Peak bytes of a run.
 
         Args:
-            bytes_per_element: of the checkpoint's dtype.
+            width: bytes of one weight in the checkpoint.
             streamed: tensors are read when a step needs them (`StreamedWeightMatching`), rather than held.
             cache: of a streamed run.
 
@@ -125,11 +125,11 @@ class Estimate:
         if not streamed:
             return 3 * WORKING * self.elements + self.gram
         largest = max((move.largest for move in self.moves), default=0)
-        return 3 * bytes_per_element * largest + 3 * WORKING * min(PORTION, largest) + self.gram + cache
+        return 3 * width * largest + 3 * WORKING * min(PORTION, largest) + self.gram + cache
 
-    def read(self, bytes_per_element: int = WORKING) -> int:
+    def read(self, width: int = WORKING) -> int:
         """Bytes that a streamed run reads in one pass: each tensor, of both models, once for each group on it."""
-        return 2 * bytes_per_element * sum(move.parameters for move in self.moves)
+        return 2 * width * sum(move.parameters for move in self.moves)
 
     def seconds(
         self,
@@ -138,7 +138,7 @@ class Estimate:
         passes: int = 1,
         workers: int = 1,
         streamed: bool = False,
-        bytes_per_element: int = WORKING,
+        width: int = WORKING,
     ) -> float:
         """Seconds of a run, were each pass to compute everything.
 
@@ -148,7 +148,7 @@ class Estimate:
             workers: the Gram matrices are sums over shards, so they divide among the workers, whose parts are then
                 added up over the network. Assignments divide only among steps that may run side by side.
             streamed: count the reading, which divides among the workers as well.
-            bytes_per_element: of the checkpoint's dtype.
+            width: bytes of one weight in the checkpoint.
         """
         if passes < 1 or workers < 1:
             raise PermgraphError(f"passes={passes}, workers={workers}: give at least 1")
@@ -164,7 +164,7 @@ class Estimate:
         adding = 0.0
         if workers > 1:  # a ring: each worker sends and receives the matrix about once, in both halves
             adding = sum(2 * (workers - 1) / workers * move.gram for move in self.moves) / rates.network
-        reading = self.read(bytes_per_element) / rates.read / workers if streamed else 0.0
+        reading = self.read(width) / rates.read / workers if streamed else 0.0
         return passes * (grams + solving + adding + reading)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Annotated, Any
 
 import typer
@@ -35,9 +36,10 @@ def plan(
         with screen.stage("measuring this machine"):
             rates = calibrate(calibration)
         shards = workers or [1, 2, 8, 64]
+        run = functools.partial(cost.seconds, rates, passes=passes, width=dtype_bytes)
         seconds = {
-            mode: {n: cost.seconds(rates, passes=passes, workers=n, streamed=streamed, width=dtype_bytes) for n in shards}
-            for mode, streamed in (("in memory", False), ("streamed", True))
+            "in memory": {n: run(workers=n) for n in shards},
+            "streamed": {n: run(workers=n, streamed=True) for n in shards},
         }
         data = {
             "flops_per_pass": cost.flops,
@@ -68,9 +70,8 @@ def _plan_text(cost: Estimate, data: dict[str, Any], seconds: dict[str, dict[int
     times = [
         (str(n), *(_duration(seconds[mode][n]) for mode in ("in memory", "streamed"))) for n in seconds["in memory"]
     ]
-    return (
-        f"{table(rows)}\n\n{passes} passes on machines like this one, every pass computed in full:\n"
-        + table(times, ("workers", "in memory", "streamed"))
+    return f"{table(rows)}\n\n{passes} passes on machines like this one, every pass computed in full:\n" + table(
+        times, ("workers", "in memory", "streamed")
     )
 
 

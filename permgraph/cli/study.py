@@ -31,9 +31,7 @@ def study(
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="A YAML file; see the documentation of studies.")],
     *,
     store: Annotated[str, typer.Option(help="A folder or URL for the results, which all workers reach.")],
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write the table, as .csv or .parquet.")
-    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the table, as .csv or .parquet.")] = None,
     figure: Annotated[Path | None, typer.Option(help="Draw the barriers into this file.")] = None,
     backend: Annotated[Backend, typer.Option(help="What to run on.")] = Backend.loky,
     address: Annotated[str | None, typer.Option(help="Of a Dask scheduler or Ray cluster that runs already.")] = None,

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import platform
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -30,6 +29,7 @@ class Task:
         key: of the cell.
         a, b: the fingerprints of the networks.
         matcher: None leaves b as it is.
+        build: makes the module that the networks are weights of.
         versions: what the results were to be made with; a worker with others refuses.
     """
 
@@ -38,7 +38,7 @@ class Task:
     b: str
     matcher: Matcher | None
     seed: int
-    model: nn.Module
+    build: Callable[[], nn.Module]
     spec: PermutationSpec
     evaluate: Evaluate | None
     prepare: Prepare | None
@@ -87,7 +87,7 @@ def run(task: Task) -> dict[str, Any]:
 def _result(task: Task) -> dict[str, Any]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(task.seed)
-        a, b = (_network(task.model, task.store, content) for content in (task.a, task.b))
+        a, b = (_network(task, content) for content in (task.a, task.b))
         result: dict[str, Any] = {}
         end: Mapping[str, torch.Tensor] = b.state_dict()
         if task.matcher is not None:
@@ -117,9 +117,9 @@ def _result(task: Task) -> dict[str, Any]:
         return result
 
 
-def _network(model: nn.Module, store: Store, content: str) -> nn.Module:
-    network = copy.deepcopy(model)
-    network.load_state_dict(_weights(store, content))
+def _network(task: Task, content: str) -> nn.Module:
+    network = task.build()
+    network.load_state_dict(_weights(task.store, content))
     return network
 
 

@@ -83,6 +83,8 @@ class StudyPlan:
         higher_is_better: see `barrier`.
         unaligned: also measure each pair as it is, once, under the matcher "none".
         spec: the symmetries; inferred from `model` if not given.
+        build: how a worker makes the module, where the module itself cannot travel because its class is not importable
+            there.
         threads: of torch, in each worker. Results differ in their last digits between numbers of threads, so it is part
             of the plan and not of the machine.
 
@@ -110,6 +112,7 @@ class StudyPlan:
     unaligned: bool = True
     spec: PermutationSpec = field(default=None)  # type: ignore[assignment]
     threads: int = 1
+    build: Callable[[], nn.Module] | None = None
 
     def __post_init__(self) -> None:
         if len(self.networks) < 2:

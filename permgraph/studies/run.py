@@ -7,6 +7,8 @@ plan on a cluster. Nothing is scheduled here: only cells whose worker died are h
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 import logging
 import os
 import threading
@@ -66,7 +68,7 @@ def study(
     place = Store(os.fspath(store))
     cells = plan.cells
     place.require_room()
-    todo = [cell for cell in cells if not _settled(place, cell, retry_failed)]
+    todo = missing(plan, store, retry_failed=retry_failed)
     if todo:
         parallel = _parallel(joblib, jobs)
         _require_same_versions(joblib, parallel)
@@ -79,6 +81,12 @@ def study(
     elif progress is not None:
         progress(len(cells), len(cells))
     return StudyResult(plan, place)
+
+
+def missing(plan: StudyPlan, store: str | os.PathLike[str], *, retry_failed: bool = True) -> list[Cell]:
+    """The cells of a plan that a store has no result of, or one that failed if those are tried again."""
+    place = Store(os.fspath(store))
+    return [cell for cell in plan.cells if not _settled(place, cell, retry_failed)]
 
 
 def _settled(store: Store, cell: Cell, retry_failed: bool) -> bool:
@@ -116,7 +124,7 @@ def _task(plan: StudyPlan, store: Store, cell: Cell) -> Task:
         b=plan.contents[cell.b],
         matcher=plan.matchers.get(cell.matcher),
         seed=cell.seed,
-        model=plan.model,
+        build=plan.build or functools.partial(copy.deepcopy, plan.model),
         spec=plan.spec,
         evaluate=plan.evaluate,
         prepare=plan.prepare,
