@@ -63,7 +63,7 @@ class Opened:
     fingerprint: str
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(_batches(self.asked, self.folder, self.split))
+        return iter(_batches(self))
 
 
 @dataclass(frozen=True)
@@ -203,12 +203,16 @@ def _opened(entry: Any, root: Path, folder: Path | None, split: Split, where: st
     if "tokenizer" in given:
         given["tokenizer"] = root / str(given["tokenizer"])
     asked = Data(**given)  # type: ignore[arg-type]  # as the user wrote them; `load_data` refuses what is wrong
-    return Opened(asked, folder, split, fingerprint(list(_batches(asked, folder, split))))
+    return Opened(asked, folder, split, fingerprint(list(load_data(asked, folder, split=split))))
 
 
 @functools.lru_cache(maxsize=4)
-def _batches(asked: Data, folder: Path | None, split: Split) -> Iterable[Any]:
-    return load_data(asked, folder, split=split)
+def _batches(opened: Opened) -> Iterable[Any]:
+    """The batches, once it is sure that they are still those of the plan."""
+    batches = load_data(opened.asked, opened.folder, split=opened.split)
+    if fingerprint(list(batches)) != opened.fingerprint:
+        raise StudyError(f"{opened.asked.data} has other content here than where the study was planned")
+    return batches
 
 
 def _anchored(text: str, root: Path) -> str:
