@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import gzip
+import pickle
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from matplotlib.axes import Axes
@@ -25,10 +28,12 @@ from torch.nn.functional import adaptive_avg_pool2d, pad
 import permgraph as pg
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # the demo's networks stand one folder above
+from models import Characters, ConvNet, DenseNet, PlaneMLP, characters, plane
 from networks import MLP, Batch, ResNet, ViT, digits, train
 
 State = dict[str, Tensor]
 Step = Callable[[], None]
+T = TypeVar("T")
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -44,13 +49,26 @@ class Recipe:
     rate: float
     decay: float
     batchnorm: bool = False
+    data: str = "images"
 
 
 RECIPES = {
     "MLP": Recipe(lambda width: MLP(width=width), width=512, epochs=20, rate=1e-2, decay=0.2),
     "ResNet": Recipe(lambda width: ResNet(width=width), width=16, epochs=8, rate=1e-2, decay=0.5, batchnorm=True),
     "ViT": Recipe(lambda width: ViT(width=width, heads=4, depth=1), width=64, epochs=15, rate=5e-3, decay=0.5),
+    "DenseNet": Recipe(lambda width: DenseNet(width=width), width=24, epochs=10, rate=1e-2, decay=0.5),
+    "Characters": Recipe(
+        lambda width: Characters(width=width, heads=4), width=64, epochs=5, rate=5e-3, decay=0.5, data="characters"
+    ),
+    "Plane": Recipe(lambda width: PlaneMLP(width=width), width=64, epochs=30, rate=1e-2, decay=0.1, data="plane"),
+    "Conv": Recipe(lambda width: ConvNet(width, "none"), width=32, epochs=10, rate=5e-3, decay=0.5),
+    "ConvBatchNorm": Recipe(
+        lambda width: ConvNet(width, "batch"), width=32, epochs=6, rate=1e-2, decay=0.5, batchnorm=True
+    ),
+    "ConvGroupNorm": Recipe(lambda width: ConvNet(width, "group"), width=32, epochs=8, rate=1e-2, decay=0.5),
+    "ConvLayerNorm": Recipe(lambda width: ConvNet(width, "layer"), width=32, epochs=8, rate=1e-2, decay=0.5),
 }
+"""Every architecture. All experiments take any of them."""
 
 
 @dataclass(frozen=True)
@@ -69,10 +87,32 @@ class Setting:
     def recipe(self) -> Recipe:
         return RECIPES[self.name]
 
+    def build(self) -> nn.Module:
+        """An untrained network, whose first layer fits the images."""
+        network = self.recipe.build(self.width)
+        channels, side = self.data[0].shape[1], self.data[0].shape[-1]
+        if self.recipe.data == "images" and (channels, side) != (1, 8):
+            if isinstance(network, MLP):
+                network.hidden[0] = nn.Linear(channels * side**2, self.width)
+            elif isinstance(network, ViT):  # sixteen patches, whatever the side
+                network.patch = nn.Conv2d(channels, self.width, side // 4, side // 4)
+            else:
+                name, first = next((n, m) for n, m in network.named_modules() if isinstance(m, nn.Conv2d))
+                owner = network.get_submodule(name.rpartition(".")[0])
+                conv = nn.Conv2d(
+                    channels, first.out_channels, 3, first.stride, first.padding, bias=first.bias is not None
+                )
+                setattr(owner, name.rpartition(".")[2], conv)
+        return network
+
     @property
     def loader(self) -> list[Batch]:
         """The training data in a few large batches, always the same."""
-        return list(zip(self.data[0].split(480), self.data[1].split(480), strict=True))
+        return self.batches(480)
+
+    def batches(self, size: int) -> list[Batch]:
+        """The training data in batches of a size, always the same."""
+        return list(zip(self.data[0].split(size), self.data[1].split(size), strict=True))
 
     def evaluate(self, network: nn.Module) -> dict[str, float]:
         """Test loss and accuracy."""
@@ -92,9 +132,28 @@ class Setting:
 
     def network(self, state: Mapping[str, Tensor]) -> nn.Module:
         """A network with these weights."""
-        network = self.recipe.build(self.width).eval()
+        network = self.build().eval()
         network.load_state_dict(state)
         return network
+
+    def trained(self, seeds: Sequence[int], where: Console) -> list[nn.Module]:
+        """One trained network for each seed, with a progress bar."""
+        with bar(where, f"{self.name} {self.width}: training", len(seeds) * self.epochs) as step:
+            return [self.network(self.train(seed, step=step)[-1]) for seed in seeds]
+
+    def kept(self, tag: str, make: Callable[[], T]) -> T:
+        """What ``make`` returns, tensors in plain containers, or what an earlier run has left of it."""
+        path = self.folder / f"{self.name}-{self.source}-w{self.width}-e{self.epochs}-{tag}.pt"
+        if not path.exists():
+            self.save(make(), path)
+        return torch.load(path, weights_only=True)
+
+    def save(self, what: object, path: Path) -> None:
+        """Write a file whole or not at all, so that a run that is interrupted leaves no half of one."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".part")
+        torch.save(what, partial)
+        partial.replace(path)
 
     def train(
         self,
@@ -130,7 +189,7 @@ class Setting:
         passed = 0
 
         def build() -> nn.Module:
-            network = self.recipe.build(self.width) if start is None else copy.deepcopy(start)
+            network = self.build() if start is None else copy.deepcopy(start)
             for name, parameter in network.named_parameters():
                 if masks is not None and name in masks:
                     with torch.no_grad():
@@ -154,14 +213,13 @@ class Setting:
         with torch.random.fork_rng(devices=[]):
             final = train(build, self.data, seed=seed, epochs=epochs, rate=r.rate, decay=r.decay, progress=after_epoch)
         states.append({name: tensor.detach().clone() for name, tensor in final.state_dict().items()})
-        self.folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".part")
-        torch.save(states, partial)
-        partial.replace(path)  # a run that is interrupted leaves no half-written network
+        self.save(states, path)
         return states
 
 
-def arguments(description: str | None, *, models: Sequence[str], seeds: Sequence[int], points: int = 11):
+def arguments(
+    description: str | None, *, models: Sequence[str], seeds: Sequence[int], points: int = 11
+) -> argparse.ArgumentParser:
     """A parser of what all experiments take."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = " ".join(map(str, seeds))
@@ -170,7 +228,9 @@ def arguments(description: str | None, *, models: Sequence[str], seeds: Sequence
     parser.add_argument("--width", type=int, help="of every network (default: each recipe's)")
     parser.add_argument("--epochs", type=int, help="of training (default: each recipe's)")
     parser.add_argument("--points", type=int, default=points, help=f"on each line ({points})")
-    parser.add_argument("--data-dir", type=Path, help="a folder with MNIST's four idx files, instead of digits")
+    parser.add_argument(
+        "--data-dir", type=Path, help="a folder with MNIST's four idx files or CIFAR-10's batches, instead of digits"
+    )
     parser.add_argument("--out", type=Path, default=Path("experiments"), help="folder to write to (experiments)")
     return parser
 
@@ -179,18 +239,37 @@ def settings(options: argparse.Namespace) -> Iterator[Setting]:
     """Each architecture asked for."""
     torch.set_num_threads(1)  # computations as small as these gain nothing from a second one
     options.out.mkdir(parents=True, exist_ok=True)
-    data, test = digits() if options.data_dir is None else mnist(options.data_dir)
     for name in options.models:
         recipe = RECIPES[name]
-        yield Setting(
-            name,
-            options.width or recipe.width,
-            options.epochs or recipe.epochs,
-            data,
-            test,
-            "digits" if options.data_dir is None else "mnist",
-            options.out / "networks",
-        )
+        (data, test), source = read(recipe.data, options.data_dir)
+        width, epochs = options.width or recipe.width, options.epochs or recipe.epochs
+        yield Setting(name, width, epochs, data, test, source, options.out / "networks")
+
+
+@functools.cache
+def read(kind: str, folder: Path | None) -> tuple[tuple[Batch, Batch], str]:
+    """Training and test data of a kind, and what they are called; images are read from a folder if there is one."""
+    if kind == "characters":
+        return characters(), "characters"
+    if kind == "plane":
+        return plane(), "moons"
+    if folder is None:
+        return digits(), "digits"
+    cifar = next((path for path in (folder, folder / "cifar-10-batches-py") if (path / "test_batch").exists()), None)
+    return (cifar10(cifar), "cifar10") if cifar is not None else (mnist(folder), "mnist")
+
+
+def cifar10(folder: Path) -> tuple[Batch, Batch]:
+    """CIFAR-10 from the batches of its Python version, at its full size and in colour."""
+
+    def split(*names: str) -> Batch:
+        parts = [pickle.loads((folder / name).read_bytes(), encoding="bytes") for name in names]
+        images = torch.cat([torch.tensor(part[b"data"]).view(-1, 3, 32, 32).float() for part in parts])
+        return images, torch.cat([torch.tensor(part[b"labels"]) for part in parts])
+
+    (images, labels), (test, answers) = split(*(f"data_batch_{k}" for k in range(1, 6))), split("test_batch")
+    deviation, mean = torch.std_mean(images, (0, 2, 3), keepdim=True)
+    return ((images - mean) / deviation, labels), ((test - mean) / deviation, answers)
 
 
 def mnist(folder: Path) -> tuple[Batch, Batch]:
@@ -217,9 +296,9 @@ def _idx(folder: Path, name: str) -> Tensor:
 
 
 def console() -> Console:
-    """The terminal, or 110 columns where the output goes elsewhere."""
+    """The terminal, or 130 columns where the output goes elsewhere."""
     terminal = Console()
-    return terminal if terminal.is_terminal else Console(width=110)
+    return terminal if terminal.is_terminal else Console(width=130)
 
 
 @contextmanager
@@ -231,23 +310,52 @@ def bar(where: Console, description: str, total: int) -> Iterator[Callable[..., 
         yield lambda *_: progress.advance(task)
 
 
-def table(title: str, *columns: str, caption: str = "") -> Table:
+class Sheet(Table):
+    """A table that can be printed, and written as Markdown."""
+
+    def __init__(self, *columns: str, **how: Any) -> None:
+        super().__init__(**how)
+        self.lines: list[tuple[str, ...]] = [
+            tuple(column.replace("\n", " ") for column in columns),
+            ("---", *("---:" for _ in columns[1:])),
+        ]
+        for number, column in enumerate(columns):
+            self.add_column(column, justify="right" if number else "left", no_wrap=True)
+
+    def add_row(self, *cells: Any, **how: Any) -> None:
+        """Add a row; cells left out at its end are empty."""
+        super().add_row(*cells, **how)
+        text = [f"**{cell.removeprefix('[bold]')}**" if cell.startswith("[bold]") else cell for cell in cells]
+        self.lines.append((*text, *[""] * (len(self.columns) - len(text))))
+
+    def show(self, where: Console, path: Path) -> None:
+        """Print the table, and write it to a file."""
+        where.print(self)
+        path.write_text("\n".join("| " + " | ".join(cells).replace("  ", " ") + " |" for cells in self.lines) + "\n")
+
+
+def table(title: str, *columns: str, caption: str = "") -> Sheet:
     """An empty table whose first column is text and whose others are numbers."""
-    result = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=caption, caption_justify="left")
-    for number, column in enumerate(columns):
-        result.add_column(column, justify="right" if number else "left", no_wrap=True)
-    return result
+    return Sheet(*columns, title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=caption, caption_justify="left")
 
 
-def figure(columns: int, path: Path, draw: Callable[[list[Axes]], None]) -> None:
-    """Draw into a row of axes, and write the figure."""
-    fig = Figure(figsize=(4.4 * columns, 3.6), layout="constrained")
+def figure(columns: int, path: Path, draw: Callable[[list[Axes]], None], *, rows: int = 1, grid: bool = True) -> None:
+    """Draw into rows of axes, given one after another, and write the figure."""
+    fig = Figure(figsize=(4.4 * columns, 3.6 * rows), layout="constrained")
     FigureCanvasAgg(fig)
-    axes = list(fig.subplots(1, columns, squeeze=False)[0])
+    axes = list(fig.subplots(rows, columns, squeeze=False).flat)
     draw(axes)
     for ax in axes:
-        ax.grid(alpha=0.25)
+        if grid:
+            ax.grid(alpha=0.25)
     fig.savefig(path, dpi=150)
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """The mean, and its standard error (0 of a single value)."""
+    mean = sum(values) / len(values)
+    spread = sum((value - mean) ** 2 for value in values) / max(len(values) - 1, 1)
+    return mean, (spread / len(values)) ** 0.5
 
 
 def line(ax: Axes, number: int, x: Sequence[object], y: Sequence[float], label: str) -> None:

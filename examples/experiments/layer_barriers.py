@@ -15,8 +15,7 @@ from rich.console import Console
 import permgraph as pg
 
 Found = dict[str, list[pg.LayerwiseBarriers]]
-GROUPS: Mapping[str, Mapping[str, str | Sequence[str]] | None] = {
-    "MLP": None,
+GROUPS: Mapping[str, Mapping[str, str | Sequence[str]]] = {
     "ResNet": {
         "stem": ["conv.*", "bn.*"],
         "stage1 conv1": ["stage1.0.conv1.*", "stage1.0.bn1.*"],
@@ -27,7 +26,6 @@ GROUPS: Mapping[str, Mapping[str, str | Sequence[str]] | None] = {
         "stage2 shortcut": "stage2.0.shortcut.*",
         "head": "head.*",
     },
-    "ViT": None,
 }
 
 
@@ -36,7 +34,7 @@ def run(setting: Setting, seeds: Sequence[int], points: int, where: Console) -> 
     with bar(where, f"{setting.name}: training", 2 * len(seeds) * setting.epochs) as step:
         pairs = [[setting.network(setting.train(s, step=step)[-1]) for s in (seed, seed + 1000)] for seed in seeds]
     found: Found = {"naive": [], "aligned": []}
-    groups = GROUPS[setting.name]
+    groups = GROUPS.get(setting.name)
     with bar(where, f"{setting.name}: layers", 2 * len(pairs)) as step:
         for a, b in pairs:
             for kind, end in (("naive", b), ("aligned", pg.align(a, b).model())):
@@ -71,7 +69,7 @@ def main(given: Sequence[str] | None = None) -> dict[str, Found]:
             result.add_row(layer, *(f"{value:.3f}" for value in (*heights, *hybrids)))
         whole = [sum(one.whole.barrier for one in ones) / len(ones) for ones in found.values()]
         result.add_row("(all)", *(f"{height:.3f}" for height in whole))
-    where.print(result)
+    result.show(where, options.out / "layer_barriers.md")
 
     def draw(axes: list[Axes]) -> None:
         for ax, (name, found) in zip(axes, every.items(), strict=True):

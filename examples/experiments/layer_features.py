@@ -73,7 +73,7 @@ def main(given: Sequence[str] | None = None) -> dict[str, Found]:
             cosines = [f"{mean(found[kind], layer, 'cosine'):.3f}" for kind in kinds]
             scales = [f"{mean(found[kind], layer, 'scale'):.3f}" for kind in kinds]
             result.add_row(layer, *cosines, *scales, f"{mean(found['independent'], layer, 'cosine_ends'):.3f}")
-    where.print(result)
+    result.show(where, options.out / "layer_features.md")
 
     def draw(axes: list[Axes]) -> None:
         for ax, (name, found) in zip(axes, every.items(), strict=True):
@@ -90,7 +90,7 @@ def main(given: Sequence[str] | None = None) -> dict[str, Found]:
 
 def leaves(setting: Setting, found: Found) -> list[str]:
     """The layers to print: those without others inside."""
-    network = setting.recipe.build(setting.width)
+    network = setting.build()
     inner = {name for name, module in network.named_modules() if not list(module.children())}
     return [name for name in found["spawned"][0].layers if name in inner]
 

@@ -6,9 +6,12 @@ Nothing here knows an operator: it works on modules and state dicts, aligned or 
 from __future__ import annotations
 
 from permgraph.connectivity.barriers import Barrier, barrier, barrier_along
+from permgraph.connectivity.curve_alignment import AlignedCurve, fit_aligned_curve
+from permgraph.connectivity.curves import Curve, fit_curve
 from permgraph.connectivity.evaluation import evaluate_on
 from permgraph.connectivity.features import FeatureAgreement, FeatureConnectivity, feature_connectivity
 from permgraph.connectivity.interpolation import interpolate
+from permgraph.connectivity.landscape import LossSurface, loss_surface
 from permgraph.connectivity.layers import LayerwiseBarriers, layerwise_barriers
 from permgraph.connectivity.normalisation import recalibrate_batchnorm
 from permgraph.connectivity.renormalisation import ChannelStatistics, channel_statistics, repair
@@ -20,21 +23,31 @@ from permgraph.connectivity.simultaneous import (
     strong_connectivity,
     weak_connectivity,
 )
+from permgraph.connectivity.spectra import LayerSpectra, SpectralComparison, compare_spectra
 
 __all__ = [
+    "AlignedCurve",
     "Barrier",
     "ChannelStatistics",
     "Claim",
+    "Curve",
     "FeatureAgreement",
     "FeatureConnectivity",
+    "LayerSpectra",
     "LayerwiseBarriers",
+    "LossSurface",
+    "SpectralComparison",
     "barrier",
     "barrier_along",
     "channel_statistics",
+    "compare_spectra",
     "evaluate_on",
     "feature_connectivity",
+    "fit_aligned_curve",
+    "fit_curve",
     "interpolate",
     "layerwise_barriers",
+    "loss_surface",
     "permute_masks",
     "recalibrate_batchnorm",
     "repair",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -55,6 +55,34 @@ def interpolate(a: StateDict | nn.Module, b: StateDict | nn.Module, t: float) ->
             result[name] = result[earlier]
         else:
             result[name] = _lerp(x, y, t)
+    return result
+
+
+def blend(states: Sequence[StateDict], shares: Sequence[float]) -> dict[str, Any]:
+    """Return a linear combination of state dicts, with the dtypes, devices, ties and integers of the first.
+
+    The shares add up to 1. A state with the whole share is met exactly; one with none may hold anything.
+    """
+    whole = next((state for state, share in zip(states, shares, strict=True) if share == 1), None)
+    if whole is not None:
+        return interpolate(states[0], whole, 1.0 if whole is not states[0] else 0.0)
+    result: dict[str, Any] = {}
+    seen: dict[tuple[object, ...], str] = {}
+    for name, x in states[0].items():
+        if not isinstance(x, Tensor):
+            result[name] = x
+            continue
+        earlier = seen.setdefault(_identity(x), name)
+        if earlier != name:
+            result[name] = result[earlier]
+        elif not _is_continuous(x):
+            result[name] = x.detach().clone()
+        else:
+            total = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
+            for share, state in zip(shares, states, strict=True):
+                if share:
+                    total.add_(state[name].detach().to(total), alpha=share)
+            result[name] = total.to(x.dtype)
     return result
 
 

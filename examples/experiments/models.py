@@ -1,0 +1,121 @@
+"""The experiments' own networks: concatenations, four kinds of normalisation, characters, points of the plane.
+
+Together with the demo's they are the architectures on which every experiment runs, with no code for any of them.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from networks import Batch, Encoder
+from torch import Tensor, nn
+from torch.nn.functional import relu
+
+
+class DenseNet(nn.Module):
+    """Each layer takes the concatenation of all before it (Huang et al. 2017), with GroupNorm over one group."""
+
+    def __init__(self, width: int = 16, layers: int = 3) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, width, 3, 2, 1)
+        self.convs = nn.ModuleList(nn.Conv2d(width * (1 + k), width, 3, 1, 1) for k in range(layers))
+        self.norms = nn.ModuleList(nn.GroupNorm(1, width) for _ in range(layers))
+        self.head = nn.Linear(width * (1 + layers), 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        seen = [relu(self.stem(images))]
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            seen.append(relu(norm(conv(torch.cat(seen, 1)))))
+        return self.head(torch.cat(seen, 1).mean((2, 3)))
+
+
+class ConvNet(nn.Module):
+    """Four convolutions with one kind of normalisation: "batch", "group" (four groups), "layer" or "none"."""
+
+    def __init__(self, width: int = 32, norm: str = "none") -> None:
+        super().__init__()
+        sizes = [1, width, width, 2 * width, 2 * width]
+        self.convs = nn.ModuleList(
+            nn.Conv2d(n, m, 3, 2 if at == 2 else 1, 1) for at, (n, m) in enumerate(pairwise(sizes))
+        )
+        kinds = {
+            "batch": nn.BatchNorm2d,
+            "group": lambda m: nn.GroupNorm(4, m),
+            "layer": lambda m: nn.GroupNorm(1, m),  # over all channels and positions of one image
+            "none": lambda m: nn.Identity(),
+        }
+        self.norms = nn.ModuleList(kinds[norm](m) for m in sizes[1:])
+        self.head = nn.Linear(sizes[-1], 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = images
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = relu(norm(conv(x)))
+        return self.head(x.mean((2, 3)))
+
+
+class Characters(nn.Module):
+    """A transformer that reads twenty characters and gives logits for the next."""
+
+    def __init__(self, width: int = 64, heads: int = 4, depth: int = 1) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(len(ALPHABET), width)
+        self.position = nn.Parameter(0.02 * torch.randn(CONTEXT, width))
+        self.blocks = nn.ModuleList(Encoder(width, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, len(ALPHABET))
+
+    def forward(self, text: Tensor) -> Tensor:
+        x = self.embed(text) + self.position[: text.shape[1]]
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x)[:, -1])
+
+
+class PlaneMLP(nn.Module):
+    """Two hidden layers for points of the plane in two classes."""
+
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(2, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU())
+        self.head = nn.Linear(width, 2)
+
+    def forward(self, points: Tensor) -> Tensor:
+        return self.head(self.layers(points))
+
+
+ALPHABET = "\n abcdefghijklmnopqrstuvwxyz.,'()_0"
+CONTEXT = 20
+
+
+def characters(count: int = 8192) -> tuple[Batch, Batch]:
+    """Windows of Python's own help texts, which ship with it, and the character that follows each.
+
+    Letters are lowered, digits are all 0, and what is not in the alphabet is left out. Test windows come from the last
+    fifth of the text.
+    """
+    from pydoc_data.topics import topics
+
+    text = "".join(topics[key] for key in sorted(topics)).lower()
+    number = {character: at for at, character in enumerate(ALPHABET)} | {
+        digit: len(ALPHABET) - 1 for digit in "123456789"
+    }
+    codes = torch.tensor([number[character] for character in text if character in number])
+    cut = len(codes) * 4 // 5
+
+    def windows(part: Tensor, many: int, seed: int) -> Batch:
+        at = torch.randint(len(part) - CONTEXT, (many,), generator=torch.Generator().manual_seed(seed))
+        taken = part[at[:, None] + torch.arange(CONTEXT + 1)]
+        return taken[:, :-1], taken[:, -1]
+
+    return windows(codes[:cut], count, 0), windows(codes[cut:], 1024, 1)
+
+
+def plane(count: int = 1024) -> tuple[Batch, Batch]:
+    """Scikit-learn's two half moons, with noise."""
+    from sklearn.datasets import make_moons
+
+    points, labels = make_moons(count + 1024, noise=0.2, random_state=0)
+    x, y = torch.tensor(points, dtype=torch.float32), torch.tensor(labels)
+    return (x[:count], y[:count]), (x[count:], y[count:])

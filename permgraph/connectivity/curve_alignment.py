@@ -1,0 +1,246 @@
+"""A curve and the permutation of its far end, minimised in turn.
+
+Tatro, Chen, Das, Melnyk, Sattigeri & Lai (2020), "Optimizing Mode Connectivity via Neuron Alignment", section 4,
+minimise the loss along the curve r(t) from a to p(b) over its bends θ and the permutation p, by proximal alternating
+steps:
+
+    p  <-  argmin over p  of  E_t L(r(t; θ, p))  +  |p(b) - p_k(b)|² / (2 λ)
+    θ  <-  argmin over θ  of  E_t L(r(t; θ, p))  +  |θ - θ_k|² / (2 λ)
+
+θ are here the bends less the points of the straight line where they began, so that the whole curve follows its end. For
+the first step they relax the permutation to doubly stochastic matrices. Here its loss is linearised at p_k, with the
+gradient G by the far end: since |p(b)| is the same for every p, what is left is to maximise <p_k(b) - λ G, p(b)>, which
+is weight matching of b to p_k(b) - λ G, over any spec. A step is taken if the objective of the first line falls, and
+tried with half the λ if it does not, so no step raises the loss.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from permgraph.connectivity.curves import Curve, Network, Shape
+from permgraph.connectivity.descent import Loss, MakeOptimizer, Perturb, State, Workbench, adam, descend, seeded
+from permgraph.connectivity.evaluation import Loader, batches, template_of
+from permgraph.connectivity.interpolation import as_state_dict, check_same_keys
+from permgraph.errors import EvaluationError
+from permgraph.matching import WeightMatching
+from permgraph.permutation import Permutation
+from permgraph.spec import PermutationSpec
+
+log = logging.getLogger(__name__)
+
+_PLACES = 5
+_HALVINGS = 10
+
+
+@dataclass(frozen=True)
+class AlignedCurve:
+    """A curve from a to the permuted b, and the permutation.
+
+    Attributes:
+        curve: its far end is the permuted b.
+        permutation: what was applied to b.
+        losses: the mean loss on the curve when the measured batches were read: at the start, and after each round.
+        moved: in each round, whether the permutation changed.
+        seconds: of wall time.
+    """
+
+    curve: Curve
+    permutation: Permutation
+    losses: tuple[float, ...]
+    moved: tuple[bool, ...]
+    seconds: float = field(default=0.0, compare=False)
+
+    def __str__(self) -> str:
+        return (
+            f"{len(self.moved)} rounds in {self.seconds:.2f} s, the permutation changed in {sum(self.moved)}: "
+            f"mean loss on the curve {self.losses[0]:.4g} -> {self.losses[-1]:.4g}"
+        )
+
+
+def fit_aligned_curve(
+    a: Network,
+    b: Network,
+    loader: Loader,
+    spec: PermutationSpec,
+    *,
+    init: Permutation | None = None,
+    shape: Shape = "bezier",
+    bends: int = 1,
+    rounds: int = 5,
+    epochs: int = 2,
+    proximity: float = 100.0,
+    measured_batches: int = 4,
+    loss: Loss = nn.functional.cross_entropy,
+    optimizer: MakeOptimizer = adam,
+    perturb: Perturb | None = None,
+    matcher: WeightMatching | None = None,
+    model: nn.Module | None = None,
+    seed: int = 0,
+    progress: Callable[[int, int], object] | None = None,
+) -> AlignedCurve:
+    """Fit a curve from ``a`` to the permuted ``b``, and the permutation, in turn (proximal alternating minimisation).
+
+    Args:
+        a, b, loader, shape, bends, loss, optimizer, perturb, model: as for ``fit_curve``.
+        spec: the symmetries.
+        init: the permutation to begin with, such as that of an alignment; the identity by default.
+        rounds: how many times bends and permutation take their turns.
+        epochs: of the bends' training in each round.
+        proximity: λ, how far a step may go, as a squared distance of weights for each unit of loss; the first trial of
+            each permutation step, which is halved up to ten times.
+        measured_batches: on how many batches, at five places each, the permutation's step is computed and judged.
+        matcher: the weight matching that makes the step.
+        seed: for all random choices.
+        progress: called as ``progress(done, rounds)`` after each round.
+
+    Raises:
+        MismatchError: networks that differ, or do not fit the spec, or a permutation of another spec.
+        EvaluationError: as for ``fit_curve``, or ``rounds`` or ``measured_batches`` is below 1, or ``proximity`` is not
+            positive.
+        NonFiniteError: the loss became NaN or infinite.
+
+    References:
+        Tatro et al. 2020, section 4.
+
+    Example:
+        >>> a, b = (nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 2)).eval() for _ in "ab")
+        >>> data = [(torch.randn(16, 2), torch.randint(2, (16,)))]
+        >>> found = fit_aligned_curve(a, b, data, pg.auto_spec(a), rounds=2)
+        >>> found.permutation.spec == pg.auto_spec(a), len(found.moved)
+        (True, 2)
+    """
+    began = time.perf_counter()
+    for name, value in (("rounds", rounds), ("measured_batches", measured_batches)):
+        if value < 1:
+            raise EvaluationError(f"{name}={value}: give 1 or more")
+    if not proximity > 0:
+        raise EvaluationError(f"proximity={proximity}: it must be positive")
+    template = template_of(model, a=a, b=b)
+    first, given = as_state_dict(a), as_state_dict(b)
+    check_same_keys(first, given)
+    spec.check(first)
+    now = spec.identity() if init is None else init
+    bench = Workbench(template, first, loss, perturb)
+    search = _Search(bench, given, spec, loader, measured_batches, matcher or WeightMatching(), seed)
+    curve = Curve.straight(a, now.apply(given), bends=bends, shape=shape)
+    start = bench.parameters_of(first)
+    free = [
+        {name: torch.zeros_like(tensor).requires_grad_() for name, tensor in start.items()} for _ in curve.points[1:-1]
+    ]
+    losses, moved = [search.loss(curve, start, free, now)], []
+    for number in range(rounds):
+        new, _ = search.step(curve, start, free, now, proximity)
+        moved.append(new != now)
+        now = new
+        end = bench.parameters_of(now.apply(given))
+        centre = [{name: tensor.detach().clone() for name, tensor in state.items()} for state in free]
+
+        def penalty(centre: list[State] = centre) -> Tensor:
+            gaps = [(s[n] - c[n]).square().sum() for s, c in zip(free, centre, strict=True) for n in s]
+            return torch.stack(gaps).sum() / (2 * proximity)
+
+        def blend(draw: torch.Generator, end: State = end) -> Parts:
+            return _parts(curve, float(torch.rand((), generator=draw)), start, end, free)
+
+        descend(
+            bench,
+            free,
+            blend,
+            loader,
+            epochs=epochs,
+            optimizer=optimizer,
+            seed=seed + number,
+            penalty=penalty if free else None,
+        )
+        losses.append(search.loss(curve, start, free, now))
+        if progress is not None:
+            progress(number + 1, rounds)
+    line = Curve.straight(a, now.apply(given), bends=bends, shape=shape)
+    inner = []
+    for point, offset in zip(line.points[1:-1], free, strict=True):
+        own = bench.parameters_of(point)
+        inner.append(bench.state_dict({name: own[name] + offset[name] for name in own}, point))
+    fitted = Curve((line.points[0], *inner, line.points[-1]), shape, tuple(losses[1:]))
+    result = AlignedCurve(fitted, now, tuple(losses), tuple(moved), time.perf_counter() - began)
+    log.info("%s", result)
+    return result
+
+
+Parts: TypeAlias = Sequence[tuple[float, State]]
+
+
+def _parts(curve: Curve, t: float, start: State, end: State, free: list[State]) -> Parts:
+    """The network at t: on the line between the ends, which both shapes keep straight, and off it by the bends' share."""
+    return [(1 - t, start), (t, end), *zip(curve.coefficients(t)[1:-1], free, strict=True)]
+
+
+class _Search:
+    """Steps of the permutation, judged on the same batches and places throughout."""
+
+    def __init__(
+        self,
+        bench: Workbench,
+        given: Mapping[str, Any],
+        spec: PermutationSpec,
+        loader: Loader,
+        measured_batches: int,
+        matcher: WeightMatching,
+        seed: int,
+    ) -> None:
+        self.bench, self.given, self.spec, self.matcher, self.seed = bench, given, spec, matcher, seed
+        with seeded(seed, bench.device):
+            self.batches = [batch for batch, _ in zip(batches(loader), range(measured_batches), strict=False)]
+
+    def loss(self, curve: Curve, start: State, free: list[State], permutation: Permutation) -> float:
+        """The mean loss over batches and places."""
+        with torch.no_grad():
+            return float(self._mean(curve, start, free, self.bench.parameters_of(permutation.apply(self.given))))
+
+    def _mean(self, curve: Curve, start: State, free: list[State], end: State, backward: bool = False) -> float:
+        total, count = 0.0, len(self.batches) * _PLACES
+        with seeded(self.seed, self.bench.device):
+            for batch in self.batches:
+                for place in range(_PLACES):
+                    t = (place + 0.5) / _PLACES
+                    value = self.bench.loss_on(batch, _parts(curve, t, start, end, free)) / count
+                    if backward:
+                        value.backward()  # type: ignore[no-untyped-call]
+                    total += float(value.detach())
+        return total
+
+    def step(
+        self, curve: Curve, start: State, free: list[State], now: Permutation, proximity: float
+    ) -> tuple[Permutation, float]:
+        """The next permutation, or the same, and the loss there."""
+        bench = self.bench
+        moved = now.apply(self.given)
+        end = bench.parameters_of(moved, free=True)
+        still = [{name: tensor.detach() for name, tensor in state.items()} for state in free]
+        with torch.enable_grad():
+            here = self._mean(curve, start, still, end, backward=True)
+        slope = {bench.first_name[name]: tensor.grad for name, tensor in end.items()}
+        for _ in range(_HALVINGS):
+            target = dict(moved)
+            for name, tensor in moved.items():
+                gradient = slope.get(bench.first_name.get(name, name))
+                if gradient is not None:
+                    target[name] = (tensor.detach() - proximity * gradient.to(tensor.device)).to(tensor.dtype)
+            turn = replace(self.matcher, init="identity", restarts=1).match(target, moved, self.spec, self.seed)
+            if turn.permutation.is_identity:
+                return now, here
+            new = turn.permutation @ now
+            there = new.apply(self.given)
+            gap = sum(float((there[name] - moved[name]).double().square().sum()) for name in bench.names)
+            reached = self.loss(curve, start, still, new)
+            if reached + gap / (2 * proximity) < here:
+                return new, reached
+            proximity /= 2
+        return now, here

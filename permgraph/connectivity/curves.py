@@ -1,0 +1,173 @@
+"""Low-loss curves between two networks: Bézier curves and polygons whose bends are trained.
+
+Garipov, Izmailov, Podoprikhin, Vetrov & Wilson (2018), "Loss Surfaces, Mode Connectivity, and Fast Ensembling of DNNs",
+train the bends of a curve whose ends are two networks, so that the loss is low all along it. Tatro, Chen, Das, Melnyk,
+Sattigeri & Lai (2020), "Optimizing Mode Connectivity via Neuron Alignment", align the networks first, and then let the
+permutation of one end take part: proximal alternating minimisation of bends and permutation.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import nn
+
+from permgraph.connectivity.barriers import Barrier, Evaluate, Prepare, barrier_along
+from permgraph.connectivity.descent import Loss, MakeOptimizer, Perturb, State, Workbench, adam, descend
+from permgraph.connectivity.evaluation import Loader, template_of
+from permgraph.connectivity.interpolation import as_state_dict, blend, check_same_keys, interpolate
+from permgraph.errors import EvaluationError
+
+Network: TypeAlias = nn.Module | Mapping[str, Any]
+Shape: TypeAlias = Literal["bezier", "polygon"]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A path from one network to another, given by points: its two ends, and the bends between them.
+
+    Called with t from 0 to 1 it returns the state dict there, so that ``barrier_along`` takes it as a path.
+
+    Attributes:
+        points: state dicts of the same keys, at least two; the curve begins at the first and ends at the last.
+        shape: "bezier": the Bernstein combination of all points, a parabola for three; "polygon": straight from each
+            point to the next, each piece taking an equal part of t.
+        history: the mean training loss on the curve in each epoch of the bends' training.
+        seconds: how long that took.
+
+    Example:
+        >>> ends = {"w": torch.tensor(0.0)}, {"w": torch.tensor(1.0)}
+        >>> curve = Curve((ends[0], {"w": torch.tensor(3.0)}, ends[1]))
+        >>> curve(0.5)["w"], curve(1.0)["w"]
+        (tensor(1.7500), tensor(1.))
+    """
+
+    points: tuple[Mapping[str, Any], ...]
+    shape: Shape = "bezier"
+    history: tuple[float, ...] = field(default=(), compare=False)
+    seconds: float = field(default=0.0, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.shape not in ("bezier", "polygon"):
+            raise EvaluationError(f"unknown shape {self.shape!r}; choose 'bezier' or 'polygon'")
+        if len(self.points) < 2:
+            raise EvaluationError(f"a curve has at least its two ends, not {len(self.points)} points")
+        for number, point in enumerate(self.points[1:], start=1):
+            check_same_keys(self.points[0], point, ("point 0", f"point {number}"))
+
+    @classmethod
+    def straight(cls, a: Network, b: Network, *, bends: int = 1, shape: Shape = "bezier") -> Curve:
+        """The straight line from ``a`` to ``b`` as a curve with so many bends, evenly spaced on it."""
+        if bends < 0:
+            raise EvaluationError(f"bends={bends}: it cannot be negative")
+        places = [number / (bends + 1) for number in range(bends + 2)]
+        return cls(tuple(interpolate(a, b, place) for place in places), shape)
+
+    def coefficients(self, t: float) -> tuple[float, ...]:
+        """How much each point counts at t; they add up to 1.
+
+        Raises:
+            EvaluationError: t is not between 0 and 1.
+        """
+        if not 0 <= t <= 1:
+            raise EvaluationError(f"t={t}: a curve runs from 0 to 1")
+        pieces = len(self.points) - 1
+        if self.shape == "bezier":
+            return tuple(math.comb(pieces, k) * t**k * (1 - t) ** (pieces - k) for k in range(pieces + 1))
+        at = min(int(t * pieces), pieces - 1)
+        share = t * pieces - at
+        return tuple(1 - share if k == at else share if k == at + 1 else 0.0 for k in range(pieces + 1))
+
+    def __call__(self, t: float) -> dict[str, Any]:
+        """The state dict at t: the ends exactly, integers from the first point, ties as there."""
+        return blend(self.points, self.coefficients(t))
+
+    def barrier(
+        self,
+        evaluate: Evaluate,
+        points: int | Sequence[float] = 25,
+        *,
+        model: nn.Module,
+        prepare: Prepare | None = None,
+    ) -> Barrier:
+        """Measure the curve as ``barrier`` measures the line; ``model`` is the module that runs the state dicts."""
+        return barrier_along(self, evaluate, points, model=model, prepare=prepare)
+
+
+def fit_curve(
+    a: Network,
+    b: Network,
+    loader: Loader,
+    *,
+    shape: Shape = "bezier",
+    bends: int = 1,
+    start: Curve | None = None,
+    epochs: int = 10,
+    loss: Loss = nn.functional.cross_entropy,
+    optimizer: MakeOptimizer = adam,
+    perturb: Perturb | None = None,
+    model: nn.Module | None = None,
+    seed: int = 0,
+    progress: Callable[[int, int], object] | None = None,
+) -> Curve:
+    """Train the bends of a curve from ``a`` to ``b`` so that the loss is low all along it.
+
+    Each step takes one batch and one place t, drawn evenly, and follows the gradient of the loss there to the bends;
+    the ends stay. Only parameters are trained; running statistics lie on the straight line, so recalibrate BatchNorm
+    when the curve is measured (``prepare=``). The bends begin on the straight line.
+
+    Args:
+        a: a module or a state dict, in evaluation mode.
+        b: another of the same architecture; aligned to ``a``, or not.
+        loader: batches with targets, as for ``evaluate_on``, that can be read once for each epoch.
+        shape: "bezier" or "polygon".
+        bends: how many points between the ends are trained; one makes a parabola, or a chain of two.
+        start: a curve whose bends to go on with, in place of ``shape`` and ``bends``; its ends are not used.
+        epochs: how often to go through the loader.
+        loss: called with the network's output (or its ``.logits``) and the targets, gives the mean.
+        optimizer: makes an optimizer for a list of tensors; Adam with rate 3e-3 by default.
+        perturb: called as ``perturb(network, batch)`` before each step, with the network on the curve, returns the
+            batch to use: an adversarial one, for a curve of robust networks.
+        model: the module to run state dicts in, when neither ``a`` nor ``b`` is one.
+        seed: for the places, and for what the loader draws.
+        progress: called as ``progress(done, epochs)`` after each epoch.
+
+    Nothing of the networks is changed, nor torch's random state.
+
+    Raises:
+        MismatchError: ``a``, ``b`` and ``start`` differ in a key or a shape.
+        EvaluationError: there is no module, or it is in training mode; the loader is empty, or a generator.
+        NonFiniteError: the loss became NaN or infinite.
+
+    References:
+        Garipov et al. 2018; Tatro et al. 2020 for curves between aligned networks.
+
+    Example:
+        >>> a, b = nn.Linear(2, 2).eval(), nn.Linear(2, 2).eval()
+        >>> data = [(torch.randn(16, 2), torch.randint(2, (16,)))]
+        >>> curve = fit_curve(a, b, data, epochs=3)
+        >>> len(curve.points), len(curve.history), torch.equal(curve(1.0)["bias"], b.bias)
+        (3, 3, True)
+    """
+    began = time.perf_counter()
+    template = template_of(model, a=a, b=b)
+    first, last = as_state_dict(a), as_state_dict(b)
+    curve = Curve.straight(a, b, bends=bends, shape=shape)
+    if start is not None:
+        curve = Curve((curve.points[0], *start.points[1:-1], curve.points[-1]), start.shape)
+    bench = Workbench(template, first, loss, perturb)
+    ends = bench.parameters_of(first), bench.parameters_of(last)
+    free = [bench.parameters_of(point, free=True) for point in curve.points[1:-1]]
+
+    def blend_at(draw: torch.Generator) -> Sequence[tuple[float, State]]:
+        t = float(torch.rand((), generator=draw))
+        return list(zip(curve.coefficients(t), (ends[0], *free, ends[1]), strict=True))
+
+    history = descend(bench, free, blend_at, loader, epochs=epochs, optimizer=optimizer, seed=seed, progress=progress)
+    inner = [bench.state_dict(state, point) for state, point in zip(free, curve.points[1:-1], strict=True)]
+    return Curve((curve.points[0], *inner, curve.points[-1]), curve.shape, history, seconds=time.perf_counter() - began)
