@@ -4,6 +4,7 @@ from permgraph.rules import (  # noqa: F401  (importing a family registers its r
     attention,
     convolution,
     create,
+    gradient,
     index,
     linear,
     normalisation,

@@ -23,6 +23,17 @@ def convolution(call: Call) -> None:
     a dimension sums over it as a matrix product does.
     """
     x, weight, bias, out = call.get("input", call.get("self")), call["weight"], call.get("bias"), call.out
+    *slots, (_, channels), result = convolution_slots(call, x, weight, out)
+    call.link(*slots, (bias, channels), result, why=SPACE, g=call["groups"])
+
+
+Slot = tuple[TypedTensor, str]
+
+
+def convolution_slots(
+    call: Call, x: TypedTensor, weight: TypedTensor, out: TypedTensor
+) -> tuple[Slot, Slot, tuple[None, str], Slot]:
+    """Labels for a convolution's input, weight, bias and result."""
     space = weight.ndim - 2
     stride = _spread(call["stride"], space)
     padding = _spread(call["padding"], space)
@@ -44,10 +55,12 @@ def convolution(call: Call) -> None:
             kernels.append(f"k{s}!")
             outs.append(f"t{s}!")
     channels = "(g i) o" if transposed else "(g o) i"
-    call.link(
-        (x, " ".join(["n (g i)", *ins])), (weight, " ".join([channels, *kernels])), (bias, "(g o)"),
-        (out, " ".join(["n (g o)", *outs])), why=SPACE, g=call["groups"],
-    )  # fmt: skip
+    return (
+        (x, " ".join(["n (g i)", *ins])),
+        (weight, " ".join([channels, *kernels])),
+        (None, "(g o)"),
+        (out, " ".join(["n (g o)", *outs])),
+    )
 
 
 @rule(
@@ -71,9 +84,7 @@ def _over_space(call: Call, space: int) -> None:
     x, *others = call.tensors
     lead = " ".join(f"c{i}" for i in range(x.ndim - space))
     # the mean over the whole of a dimension singles nothing out
-    whole = [
-        "adaptive_avg" in str(call.node.target) and call.out.shape[d] == 1 for d in range(x.ndim - space, x.ndim)
-    ]
+    whole = ["adaptive_avg" in str(call.node.target) and call.out.shape[d] == 1 for d in range(x.ndim - space, x.ndim)]
     ins = [f"s{i}" if whole[i] else f"s{i}!" for i in range(space)]
     outs = ["_" if whole[i] else f"t{i}!" for i in range(space)]
     slots = [(out, " ".join([lead, *outs])) for out in call.results]

@@ -24,13 +24,19 @@ def batch_norm(call: Call) -> None:
 def layer_norm(call: Call) -> None:
     """Statistics over the last dimensions, those of the weight; each leading index has its own."""
     x = call["input"]
+    lead, last = layer_norm_labels(call)
+    every = f"{lead} {last}"
+    blanks = " ".join("_" for _ in last.split())
+    statistics = [(out, f"{lead} {blanks}") for out in call.results[1:] if out.ndim == x.ndim]
+    parameters = [(call.get(name), last) for name in ("weight", "bias")]
+    call.link((x, every), *parameters, (call.out, every), *statistics, via=[lead])
+
+
+def layer_norm_labels(call: Call) -> tuple[str, str]:
+    """Labels for the leading dimensions of the input, and for those that are normalised."""
     count = len(call["normalized_shape"])
-    lead = [f"b{i}" for i in range(x.ndim - count)]
-    last = [f"n{i}" for i in range(count)]
-    every = " ".join([*lead, *last])
-    statistics = [(out, " ".join([*lead, *("_" for _ in last)])) for out in call.results[1:] if out.ndim == x.ndim]
-    parameters = [(call.get(name), " ".join(last)) for name in ("weight", "bias")]
-    call.link((x, every), *parameters, (call.out, every), *statistics, via=[" ".join(lead)])
+    lead = " ".join(f"b{i}" for i in range(call["input"].ndim - count))
+    return lead, " ".join(f"n{i}" for i in range(count))
 
 
 @rule("aten.native_group_norm", "aten.group_norm")

@@ -26,7 +26,8 @@ COPIES = """
 """
 
 
-@rule(*(f"aten.{name}" for name in ARITHMETIC.split()))
+# Forward-mode derivatives are written in torch's own primitive operators.
+@rule(*(f"aten.{name}" for name in ARITHMETIC.split()), "prims.add", "prims.sub", "prims.mul", "prims.div", "prims.neg")
 def arithmetic(call: Call) -> None:
     """Every operand and the result share their dimensions, counted from the last."""
     call.pointwise(*call.tensors, *call.results)
@@ -128,7 +129,8 @@ def noise(call: Call) -> None:
     call.pin_all(call.results, "random values")
 
 
-@rule("aten._assert_tensor_metadata", "aten._assert_async", "aten._assert_scalar", "aten.sym_size", "aten.is_pinned")
+@rule("aten._assert_tensor_metadata", "aten._assert_async", "aten._assert_scalar", "aten.sym_size", "aten.is_pinned",
+      "aten.is_same_size", "aten._has_same_storage_numel")  # fmt: skip
 def no_data(call: Call) -> None:
     """Reads no element, or gives nothing back."""
 

@@ -29,3 +29,11 @@ def _gates(call: Call, count: int) -> None:
         if out.shape[-1] != width:  # what is kept for the gradient: gates and states, one after the other
             call.link((hidden, "b h"), (out, "b (w! h)"), why="the order of the gates", w=out.shape[-1] // width)
     call.link(*gates, *biases, *states, why="the order of the gates", g=count)
+
+
+@rule("aten._pack_padded_sequence")
+def pack(call: Call) -> None:
+    """Padded sequences (b, t, features), or (t, b, features), as rows: at each time those that have not ended yet."""
+    why = "sequences in the order of their lengths"
+    call.link((call["input"], "b! t! ..."), (call.out, "n! ..."), why=why)
+    call.pin_all([call["lengths"], *call.results[1:]], why)

@@ -242,6 +242,10 @@ READS = rows(
      "(a b), (a b) -> (a b) where b per a ~ the tensors are not equal, however one is numbered"),
     ("allclose", lambda x, y: x * (not undivided(aten.allclose.default)(x, y)), F(2, 3), F(2, 3),
      "(a b), (a b) -> (a b) where b per a ~ as above"),
+    ("is_same_size", lambda x, y: x * undivided(aten.is_same_size.default)(x, y), F(2, 3), F(2, 3),
+     "(a b), (c d) -> (a b) where b per a, d per c"),
+    ("_has_same_storage_numel", lambda x, y: x * undivided(aten._has_same_storage_numel.default)(x, y), F(2, 3), F(2, 3),
+     "(a b), (c d) -> (a b) where b per a, d per c"),
     ("_is_all_true", B(2, 3), "(a b) -> () where b per a"),
 )
 
@@ -462,6 +466,7 @@ RECURRENT = rows(
     ("lstm cell", _cells.lstm.default, F(2, 12), F(2, 12), F(2, 3), F(12), F(12),
      _FOUR + ", ((4 h)), ((4 h)) -> (b h), (b h), (b (4 h)) where b per h"),
     ("lstm cell", _cells.lstm.default, F(2, 12), F(2, 12), F(2, 3), None, None, _FOUR + " -> (b h), (b h), (b (4 h)) where h per b"),
+    ("_pack_padded_sequence", lambda x: aten._pack_padded_sequence(x, torch.tensor([5, 4, 2]), True)[0], F(3, 5, 2), "(. . a) -> (. a) ~ rows only move about"),
     ("gru cell", _cells.gru.default, F(2, 9), F(2, 9), F(2, 3), F(9), F(9), "(b (3 h)), (b (3 h)), (b h), ((3 h)), ((3 h)) -> (b h), (b (5 h)) where b per h"),
 )
 
@@ -799,9 +804,38 @@ INDEX = rows(
     ("_fft_c2r", C(2, 3, 7), [2], 0, 13, "(a b .) -> (a b .) where b per a"),
 )
 
+GRADIENT = [
+    *each("tanh_backward sigmoid_backward gelu_backward silu_backward mish_backward hardswish_backward "
+          "logit_backward", F(2, 3), F(2, 3), TWO),
+    *each("threshold_backward hardshrink_backward softshrink_backward", F(2, 3), F(2, 3), 0.5, TWO),
+    *rows(
+        ("hardsigmoid_backward", lambda g, x: aten.hardsigmoid_backward(g, 9 * x), F(2, 3), N(2, 3), TWO),
+        ("leaky_relu_backward", F(2, 3), N(2, 3), 0.1, False, TWO),
+        ("elu_backward", F(2, 3), 1.0, 1.5, 1.0, False, N(2, 3), TWO),
+        ("softplus_backward", F(2, 3), N(2, 3), 1.0, 20.0, TWO),
+        ("hardtanh_backward", F(2, 3), N(2, 3), -0.5, 0.5, TWO),
+        ("log_sigmoid_backward", F(2, 3), N(2, 3), F(2, 3), "(a b), (a b), (a b) -> (a b) where b per a"),
+        ("_softmax_backward_data", F(2, 5, 3), F(2, 5, 3), -2, torch.float64, "(a b c), (a b c) -> (a b c) where b per a c, c per a"),
+        ("_log_softmax_backward_data", F(2, 5), F(2, 5), 0, torch.float64, "(a b), (a b) -> (a b) where a per b"),
+        ("native_layer_norm_backward", F(2, 3, 5), F(2, 3, 5), [5], F(2, 3, 1), F(2, 3, 1), F(5), F(5), [True] * 3,
+         "(a b c), (a b c), (a b 1), (a b 1), (c), (d) -> (a b c), (c), (c) where b per a"),
+        ("native_layer_norm_backward", F(2, 3, 5), F(2, 3, 5), [3, 5], F(2, 1, 1), F(2, 1, 1), None, None, [True, False, False],
+         "(a b c), (a b c), (a 1 1), (a 1 1) -> (a b c) where b per a, c per a b"),
+        ("convolution_backward", F(2, 5, 4), F(2, 3, 6), F(5, 3, 3), [5], [1], [0], [1], False, [0], 1, [True] * 3,
+         "(n o .), (n i .), (o j .) -> (n j .), (o i .), (o)"),
+        ("convolution_backward", F(2, 6, 4), F(2, 10, 6), F(6, 5, 3), [6], [1], [0], [1], False, [0], 2, [True, True, False],
+         "(n (g o) .), (n (g i) .), ((g o) j .) -> (n (g j) .), ((g o) i .) where i per g, j per g, n per g, o per g"),
+        ("convolution_backward", F(2, 5, 7), F(2, 3, 7), F(5, 3, 1), None, [1], [0], [1], False, [0], 1, [True, False, False],
+         "(n o s), (m i t), (o j 1) -> (n j s) where i per m, s per n, t per i m"),
+        ("slice_backward", F(2, 3), [2, 7], 1, 2, 5, 1, "(a b) -> (a [c + b + d]) where b per a, c per a, d per a"),
+        ("slice_backward", F(2, 2), [2, 7], 1, 2, 5, 2, "(. .) -> (. .) ~ rare"),
+        ("select_backward", F(3), [2, 3], 0, 1, "(b) -> (. b)"),
+    ),
+]
+
 CASES: list[Case] = [
     *POINTWISE, *NOISE, *READS, *LINEAR, *CONVOLUTION, *SPACE, *NORMALISATION, *ATTENTION, *RECURRENT, *CREATION,
-    *REDUCTION, *SHAPE, *INDEX,
+    *REDUCTION, *SHAPE, *INDEX, *GRADIENT,
 ]
 
 # Operators that run on a GPU only; the function that is their rule is tested on another operator of the same form.

@@ -1,0 +1,68 @@
+"""Derivatives: what autograd calls where a model differentiates itself in its forward pass."""
+
+from __future__ import annotations
+
+from permgraph.rules.call import Call
+from permgraph.rules.convolution import SPACE, convolution_slots
+from permgraph.rules.normalisation import layer_norm_labels
+from permgraph.rules.registry import rule
+
+POINTWISE = """
+    elu gelu hardshrink hardsigmoid hardswish hardtanh leaky_relu log_sigmoid logit mish sigmoid silu softplus
+    softshrink tanh threshold
+"""
+
+
+@rule(*(f"aten.{name}_backward" for name in POINTWISE.split()))
+def pointwise(call: Call) -> None:
+    """A gradient times the derivative at each element."""
+    call.pointwise(*call.tensors, *call.results)
+
+
+@rule("aten._softmax_backward_data", "aten._log_softmax_backward_data")
+def softmax(call: Call) -> None:
+    """Elementwise, but for a sum along the dimension of the softmax."""
+    gradient, y = call["grad_output"], call["output"]
+    dim = call.dim(y)
+    names = [f"d{i}" for i in range(y.ndim)]
+    every = " ".join(names)
+    call.link((gradient, every), (y, every), (call.out, every), via=[" ".join(names[:dim] + names[dim + 1 :])])
+
+
+@rule("aten.native_layer_norm_backward")
+def layer_norm(call: Call) -> None:
+    """The gradient of the input has sums over the normalised dimensions; those of weight and bias over the others."""
+    x = call["input"]
+    lead, last = layer_norm_labels(call)
+    every = f"{lead} {last}"
+    statistics = [(call[name], " ".join([lead, *("_" for _ in last.split())])) for name in ("mean", "rstd")]
+    results = [(out, every if out.shape == x.shape else last) for out in call.results]
+    call.link((call["grad_out"], every), (x, every), *statistics, (call.get("weight"), last), *results, via=[lead])
+
+
+@rule("aten.convolution_backward")
+def convolution(call: Call) -> None:
+    """Three maps of the result's gradient: with the weight that of the input, with the input that of the weight."""
+    slots = convolution_slots(call, call["input"], call["weight"], call["grad_output"])
+    x, weight, (_, channels), gradient = slots
+    of_x, of_weight, of_bias = call.outs
+    for made, (_, pattern), other in ((of_x, x, weight), (of_weight, weight, x)):
+        if made is not None:
+            call.link(gradient, other, (made, pattern), why=SPACE, g=call["groups"])
+    if of_bias is not None:
+        call.link(gradient, (of_bias, channels), why=SPACE, g=call["groups"])
+
+
+@rule("aten.slice_backward", "aten.select_backward")
+def scattered(call: Call) -> None:
+    """Zeros, with the gradient where the slice was."""
+    gradient, out = call["grad_output"], call.out
+    dim = call.dim(out)
+    if "index" in call.arguments:
+        at = call["index"] % out.shape[dim]
+        call.take(out, gradient, dim, at, at + 1, keep=False)
+    elif call["step"] == 1:
+        start = min(call["start"] % (out.shape[dim] + 1) if call["start"] < 0 else call["start"], out.shape[dim])
+        call.take(out, gradient, dim, start, start + gradient.shape[dim])
+    else:
+        call.pin_all([gradient, out], "taken with a step")
