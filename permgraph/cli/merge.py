@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,6 +25,7 @@ from permgraph.matching import WeightMatching
 from permgraph.matching.streamed import StreamedWeightMatching
 from permgraph.merging import CycleConsistent, MergeMany, MergeMethod, Models
 from permgraph.merging.compared import Compared
+from permgraph.merging.streamed import StreamedRounds
 from permgraph.permutation import Permutation
 from permgraph.spec import PermutationSpec
 
@@ -106,8 +107,8 @@ def merge(
         lines = [f"{r['checkpoint']}: {said(r)}" for r in report.get("alignments", ())]
         if "rounds" in report:
             lines.append(
-                f"{report['method']}: {report['outcome']} after {report['rounds']} rounds: sum over pairs "
-                f"{report['objective_before']:.6g} -> {report['objective']:.6g}"
+                f"{report['method']}: {report['outcome']} after {report['rounds']} rounds: inner products over all "
+                f"pairs sum to {report['objective']:.6g}"
             )
         text = "\n".join([*lines, f"written to {writing.output}"])
         screen.result({"output": str(writing.output), "weights": shares, **report}, text)
@@ -127,7 +128,7 @@ def _matched(
         return _from_first(permutations), {"method": method.value, "alignments": reports}
     files = [f".permutation-{number}.safetensors" for number in range(len(work.weights))]
     if not all(name in staging.finished for name in (*files, ".report.json")):
-        found, report = _together(work, method)
+        found, report = _together(work, staging, method)
         for name, permutation in zip(files, _from_first(found), strict=True):
             save(staging, name, permutation)
         keep_json(staging, ".report.json", {"method": method.value, **report})
@@ -143,43 +144,49 @@ def _from_first(permutations: Sequence[Permutation]) -> list[Permutation]:
     return [back.spec.identity(), *(back @ permutation for permutation in permutations[1:])]
 
 
-def _together(work: Work, method: Method) -> tuple[Sequence[Permutation], dict[str, Any]]:
+def _together(work: Work, staging: Staging, method: Method) -> tuple[Sequence[Permutation], dict[str, Any]]:
     """All checkpoints at once, by a method of the library's that knows no reference."""
     matcher, modules = work.matcher, None
-    if isinstance(matcher, StreamedWeightMatching):
-        raise MismatchError(f"--stream goes with --method reference, not with {method.value}")
-    if method is Method.cycle_consistent:
-        if not isinstance(matcher, WeightMatching):
-            raise MismatchError("--method cycle-consistent matches by weights: say --method merge-many or reference")
-        finder: MergeMethod = CycleConsistent(
-            restarts=matcher.restarts, ascent=dataclasses.replace(matcher, restarts=1)
-        )
-    else:
-        if isinstance(matcher, WeightMatching) and not work.from_barycentre:
-            matcher = dataclasses.replace(matcher, init="identity")
-        finder = MergeMany(matcher=matcher)
-    numbers = range(len(work.weights))
-    if runs_networks(matcher):
-        modules = tuple(work.module(number) for number in numbers)
-        states: tuple[Mapping[str, torch.Tensor], ...] = tuple(module.state_dict() for module in modules)
-    else:
-        states = tuple(_in_working_precision(weights, work.spec) for weights in work.weights)
-    compared = Compared.of(work.spec, states[0])
-    for number, state in zip(numbers, states, strict=True):
-        for name in compared.names:
-            require_finite(name, state[name], work.checkpoints[number].path)
-    with work.screen.stage("matching all to each other") as update:
-        found = finder.find(Models(states, work.spec, modules), work.seed, lambda done: update(done.number))
+    states: tuple[Mapping[str, torch.Tensor], ...] = work.weights
+    with work.screen.stage("matching all to each other") as stage:
+        finder: MergeMethod
+        if isinstance(matcher, StreamedWeightMatching):
+
+            def remember(step: int, search: Callable[[], Permutation]) -> Permutation:
+                name = f".step-{step}.safetensors"
+                if name not in staging.finished:
+                    save(staging, name, search())
+                return Permutation.load(staging.path(name), work.spec)
+
+            joining = method is Method.cycle_consistent
+            watched = dataclasses.replace(matcher, watch=stage.step)
+            finder = StreamedRounds(joining=joining, matcher=watched, remember=remember)
+        elif method is Method.cycle_consistent:
+            if not isinstance(matcher, WeightMatching):
+                raise MismatchError("--method cycle-consistent matches by weights: take merge-many or reference")
+            once = dataclasses.replace(matcher, restarts=1)
+            finder = CycleConsistent(restarts=matcher.restarts, ascent=once)
+        else:
+            if isinstance(matcher, WeightMatching) and not work.from_barycentre:
+                matcher = dataclasses.replace(matcher, init="identity")
+            finder = MergeMany(matcher=matcher)
+        if runs_networks(matcher):
+            modules = tuple(work.module(number) for number in range(len(work.weights)))
+            states = tuple(module.state_dict() for module in modules)
+        elif not isinstance(finder, StreamedRounds):
+            states = tuple(_in_working_precision(weights, work.spec) for weights in work.weights)
+        names = Compared.of(work.spec, states[0]).names
+        for checkpoint, state in zip(work.checkpoints, states, strict=True):
+            for name in names:
+                require_finite(name, tensor_of(state, name, work.spec), checkpoint.path)
+        found = finder.find(Models(states, work.spec, modules), work.seed, lambda done: stage(done.number))
     if found.outcome == "interrupted":
         raise KeyboardInterrupt
     for note in found.notes:
         work.screen.note(note)
-    before = compared.pairs(states)
-    after = compared.pairs([p.apply(state) for p, state in zip(found.permutations, states, strict=True)])
     return found.permutations, {
         "outcome": found.outcome,
-        "objective_before": before,
-        "objective": after,
+        "objective": found.history[-1].objective,
         "rounds": len(found.history),
         "moved": [sum(p.moved().values()) for p in _from_first(found.permutations)],
         "seed": work.seed,

@@ -100,15 +100,26 @@ class Staging:
         Args:
             name: of the file; may lie in a subfolder.
             write: given the open file, writes it; may return its SHA-256 to save reading it again.
+
+        Raises:
+            CheckpointError: the disk is full, or fails.
         """
         if name in self.finished:
             return
         path = self.path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("wb") as file:
-            digest = write(file)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with path.open("wb") as file:
+                digest = write(file)
+                file.flush()
+                os.fsync(file.fileno())
+        except (OSError, RuntimeError) as error:
+            path.unlink(missing_ok=True)  # half a file is of no use to the next run, and may be what fills the disk
+            # Where the disk is full, torch raises an error of its own, which does not say so.
+            cause = error if isinstance(error, OSError) else error.__context__
+            if isinstance(cause, OSError) and cause.filename is None:
+                raise CheckpointError(f"{self.target} cannot be written: {cause.strerror or cause}") from error
+            raise
         self.finished[name] = digest or _sha256(path)
         self._write_journal()
 

@@ -53,7 +53,7 @@ def write_checkpoint(
     left = source.nbytes - sum(f.stat().st_size for f in (staging.path(n) for n in staging.finished) if f.is_file())
     free = shutil.disk_usage(staging.folder).free
     if left > free:
-        raise CheckpointError(f"{target} takes {left / 1e9:.2f} GB more, and the disk has {free / 1e9:.2f} GB")
+        raise CheckpointError(f"{target} takes {left / 1e6:,.1f} MB more, and the disk has {free / 1e6:,.1f} MB")
     done = 0
 
     def counted(name: str, tensor: torch.Tensor) -> torch.Tensor:

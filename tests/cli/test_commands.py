@@ -313,19 +313,20 @@ def test_align_refuses_outputs_in_the_way(run: Run, pair: Any) -> None:
 # --- merge ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", ["", "--method reference --reference 2", "--method merge-many --init barycentre"])
+@pytest.mark.parametrize(
+    "how", ["", "--stream", "--method reference --reference 2", "--method merge-many --init barycentre"]
+)
 def test_merge_of_renumbered_copies_is_the_network(run: Run, pair: Any, how: str) -> None:
     a, b = pair
     save_file(spec_of(NET).random(2).apply(b), "c.safetensors")
     args = ("merge", "a.safetensors", "b.safetensors", "c.safetensors", "-m", NET, "-o", "m.safetensors", "--json")
     data = json.loads(run(*args, *how.split()).stdout)
-    assert data["method"] == (how.split()[1] if how else "cycle-consistent")
+    assert data["method"] == (how.split()[1] if "method" in how else "cycle-consistent")
     if "reference" in how:
         assert [report["checkpoint"] for report in data["alignments"]] == ["a.safetensors", "b.safetensors"]
     else:
         assert data["outcome"] == "converged"
-        assert data["objective"] > data["objective_before"]
-        assert data["moved"][0] == 0
+        assert data["moved"][0] == 0 < data["moved"][1]
     # Numbered as the first is, whatever the method made of the numbering.
     merged = load_file("m.safetensors")
     assert all(torch.allclose(merged[name], tensor, atol=1e-6) for name, tensor in a.items())
@@ -343,7 +344,6 @@ def test_merge_finds_what_the_library_finds(run: Run) -> None:
         expected = pg.merge(states, method, spec=spec, seed=3)
         if name != "reference":
             assert data["objective"] == pytest.approx(expected.objective)
-            assert data["objective_before"] == pytest.approx(expected.objective_before)
             assert data["rounds"] == expected.rounds
             # The library's mean is in a numbering of its own; the command's in that of the first.
             renumbered = expected.permutations[0].inverse().apply(expected.state_dict)

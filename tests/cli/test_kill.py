@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from safetensors.torch import save_file
 import permgraph as pg
 from permgraph.cli.models import spec_of
 
+MODELS = "abc"
 NET = f"{Path(__file__).with_name('networks.py')}:Net(64, depth=6)"
 SERVER = """
 import os, sys, time
@@ -27,11 +29,13 @@ import permgraph.cli.app as cli
 torch.set_num_threads(1)
 from safetensors.torch import save_file
 for line in sys.stdin:
+    folder, *args = line.split("\\t")[:-1]
     child = os.fork()
     if child == 0:
         os.dup2(os.open(os.devnull, os.O_RDWR), 1)
+        os.chdir(folder)
         try:
-            cli.app(line.split("\\t")[:-1], standalone_mode=True)
+            cli.app(args, standalone_mode=True)
         except SystemExit as done:
             os._exit(done.code or 0)
         os._exit(0)
@@ -39,16 +43,13 @@ for line in sys.stdin:
     print(os.waitpid(child, 0)[1], flush=True)
 """
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not hasattr(os, "fork"), reason="runs are forked, so that imports cost nothing"),
-]
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="runs are forked, so that imports cost nothing")
 
 
 class Runner:
     """Runs commands in children of one process that has imported everything."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self) -> None:
         environment = {**os.environ, "PYTHONPATH": str(Path(pg.__file__).parent.parent), "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
             [sys.executable, "-c", SERVER],
@@ -56,14 +57,13 @@ class Runner:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
-            cwd=folder,
             env=environment,
         )
 
-    def run(self, args: list[str], kill_after: float | None = None) -> tuple[bool, float]:
-        """Whether it succeeded, and how long it took."""
+    def run(self, folder: Path, args: list[str], kill_after: float | None = None) -> tuple[int, float]:
+        """How it ended, as `os.waitpid` says, and how long it took."""
         assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write("\t".join(args) + "\t\n")
+        self.process.stdin.write("\t".join([str(folder), *args]) + "\t\n")
         self.process.stdin.flush()
         child = int(self.process.stdout.readline())
         started = time.perf_counter()
@@ -72,7 +72,15 @@ class Runner:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(child, signal.SIGKILL)
         status = int(self.process.stdout.readline())
-        return status == 0, time.perf_counter() - started
+        return status, time.perf_counter() - started
+
+
+@pytest.fixture(scope="module")
+def runner() -> Iterator[Runner]:
+    runner = Runner()
+    yield runner
+    runner.process.kill()
+    runner.process.wait()
 
 
 def whole(path: Path) -> dict[str, bytes]:
@@ -81,10 +89,11 @@ def whole(path: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
+    """Three sharded checkpoints, a, b and c, of the spec in net.json."""
     spec = spec_of(NET)
     spec.save(tmp_path / "net.json")
     generator = torch.Generator().manual_seed(0)
-    for model in ("a", "b"):
+    for model in MODELS:
         (tmp_path / model).mkdir()
         placed = {}
         for name, shape in spec.shapes.items():
@@ -94,29 +103,34 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    "command", [["align", "a", "b", "--stream"], ["merge", "a", "b"]], ids=["align, streamed", "merge"]
+    "command",
+    ["align a b", "align a b --stream", "merge a b c", "merge a b c --stream", "merge a b c --method reference"],
 )
-def test_killed_at_any_moment(folder: Path, command: list[str]) -> None:
-    runner = Runner(folder)
-    args = [*command, "--spec", "net.json", "--json", "-o"]
-    succeeded, _ = runner.run([*args, "warm"])
-    assert succeeded
-    succeeded, seconds = runner.run([*args, "expected"])
-    assert succeeded
-    inputs = {model: whole(folder / model) for model in ("a", "b")}
+def test_killed_at_any_moment(folder: Path, runner: Runner, command: str, kills: int) -> None:
+    args = [*command.split(), "--spec", "net.json", "--json", "-o"]
+    assert runner.run(folder, [*args, "warm"])[0] == 0
+    status, seconds = runner.run(folder, [*args, "expected"])
+    assert status == 0
+    inputs = {model: whole(folder / model) for model in MODELS}
     expected = whole(folder / "expected")
     moments = random.Random(0)
-    unfinished = 0
-    for number in range(4):
+    number = killed = going_on = 0
+    while killed < kills:
         out = folder / f"out{number}"
-        for _ in range(moments.randint(1, 3)):  # killed again and again
-            runner.run([*args, out.name], kill_after=moments.uniform(0, 1.0) * seconds)
-            assert not out.exists() or whole(out) == expected
-        unfinished += not out.exists()
-        if not out.exists():
-            assert runner.run([*args, out.name])[0]
-        assert whole(out) == expected
-    assert unfinished, "no run was killed before its end"
-    assert {model: whole(folder / model) for model in ("a", "b")} == inputs
-    runner.process.kill()
+        status, _ = runner.run(folder, [*args, out.name], kill_after=moments.uniform(0, 1.1) * seconds)
+        assert status in (0, signal.SIGKILL)
+        killed += status == signal.SIGKILL
+        assert {model: whole(folder / model) for model in MODELS} == inputs
+        if out.exists():
+            assert whole(out) == expected
+            number += 1
+        elif moments.random() < 0.5:  # else it is killed again on its way
+            going_on += (folder / f".{out.name}.permgraph").exists()
+            assert runner.run(folder, [*args, out.name])[0] == 0
+            assert whole(out) == expected
+            assert not (folder / f".{out.name}.permgraph").exists()
+            number += 1
+    assert {model: whole(folder / model) for model in MODELS} == inputs
+    assert going_on or kills < 10, "no run had begun to write when it was killed"

@@ -181,7 +181,7 @@ def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path: Path, monke
     source(tmp_path / "a")
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage(100, 99, 1))
-    with pytest.raises(CheckpointError, match="the disk has 0.00 GB"):
+    with pytest.raises(CheckpointError, match="the disk has 0.0 MB"):
         write(tmp_path / "a", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -208,3 +208,25 @@ def test_pytorch_files_have_the_same_bytes_each_time(tmp_path: Path) -> None:
     write(tmp_path / "a.pt", tmp_path / "b.pt")
     write(tmp_path / "a.pt", tmp_path / "another_name.pt")
     assert (tmp_path / "b.pt").read_bytes() == (tmp_path / "another_name.pt").read_bytes()
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_a_disk_that_fills_up_on_the_way(tmp_path: Path, suffix: str) -> None:
+    resource = pytest.importorskip("resource")
+    state = {name: torch.full((300, 100), float(number)) for number, name in enumerate("abc")}
+    save_file(state, tmp_path / "a.safetensors", {"format": "pt"})
+    out = tmp_path / f"b{suffix}"
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, old[1]))  # Python ignores the signal, and the write fails
+    try:
+        with pytest.raises(CheckpointError, match=f"b{suffix} cannot be written: File too large"):
+            write(tmp_path / "a.safetensors", out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert not out.exists()
+    left = tmp_path / f".b{suffix}.permgraph"
+    assert not list((left / "out").iterdir())  # what was written in vain takes no room
+    write(tmp_path / "a.safetensors", out)
+    written = open_checkpoint(out)
+    assert all(torch.equal(written[name], 2 * tensor) for name, tensor in state.items())
+    assert not left.exists()

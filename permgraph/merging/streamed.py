@@ -1,0 +1,213 @@
+"""Merging models larger than memory: rounds over them, with tensors read as steps need them."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from permgraph.errors import PermgraphError
+from permgraph.matching.result import Outcome
+from permgraph.matching.streamed import PORTION, StreamedWeightMatching
+from permgraph.merging.compared import Compared
+from permgraph.merging.result import Found, Models, Progress, Round
+from permgraph.permutation import Permutation
+from permgraph.spec import PermutationSpec
+
+log = logging.getLogger(__name__)
+
+Remember = Callable[[int, Callable[[], Permutation]], Permutation]
+"""Given the number of a step and what finds its permutation: that permutation, found now or by an earlier run."""
+
+
+@dataclass(frozen=True)
+class StreamedRounds:
+    """`CycleConsistent`, or `MergeMany`, for mappings that load a tensor on access.
+
+    The ascent is theirs: each step matches one model to the mean of others, which raises the sum over all pairs of
+    models of the inner products of their permuted weights. In memory are, at a time, the tensors of one parameter in
+    all models and their mean, and what `StreamedWeightMatching` holds. Each step reads every model.
+
+    Args:
+        joining: whether the models first join one after another, as in `CycleConsistent`; else the rounds begin with
+            the models as they are given, as in `MergeMany`.
+        max_rounds: stop after so many passes over the models.
+        matcher: how one model is matched to a mean; its `init` serves while models join, later it is the identity.
+        remember: keeps the permutation of each step, so that a run which was stopped goes on after its last step.
+
+    Example:
+        >>> spec = PermutationSpec.parse('''
+        ... 0.weight  3x1  hidden .
+        ... 2.weight  1x3  . hidden
+        ... groups: hidden 3
+        ... ''')
+        >>> a = {"0.weight": torch.tensor([[1.0], [2], [3]]), "2.weight": torch.tensor([[1.0, 0, 0]])}
+        >>> models = Models((a, spec.random(1).apply(a), spec.random(2).apply(a)), spec)
+        >>> found = StreamedRounds().find(models)
+        >>> copies = [p.apply(state) for p, state in zip(found.permutations, models.states)]
+        >>> all(torch.equal(copies[0]["0.weight"], copy["0.weight"]) for copy in copies)
+        True
+
+    References:
+        Crisostomi et al. 2024; Ainsworth, Hayase & Srinivasa 2022, Algorithm 2.
+    """
+
+    joining: bool = True
+    max_rounds: int = 100
+    matcher: StreamedWeightMatching = field(default_factory=StreamedWeightMatching)
+    remember: Remember | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.max_rounds < 1:
+            raise PermgraphError(f"max_rounds={self.max_rounds}: at least one pass over the models is needed")
+
+    def find(self, models: Models, seed: int = 0, progress: Progress | None = None) -> Found:
+        """Find the permutation of each model; see `MergeMethod`.
+
+        Raises:
+            MismatchError: a model does not fit the spec.
+            NonFiniteError: a weight is NaN or infinite.
+        """
+        run = _Run(self, models, seed)
+        try:
+            run.climb(progress)
+        except KeyboardInterrupt:
+            run.outcome = "interrupted"
+        return Found(tuple(run.permutations), run.outcome, tuple(run.history), (run.objective,))
+
+
+class _Run:
+    """The present permutation of each model, and what it took to find them."""
+
+    def __init__(self, how: StreamedRounds, models: Models, seed: int) -> None:
+        self.how, self.models = how, models
+        self.rng = np.random.default_rng(seed)
+        self.permutations = [models.spec.identity()] * len(models)
+        self.names = Compared.of(models.spec, models.states[0]).names
+        self.objective = self._pairs()
+        self.history: list[Round] = []
+        self.outcome: Outcome = "sweep limit"
+        self.steps = 0
+        self.started = time.perf_counter()
+
+    def climb(self, progress: Progress | None) -> None:
+        """Let the models join, then match each in turn to the mean of the others until none moves."""
+        if self.how.joining:
+            self._join()
+        climbing = replace(self.how.matcher, init="identity")
+        while len(self.history) < self.how.max_rounds:
+            moved = []
+            for number in self.rng.permutation(len(self.models)).tolist():
+                others = [other for other in range(len(self.models)) if other != number]
+                if self._step(number, others, climbing):
+                    moved.append(number)
+            if moved:
+                self.objective = self._pairs()
+            seconds = time.perf_counter() - self.started
+            self.history.append(Round(len(self.history) + 1, self.objective, tuple(sorted(moved)), seconds))
+            log.debug("%s", self.history[-1])
+            if progress is not None:
+                progress(self.history[-1])
+            if not moved:
+                self.outcome = "converged"
+                return
+
+    def _join(self) -> None:
+        given = self.objective
+        first, *rest = self.rng.permutation(len(self.models)).tolist()
+        joined = [first]
+        for number in rest:
+            self._step(number, joined, self.how.matcher)
+            joined.append(number)
+        self.objective = self._pairs()
+        if self.objective < given:  # better matched as they were given than one after another: begin there
+            self.permutations = [self.models.spec.identity()] * len(self.models)
+            self.objective = given
+
+    def _step(self, number: int, others: Sequence[int], matcher: StreamedWeightMatching) -> bool:
+        """Match one model to the mean of others; whether it moved."""
+        seed = int(self.rng.integers(2**31))  # drawn also for steps that are remembered, so that the next are the same
+        here = self.permutations[number]
+
+        def search() -> Permutation:
+            target = _Mean([self._moved(other) for other in others])
+            found = matcher.match(target, self._moved(number), self.models.spec, seed)
+            if found.outcome == "interrupted":
+                raise KeyboardInterrupt
+            # From the identity it ends no lower than it began; equal is not worth a move.
+            better = found.objective > found.objective_before
+            return found.permutation if better else self.models.spec.identity()
+
+        found = search() if self.how.remember is None else self.how.remember(self.steps, search)
+        self.steps += 1
+        self.permutations[number] = found @ here
+        return not found.is_identity
+
+    def _moved(self, number: int) -> _Moved:
+        return _Moved(self.models.states[number], self.permutations[number])
+
+    def _pairs(self) -> float:
+        """The sum over all pairs of models of their inner products, in float64, a portion at a time."""
+        total = 0.0
+        for name in self.names:
+            whole = [self._moved(number)[name].reshape(-1) for number in range(len(self.models))]
+            for start in range(0, whole[0].numel(), PORTION):
+                parts = [tensor[start : start + PORTION].double() for tensor in whole]
+                added = torch.stack(parts).sum(0)
+                total += (float(added.square().sum()) - sum(float(part.square().sum()) for part in parts)) / 2
+        return total
+
+
+class _Lazy(Mapping[str, torch.Tensor]):
+    """A model whose tensors are made when they are asked for."""
+
+    def __init__(self, names: Mapping[str, Any]) -> None:
+        self.names = names
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+class _Moved(_Lazy):
+    """A model, renumbered."""
+
+    def __init__(self, state: Mapping[str, Any], permutation: Permutation) -> None:
+        super().__init__(state)
+        self.state, self.permutation = state, permutation
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        tensor: torch.Tensor = self.state[name].detach()
+        spec: PermutationSpec = self.permutation.spec
+        if tensor.dtype.itemsize == 1 and tensor.is_floating_point():
+            tensor = tensor.to(torch.bfloat16)  # exact, and eight-bit floats cannot be indexed everywhere
+        known = spec.aliases.get(name, name)
+        if known not in spec.axes or self.permutation.is_identity:
+            return tensor
+        return self.permutation.apply_to(known, tensor)
+
+
+class _Mean(_Lazy):
+    """The mean of several models, in float32 or better."""
+
+    def __init__(self, models: Sequence[_Moved]) -> None:
+        super().__init__(models[0])
+        self.models = models
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        first, *rest = self.models
+        total = first[name]
+        total = total.to(torch.promote_types(total.dtype, torch.float32), copy=True)
+        for model in rest:
+            total += model[name].to(total.device)
+        return total.div_(len(self.models)) if total.is_floating_point() or total.is_complex() else total
