@@ -19,12 +19,14 @@ def main() -> None:
     run.add_argument("--controls", choices=("one", "all", "none"), default="one")
     run.add_argument("--seconds", type=float, default=600, help="for one model")
     run.add_argument("--gib", type=float, default=8, help="for one model")
+    run.add_argument("--control-seconds", type=float, help="begin no further control of a model after this long")
     commands.add_parser("sizes", help="time the models that are too large to hold, and the deep ones")
     commands.add_parser("report", help="write docs/coverage.md")
     given = parser.parse_args()
     if given.command == "sweep":
         for zoo in [given.zoo] if given.zoo else ZOOS:
             options = {"again": given.again, "controls": given.controls, "seconds": given.seconds, "gib": given.gib}
+            options["control_seconds"] = given.control_seconds
             sweep(zoo, given.names or None, **options)
     if given.command == "sizes":
         sizes.sweep()

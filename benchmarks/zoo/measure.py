@@ -16,12 +16,14 @@ from benchmarks.zoo.names import ZOOS
 STATUSES = ("not built", "not captured", "not inferred", "not verified", "wrong", "inert", "inferred", "verified")
 
 
-def measure(zoo: str, name: str, controls: str = "one", seed: int = 0) -> dict[str, Any]:
+def measure(
+    zoo: str, name: str, controls: str = "one", seed: int = 0, control_seconds: float | None = None
+) -> dict[str, Any]:
     """Build a model, infer its spec and, unless it lies on the meta device, verify it. Never raises."""
     record: dict[str, Any] = {"zoo": zoo, "name": name, "status": "not built"}
     started = time.monotonic()
     try:
-        _measure(record, controls, seed)
+        _measure(record, controls, seed, control_seconds)
     except Exception as error:
         record["error"] = f"{type(error).__name__}: {error}"[:1500]
     record["seconds"] = round(time.monotonic() - started, 2)
@@ -29,7 +31,7 @@ def measure(zoo: str, name: str, controls: str = "one", seed: int = 0) -> dict[s
     return record
 
 
-def _measure(record: dict[str, Any], controls: str, seed: int) -> None:
+def _measure(record: dict[str, Any], controls: str, seed: int, control_seconds: float | None) -> None:
     import permgraph as pg
     from permgraph.capture import capture
     from permgraph.errors import CaptureError
@@ -76,10 +78,13 @@ def _measure(record: dict[str, Any], controls: str, seed: int) -> None:
         return
     record["status"] = "not verified"
     started = time.monotonic()
-    found = pg.verify(model, spec, captured.inputs.args, captured.inputs.kwargs, controls=controls)
+    how = {"controls": controls, "max_seconds": control_seconds}
+    found = pg.verify(model, spec, captured.inputs.args, captured.inputs.kwargs, **how)
     record["verify_seconds"] = round(time.monotonic() - started, 2)
     record["max_error"] = found.max_error if math.isfinite(found.max_error) else str(found.max_error)
     record["controls"] = len(found.controls)
+    record["untried"] = len(found.untried)
+    record["tolerance"] = found.tolerance
     record["failed"] = list(found.failed)[:20]
     wrong = not found.max_error <= found.tolerance
     record["status"] = "verified" if found.passed else "wrong" if wrong else "inert"

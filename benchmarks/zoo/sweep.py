@@ -54,6 +54,7 @@ def sweep(
     controls: str = "one",
     seconds: float = 600,
     gib: float = 8,
+    control_seconds: float | None = None,
     results: Path = RESULTS,
 ) -> dict[str, dict[str, Any]]:
     """Measure the models that have no record yet, or one whose status is in `again`."""
@@ -63,7 +64,7 @@ def sweep(
     warm_up()
     todo = [n for n in (names or ZOOS[zoo].names()) if n not in known or known[n]["status"] in again]
     for at, name in enumerate(todo):
-        record = in_process(zoo, name, controls, seconds, gib)
+        record = in_process(zoo, name, controls, seconds, gib, control_seconds)
         _append(path, json.dumps(record))
         known[name] = record
         print(f"{at + 1}/{len(todo)} {line(record)}", flush=True)
@@ -93,11 +94,18 @@ def line(record: dict[str, Any]) -> str:
     return text + (f"  {record['error'][:300]!r}" if "error" in record else "")
 
 
-def in_process(zoo: str, name: str, controls: str = "one", seconds: float = 600, gib: float = 8) -> dict[str, Any]:
+def in_process(
+    zoo: str,
+    name: str,
+    controls: str = "one",
+    seconds: float = 600,
+    gib: float = 8,
+    control_seconds: float | None = None,
+) -> dict[str, Any]:
     """`measure` in a forked process, so that the libraries are imported once and a crash or a hang harms nobody."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    worker = context.Process(target=_work, args=(sender, zoo, name, controls, gib), daemon=True)
+    worker = context.Process(target=_work, args=(sender, zoo, name, controls, gib, control_seconds), daemon=True)
     started = time.monotonic()
     worker.start()
     sender.close()
@@ -117,11 +125,11 @@ def in_process(zoo: str, name: str, controls: str = "one", seconds: float = 600,
     return record
 
 
-def _work(sender: Connection, zoo: str, name: str, controls: str, gib: float) -> None:
+def _work(sender: Connection, zoo: str, name: str, controls: str, gib: float, control_seconds: float | None) -> None:
     limit = int(gib * 2**30)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     try:
-        record = measure(zoo, name, controls)
+        record = measure(zoo, name, controls, control_seconds=control_seconds)
     except MemoryError:
         record = {
             "zoo": zoo,
