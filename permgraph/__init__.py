@@ -44,6 +44,7 @@ from permgraph.matching import (
     MatchResult,
     Sinkhorn,
     StraightThrough,
+    StreamedWeightMatching,
     WeightMatching,
     align,
 )
@@ -88,6 +89,7 @@ __all__ = [
     "Sinkhorn",
     "SpectralComparison",
     "StraightThrough",
+    "StreamedWeightMatching",
     "StudyPlan",
     "StudyResult",
     "ToReference",

@@ -7,6 +7,7 @@ from permgraph.matching.frank_wolfe import FrankWolfe
 from permgraph.matching.result import Matcher, MatchResult, NeedsModels, Sweep
 from permgraph.matching.sinkhorn import Sinkhorn
 from permgraph.matching.straight_through import StraightThrough
+from permgraph.matching.streamed import StreamedWeightMatching
 from permgraph.matching.weight_matching import WeightMatching
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "NeedsModels",
     "Sinkhorn",
     "StraightThrough",
+    "StreamedWeightMatching",
     "Sweep",
     "WeightMatching",
     "align",
