@@ -46,6 +46,9 @@ MAIN_WIDTH = (
     "hidden_size", "d_model", "n_embd", "embed_dim", "hidden_dim", "dim", "width", "dim_model", "encoder_hidden_size",
     "decoder_hidden_size", "embed_dims", "hidden_sizes",
 )  # fmt: skip
+#: Lists of those layers that are of some kind; and of layers from which something is taken.
+LISTED = re.compile(r"_layers$|_layer_ids$|_layer_idx$")
+INDICES = re.compile(r"_(indices|indexes)$")
 LENGTH = re.compile(r"^(max_position_embeddings|n_positions|max_seq_len|n_ctx|max_sequence_length|seq_length)$")
 VOCAB = re.compile(r"^(\w+_)?vocab_size\w*$|^n_vocab$|_vocab$")
 EXPERTS = re.compile(r"^(num_experts|n_routed_experts|num_local_experts|moe_num_experts|num_routed_experts)$")
@@ -113,7 +116,7 @@ def configs(config_class: Any) -> Iterator[Any]:
     default = filled(_default(config_class))
     for shrink in SHRINKS:
         with contextlib.suppress(Exception):
-            yield config_class.from_dict(filled(shrunk(default, shrink)))
+            yield config_class.from_dict(filled(shrunk(agreed(default, 8 if shrink.heads else None), shrink)))
     yield config_class()
 
 
@@ -125,6 +128,34 @@ def _default(config_class: Any) -> dict[str, Any]:
             with contextlib.suppress(Exception):
                 config[name] = _default(inner)
     return config
+
+
+#: What a tower calls the width in which it hands on to the text.
+HANDED_ON = ("out_hidden_size", "text_hidden_size", "adapter_out_dim")
+
+
+def agreed(config: dict[str, Any], side: int | None) -> dict[str, Any]:
+    """A copy in which a tower fits the text that it stands beside, where the defaults of the two were chosen apart.
+
+    The tower's output is as wide as the text; its images have `side` patches along an edge, so that they can be merged
+    by two and by four, and as many features for each as that leaves.
+    """
+    found = dict(config)
+    text = config.get("text_config")
+    width = text.get("hidden_size") if isinstance(text, dict) else None
+    for name, tower in config.items():
+        if name == "text_config" or not _is_nested(tower):
+            continue
+        changed = {key: width for key in HANDED_ON if _is_size(width) and _is_size(tower.get(key))}
+        if _is_size(width) and {"embed_dim", "hidden_size"} <= tower.keys():
+            changed["hidden_size"] = width
+        image, patch = tower.get("image_size"), tower.get("patch_size")
+        if side is not None and _is_size(image) and _is_size(patch) and image >= side * patch and patch >= 8:
+            changed["image_size"] = side * patch
+            if _is_size(config.get("mm_tokens_per_image")):
+                found["mm_tokens_per_image"] = (side // 2) ** 2
+        found[name] = {**tower, **changed}
+    return found
 
 
 def filled(config: dict[str, Any]) -> dict[str, Any]:
@@ -161,6 +192,10 @@ def shrunk(config: dict[str, Any], shrink: Shrink, widths: Mapping[int, int] | N
             found[name] = _by_layer(value, kept, config, shrink, widths)
         elif _is_nested(value):
             found[name] = shrunk(value, shrink, widths)
+        elif _names_layers(name, value, layers):
+            found[name] = [at for at, i in enumerate(kept) if i in value]
+        elif INDICES.search(name) and _is_rising(value, layers):
+            found[name] = [i * len(kept) // layers for i in value]  # as many, since what they give may be concatenated
         elif isinstance(value, (list, tuple)) and layers and len(value) == layers and not DEPTHS.search(name):
             found[name] = [value[i] for i in kept]
         elif _is_size(value) and name == "num_hidden_layers":
@@ -193,6 +228,8 @@ def kept_layers(config: Mapping[str, Any], count: int) -> list[int]:
     """The layers that stay: one of each kind that lists and tables by layer tell apart, and others up to `count`."""
     layers = _layer_count(config)
     told = [v for v in config.values() if _is_by_layer(v, layers) or _is_list_of_kinds(v, layers)]
+    told = [[i in v for i in range(layers)] if _is_rising(v, layers) else v for v in told]
+    told += [[i in v for i in range(layers)] for k, v in config.items() if _names_layers(k, v, layers)]
     kinds = [tuple(str(v.get(_key(v, i)) if isinstance(v, dict) else v[i]) for v in told) for i in range(layers)]
     order = list(dict.fromkeys(kinds))
     if len(order) > 2 * max(count, 3):  # no kinds, then, but a schedule
@@ -207,6 +244,17 @@ def kept_layers(config: Mapping[str, Any], count: int) -> list[int]:
 
 def _is_list_of_kinds(value: Any, layers: int) -> bool:
     return isinstance(value, (list, tuple)) and 0 < len(value) == layers and not isinstance(value[0], float)
+
+
+def _is_rising(value: Any, layers: int) -> bool:
+    """Whether a list could be of layers' numbers."""
+    if not isinstance(value, (list, tuple)) or not value or not all(type(i) is int and 0 <= i < layers for i in value):
+        return False
+    return sorted(set(value)) == list(value)
+
+
+def _names_layers(name: str, value: Any, layers: int) -> bool:
+    return bool(LISTED.search(name)) and _is_rising(value, layers)
 
 
 def _is_by_layer(value: Any, layers: int) -> bool:
@@ -266,7 +314,8 @@ def _all(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 
 def _main_width(config: Mapping[str, Any]) -> int | None:
-    return next((v for v in (config.get(name) for name in MAIN_WIDTH) if _is_size(v)), None)
+    names = ("embed_dim", *MAIN_WIDTH) if "embed_dim" in config else MAIN_WIDTH  # where it is not the width handed on
+    return next((v for v in (config.get(name) for name in names) if _is_size(v)), None)
 
 
 def _factor(config: Mapping[str, Any], widths: Mapping[int, int]) -> Fraction:

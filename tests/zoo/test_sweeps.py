@@ -122,7 +122,8 @@ def test_heads_may_keep_their_size_and_widths_that_are_equal_shrink_alike() -> N
         "text_config": {
             "hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
             "num_hidden_layers": 6, "intermediate_size": 14336, "layer_types": ["a", "b"] * 3,
-            "mlp_layer_types": ["c"] * 5 + ["d"], "num_dense_layers": 3, "rope_parameters": {"mrope_section": [16, 24, 24]},
+            "mlp_layer_types": ["c"] * 5 + ["d"], "num_dense_layers": 3,
+            "rope_parameters": {"mrope_section": [16, 24, 24]}, "moe_layers": [2, 4],
             "per_layer_config": {"01": {"num_attention_heads": 64, "head_dim": 64}, "02": {"head_dim": 99}},
         },
         "vision_config": {"d_model": 1024, "num_heads": 16, "depth": 24, "output_size": 4096},
@@ -140,4 +141,5 @@ def test_heads_may_keep_their_size_and_widths_that_are_equal_shrink_alike() -> N
     assert text["num_hidden_layers"] == 5 and text["layer_types"] == ["a", "b", "a", "b", "b"]
     assert text["mlp_layer_types"] == ["c", "c", "c", "c", "d"]
     assert text["num_dense_layers"] == 2
+    assert text["moe_layers"] == [2]
     assert text["per_layer_config"] == {"01": {"num_attention_heads": 8, "head_dim": 64}, "02": {"head_dim": 99}}
