@@ -41,6 +41,8 @@ class Kind(Enum):
     SUM = "sum"
     FAMILY = "family"
 
+    __hash__ = object.__hash__  # not that of its name, which Python code computes: types are looked up by their form
+
 
 class Index:
     """Identity of a sum's list of parts, by which families refer to it; merged by union-find, into the older one."""
@@ -175,19 +177,23 @@ class Axes:
     def _intern(self, kind: Kind, size: int, children: Sequence[Axis], index: Index | None = None) -> Axis:
         """The node of this kind over these children: made once, so that repeating a constraint changes nothing."""
         root = None if index is None else index.find()
-        key = (kind, root, tuple(self.resolve(child) for child in children))
-        if key not in self._interned:
-            self._interned[key] = Axis(kind, size, key[2], Index() if kind is Kind.SUM and root is None else root)
-        return self._interned[key].find()
+        key = (kind, root, tuple([self.resolve(child) for child in children]))
+        found = self._interned.get(key)
+        if found is None:
+            found = Axis(kind, size, key[2], Index() if kind is Kind.SUM and root is None else root)
+            self._interned[key] = found
+        return found.find()
 
     # -- reading axes --------------------------------------------------------------------------------------------
 
     def resolve(self, axis: Axis) -> Axis:
         """The axis in normal form, as far as it is known now."""
-        axis = axis.find()
-        if axis.kind is Kind.ATOM or axis.stamp == self.changes:
+        if axis.link is not None:
+            axis = axis.find()
+        kind = axis.kind
+        if kind is Kind.ATOM or axis.stamp == self.changes:
             return axis
-        if axis.kind is Kind.PRODUCT:
+        if kind is Kind.PRODUCT:
             return self._normal_product(axis)
         if axis.kind is Kind.FAMILY:
             members = [self.resolve(child) for child in axis.children]
@@ -223,13 +229,13 @@ class Axes:
 
     def atoms(self, axis: Axis) -> Iterator[Axis]:
         """Every atom in an axis, in order, with repetitions; axes of one index are left out."""
-        axis = self.resolve(axis)
-        if axis.kind is Kind.ATOM:
-            if axis.size > 1:
+        stack = [axis]
+        while stack:
+            axis = self.resolve(stack.pop())
+            if axis.kind is not Kind.ATOM:
+                stack.extend(reversed(axis.children))
+            elif axis.size > 1:
                 yield axis
-        else:
-            for child in axis.children:
-                yield from self.atoms(child)
 
     def contains_family(self, axis: Axis) -> bool:
         """Whether there is a family anywhere in an axis."""

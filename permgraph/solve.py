@@ -21,6 +21,7 @@ from permgraph.axes import Axes, Axis, BirthKey, Kind
 from permgraph.errors import ConflictError
 from permgraph.rules import find_rule
 from permgraph.rules.call import Call, Ledger, TypedTensor, loose_families, provides
+from permgraph.signature import signature
 from permgraph.uniform import Uniform, known_values, uniform_dims, written_nodes
 
 MAX_RUNS = 6
@@ -122,39 +123,37 @@ class _Run:
         used.uniform = dims
         return used
 
-    def _arguments(self, node: fx.Node) -> dict[str, Any]:
-        def lift(value: Any) -> Any:
-            if isinstance(value, fx.Node):
-                return self._used(value, node)
-            if isinstance(value, (list, tuple)):
-                return [lift(item) for item in value]
-            return value
+    def _argument(self, value: Any, node: fx.Node) -> Any:
+        if isinstance(value, fx.Node):
+            return self._used(value, node)
+        if isinstance(value, (list, tuple)):
+            return [self._argument(item, node) for item in value]
+        return value
 
-        schema = getattr(node.target, "_schema", None)
-        if schema is None:
-            return {str(i): lift(arg) for i, arg in enumerate((*node.args, *node.kwargs.values()))}
+    def _arguments(self, node: fx.Node) -> dict[str, Any]:
+        known = signature(node.target)
+        if known is None:
+            return {str(i): self._argument(arg, node) for i, arg in enumerate((*node.args, *node.kwargs.values()))}
+        args, kwargs = node.args, node.kwargs
         found = {}
-        for i, argument in enumerate(schema.arguments):
-            if i < len(node.args):
-                found[argument.name] = lift(node.args[i])
-            elif argument.name in node.kwargs:
-                found[argument.name] = lift(node.kwargs[argument.name])
+        for i, argument in enumerate(known.arguments):
+            if i < len(args):
+                found[argument.name] = self._argument(args[i], node)
+            elif argument.name in kwargs:
+                found[argument.name] = self._argument(kwargs[argument.name], node)
             else:
-                found[argument.name] = argument.default_value if argument.has_default_value() else None
+                found[argument.name] = argument.default
         return found
 
     def _result(self, node: fx.Node, arguments: dict[str, Any]) -> Any:
         """The result's tensors; the argument itself where an operator returns what it has written into."""
-        schema = getattr(node.target, "_schema", None)
+        known = signature(node.target)
         val = node.meta["val"]
-        if schema is not None and len(schema.returns) == 1 and isinstance(val, torch.Tensor):
-            alias = schema.returns[0].alias_info
-            if alias is not None and alias.is_write:
-                for argument in schema.arguments:
-                    same = argument.alias_info is not None and argument.alias_info.before_set == alias.before_set
-                    written = arguments[argument.name]
-                    if same and isinstance(written, TypedTensor) and written.shape == tuple(val.shape):
-                        return written
+        if known is not None and isinstance(val, torch.Tensor):
+            for name in known.returned:
+                written = arguments[name]
+                if isinstance(written, TypedTensor) and written.shape == tuple(val.shape):
+                    return written
         return self._typed(node, val)
 
     # -- constraints -----------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from permgraph.rules.pointwise import ARITHMETIC, COPIES
+from permgraph.signature import signature
 
 CONSTANT = """
     zeros ones full zeros_like ones_like full_like new_zeros new_ones new_full scalar_tensor _efficientzerotensor
@@ -157,14 +158,14 @@ def written_nodes(nodes: Sequence[fx.Node]) -> set[fx.Node]:
 
 def _aliased(node: fx.Node) -> Iterator[tuple[fx.Node, bool]]:
     """The arguments whose memory the result may share, and whether it is written to."""
-    schema = getattr(node.target, "_schema", None)
+    known = signature(node.target)
     name = getattr(node.target, "_opname", "")
-    if node.target is operator.getitem or schema is None or name in _COPIES:
+    if node.target is operator.getitem or known is None or name in _COPIES:
         yield from ((source, False) for source in node.all_input_nodes)
         return
-    for i, argument in enumerate(schema.arguments):
-        if argument.alias_info is not None:
+    for i, argument in enumerate(known.arguments):
+        if argument.shares:
             given = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
             for source in given if isinstance(given, (list, tuple)) else (given,):
                 if isinstance(source, fx.Node):
-                    yield source, argument.alias_info.is_write
+                    yield source, argument.writes

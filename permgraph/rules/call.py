@@ -37,7 +37,7 @@ VALUE = -1  # the dimension number by which the axis of an integer tensor's valu
 class TypedTensor:
     """A tensor of the graph with an axis for each dimension, and one for its values where they index something."""
 
-    __slots__ = ("dims", "dtype", "known", "name", "origin", "shape", "uniform", "value")
+    __slots__ = ("_origin", "dims", "dtype", "known", "name", "shape", "uniform", "value")
 
     def __init__(self, name: str, shape: Sequence[int], dtype: torch.dtype, axes: Axes) -> None:
         self.name = name
@@ -45,8 +45,7 @@ class TypedTensor:
         self.dtype = dtype
         self.dims = [axes.atom(size) for size in self.shape]
         self.value: Axis | None = None
-        # The tensor of which this one is a view of all elements: an index and its views are the same function.
-        self.origin: TypedTensor = self
+        self._origin: TypedTensor | None = None  # no cycle: thousands of them go as soon as nobody holds them
         # Dimensions along which it does not vary: no link ties them, as if they were broadcast.
         self.uniform: frozenset[int] = frozenset()
         # The values of a short vector of integers that the model's code has.
@@ -55,6 +54,15 @@ class TypedTensor:
     @property
     def ndim(self) -> int:
         return len(self.shape)
+
+    @property
+    def origin(self) -> TypedTensor:
+        """The tensor of which this one is a view of all elements: an index and its views are the same function."""
+        return self._origin or self
+
+    def follow(self, source: TypedTensor) -> None:
+        """Say that this tensor holds the elements of `source`, all of them in the same order."""
+        self._origin = None if source.origin is self else source.origin
 
     @property
     def is_integral(self) -> bool:
@@ -140,6 +148,19 @@ def parse_pattern(text: str) -> Pattern:
     return tuple(dims), value.strip() or None
 
 
+@lru_cache(maxsize=4096)
+def _placed(text: str, ndim: int) -> tuple[tuple[tuple[tuple[str, bool], ...], ...], str | None] | None:
+    """A pattern for a tensor of `ndim` dimensions: of each the labels, and whether ``!`` says that they stay put."""
+    dims, value = parse_pattern(text)
+    if ("...",) in dims:
+        at = dims.index(("...",))
+        extra = ndim - (len(dims) - 1)
+        dims = (*dims[:at], *((f"*{extra - 1 - k}",) for k in range(extra)), *dims[at + 1 :])
+    if len(dims) != ndim:
+        return None
+    return tuple(tuple((label.rstrip("!") or "_", label.endswith("!")) for label in labels) for labels in dims), value
+
+
 def loose_families(axes: Axes, axis: Axis, provided: frozenset[Index] = frozenset()) -> Iterator[Axis]:
     """The families in an axis whose sum is not in the same product: they need it in another dimension."""
     if not axes.contains_family(axis):
@@ -160,6 +181,15 @@ def loose_families(axes: Axes, axis: Axis, provided: frozenset[Index] = frozense
 def provides(axes: Axes, axis: Axis, index: Index) -> bool:
     """Whether a family over `index` in another dimension can tell its member by this axis."""
     return any(f.kind is Kind.SUM and f.index is not None and f.index.find() is index for f in axes.factors(axis))
+
+
+def _flat(values: Iterable[Any]) -> Iterator[TypedTensor]:
+    """The tensors among these values, and in lists among them."""
+    for value in values:
+        if isinstance(value, TypedTensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from (item for item in value if isinstance(item, TypedTensor))
 
 
 def _inside(axes: Mapping[str, Axis]) -> Labelled:
@@ -187,6 +217,8 @@ class Call:
         self.axes = axes
         self.ledger = ledger
         self._memo = memo
+        self._tensors = tuple(_flat(arguments.values()))
+        self._results = tuple(_flat(outs))
 
     # -- arguments -----------------------------------------------------------------------------------------------
 
@@ -208,22 +240,12 @@ class Call:
     @property
     def tensors(self) -> list[TypedTensor]:
         """The tensors among the arguments, in the order of the schema, lists flattened."""
-        found = []
-        for value in self.arguments.values():
-            for item in value if isinstance(value, (list, tuple)) else (value,):
-                if isinstance(item, TypedTensor):
-                    found.append(item)
-        return found
+        return list(self._tensors)
 
     @property
     def results(self) -> list[TypedTensor]:
         """The tensors among the results, lists flattened."""
-        found = []
-        for value in self.outs:
-            for item in value if isinstance(value, (list, tuple)) else (value,):
-                if isinstance(item, TypedTensor):
-                    found.append(item)
-        return found
+        return list(self._results)
 
     def dim(self, tensor: TypedTensor, name: str = "dim", default: int | None = None) -> int:
         """A dimension argument, counted from the front."""
@@ -246,10 +268,11 @@ class Call:
     ) -> None:
         """Tie the dimensions that bear the same label; see the head of this module for the patterns."""
         tensors = [self._label(tensor, pattern, sizes, why) for tensor, pattern in slots if tensor is not None]
-        known = {label: axis for labelled in reversed(tensors) for label, axis in labelled.axes.items()}
-        for pattern in via:
-            inner = self._expand_virtual(pattern, known)
-            tensors.append(_inside({label: known[label] for label in inner}))
+        if via:
+            known = {label: axis for labelled in reversed(tensors) for label, axis in labelled.axes.items()}
+            for pattern in via:
+                inner = self._expand_virtual(pattern, known)
+                tensors.append(_inside({label: known[label] for label in inner}))
         # A one-hot code has a single one along the axis of the values, so that nothing may differ along that axis.
         for labelled in [t for t in tensors if VALUE in t.where.values()]:
             tensors.append(_inside({m: axis for m, axis in labelled.axes.items() if labelled.where[m] != VALUE}))
@@ -374,7 +397,7 @@ class Call:
         """Say that the values of `out` are values of `source` (in the same order, if `all_of_them`)."""
         if source.value is not None:
             if all_of_them and math.prod(source.shape) == math.prod(out.shape):
-                out.origin = source.origin
+                out.follow(source)
             if not out.is_integral:
                 self.pin_values(source, "an index was turned into a number")
             elif out.value is None:
@@ -431,13 +454,10 @@ class Call:
         return axis.kind is Kind.ATOM and axis.pinned is not None
 
     def _label(self, tensor: TypedTensor, pattern: str, sizes: Mapping[str, int], why: str) -> Labelled:
-        dims, value = parse_pattern(pattern)
-        if ("...",) in dims:
-            at = dims.index(("...",))
-            extra = tensor.ndim - (len(dims) - 1)
-            dims = (*dims[:at], *((f"*{extra - 1 - k}",) for k in range(extra)), *dims[at + 1 :])
-        if len(dims) != tensor.ndim:
+        found = _placed(pattern, tensor.ndim)
+        if found is None:
             raise ConflictError(f"{self.node.target}: pattern {pattern!r} does not fit shape {tensor.shape}")
+        dims, value = found
         labelled: dict[str, Axis] = {}
         where: dict[str, int] = {}
         for d, labels in enumerate(dims):
@@ -446,16 +466,17 @@ class Call:
             if len(labels) == 1:
                 axes = [tensor.dims[d]]
             else:
-                given = [sizes.get(label.rstrip("!")) for label in labels]
+                given = [sizes.get(label) for label, _ in labels]
                 rest = tensor.shape[d] // math.prod(size for size in given if size is not None)
                 axes = self.axes.split(tensor.dims[d], [rest if size is None else size for size in given])
-            for label, axis in zip(labels, axes, strict=True):
-                if label.endswith("!") and axis.size != 1:
+            for (label, stays), axis in zip(labels, axes, strict=True):
+                if axis.size == 1:
+                    continue
+                if stays:
                     assert why, f"{self.node.target}: pattern {pattern!r} pins without saying why"
                     self.axes.pin(axis, Pinned(why, self.number))
                     self.ledger.pins.append((tensor, d, why, self.number))
-                label = label.rstrip("!") or "_"
-                if label != "_" and axis.size != 1:
+                if label != "_":
                     if label in labelled:
                         raise ConflictError(f"{self.node.target}: label {label!r} stands twice in {pattern!r}")
                     labelled[label] = axis

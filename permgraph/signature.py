@@ -1,0 +1,49 @@
+"""What an operator's schema says of its arguments, read once: each look at a schema makes new Python objects."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One argument of an operator: whether results may share its memory, and whether that is written to."""
+
+    name: str
+    default: Any
+    shares: bool
+    writes: bool
+
+
+@dataclass(frozen=True)
+class Signature:
+    """The arguments of an operator in order. `returned` names those that its only result is, once written to."""
+
+    arguments: tuple[Argument, ...]
+    returned: tuple[str, ...]
+
+
+@cache
+def signature(operator: Any) -> Signature | None:
+    """The signature of an operator overload; None for a callable without a schema."""
+    schema = getattr(operator, "_schema", None)
+    if schema is None:
+        return None
+    found = schema.arguments
+    arguments = tuple(
+        Argument(
+            a.name,
+            a.default_value if a.has_default_value() else None,
+            a.alias_info is not None,
+            a.alias_info is not None and a.alias_info.is_write,
+        )
+        for a in found
+    )
+    returned: tuple[str, ...] = ()
+    result = schema.returns[0].alias_info if len(schema.returns) == 1 else None
+    if result is not None and result.is_write:
+        alike = (a for a in found if a.alias_info is not None and a.alias_info.before_set == result.before_set)
+        returned = tuple(a.name for a in alike)
+    return Signature(arguments, returned)
