@@ -28,22 +28,31 @@ class Between:
     are wrong between two networks. Everything that is floating point stands between A and B; integers are A's.
 
     Attributes:
-        model: the copy, on A's device; no parameter of it requires a gradient.
+        model: the copy, on A's device unless another is given; no parameter of it requires a gradient.
         a, b: the state dicts on that device, by canonical names, in the copy's dtypes.
         names: the canonical names of the parameters that the spec moves.
         network: what is called in the place of `model`, of which it may be a wrapper.
     """
 
-    def __init__(self, model: nn.Module, a: StateDict, b: StateDict, spec: PermutationSpec, loss: Loss) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        a: StateDict,
+        b: StateDict,
+        spec: PermutationSpec,
+        loss: Loss,
+        device: torch.device | None = None,
+    ) -> None:
         self.spec, self.loss = spec, loss
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.model.load_state_dict(a)
+        self.model.to(device)
         for module in self.model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.train()
         self.network: Callable[..., Any] = self.model
         self.device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
-        self._targets = {spec.aliases.get(name, name): tensor for name, tensor in self.model.state_dict().items()}
+        self._dtypes = {name: tensor.dtype for name, tensor in self._own_state().items()}
         self.a, self.b = self._own(a), self._own(b)
         trainable = {spec.aliases.get(name, name) for name, _ in model.named_parameters(remove_duplicate=False)}
         self.names = tuple(
@@ -54,9 +63,13 @@ class Between:
             and any(occurrence.group in spec.moving for occurrence in spec.occurrences(name))
         )
 
+    def _own_state(self) -> dict[str, torch.Tensor]:
+        """The copy's own tensors, asked for anew since a wrapper may have given it others."""
+        return {self.spec.aliases.get(name, name): tensor for name, tensor in self.model.state_dict().items()}
+
     def _own(self, state: StateDict) -> dict[str, torch.Tensor]:
         own = {self.spec.aliases.get(name, name): tensor for name, tensor in reversed(list(state.items()))}
-        return {name: tensor.detach().to(self.device, self._targets[name].dtype) for name, tensor in own.items()}
+        return {name: tensor.detach().to(self.device, self._dtypes[name]) for name, tensor in own.items()}
 
     def permuted(self, permutation: Permutation) -> dict[str, torch.Tensor]:
         """B permuted, by canonical names."""
@@ -71,9 +84,10 @@ class Between:
 
     def place(self, b: Mapping[str, torch.Tensor], point: float = 0.5) -> None:
         """Bring the copy to that point."""
+        targets = self._own_state()
         with torch.no_grad():
             for name, tensor in self.a.items():
-                target = self._targets[name]
+                target = targets[name]
                 if tensor.is_floating_point():
                     torch.lerp(tensor, b[name], point, out=target.detach())
                 else:

@@ -5,29 +5,34 @@ Ainsworth, Hayase & Srinivasa, "Git Re-Basin: Merging Models modulo Permutation 
 
 from __future__ import annotations
 
-import copy
+import functools
+import hashlib
+import io
 import logging
+import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
-from permgraph.errors import MismatchError, NonFiniteError, PermgraphError
+from permgraph.errors import CheckpointError, MismatchError, NonFiniteError, PermgraphError
+from permgraph.files import write_atomically
+from permgraph.matching.batches import batches, require_rereadable, seeded
+from permgraph.matching.between import Between, Loss, MakeOptimizer
 from permgraph.matching.objective import StateDict
-from permgraph.matching.result import MatchResult, Outcome, Progress, Sweep
+from permgraph.matching.result import MatchResult, Outcome, Progress, Sweep, moved_between
 from permgraph.matching.weight_matching import WeightMatching
 from permgraph.permutation import Permutation
 from permgraph.spec import PermutationSpec
 
 log = logging.getLogger(__name__)
 
-Loss: TypeAlias = Callable[[Any, Any], torch.Tensor]
-MakeOptimizer: TypeAlias = Callable[[list[torch.Tensor]], torch.optim.Optimizer]
+FORMAT, VERSION = "permgraph straight-through run", 1
 
 
 def adam(parameters: list[torch.Tensor]) -> torch.optim.Optimizer:
@@ -39,9 +44,13 @@ def adam(parameters: list[torch.Tensor]) -> torch.optim.Optimizer:
 class StraightThrough:
     """Minimise the loss at the midpoint of A and the permuted B, by gradients straight through the projection.
 
-    A free copy of A's weights is trained. Each step projects it, by weight matching of B to it, to a permutation; takes
-    the loss at the midpoint of A and B so permuted; and applies the gradient to the free weights as if they themselves
-    had stood in the place of the permuted B. So the task, not the weights' likeness, decides what corresponds.
+    A free copy of A's weights is trained. It is projected, by weight matching of B to it, to a permutation; each step
+    takes the loss at the midpoint of A and B so permuted, and applies the gradient to the free weights as if they
+    themselves had stood in the place of the permuted B. So the task, not the weights' likeness, decides what
+    corresponds.
+
+    The midpoint itself changes only when the permutation does, so a step is one of plain training; what is added is
+    the projection, now and then.
 
     The loss is not monotone in the steps. What is kept is the best of all permutations whose loss was measured: the
     identity, plain weight matching, and where each epoch ended. So the result is never worse than those two, on the
@@ -59,12 +68,21 @@ class StraightThrough:
         optimizer: makes an optimizer for a list of tensors. The free weights must travel far enough for another
             permutation to be nearest, so learning rates are larger rather than smaller than in training.
         epochs: how often to go through the loader; 0 only compares the identity and weight matching.
-        project_every: steps from one projection to the next. The paper takes 1; on small networks that is most of the
-            time, and 4 found as good permutations.
+        project_every: steps from one projection to the next; at the end of each epoch there is one anyway. The paper
+            takes 1; on small networks that is most of the time.
         measured_batches: measure each candidate on the first so many batches of the loader; None for all.
         projection: the weight matching that projects. Its `init` serves for the first projection.
         init: a permutation to measure and to project from at first, to go on where another run stopped. The free
             weights and the optimizer start afresh, from A.
+        projection_sweeps: how many sweeps over the groups a projection may take, from the permutation before; None for
+            as many as it wants. The first, and the one at the end of each epoch, go on until nothing helps.
+        checkpoint: a file, written after each epoch as a whole or not at all, from which a run with the same models,
+            settings and seed goes on and ends with what it would have reached without a break. The random state of
+            torch and of a `DataLoader`'s own generator is in it; those of Python and NumPy are not.
+        accelerator: an `accelerate.Accelerator`, to run on several devices or machines: start the same program in each
+            process. It prepares the network and the loader, which must be a `DataLoader`, and averages the gradients.
+            Its `split_batches` says whether the loader's batch size is that of all processes together. Neither float16
+            nor gradient accumulation.
         models: the modules, which `align` fills in.
 
     References:
@@ -82,10 +100,13 @@ class StraightThrough:
     loss: Loss = nn.functional.cross_entropy
     optimizer: MakeOptimizer = adam
     epochs: int = 5
-    project_every: int = 4
+    project_every: int = 32
     measured_batches: int | None = 32
     projection: WeightMatching = field(default_factory=WeightMatching)
     init: Permutation | None = None
+    projection_sweeps: int | None = 1
+    checkpoint: str | os.PathLike[str] | None = None
+    accelerator: Any = None
     models: tuple[nn.Module, nn.Module] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -94,12 +115,13 @@ class StraightThrough:
                 f"epochs={self.epochs} and project_every={self.project_every}: give 0 or more epochs, and project "
                 f"every 1 or more steps"
             )
+        if self.projection_sweeps is not None and self.projection_sweeps < 1:
+            raise PermgraphError(f"projection_sweeps={self.projection_sweeps}: give 1 or more, or None for no limit")
         if self.measured_batches is not None and self.measured_batches < 1:
             raise PermgraphError(f"measured_batches={self.measured_batches}: give 1 or more, or None for all")
-        if isinstance(self.loader, Iterator):
-            raise PermgraphError(
-                "the loader is a generator, which can be read only once; give a DataLoader or a list of batches"
-            )
+        require_rereadable(self.loader)
+        if self.accelerator is not None:
+            _require_usable(self.accelerator, self.loader)
 
     def with_models(self, model_a: nn.Module, model_b: nn.Module) -> StraightThrough:
         """The same matcher for these two modules, of which it runs a copy of A's."""
@@ -115,7 +137,7 @@ class StraightThrough:
         is no test of convergence.
 
         Args:
-            a, b: state dicts that fit the spec; the work is done on the device of A's module.
+            a, b: state dicts that fit the spec; the work is done on the device of A's module, or the accelerator's.
             spec: the group, and where it acts.
             seed: for the order of projections, and for all that the loader and the network draw from torch's global
                 generator, whose state is left as it was.
@@ -125,6 +147,7 @@ class StraightThrough:
             MismatchError: there are no modules, or they cannot run on a batch, or something does not fit the spec.
             NonFiniteError: a weight or the loss is NaN or infinite.
             PermgraphError: the loader yields nothing, or batches without targets, or the loss is no scalar.
+            CheckpointError: the checkpoint is damaged, or of another run.
         """
         started = time.perf_counter()
         if self.models is None:
@@ -133,207 +156,257 @@ class StraightThrough:
             raise MismatchError("init is a permutation of another spec than the one to match over")
         spec.check(a)
         spec.check(b)
-        midpoint = _Midpoint(self.models[0], a, b, spec, self.loss)
-        with _seeded(seed, midpoint.device):
-            return self._search(midpoint, seed, progress, started)
+        run = _Run(self, a, b, spec, seed, started)
+        with seeded(seed, run.midpoint.device), torch.enable_grad():  # the caller may have switched gradients off
+            return run.search(progress)
 
-    def _search(self, midpoint: _Midpoint, seed: int, progress: Progress | None, started: float) -> MatchResult:
-        spec = midpoint.spec
-        identity = spec.identity()
-        first = self.projection if self.init is None else replace(self.projection, init=self.init)
-        before = self._objective(midpoint, identity)
-        best, objective = identity, before
-        now = first.match(midpoint.free, midpoint.b, spec, seed).permutation
-        history: list[Sweep] = []
+
+class _Run:
+    """The free weights, the present permutation and the best so far.
+
+    Attributes:
+        midpoint: the network halfway, whose parameters that move require gradients.
+        free_parameters: the free weights, one for each name of `midpoint.names`.
+        free: A's state dict with the free weights in the place of the parameters that move.
+    """
+
+    def __init__(
+        self, how: StraightThrough, a: StateDict, b: StateDict, spec: PermutationSpec, seed: int, started: float
+    ) -> None:
+        self.how, self.spec, self.seed, self.started = how, spec, seed, started
+        assert how.models is not None
+        device = None if how.accelerator is None else how.accelerator.device
+        self.midpoint = Between(how.models[0], a, b, spec, how.loss, device)
+        own = self.midpoint.model.named_parameters(remove_duplicate=False)
+        by_name = {spec.aliases.get(name, name): parameter for name, parameter in own}
+        self.parameters = [by_name[name].requires_grad_() for name in self.midpoint.names]
+        # At least float32: in half precision, a small step would leave the weights where they are.
+        self.free_parameters = [
+            self.midpoint.a[name]
+            .to(torch.promote_types(self.midpoint.a[name].dtype, torch.float32), copy=True)
+            .requires_grad_()
+            for name in self.midpoint.names
+        ]
+        self.free = {**self.midpoint.a, **dict(zip(self.midpoint.names, self.free_parameters, strict=True))}
+        self.loader = how.loader
+        if how.accelerator is not None and self.parameters:
+            self.midpoint.network = how.accelerator.prepare_model(self.midpoint.model)
+            self.loader = how.accelerator.prepare_data_loader(how.loader)
+        self.optimizer = how.optimizer(list(self.free_parameters)) if self.free_parameters else None
+        self.best = self.now = spec.identity()
+        self.objective = self.before = 0.0
+        self.measured: tuple[Permutation, float] | None = None  # the last, which the next is where training has settled
+        self.steps = 0
+        self.history: list[Sweep] = []
+
+    def search(self, progress: Progress | None) -> MatchResult:
+        """Go through all epochs."""
         outcome: Outcome = "sweep limit"
+        if not self._resume():
+            self.before = self.objective = self._measure(self.best)
         try:
-            for candidate in (now, *(() if self.init is None else (self.init,))):
-                reached = self._objective(midpoint, candidate)
-                if reached > objective:
-                    best, objective = candidate, reached
-            optimizer = self.optimizer(list(midpoint.free_parameters)) if midpoint.free_parameters else None
-            steps = 0
-            for epoch in range(1, self.epochs + 1):
-                at_start = now
-                for number, batch in enumerate(_batches(self.loader), 1):
-                    if steps and steps % self.project_every == 0:
-                        now = self._project(midpoint, now, seed + steps)
-                    steps += 1
-                    if optimizer is not None:
-                        optimizer.zero_grad(set_to_none=True)
-                        with torch.enable_grad():  # the caller may have switched it off
-                            midpoint.value(batch, number, now, straight_through=True).backward()  # type: ignore[no-untyped-call]
-                        optimizer.step()
-                now = self._project(midpoint, now, seed + steps)
-                reached = self._objective(midpoint, now)
-                if reached > objective:
-                    best, objective = now, reached
-                sweep = Sweep(epoch, reached, _moved(at_start, now), {}, time.perf_counter() - started)
-                history.append(sweep)
-                log.debug("%s", sweep)
+            if not self.history and not self.steps:
+                self._begin()
+            while len(self.history) < self.how.epochs:
+                self._epoch()
                 if progress is not None:
-                    progress(sweep)
+                    progress(self.history[-1])
         except KeyboardInterrupt:
             outcome = "interrupted"
         return MatchResult(
-            best,
-            objective,
-            before,
+            self.best,
+            self.objective,
+            self.before,
             outcome,
-            tuple(history),
-            (objective,),
-            seed,
-            time.perf_counter() - started,
-            () if midpoint.free_parameters else ("nothing to permute: no group of the spec stands in a parameter",),
+            tuple(self.history),
+            (self.objective,),
+            self.seed,
+            time.perf_counter() - self.started,
+            () if self.free_parameters else ("nothing to permute: no group of the spec stands in a parameter",),
         )
 
-    def _project(self, midpoint: _Midpoint, now: Permutation, seed: int) -> Permutation:
-        midpoint.require_finite()
-        # Where an ascent ends may hang on the order of the groups, so each projection draws its own.
-        return (
-            replace(self.projection, init=now, restarts=1)
-            .match(midpoint.free, midpoint.b, midpoint.spec, seed)
-            .permutation
-        )
+    def _begin(self) -> None:
+        first = self.how.projection if self.how.init is None else replace(self.how.projection, init=self.how.init)
+        self.now = first.match(self.free, self.midpoint.b, self.spec, self.seed).permutation
+        for candidate in (self.now, *(() if self.how.init is None else (self.how.init,))):
+            self._keep_if_better(candidate)
 
-    def _objective(self, midpoint: _Midpoint, permutation: Permutation) -> float:
-        """Minus the mean loss over the measured batches."""
-        total, count = 0.0, 0
-        with torch.no_grad():
-            for number, batch in enumerate(_batches(self.loader), 1):
-                if self.measured_batches is not None and number > self.measured_batches:
-                    break
-                size = _size(batch)
-                total += float(midpoint.value(batch, number, permutation)) * size
-                count += size
-        return -total / count
+    def _epoch(self) -> None:
+        at_start = self.now
+        self._place(self.now)
+        for number, batch in batches(self.loader, "straight-through matching"):
+            if self.steps and self.steps % self.how.project_every == 0:
+                self._project(self.how.projection_sweeps)
+            self._step(number, batch)
+        self._project(None)
+        reached = self._keep_if_better(self.now)
+        moved = moved_between(at_start, self.now)
+        self.history.append(Sweep(len(self.history) + 1, reached, moved, {}, time.perf_counter() - self.started))
+        log.debug("%s", self.history[-1])
+        self._save()
 
-
-class _Midpoint:
-    """The network halfway between A and a permuted B, and the free weights that are trained.
-
-    Attributes:
-        b: B's state dict on A's device.
-        free: A's state dict with the free weights in the place of the parameters that move.
-        names, free_parameters: those, and their canonical names.
-    """
-
-    def __init__(self, model: nn.Module, a: StateDict, b: StateDict, spec: PermutationSpec, loss: Loss) -> None:
-        self.spec, self.loss = spec, loss
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        self.model.load_state_dict(a)
-        for module in self.model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.train()
-        self.device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
-        own = {spec.aliases.get(name, name): tensor for name, tensor in reversed(list(a.items()))}
-        self.a = {name: tensor.detach().to(self.device) for name, tensor in own.items()}
-        self.b = {name: tensor.detach().to(self.device) for name, tensor in b.items()}
-        trainable = {spec.aliases.get(name, name) for name, _ in model.named_parameters(remove_duplicate=False)}
-        self.names = tuple(
-            name
-            for name in spec.axes
-            if name in trainable
-            and self.a[name].is_floating_point()
-            and any(occurrence.group in spec.moving for occurrence in spec.occurrences(name))
-        )
-        # At least float32: in half precision, a small step would leave the weights where they are.
-        self.free_parameters = [
-            self.a[name].to(torch.promote_types(self.a[name].dtype, torch.float32), copy=True).requires_grad_()
-            for name in self.names
-        ]
-        free = dict(zip(self.names, self.free_parameters, strict=True))
-        self.free = {name: free.get(spec.aliases.get(name, name), tensor.detach()) for name, tensor in a.items()}
-        self._permuted: tuple[Permutation, dict[str, torch.Tensor]] | None = None
-
-    def value(self, batch: Any, number: int, permutation: Permutation, straight_through: bool = False) -> torch.Tensor:
-        """The loss on a batch; with `straight_through`, one that has a gradient for the free weights."""
-        args, kwargs, targets = _split(batch, self.device, number)
-        state = self._state(permutation, straight_through)
-        try:
-            output = torch.func.functional_call(self.model, state, args, kwargs)
-            value = self.loss(output if isinstance(output, torch.Tensor) else output.logits, targets)
-        except Exception as error:
-            shape = tuple(getattr(args[0] if args else next(iter(kwargs.values()), None), "shape", ()))
-            raise MismatchError(
-                f"the network or the loss cannot run on batch {number} of the loader, of shape {shape}, with targets "
-                f"of shape {tuple(getattr(targets, 'shape', ()))}: "
-                f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
-            ) from error
-        if not isinstance(value, torch.Tensor) or value.numel() != 1:
-            raise PermgraphError("loss must return one number as a tensor: the mean over the batch")
-        if not bool(torch.isfinite(value)):
+    def _step(self, number: int, batch: Any) -> None:
+        self.steps += 1
+        if self.optimizer is None:
+            return
+        for parameter in self.parameters:
+            parameter.grad = None
+        value = self.midpoint.value(batch, number)
+        if not bool(torch.isfinite(value.detach())):
             self.require_finite()
-            raise NonFiniteError(
-                f"the loss at the midpoint is {value.item()} on batch {number}; check the data and the weights"
-            )
-        return value
+            self.midpoint.require_finite(value, number)
+        # The midpoint has half of the free weights in it, so half of its gradient is theirs.
+        half = 0.5 * value
+        if self.how.accelerator is not None:
+            self.how.accelerator.backward(half)
+        else:
+            half.backward()  # type: ignore[no-untyped-call]
+        for free, parameter in zip(self.free_parameters, self.parameters, strict=True):
+            free.grad = None if parameter.grad is None else parameter.grad.to(free.dtype)
+        self.optimizer.step()
+
+    def _project(self, sweeps: int | None) -> None:
+        self.require_finite()
+        limit = self.how.projection.max_sweeps if sweeps is None else min(sweeps, self.how.projection.max_sweeps)
+        # Where an ascent ends may hang on the order of the groups, so each projection draws its own.
+        how = replace(self.how.projection, init=self.now, restarts=1, max_sweeps=limit)
+        found = how.match(self.free, self.midpoint.b, self.spec, self.seed + self.steps).permutation
+        if found != self.now:
+            self.now = found
+            self._place(found)
+
+    def _place(self, permutation: Permutation) -> None:
+        self.midpoint.place(self.midpoint.permuted(permutation))
 
     def require_finite(self) -> None:
         """Refuse free weights that are no longer numbers."""
-        for name, tensor in zip(self.names, self.free_parameters, strict=True):
+        for name, tensor in zip(self.midpoint.names, self.free_parameters, strict=True):
             if not bool(torch.isfinite(tensor.detach()).all()):
                 raise NonFiniteError(f"the free weights of {name!r} became NaN or infinite; lower the learning rate")
 
-    def _state(self, permutation: Permutation, straight_through: bool) -> dict[str, torch.Tensor]:
-        if self._permuted is None or self._permuted[0] is not permutation:
-            aligned = permutation.apply(self.b)
-            self._permuted = permutation, {self.spec.aliases.get(name, name): t for name, t in aligned.items()}
-        b = self._permuted[1]
-        state = {}
-        for name, tensor in self.a.items():
-            # Integers are A's. All are new tensors, since batch normalisation writes to its buffers.
-            state[name] = tensor.lerp(b[name].to(tensor.dtype), 0.5) if tensor.is_floating_point() else tensor.clone()
-        if straight_through:
-            for name, free in zip(self.names, self.free_parameters, strict=True):
-                state[name] = state[name] + (0.5 * (free - free.detach())).to(state[name].dtype)
-        return state
+    def _measure(self, permutation: Permutation) -> float:
+        """Minus the mean loss over the measured batches, of all processes."""
+        if self.measured is not None and self.measured[0] == permutation:
+            return self.measured[1]
+        total, count = self.midpoint.totals(
+            self.loader, "straight-through matching", permutation, limit=self.how.measured_batches
+        )
+        if self.how.accelerator is not None:
+            sums = torch.tensor([total, count], dtype=torch.float64, device=self.midpoint.device)
+            total, count = self.how.accelerator.reduce(sums, reduction="sum").tolist()
+        self.measured = permutation, -total / count
+        return self.measured[1]
+
+    def _keep_if_better(self, permutation: Permutation) -> float:
+        reached = self._measure(permutation)
+        if reached > self.objective:
+            self.best, self.objective = permutation, reached
+        return reached
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def _identity(self) -> dict[str, str]:
+        """What must be the same for a run to go on: each thing's name, and its value or a digest of it."""
+        return {
+            "spec": self.spec.fingerprint,
+            "weights of A": _digest(self.midpoint.a),
+            "weights of B": _digest(self.midpoint.b),
+            "seed": str(self.seed),
+            "project_every": str(self.how.project_every),
+            "projection_sweeps": str(self.how.projection_sweeps),
+            "measured_batches": str(self.how.measured_batches),
+            "optimizer": "none" if self.optimizer is None else type(self.optimizer).__name__,
+        }
+
+    def _save(self) -> None:
+        if self.how.checkpoint is None:
+            return
+        accelerator = self.how.accelerator
+        if accelerator is None or accelerator.is_main_process:
+            on_gpu = self.midpoint.device.type == "cuda"
+            generator = getattr(self.how.loader, "generator", None)
+            content = {
+                "format": FORMAT,
+                "version": VERSION,
+                "identity": self._identity,
+                "free": [tensor.detach() for tensor in self.free_parameters],
+                "optimizer": None if self.optimizer is None else self.optimizer.state_dict(),
+                "steps": self.steps,
+                "now": {name: torch.tensor(array) for name, array in self.now.arrays.items()},
+                "best": {name: torch.tensor(array) for name, array in self.best.arrays.items()},
+                "objective": self.objective,
+                "before": self.before,
+                "history": [[s.number, s.objective, dict(s.moved), s.seconds] for s in self.history],
+                "random": torch.get_rng_state(),
+                "random on the GPU": torch.cuda.get_rng_state(self.midpoint.device) if on_gpu else None,
+                "random of the loader": None if generator is None else generator.get_state(),
+            }
+            file = io.BytesIO()
+            torch.save(content, file)
+            write_atomically(self.how.checkpoint, file.getvalue())
+        if accelerator is not None:
+            accelerator.wait_for_everyone()
+
+    def _resume(self) -> bool:
+        """Go to where the checkpoint's run stopped; False if there is none."""
+        if self.how.checkpoint is None or not Path(self.how.checkpoint).exists():
+            return False
+        where = os.fspath(self.how.checkpoint)
+        try:
+            found = torch.load(where, map_location="cpu", weights_only=True)
+            kind, version = found["format"], found["version"]
+        except Exception as error:
+            raise CheckpointError(f"{where}: not the checkpoint of a straight-through run: {error}") from error
+        if (kind, version) != (FORMAT, VERSION):
+            raise CheckpointError(f"{where}: holds {kind!r}, version {version}; this permgraph reads version {VERSION}")
+        different = [name for name, value in self._identity.items() if found["identity"].get(name) != value]
+        if different:
+            raise CheckpointError(
+                f"{where}: belongs to another run, with other {', '.join(different)}: give another path, or delete it"
+            )
+        with torch.no_grad():
+            for free, kept in zip(self.free_parameters, found["free"], strict=True):
+                free.copy_(kept)
+        if self.optimizer is not None:
+            self.optimizer.load_state_dict(found["optimizer"])
+        self.steps, self.objective, self.before = found["steps"], found["objective"], found["before"]
+        self.now, self.best = (
+            Permutation(self.spec, {name: array.numpy() for name, array in found[which].items()})
+            for which in ("now", "best")
+        )
+        self.history = [Sweep(number, value, moved, {}, seconds) for number, value, moved, seconds in found["history"]]
+        torch.set_rng_state(found["random"])
+        if found["random on the GPU"] is not None and self.midpoint.device.type == "cuda":
+            torch.cuda.set_rng_state(found["random on the GPU"], self.midpoint.device)
+        generator = getattr(self.how.loader, "generator", None)
+        if generator is not None and found["random of the loader"] is not None:
+            generator.set_state(found["random of the loader"])
+        return True
 
 
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Torch's global generators seeded, and as they were afterwards."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.default_generator.manual_seed(seed)
-        if devices:
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
-        yield
+def _digest(tensors: StateDict) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(name.encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
-def _batches(loader: Iterable[Any]) -> Iterator[Any]:
-    empty = True
-    for batch in loader:
-        empty = False
-        yield batch
-    if empty:
-        raise PermgraphError("the loader yielded no batch: straight-through matching needs some")
-
-
-def _split(batch: Any, device: torch.device, number: int) -> tuple[tuple[Any, ...], dict[str, Any], torch.Tensor]:
-    """A batch as the network's arguments and the targets."""
-    if isinstance(batch, Mapping) and "labels" in batch:
-        kwargs = {key: _to(value, device) for key, value in batch.items()}
-        return (), kwargs, kwargs.pop("labels")
-    if isinstance(batch, Sequence) and len(batch) > 1:
-        *inputs, targets = (_to(value, device) for value in batch)
-        return tuple(inputs), {}, targets
-    raise PermgraphError(
-        f"batch {number} of the loader, a {type(batch).__name__}, holds no targets: give tuples (inputs, targets), "
-        f"or mappings with 'labels'"
-    )
-
-
-def _size(batch: Any) -> int:
-    targets = batch.get("labels") if isinstance(batch, Mapping) else batch[-1] if isinstance(batch, Sequence) else None
-    return len(targets) if isinstance(targets, torch.Tensor) and targets.ndim else 1
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, torch.Tensor) else value
-
-
-def _moved(before: Permutation, after: Permutation) -> dict[str, int]:
-    counts = {name: int(np.sum(array != before.arrays[name])) for name, array in after.arrays.items()}
-    return {name: count for name, count in counts.items() if count}
+def _require_usable(accelerator: Any, loader: Iterable[Any]) -> None:
+    if not hasattr(accelerator, "prepare_data_loader"):
+        raise PermgraphError(
+            f"accelerator= takes an accelerate.Accelerator, not a {type(accelerator).__name__}; "
+            f"it comes with pip install permgraph[distributed]"
+        )
+    if not isinstance(loader, DataLoader):
+        raise PermgraphError(
+            f"an accelerator deals out the batches of a DataLoader, but the loader is a {type(loader).__name__}"
+        )
+    if accelerator.mixed_precision == "fp16" or accelerator.gradient_accumulation_steps != 1:
+        raise PermgraphError(
+            f"mixed_precision={accelerator.mixed_precision!r} and "
+            f"gradient_accumulation_steps={accelerator.gradient_accumulation_steps}: the accelerator must scale no "
+            f"gradients; choose 'no' or 'bf16', and 1"
+        )

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import permgraph
-from permgraph.errors import MismatchError, NonFiniteError, PermgraphError
+from permgraph.errors import CheckpointError, MismatchError, NonFiniteError, PermgraphError
 from permgraph.matching import StraightThrough, WeightMatching, align
 
 
@@ -237,3 +242,136 @@ def test_refuses_a_loss_that_is_no_number(pair):
 def test_says_when_the_free_weights_diverge(pair):
     with pytest.raises(NonFiniteError, match="lower the learning rate"):
         align(*pair, StraightThrough(batches(), optimizer=lambda p: torch.optim.SGD(p, lr=float("inf")), epochs=3))
+
+
+def shuffled(seed=5, size=32):
+    return DataLoader(
+        TensorDataset(*data()), batch_size=size, shuffle=True, generator=torch.Generator().manual_seed(seed)
+    )
+
+
+def dropping():
+    """A pair whose loss draws random numbers, so that a run which lost the random state would not be the same."""
+
+    def loss(output, targets):
+        return nn.functional.cross_entropy(output + 0.01 * torch.randn_like(output), targets)
+
+    return loss
+
+
+@pytest.mark.parametrize("make", [shuffled, lambda: DataLoader(TensorDataset(*data()), batch_size=32, shuffle=True)])
+def test_a_run_from_its_checkpoint_ends_as_one_without_a_break(pair, tmp_path, make):
+    settings = dict(epochs=4, optimizer=sgd, project_every=3, loss=dropping())
+    whole = align(*pair, StraightThrough(make(), **settings), seed=3)
+
+    def stop_after_two(sweep):
+        if sweep.number == 2:
+            raise KeyboardInterrupt
+
+    file = tmp_path / "run.pt"
+    broken = align(*pair, StraightThrough(make(), **settings, checkpoint=file), seed=3, progress=stop_after_two)
+    assert broken.outcome == "interrupted"
+    assert broken.sweeps == 2
+    torch.manual_seed(99)
+    resumed = align(*pair, StraightThrough(make(), **settings, checkpoint=file), seed=3)
+    assert resumed.permutation == whole.permutation
+    assert resumed.objective == whole.objective
+    assert resumed.objective_before == whole.objective_before
+    assert [(s.number, s.objective, s.moved) for s in resumed.history] == [
+        (s.number, s.objective, s.moved) for s in whole.history
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["run.pt"]
+    # Finished, it has nothing left to do; asked for more epochs, it goes on.
+    again = align(*pair, StraightThrough(make(), **settings, checkpoint=file), seed=3)
+    assert again.history == resumed.history
+    longer = align(*pair, StraightThrough(make(), **{**settings, "epochs": 5}, checkpoint=file), seed=3)
+    assert longer.history[:4] == resumed.history
+    assert longer.sweeps == 5
+
+
+def test_a_checkpoint_holds_tensors_and_plain_values_only(pair, tmp_path):
+    align(*pair, StraightThrough(batches(), epochs=1, checkpoint=tmp_path / "run.pt"))
+    assert torch.load(tmp_path / "run.pt", weights_only=True)["steps"] == 4
+
+
+def test_refuses_the_checkpoint_of_another_run(pair, tmp_path):
+    file = tmp_path / "run.pt"
+    how = StraightThrough(batches(), epochs=1, checkpoint=file)
+    align(*pair, how, seed=1)
+    with pytest.raises(CheckpointError, match="belongs to another run, with other seed: give another path"):
+        align(*pair, how, seed=2)
+    with pytest.raises(CheckpointError, match="other weights of A, weights of B:"):
+        align(pair[1], pair[0], how, seed=1)
+    with pytest.raises(CheckpointError, match="other project_every, optimizer"):
+        align(*pair, StraightThrough(batches(), project_every=2, optimizer=sgd, checkpoint=file), seed=1)
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=r"run.pt: not the checkpoint of a straight-through run"):
+        align(*pair, how, seed=1)
+    torch.save({"format": "another", "version": 1}, file)
+    with pytest.raises(CheckpointError, match="holds 'another', version 1"):
+        align(*pair, how, seed=1)
+
+
+def test_measures_no_permutation_twice_in_a_row(pair):
+    """Where training has settled, an epoch needs no pass over the loader to measure what was measured already."""
+    read = []
+
+    class Counted(list):
+        def __iter__(self):
+            read.append(1)
+            return super().__iter__()
+
+    align(*pair, StraightThrough(Counted(batches()), epochs=3, optimizer=lambda p: torch.optim.SGD(p, lr=0.0)))
+    assert len(read) == 2 + 3  # the identity, weight matching, and three epochs that moved nothing
+
+
+def test_an_accelerator_gives_the_same_in_one_process(pair):
+    accelerate = pytest.importorskip("accelerate")
+    plain = align(*pair, StraightThrough(shuffled(), epochs=2, optimizer=sgd, project_every=3))
+    engine = accelerate.Accelerator(cpu=True)
+    fit = align(*pair, StraightThrough(shuffled(), epochs=2, optimizer=sgd, project_every=3, accelerator=engine))
+    assert fit.permutation == plain.permutation
+    assert fit.objective == pytest.approx(plain.objective, rel=1e-5)
+
+
+def test_refuses_accelerators_that_would_scale_gradients():
+    accelerate = pytest.importorskip("accelerate")
+    with pytest.raises(PermgraphError, match=r"not a str; it comes with pip install permgraph\[distributed\]"):
+        StraightThrough(shuffled(), accelerator="gpu")
+    with pytest.raises(PermgraphError, match="the loader is a list"):
+        StraightThrough(batches(), accelerator=accelerate.Accelerator(cpu=True))
+    with pytest.raises(PermgraphError, match="gradient_accumulation_steps=2"):
+        StraightThrough(shuffled(), accelerator=accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this build of torch has no processes to join")
+def test_two_processes_find_what_one_does(tmp_path):
+    pytest.importorskip("accelerate")
+    port = _free_port()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    environment.pop("CUDA_VISIBLE_DEVICES", None)
+    root = Path(__file__).parents[2]
+    found = {}
+    for world in (1, 2):
+        running = []
+        for rank in range(world):
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)} if world > 1 else {}
+            out = tmp_path / f"{world}-{rank}.pt"
+            command = [sys.executable, "-m", "tests.matching.two_processes", str(out)]
+            running.append(subprocess.Popen(command, env={**environment, **own}, cwd=root))
+        assert [process.wait(timeout=300) for process in running] == [0] * world
+        found[world] = [torch.load(tmp_path / f"{world}-{rank}.pt", weights_only=True) for rank in range(world)]
+    (alone,), (one, other) = found[1], found[2]
+    for arrays in (one["arrays"], other["arrays"]):
+        assert all(torch.equal(arrays[name], array) for name, array in alone["arrays"].items())
+    assert one["objective"] == other["objective"] == pytest.approx(alone["objective"], rel=1e-4)
+    assert one["history"] == pytest.approx(alone["history"], rel=1e-4)
+    assert len(set(alone["history"])) > 1  # it went somewhere
+    assert one["world"] == 2 and alone["world"] == 1
+
+
+def _free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
