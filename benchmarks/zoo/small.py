@@ -49,6 +49,8 @@ MAIN_WIDTH = (
 #: Lists of those layers that are of some kind; and of layers from which something is taken.
 LISTED = re.compile(r"_layers$|_layer_ids$|_layer_idx$")
 INDICES = re.compile(r"_(indices|indexes)$")
+#: Widths inside one block, which nothing else depends on.
+INNER = re.compile(r"^(\w+_)?(intermediate_size|ffn_hidden_size|ffn_dim|mlp_dim|d_ff|encoder_ffn_dim|decoder_ffn_dim)$")
 LENGTH = re.compile(r"^(max_position_embeddings|n_positions|max_seq_len|n_ctx|max_sequence_length|seq_length)$")
 VOCAB = re.compile(r"^(\w+_)?vocab_size\w*$|^n_vocab$|_vocab$")
 EXPERTS = re.compile(r"^(num_experts|n_routed_experts|num_local_experts|moe_num_experts|num_routed_experts)$")
@@ -370,6 +372,8 @@ def _smaller(name: str, value: Any, shrink: Shrink, factor: Fraction, widths: Ma
         return min(value, 2 if name.endswith("n_group") else 1)
     if value in widths and (WIDTH.search(name) or name.endswith(("_size", "_groups"))):
         return widths[value]
+    if shrink.heads and INNER.search(name):
+        return min(value, 128)
     if WIDTH.search(name):
         narrow = _quotient(value, factor) if shrink.heads else None
         return narrow if narrow is not None and narrow >= shrink.least else _divided(value, shrink)

@@ -133,13 +133,11 @@ def test_heads_may_keep_their_size_and_widths_that_are_equal_shrink_alike() -> N
     text = small["text_config"]
     assert (text["hidden_size"], text["num_attention_heads"], text["num_key_value_heads"]) == (512, 4, 2)
     assert text["head_dim"] == 128 and text["rope_parameters"]["mrope_section"] == [16, 24, 24]
-    assert text["intermediate_size"] == 14336 // 8
+    assert text["intermediate_size"] == 128
     assert small["projection_dim"] == 512 and small["vision_config"]["output_size"] == 512
     assert (small["vision_config"]["d_model"], small["vision_config"]["num_heads"]) == (128, 2)
     assert small["vision_config"]["depth"] == 2
-    # One layer of each kind that the lists and the table tell apart: all of the six but the fifth.
-    assert text["num_hidden_layers"] == 5 and text["layer_types"] == ["a", "b", "a", "b", "b"]
-    assert text["mlp_layer_types"] == ["c", "c", "c", "c", "d"]
-    assert text["num_dense_layers"] == 2
-    assert text["moe_layers"] == [2]
+    # One layer of each kind that the lists and the table tell apart: all six, since a list names the fifth.
+    assert text["num_hidden_layers"] == 6 and text["layer_types"] == ["a", "b"] * 3
+    assert text["num_dense_layers"] == 3 and text["moe_layers"] == [2, 4]
     assert text["per_layer_config"] == {"01": {"num_attention_heads": 8, "head_dim": 64}, "02": {"head_dim": 99}}
