@@ -1,0 +1,122 @@
+"""A spec as the plain data that the page works on.
+
+Whatever repeats is written once and referred to by number, so that the constraints of a model with hundreds of layers
+take a megabyte or two. The page finds the paths through them itself.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from permgraph.expressions import Axis, Family, Fixed, Label, Product, Ref, Sum
+from permgraph.pictures.lanes import lay_out
+from permgraph.pictures.palette import COLOURS
+from permgraph.pictures.tree import Module, Repeated, module_tree, short_names
+
+if TYPE_CHECKING:
+    from permgraph.binding import Group
+    from permgraph.provenance import SlotPin, Tie
+    from permgraph.spec import PermutationSpec, Pin
+
+
+def content(spec: PermutationSpec) -> dict[str, Any]:
+    """Everything that the page shows of ``spec``, ready for JSON; `page.js` says what each field is for."""
+    return _Writer(spec).content()
+
+
+class _Writer:
+    def __init__(self, spec: PermutationSpec) -> None:
+        self.spec = spec
+        self.group_at = {name: at for at, name in enumerate(spec.groups)}
+        self.parameter_at = {name: at for at, name in enumerate(spec.axes)}
+        self.strings: dict[str, int] = {}
+        self.steps: dict[tuple[int, int, int], int] = {}
+        # The axes of parameters come first, in their order, so that their numbers need not be written.
+        self.slots: dict[str, int] = {}
+        for name, axes in spec.axes.items():
+            for dim in range(len(axes)):
+                self.slots[f"{name}[{dim}]"] = len(self.slots)
+
+    def content(self) -> dict[str, Any]:
+        spec = self.spec
+        constraints = spec.constraints
+        short, colours = short_names(spec.groups), self.colours()
+        others: dict[str, list[str]] = {}
+        for alias, canonical in spec.aliases.items():
+            others.setdefault(canonical, []).append(alias)
+        data: dict[str, Any] = {
+            "groups": [self.group(group, short[name], colours.get(name, 0)) for name, group in spec.groups.items()],
+            "parameters": [
+                [name, list(spec.shapes[name]), list(map(self.expression, axes)), others.get(name, [])]
+                for name, axes in spec.axes.items()
+            ],
+            "tree": self.module(module_tree(spec)),
+            "pins": [
+                [self.parameter_at[p.parameter], p.dim, p.size, *self.because(p)]
+                for p in spec.pins
+                if p.parameter in self.parameter_at
+            ],
+            "unknown": [[op.operator, op.count, op.module, op.source] for op in spec.unknown_ops],
+            "unused": list(spec.unused),
+            "kept": constraints is not None,
+            "ties": [n for tie in constraints.ties for n in (self.slot(tie.a), self.slot(tie.b), self.step(tie))]
+            if constraints
+            else [],
+            "rests": [n for pin in constraints.pins for n in (self.slot(pin.slot), *self.because(pin))]
+            if constraints
+            else [],
+        }
+        return {**data, "steps": [list(step) for step in self.steps], "strings": list(self.strings)}
+
+    def group(self, group: Group, short: str, colour: int) -> list[Any]:
+        parents = [self.group_at[parent] for parent in group.parents]
+        moving = group.name in self.spec.moving
+        return [group.name, short, group.size, parents, int(group.fixed), int(moving), colour]
+
+    def colours(self) -> dict[str, int]:
+        """A colour for each moving group: that of its lane where it has one, so that neighbours differ."""
+        picture = lay_out(self.spec, rows=len(self.spec.axes) + 1, collapse=False)
+        found = {lane.group: lane.column % len(COLOURS) for lane in picture.lanes}
+        for row in picture.rows:
+            taken = {found[group] for group in row.first | row.later if group in found}
+            for group in row.inner:
+                free = [colour for colour in range(len(COLOURS)) if colour not in taken]
+                found[group] = free[0] if free else len(found) % len(COLOURS)
+                taken.add(found[group])
+        return found
+
+    def expression(self, axis: Axis) -> Any:
+        """A number for what stays put, a negative one for a group, else a list: the kind, and what is inside."""
+        match axis:
+            case Fixed(size):
+                return size
+            case Ref(group):
+                return -1 - self.group_at[group]
+            case Product(factors):
+                return ["*", *map(self.expression, factors)]
+            case Sum(parts):
+                return ["+", *map(self.expression, parts)]
+            case Label(name, inner):
+                return [":", name, self.expression(inner)]
+            case Family(on, members):
+                return ["@", on, *map(self.expression, members)]
+
+    def module(self, module: Module | Repeated) -> Any:
+        """``[path, parameters, children]``, or ``[path of the one, those like it]``."""
+        if isinstance(module, Repeated):
+            return [module.like, list(map(self.module, module.modules))]
+        parameters = [self.parameter_at[name] for name in module.parameters]
+        return [module.path, parameters, list(map(self.module, module.children))]
+
+    def string(self, text: str | None) -> int:
+        return -1 if text is None else self.strings.setdefault(text, len(self.strings))
+
+    def step(self, made: Tie | SlotPin | Pin) -> int:
+        key = (self.string(made.operator), self.string(made.module), self.string(made.source))
+        return self.steps.setdefault(key, len(self.steps))
+
+    def slot(self, slot: str) -> int:
+        return self.slots.setdefault(slot, len(self.slots))
+
+    def because(self, pin: SlotPin | Pin) -> tuple[int, int]:
+        return self.string(pin.reason), self.step(pin)
