@@ -1,0 +1,68 @@
+"""Function caches around a forward pass are emptied, so that nothing of it is handed to the next."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from permgraph.capture.caches import caches_emptied, function_caches
+
+
+@functools.lru_cache(maxsize=4)
+def positions(count: int) -> Tensor:
+    return torch.arange(count)
+
+
+def wrapped(function: Callable[..., Any]) -> Callable[..., Any]:
+    cached = functools.lru_cache(maxsize=4)(function)
+
+    @functools.wraps(function)
+    def wrapper(*args: Any) -> Any:
+        return cached(*args)
+
+    return wrapper
+
+
+@wrapped
+def angles(count: int) -> Tensor:
+    return torch.arange(count) / 3
+
+
+class Placed(nn.Module):
+    @wrapped
+    def table(self, count: int) -> Tensor:
+        return torch.arange(count) * 2
+
+    @staticmethod
+    @functools.lru_cache
+    def other(count: int) -> Tensor:
+        return torch.arange(count)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = x.shape[-1]
+        return x + positions(n) + angles(n) + self.table(n) + self.other(n)
+
+
+class Derived(Placed):
+    pass
+
+
+def test_caches_of_functions_methods_and_wrappers_are_found_through_the_bases() -> None:
+    assert len(list(function_caches([Placed()]))) == 4
+    assert len(list(function_caches([Derived(), nn.Linear(2, 2)]))) == 4
+    assert list(function_caches([nn.Linear(2, 2)])) == []
+
+
+def test_nothing_is_left_in_them() -> None:
+    model = Placed()
+    model(torch.zeros(5))
+    assert positions.cache_info().currsize == 1
+    with caches_emptied([model]):
+        assert all(cache.cache_info().currsize == 0 for cache in function_caches([model]))
+        model(torch.zeros(5))
+        assert all(cache.cache_info().currsize == 1 for cache in function_caches([model]))
+    assert all(cache.cache_info().currsize == 0 for cache in function_caches([model]))
