@@ -24,6 +24,7 @@ from permgraph.errors import MismatchError, NonFiniteError, PermgraphError
 from permgraph.matching.assignment import Solver
 from permgraph.matching.moves import Move, Place, Plan
 from permgraph.matching.objective import STATISTICS, StateDict
+from permgraph.matching.order import informed_order
 from permgraph.matching.paired import paired_values
 from permgraph.matching.renumber import Arrays, act, compose
 from permgraph.matching.result import MatchResult, Outcome, Progress, Sweep
@@ -197,12 +198,14 @@ class _Streamed:
         self.arrays: Arrays = {}
         self.free: set[str] = set()
         self.work = torch.float32
+        self.spread: dict[str, float] = {}
         self.objective = self._objective(check=True)
         if isinstance(how.init, Permutation):
             self.arrays = dict(how.init.arrays)
             self.objective = self._objective()
         elif how.init == "barycentre":
             self.free = {name for move in self.plan.moves for name in move.groups}
+        self.sequence = informed_order(self.plan, self.spread, np.random.default_rng(seed))
         self.stale = set(range(len(self.plan.moves)))
         self.neighbours = _neighbours(self.plan)
         self.history: list[Sweep] = []
@@ -238,14 +241,18 @@ class _Streamed:
         one, other = self._a(name), self._b(name, arrays)
         if check and one.dtype == other.dtype == torch.float64:
             self.work = torch.float64
-        total = 0.0
+        total, moments = 0.0, np.zeros((2, 2))
         portions = zip(torch.split(one.reshape(-1), PORTION), torch.split(other.reshape(-1), PORTION), strict=True)
         for x, y in portions:
             x, y = x.to(self.work), y.to(self.work)
             if check:
                 _require_finite(x, one, name, "A")
                 _require_finite(y, other, name, "B")
+                moments += [[float(z.sum(dtype=torch.float64)), float(z.square().sum())] for z in (x, y)]
             total += float((x * y).sum(dtype=torch.float64))
+        if check:
+            mean, square = moments.T / max(1, one.numel())
+            self.spread[name] = float(np.prod(np.maximum(square - mean**2, 0.0)))
         return total
 
     def _gain(self, step: Arrays, arrays: Arrays, parameters: Sequence[str]) -> tuple[float, float]:
@@ -275,7 +282,7 @@ class _Streamed:
         number = self.how.done + len(self.history) + 1
         before, unknown = dict(self.arrays), bool(self.free)
         gains: dict[str, float] = {}
-        for done, at in enumerate(self._order(np.random.default_rng((self.seed, number)))):
+        for done, at in enumerate(self.sequence):
             if at in self.stale:
                 move = self.plan.moves[at]
                 gains[move.name] = gains.get(move.name, 0.0) + self._step(at, move, done)
@@ -291,20 +298,6 @@ class _Streamed:
                 time.perf_counter() - self.started,
             )
         )
-
-    def _order(self, rng: np.random.Generator) -> Iterator[int]:
-        left: list[int] = rng.permutation(len(self.plan.moves)).tolist()
-        while left:
-            # Where groups are unknown, first those of which the known ones tell most.
-            at = max(left, key=lambda at: self._known(self.plan.moves[at])) if self.free else left[0]
-            left.remove(at)
-            yield at
-
-    def _known(self, move: Move) -> float:
-        free = self.free - move.groups
-        blocks = self.plan.standing[move.name]
-        known = sum(b.size / math.prod(leaf.size for leaf in b.leaves if leaf.group in free) for b in blocks)
-        return known / sum(block.size for block in blocks)
 
     def _step(self, at: int, move: Move, done: int) -> float:
         """Take one move if it raises the objective; what it gained."""

@@ -7,7 +7,6 @@ over any spec, with dependent groups by nested assignment, and with no Gram matr
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from permgraph.matching.assignment import Solver
 from permgraph.matching.kept import Kept
 from permgraph.matching.moves import Move, Place, Plan
 from permgraph.matching.objective import STATISTICS, Objective, Pair, StateDict, Weights, pair
+from permgraph.matching.order import informed_order
 from permgraph.matching.paired import paired_values
 from permgraph.matching.renumber import Arrays, act, compose
 from permgraph.matching.result import MatchResult, Outcome, Progress, Sweep
@@ -57,8 +57,8 @@ class WeightMatching:
             number or to a tensor of its shape (diagonal Fisher information, say). Names left out count 1.
         ignore: patterns (as in `fnmatch`) of names that are permuted, but are no evidence.
         order: in which order the groups take their turns: "random", anew for each sweep; "given", as in the spec; or
-            "informed": at random, but in the first sweep from the barycentre always next the group on which those
-            already matched and the fixed axes tell most.
+            "informed", in which the first sweep from the barycentre can be expected to gain most, because each group
+            is matched when it has evidence, and evidence is spread over groups.
         solver: for the assignments, see `assign`.
         dtype: in which to compute; by default float64 where both models are, else float32.
         memory: bytes that Gram matrices may take between steps; by default as many as the compared weights of one
@@ -164,6 +164,7 @@ class _Ascent:
         self.inner = dict(at_rest)
         self.free: set[str] = set()
         self.order: str = how.order
+        self.sequence: list[int] | None = None
         self.stale = set(range(len(plan.moves)))
         self.neighbours = _neighbours(plan)
         self.grams = Kept(sum(tensor.nbytes for tensor in compared.a.values()) if how.memory is None else how.memory)
@@ -240,25 +241,18 @@ class _Ascent:
 
     def _order(self) -> Iterator[int]:
         count = len(self.plan.moves)
-        if self.free and self.order == "informed":
-            left = self.rng.permutation(count).tolist()
-            while left:
-                number = max(left, key=lambda number: self._known(self.plan.moves[number]))
-                left.remove(number)
-                yield number
+        if self.order == "informed":
+            if self.sequence is None:
+                spread = {
+                    name: float(torch.var(a, correction=0)) * float(torch.var(self.compared.b[name], correction=0))
+                    for name, a in self.compared.a.items()
+                }
+                self.sequence = informed_order(self.plan, spread, self.rng)
+            yield from self.sequence
         elif self.order != "given":
             yield from self.rng.permutation(count).tolist()
         else:
             yield from range(count)
-
-    def _known(self, move: Move) -> float:
-        """The share of the evidence on a move that does not hang on groups that are unknown."""
-        free = self.free - move.groups
-        known, whole = 0.0, 0.0
-        for block in self.plan.standing[move.name]:
-            whole += block.size
-            known += block.size / math.prod(leaf.size for leaf in block.leaves if leaf.group in free)
-        return known / whole
 
     def _step(self, number: int, move: Move) -> float:
         """Take one move if it raises the objective; what it gained."""
