@@ -10,9 +10,11 @@ import typer
 
 from permgraph.cli.checkpoints import permuted, require_finite
 from permgraph.cli.options import Data, Matching, Shown, Subject, Writing
+from permgraph.cli.report import PAGE, check_page, match_of
 from permgraph.cli.screen import Screen
 from permgraph.cli.work import Work, said
 from permgraph.io import Staging, write_checkpoint
+from permgraph.pictures import report as write_page
 
 
 def align(
@@ -23,6 +25,7 @@ def align(
     permutation_file: Annotated[
         Path | None, typer.Option("--permutation", "-p", help="Save the permutation here as safetensors.")
     ] = None,
+    page: Annotated[Path | None, typer.Option("--report", help=PAGE)] = None,
     subject: Subject,
     matching: Matching,
     data: Data,
@@ -41,12 +44,15 @@ def align(
         permgraph align a.pt b.pt -m net.py:Net --matcher activation --data ./mnist --flatten -o c.pt
     """
     with Screen(shown) as screen:
+        check_page(page)
         work = Work.prepare((a, b), subject, matching, data, screen, output=writing.output, like=1)
         other = work.checkpoints[1]
         names = {key: name for name, key in work.weights[1].keys_of.items()}
         with Staging(writing.output, work.job("align"), overwrite=writing.overwrite) as staging:
             if staging.complete:
                 write_checkpoint(other, staging, lambda key, tensor: tensor)
+                if page is not None:
+                    screen.note("no report: an earlier run had finished, and kept no record of its matching")
                 screen.result({"output": str(writing.output)}, f"an earlier run had finished {writing.output}")
                 return
             if staging.resumed:
@@ -61,4 +67,10 @@ def align(
 
             with screen.stage("writing", other.nbytes) as update:
                 write_checkpoint(other, staging, moved, progress=lambda done, whole: update(done))
+        if page is not None:
+            about = {"A": str(a), "B": str(b), "weights of": work.model or str(subject.spec_file)}
+            with screen.stage("comparing layers"):
+                fit = match_of(report, permutation)
+                write_page(work.spec, page, alignment=fit, models=(work.weights[0], work.weights[1]), about=about)
+            screen.note(f"report written to {page}")
         screen.result({"output": str(writing.output), **report}, f"{said(report)}\nwritten to {writing.output}")

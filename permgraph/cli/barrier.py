@@ -13,13 +13,14 @@ from permgraph.cli.checkpoints import require_finite
 from permgraph.cli.data import class_dim_of
 from permgraph.cli.models import FORMS
 from permgraph.cli.options import Data, Matching, Shown, Split, Subject
-from permgraph.cli.report import barrier_page
 from permgraph.cli.screen import Screen
 from permgraph.cli.work import Work
 from permgraph.connectivity import Barrier, evaluate_on, recalibrate_batchnorm
 from permgraph.connectivity import barrier as measure
 from permgraph.errors import CheckpointError, EvaluationError, MismatchError
 from permgraph.files import write_atomically
+from permgraph.matching import MatchResult
+from permgraph.pictures import report
 
 
 def barrier(
@@ -62,9 +63,10 @@ def barrier(
             for name, tensor in state.items():
                 require_finite(name, tensor, checkpoint.path)
         lines = {"as given": states[1]}
+        fit: MatchResult | None = None
         if aligned:
-            permutation = work.find(1).permutation
-            lines["aligned"] = permutation.apply(states[1])
+            fit = work.find(1)
+            lines["aligned"] = fit.permutation.apply(states[1])
         loader, module = work.loader, modules[0]
         assert loader is not None
         evaluate = evaluate_on(loader, class_dim=class_dim_of(data))
@@ -90,16 +92,19 @@ def barrier(
             for title, line in found.items()
         }
         result = {"a": str(a), "b": str(b), "model": work.model, "lines": figures}
-        if output is not None:
+        if output is not None and output.suffix == ".html":
+            about = {"A": str(a), "B": str(b), "weights of": work.model}
+            models = (states[0], states[1])
+            report(work.spec, output, alignment=fit, models=models, barrier=found, about=about)
+        elif output is not None:
             _write(output, found, result)
+        if output is not None:
             screen.note(f"written to {output}")
         screen.result(result, "\n".join(f"{title}: {line}" for title, line in found.items()))
 
 
 def _write(output: Path, found: Mapping[str, Barrier], result: Mapping[str, Any]) -> None:
-    if output.suffix == ".html":
-        write_atomically(output, barrier_page(found, result).encode())
-    elif output.suffix == ".json":
+    if output.suffix == ".json":
         write_atomically(output, json.dumps(result, indent=2).encode())
     else:
         axes = None

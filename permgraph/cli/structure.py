@@ -13,9 +13,11 @@ from permgraph.capture.outputs import tensor_leaves
 from permgraph.cli.checkpoints import fitted, require_finite, whole_state
 from permgraph.cli.models import FORMS, build, parse_inputs, spec_of
 from permgraph.cli.options import Shown, complete_model
+from permgraph.cli.report import PAGE, check_page
 from permgraph.cli.screen import SAYS_NO, Screen, table
 from permgraph.errors import CaptureError
 from permgraph.io import open_checkpoint
+from permgraph.pictures import report
 from permgraph.spec import PermutationSpec
 from permgraph.verify import verify as verify_spec
 
@@ -32,6 +34,7 @@ def spec(
     model: Model,
     *,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Save the spec here as JSON.")] = None,
+    page: Annotated[Path | None, typer.Option("--report", help=PAGE)] = None,
     inputs: Inputs = None,
     pins: Annotated[bool, typer.Option("--pins", help="List what stays put, and why.")] = False,
     shown: Shown,
@@ -43,13 +46,19 @@ def spec(
         permgraph spec torchvision:resnet18 -o resnet18.json
 
         permgraph spec hf:./my-llama --pins
+
+        permgraph spec timm:convnext_atto --report convnext.html
     """
     with Screen(shown) as screen:
+        check_page(page)
         with screen.stage("finding symmetries"):
             found = spec_of(model, inputs)
         if output is not None:
             found.save(output)
             screen.note(f"saved to {output}")
+        if page is not None:
+            report(found, page, about={"model": model})
+            screen.note(f"report written to {page}")
         text = str(found)
         if pins:
             rows = [(f"{pin.parameter}[{pin.dim}]", str(pin.size), pin.reason) for pin in found.pins]

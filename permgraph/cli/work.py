@@ -174,6 +174,16 @@ class Work:
             "groups": len(self.spec.moving),
             "moved": sum(result.permutation.moved().values()),
             "of": sum(array.size for array in result.permutation.arrays.values()),
+            "seconds": result.seconds,
+            "history": [
+                {
+                    "sweep": sweep.number,
+                    "objective": sweep.objective,
+                    "moved": sum(sweep.moved.values()),
+                    "seconds": sweep.seconds,
+                }
+                for sweep in result.history
+            ],
         }
 
 

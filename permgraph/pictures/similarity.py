@@ -64,6 +64,8 @@ def layer_similarity(
         one, other = (_tensor(state, name, shape, spec, whose) for state, whose in ((a, "A"), (b, "B")))
         if not one.is_floating_point():
             continue
+        if other.dtype.itemsize == 1:  # eight-bit floats cannot be indexed everywhere
+            other = other.float()
         moved = None if permutation is None else permutation.apply_to(name, other)
         layer = sums.setdefault(name.rpartition(".")[0] or name, [0.0, 0.0, 0.0, 0.0])
         layer[0] += _inner(one, one)
