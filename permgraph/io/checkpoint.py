@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from permgraph.errors import CheckpointError, MismatchError
+from permgraph.io.distributed_folder import METADATA, DistributedFolder
 from permgraph.io.safetensors_file import SafetensorsFile
 from permgraph.io.tensors import TensorFile, TensorFormat
 from permgraph.io.torch_file import TorchFile
@@ -80,6 +81,8 @@ class Checkpoint(Mapping[str, torch.Tensor]):
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Open a checkpoint: a safetensors or PyTorch file, an index of several, or a folder with any of these.
 
+    A folder may also be one that ``torch.distributed.checkpoint`` wrote; its tensors are put together as they are read.
+
     PyTorch files are read with ``weights_only=True`` only; a state dict that a training script has wrapped up
     (``"state_dict"``, ``"model"``, ...) is found. A folder's index may name only files in that folder.
 
@@ -102,6 +105,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     if weights.name.endswith(".index.json"):
         index: Path | None = weights
         files, listed = _shards(weights)
+    elif weights.name == METADATA:
+        index, files, listed = None, (DistributedFolder.open(weights.parent),), None
     else:
         index, files, listed = None, (_open_file(weights),), None
     formats: dict[str, TensorFormat] = {}
@@ -125,6 +130,8 @@ def _weights_in(folder: Path) -> Path:
     for name in IN_FOLDERS:
         if (folder / name).is_file():
             return folder / name
+    if (folder / METADATA).is_file():
+        return folder / METADATA
     found = [p for p in sorted(folder.iterdir()) if p.suffix == ".safetensors" and p.is_file()]
     found = found or [p for p in sorted(folder.iterdir()) if p.suffix in TORCH_SUFFIXES and p.is_file()]
     if len(found) == 1:

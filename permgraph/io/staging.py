@@ -18,6 +18,7 @@ from typing import IO, Any
 
 from permgraph.errors import CheckpointError
 from permgraph.files import write_atomically
+from permgraph.io.distributed_folder import METADATA
 
 JOURNAL = "journal.json"
 RESULT = "out"
@@ -91,8 +92,10 @@ class Staging:
         return bool(self.finished)
 
     def path(self, name: str) -> Path:
-        """Where a file of the output is made. Names that begin with a dot are notes of the run, not output."""
-        return (self.folder if name.startswith(".") else self.folder / RESULT) / name
+        """Where a file of the output is made. Names that begin with a dot are notes of the run, not output,
+        but for the description of a distributed checkpoint."""
+        note = name.startswith(".") and name != METADATA
+        return (self.folder if note else self.folder / RESULT) / name
 
     def make(self, name: str, write: Callable[[IO[bytes]], str | None]) -> None:
         """Have a file written, unless it is finished already, flush it to the disk, and note it as finished.

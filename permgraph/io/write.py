@@ -13,12 +13,13 @@ import torch
 
 from permgraph.errors import CheckpointError
 from permgraph.io.checkpoint import TORCH_SUFFIXES, Checkpoint
+from permgraph.io.distributed_folder import METADATA, DistributedFolder
 from permgraph.io.safetensors_file import SafetensorsFile, write_safetensors
 from permgraph.io.staging import Staging
 from permgraph.io.tensors import TensorFile, TensorFormat, Transform
 from permgraph.io.torch_file import TorchFile
 
-WEIGHTS = (".safetensors", *TORCH_SUFFIXES, ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".npz", ".tflite")
+WEIGHTS = (".safetensors", *TORCH_SUFFIXES, ".distcp", ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".npz", ".tflite")
 LARGEST_COMPANION = 200_000_000  # bytes; a tokenizer is smaller, and what is larger holds weights
 
 
@@ -71,6 +72,10 @@ def write_checkpoint(
 
     single = source.folder is None and source.index is None
     for file in source.files:
+        if isinstance(file, DistributedFolder):
+            done += sum(file.formats[key].nbytes for key, part in file.part_files().items() if part in staging.finished)
+            _write_distributed(file, staging, counted)
+            continue
         name = target.name if single else file.path.name
         if name in staging.finished:
             done += sum(form.nbytes for form in file.formats.values())
@@ -79,6 +84,21 @@ def write_checkpoint(
         for path in companions(source):
             staging.make(str(path), functools.partial(_copy, _base(source) / path))
     staging.finish(target.name if single else None)
+
+
+def _write_distributed(folder: DistributedFolder, staging: Staging, transform: Transform) -> None:
+    """Make each tensor a file of its own, and then their description."""
+    for key, name in folder.part_files().items():
+
+        def write(out: IO[bytes], key: str = key) -> None:
+            torch.save(transform(key, folder.read(key)).contiguous().clone(), out)
+
+        staging.make(name, write)
+    staging.make(METADATA, lambda out: _put(out, folder.description(staging.path(METADATA).parent)))
+
+
+def _put(out: IO[bytes], content: bytes) -> None:
+    out.write(content)
 
 
 def check_target(source: Checkpoint, target: Path) -> None:
