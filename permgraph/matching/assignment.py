@@ -16,6 +16,8 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from permgraph.errors import NonFiniteError, PermgraphError
 
@@ -101,6 +103,89 @@ def assign(
             raise PermgraphError(f"{name} is a batch of {len(rows)}; certificates are for one matrix at a time")
         found = replace(found, gap=certify(rows[0], columns[0], maximise=maximise))
     return found
+
+
+def assign_limited(
+    matrix: np.ndarray,
+    stay: np.ndarray,
+    most: int,
+    *,
+    solver: Solver = "auto",
+    name: str = "the value matrix",
+) -> Assignment:
+    """The assignment of greatest total in which at most `most` rows leave the column where they are.
+
+    A bonus on staying is searched for by bisection (Lagrangian relaxation): an answer with exactly as many rows moved
+    as are allowed is optimal. Not every number is reached by some bonus; then the cycles in which the answers for the
+    next smaller and the next greater bonus differ are taken while there is room, the best for each row first.
+
+    Args:
+        matrix: real numbers (n, n), the value of each pairing.
+        stay: integers (n,), a permutation: the column where each row is.
+        most: how many rows may leave it.
+        solver, name: as in `assign`.
+
+    Returns:
+        The assignment; its `gap` is 0 where it is proven optimal, else a bound on what a better one could gain.
+
+    Raises:
+        PermgraphError: the matrix is not square, `stay` is no permutation, or `most` is negative.
+    """
+    n = len(matrix)
+    if matrix.shape != (n, n) or not np.array_equal(np.sort(stay), np.arange(n)) or most < 0:
+        raise PermgraphError(
+            f"{name}: a limit on moves needs a square matrix, a permutation to stay at, and a number of rows from 0 "
+            f"up, not {matrix.shape}, {np.shape(stay)} and {most}"
+        )
+    rows = np.arange(n)
+    values = matrix.astype(np.float64)
+    free = assign(values, maximise=True, solver=solver, name=name).columns
+    if np.count_nonzero(free != stay) <= most:
+        return Assignment(free, values[rows, free].sum(), 0.0)
+    inside, outside = np.array(stay), free
+    bound = float(values[rows, free].sum())
+    # At this bonus nothing moves: leaving a column loses it, and gains no more than the spread.
+    low, high = 0.0, 2.0 * float(np.ptp(values)) + 1.0
+    for _ in range(_BISECTIONS):
+        bonus = (low + high) / 2
+        values[rows, stay] += bonus
+        columns = assign(values, maximise=True, solver=solver, name=name).columns
+        # Whoever moves no more rows than are allowed keeps the bonus on all others.
+        bound = min(bound, float(values[rows, columns].sum()) - bonus * (n - most))
+        values[rows, stay] = matrix[rows, stay]
+        moved = int(np.count_nonzero(columns != stay))
+        if moved <= most:
+            inside, high = columns, bonus
+        else:
+            outside, low = columns, bonus
+        if moved == most or high - low <= 1e-12 * high:
+            break
+    columns = _filled(values, stay, most, inside, outside)
+    value = float(values[rows, columns].sum())
+    gap = bound - value
+    scale = float(np.abs(values[rows, columns]).sum()) + high * n
+    return Assignment(columns, np.asarray(value), 0.0 if gap <= 64 * np.finfo(np.float64).eps * scale else gap)
+
+
+_BISECTIONS = 40
+
+
+def _filled(values: np.ndarray, stay: np.ndarray, most: int, inside: np.ndarray, outside: np.ndarray) -> np.ndarray:
+    """`inside`, with those cycles that lead to `outside` for which there is room."""
+    n = len(stay)
+    rows = np.arange(n)
+    owner = np.empty(n, dtype=np.int64)
+    owner[inside] = rows
+    count, cycle = connected_components(coo_array((np.ones(n, dtype=np.int8), (rows, owner[outside])), shape=(n, n)))
+    gains = np.bincount(cycle, values[rows, outside] - values[rows, inside], count)
+    more = np.bincount(cycle, (outside != stay).astype(float) - (inside != stay), count)
+    room = most - int(np.count_nonzero(inside != stay))
+    taken = np.zeros(count, dtype=bool)
+    for at in np.argsort(-gains / np.maximum(more, 0.5), kind="stable"):
+        if gains[at] > 0 and more[at] <= room:
+            taken[at] = True
+            room -= int(more[at])
+    return np.where(taken[cycle], outside, inside)
 
 
 def certify(matrix: np.ndarray, columns: np.ndarray, *, maximise: bool = False, passes: int = 1000) -> float:

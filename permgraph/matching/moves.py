@@ -135,19 +135,20 @@ class Move:
 class Plan:
     """The blocks of the parameters that count, and the moves that reach every element of the spec's group."""
 
-    def __init__(self, spec: PermutationSpec, parameters: Iterable[str]) -> None:
+    def __init__(self, spec: PermutationSpec, parameters: Iterable[str], frozen: Collection[str] = ()) -> None:
         self.spec = spec
         self.blocks = {name: blocks_of(spec, name) for name in parameters}
-        self.standing: dict[str, list[Block]] = {name: [] for name in spec.moving}
+        # A frozen group is like an axis that stays put: no move has it.
+        self.standing: dict[str, list[Block]] = {name: [] for name in spec.moving if name not in frozen}
         for block in itertools.chain.from_iterable(self.blocks.values()):
             for group in dict.fromkeys(leaf.group for leaf in block.leaves):
                 if group in self.standing:
                     self.standing[group].append(block)
-        self.moves = tuple(itertools.chain.from_iterable(self._moves(g) for g in spec.moving if self.standing[g]))
+        self.moves = tuple(itertools.chain.from_iterable(self._moves(g) for g, found in self.standing.items() if found))
 
     def inside(self, group: str) -> tuple[str, ...]:
         """The moving groups fibred over `group`, each after its parents."""
-        found = [name for name, g in self.spec.moving.items() if group in g.parents and self.standing[name]]
+        found = [name for name, g in self.spec.moving.items() if group in g.parents and self.standing.get(name)]
         return tuple(sorted(found, key=lambda name: len(self.spec.groups[name].parents)))
 
     def _moves(self, root: str) -> Iterator[Move]:

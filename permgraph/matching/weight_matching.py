@@ -18,6 +18,7 @@ import torch
 from permgraph.errors import MismatchError, PermgraphError
 from permgraph.matching.assignment import Solver
 from permgraph.matching.kept import Kept
+from permgraph.matching.limits import Frozen, Limits, choose_within, limits_of
 from permgraph.matching.moves import Move, Place, Plan
 from permgraph.matching.objective import STATISTICS, Objective, Pair, StateDict, Weights, pair
 from permgraph.matching.order import informed_order
@@ -61,6 +62,11 @@ class WeightMatching:
             is matched when it has evidence, and evidence is spread over groups.
         solver: for the assignments, see `assign`.
         dtype: in which to compute; by default float64 where both models are, else float32.
+        frozen: what stays as `init` has it: patterns of group names, or a mapping from them to the indices that stay,
+            None for all. Groups that are fibred over others can only be frozen whole.
+        max_moves: how many indices of a group may leave their place in B: a number for every group that is not fibred,
+            or a mapping from patterns. Each step is then the best one where `assign_limited` can prove it, else a
+            feasible one near it.
         memory: bytes that Gram matrices may take between steps; by default as many as the compared weights of one
             model. What does not fit is computed anew when it is needed.
 
@@ -78,6 +84,8 @@ class WeightMatching:
     solver: Solver = "auto"
     dtype: torch.dtype | None = None
     memory: int | None = None
+    frozen: Frozen = ()
+    max_moves: int | Mapping[str, int] | None = None
 
     def __post_init__(self) -> None:
         if self.max_sweeps < 0 or self.restarts < 1:
@@ -110,13 +118,14 @@ class WeightMatching:
         compared = pair(
             a, b, spec, objective=self.objective, weights=self.weights, ignore=self.ignore, dtype=self.dtype
         )
-        plan = Plan(spec, compared.a)
+        frozen, limits = limits_of(spec, self.frozen, self.max_moves, self.init)
+        plan = Plan(spec, compared.a, frozen)
         at_rest = {name: compared.inner([name], compared.b) for name in compared.a}
         before = compared.scale * sum(at_rest.values()) + compared.offset
         best: _Ascent | None = None
         runs: list[float] = []
         for run, stream in enumerate(np.random.SeedSequence(seed).spawn(self.restarts)):
-            ascent = _Ascent(self, compared, plan, np.random.default_rng(stream), at_rest, started)
+            ascent = _Ascent(self, compared, plan, np.random.default_rng(stream), at_rest, limits, started)
             ascent.begin(run)
             ascent.climb(progress)
             runs.append(ascent.objective)
@@ -128,7 +137,7 @@ class WeightMatching:
         assert best is not None
         if best.objective < before and best.outcome != "interrupted":
             # A run that did not begin at the identity can end below it. One that does cannot.
-            best = _Ascent(self, compared, plan, np.random.default_rng(seed), at_rest, started)
+            best = _Ascent(self, compared, plan, np.random.default_rng(seed), at_rest, limits, started)
             best.climb(progress)
             runs.append(best.objective)
         result = MatchResult(
@@ -154,10 +163,12 @@ class _Ascent:
         plan: Plan,
         rng: np.random.Generator,
         at_rest: Mapping[str, float],
+        limits: Mapping[str, Limits],
         started: float,
     ) -> None:
         self.how, self.compared, self.plan, self.rng, self.started = how, compared, plan, rng, started
         self.spec = plan.spec
+        self.limits = limits
         self.arrays: Arrays = {}
         self.b = dict(compared.b)
         self.own: set[str] = set()
@@ -175,12 +186,28 @@ class _Ascent:
     def begin(self, run: int) -> None:
         """Go to the starting point of one of the runs."""
         self.order = "random" if run > 0 and self.how.order == "informed" else self.how.order
-        if run > 0 and (self.how.init != "barycentre" or run % 2 == 0):
-            self._go(self.spec.random(self.rng))
+        again = run > 0 and not any(limits.home is not None for limits in self.limits.values())
+        if again and (self.how.init != "barycentre" or run % 2 == 0):
+            self._go(self._random())
         elif self.how.init == "barycentre":
             self.free = {name for move in self.plan.moves for name in move.groups}
         elif isinstance(self.how.init, Permutation):
             self._go(self.how.init)
+
+    def _random(self) -> Permutation:
+        """A random permutation, with what is frozen as `init` has it."""
+        drawn = dict(self.spec.random(self.rng).arrays)
+        start = self.how.init.arrays if isinstance(self.how.init, Permutation) else self.spec.identity().arrays
+        moving = {name for move in self.plan.moves for name in move.groups}
+        for name, array in drawn.items():
+            if name not in moving:
+                drawn[name] = start[name]
+            elif name in self.limits:
+                held = self.limits[name].held
+                others = np.setdiff1d(np.arange(array.shape[-1]), held)
+                drawn[name] = start[name].copy()
+                drawn[name][others] = self.rng.permutation(start[name][others])
+        return Permutation(self.spec, drawn)
 
     def _go(self, permutation: Permutation) -> None:
         self.arrays = dict(permutation.arrays)
@@ -264,7 +291,7 @@ class _Ascent:
         else:
             worth = outer_values(scene, move.root)
             if self.free:
-                columns, gain = choose(worth, self.how.solver, move.name)
+                columns, gain = self._choose(worth, move)
                 step, new = self._follow(move, columns, scene)
             else:
                 step, new, gain = self._held_back(move, worth, scene)
@@ -286,7 +313,7 @@ class _Ascent:
     def _plain(self, number: int, move: Move, scene: Scene) -> float:
         """A move of one group, of whose Gram matrix only what has changed is computed, and of B only what moves."""
         worth, kept, missing = self._worth(move, scene)
-        columns, gain = choose(worth, self.how.solver, move.name)
+        columns, gain = self._choose(worth, move)
         self.stale.discard(number)
         if kept is not None:
             self.grams.keep(move, kept, columns, missing)
@@ -348,10 +375,18 @@ class _Ascent:
     def _others(self, number: int) -> list[Move]:
         return [self.plan.moves[other] for other in sorted(self.neighbours[number])]
 
+    def _choose(self, worth: torch.Tensor, move: Move) -> tuple[np.ndarray, float]:
+        limits = self.limits.get(move.name)
+        if limits is None:
+            return choose(worth, self.how.solver, move.name)
+        if limits.home is not None and move.name in self.arrays:
+            limits = replace(limits, home=np.argsort(self.arrays[move.name]))
+        return choose_within(worth, self.how.solver, move.name, limits)
+
     def _paired(self, move: Move, scene: Scene) -> tuple[Arrays, dict[str, torch.Tensor], float]:
         """The step of a root and of what each of its pairs has chosen inside, if it raises the objective."""
         worth, inside = paired_values(scene, move, tuple(self.plan.standing[move.name]))
-        columns, _ = choose(worth, self.how.solver, move.name)
+        columns, _ = self._choose(worth, move)
         step: Arrays = {move.name: columns}
         for name, chosen in inside.items():
             step[name] = np.take_along_axis(chosen, columns[..., None, None], axis=-2)[..., 0, :]
@@ -388,7 +423,7 @@ class _Ascent:
         diagonal = worth.diagonal(dim1=-2, dim2=-1)
         pull = 0.0
         for _ in range(8 if move.bent else 1):
-            columns, promised = choose(worth, self.how.solver, move.name)
+            columns, promised = self._choose(worth, move)
             step, new = self._follow(move, columns, scene)
             if not step:
                 break

@@ -13,7 +13,7 @@ from scipy.optimize import linear_sum_assignment
 
 from permgraph.errors import NonFiniteError, PermgraphError
 from permgraph.matching import assignment
-from permgraph.matching.assignment import assign, certify
+from permgraph.matching.assignment import assign, assign_limited, certify
 
 SOLVERS = ["auto", "scipy", "lapx", lambda cost: linear_sum_assignment(cost)[1]]
 
@@ -164,3 +164,37 @@ def test_without_lapx(monkeypatch):
     assert assign(cost).value == pytest.approx(optimum(cost, False), rel=1e-12)
     with pytest.raises(PermgraphError, match="pip install -U lapx"):
         assign(cost, solver="lapx")
+
+
+@given(st.integers(0, 10_000), st.integers(1, 6), st.integers(0, 6))
+def test_limited_moves_against_brute_force(seed, n, most):
+    values, rng = costs(seed, n, n), np.random.default_rng(seed)
+    stay = rng.permutation(n)
+    found = assign_limited(values, stay, most)
+    every = [np.array(p) for p in itertools.permutations(range(n)) if np.sum(np.array(p) != stay) <= most]
+    best = max(values[np.arange(n), p].sum() for p in every)
+    assert sorted(found.columns) == list(range(n))
+    assert np.sum(found.columns != stay) <= most
+    assert found.value == pytest.approx(values[np.arange(n), found.columns].sum(), abs=1e-12)
+    assert found.gap is not None
+    assert found.value <= best + 1e-9 <= found.value + found.gap + 2e-9
+    if found.proven:
+        assert found.value == pytest.approx(best, abs=1e-9)
+
+
+def test_limited_moves_are_mostly_proven():
+    proven = 0
+    for seed in range(20):
+        values = costs(seed, 30, 30, kind="gram")
+        found = assign_limited(values, np.arange(30), 12)
+        assert np.sum(found.columns != np.arange(30)) <= 12
+        assert found.value > np.trace(values)
+        proven += found.proven
+    assert proven >= 5
+
+
+def test_limited_moves_refuse_what_they_cannot_mean():
+    with pytest.raises(PermgraphError, match="a limit on moves"):
+        assign_limited(np.zeros((3, 3)), np.array([0, 0, 1]), 1)
+    with pytest.raises(PermgraphError, match="a limit on moves"):
+        assign_limited(np.zeros((3, 3)), np.arange(3), -1)
