@@ -189,8 +189,10 @@ class Writer:
         return dim == 0 or all(a.pinned is not None for axis in tensor.dims[:dim] for a in self.axes.atoms(axis))
 
     def _parameter(self, name: str, tensor: TypedTensor) -> tuple[Expression, ...]:
-        if name in self.unused:
-            return tuple(Fixed(size) for size in tensor.shape)
+        return tuple(Fixed(size) for size in tensor.shape) if name in self.unused else self.axes_of(tensor)
+
+    def axes_of(self, tensor: TypedTensor) -> tuple[Expression, ...]:
+        """The expression of each dimension of any tensor of the graph, parameter or not."""
         labels: dict[Index, str] = {}
         for axis in tensor.dims:
             for index in self._indices(axis):

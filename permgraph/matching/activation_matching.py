@@ -7,6 +7,7 @@ Neuron Alignment", 2020; Ainsworth, Hayase & Srinivasa, "Git Re-Basin", 2022, se
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,8 +18,10 @@ import torch
 from torch import nn
 
 from permgraph.errors import MismatchError, NonFiniteError, PermgraphError, SpecError
-from permgraph.expressions import Axis, Fixed
+from permgraph.expressions import Axis, Fixed, refs, size_of
+from permgraph.matching.batches import seeded, to
 from permgraph.matching.objective import StateDict
+from permgraph.matching.replay import Replay, Site
 from permgraph.matching.result import MatchResult, Progress
 from permgraph.matching.weight_matching import WeightMatching
 from permgraph.permutation import Permutation
@@ -35,18 +38,26 @@ class ActivationMatching:
     unit of A with each of B over all samples and positions. What the best permutation is then no longer depends on the
     other groups: every group is one assignment, and one with others fibred over it a nested one.
 
-    The outputs used are those of linear, convolution, normalisation and embedding modules, in the axis expression of
-    the weight that makes them.
+    By default the outputs used are those of linear, convolution, normalisation and embedding modules, in the axis
+    expression of the weight that makes them; and for groups that none of these carries, as the channels inside a head
+    or the weights of a module of your own, every tensor of the forward pass that does and that is more than another
+    tensor rearranged. The forward pass is captured for that on the first batch, and replayed for both networks.
 
     Args:
         loader: batches, as often as asked for: a tensor, a tuple or list whose first item is the input, or a mapping
             of keyword arguments. Use one that gives the same batches each time, in a fixed order.
-        measure: "correlation" (Pearson's, each unit counts alike; a unit that never varies correlates with none) or
-            "inner" (mean products: the least-squares objective of Git Re-Basin).
+        measure: "correlation" (Pearson's, each unit counts alike; a unit that never varies correlates with none),
+            "covariance" (each counts by how much it varies) or "inner" (mean products: the least-squares objective of
+            Git Re-Basin).
         weight: how much the weights themselves count: the objective of `ascent` over the parameters, times this, is
             added. 0 for activations alone.
         max_batches: stop the loader after so many.
         ascent: how to search; its objective and weights apply to the parameters, if `weight` is not 0.
+        tensors: "auto", as said above; "modules" for the outputs of modules only; "graph" for every tensor of the
+            forward pass that carries a group and is more than another one rearranged, which needs the spec that
+            inference gives, and a network whose path does not depend on values.
+        max_units: leave out tensors with more units than that: each needs a matrix of as many rows and columns.
+        models: the modules, which `align` fills in.
 
     Example:
         >>> a, b = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), nn.Sequential(
@@ -57,15 +68,24 @@ class ActivationMatching:
     """
 
     loader: Iterable[Any]
-    measure: Literal["correlation", "inner"] = "correlation"
+    measure: Literal["correlation", "covariance", "inner"] = "correlation"
     weight: float = 0.0
     max_batches: int | None = None
     ascent: WeightMatching = field(default_factory=WeightMatching)
+    tensors: Literal["auto", "modules", "graph"] = "auto"
+    max_units: int = 8192
     models: tuple[nn.Module, nn.Module] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        if self.measure not in ("correlation", "inner"):
-            raise PermgraphError(f"unknown measure {self.measure!r}; choose 'correlation' or 'inner'")
+        if self.measure not in ("correlation", "covariance", "inner"):
+            raise PermgraphError(f"unknown measure {self.measure!r}; choose 'correlation', 'covariance' or 'inner'")
+        if self.tensors not in ("auto", "modules", "graph"):
+            raise PermgraphError(f"unknown tensors {self.tensors!r}; choose 'auto', 'modules' or 'graph'")
+        if (self.max_batches is not None and self.max_batches < 1) or self.max_units < 1:
+            raise PermgraphError(
+                f"max_batches={self.max_batches} and max_units={self.max_units}: give 1 or more, or None for all of "
+                f"the batches"
+            )
         if self.weight < 0:
             raise PermgraphError(f"weight={self.weight}: give 0 for activations alone, or a positive number")
 
@@ -90,7 +110,10 @@ class ActivationMatching:
             )
         spec.check(a)
         spec.check(b)
-        grams = self.grams(a, b, spec)
+        device = next((p.device for p in self.models[0].parameters()), torch.device("cpu"))
+        with seeded(seed, device):
+            observed = _observe(self, self.models, a, b, spec)
+        grams = observed.grams
         # <A, pi(B)> is the gain of an assignment where A holds the Gram matrix and B the identity: so activations
         # become parameters of a larger spec, and any search over weights serves for them, nested groups included.
         axes: dict[str, tuple[Axis, ...]] = {
@@ -109,10 +132,12 @@ class ActivationMatching:
             ascent = replace(ascent, init=Permutation(larger, _standing(ascent.init, larger)))
         found = ascent.match(ours, theirs, larger, seed, progress)
         unseen = sorted(set(spec.moving) - set(larger.moving))
-        notes = found.notes
+        notes = (*found.notes, *observed.notes)
         if unseen:
-            notes = (*notes, f"no module output carries {', '.join(unseen)}, so they stay as they are")
-            log.info(notes[-1])
+            what = "module output" if self.tensors == "modules" else "tensor that was compared"
+            notes = (*notes, f"no {what} carries {', '.join(unseen)}, so they stay as they are")
+        for note in observed.notes:
+            log.info(note)
         return replace(
             found,
             permutation=Permutation(spec, dict(found.permutation.arrays)),
@@ -120,35 +145,83 @@ class ActivationMatching:
             seconds=time.perf_counter() - started,
         )
 
-    def grams(self, a: StateDict, b: StateDict, spec: PermutationSpec) -> dict[str, tuple[Axis, torch.Tensor]]:
-        """For each module whose output carries a group: the output's axis, and the Gram matrix of A's units and B's.
 
-        The matrices are float32 of shape (units, units), A's along the rows.
-        """
-        assert self.models is not None
-        watched = dict(_watched(self.models[0], spec))
-        with torch.no_grad():
-            networks = [_Watch(model, state, watched) for model, state in zip(self.models, (a, b), strict=True)]
-            moments = {name: _Moments() for name in watched}
-            batches = 0
-            for batch in self.loader:
-                if self.max_batches is not None and batches >= self.max_batches:
-                    break
-                batches += 1
+@dataclass
+class _Observed:
+    """Gram matrices by what they are of, each with the axis of its units; and what could not be seen."""
+
+    grams: dict[str, tuple[Axis, torch.Tensor]]
+    notes: tuple[str, ...]
+
+
+def _observe(
+    how: ActivationMatching, models: tuple[nn.Module, nn.Module], a: StateDict, b: StateDict, spec: PermutationSpec
+) -> _Observed:
+    """Run both networks over the loader once, and compare the units of A with those of B."""
+    watched = {} if how.tensors == "graph" else dict(_watched(models[0], spec))
+    notes = []
+    for name, (axis, _) in list(watched.items()):
+        if (units := size_of(axis, spec.groups)) > how.max_units:
+            notes.append(f"{name!r} has {units} units, more than max_units={how.max_units}, and is left out")
+            del watched[name]
+    missing = set(spec.moving) - {group for axis, _ in watched.values() for group in refs(axis)}
+    networks = [_Watch(model, state, watched, models[0]) for model, state in zip(models, (a, b), strict=True)]
+    found: dict[str, tuple[Axis, _Moments]] = {name: (axis, _Moments()) for name, (axis, _) in watched.items()}
+    replay: Replay | None = None
+    wanted: dict[int, Site] = {}
+    uneven: set[str] = set()
+
+    def see(site: Site, x: torch.Tensor, y: torch.Tensor) -> None:
+        if x.shape != y.shape:
+            uneven.add(site.name)
+        else:
+            found.setdefault(site.name, (site.axis, _Moments()))[1].add(x, y)
+
+    batches = 0
+    with torch.no_grad():
+        for batch in how.loader:
+            if how.max_batches is not None and batches >= how.max_batches:
+                break
+            batches += 1
+            if watched:
                 outputs = [network.run(batch, batches) for network in networks]
-                for name, found in moments.items():
+                for name in watched:
                     for x, y in zip(outputs[0][name], outputs[1][name], strict=True):
-                        found.add(x, y.to(x.device))
-        if not batches:
-            raise PermgraphError("the loader yielded no batch: activation matching needs some")
-        grams = {}
-        for name, found in moments.items():
-            if found.count:
-                gram = found.correlation(name) if self.measure == "correlation" else found.product()
-                if not bool(torch.isfinite(gram).all()):
-                    raise NonFiniteError(f"an output of {name!r} is NaN or infinite on these inputs")
-                grams[name] = (watched[name][0], gram.float())
-        return grams
+                        found[name][1].add(x, y)
+            if batches == 1 and (how.tensors == "graph" or (how.tensors == "auto" and missing)):
+                try:
+                    replay = Replay(models, (a, b), spec, _arguments(batch))
+                except PermgraphError as error:
+                    if how.tensors == "graph":
+                        raise
+                    notes.append(f"only the outputs of modules were compared: {error}")
+                else:
+                    wanted = {
+                        index: site
+                        for index, site in replay.sites.items()
+                        if (how.tensors == "graph" or site.groups & missing)
+                        and size_of(site.axis, spec.groups) <= how.max_units
+                    }
+            if replay is not None:
+                replay.run(_arguments(batch), batches, wanted, see)
+    if not batches:
+        raise PermgraphError("the loader yielded no batch: activation matching needs some")
+    notes += [f"{name} has as many samples as the weights decide, and is left out" for name in sorted(uneven)]
+    grams = {}
+    for name, (axis, moments) in found.items():
+        if moments.count and name not in uneven:
+            gram = moments.gram(how.measure, name)
+            if not bool(torch.isfinite(gram).all()):
+                raise NonFiniteError(f"an output of {name!r} is NaN or infinite on these inputs")
+            grams[name] = (axis, gram.float())
+    return _Observed(grams, tuple(notes))
+
+
+def _arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A batch as positional and keyword arguments of the network."""
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    return (batch[0] if isinstance(batch, Sequence) else batch,), {}
 
 
 @dataclass(frozen=True)
@@ -203,9 +276,16 @@ def _watched(model: nn.Module, spec: PermutationSpec) -> Iterator[tuple[str, tup
 class _Watch:
     """A copy of a network that keeps the outputs of some of its modules, as (units, samples)."""
 
-    def __init__(self, model: nn.Module, state: StateDict, watched: Mapping[str, tuple[Axis, int]]) -> None:
+    def __init__(
+        self, model: nn.Module, state: StateDict, watched: Mapping[str, tuple[Axis, int]], like: nn.Module
+    ) -> None:
         self.model = copy.deepcopy(model).eval()
         self.model.load_state_dict(state)
+        # Where A is, and as precise, so that one batch serves both.
+        there = {**dict(like.named_parameters()), **dict(like.named_buffers())}
+        for name, tensor in itertools.chain(self.model.named_parameters(), self.model.named_buffers()):
+            if name in there:
+                tensor.data = tensor.data.to(there[name])
         self.outputs: dict[str, list[torch.Tensor]] = {}
         for name, (_, dim) in watched.items():
             self.model.get_submodule(name).register_forward_hook(self._hook(name, dim))
@@ -219,12 +299,9 @@ class _Watch:
     def run(self, batch: Any, number: int) -> dict[str, list[torch.Tensor]]:
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
         self.outputs = {name: [] for name in dict(self.model.named_modules())}
+        args, kwargs = _arguments(batch)
         try:
-            if isinstance(batch, Mapping):
-                self.model(**{key: _to(value, device) for key, value in batch.items()})
-            else:
-                first = batch[0] if isinstance(batch, Sequence) else batch
-                self.model(_to(first, device))
+            self.model(*(to(x, device) for x in args), **{key: to(value, device) for key, value in kwargs.items()})
         except Exception as error:
             shape = tuple(getattr(batch[0] if isinstance(batch, Sequence) and batch else batch, "shape", ()))
             raise MismatchError(
@@ -232,10 +309,6 @@ class _Watch:
                 f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
             ) from error
         return self.outputs
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
 class _Moments:
@@ -262,21 +335,30 @@ class _Moments:
             self.sums[k] = self.sums[k] + z.sum(1).double()
             self.squares[k] = self.squares[k] + z.square().sum(1).double()
 
-    def product(self) -> torch.Tensor:
+    def gram(self, measure: str, name: str) -> torch.Tensor:
+        """The agreement of each unit of A (rows) with each of B, by one of the measures of `ActivationMatching`."""
+        return {"correlation": self.correlation, "covariance": self.covariance, "inner": self.product}[measure](name)
+
+    def product(self, name: str = "") -> torch.Tensor:
         """The mean of A's activation times B's, for each pair of units."""
         x, y = (shift.double()[:, 0] for shift in self.shifts)
         mean_x, mean_y = (total / self.count for total in self.sums)
         return self.products / self.count + torch.outer(x, mean_y) + torch.outer(mean_x, y) + torch.outer(x, y)
 
-    def correlation(self, name: str) -> torch.Tensor:
-        """Pearson's correlation of each pair of units; 0 for a unit that does not vary."""
+    def covariance(self, name: str) -> torch.Tensor:
+        """The covariance of each pair of units."""
         if self.count < 2:
             raise PermgraphError(
-                f"the loader gave a single sample for {name!r}: a correlation needs two or more; "
+                f"the loader gave a single sample for {name!r}: a correlation or covariance needs two or more; "
                 f"give more data, or measure='inner'"
             )
         means = [total / self.count for total in self.sums]
-        covariance = self.products / self.count - torch.outer(means[0], means[1])
+        return self.products / self.count - torch.outer(means[0], means[1])
+
+    def correlation(self, name: str) -> torch.Tensor:
+        """Pearson's correlation of each pair of units; 0 for a unit that does not vary."""
+        covariance = self.covariance(name)
+        means = [total / self.count for total in self.sums]
         scale = []
         for mean, square, shift in zip(means, self.squares, self.shifts, strict=True):
             variance = square / self.count - mean.square()
