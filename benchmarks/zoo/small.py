@@ -30,7 +30,7 @@ DEPTH = re.compile(
 DEPTHS = re.compile(r"^((\w+_)?depths|num_blocks|layers|num_conv_layers|num_hidden_layers)$")
 WIDTH = re.compile(
     r"(hidden|embed\w*|intermediate|ffn|feed_?forward|mlp|inner|head|proj\w*|projection|state|filter|model|lora|latents?|"
-    r"expert|rank|bottleneck|codebook|conv)_(size|dims?|channels?|width|rank|ff)$"
+    r"expert|rank|bottleneck|codebook|conv|coordinate|shape)_(size|dims?|channels?|width|rank|ff)$"
     r"|^((\w+_)?d_\w+|n_embd|n_inner|dims?|\w*_dim|width|channels|\w*_channels|\w*_channel_list|\w*hidden_sizes?|num_filters|"
     r"\w*embed_dim|\w*_lora_rank|lm_head_dims)$"
 )
@@ -53,6 +53,7 @@ INDICES = re.compile(r"_(indices|indexes)$")
 INNER = re.compile(r"^(\w+_)?(intermediate_size|ffn_hidden_size|ffn_dim|mlp_dim|d_ff|encoder_ffn_dim|decoder_ffn_dim)$")
 LENGTH = re.compile(r"^(max_position_embeddings|n_positions|max_seq_len|n_ctx|max_sequence_length|seq_length)$")
 VOCAB = re.compile(r"^(\w+_)?vocab_size\w*$|^n_vocab$|_vocab$")
+FRAMES = re.compile(r"^(num_frames|frames_per_clip)$")
 EXPERTS = re.compile(r"^(num_experts|n_routed_experts|num_local_experts|moe_num_experts|num_routed_experts)$")
 CHOSEN = re.compile(r"^(num_experts_per_tok(en)?|moe_top_?k|top_k|moe_k|experts_per_token|top_k_experts)$")
 CHOSEN_GROUPS = re.compile(r"^(n_group|topk_group|num_expert_group|moe_n_group)$")
@@ -152,10 +153,12 @@ def agreed(config: dict[str, Any], side: int | None) -> dict[str, Any]:
         if _is_size(width) and {"embed_dim", "hidden_size"} <= tower.keys():
             changed["hidden_size"] = width
         image, patch = tower.get("image_size"), tower.get("patch_size")
-        if side is not None and _is_size(image) and _is_size(patch) and image >= side * patch and patch >= 8:
+        if side is not None and _is_size(image) and _is_size(patch) and patch >= 8:
             changed["image_size"] = side * patch
             if _is_size(config.get("mm_tokens_per_image")):
                 found["mm_tokens_per_image"] = (side // 2) ** 2
+            if isinstance(parts := config.get("image_grid_pinpoints"), list):
+                found["image_grid_pinpoints"] = [[edge * side * patch // image for edge in part] for part in parts]
         found[name] = {**tower, **changed}
     return found
 
@@ -168,6 +171,7 @@ def filled(config: dict[str, Any]) -> dict[str, Any]:
         "prediction_length": 4, "rope_theta": 10000.0, "n_routed_experts": 8, "n_shared_experts": 1,
         "num_key_value_heads": heads, "head_dim": size,
         "vocab_size": VOCABULARY, "pad_token_id": 0,
+        "image_token_id": VOCABULARY - 70, "video_token_id": VOCABULARY - 71, "audio_token_id": VOCABULARY - 72,
     }  # fmt: skip
     found = {name: missing.get(name) if value is None else value for name, value in config.items()}
     nested = {name: filled(value) for name, value in found.items() if isinstance(value, dict) and _is_nested(value)}
@@ -364,6 +368,8 @@ def _smaller(name: str, value: Any, shrink: Shrink, factor: Fraction, widths: Ma
         return min(value, shrink.depth)
     if LENGTH.search(name):
         return min(value, 512)
+    if FRAMES.search(name) and shrink.heads:
+        return min(value, 4)
     if EXPERTS.search(name) and shrink.experts:
         return min(value, 8)
     if CHOSEN.search(name) and shrink.experts:

@@ -66,7 +66,9 @@ def whole(value: Any, default: int) -> int:
 
 def named_sides(model: nn.Module) -> list[tuple[int, int]]:
     """Heights and widths of images that the model's config or its modules name."""
-    named: list[Any] = [setting(getattr(model, "config", None), "image_size", "img_size", "input_size")]
+    named: list[Any] = [
+        setting(getattr(model, "config", None), "image_size", "img_size", "input_size", "max_img_size", "crop_size")
+    ]
     for module in model.modules():
         named += [vars(module).get("image_size"), vars(module).get("img_size")]
     found: list[tuple[int, int]] = []
@@ -278,10 +280,19 @@ def required(model: nn.Module) -> list[str]:
     except (TypeError, ValueError):
         return ["input"]
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    names = [p.name for p in parameters if p.kind in positional and p.default is p.empty]
+    named = (*positional, inspect.Parameter.KEYWORD_ONLY)
+    names = [p.name for p in parameters if p.kind in named and p.default is p.empty]
     variadic = any(p.kind is p.VAR_POSITIONAL for p in parameters)
     optional = [p.name for p in parameters if p.kind in positional]
     return names or (["input"] if variadic else optional[:1])
+
+
+def _placed(model: nn.Module, values: dict[str, Tensor]) -> Candidate:
+    """Arguments by name as a call takes them: by position, but for those after a bare star."""
+    parameters = inspect.signature(model.forward).parameters
+    keyword = {p.name for p in parameters.values() if p.kind is p.KEYWORD_ONLY}
+    args = tuple(value for name, value in values.items() if name not in keyword)
+    return args, {name: value for name, value in values.items() if name in keyword}
 
 
 # -- the finders; the last one is asked first ---------------------------------------------------------------------
@@ -298,7 +309,7 @@ def from_layers(model: nn.Module) -> Iterator[Candidate]:
         for choice in itertools.islice(itertools.product(*known.values()), 4):
             chosen = dict(zip(known, choice, strict=True))
             # Each argument is a tensor of its own: attention, for one, asks whether its query is its key.
-            yield tuple(chosen[name] if name in chosen else shape.clone() for name in names), {}
+            yield _placed(model, {name: chosen[name] if name in chosen else shape.clone() for name in names})
     grids = [name for name in names if BY_NAME.get(name) is _grid]
     if grids:  # vision towers that take patches of images of any size in one row
         for patches in _patches(model):

@@ -193,6 +193,16 @@ IMAGES: tuple[Form, ...] = (
 )  # fmt: skip
 
 
+def _first_width(model: nn.Module) -> list[int]:
+    """How many channels the first layer takes that works along one dimension."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv1d):
+            return [module.in_channels]
+        if isinstance(module, nn.Linear):
+            return [module.in_features]
+    return []
+
+
 def _sound(model: nn.Module, names: frozenset[str]) -> Iterator[Arguments]:
     """Spectrograms or waveforms, with the masks that go with them."""
     key = next((n for n in ("input_features", "audio_mel", "input_values", "audio_input_features") if n in names), None)
@@ -206,11 +216,11 @@ def _sound(model: nn.Module, names: frozenset[str]) -> Iterator[Arguments]:
         made = [floats(model, BATCH, 4001), floats(model, BATCH, 1, 4800)]
     else:
         width = setting(audio, "num_mel_bins", "input_feat_size", "feature_size", "input_dim", "n_mels", "mel_bins")
-        mels = whole(width, 128 if key == "audio_mel" else 80)
         positions = setting(audio, "max_source_positions")
-        if isinstance(positions, int):
-            made.append(floats(model, BATCH, mels, 2 * positions))
-        made += [floats(model, BATCH, 128, mels), floats(model, BATCH, mels, 128)]
+        for mels in dict.fromkeys([whole(width, 128 if key == "audio_mel" else 80), *_first_width(model)]):
+            if isinstance(positions, int):
+                made.append(floats(model, BATCH, mels, 2 * positions))
+            made += [floats(model, BATCH, 128, mels), floats(model, BATCH, mels, 128)]
     masks = ("input_features_mask", "feature_attention_mask", "audio_attention_mask", "audio_mel_mask")
     mask = next((name for name in masks if name in names), None)
     for values in made:
@@ -474,6 +484,6 @@ def from_prompted_images(model: nn.Module) -> Iterator[Candidate]:
     """An image, another that shows by example what is asked for, and the answer to that."""
     if {"pixel_values", "prompt_pixel_values", "prompt_masks"} <= accepted(model):
         channels, _, _ = _sizes(model)
-        for height, width in named_sides(model):
-            image = floats(model, BATCH, channels, height, width)
+        for height, width in [(high // 2, wide) for high, wide in named_sides(model)] + named_sides(model):
+            image = floats(model, BATCH, channels, height, width)  # a model of both, one above the other, halves it
             yield (), {"pixel_values": image, "prompt_pixel_values": image.clone(), "prompt_masks": image.clone()}
