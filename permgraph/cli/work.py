@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import permgraph
-from permgraph.cli.checkpoints import fitted, identity_of, whole_state
+from permgraph.cli.checkpoints import fitted, identity_of, require_finite, whole_state
 from permgraph.cli.data import class_dim_of, identity_of_data, load_data
 from permgraph.cli.matchers import describe, matcher_of, runs_networks
 from permgraph.cli.models import FORMS, build, spec_of
@@ -22,8 +22,9 @@ from permgraph.cli.screen import Screen
 from permgraph.errors import CheckpointError, MismatchError
 from permgraph.io import Checkpoint, Renamed, Staging, open_checkpoint
 from permgraph.io.write import check_target
-from permgraph.matching import Matcher, MatchResult, NeedsModels, Sweep
+from permgraph.matching import Matcher, MatchResult, NeedsModels, Sweep, WeightMatching
 from permgraph.matching.streamed import StreamedWeightMatching
+from permgraph.merging.compared import Compared
 from permgraph.permutation import Permutation
 from permgraph.spec import PermutationSpec
 
@@ -97,6 +98,8 @@ class Work:
             raise MismatchError(f"--matcher {asked.matcher.value} runs the networks: say --model {FORMS}")
         leave = tuple(subject.leave or ())
         weights = tuple(fitted(checkpoint, spec, screen, leave, model) for checkpoint in opened)
+        for other in weights[1:]:
+            _require_alike(weights[0], other)
         barycentre = asked.init is Init.barycentre
         return cls(opened, weights, spec, model, matcher, loader, data, asked.seed, leave, barycentre, screen)
 
@@ -137,6 +140,12 @@ class Work:
         b: Mapping[str, torch.Tensor] = self.weights[number]
         if not self.spec.moving:
             self.screen.note("nothing to permute: the spec has no groups")
+        # Weight matching looks at what it compares; a model with NaN elsewhere is none to align to either.
+        weight = isinstance(matcher, (WeightMatching, StreamedWeightMatching))
+        looked_at = set(Compared.of(self.spec, a).names) if weight else ()
+        for name in a:
+            if name not in looked_at:
+                require_finite(self.weights[reference].keys_of[name], a[name], self.checkpoints[reference].path)
         with self.screen.stage(f"matching {self.checkpoints[number].path.name}") as stage:
             if isinstance(matcher, StreamedWeightMatching):
                 matcher = dataclasses.replace(matcher, watch=stage.step)
@@ -185,6 +194,17 @@ class Work:
                 for sweep in result.history
             ],
         }
+
+
+def _require_alike(a: Renamed, b: Renamed) -> None:
+    """Refuse a real tensor beside a complex one: no renumbering brings them together."""
+    for name, key in a.keys_of.items():
+        other = b.keys_of.get(name)
+        if other is None:
+            continue
+        one, two = a.checkpoint.formats[key].dtype, b.checkpoint.formats[other].dtype
+        if one.is_complex != two.is_complex:
+            raise MismatchError(f"{key!r} is {one} in {a.checkpoint.path} but {two} in {b.checkpoint.path}")
 
 
 def _spec(model: str, subject: Subject, reference: Checkpoint, screen: Screen) -> PermutationSpec:
