@@ -25,6 +25,7 @@ from permgraph.binding import Group, IntArray
 from permgraph.errors import MismatchError, SpecError
 from permgraph.expressions import Axis, size_of
 from permgraph.files import write_atomically
+from permgraph.sharded import taken_apart, whole
 from permgraph.spec import PermutationSpec
 
 FORMAT = "permgraph.permutation"
@@ -191,7 +192,8 @@ class Permutation:
         the new one. Entries that are not tensors, such as extra state, are passed on as they are.
 
         Args:
-            state_dict: name to tensor, on any device and of any dtype, contiguous or not.
+            state_dict: name to tensor, on any device and of any dtype, contiguous or not. A tensor in parts on several
+                processes (DTensor) is returned in the same parts; all processes must call this alike.
             exclude: parameter and dimension of axes to leave unmoved. The result is then no longer the same network:
                 this is for controls.
 
@@ -211,14 +213,14 @@ class Permutation:
             if not isinstance(value, torch.Tensor):
                 out[key] = value
                 continue
+            sample, value = value, whole(value)
             require_values(key, value)
             name = self.spec.aliases.get(key, key)
             identity = (name, value.device, value.dtype, value.data_ptr(), tuple(value.shape), value.stride())
             if identity not in done:
                 axes = self.spec.axes.get(name)
-                value = value.detach()
                 plan = () if axes is None else self._plan(axes, frozenset(still.get(name, ())))
-                done[identity] = gather(value, plan)
+                done[identity] = taken_apart(gather(value.detach(), plan), sample)
             out[key] = done[identity]
         return out
 
@@ -232,8 +234,10 @@ class Permutation:
         for dim in exclude:
             self._require_dimension(name, dim)
         self.spec.check_entry(name, tensor)
+        sample, tensor = tensor, whole(tensor)
         require_values(name, tensor)
-        return gather(tensor.detach(), self._plan(self.spec.axes[name], frozenset(exclude)))
+        plan = self._plan(self.spec.axes[name], frozenset(exclude))
+        return taken_apart(gather(tensor.detach(), plan), sample)
 
     def apply_axes(self, axes: tuple[Axis, ...], tensor: torch.Tensor) -> torch.Tensor:
         """A new tensor: ``tensor``, whose dimensions are ``axes``, permuted; for activations, say.

@@ -14,6 +14,7 @@ from torch import nn
 from permgraph.errors import MismatchError
 from permgraph.matching.result import Matcher, MatchResult, NeedsModels, Outcome, Progress, Sweep
 from permgraph.matching.weight_matching import WeightMatching
+from permgraph.sharded import taken_apart, whole_state
 from permgraph.spec import PermutationSpec
 
 if TYPE_CHECKING:
@@ -123,7 +124,9 @@ def align(
     The function that B computes is unchanged. Neither model is modified.
 
     Args:
-        model_a, model_b: modules, or state dicts when `spec` is given. The two may differ in device and dtype.
+        model_a, model_b: modules, or state dicts when `spec` is given. The two may differ in device and dtype. Tensors
+            in parts on several processes (DTensor, as FSDP-2 makes them) are put together on each, and B's are returned
+            in the parts that they had; all processes must call this alike.
         matcher: how to choose the permutation; `WeightMatching()` by default.
         spec: the symmetries; inferred from `model_a` if it is a module.
         seed: for all random choices.
@@ -143,7 +146,8 @@ def align(
         >>> align(a, b, spec=spec).state_dict["0.weight"].tolist()
         [[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]
     """
-    a, b = _state(model_a), _state(model_b)
+    given = _state(model_b)
+    a, b = whole_state(_state(model_a)), whole_state(given)
     _require_alike(a, b)
     if spec is None:
         if not isinstance(model_a, nn.Module):
@@ -163,9 +167,12 @@ def align(
     aligned = result.permutation.apply(b)
     moved: dict[int, torch.Tensor] = {}
     for name, tensor in aligned.items():
-        if id(tensor) not in moved:
-            moved[id(tensor)] = tensor.to(a[name].device) if isinstance(tensor, torch.Tensor) else tensor
-        aligned[name] = moved[id(tensor)]
+        key = id(tensor)
+        if key not in moved:
+            if isinstance(tensor, torch.Tensor):
+                tensor = taken_apart(tensor.to(a[name].device), given[name])
+            moved[key] = tensor
+        aligned[name] = moved[key]
     for note in result.notes:
         log.info(note)
     return Alignment(result.permutation, aligned, result, model_b if isinstance(model_b, nn.Module) else None)
