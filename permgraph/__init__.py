@@ -48,7 +48,18 @@ from permgraph.matching import (
     WeightMatching,
     align,
 )
-from permgraph.merging import CycleConsistent, Merge, MergeMany, MergeMethod, ToReference, average, merge
+from permgraph.merging import (
+    CycleConsistent,
+    FrankWolfeMany,
+    Merge,
+    MergeMany,
+    MergeMethod,
+    Star,
+    ToReference,
+    average,
+    fit_star,
+    merge,
+)
 from permgraph.permutation import Permutation
 from permgraph.pictures import Report, layer_similarity, report
 from permgraph.rules import rule
@@ -73,6 +84,7 @@ __all__ = [
     "FeatureAgreement",
     "FeatureConnectivity",
     "FrankWolfe",
+    "FrankWolfeMany",
     "Group",
     "LayerSpectra",
     "LayerwiseBarriers",
@@ -88,6 +100,7 @@ __all__ = [
     "RuleReport",
     "Sinkhorn",
     "SpectralComparison",
+    "Star",
     "StraightThrough",
     "StreamedWeightMatching",
     "StudyPlan",
@@ -110,6 +123,7 @@ __all__ = [
     "feature_connectivity",
     "fit_aligned_curve",
     "fit_curve",
+    "fit_star",
     "input_finder",
     "interpolate",
     "layer_similarity",

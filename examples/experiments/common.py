@@ -224,7 +224,14 @@ def arguments(
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = " ".join(map(str, seeds))
     parser.add_argument("--seeds", type=int, nargs="+", default=list(seeds), help=f"of the networks ({default})")
-    parser.add_argument("--models", choices=list(RECIPES), nargs="+", default=list(models), help="architectures")
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        type=_model,
+        default=[(name, None) for name in models],
+        metavar="NAME[:WIDTH]",
+        help=f"architectures, of {' '.join(RECIPES)} ({' '.join(models)})",
+    )
     parser.add_argument("--width", type=int, help="of every network (default: each recipe's)")
     parser.add_argument("--epochs", type=int, help="of training (default: each recipe's)")
     parser.add_argument("--points", type=int, default=points, help=f"on each line ({points})")
@@ -235,14 +242,21 @@ def arguments(
     return parser
 
 
+def _model(text: str) -> tuple[str, int | None]:
+    name, _, width = text.partition(":")
+    if name not in RECIPES or (width and not width.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r}: choose of {', '.join(RECIPES)}, as in MLP or MLP:64")
+    return name, int(width) if width else None
+
+
 def settings(options: argparse.Namespace) -> Iterator[Setting]:
     """Each architecture asked for."""
     torch.set_num_threads(1)  # computations as small as these gain nothing from a second one
     options.out.mkdir(parents=True, exist_ok=True)
-    for name in options.models:
+    for name, given in options.models:
         recipe = RECIPES[name]
         (data, test), source = read(recipe.data, options.data_dir)
-        width, epochs = options.width or recipe.width, options.epochs or recipe.epochs
+        width, epochs = given or options.width or recipe.width, options.epochs or recipe.epochs
         yield Setting(name, width, epochs, data, test, source, options.out / "networks")
 
 

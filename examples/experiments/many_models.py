@@ -1,9 +1,10 @@
 """Merge more and more networks, and see what is left of them.
 
 Networks of each architecture are trained from different seeds and averaged: as they are, each brought to the first, by
-MergeMany (Ainsworth et al. 2022) and by cycle-consistent matching (Crisostomi et al. 2024). The mean is then the centre
-of a star: the barriers from it to each network are measured too. Last, what goes wrong where each pair is matched by
-itself: the share of units that does not come back after a cycle of three.
+MergeMany (Ainsworth et al. 2022) and by cycle-consistent matching (Crisostomi et al. 2024), by coordinate ascent and by
+Frank-Wolfe. The mean is then the centre of a star: the barriers from it to each network are measured too, and those
+from a centre trained to be connected to all (Sonthalia et al. 2024). Last, what goes wrong where each pair is matched
+by itself: the share of units that does not come back after a cycle of three.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from common import Setting, arguments, bar, console, figure, line, settings, table
 from matplotlib.axes import Axes
 from rich.console import Console
+from torch import nn
 
 import permgraph as pg
 
@@ -23,6 +25,7 @@ METHODS: dict[str, pg.MergeMethod | None] = {
     "to the first": pg.ToReference(),
     "MergeMany": pg.MergeMany(),
     "cycle-consistent": pg.CycleConsistent(),
+    "Frank-Wolfe": pg.FrankWolfeMany(),
 }
 
 
@@ -40,7 +43,24 @@ class Row:
     seconds: float
 
 
-def run(setting: Setting, seeds: Sequence[int], points: int, where: Console) -> list[Row]:
+def star(setting: Setting, networks: Sequence[nn.Module], spec: pg.PermutationSpec, points: int, epochs: int) -> Row:
+    """A centre trained to be connected to all networks, which are cycle-consistently matched beforehand."""
+    began = time.perf_counter()
+    merged = pg.merge(networks, spec=spec)
+    moved = [p.apply(n.state_dict()) for p, n in zip(merged.permutations, networks, strict=True)]
+    trained = pg.fit_star(moved, setting.batches(128), model=networks[0], epochs=epochs)
+    centre = setting.prepare(setting.network(trained.state_dict))
+    claim = pg.star_connectivity(
+        centre, moved, None, setting.evaluate, 0.0, points, model=networks[0], prepare=setting.prepare
+    )
+    found = setting.evaluate(centre)
+    seconds = time.perf_counter() - began
+    return Row(
+        "star, trained", len(networks), float("nan"), found["loss"], found["accuracy"], claim.highest, None, seconds
+    )
+
+
+def run(setting: Setting, seeds: Sequence[int], points: int, star_epochs: int, where: Console) -> list[Row]:
     """Every method on two and more networks; barriers for all of them only."""
     with bar(where, f"{setting.name}: training", len(seeds) * setting.epochs) as step:
         networks = [setting.network(setting.train(seed, step=step)[-1]) for seed in seeds]
@@ -69,6 +89,7 @@ def run(setting: Setting, seeds: Sequence[int], points: int, where: Console) -> 
                 objective = merged.objective if method else merged.objective_before
                 rows.append(Row(name, count, objective, found["loss"], found["accuracy"], star, cycle, seconds))
                 step()
+    rows.append(star(setting, networks, spec, points, star_epochs))
     if len(networks) >= 3:
         pairs = [pg.align(networks[i], networks[j], spec=spec).permutation for i, j in ((0, 1), (1, 2), (2, 0))]
         rows.append(Row("each pair by itself", 3, *[float("nan")] * 3, None, moved(*pairs), 0.0))
@@ -88,7 +109,9 @@ def moved(one: pg.Permutation, two: pg.Permutation, three: pg.Permutation) -> fl
 
 def main(given: Sequence[str] | None = None) -> dict[str, list[Row]]:
     """Run the experiment and return its rows."""
-    options = arguments(__doc__, models=("MLP", "ResNet", "ViT"), seeds=(1, 2, 3, 4, 5)).parse_args(given)
+    parser = arguments(__doc__, models=("MLP", "ResNet", "ViT"), seeds=(1, 2, 3, 4, 5))
+    parser.add_argument("--star-epochs", type=int, default=5, help="of the centre's training (5)")
+    options = parser.parse_args(given)
     if len(options.seeds) < 2:
         raise SystemExit("--seeds: give at least two")
     where = console()
@@ -100,7 +123,7 @@ def main(given: Sequence[str] | None = None) -> dict[str, list[Row]]:
         "network.\nCycle: share of units that do not come back after a circle of three networks.",
     )
     for setting in settings(options):
-        rows = found[setting.name] = run(setting, options.seeds, options.points, where)
+        rows = found[setting.name] = run(setting, options.seeds, options.points, options.star_epochs, where)
         result.add_row(f"[bold]{setting.name}, width {setting.width}")
         for row in rows:
             if (row.count in (1, 3) and row.method.startswith(("single", "each"))) or row.count == len(options.seeds):

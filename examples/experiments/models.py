@@ -89,7 +89,7 @@ ALPHABET = "\n abcdefghijklmnopqrstuvwxyz.,'()_0"
 CONTEXT = 20
 
 
-def characters(count: int = 8192) -> tuple[Batch, Batch]:
+def characters(count: int = 4096) -> tuple[Batch, Batch]:
     """Windows of Python's own help texts, which ship with it, and the character that follows each.
 
     Letters are lowered, digits are all 0, and what is not in the alphabet is left out. Test windows come from the last

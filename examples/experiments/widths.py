@@ -20,7 +20,7 @@ import permgraph as pg
 WIDTHS = {
     "Plane": (4, 8, 16, 32, 64, 128),
     "MLP": (8, 16, 32, 64, 128, 256),
-    "ResNet": (2, 4, 8, 16, 32),
+    "ResNet": (2, 4, 8, 16),
     "DenseNet": (4, 8, 16, 32),
     "ViT": (16, 32, 64),
 }

@@ -8,10 +8,11 @@ steps:
     θ  <-  argmin over θ  of  E_t L(r(t; θ, p))  +  |θ - θ_k|² / (2 λ)
 
 θ are here the bends less the points of the straight line where they began, so that the whole curve follows its end. For
-the first step they relax the permutation to doubly stochastic matrices. Here its loss is linearised at p_k, with the
-gradient G by the far end: since |p(b)| is the same for every p, what is left is to maximise <p_k(b) - λ G, p(b)>, which
-is weight matching of b to p_k(b) - λ G, over any spec. A step is taken if the objective of the first line falls, and
-tried with half the λ if it does not, so no step raises the loss.
+the first step they relax the permutation to doubly stochastic matrices, descend, and project. Here the far end itself
+is relaxed: some steps of descent take it from p_k(b) to weights w that make the curve better, and the permutation
+is projected from beyond them by weight matching of b to p_k(b) + κ (w - p_k(b)), over any spec. Of ever smaller κ the
+first is taken at which the objective of the first line falls; if there is none the permutation stays. So no step of
+the permutation raises the loss.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from permgraph.spec import PermutationSpec
 log = logging.getLogger(__name__)
 
 _PLACES = 5
-_HALVINGS = 10
+_BEYOND = (32.0, 16.0, 8.0, 4.0, 2.0, 1.0, 0.5)
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,8 @@ def fit_aligned_curve(
     bends: int = 1,
     rounds: int = 5,
     epochs: int = 2,
-    proximity: float = 100.0,
+    proximity: float = 1000.0,
+    relaxed_steps: int = 20,
     measured_batches: int = 4,
     loss: Loss = nn.functional.cross_entropy,
     optimizer: MakeOptimizer = adam,
@@ -94,8 +96,8 @@ def fit_aligned_curve(
         init: the permutation to begin with, such as that of an alignment; the identity by default.
         rounds: how many times bends and permutation take their turns.
         epochs: of the bends' training in each round.
-        proximity: λ, how far a step may go, as a squared distance of weights for each unit of loss; the first trial of
-            each permutation step, which is halved up to ten times.
+        proximity: λ, how far a step may go, as a squared distance of weights for each unit of loss.
+        relaxed_steps: of descent of the relaxed far end, before each projection to a permutation.
         measured_batches: on how many batches, at five places each, the permutation's step is computed and judged.
         matcher: the weight matching that makes the step.
         seed: for all random choices.
@@ -118,7 +120,7 @@ def fit_aligned_curve(
         (True, 2)
     """
     began = time.perf_counter()
-    for name, value in (("rounds", rounds), ("measured_batches", measured_batches)):
+    for name, value in (("rounds", rounds), ("measured_batches", measured_batches), ("relaxed_steps", relaxed_steps)):
         if value < 1:
             raise EvaluationError(f"{name}={value}: give 1 or more")
     if not proximity > 0:
@@ -137,7 +139,7 @@ def fit_aligned_curve(
     ]
     losses, moved = [search.loss(curve, start, free, now)], []
     for number in range(rounds):
-        new, _ = search.step(curve, start, free, now, proximity)
+        new = search.step(curve, start, free, now, proximity, relaxed_steps, optimizer)
         moved.append(new != now)
         now = new
         end = bench.parameters_of(now.apply(given))
@@ -178,7 +180,7 @@ Parts: TypeAlias = Sequence[tuple[float, State]]
 
 
 def _parts(curve: Curve, t: float, start: State, end: State, free: list[State]) -> Parts:
-    """The network at t: on the line between the ends, which both shapes keep straight, and off it by the bends' share."""
+    """The network at t: on the line between the ends, which either shape keeps straight, and off it by the bends."""
     return [(1 - t, start), (t, end), *zip(curve.coefficients(t)[1:-1], free, strict=True)]
 
 
@@ -217,30 +219,42 @@ class _Search:
         return total
 
     def step(
-        self, curve: Curve, start: State, free: list[State], now: Permutation, proximity: float
-    ) -> tuple[Permutation, float]:
-        """The next permutation, or the same, and the loss there."""
+        self,
+        curve: Curve,
+        start: State,
+        free: list[State],
+        now: Permutation,
+        proximity: float,
+        steps: int,
+        optimizer: MakeOptimizer,
+    ) -> Permutation:
+        """The next permutation, or the same."""
         bench = self.bench
         moved = now.apply(self.given)
         end = bench.parameters_of(moved, free=True)
+        if not end:
+            return now
         still = [{name: tensor.detach() for name, tensor in state.items()} for state in free]
-        with torch.enable_grad():
-            here = self._mean(curve, start, still, end, backward=True)
-        slope = {bench.first_name[name]: tensor.grad for name, tensor in end.items()}
-        for _ in range(_HALVINGS):
+        here = self.loss(curve, start, still, now)
+        descent = optimizer(list(end.values()))
+        for _ in range(steps):
+            descent.zero_grad(set_to_none=True)
+            with torch.enable_grad():
+                self._mean(curve, start, still, end, backward=True)
+            descent.step()
+        for beyond in _BEYOND:
             target = dict(moved)
             for name, tensor in moved.items():
-                gradient = slope.get(bench.first_name.get(name, name))
-                if gradient is not None:
-                    target[name] = (tensor.detach() - proximity * gradient.to(tensor.device)).to(tensor.dtype)
+                first = bench.first_name.get(name, name)
+                if first in end:
+                    travelled = end[first].detach().to(tensor.device) - tensor
+                    target[name] = (tensor + beyond * travelled).to(tensor.dtype)
             turn = replace(self.matcher, init="identity", restarts=1).match(target, moved, self.spec, self.seed)
             if turn.permutation.is_identity:
-                return now, here
+                break
             new = turn.permutation @ now
             there = new.apply(self.given)
             gap = sum(float((there[name] - moved[name]).double().square().sum()) for name in bench.names)
-            reached = self.loss(curve, start, still, new)
-            if reached + gap / (2 * proximity) < here:
-                return new, reached
-            proximity /= 2
-        return now, here
+            if self.loss(curve, start, still, new) + gap / (2 * proximity) < here:
+                return new
+        return now

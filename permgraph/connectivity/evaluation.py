@@ -16,7 +16,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def evaluate_on(
-    loader: Loader, loss: Loss = nn.functional.cross_entropy, *, class_dim: int = 1
+    loader: Loader, loss: Loss = nn.functional.cross_entropy, *, class_dim: int = 1, bins: int | None = None
 ) -> Callable[[nn.Module], dict[str, float]]:
     """Return a function that gives a classifier's mean loss and accuracy over ``loader``.
 
@@ -29,10 +29,13 @@ def evaluate_on(
             each time with the same state of torch's random generator, which is left as it was.
         loss: called as ``loss(logits, targets)`` with the classes in dimension 1, returns the mean over the batch.
         class_dim: the dimension of the model's logits that holds the classes: -1 for a language model.
+        bins: measure the calibration too, over so many bins of confidence: the expected calibration error (Guo et al.
+            2017), the mean over answers of the gap between confidence and accuracy in the answer's bin. It is then a
+            third metric, ``"calibration"``; lower is better.
 
     Raises:
-        EvaluationError: when called: the loader is empty (or is a generator that has been used up), a batch has no
-            targets or targets of another shape, or the model is in training mode.
+        EvaluationError: ``bins`` is below 1. When called: the loader is empty (or a generator that has been used up),
+            a batch has no targets or targets of another shape, or the model is in training mode.
 
     Example:
         >>> evaluate = evaluate_on([(torch.eye(2), torch.tensor([0, 1]))])
@@ -40,10 +43,14 @@ def evaluate_on(
         1.0
     """
 
+    if bins is not None and bins < 1:
+        raise EvaluationError(f"bins={bins}: calibration needs 1 or more")
+
     def evaluate(model: nn.Module) -> dict[str, float]:
         require_eval_mode(model, "the model to evaluate")
         device = device_of(model)
         total, correct, examples, answers = 0.0, 0, 0, 0
+        gaps = torch.zeros(bins or 1, dtype=torch.float64)
         with undisturbed():
             for batch in batches(loader):
                 args, kwargs, targets = split_batch(batch, device)
@@ -60,10 +67,16 @@ def evaluate_on(
                         f"have shape {tuple(guesses.shape)}, not {tuple(targets.shape)}: check the loader and class_dim"
                     )
                 total += float(loss(logits, targets)) * len(targets)
-                correct += int((guesses == targets).sum())
+                right = guesses == targets
+                correct += int(right.sum())
+                if bins is not None:
+                    confidence = logits.softmax(1).amax(1).double().cpu()
+                    places = (confidence * bins).long().clamp(0, bins - 1).flatten()
+                    gaps.index_add_(0, places, (confidence - right.double().cpu()).flatten())
                 examples += len(targets)
                 answers += targets.numel()
-        return {"loss": total / examples, "accuracy": correct / answers}
+        found = {"loss": total / examples, "accuracy": correct / answers}
+        return found if bins is None else {**found, "calibration": float(gaps.abs().sum()) / answers}
 
     return evaluate
 

@@ -6,20 +6,25 @@ specification, and knows no architecture.
 
 from __future__ import annotations
 
+from permgraph.merging.frank_wolfe import FrankWolfeMany
 from permgraph.merging.merge import merge
 from permgraph.merging.methods import CycleConsistent, MergeMany, ToReference
 from permgraph.merging.result import Found, Merge, MergeMethod, Models, Round
 from permgraph.merging.soup import average
+from permgraph.merging.star import Star, fit_star
 
 __all__ = [
     "CycleConsistent",
     "Found",
+    "FrankWolfeMany",
     "Merge",
     "MergeMany",
     "MergeMethod",
     "Models",
     "Round",
+    "Star",
     "ToReference",
     "average",
+    "fit_star",
     "merge",
 ]

@@ -280,3 +280,21 @@ def test_a_path_need_not_be_straight() -> None:
     assert found.barrier == pytest.approx(0.75) and found.position() == 0.5
     with pytest.raises(EvaluationError, match="evaluation mode"):
         barrier_along(path, lambda m: 0.0, model=net.train())
+
+
+def test_calibration_is_the_gap_of_confidence_and_accuracy() -> None:
+    # Confidences 0.9 (three of four right) and 0.6 (one of two right), in bins of their own.
+    rows = [(0.9, 0), (0.9, 0), (0.9, 0), (0.9, 1), (0.6, 0), (0.6, 1)]
+    logits = torch.tensor([[math.log(p), math.log(1 - p)] for p, _ in rows])
+    targets = torch.tensor([target for _, target in rows])
+    wanted = (4 * (0.9 - 0.75) + 2 * (0.6 - 0.5)) / 6
+    for loader in ([(logits, targets)], [(logits[:1], targets[:1]), (logits[1:], targets[1:])]):
+        found = evaluate_on(loader, bins=10)(nn.Identity().eval())
+        assert found["calibration"] == pytest.approx(wanted)
+    # In one bin, overconfidence here makes up for the lack of it there.
+    assert evaluate_on([(logits, targets)], bins=1)(nn.Identity().eval())["calibration"] == pytest.approx(wanted)
+    under = evaluate_on([(logits[[0, 4]], torch.tensor([1, 0]))], bins=1)(nn.Identity().eval())["calibration"]
+    apart = evaluate_on([(logits[[0, 4]], torch.tensor([1, 0]))], bins=10)(nn.Identity().eval())["calibration"]
+    assert under == pytest.approx(0.25) and apart == pytest.approx((0.9 + 0.4) / 2)
+    with pytest.raises(EvaluationError, match="bins=0"):
+        evaluate_on([], bins=0)

@@ -12,7 +12,16 @@ from torch import nn
 from permgraph.errors import MismatchError, PermgraphError
 from permgraph.matching import ActivationMatching, WeightMatching
 from permgraph.matching.result import MatchResult
-from permgraph.merging import CycleConsistent, MergeMany, MergeMethod, Round, ToReference, merge
+from permgraph.merging import (
+    CycleConsistent,
+    FrankWolfeMany,
+    MergeMany,
+    MergeMethod,
+    Models,
+    Round,
+    ToReference,
+    merge,
+)
 from permgraph.spec import PermutationSpec
 from tests.matching.examples import SPECS, State, every, inner, state
 
@@ -21,8 +30,9 @@ METHODS: dict[str, MergeMethod] = {
     "to reference": ToReference(index=1),
     "cycle consistent": CycleConsistent(),
     "cycle consistent, from the identity": CycleConsistent(start="identity"),
+    "frank-wolfe": FrankWolfeMany(max_steps=3),
 }
-MONOTONE = [name for name in METHODS if name != "to reference"]
+MONOTONE = [name for name in METHODS if name not in ("to reference", "frank-wolfe")]
 MOVING = [name for name in SPECS if name not in ("one index", "nothing")]
 
 
@@ -246,3 +256,46 @@ def test_what_a_method_refuses() -> None:
             CycleConsistent(ascent=ascent)
     with pytest.raises(PermgraphError, match="one permutation for all"):
         CycleConsistent(ascent=WeightMatching(init=spec.identity()))
+
+
+@pytest.mark.parametrize("init", ["barycentre", "identity"])
+@pytest.mark.parametrize("name", ["mlp", "concatenation", "recurrent"])
+def test_frank_wolfe_never_lowers_the_relaxed_objective(name: str, init: str) -> None:
+    spec = SPECS[name]
+    models = [state(spec, seed) for seed in range(3)]
+    rounds: list[Round] = []
+    given = Models(tuple(models), spec)
+    found = FrankWolfeMany(init=init, polish=False, max_steps=6).find(given, 1, rounds.append)  # type: ignore[arg-type]
+    values = [r.objective for r in rounds]
+    assert rounds == list(found.history) and len(values) >= 1
+    assert all(later > earlier for earlier, later in itertools.pairwise(values))
+    assert "once rounded" in found.notes[0]
+    rounded = pairs(spec, [p.apply(one) for p, one in zip(found.permutations, models, strict=True)])
+    assert rounded >= pairs(spec, models)
+    polished = merge(models, FrankWolfeMany(init=init, max_steps=6), spec=spec, seed=1)  # type: ignore[arg-type]
+    assert polished.objective >= rounded - 1e-4
+
+
+def test_frank_wolfe_finds_the_best_of_all() -> None:
+    spec = PermutationSpec.parse("a 3x2 h .\nb 2x3 . h\ngroups: h 3")
+    reached = []
+    for seed in range(8):
+        models = [state(spec, 10 * seed + number) for number in range(3)]
+        best = max(
+            pairs(spec, [models[0], x.apply(models[1]), y.apply(models[2])])
+            for x, y in itertools.product(list(every(spec)), repeat=2)
+        )
+        found = merge(models, FrankWolfeMany(), spec=spec).objective
+        assert found <= best + 1e-4
+        reached.append(found >= best - 1e-4)
+    assert sum(reached) >= 5  # it is a local method, but this small a problem it mostly solves
+
+
+def test_frank_wolfe_refusals() -> None:
+    for wrong in ({"max_steps": -1}, {"tolerance": -1.0}, {"max_rounds": -1}):
+        with pytest.raises(PermgraphError, match="none can be negative"):
+            FrankWolfeMany(**wrong)  # type: ignore[arg-type]
+    with pytest.raises(PermgraphError, match="unknown init"):
+        FrankWolfeMany(init="here")  # type: ignore[arg-type]
+    with pytest.raises(PermgraphError, match="objective='inner'"):
+        FrankWolfeMany(ascent=WeightMatching(objective="cosine"))

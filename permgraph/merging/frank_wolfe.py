@@ -1,0 +1,227 @@
+"""Frank-Wolfe over the permutations of all models at once, each to a common universe.
+
+Crisostomi, Fumero, Baieri, Bernard & Rodolà, "C²M³: Cycle-Consistent Multi-Model Merging", 2024, section 3; here over
+any spec, dependent groups included.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import numpy as np
+import torch
+
+from permgraph.errors import PermgraphError
+from permgraph.matching import WeightMatching
+from permgraph.matching.frank_wolfe import Matrices, Relaxation
+from permgraph.matching.objective import pair
+from permgraph.matching.result import Outcome
+from permgraph.merging.ascent import Ascent
+from permgraph.merging.result import Found, Models, Progress, Round
+from permgraph.permutation import Permutation
+
+log = logging.getLogger(__name__)
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class FrankWolfeMany:
+    """Climb the sum over all pairs of models over doubly stochastic matrices, one set for each model, then round.
+
+    The objective is that of `CycleConsistent`: with R_i the relaxed permutation of model i to the universe, the sum
+    over pairs of <R_i(θ_i), R_j(θ_j)>. A step finds, for each model, the permutations that the slope favours, and goes
+    towards those of all models together as far as is best: the objective is a polynomial along the way, maximised
+    exactly, so the relaxed objective never falls. Since each model has one permutation, to the universe, they compose
+    to the identity around every cycle.
+
+    The objective does not change when all models are renumbered alike, and from the mean over all numberings no
+    slope tells one from another; so one model, drawn at random, begins as it is.
+
+    Args:
+        max_steps: stop after so many steps.
+        tolerance: stop when no direction promises more than this share of the objective's own size.
+        init: where the other models begin: "barycentre", all entries equal, or "identity", as in the paper.
+        polish: whether to go on from the rounded permutations as `CycleConsistent` does, until no model moves.
+        max_rounds: of that.
+        ascent: the weight matching that rounds and polishes. Its objective must be "inner", and without weights.
+
+    The history holds a `Round` for each step with the relaxed objective, and then those of the polish. Where rounding
+    ends below the models as they were given, these are kept, and a note says so.
+
+    References:
+        Crisostomi et al. 2024, section 3. A step costs about three times as many products as the objective's degree.
+
+    Example:
+        >>> models = [nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)) for _ in range(3)]
+        >>> found = pg.merge(models, FrankWolfeMany())
+        >>> (found.pairwise(0, 1) @ found.pairwise(1, 2) @ found.pairwise(2, 0)).is_identity
+        True
+    """
+
+    max_steps: int = 50
+    tolerance: float = 1e-4
+    init: Literal["barycentre", "identity"] = "barycentre"
+    polish: bool = True
+    max_rounds: int = 100
+    ascent: WeightMatching = field(default_factory=WeightMatching)
+
+    def __post_init__(self) -> None:
+        if self.max_steps < 0 or self.max_rounds < 0 or not self.tolerance >= 0:
+            raise PermgraphError(
+                f"max_steps={self.max_steps}, max_rounds={self.max_rounds} and tolerance={self.tolerance}: none can be "
+                f"negative"
+            )
+        if self.init not in ("barycentre", "identity"):
+            raise PermgraphError(f"unknown init {self.init!r}; choose 'barycentre' or 'identity'")
+        if self.ascent.objective != "inner" or self.ascent.weights is not None:
+            raise PermgraphError(
+                "the sum over pairs is one of plain inner products: ascent must have objective='inner' and no weights"
+            )
+
+    def find(self, models: Models, seed: int = 0, progress: Progress | None = None) -> Found:
+        """Find the permutation of each model; see `MergeMethod`."""
+        started = time.perf_counter()
+        rng = np.random.default_rng(seed)
+        fixed = int(rng.integers(len(models)))
+        climb = _Climb(self, models, fixed, started, progress)
+        outcome = climb.run()
+        run = Ascent(models, replace(self.ascent, init="identity", restarts=1), rng, started)
+        given = run.objective
+        for number, permutation in enumerate(climb.rounded()):
+            run.put(number, permutation)
+        notes: tuple[str, ...] = (
+            f"Frank-Wolfe: {len(climb.history)} steps to {climb.value:.6g}, {run.objective:.6g} once rounded",
+        )
+        if run.objective < given:
+            notes = (*notes, "rounding ended below the models as they were given, which are kept")
+            run = Ascent(models, run.matcher, rng, started)
+        if self.polish and outcome != "interrupted":
+            steps = len(climb.history)
+
+            def later(found: Round) -> object:
+                return None if progress is None else progress(replace(found, number=steps + found.number))
+
+            run.climb(self.max_rounds, later)
+            outcome = run.outcome
+        polished = [replace(found, number=len(climb.history) + found.number) for found in run.history]
+        return Found(tuple(run.permutations), outcome, (*climb.history, *polished), (run.objective,), notes)
+
+
+class _Climb:
+    """The present matrices of every model, and the relaxed models at them."""
+
+    def __init__(
+        self, how: FrankWolfeMany, models: Models, fixed: int, started: float, progress: Progress | None
+    ) -> None:
+        self.how, self.models, self.started, self.progress = how, models, started, progress
+        first = models.states[0]
+        options = {"ignore": how.ascent.ignore, "dtype": how.ascent.dtype}
+        pairs = [pair(first, state, models.spec, **options) for state in models.states]  # type: ignore[arg-type]
+        # What each is matched to is the sum of the others, which changes with every step: hence one pair for each.
+        self.pairs = [replace(compared, a=dict(compared.b)) for compared in pairs]
+        self.relaxations = [Relaxation(compared, models.spec) for compared in self.pairs]
+        self.size = sum(
+            float(torch.linalg.vector_norm(one.b[name])) * float(torch.linalg.vector_norm(other.b[name]))
+            for at, one in enumerate(self.pairs)
+            for other in self.pairs[at + 1 :]
+            for name in one.b
+        )
+        self.matrices = [
+            relaxation.barycentre() if how.init == "barycentre" and number != fixed else relaxation.corner({})
+            for number, relaxation in enumerate(self.relaxations)
+        ]
+        self.images = [self._image(number, self.matrices[number]) for number in range(len(models))]
+        self.value = self._value(self.images)
+        self.history: list[Round] = []
+
+    def run(self) -> Outcome:
+        """Step until the slope promises nothing, or the limit, or Ctrl-C."""
+        degree = 2 * max(self.relaxations[0].degree, 1)
+        try:
+            while True:
+                slopes = [self._slope(number) for number in range(len(self.models))]
+                towards = [
+                    relaxation.best_corner(slope, self.how.ascent)
+                    for relaxation, slope in zip(self.relaxations, slopes, strict=True)
+                ]
+                ways = [
+                    {name: goal[name] - matrix for name, matrix in now.items()}
+                    for goal, now in zip(towards, self.matrices, strict=True)
+                ]
+                gap = sum(
+                    float((slope[name] * step).sum(dtype=torch.float64))
+                    for slope, way in zip(slopes, ways, strict=True)
+                    for name, step in way.items()
+                )
+                if gap <= self.how.tolerance * self.size:
+                    return "converged"
+                if len(self.history) >= self.how.max_steps:
+                    return "sweep limit"
+                if not self._advance(ways, gap, degree):
+                    return "converged"
+        except KeyboardInterrupt:
+            return "interrupted"
+
+    def _advance(self, ways: Sequence[Matrices], rate: float, degree: int) -> bool:
+        """Go along a direction to where the objective is greatest; whether that is higher than here."""
+        # The objective is a polynomial of this degree in the length: its values at as many points settle it.
+        points = (1 - np.cos(np.pi * np.arange(1, degree + 1) / degree)) / 2
+        values = [self._value([self._image(n, self._at(n, ways, float(p))) for n in range(len(ways))]) for p in points]
+        polynomial = np.polynomial.Polynomial.fit([0.0, *points], [self.value, *values], degree, domain=[0, 1])
+        roots = [complex(root) for root in np.atleast_1d(polynomial.deriv().roots())]
+        inside = [root.real for root in roots if abs(root.imag) < 1e-9 and 0 < root.real < 1]
+        length = max((*inside, 1.0), key=lambda point: float(polynomial(point)))
+        there = [self._at(number, ways, length) for number in range(len(ways))]
+        images = [self._image(number, matrices) for number, matrices in enumerate(there)]
+        value = self._value(images)
+        if not value > self.value:
+            return False
+        self.matrices, self.images, self.value = there, images, value
+        self.history.append(Round(len(self.history) + 1, value, (), time.perf_counter() - self.started))
+        log.debug("%s", self.history[-1])
+        if self.progress is not None:
+            self.progress(self.history[-1])
+        return True
+
+    def rounded(self) -> list[Permutation]:
+        """The permutations nearest to the matrices."""
+        return [
+            Permutation(self.models.spec, relaxation.round(matrices, self.how.ascent))
+            for relaxation, matrices in zip(self.relaxations, self.matrices, strict=True)
+        ]
+
+    def _at(self, number: int, ways: Sequence[Matrices], length: float) -> Matrices:
+        return {name: matrix + length * ways[number][name] for name, matrix in self.matrices[number].items()}
+
+    def _image(self, number: int, matrices: Matrices) -> Tensors:
+        """The relaxed model. It is the derivative of its inner product with any other by that other."""
+        compared, relaxation = self.pairs[number], self.relaxations[number]
+        leaves = {name: torch.zeros_like(tensor).requires_grad_() for name, tensor in compared.b.items()}
+        with torch.enable_grad():
+            for term in relaxation.terms:
+                term.value(replace(compared, a=leaves), matrices).backward()  # type: ignore[no-untyped-call]
+        return {name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in leaves.items()}
+
+    def _slope(self, number: int) -> Matrices:
+        """The derivative of the objective by the matrices of one model: of its inner product with the others' sum."""
+        for name, tensor in self.pairs[number].a.items():
+            tensor = torch.zeros_like(tensor)
+            for other, image in enumerate(self.images):
+                if other != number:
+                    tensor += image[name]
+            self.pairs[number].a[name] = tensor
+        _, slope = self.relaxations[number].value_and_slope(self.matrices[number])
+        return slope
+
+    @staticmethod
+    def _value(images: Sequence[Tensors]) -> float:
+        total = 0.0
+        for name in images[0]:
+            whole = torch.stack([image[name] for image in images]).double()
+            total += float(whole.sum(0).square().sum() - whole.square().sum()) / 2
+        return total
