@@ -19,13 +19,13 @@ from torch import fx
 
 from permgraph.axes import Axes, Axis, BirthKey, Kind
 from permgraph.errors import ConflictError
+from permgraph.foresight import PLACEHOLDER, foreseen_cuts
 from permgraph.rules import find_rule
 from permgraph.rules.call import Call, Ledger, TypedTensor, loose_families, provides
 from permgraph.signature import signature
 from permgraph.uniform import Uniform, known_values, uniform_dims, written_nodes
 
 MAX_RUNS = 6
-PLACEHOLDER = "placeholder"
 MAX_VISITS = 12
 
 
@@ -46,8 +46,8 @@ def solve(graph: fx.Graph) -> Solution:
 
     Raises `ConflictError`, naming the operator and its place in the source, where a rule ties axes of different sizes.
     """
-    cuts: dict[BirthKey, tuple[int, ...]] = {}
     nodes = list(graph.nodes)
+    cuts = foreseen_cuts(nodes)
     constants = [n for n in nodes if n.op == "placeholder" and n.meta["kind"] == "constant"]
     written = written_nodes(nodes)
     uniform = uniform_dims(nodes, written, {node: _constant_along(node.meta.get("real")) for node in constants})

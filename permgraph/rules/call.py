@@ -161,6 +161,30 @@ def _placed(text: str, ndim: int) -> tuple[tuple[tuple[tuple[str, bool], ...], .
     return tuple(tuple((label.rstrip("!") or "_", label.endswith("!")) for label in labels) for labels in dims), value
 
 
+@lru_cache(maxsize=4096)
+def matching_dims(left: tuple[int, ...], right: tuple[int, ...]) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]:
+    """The shortest runs of dimensions of two shapes that hold equally many indices, in order."""
+    found: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+    i = j = 0
+    while i < len(left) or j < len(right):
+        a: list[int] = []
+        b: list[int] = []
+        product_a = product_b = 1
+        while (not a and not b) or product_a != product_b:
+            if i < len(left) and (product_a <= product_b or j == len(right)):
+                a.append(i)
+                product_a *= left[i]
+                i += 1
+            elif j < len(right):
+                b.append(j)
+                product_b *= right[j]
+                j += 1
+            else:
+                raise ConflictError(f"cannot view {left} as {right}")
+        found.append((tuple(a), tuple(b)))
+    return tuple(found)
+
+
 def loose_families(axes: Axes, axis: Axis, provided: frozenset[Index] = frozenset()) -> Iterator[Axis]:
     """The families in an axis whose sum is not in the same product: they need it in another dimension."""
     if not axes.contains_family(axis):
@@ -294,26 +318,7 @@ class Call:
         """A view: the same elements in the same order under another shape."""
         if 0 in source.shape:
             return
-        i = j = 0
-        while i < source.ndim or j < out.ndim:
-            left: list[int] = []
-            right: list[int] = []
-            product_left = product_right = 1
-            while (not left and not right) or product_left != product_right:
-                if product_left <= product_right and i < source.ndim:
-                    left.append(i)
-                    product_left *= source.shape[i]
-                    i += 1
-                elif j < out.ndim:
-                    right.append(j)
-                    product_right *= out.shape[j]
-                    j += 1
-                elif i < source.ndim:
-                    left.append(i)
-                    product_left *= source.shape[i]
-                    i += 1
-                else:
-                    raise ConflictError(f"cannot view {source.shape} as {out.shape}")
+        for left, right in matching_dims(source.shape, out.shape):
             merged = self.axes.product([source.dims[d] for d in left])
             for d, factor in zip(right, self.axes.split(merged, [out.shape[d] for d in right]), strict=True):
                 self.axes.unify(out.dims[d], factor)
