@@ -23,9 +23,9 @@ from permgraph.signature import signature
 
 PLACEHOLDER = "placeholder"
 
-_VIEWS = frozenset("view _unsafe_view reshape _reshape_alias unflatten flatten".split())
+_VIEWS = frozenset(["view", "_unsafe_view", "reshape", "_reshape_alias", "unflatten", "flatten"])
 _SAME = frozenset(COPIES.split())
-_TAKING = frozenset("select unbind split split_with_sizes chunk slice narrow".split())
+_TAKING = frozenset(["select", "unbind", "split", "split_with_sizes", "chunk", "slice", "narrow"])
 
 Born = dict[int, BirthKey]  # the dimensions of a tensor that are factors as they were made, and the names of these
 
