@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from permgraph import errors
+from permgraph.branches import BranchCheck, check_branches
 from permgraph.capture import Captured, ExampleInputs, capture, input_finder
 from permgraph.connectivity import (
     AlignedCurve,
@@ -75,6 +76,7 @@ __all__ = [
     "AlignedCurve",
     "Alignment",
     "Barrier",
+    "BranchCheck",
     "Captured",
     "ChannelStatistics",
     "Claim",
@@ -116,6 +118,7 @@ __all__ = [
     "barrier_along",
     "capture",
     "channel_statistics",
+    "check_branches",
     "check_rule",
     "compare_spectra",
     "errors",
