@@ -1,9 +1,14 @@
-"""Weight matching against a plain reading of the Git Re-Basin paper: time, sweeps, objective, memory.
+"""Weight matching against a plain reading of the Git Re-Basin paper and the package rebasin: time, objective, memory.
 
     python benchmarks/matching.py --threads 2 --repeats 3 mlp512 vgg16_bn resnet18 resnet50
 
-The plain reading recomputes every Gram matrix in full, solves with scipy, and takes one group at a time, over the same
-spec, in the same order, from the same start. Pairs of runs alternate; the ratio is the median of the pairs'.
+    python benchmarks/matching.py --threads 1 --cpu --rebasin --memory resnet18
+
+The plain reading recomputes every Gram matrix in full, solves with scipy, and takes one group at a time, over the
+same spec, in random order, from the identity. Pairs of runs alternate; the ratio is the median of the pairs. On a
+machine that others use too, `--cpu` counts the process's own time instead of the clock's. `--rebasin` needs the
+package of that name (pip install --no-deps rebasin), is given the same two models and a batch of one, and is measured
+as users call it; its objective is that of the permuted model that it returns.
 """
 
 from __future__ import annotations
@@ -81,6 +86,17 @@ def torchvision_model(name: str) -> nn.Module:
 
 _LIBRARY: torch.library.Library | None = None
 
+
+def llama() -> nn.Module:
+    """The shape of a Llama of 160 million parameters."""
+    import transformers
+
+    config = transformers.LlamaConfig(
+        vocab_size=32000, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
+    )
+    return transformers.LlamaForCausalLM(config)  # type: ignore[no-any-return]
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "mlp512": lambda: mlp(512),
     "mlp4096": lambda: mlp(4096),
@@ -91,7 +107,11 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "resnet18": lambda: torchvision_model("resnet18"),
     "resnet50": lambda: torchvision_model("resnet50"),
     "vit_b_16": lambda: torchvision_model("vit_b_16"),
+    "llama_160m": lambda: llama(),
 }
+INPUTS = {"mlp512": (1, 784), "mlp4096": (1, 784), "resnet20x1": (1, 3, 32, 32), "resnet20x4": (1, 3, 32, 32),
+          "resnet20x16": (1, 3, 32, 32), "vgg16_bn": (1, 3, 224, 224), "resnet18": (1, 3, 224, 224),
+          "resnet50": (1, 3, 224, 224), "vit_b_16": (1, 3, 224, 224)}  # fmt: skip
 
 
 def plain(a: State, b: State, spec: PermutationSpec, seed: int, max_sweeps: int = 100) -> tuple[float, int]:
@@ -146,10 +166,23 @@ def ours(a: State, b: State, spec: PermutationSpec, seed: int, init: str) -> tup
     return found.objective, found.sweeps
 
 
-def timed(run: Callable[[], tuple[float, int]]) -> tuple[float, float, int]:
-    start = time.perf_counter()
+def rebasin(name: str, a: State, b: State, spec: PermutationSpec) -> tuple[float, int]:
+    from rebasin import PermutationCoordinateDescent
+
+    one, other = MODELS[name](), MODELS[name]()
+    one.load_state_dict(a)
+    other.load_state_dict(b)
+    search = PermutationCoordinateDescent(one, other, torch.zeros(INPUTS[name]))
+    search.rebasin()
+    search.apply_permutations()
+    compared = pair(a, dict(other.state_dict()), spec)
+    return compared.inner(compared.a, compared.b), 0
+
+
+def timed(run: Callable[[], tuple[float, int]], clock: Callable[[], float]) -> tuple[float, float, int]:
+    start = clock()
     objective, sweeps = run()
-    return time.perf_counter() - start, objective, sweeps
+    return clock() - start, objective, sweeps
 
 
 def peak(name: str, method: str, threads: int) -> float:
@@ -180,7 +213,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="paired runs, each on a pair of models of its own")
     parser.add_argument("--ours-only", action="store_true", help="without the plain reading, which can take minutes")
     parser.add_argument("--memory", action="store_true", help="also measure peak memory, in processes of their own")
+    parser.add_argument("--rebasin", action="store_true", help="also run the package rebasin")
+    parser.add_argument("--cpu", action="store_true", help="measure CPU time of the process, not the clock's")
     chosen = parser.parse_args()
+    clock = time.process_time if chosen.cpu else time.perf_counter
     torch.set_num_threads(chosen.threads)
     print(
         f"{chosen.threads} threads, {chosen.repeats} pairs of random models, medians; ignored: {', '.join(STATISTICS)}"
@@ -194,15 +230,18 @@ def main() -> None:
         }
         if not chosen.ours_only:
             methods = {"plain": lambda a, b, seed, spec=spec: plain(a, b, spec, seed), **methods}
+        if chosen.rebasin and name in INPUTS:
+            methods["rebasin"] = lambda a, b, seed, name=name, spec=spec: rebasin(name, a, b, spec)
         runs: dict[str, list[tuple[float, float, int]]] = {method: [] for method in methods}
         for repeat in range(chosen.repeats):
             a, b = models(name, 2 * repeat), models(name, 2 * repeat + 1)
             for method, run in methods.items():
-                runs[method].append(timed(lambda run=run, a=a, b=b, repeat=repeat: run(a, b, repeat)))
+                runs[method].append(timed(lambda run=run, a=a, b=b, repeat=repeat: run(a, b, repeat), clock))
         reference = next(iter(methods))
         for method, results in runs.items():
             ratio = statistics.median(p[0] / r[0] for p, r in zip(runs[reference], results, strict=True))
-            memory = f"{peak(name, method, chosen.threads):8.0f}" if chosen.memory else ""
+            measured = chosen.memory and method != "rebasin"
+            memory = f"{peak(name, method, chosen.threads):8.0f}" if measured else ""
             seconds, sweeps = (statistics.median(r[column] for r in results) for column in (0, 2))
             objective = statistics.mean(r[1] for r in results)
             print(

@@ -9,6 +9,7 @@ nothing. Wider problems stay in float32, which halves the memory and may cost n 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
@@ -273,8 +274,19 @@ def _reduced(rows: np.ndarray, edge: np.ndarray, maximise: bool) -> np.ndarray:
     """Costs to minimise, the least of each row being 0."""
     dtype = np.float64 if rows.shape[2] < WIDE else rows.dtype
     first, second = (edge[:, :, None], rows) if maximise else (rows, edge[:, :, None])
-    reduced: np.ndarray = np.subtract(first, second, dtype=dtype)
+    out: np.ndarray | None = None
+    if dtype is np.float64 and rows.size <= _SCRATCH:
+        # The solver only reads this while it runs. Fresh pages would cost more than the subtraction does.
+        if getattr(_ROOM, "array", None) is None or _ROOM.array.size < rows.size:
+            _ROOM.array = np.empty(rows.size)
+        out = _ROOM.array[: rows.size].reshape(rows.shape)
+    reduced: np.ndarray = np.subtract(first, second, out=out, dtype=dtype)
     return reduced
+
+
+_ROOM = threading.local()
+_SCRATCH = 1 << 22
+"""Elements (32 MB) that each thread may keep for the next problem."""
 
 
 def _value(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
