@@ -31,7 +31,12 @@ OPTIONAL = {
 
 
 def doctor(shown: Shown) -> None:
-    """Show versions, optional packages and devices, and try the library on a small network. Exit code 1 if it fails."""
+    """Show versions, optional packages and devices, and try the library on a small network. Exit code 1 if it fails.
+
+    [bold]Example[/bold]
+
+        permgraph doctor --json
+    """
     with Screen(shown) as screen:
         versions = {name: _version(name) for name in (*NEEDED, *OPTIONAL)}
         with screen.stage("trying it out"):

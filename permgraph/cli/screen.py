@@ -98,29 +98,32 @@ class Screen:
 
         columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-            yield _Bar(progress, progress.add_task(title, total=total), title)
+            yield _Bar(progress, progress.add_task(title, total=total), title, total)
 
 
 class _Bar(Stage):
     """A stage with a bar."""
 
-    def __init__(self, progress: Progress, task: TaskID, title: str) -> None:
+    def __init__(self, progress: Progress, task: TaskID, title: str, total: float | None) -> None:
         self.progress, self.task, self.title = progress, task, title
-        self.passes = 0
+        self.counts_passes = total is None
+        self.described = title
+        self.at = 0
 
     def __call__(self, done: float) -> None:
-        """Show how much is done; where nobody knows of how much, as a number beside the title."""
-        if self.progress.tasks[0].total is None:
-            self.progress.update(self.task, description=f"{self.title}, pass {done + 1:g}")
+        """Show how much is done; where nobody knows of how much, as the number of the pass that begins."""
+        if self.counts_passes:
+            self.described = f"{self.title}, pass {done + 1:g}"
+            self.progress.update(self.task, description=self.described)
         else:
             self.progress.update(self.task, completed=done)
 
     def step(self, done: int, total: int, what: str) -> None:
         """Show the steps of the present pass, and what comes next."""
-        if done == 0:
-            self.passes += 1
-            self.progress.reset(self.task, total=total)
-        self.progress.update(self.task, completed=done, description=f"{self.title}, pass {self.passes}: {what}")
+        if done < self.at:  # a new pass: the time left is of that
+            self.progress.reset(self.task)
+        self.at = done
+        self.progress.update(self.task, completed=done, total=total, description=f"{self.described}: {what}")
 
 
 def table(rows: Sequence[tuple[str, ...]], head: tuple[str, ...] = ()) -> str:

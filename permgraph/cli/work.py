@@ -21,6 +21,7 @@ from permgraph.cli.options import Data, Init, Matching, Split, Subject
 from permgraph.cli.screen import Screen
 from permgraph.errors import CheckpointError, MismatchError
 from permgraph.io import Checkpoint, Renamed, Staging, open_checkpoint
+from permgraph.io.torch_file import TorchFile
 from permgraph.io.write import check_target
 from permgraph.matching import Matcher, MatchResult, NeedsModels, Sweep, WeightMatching
 from permgraph.matching.streamed import StreamedWeightMatching
@@ -89,6 +90,10 @@ class Work:
         opened = tuple(map(open_checkpoint, paths))
         if output is not None:
             check_target(opened[like], output)
+            for file in opened[like].files:
+                if isinstance(file, TorchFile) and file.dropped:
+                    names = ", ".join(map(repr, file.dropped))
+                    screen.note(f"{file.path}: {names} not carried over: tensors in there would no longer fit")
         folder = opened[0].folder if opened[0].folder and (opened[0].folder / "config.json").is_file() else None
         loader = load_data(data, folder, split=split) if data.data is not None else None
         matcher = matcher_of(asked, opened[0], loader, class_dim_of(data))

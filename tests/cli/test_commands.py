@@ -224,6 +224,7 @@ def test_align_keeps_keys_wrappers_and_layout(run: Run, pair: Any) -> None:
     torch.save({"state_dict": {f"model.{n}": t for n, t in b.items()}, "epoch": 3, "optimizer": {"m": b}}, "b.ckpt")
     result = run("align", "a.safetensors", "b.ckpt", "-m", NET, "-o", "c.ckpt")
     assert "with 'model.' before them" in result.stderr
+    assert "b.ckpt: 'optimizer' not carried over" in result.stderr
     content = torch.load("c.ckpt", weights_only=True)
     assert content.keys() == {"state_dict", "epoch"}
     assert equal({n.removeprefix("model."): t for n, t in content["state_dict"].items()}, a)
