@@ -24,7 +24,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 LEFT = ("capture", "axes", "rules", "solve", "uniform", "dependence", "write", "infer")
 RIGHT = ("permutation", "matching", "connectivity", "merging", "planning")
-GLUE = ("__init__", "verify", "cli", "studies")  # may join the two sides
+GLUE = ("__init__", "verify", "branches", "cli", "studies")  # may join the two sides
 
 
 def _module_name(source: Path) -> str:
