@@ -13,6 +13,7 @@ from scipy.sparse.csgraph import connected_components
 
 from permgraph.matching.assignment import Solver, assign
 from permgraph.matching.moves import Node
+from permgraph.matching.workers import Share
 from permgraph.spec import PermutationSpec
 
 Tensors = Mapping[str, torch.Tensor]
@@ -28,6 +29,7 @@ class Scene:
         free: groups whose permutation is not known yet.
         solver: for the assignments.
         memory: bytes that the Gram matrices of nested groups may take at a time.
+        share: where several processes match together, what of it this one does.
     """
 
     spec: PermutationSpec
@@ -36,6 +38,7 @@ class Scene:
     free: Collection[str] = ()
     solver: Solver = "auto"
     memory: int = 1 << 29
+    share: Share | None = None
 
 
 def gram(scene: Scene, node: Node, rows: slice = slice(None), columns: slice = slice(None)) -> torch.Tensor | None:
@@ -46,10 +49,21 @@ def gram(scene: Scene, node: Node, rows: slice = slice(None), columns: slice = s
     total: torch.Tensor | None = None
     for place in node.places:
         name = place.block.parameter
+        if scene.share is not None and name not in scene.share.names:
+            continue
         a, b = place.block.view(scene.a[name]), place.block.view(scene.b[name])
         cut = (slice(None),) * place.own[0]
         total = place.gram(a[(*cut, rows)], b[(*cut, columns)], scene.free, total)
+    if scene.share is not None and node.places:
+        total = scene.share.sum(total, _shape(scene, node, rows, columns))
     return total
+
+
+def _shape(scene: Scene, node: Node, rows: slice, columns: slice) -> tuple[int, ...]:
+    size = {name: group.size for name, group in scene.spec.groups.items()}
+    root, *inner = node.chain
+    pairs = [len(range(size[root])[rows]), len(range(size[root])[columns])]
+    return (*(size[name] for name in node.batch), *pairs, *(size[name] for name in inner for _ in "ab"))
 
 
 def values(scene: Scene, node: Node, rows: slice = slice(None), columns: slice = slice(None)) -> torch.Tensor:

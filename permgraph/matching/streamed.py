@@ -29,6 +29,7 @@ from permgraph.matching.paired import paired_values
 from permgraph.matching.renumber import Arrays, act, compose
 from permgraph.matching.result import MatchResult, Outcome, Progress, Sweep
 from permgraph.matching.step import Scene, choose, outer_values
+from permgraph.matching.workers import Share, Workers
 from permgraph.permutation import Permutation
 from permgraph.spec import PermutationSpec
 
@@ -58,6 +59,9 @@ class StreamedWeightMatching:
         ignore: patterns of names that are permuted, but are no evidence.
         solver: for the assignments, see `assign`.
         cache: bytes of tensors to keep in case the next steps need them again.
+        device: where products are taken; None leaves them where the tensors are.
+        workers: the processes that match together, each of which reads its share of the parameters and gives the same
+            result. Groups that are chosen pair by pair are valued by every process from all parameters.
 
     Example:
         >>> spec = PermutationSpec.parse('''
@@ -82,6 +86,8 @@ class StreamedWeightMatching:
     ignore: Sequence[str] = STATISTICS
     solver: Solver = "auto"
     cache: int = 1 << 29
+    device: torch.device | str | None = None
+    workers: Workers | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if self.max_sweeps < 0 or self.cache < 0:
@@ -195,6 +201,8 @@ class _Streamed:
         # The smallest first, since whoever asks for any tensor takes the first.
         self.names = sorted(names, key=lambda name: math.prod(spec.shapes[name]))
         self.plan = Plan(spec, names)
+        sizes = {name: math.prod(spec.shapes[name]) for name in self.names}
+        self.mine = frozenset(names) if how.workers is None else how.workers.share(sizes)
         self.arrays: Arrays = {}
         self.free: set[str] = set()
         self.work = torch.float32
@@ -221,16 +229,40 @@ class _Streamed:
         return act(self.spec, arrays, name, tensor) if arrays else tensor
 
     def _scene(self, move: Move, arrays: Arrays) -> Scene:
-        a = _Lazy(self.names, lambda name: self._a(name).to(self.work))
-        b = _Lazy(self.names, lambda name: self._b(name, arrays).to(self.work))
-        return Scene(self.spec, a, b, self.free - move.groups, self.how.solver)
+        a = _Lazy(self.names, lambda name: self._placed(self._a(name)))
+        b = _Lazy(self.names, lambda name: self._placed(self._b(name, arrays)))
+        return Scene(self.spec, a, b, self.free - move.groups, self.how.solver, share=self._share())
+
+    def _placed(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self.how.device or tensor.device, self.work)
+
+    def _share(self) -> Share | None:
+        if self.how.workers is None:
+            return None
+        return Share(self.how.workers, self.mine, self.work, self.how.device or "cpu")
 
     def _objective(self, *, check: bool = False) -> float:
-        total = 0.0
-        for done, name in enumerate(self.names):
-            self._tell(done, len(self.names), f"objective, {name}")
-            total += self._inner(name, self.arrays, check=check)
-        return total
+        return sum(self._inners(self.names, self.arrays, check=check).values())
+
+    def _inners(self, names: Sequence[str], arrays: Arrays, *, check: bool = False) -> dict[str, float]:
+        """The inner products of some parameters, in the order given; each process makes those of its share."""
+
+        def work() -> dict[str, float]:
+            found = {}
+            for done, name in enumerate(names):
+                if name in self.mine:
+                    self._tell(done, len(names), f"objective, {name}")
+                    found[name] = self._inner(name, arrays, check=check)
+            return found
+
+        if self.how.workers is None:
+            return work()
+        found = self.how.workers.merge(work)
+        if check:
+            self.spread = self.how.workers.merge(lambda: self.spread)
+            exact = self.how.workers.merge(lambda: {f"{name}": self.work is torch.float64 for name in self.mine})
+            self.work = torch.float64 if any(exact.values()) else torch.float32
+        return {name: found[name] for name in names}
 
     def _tell(self, done: int, of: int, what: str) -> None:
         if self.how.watch is not None:
@@ -244,7 +276,7 @@ class _Streamed:
         total, moments = 0.0, np.zeros((2, 2))
         portions = zip(torch.split(one.reshape(-1), PORTION), torch.split(other.reshape(-1), PORTION), strict=True)
         for x, y in portions:
-            x, y = x.to(self.work), y.to(self.work)
+            x, y = self._placed(x), self._placed(y)
             if check:
                 _require_finite(x, one, name, "A")
                 _require_finite(y, other, name, "B")
@@ -258,8 +290,8 @@ class _Streamed:
     def _gain(self, step: Arrays, arrays: Arrays, parameters: Sequence[str]) -> tuple[float, float]:
         """What taking a step from `arrays` would add to the objective, and what it was on these parameters."""
         after = {**arrays, **compose(self.spec, step, arrays)}
-        old = sum(self._inner(name, arrays) for name in parameters)
-        return sum(self._inner(name, after) for name in parameters) - old, old
+        old = sum(self._inners(parameters, arrays).values())
+        return sum(self._inners(parameters, after).values()) - old, old
 
     # --- the ascent ---------------------------------------------------------------------------------------------------
 
@@ -312,6 +344,8 @@ class _Streamed:
         else:
             worth = outer_values(self._scene(move, self.arrays), move.root)
             step, gain = self._nested(move, worth)
+        if self.how.workers is not None:
+            step, gain = self.how.workers.agree((step, gain))
         self.stale.discard(at)
         self.free -= move.groups
         if not step:
@@ -328,12 +362,17 @@ class _Streamed:
         free = self.free - move.groups
         for name in move.parameters:
             places = [place for place in move.root.places if place.block.parameter == name]
-            if not places:
+            if not places or name not in self.mine:
                 continue
             one, other = self._a(name), self._b(name, self.arrays)
             for place in places:
                 for a, b in _portions(place, place.block.view(one), place.block.view(other), free):
-                    total = place.gram(a.to(self.work), b.to(self.work), free, total)
+                    total = place.gram(self._placed(a), self._placed(b), free, total)
+        share = self._share()
+        if share is not None:
+            batch = [self.spec.groups[name].size for name in move.root.batch]
+            size = self.spec.groups[move.name].size
+            return share.sum(total, (*batch, size, size))
         assert total is not None, f"{move.name} stands nowhere"
         return total
 

@@ -1,0 +1,113 @@
+"""Several processes at one match."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+import permgraph as pg
+from permgraph.errors import NonFiniteError, PermgraphError
+from permgraph.matching.streamed import StreamedWeightMatching
+from permgraph.matching.workers import Workers
+
+pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch without gloo")
+
+
+class Model(nn.Module):
+    """Heads, a residual stream, and a hidden layer."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.embed = nn.Linear(5, width)
+        self.attention = nn.MultiheadAttention(width, 4, batch_first=True)
+        self.up, self.down = nn.Linear(width, 24), nn.Linear(24, width)
+        self.head = nn.Linear(width, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.embed(x)
+        x = x + self.attention(x, x, x)[0]
+        return self.head(x + self.down(self.up(x).relu()))
+
+
+class Counting(Mapping[str, torch.Tensor]):
+    """A state dict that notes which tensors are read."""
+
+    def __init__(self, state: Mapping[str, torch.Tensor]) -> None:
+        self.state = state
+        self.read: set[str] = set()
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        self.read.add(name)
+        return self.state[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.state
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.state)
+
+    def __len__(self) -> int:
+        return len(self.state)
+
+
+def pair() -> tuple[pg.PermutationSpec, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    states = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        states.append(Model().state_dict())
+    return pg.auto_spec(Model(), torch.randn(2, 7, 5)), states[0], states[1]
+
+
+def work(rank: int, port: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    spec, a, b = pair()
+    counting = Counting(a)
+    found = StreamedWeightMatching(workers=Workers()).match(counting, b, spec, seed=3)
+    bad = {**b, "down.weight": b["down.weight"] * torch.nan}
+    with pytest.raises(NonFiniteError, match=r"down\.weight"):  # on both, though one of them has read it
+        StreamedWeightMatching(workers=Workers()).match(a, bad, spec)
+    arrays = {name: torch.from_numpy(array.copy()) for name, array in found.permutation.arrays.items()}
+    content = {"arrays": arrays, "objective": found.objective, "sweeps": found.sweeps, "read": sorted(counting.read)}
+    torch.save(content, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_does_and_share_the_reading(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(work, (port, str(tmp_path)), nprocs=2)
+    spec, a, b = pair()
+    expected = StreamedWeightMatching().match(a, b, spec, seed=3)
+    assert expected.objective > expected.objective_before
+    found = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    for one in found:
+        for name, array in expected.permutation.arrays.items():
+            assert one["arrays"][name].tolist() == array.tolist()
+        assert one["objective"] == pytest.approx(expected.objective, rel=1e-6)
+        assert one["sweeps"] == expected.sweeps
+    read = [set(one["read"]) for one in found]
+    assert read[0] | read[1] == {name for name in spec.axes if name not in ("head.bias",)}
+    assert len(read[0] & read[1]) <= 1  # the smallest tensor of all stands for the dtype
+    share = [sum(a[name].numel() for name in one) for one in read]
+    assert max(share) < 0.6 * sum(share)
+
+
+def test_workers_need_processes() -> None:
+    with pytest.raises(PermgraphError, match="init_process_group"):
+        Workers()
+
+
+def test_a_device_for_the_products() -> None:
+    spec, a, b = pair()
+    here, there = (StreamedWeightMatching(device=device).match(a, b, spec) for device in (None, "cpu"))
+    assert here.permutation == there.permutation
