@@ -2,13 +2,14 @@
 
 from permgraph.matching.activation_matching import ActivationMatching
 from permgraph.matching.alignment import Alignment, align
-from permgraph.matching.assignment import Assignment, assign, certify
+from permgraph.matching.assignment import Assignment, assign, assign_limited, certify
 from permgraph.matching.frank_wolfe import FrankWolfe
 from permgraph.matching.result import Matcher, MatchResult, NeedsModels, Sweep
 from permgraph.matching.sinkhorn import Sinkhorn
 from permgraph.matching.straight_through import StraightThrough
 from permgraph.matching.streamed import StreamedWeightMatching
 from permgraph.matching.weight_matching import WeightMatching
+from permgraph.matching.widths import PartialMatch, match_widths
 
 __all__ = [
     "ActivationMatching",
@@ -18,6 +19,7 @@ __all__ = [
     "MatchResult",
     "Matcher",
     "NeedsModels",
+    "PartialMatch",
     "Sinkhorn",
     "StraightThrough",
     "StreamedWeightMatching",
@@ -25,5 +27,7 @@ __all__ = [
     "WeightMatching",
     "align",
     "assign",
+    "assign_limited",
     "certify",
+    "match_widths",
 ]

@@ -1,0 +1,180 @@
+"""Matching of networks whose groups differ in size: every group is filled up with zeros to the greater of the two.
+
+An index of A that falls to one of the added zeros of B has no partner, and so has an index of B beyond A's. Between one
+and the other the assignment is the rectangular one: which of the wider network's indices stay alone is part of what is
+chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from permgraph.binding import IntArray
+from permgraph.errors import MismatchError
+from permgraph.expressions import Axis, Family, Fixed, Label, Product, Ref, Sum, size_of
+from permgraph.matching.result import Matcher, MatchResult, Progress
+from permgraph.matching.weight_matching import WeightMatching
+from permgraph.permutation import Permutation
+from permgraph.spec import PermutationSpec
+
+
+@dataclass(frozen=True)
+class PartialMatch:
+    """B brought to A, where groups may differ in size.
+
+    Attributes:
+        spec: the common specification, in which each group has the greater of the two sizes.
+        permutation: of B as filled up, an element of the common spec's group.
+        state_dict: B filled up with zeros and renumbered. Where no group of B is wider than A's it has A's shapes.
+        partners: for each moving group, integers (*sizes of A's parents, size in A): B's index that was matched to A's,
+            or -1 where there is none.
+        result: what the matcher reported of the common problem.
+    """
+
+    spec: PermutationSpec
+    permutation: Permutation
+    state_dict: dict[str, torch.Tensor]
+    partners: Mapping[str, IntArray]
+    result: MatchResult
+
+
+def match_widths(
+    a: Mapping[str, torch.Tensor],
+    b: Mapping[str, torch.Tensor],
+    spec_a: PermutationSpec,
+    spec_b: PermutationSpec,
+    matcher: Matcher | None = None,
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> PartialMatch:
+    """Match two networks of one architecture and different widths, channel by channel as far as there are partners.
+
+    The added indices read and write zeros, so that B as filled up computes what it did wherever a unit without inputs
+    or outputs is without effect. That is so between linear layers and convolutions, and for BatchNorm; it is not where
+    a norm or a mean runs over the group itself, as LayerNorm's over a residual stream does.
+
+    Args:
+        a, b: the two state dicts.
+        spec_a, spec_b: what `auto_spec` finds for each; they must have the same groups and axes but for sizes.
+        matcher: `WeightMatching()` by default, or any that needs nothing but weights.
+        seed, progress: as in `align`.
+
+    Raises:
+        MismatchError: the two differ in more than the sizes of groups; the message names the first difference.
+
+    Example:
+        >>> text = "w 3x2 h . | v 1x3 . h | groups: h 3".replace(" | ", chr(10))
+        >>> wide = PermutationSpec.parse(text)
+        >>> narrow = PermutationSpec.parse(text.replace("3", "2"))
+        >>> a = {"w": torch.tensor([[1.0, 0], [0, 1], [5, 5]]), "v": torch.tensor([[1.0, 2, 3]])}
+        >>> b = {"w": torch.tensor([[5.0, 5], [1, 0]]), "v": torch.tensor([[3.0, 1]])}
+        >>> match_widths(a, b, wide, narrow).partners["h"].tolist()
+        [1, -1, 0]
+    """
+    spec = common_spec(spec_a, spec_b)
+    one, other = fill_up(a, spec_a, spec), fill_up(b, spec_b, spec)
+    result = (WeightMatching() if matcher is None else matcher).match(one, other, spec, seed, progress)
+    permutation = result.permutation
+    partners = {name: _partners(permutation, name, spec_a, spec_b) for name in spec.moving}
+    return PartialMatch(spec, permutation, permutation.apply(other), partners, result)
+
+
+def common_spec(spec_a: PermutationSpec, spec_b: PermutationSpec) -> PermutationSpec:
+    """The specification of which both are parts: the same groups and axes, each group with the greater size.
+
+    Raises:
+        MismatchError: the two differ in more than the sizes of groups.
+    """
+    if list(spec_a.groups) != list(spec_b.groups):
+        different = sorted(set(spec_a.groups) ^ set(spec_b.groups)) or "the order of their names"
+        raise MismatchError(f"A and B have different groups, so that there is nothing to match by size: {different}")
+    groups = {}
+    for name, one in spec_a.groups.items():
+        other = spec_b.groups[name]
+        if replace(one, size=other.size) != other or (one.fixed and one.size != other.size):
+            raise MismatchError(
+                f"group {name!r} is {one} in A but {other} in B: only the size of a moving one may differ"
+            )
+        groups[name] = replace(one, size=max(one.size, other.size))
+    for name, axes in spec_a.axes.items():
+        theirs = spec_b.axes.get(name)
+        if theirs is None or theirs != axes:
+            found = "is not there" if theirs is None else f"has axes {' '.join(map(str, theirs))}"
+            raise MismatchError(f"{name!r} has axes {' '.join(map(str, axes))} in A, but {found} in B")
+    for name in spec_b.axes:
+        if name not in spec_a.axes:
+            raise MismatchError(f"A has no {name!r}, which B has with shape {spec_b.shapes[name]}")
+    return PermutationSpec(groups, spec_a.axes, aliases=spec_a.aliases, model_class=spec_a.model_class)
+
+
+def fill_up(
+    state: Mapping[str, torch.Tensor], spec: PermutationSpec, wider: PermutationSpec
+) -> dict[str, torch.Tensor]:
+    """A state dict of `spec` with zeros at the indices that only `wider` has; entries that stay as they are, shared.
+
+    Raises:
+        MismatchError: the state dict does not fit its spec.
+    """
+    spec.check(state)
+    out: dict[str, torch.Tensor] = {}
+    for key, tensor in state.items():
+        name = spec.aliases.get(key, key)
+        if key != name and name in state and name in out:
+            out[key] = out[name]
+        elif name not in spec.axes or spec.shapes[name] == wider.shapes[name]:
+            out[key] = tensor
+        else:
+            filled = tensor.new_zeros(wider.shapes[name])
+            places = [_places(axis, spec, wider) for axis in spec.axes[name]]
+            index = np.ix_(*places)
+            filled[tuple(torch.from_numpy(at).to(tensor.device) for at in index)] = tensor.detach()
+            out[key] = filled
+    return out
+
+
+def _places(axis: Axis, spec: PermutationSpec, wider: PermutationSpec) -> IntArray:
+    """Where each index of an axis of `spec` lies in that of `wider`."""
+    match axis:
+        case Fixed(size):
+            return np.arange(size)
+        case Ref(group):
+            return np.arange(spec.groups[group].size)
+        case Label(_, expr):
+            return _places(expr, spec, wider)
+        case Product(factors):
+            at = np.zeros(1, dtype=np.int64)
+            for factor in factors:
+                inside = _places(factor, spec, wider)
+                at = (at[:, None] * size_of(factor, wider.groups) + inside).reshape(-1)
+            return at
+        case Sum(parts):
+            found, start = [], 0
+            for part in parts:
+                found.append(_places(part, spec, wider) + start)
+                start += size_of(part, wider.groups)
+            return np.concatenate(found)
+        case Family(_, members):
+            first, *others = (_places(member, spec, wider) for member in members)
+            if not all(np.array_equal(first, other) for other in others):
+                raise MismatchError(f"the members of {axis} would be filled up at different places")
+            return first
+
+
+def _partners(permutation: Permutation, name: str, spec_a: PermutationSpec, spec_b: PermutationSpec) -> IntArray:
+    """For each of A's indices the one of B's in its place, -1 where that is an added one, or inside one."""
+    arrays, groups = permutation.arrays, permutation.spec.groups
+    sizes = [spec_a.groups[g].size for g in (*groups[name].parents, name)]
+    found = arrays[name][tuple(map(slice, sizes))].copy()
+    alone = found >= spec_b.groups[name].size
+    new = dict(zip(groups[name].parents, np.indices(sizes[:-1], sparse=True), strict=True))
+    for parent in groups[name].parents:
+        if parent in arrays:
+            old = arrays[parent][(*(new[above] for above in groups[parent].parents), new[parent])]
+            alone |= (np.broadcast_to(old, sizes[:-1]) >= spec_b.groups[parent].size)[..., None]
+    found[alone] = -1
+    return found
