@@ -27,9 +27,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 from permgraph.capture import capture
+from permgraph.capture.control import is_higher_order, run_plainly
 from permgraph.capture.outputs import tensor_leaves
 from permgraph.capture.state import StateTensor, state_tensors
 from permgraph.capture.subject import unwrap
@@ -259,6 +260,9 @@ class _Trial:
         self._floating = {e.names[0]: (e, t) for e, t in self._twin.tensors if _is_weight(e, t)}
         seeds = torch.randint(2**62, (len(self._floating),), generator=_generator(seed)).tolist()
         self._seeds = dict(zip(self._floating, seeds, strict=True))
+        originals = {id(t): made for e, made in self._twin.tensors for t in e.objects}
+        self._mode = _InDoublePrecision(originals)
+        self._memory = {name: tensor.data for name, (_, tensor) in self._floating.items()}
         self._constants = [(t, t.detach().clone()) for e, t in self._twin.tensors if not _is_weight(e, t)]
         given = (args,) if isinstance(args, Tensor) else tuple(args or ())
         self._inputs = copy_with((given, dict(kwargs or {})), _in_double, {})
@@ -326,7 +330,7 @@ class _Trial:
             args, kwargs = copy_with(self._inputs, Tensor.clone, {})
             try:
                 with (
-                    _InDoublePrecision(),  # type: ignore[no-untyped-call]
+                    self._mode,
                     _left_as_found(self._twin.modules),
                     _observed(self._twin.modules if self.looks_inside else (), inside),
                 ):
@@ -338,8 +342,12 @@ class _Trial:
                     f"shape {shapes}: {error}; pass example_inputs or example_kwargs that its forward takes"
                 ) from error
         outputs = [tensor.detach().clone() for tensor in tensor_leaves(result)]
+        # A model that writes to its own weights, or gives them other memory, finds them as they were the next time.
+        for name, (_, tensor) in self._floating.items():
+            if tensor.data_ptr() != self._memory[name].data_ptr():
+                tensor.data = self._memory[name]
         self._restore([name for name, (_, t) in self._floating.items() if t._version != versions[name]])
-        return [*outputs, *inside]  # a model that writes to its own weights finds them unwritten the next time
+        return [*outputs, *inside]
 
     @torch.no_grad()
     def _write(self, name: str, values: Tensor) -> None:
@@ -400,13 +408,23 @@ def _is_weight(entry: StateTensor, tensor: Tensor) -> bool:
 def _in_double(tensor: Tensor) -> Tensor:
     """A copy on the CPU in float64 (integers as they are); zeros in place of a tensor without data."""
     dtype = torch.float64 if tensor.is_floating_point() else torch.complex128 if tensor.is_complex() else tensor.dtype
-    if tensor.is_meta:
+    if tensor.is_meta or is_traceable_wrapper_subclass(tensor):  # the latter may hold only a part of it
         return torch.zeros(tensor.shape, dtype=dtype)
     return tensor.detach().to(device="cpu", dtype=dtype, copy=True)
 
 
 class _InDoublePrecision(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Reads every request for a lower precision as one for float64, so that what remains is rounding of that kind."""
+    """Reads every request for a lower precision as one for float64, so that what remains is rounding of that kind.
+
+    `originals` gives the stand-in for each tensor of the caller's model: a function that closes over the model meets
+    the latter. Operators that take functions are run step by step.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self, originals: Mapping[int, Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._originals = originals
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -414,7 +432,17 @@ class _InDoublePrecision(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = dict(kwargs or {})
         if kwargs.get("dtype") in LOW_PRECISION:
             kwargs["dtype"] = torch.float64
-        return func(*args, **kwargs)
+        if is_higher_order(func):
+            with self:
+                return run_plainly(func, args, kwargs)
+        return func(*(self._stand_in(a) for a in args), **{k: self._stand_in(v) for k, v in kwargs.items()})
+
+    def _stand_in(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self._originals.get(id(value), value)
+        if isinstance(value, (list, tuple)) and any(isinstance(item, Tensor) for item in value):
+            return [self._stand_in(item) for item in value]
+        return value
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from permgraph.capture.control import is_composite, is_higher_order, run_plainly
 from permgraph.capture.escape import VALUES_LEAVE_TORCH
 from permgraph.capture.frames import locate
 from permgraph.capture.known import KnownValues
@@ -58,6 +59,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     place (which may be the tensor itself). `known` keeps values beside fake tensors.
     """
 
+    supports_higher_order_operators = True
+
     def __init__(
         self,
         *,
@@ -79,6 +82,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._known = known
         self._kernels = kernels
         self._count = 0
+        self._inside = 0
         self._nodes: dict[int, fx.Node] = {}
         self._alive: list[Tensor] = []
         self._originals: dict[int, Tensor] = {}
@@ -148,10 +152,20 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if is_higher_order(func):
+            self._inside += 1
+            try:
+                with self:
+                    return run_plainly(func, args, kwargs)
+            finally:
+                self._inside -= 1
         if func.namespace == "prim":  # mostly the device of a fake tensor: a question, not a computation
             if func is _DEVICE and isinstance(args[0], FakeTensor):
                 return args[0].fake_device  # C++ asks as often as it computes; this spares the fake mode's detour
             return func(*args, **kwargs)
+        if self._inside and is_composite(func):
+            with self:
+                return func.decompose(*args, **kwargs)
         self._count += 1
         self._limits.check(self._count)
         if kwargs.get("device") is not None:
@@ -253,5 +267,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _snapshot(self, tensor: Tensor) -> Tensor:
         if isinstance(tensor, FakeTensor):
             return strided_like(tensor, self._device)
+        if tensor.is_nested:
+            raise CaptureError("a nested tensor, whose rows differ in length: pass padded sequences and a mask instead")
         with no_dispatch():
             return strided_like(tensor, "meta") if tensor.layout == torch.strided else tensor.to("meta")

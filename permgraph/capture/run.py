@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import logging
 import time
 from collections.abc import Mapping
@@ -47,7 +48,7 @@ _NEEDS_VALUES = (
     UnsupportedOperatorException,
     NotImplementedError,
 )
-_NEEDS_VALUES_WORDS = ("fake", "data pointer", "data_ptr", "numpy", "meta tensor", "data-dependent")
+_NEEDS_VALUES_WORDS = ("fake", "data pointer", "data_ptr", "numpy", "meta tensor", "data-dependent", "shape_env")
 
 #: Weights on the meta device are made up for a pass on real tensors, up to this many bytes: where the caller gave the
 #: inputs, and where they are guessed, so that a pass may well fail and be tried again.
@@ -92,22 +93,40 @@ def capture(
     if subject.inputs is not None:
         return _attempt(subject, subject.inputs, limits)
 
-    tried: list[str] = []
+    tried: list[tuple[str, BaseException | None]] = []
+    first: BaseException | None = None
     for candidate in find_inputs(subject.core):
         if tried and time.monotonic() - limits.started > _GUESS_SECONDS:
-            tried.append(f"  (no more were tried after {_GUESS_SECONDS:.0f} s)")
+            tried.append((f"(no more were tried after {_GUESS_SECONDS:.0f} s)", None))
             break
         try:
             return _attempt(subject, candidate, limits)
         except _PassError as failure:
-            line = f"  {candidate.finder}: {candidate.describe()}: {_first_line(failure.cause)}"
-            logger.debug("%s: candidate failed: %s", name, line.strip())
-            tried.append(line)
-    listing = "\n".join(tried) if tried else "  (no finder had a candidate)"
+            if isinstance(failure.cause, ImportError):
+                raise CaptureError(
+                    f"{name} cannot be run here: {type(failure.cause).__name__}: {_first_line(failure.cause)}"
+                ) from failure.cause
+            first = first or failure.cause
+            tried.append((f"{candidate.finder}: {candidate.describe()}", failure.cause))
+            logger.debug("%s: candidate failed: %s: %s", name, tried[-1][0], _first_line(failure.cause))
+    listing = "\n".join(_listing(tried)) if tried else "  (no finder had a candidate)"
     raise CaptureError(
         f"no example inputs for {name} were found; it takes {_signature(subject.core)}. Tried:\n{listing}\n"
         "Pass example_inputs=(...) or example_kwargs={...} with which model(*example_inputs, **example_kwargs) runs."
-    )
+    ) from first
+
+
+def _listing(tried: list[tuple[str, BaseException | None]]) -> list[str]:
+    """What was tried, a line each, and one for all that follow one another and failed alike."""
+    lines = []
+    for cause, same in itertools.groupby(
+        tried, lambda pair: pair[1] and f"{type(pair[1]).__name__}: {_first_line(pair[1])}"
+    ):
+        described = [text for text, _ in same]
+        more = f" and {len(described) - 2} more" if len(described) > 3 else ""
+        shown = described[:2] if more else described
+        lines.append(f"  {', '.join(shown)}{more}{f': {cause}' if cause else ''}")
+    return lines
 
 
 class _PassError(CaptureError):
@@ -227,6 +246,11 @@ class _Fakes:
         return tensor if tensor.device == _CPU else self._fake(tensor)
 
     def of_stranger(self, tensor: Tensor) -> Tensor:
+        if isinstance(tensor, FakeTensor) and tensor.fake_mode is self._mode:
+            raise CaptureError(
+                f"a tensor of shape {tuple(tensor.shape)} was computed where operators cannot be observed, such as "
+                "another thread: run the whole forward pass in the thread that calls it"
+            )
         return self._fake(tensor)
 
     def of_input(self, tensor: Tensor) -> Tensor:

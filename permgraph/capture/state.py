@@ -75,6 +75,11 @@ def state_tensors(model: nn.Module) -> list[StateTensor]:
 
 def strided_like(tensor: Tensor, device: torch.device | str) -> Tensor:
     """An uninitialised tensor with the shape, strides and dtype of another; under a fake mode it is a fake."""
+    if tensor.is_quantized:
+        raise CaptureError(
+            f"a quantised tensor of {tensor.dtype} and shape {tuple(tensor.shape)}: its integers and their scales "
+            "cannot be renumbered as weights are; pass the model in floating point that it was made from"
+        )
     if tensor.layout != torch.strided:
         raise CaptureError(
             f"a tensor of {tensor.layout} and shape {tuple(tensor.shape)}: only dense ones are supported"

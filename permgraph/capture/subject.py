@@ -37,12 +37,30 @@ def unwrap(model: Any) -> Subject:
                 f"{path or 'the model'} is a TorchScript module, whose operators cannot be observed: "
                 "pass the Python module that it was scripted or traced from"
             )
+    model = _unsharded(model)
     core = model
     while (inner := _inner(core)) is not None:
         core = inner
     if inputs is None and isinstance(core, torch.fx.GraphModule):
         inputs = _graph_inputs(core)
     return Subject(model, core, inputs)
+
+
+def _unsharded(model: nn.Module) -> nn.Module:
+    """The module inside a FullyShardedDataParallel that holds its parameters whole; any other is refused."""
+    wrappers = [m for m in model.modules() if hasattr(m, "_fsdp_wrapped_module")]
+    if not wrappers:
+        return model
+    inner: Any = wrappers[0]._fsdp_wrapped_module
+    handle = getattr(wrappers[0], "_handle", None)
+    flat = any(name.rpartition(".")[2] == "_flat_param" for name, _ in model.named_parameters())
+    if wrappers != [model] or flat or getattr(handle, "uses_sharded_strategy", False):
+        raise CaptureError(
+            "FullyShardedDataParallel holds this model's parameters flattened or in shards: pass the module as it was "
+            "before it was wrapped, on the meta device if it is large; its names are those of the full state dict"
+        )
+    assert isinstance(inner, nn.Module)
+    return inner
 
 
 def _inner(module: nn.Module) -> nn.Module | None:

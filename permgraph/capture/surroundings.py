@@ -31,11 +31,20 @@ def make_transparent(modules: Iterable[nn.Module]) -> None:
     seen: set[int] = set()
     for module in modules:
         vars(module)["training"] = False
+        _drop_sharding(module)
         for name, value in TRANSPARENT_MODULE.items():
             if isinstance(vars(module).get(name), type(value)):
                 vars(module)[name] = value
         for value in list(vars(module).values()):
             _make_config_transparent(value, seen)
+
+
+def _drop_sharding(module: nn.Module) -> None:
+    """Removes the hooks by which `fully_shard` gathers parameters: the copy has whole ones."""
+    for registry in (module._forward_pre_hooks, module._forward_hooks):
+        for key, hook in list(registry.items()):
+            if str(getattr(hook, "__module__", "")).startswith("torch.distributed.fsdp"):
+                del registry[key]
 
 
 def _make_config_transparent(value: Any, seen: set[int]) -> None:

@@ -38,6 +38,8 @@ def arithmetic(call: Call) -> None:
 @rule(*(f"aten.{name}" for name in COPIES.split()))
 def copies(call: Call) -> None:
     """The same values in a new tensor."""
+    if not call.tensors:  # a plain number, as `flex_attention` casts it
+        return
     source = call.tensors[0]
     call.pointwise(source, call.out)
     call.carry_values(source, call.out, all_of_them=True)

@@ -126,7 +126,8 @@ def test_when_nothing_runs_the_error_lists_what_was_tried():
     message = str(caught.value)
     assert "no example inputs for Stubborn" in message
     assert "forward(x: " in message
-    assert "layers: (float32[2, 3], float32[2, 3]): not the word\n" in message
+    assert "  layers: (float32[2, 3], float32[2, 3]), layers: (" in message
+    assert " more: ValueError: not the word\n" in message, "what failed alike stands in one line"
     assert "but str" not in message, "one line for each candidate"
     assert message.endswith("with which model(*example_inputs, **example_kwargs) runs.")
 
