@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import io
+import pkgutil
 import re
+import runpy
 from pathlib import Path
 
 import pytest
 import torch
+
+import permgraph as pg
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -26,6 +30,30 @@ def _blocks(page: Path) -> list[tuple[str, str | None, int]]:
             output = following["text"] if following is not None and "output" in following["title"] else None
             found.append((fence["text"], output, text.count("\n", 0, fence.start()) + 2))
     return found
+
+
+def test_the_reference_names_everything_public() -> None:
+    """By the name that users type, or by the module that defines it."""
+    named = re.findall(r"^::: permgraph\.(\S+)$", (ROOT / "docs" / "reference.md").read_text(), re.MULTILINE)
+    ends = {name.rpartition(".")[2] for name in named}
+    assert not sorted(name for name in pg.__all__ if not name.startswith("__") and name not in ends)
+    for name in named:
+        assert pkgutil.resolve_name(f"permgraph.{name}"), name
+
+
+def test_the_figures_can_be_drawn_and_are_there(tmp_path: Path) -> None:
+    figures = runpy.run_path(str(ROOT / "docs" / "figures.py"))
+    figures["main"](tmp_path)
+    drawn = {path.name for path in tmp_path.iterdir()}
+    assert drawn == {f"{name}.svg" for name in figures["FIGURES"]}
+    assert drawn <= {path.name for path in (ROOT / "docs" / "images").iterdir()}
+    pages = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    assert not sorted(name for name in drawn if f"images/{name}" not in pages)
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    listed = (ROOT / "mkdocs.yml").read_text()
+    assert not [page.name for page in PAGES[1:] if f" {page.name}" not in listed]
 
 
 def test_blocks_are_found() -> None:
