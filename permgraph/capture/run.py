@@ -237,6 +237,7 @@ class _Fakes:
 
     def __init__(self, mode: FakeTensorMode) -> None:
         self._mode = mode
+        self._made: dict[int, Tensor] = {}  # kept alive, so that no id is used twice
 
     def of_state(self, entry: StateTensor) -> Tensor:
         return self._fake(entry.objects[0])
@@ -246,7 +247,7 @@ class _Fakes:
         return tensor if tensor.device == _CPU else self._fake(tensor)
 
     def of_stranger(self, tensor: Tensor) -> Tensor:
-        if isinstance(tensor, FakeTensor) and tensor.fake_mode is self._mode:
+        if isinstance(tensor, FakeTensor) and tensor.fake_mode is self._mode and id(tensor) not in self._made:
             raise CaptureError(
                 f"a tensor of shape {tuple(tensor.shape)} was computed where operators cannot be observed, such as "
                 "another thread: run the whole forward pass in the thread that calls it"
@@ -257,8 +258,11 @@ class _Fakes:
         return self._fake(tensor)
 
     def _fake(self, tensor: Tensor) -> Tensor:
-        if tensor.layout != torch.strided:
-            return self._mode.from_tensor(tensor)
+        fake = self._strided(tensor) if tensor.layout == torch.strided else self._mode.from_tensor(tensor)
+        self._made[id(fake)] = fake
+        return fake
+
+    def _strided(self, tensor: Tensor) -> Tensor:
         # Made directly and not by `torch.empty` under the mode: a model has hundreds, and a dispatch costs more.
         shape = strided_like(tensor, _META)
         is_parameter = isinstance(tensor, nn.Parameter)
