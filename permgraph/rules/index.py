@@ -322,7 +322,7 @@ def isin(call: Call) -> None:
 
 @rule(
     "aten.nonzero", "aten.masked_select", "aten._unique2", "aten.unique_dim", "aten.unique_consecutive",
-    "aten.put", "aten.nonzero_static",
+    "aten.put", "aten.nonzero_static", "aten.repeat_interleave.Tensor",
 )  # fmt: skip
 def value_dependent(call: Call) -> None:
     """Which elements are meant depends on values: all that takes part stays put."""

@@ -794,6 +794,7 @@ INDEX = rows(
      "(.), (a b) -> (a b) where b per a"),
     ("searchsorted.Tensor", torch.tensor([[0.2, 0.4, 0.6, 0.7, 0.8]] * 2).double(), F(2, 3),
      "(. .), (. .) -> (. .) ~ batches of boundaries could be tied"),
+    ("repeat_interleave.Tensor", torch.tensor([2, 1, 3]), "(.) -> (.)"),
     ("_unique2", D(9, 5), "(.) -> (.), (.), (.) ~ the results come sorted"),
     ("unique_dim", F(5, 2), 0, "(. .) -> (. .), (.), (.) ~ as above"),
     ("unique_consecutive", D(9, 5), "(.) -> (.), (.), (.) ~ here no two are equal"),
