@@ -47,6 +47,7 @@ from permgraph.matching import (
     StraightThrough,
     StreamedWeightMatching,
     WeightMatching,
+    Workers,
     align,
 )
 from permgraph.merging import (
@@ -63,6 +64,7 @@ from permgraph.merging import (
 )
 from permgraph.permutation import Permutation
 from permgraph.pictures import Report, layer_similarity, report
+from permgraph.planning import Estimate, calibrate, estimate
 from permgraph.rules import rule
 from permgraph.rules.check import RuleReport, check_rule
 from permgraph.spec import Group, PermutationSpec
@@ -82,6 +84,7 @@ __all__ = [
     "Claim",
     "Curve",
     "CycleConsistent",
+    "Estimate",
     "ExampleInputs",
     "FeatureAgreement",
     "FeatureConnectivity",
@@ -110,18 +113,21 @@ __all__ = [
     "ToReference",
     "Verification",
     "WeightMatching",
+    "Workers",
     "__version__",
     "align",
     "auto_spec",
     "average",
     "barrier",
     "barrier_along",
+    "calibrate",
     "capture",
     "channel_statistics",
     "check_branches",
     "check_rule",
     "compare_spectra",
     "errors",
+    "estimate",
     "evaluate_on",
     "feature_connectivity",
     "fit_aligned_curve",

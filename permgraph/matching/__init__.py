@@ -10,6 +10,7 @@ from permgraph.matching.straight_through import StraightThrough
 from permgraph.matching.streamed import StreamedWeightMatching
 from permgraph.matching.weight_matching import WeightMatching
 from permgraph.matching.widths import PartialMatch, match_widths
+from permgraph.matching.workers import Workers
 
 __all__ = [
     "ActivationMatching",
@@ -25,6 +26,7 @@ __all__ = [
     "StreamedWeightMatching",
     "Sweep",
     "WeightMatching",
+    "Workers",
     "align",
     "assign",
     "assign_limited",

@@ -24,6 +24,7 @@ from permgraph.matching.objective import StateDict
 from permgraph.matching.replay import Replay, Site
 from permgraph.matching.result import MatchResult, Progress
 from permgraph.matching.weight_matching import WeightMatching
+from permgraph.matching.workers import Workers
 from permgraph.permutation import Permutation
 from permgraph.spec import PermutationSpec
 
@@ -57,6 +58,8 @@ class ActivationMatching:
             forward pass that carries a group and is more than another one rearranged, which needs the spec that
             inference gives, and a network whose path does not depend on values.
         max_units: leave out tensors with more units than that: each needs a matrix of as many rows and columns.
+        workers: the processes that match together: each gives a loader of its own part of the data, and all of them get
+            the result for the whole.
         models: the modules, which `align` fills in.
 
     Example:
@@ -74,6 +77,7 @@ class ActivationMatching:
     ascent: WeightMatching = field(default_factory=WeightMatching)
     tensors: Literal["auto", "modules", "graph"] = "auto"
     max_units: int = 8192
+    workers: Workers | None = field(default=None, compare=False)
     models: tuple[nn.Module, nn.Module] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -204,6 +208,8 @@ def _observe(
                     }
             if replay is not None:
                 replay.run(_arguments(batch), batches, wanted, see)
+    if how.workers is not None:
+        found, uneven, batches = _over_all(how.workers, found, uneven, batches)
     if not batches:
         raise PermgraphError("the loader yielded no batch: activation matching needs some")
     notes += [f"{name} has as many samples as the weights decide, and is left out" for name in sorted(uneven)]
@@ -215,6 +221,25 @@ def _observe(
                 raise NonFiniteError(f"an output of {name!r} is NaN or infinite on these inputs")
             grams[name] = (axis, gram.float())
     return _Observed(grams, tuple(notes))
+
+
+def _over_all(
+    workers: Workers, found: dict[str, tuple[Axis, _Moments]], uneven: set[str], batches: int
+) -> tuple[dict[str, tuple[Axis, _Moments]], set[str], int]:
+    """What all processes have observed, each on its part of the data."""
+    seen = {name: (axis, moments) for name, (axis, moments) in found.items() if moments.count}
+    axes = workers.merge(lambda: {name: axis for name, (axis, _) in seen.items()})
+    shifts = workers.merge(
+        lambda: {name: [shift.cpu() for shift in moments.shifts] for name, (_, moments) in seen.items()}
+    )
+    uneven = set(workers.merge(lambda: dict.fromkeys(uneven)))
+    batches = sum(workers.merge(lambda: {str(workers.rank): batches}).values())
+    whole = {}
+    for name in sorted(axes):
+        moments = found[name][1] if name in found else _Moments()
+        moments.add_up(workers, shifts[name])
+        whole[name] = (axes[name], moments)
+    return whole, uneven, batches
 
 
 def _arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -334,6 +359,26 @@ class _Moments:
         for k, z in enumerate((x, y)):
             self.sums[k] = self.sums[k] + z.sum(1).double()
             self.squares[k] = self.squares[k] + z.square().sum(1).double()
+
+    def add_up(self, workers: Workers, shifts: Sequence[torch.Tensor]) -> None:
+        """Make these the sums over all processes, each unit shifted by `shifts` on all of them."""
+        if not self.count:
+            sizes = [len(shift) for shift in shifts]
+            self.shifts = (shifts[0], shifts[1])
+            self.sums, self.squares = ([torch.zeros(n, dtype=torch.float64) for n in sizes] for _ in range(2))
+            self.products = torch.zeros(sizes[0], sizes[1], dtype=torch.float64)
+        to = [shift.to(self.products.device) for shift in shifts]
+        x, y = ((mine - other).double()[:, 0] for mine, other in zip(self.shifts, to, strict=True))
+        self.products = (
+            self.products + torch.outer(x, self.sums[1]) + torch.outer(self.sums[0], y) + self.count * torch.outer(x, y)
+        )
+        for k, z in enumerate((x, y)):
+            self.squares[k] = self.squares[k] + 2 * z * self.sums[k] + self.count * z.square()
+            self.sums[k] = self.sums[k] + self.count * z
+        self.shifts = (to[0], to[1])
+        self.products = workers.sum(self.products)
+        self.sums, self.squares = ([workers.sum(z) for z in both] for both in (self.sums, self.squares))
+        self.count = int(workers.sum(torch.tensor(self.count)))
 
     def gram(self, measure: str, name: str) -> torch.Tensor:
         """The agreement of each unit of A (rows) with each of B, by one of the measures of `ActivationMatching`."""

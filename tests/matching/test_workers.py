@@ -65,6 +65,19 @@ def pair() -> tuple[pg.PermutationSpec, dict[str, torch.Tensor], dict[str, torch
     return pg.auto_spec(Model(), torch.randn(2, 7, 5)), states[0], states[1]
 
 
+def models() -> tuple[Model, Model]:
+    _, a, b = pair()
+    made = Model().eval(), Model().eval()
+    for model, state in zip(made, (a, b), strict=True):
+        model.load_state_dict(state)
+    return made
+
+
+def data() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(4, 7, 5, generator=generator) + 3 * batch for batch in range(5)]
+
+
 def work(rank: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
@@ -74,6 +87,11 @@ def work(rank: int, port: int, folder: str) -> None:
     bad = {**b, "down.weight": b["down.weight"] * torch.nan}
     with pytest.raises(NonFiniteError, match=r"down\.weight"):  # on both, though one of them has read it
         StreamedWeightMatching(workers=Workers()).match(a, bad, spec)
+    seen = pg.align(*models(), pg.ActivationMatching(data()[rank::2], workers=Workers()), spec=spec)
+    assert seen.permutation == pg.align(*models(), pg.ActivationMatching(data()), spec=spec).permutation
+    alone = pg.align(*models(), pg.ActivationMatching(data() if rank else [], workers=Workers()), spec=spec)
+    assert alone.permutation == seen.permutation
+    assert alone.objective == pytest.approx(seen.objective, rel=1e-5)
     arrays = {name: torch.from_numpy(array.copy()) for name, array in found.permutation.arrays.items()}
     content = {"arrays": arrays, "objective": found.objective, "sweeps": found.sweeps, "read": sorted(counting.read)}
     torch.save(content, f"{folder}/{rank}.pt")
