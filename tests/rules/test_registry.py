@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+import os
+import subprocess
 import sys
+import textwrap
 import types
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -43,7 +47,7 @@ def restored() -> Iterator[None]:
 def test_names_from_the_most_special_to_the_twin() -> None:
     assert rule_name("aten.add_.Tensor") == "aten.add"
     assert rule_name("aten.repeat_interleave.self_int") == "aten.repeat_interleave.self_int"
-    assert rule_name("aten.repeat_interleave.Tensor") is None
+    assert rule_name("aten.repeat_interleave.self_Tensor") is None
     assert rule_name("aten.__and__.Tensor") == "aten.__and__"
     assert rule_name("mylib.add.Tensor") is None
 
@@ -131,6 +135,56 @@ def test_entry_points_are_loaded_once_and_late(monkeypatch: pytest.MonkeyPatch) 
     assert find_rule("fakelib.op.default") is not None
     assert loaded == ["permgraph_fake_plugin"]
     sys.modules.pop("permgraph_fake_plugin", None)
+
+
+PLUGIN = """
+from permgraph import rule
+
+
+@rule("permgraph_plugin.gate")
+def gate(call):
+    call.link((call["x"], "n c"), (call["scale"], "c"), (call.out, "n c"))
+"""
+
+
+def test_an_installed_package_brings_its_rules(tmp_path: Path) -> None:
+    """In a new process, with the package where pip would put it: one module, and the metadata of a distribution."""
+    (tmp_path / "permgraph_plugin_rules.py").write_text(PLUGIN)
+    metadata = tmp_path / "permgraph_plugin-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: permgraph-plugin\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text("[permgraph.rules]\nplugin = permgraph_plugin_rules\n")
+    script = """
+        import sys, torch, permgraph as pg
+        from torch import nn
+
+        library = torch.library.Library("permgraph_plugin", "DEF")
+        library.define("gate(Tensor x, Tensor scale) -> Tensor")
+        library.impl("gate", lambda x, scale: x * scale, "CompositeExplicitAutograd")
+
+        class Model(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.a, self.b, self.scale = nn.Linear(3, 5), nn.Linear(5, 2), nn.Parameter(torch.ones(5))
+
+            def forward(self, x):
+                return self.b(torch.ops.permgraph_plugin.gate(self.a(x), self.scale))
+
+        assert "permgraph_plugin_rules" not in sys.modules
+        spec = pg.auto_spec(Model(), (torch.randn(2, 3),))
+        assert not spec.unknown_ops and [group.size for group in spec.moving.values()] == [5], spec
+        assert pg.verify(Model(), spec, (torch.randn(2, 3),))
+        gate = torch.ops.permgraph_plugin.gate.default
+        report = pg.check_rule(gate, torch.randn(2, 3).double(), torch.randn(3).double())
+        print(report.verdict, report.axes)
+    """
+    paths = [str(tmp_path), str(Path(pg.__file__).parents[1])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("ok (a b), (b) -> (a b)")
 
 
 def test_an_entry_point_that_fails_is_logged(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
