@@ -56,6 +56,8 @@ VOCAB = re.compile(r"^(\w+_)?vocab_size\w*$|^n_vocab$|_vocab$")
 FRAMES = re.compile(r"^(num_frames|frames_per_clip)$")
 EXPERTS = re.compile(r"^(num_experts|n_routed_experts|num_local_experts|moe_num_experts|num_routed_experts)$")
 CHOSEN = re.compile(r"^(num_experts_per_tok(en)?|moe_top_?k|top_k|moe_k|experts_per_token|top_k_experts)$")
+#: How many of the earlier positions attention picks: fewer than there are, or what picks them has no influence.
+PICKED = re.compile(r"^index_topk$|^indexer_budget$|^sliding_window$")
 CHOSEN_GROUPS = re.compile(r"^(n_group|topk_group|num_expert_group|moe_n_group)$")
 
 
@@ -374,6 +376,8 @@ def _smaller(name: str, value: Any, shrink: Shrink, factor: Fraction, widths: Ma
         return min(value, 8)
     if CHOSEN.search(name) and shrink.experts:
         return min(value, 2)
+    if PICKED.search(name) and shrink.heads:
+        return min(value, 8)
     if CHOSEN_GROUPS.search(name) and shrink.experts:
         return min(value, 2 if name.endswith("n_group") else 1)
     if value in widths and (WIDTH.search(name) or name.endswith(("_size", "_groups"))):

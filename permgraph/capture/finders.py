@@ -100,8 +100,13 @@ def vocabulary(model: nn.Module) -> int:
 
 def _token_ids(model: nn.Module) -> Iterator[Tensor]:
     bound = vocabulary(model)
-    end = setting(getattr(model, "config", None), "eos_token_id")
-    for shape in ((BATCH, LENGTH), (BATCH, 64), (BATCH, 3, LENGTH)):  # the last for multiple choice
+    config = getattr(model, "config", None)
+    books = setting(config, "num_codebooks", "n_codebooks", "num_quantizers", "delay_pattern")
+    count = len(books) if isinstance(books, list) else whole(books, 0)
+    end = setting(config, "eos_token_id")
+    # Then multiple choice; and sound as tokens of several codebooks, with or without those of a text beside them.
+    coded = ((BATCH, LENGTH, count), (BATCH, LENGTH, count + 1)) if count else ()
+    for shape in ((BATCH, LENGTH), (BATCH, 64), (BATCH, 3, LENGTH), *coded):
         ids = integers(bound, *shape)
         if isinstance(end, int) and 0 < end < bound:  # once, and last: some heads read what stands there
             ids[ids == end] = end - 1
