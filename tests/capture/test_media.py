@@ -1,0 +1,229 @@
+"""Inputs of other media than text: each form is found by the names that a model accepts, with sizes that agree."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from permgraph.capture import Captured, capture
+from permgraph.capture.finders_media import count_features
+
+
+def arguments(captured: Captured) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in captured.inputs.kwargs.items()}
+
+
+class Tower(nn.Module):
+    """A stack of patches to features; every subclass takes them in another form."""
+
+    main_input_name = "pixel_values"
+
+    def __init__(self, **config: Any) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(patch_size=4, num_channels=3, **config)
+        self.embed = nn.Linear(48, 6)
+
+
+class Grid(Tower):
+    def forward(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
+        counts = grid_thw.prod(-1)
+        assert pixel_values.shape[0] == sum(counts.tolist())
+        return self.embed(pixel_values)
+
+
+class Packed(Tower):
+    def forward(self, pixel_values: Tensor, pixel_attention_mask: Tensor, spatial_shapes: Tensor) -> Tensor:
+        assert pixel_values.shape[:2] == pixel_attention_mask.shape
+        assert all(int(rows * columns) == pixel_values.shape[1] for rows, columns in spatial_shapes.tolist())
+        return self.embed(pixel_values) * pixel_attention_mask[..., None]
+
+
+class Placed(Tower):
+    def forward(self, pixel_values: Tensor, pixel_position_ids: Tensor) -> Tensor:
+        assert pixel_values.shape[:2] == pixel_position_ids.shape[:2] and pixel_position_ids.shape[2] == 2
+        return self.embed(pixel_values) + pixel_position_ids.sum(-1, keepdim=True)
+
+
+class Strip(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(patch_size=4, num_channels=3)
+        self.embed = nn.Conv2d(3, 6, 4, 4)
+
+    def forward(self, pixel_values: Tensor, target_sizes: Tensor) -> Tensor:
+        patches = self.embed(pixel_values).flatten(2)
+        assert patches.shape[-1] == int(target_sizes.prod(-1).sum())
+        return patches
+
+
+class Video(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(num_frames=3, image_size=8)
+        self.embed = nn.Conv3d(3, 6, (1, 4, 4), (1, 4, 4))
+
+    def forward(self, pixel_values_videos: Tensor) -> Tensor:
+        assert pixel_values_videos.shape[1] == 3
+        return self.embed(pixel_values_videos.transpose(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        (Grid(), {"pixel_values": (32, 48), "grid_thw": (2, 3)}),
+        (Packed(), {"pixel_values": (2, 16, 48), "pixel_attention_mask": (2, 16), "spatial_shapes": (2, 2)}),
+        (Placed(), {"pixel_values": (2, 16, 48), "pixel_position_ids": (2, 16, 2)}),
+        (Strip(), {"pixel_values": (1, 3, 4, 128), "target_sizes": (2, 2)}),
+        (Video(), {"pixel_values_videos": (2, 3, 3, 8, 8)}),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_images_in_every_form(model: nn.Module, expected: dict[str, tuple[int, ...]]) -> None:
+    captured = capture(model)
+    assert captured.inputs.finder == "images"
+    assert arguments(captured) == expected
+
+
+class Speaking(nn.Module):
+    """Reads text in which an image or a sound stands in place of as many tokens as it has features."""
+
+    main_input_name = "input_ids"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(
+            vocab_size=31,
+            image_token_id=29,
+            audio_token_id=30,
+            is_encoder_decoder=False,
+            vision_config=SimpleNamespace(image_size=8, patch_size=4, num_channels=3),
+            audio_config=SimpleNamespace(num_mel_bins=10),
+        )
+        self.words = nn.Embedding(31, 6)
+        self.sees = nn.Conv2d(3, 6, 4, 4)
+        self.hears = nn.Conv1d(10, 6, 4, 4)
+        self.head = nn.Linear(6, 5)
+
+    def get_image_features(self, pixel_values: Tensor) -> Tensor:
+        return self.sees(pixel_values).flatten(2).transpose(1, 2)
+
+    def get_audio_features(self, input_features: Tensor) -> Tensor:
+        return self.hears(input_features).flatten(2).transpose(1, 2)
+
+    def forward(
+        self, input_ids: Tensor, pixel_values: Tensor | None = None, input_features: Tensor | None = None
+    ) -> Tensor:
+        hidden = self.words(input_ids)
+        media = (
+            (29, pixel_values, self.get_image_features),
+            (30, input_features, self.get_audio_features),
+        )
+        for token, values, features_of in media:
+            if values is not None:
+                features = features_of(values)
+                places = input_ids == token
+                if int(places.sum()) != features.shape[0] * features.shape[1]:
+                    raise ValueError("features and tokens do not match")
+                hidden = hidden.masked_scatter(places[..., None], features)
+        return self.head(hidden)
+
+
+def test_text_has_as_many_placeholders_as_the_model_has_features() -> None:
+    model = Speaking()
+    assert count_features(model, "get_image_features", {"pixel_values": torch.zeros(2, 3, 8, 8)}) == 4
+    assert count_features(model, "get_image_features", {"pixel_values": torch.zeros(2, 4, 8, 8)}) is None
+    captured = capture(model)
+    assert captured.inputs.finder == "text with media"
+    assert arguments(captured) == {
+        "input_ids": (2, 19 + 4 + 3 + 32 + 3), "pixel_values": (2, 3, 8, 8), "input_features": (2, 10, 128),
+    }  # fmt: skip
+    ids = captured.inputs.kwargs["input_ids"]
+    assert int((ids == 29).sum()) == 8 and int((ids == 30).sum()) == 64
+    assert captured.unused == ()
+
+
+class Masked(nn.Module):
+    main_input_name = "input_features"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(37, 5)
+
+    def forward(self, input_features: Tensor, input_features_mask: Tensor) -> Tensor:
+        return self.linear(input_features) * input_features_mask[..., None]
+
+
+def test_sound_comes_with_a_mask_and_with_the_width_of_the_first_layer() -> None:
+    captured = capture(Masked())
+    assert captured.inputs.finder == "sound"
+    assert arguments(captured) == {"input_features": (2, 128, 37), "input_features_mask": (2, 128)}
+    assert bool(captured.inputs.kwargs["input_features_mask"].all())
+
+
+class Forecast(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(context_length=12, lags_sequence=[1, 5], prediction_length=4, num_time_features=2)
+        self.linear = nn.Linear(3, 5)
+
+    def forward(
+        self,
+        past_values: Tensor,
+        past_time_features: Tensor,
+        past_observed_mask: Tensor,
+        future_values: Tensor | None = None,
+        future_time_features: Tensor | None = None,
+    ) -> Tensor:
+        assert past_values.shape[1] == 17 and future_values is not None and future_time_features is not None
+        known = (past_values * past_observed_mask)[..., None]
+        past = torch.cat([known, past_time_features], -1)
+        return self.linear(torch.cat([past, torch.cat([future_values[..., None], future_time_features], -1)], 1))
+
+
+def test_series_reach_back_to_the_longest_lag() -> None:
+    captured = capture(Forecast())
+    assert captured.inputs.finder == "series"
+    assert arguments(captured)["future_time_features"] == (2, 4, 2)
+
+
+class Boxed(nn.Module):
+    def __init__(self, whole: bool) -> None:
+        super().__init__()
+        self.words, self.whole = nn.Embedding(31, 6), whole
+        self.places = nn.Embedding(1000, 6) if whole else nn.Linear(8, 6)
+
+    def forward(self, input_ids: Tensor, bbox: Tensor) -> Tensor:
+        placed = self.places(bbox)
+        return self.words(input_ids) + (placed.sum(2) if self.whole else placed)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_boxes_are_whole_or_fractions(whole: bool) -> None:
+    captured = capture(Boxed(whole))
+    assert captured.inputs.finder == "boxes"
+    boxes = captured.inputs.kwargs["bbox"]
+    assert boxes.shape == (2, 19, 4 if whole else 8)
+    assert bool((boxes[..., 2:4] > boxes[..., :2]).all()) and 0 <= float(boxes.min()) <= float(boxes.max()) < 1000
+
+
+class Pointed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(image_size=8)
+        self.conv, self.point = nn.Conv2d(3, 6, 4, 4), nn.Linear(2, 6)
+
+    def forward(self, pixel_values: Tensor, input_points: Tensor, input_labels: Tensor) -> Tensor:
+        marks = self.point(input_points) * input_labels[..., None]
+        return self.conv(pixel_values).flatten(2) + marks.sum((1, 2))[..., None]
+
+
+def test_points_lie_in_an_image() -> None:
+    captured = capture(Pointed())
+    assert captured.inputs.finder == "points"
+    assert arguments(captured) == {
+        "pixel_values": (2, 3, 8, 8), "input_points": (2, 1, 3, 2), "input_labels": (2, 1, 3),
+    }  # fmt: skip
