@@ -43,7 +43,9 @@ class Row:
     seconds: float
 
 
-def star(setting: Setting, networks: Sequence[nn.Module], spec: pg.PermutationSpec, points: int, epochs: int) -> Row:
+def trained_star(
+    setting: Setting, networks: Sequence[nn.Module], spec: pg.PermutationSpec, points: int, epochs: int
+) -> Row:
     """A centre trained to be connected to all networks, which are cycle-consistently matched beforehand."""
     began = time.perf_counter()
     merged = pg.merge(networks, spec=spec)
@@ -89,7 +91,7 @@ def run(setting: Setting, seeds: Sequence[int], points: int, star_epochs: int, w
                 objective = merged.objective if method else merged.objective_before
                 rows.append(Row(name, count, objective, found["loss"], found["accuracy"], star, cycle, seconds))
                 step()
-    rows.append(star(setting, networks, spec, points, star_epochs))
+    rows.append(trained_star(setting, networks, spec, points, star_epochs))
     if len(networks) >= 3:
         pairs = [pg.align(networks[i], networks[j], spec=spec).permutation for i, j in ((0, 1), (1, 2), (2, 0))]
         rows.append(Row("each pair by itself", 3, *[float("nan")] * 3, None, moved(*pairs), 0.0))

@@ -46,7 +46,9 @@ class Regressor(nn.Module):
 
 def spec_of(width: int) -> pg.PermutationSpec:
     """Each row of the outward weights may be shuffled by itself."""
-    return pg.PermutationSpec.parse(f"out  1x{2 * width}  rows places\ngroups: rows 1! · places {2 * width} per rows")
+    return pg.PermutationSpec.parse(
+        f"out  1x{2 * width}  rows places\ngroups: rows 1 fixed · places {2 * width} per rows"
+    )
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import gzip
 import importlib
+import pickle
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+
+import permgraph as pg
 
 pytestmark = pytest.mark.slow
 
@@ -26,7 +30,8 @@ def load(monkeypatch: pytest.MonkeyPatch):
         return importlib.import_module(name)
 
     yield module
-    for name in ("common", "networks", "many_models", "layer_features", "layer_barriers", "simultaneous"):
+    here = {path.stem for path in EXPERIMENTS.glob("*.py")} | {"networks"}
+    for name in here:
         sys.modules.pop(name, None)
 
 
@@ -97,3 +102,129 @@ def test_mnist_is_read_from_its_files(load, tmp_path: Path) -> None:
     (tmp_path / "train-images-idx3-ubyte").unlink()
     with pytest.raises(SystemExit, match="neither train-images-idx3-ubyte nor"):
         common.mnist(tmp_path)
+
+
+def test_after_merge(load, tmp_path: Path) -> None:
+    found = load("after_merge").main([*SMALL, "--seeds", "1", "2", "--out", str(tmp_path)])["MLP"]
+    assert len(found.ends) == 4
+    # Without BatchNorm there is nothing to reset, and REPAIR changes the network.
+    for kind in ("naive", "aligned"):
+        assert found.middles[kind, "BatchNorm reset"] == found.middles[kind, "as averaged"]
+        assert found.mean(kind, "REPAIR", "loss") < found.mean(kind, "as averaged", "loss")
+    text = (tmp_path / "after_merge.md").read_text().splitlines()
+    assert text[1].startswith("| --- | ---: |") and text[2].startswith("| MLP, 16 | ")
+    assert (tmp_path / "after_merge.png").exists()
+
+
+def test_widths(load, tmp_path: Path) -> None:
+    given = ["--models", "Plane", "--widths", "2", "32", "--epochs", "10", "--points", "3", "--seeds", "1", "2", "3"]
+    narrow, wide = load("widths").main([*given, "--out", str(tmp_path)])["Plane"]
+    assert (narrow.width, wide.width) == (2, 32)
+    assert wide.aligned[0] < wide.naive[0] and wide.mean_aligned > 0.7
+    assert (tmp_path / "widths.png").exists()
+
+
+def test_singular_vectors(load, tmp_path: Path) -> None:
+    given = [*SMALL, "--seeds", "1", "2", "3", "--match-epochs", "1", "--out", str(tmp_path)]
+    found = load("singular_vectors").main(given)["MLP"]
+    assert set(found.spectra) == set(found.barriers) == {"naive", "WM", "STE"}
+    naive, matched = found.spectra["naive"], found.spectra["WM"]
+    assert matched.alignment() > naive.alignment() and naive.reduction(matched) > 0
+    assert matched.least_distance == pytest.approx(naive.least_distance, rel=1e-4)
+    assert (tmp_path / "singular_vectors.png").exists() and (tmp_path / "singular_vectors_layers.md").exists()
+    with pytest.raises(SystemExit):
+        load("singular_vectors").main([*SMALL, "--seeds", "1", "2", "--out", str(tmp_path)])
+
+
+def test_curves(load, tmp_path: Path) -> None:
+    given = [*SMALL, "--seeds", "1", "2", "--curve-epochs", "2", "--rounds", "1", "--out", str(tmp_path)]
+    every = load("curves").main(given)
+    assert set(every) == {"MLP", "MLP, robust"}
+    rows = {row.path: row for row in every["MLP"]}
+    assert max(rows["naive, bezier"].found.losses) < max(rows["naive, line"].found.losses)
+    assert max(rows["aligned, line"].found.losses) < max(rows["naive, line"].found.losses)
+    assert rows["naive, PAM"].moves in (0, 1) and rows["naive, line"].moves is None
+    again = load("curves").main(given)  # resumes from the fitted curves
+    assert [row.history for row in again["MLP"]] == [row.history for row in every["MLP"]]
+
+
+def test_an_attack_raises_the_loss_and_stays_in_its_box(load) -> None:
+    pgd = load("curves").pgd
+    net = torch.nn.Linear(4, 3).eval()
+    inputs, targets = torch.randn(20, 4), torch.randint(3, (20,))
+    moved, same = pgd(0.1, 5)(net, (inputs, targets))
+    loss = torch.nn.functional.cross_entropy
+    assert same is targets and float((moved - inputs).abs().max()) <= 0.1 + 1e-6
+    assert loss(net(moved), targets) > loss(net(inputs), targets) + 0.02
+    assert net.weight.grad is None
+
+
+def test_loss_surfaces(load, tmp_path: Path) -> None:
+    given = [*SMALL, "--seeds", "1", "2", "3", "--grid", "4", "--out", str(tmp_path)]
+    found = load("loss_surfaces").main(given)["MLP"]
+    assert found.surfaces["aligned"].barrier <= found.surfaces["naive"].barrier
+    assert found.epochs == [0, 1, 2] and found.heights["aligned"][-1] == found.heights["aligned at the end"][-1]
+    assert (tmp_path / "loss_surfaces.png").exists() and (tmp_path / "loss_surfaces_training.png").exists()
+
+
+def test_disjoint(load, tmp_path: Path) -> None:
+    module = load("disjoint")
+    found = module.main([*SMALL, "--seeds", "1", "--out", str(tmp_path)])["MLP"]
+    assert all(set(one[0]) == {"loss", "accuracy", "calibration"} for one in found.values())
+    assert found["merged"][0]["loss"] < found["naive average"][0]["loss"]
+    labels = torch.arange(1000) % 10
+    (_, first), (_, second) = module.divide((labels[:, None], labels), 0.8)
+    assert len(first) + len(second) == 1000
+    assert float((first < 5).float().mean()) == pytest.approx(0.8, abs=0.05)
+    assert float((second < 5).float().mean()) == pytest.approx(0.2, abs=0.05)
+
+
+def test_permutation_training(load, tmp_path: Path) -> None:
+    module = load("permutation_training")
+    found = module.main(["--widths", "4", "20", "--rounds", "25", "--seeds", "1", "--out", str(tmp_path)])
+    for (_, width), (one,) in found.items():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            initial = module.Regressor(width).out
+        # The values are those of the beginning, in other places.
+        assert torch.equal(one.network.out.sort().values, initial.sort().values)
+        assert torch.equal(one.permutation.apply({"out": initial.detach()})["out"], one.network.out)
+        assert one.losses[-1] < one.losses[0]
+    for name in module.TARGETS:
+        assert found[name, 20][0].losses[-1] < found[name, 4][0].losses[-1]
+
+
+def test_every_architecture_has_symmetries_that_hold(load) -> None:
+    common = load("common")
+    for name, recipe in common.RECIPES.items():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            network = recipe.build(8).eval()
+        spec = pg.auto_spec(network)
+        assert spec.log_order() > 10 and not spec.unknown_ops, name
+        data, _ = common.read(recipe.data, None)[0]
+        moved = copy.deepcopy(network)
+        moved.load_state_dict(spec.random(0, every_group=True).apply(network.state_dict()))
+        with torch.no_grad():
+            torch.testing.assert_close(moved(data[0][:8]), network(data[0][:8]), rtol=1e-4, atol=1e-4)
+
+
+def test_models_are_named_with_widths(load, tmp_path: Path) -> None:
+    common = load("common")
+    parser = common.arguments(None, models=("MLP",), seeds=(1,))
+    chosen = parser.parse_args(["--models", "MLP:32", "ViT", "--out", str(tmp_path)])
+    assert [(s.name, s.width) for s in common.settings(chosen)] == [("MLP", 32), ("ViT", 64)]
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--models", "MPL"])
+
+
+def test_cifar10_is_read_from_its_files(load, tmp_path: Path) -> None:
+    common = load("common")
+    for number, name in enumerate([*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"]):
+        images = torch.randint(256, (4, 3 * 32 * 32), generator=torch.Generator().manual_seed(number))
+        (tmp_path / name).write_bytes(pickle.dumps({b"data": images.to(torch.uint8).numpy(), b"labels": [1, 2, 3, 4]}))
+    options = common.arguments(None, models=("MLP", "ResNet", "ViT", "DenseNet", "Conv"), seeds=(1,), points=3)
+    for setting in common.settings(options.parse_args(["--data-dir", str(tmp_path), "--out", str(tmp_path)])):
+        assert setting.source == "cifar10" and setting.data[0].shape == (20, 3, 32, 32)
+        assert setting.build()(setting.test[0]).shape == (4, 10)
+        assert abs(float(setting.data[0].mean())) < 1e-4
