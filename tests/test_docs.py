@@ -7,12 +7,16 @@ import io
 import pkgutil
 import re
 import runpy
+import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import typer
 
 import permgraph as pg
+from permgraph.cli.app import app
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -49,6 +53,37 @@ def test_the_figures_can_be_drawn_and_are_there(tmp_path: Path) -> None:
     assert drawn <= {path.name for path in (ROOT / "docs" / "images").iterdir()}
     pages = "".join(page.read_text(encoding="utf-8") for page in PAGES)
     assert not sorted(name for name in drawn if f"images/{name}" not in pages)
+
+
+def _command_lines() -> list[tuple[str, str]]:
+    """Each command of ours that a page shows, or the help of a command does, with where."""
+    found = [
+        (page.name, line)
+        for page in PAGES
+        for line in re.findall(r"^    (permgraph [a-z].*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    ]
+    for name, command in _commands().items():
+        found += [
+            (f"{name} --help", line) for line in re.findall(r"^\s*(permgraph .*)$", command.help or "", re.MULTILINE)
+        ]
+    return found
+
+
+def _commands() -> dict[str, Any]:
+    commands: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    return commands
+
+
+def test_commands_have_the_options_that_are_shown() -> None:
+    """They are parsed, and not run."""
+    lines = _command_lines()
+    assert len(lines) > 15
+    for where, line in lines:
+        _, name, *words = shlex.split(line, comments=True)
+        try:
+            _commands()[name].make_context(name, words)
+        except Exception as error:
+            raise AssertionError(f"{where}: {line}: {error}") from error
 
 
 def test_every_page_is_in_the_navigation() -> None:

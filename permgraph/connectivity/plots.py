@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from permgraph.errors import MissingExtraError
+from permgraph.pictures.figures import pyplot
+from permgraph.pictures.palette import COLOURS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from permgraph.connectivity.barriers import Barrier
 
-# Okabe and Ito's palette, which the colour-blind can tell apart; styles and markers differ too, for print in grey.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+# Styles and markers differ too, for print in grey.
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
@@ -23,12 +23,9 @@ def new_axes() -> Axes:
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError as error:
-        raise MissingExtraError("plots need matplotlib: pip install 'permgraph[plots]'") from error
-    _, ax = plt.subplots(figsize=(4.8, 3.6), layout="constrained")
-    return ax
+    _, ax = pyplot().subplots(figsize=(4.8, 3.6), layout="constrained")
+    made: Axes = ax
+    return made
 
 
 def plot_barrier(result: Barrier, metric: str, *, ax: Axes | None = None, label: str | None = None) -> Axes:
@@ -37,7 +34,7 @@ def plot_barrier(result: Barrier, metric: str, *, ax: Axes | None = None, label:
     if ax is None:
         ax = new_axes()
     curves_before = sum(line.get_gid() == "permgraph-curve" for line in ax.lines)
-    colour, marker = PALETTE[curves_before % len(PALETTE)], MARKERS[curves_before % len(MARKERS)]
+    colour, marker = COLOURS[curves_before % len(COLOURS)], MARKERS[curves_before % len(MARKERS)]
     values = [value if math.isfinite(value) else math.nan for value in result.curves[metric]]
     text = f"{label}, barrier {height:.3g}" if label else f"barrier {height:.3g}"
     ax.plot(result.alphas, values, color=colour, marker=marker, markersize=4, label=text, gid="permgraph-curve")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from permgraph.errors import MissingExtraError
+from permgraph.pictures.figures import pyplot
 from permgraph.pictures.lanes import Lanes, Row, lay_out
 from permgraph.pictures.palette import COLOURS, DASHES
 
@@ -33,11 +33,7 @@ def plot_spec(
     wide = max(left + _MARGIN + lanes + right, _KEY)
     high = _ROW * (len(picture.rows) + 3.4)
     if ax is None:
-        try:
-            import matplotlib.pyplot as plt
-        except ImportError as error:
-            raise MissingExtraError("plots need matplotlib: pip install 'permgraph[plots]'") from error
-        figure = plt.figure(figsize=(wide, high))
+        figure = pyplot().figure(figsize=(wide, high))
         ax = figure.add_axes((0, 0, 1, 1))
     ax.set_axis_off()
     # Data are inches from the upper left corner, so that letters and lanes keep their proportion.

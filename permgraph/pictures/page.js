@@ -318,12 +318,12 @@
     const head = button({ class: "module", "aria-expanded": "false" }, make("span", { class: "twist", "aria-hidden": "true" }),
       make("span", { class: "name" }, label), make("span", { class: "faint" }, described), inside);
     const entry = { rows: isRun(node) ? node[1].length : node[1].length + node[2].length, open(wanted) {
-      if (wanted && !filled) { filled = true; list.append(...fill(way)); mark(); }
+      if (wanted && !filled) { filled = true; list.append(...fill(way)); }
       list.hidden = !wanted;
       head.setAttribute("aria-expanded", String(wanted));
     } };
     const way = [...above, entry];
-    head.addEventListener("click", () => entry.open(list.hidden));
+    head.addEventListener("click", () => { entry.open(list.hidden); mark(); });
     entries.push(entry);
     register(node, way);
     return make("li", { class: "branch" }, head, list);
@@ -418,7 +418,7 @@
   function structure() {
     const panel = document.getElementById("structure");
     const few = () => entries.slice().forEach((entry) => entry.open(false));
-    const all = () => { for (let at = 0; at < entries.length && at < 400; at++) entries[at].open(true); };
+    const all = () => { for (let at = 0; at < entries.length && at < 400; at++) entries[at].open(true); mark(); };
     panel.append(make("div", { class: "tools" }, search, button({ onclick: all }, "Open all"),
       button({ onclick: few }, "Close all")), state, tree, found);
     tree.append(...nodes(data.tree, []));

@@ -11,13 +11,17 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
 from torch import nn
 
 import permgraph as pg
 from permgraph.pictures.charts import _ticks, line_chart
 from permgraph.pictures.content import content
+from permgraph.pictures.lanes import lay_out
 from permgraph.spec import PermutationSpec
 from tests.pictures.models import ENDING, HOSTILE, attention, hostile, stack
+from tests.pictures.test_lanes import check
+from tests.spec.strategies import tensors
 
 
 class Elements(HTMLParser):
@@ -72,11 +76,10 @@ def test_one_file_that_needs_no_other() -> None:
     assert len(elements.scripts) == 2
 
 
-def test_the_data_describe_the_spec() -> None:
-    spec = attention()
-    data = content(spec)
-    assert [group[0] for group in data["groups"]] == list(spec.groups)
+def check_data(spec: PermutationSpec) -> None:
+    data = data_of(pg.report(spec).html)
     names = [group[0] for group in data["groups"]]
+    assert names == list(spec.groups)
 
     def text(axis: Any) -> str:
         match axis:
@@ -95,6 +98,22 @@ def test_the_data_describe_the_spec() -> None:
     for (name, shape, axes, _), (known, expected) in zip(data["parameters"], spec.axes.items(), strict=True):
         assert (name, tuple(shape)) == (known, spec.shapes[known])
         assert list(map(text, axes)) == list(map(str, expected))
+    for row, group in zip(data["groups"], spec.groups.values(), strict=True):
+        assert row[2:5] == [group.size, [names.index(parent) for parent in group.parents], int(group.fixed)]
+
+
+def test_the_data_describe_the_spec() -> None:
+    check_data(attention())
+    check_data(hostile())
+
+
+@settings(max_examples=25)
+@given(tensors())
+def test_the_data_describe_any_spec(made: tuple[PermutationSpec, object]) -> None:
+    spec, _ = made
+    check_data(spec)
+    check(lay_out(spec), spec)
+    spec._repr_html_()
 
 
 def test_the_constraints_are_all_there() -> None:
