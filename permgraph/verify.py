@@ -486,6 +486,13 @@ def _double_by_default() -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
+@contextmanager
+def in_double_precision() -> Iterator[None]:
+    """Run a model whose weights are float64 in that precision throughout, also where it asks for less."""
+    with calm(torch.device("cpu")), _double_by_default(), torch.no_grad(), _InDoublePrecision({}):
+        yield
+
+
 def _distance(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
     """The largest difference of any output, relative to that output's largest magnitude; NaN counts as infinite."""
     if len(a) != len(b) or any(x.shape != y.shape for x, y in zip(a, b, strict=False)):

@@ -10,6 +10,7 @@ import typer
 
 from permgraph.capture import capture
 from permgraph.capture.outputs import tensor_leaves
+from permgraph.capture.surroundings import make_transparent
 from permgraph.cli.checkpoints import fitted, require_finite, whole_state
 from permgraph.cli.models import FORMS, build, parse_inputs, spec_of
 from permgraph.cli.options import Shown, complete_model
@@ -19,6 +20,7 @@ from permgraph.errors import CaptureError
 from permgraph.io import open_checkpoint
 from permgraph.pictures import report
 from permgraph.spec import PermutationSpec
+from permgraph.verify import in_double_precision
 from permgraph.verify import verify as verify_spec
 
 Model = Annotated[
@@ -228,8 +230,9 @@ def _error_on(
     for name, tensor in state.items():
         require_finite(name, tensor, path)
     module = module.double()
+    make_transparent(module.modules())  # caches of keys and values are outputs that do move
     outputs = []
-    with torch.no_grad():
+    with in_double_precision():
         for permutation in (spec.identity(), spec.random(seed, every_group=True)):
             module.load_state_dict(permutation.apply(state))
             result = module(*map(_double, args), **{name: _double(value) for name, value in kwargs.items()})
