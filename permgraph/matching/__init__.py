@@ -9,6 +9,7 @@ from permgraph.matching.sinkhorn import Sinkhorn
 from permgraph.matching.straight_through import StraightThrough
 from permgraph.matching.streamed import StreamedWeightMatching
 from permgraph.matching.weight_matching import WeightMatching
+from permgraph.matching.wide import assign_wide
 from permgraph.matching.widths import PartialMatch, match_widths
 from permgraph.matching.workers import Workers
 
@@ -30,6 +31,7 @@ __all__ = [
     "align",
     "assign",
     "assign_limited",
+    "assign_wide",
     "certify",
     "match_widths",
 ]
