@@ -15,8 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from permgraph import PermutationSpec
 from permgraph.cli.app import app
 from permgraph.cli.models import spec_of
+from permgraph.expressions import Fixed
 from permgraph.io import Staging, open_checkpoint, write_checkpoint
 
 transformers = pytest.importorskip("transformers")
@@ -79,6 +81,30 @@ def test_verify_reads_the_folder(bert: Path) -> None:
     data = json.loads(run("verify", f"hf:{bert}", "--checkpoint", bert, "--json").stdout)
     assert data["passed"]
     assert data["checkpoint"]["max_error"] < 1e-10
+
+
+def test_verify_computes_in_float64_throughout_and_leaves_caches_out(tmp_path: Path) -> None:
+    """Llama's norms ask for float32, and it returns keys and values, whose heads do move."""
+    config = transformers.LlamaConfig(
+        vocab_size=40,
+        hidden_size=32,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "a")
+    data = json.loads(run("verify", f"hf:{tmp_path / 'a'}", "--checkpoint", tmp_path / "a", "--json").stdout)
+    assert data["checkpoint"]["max_error"] < 1e-10
+    # A wrong spec shows on the checkpoint's own weights too.
+    spec = spec_of(f"hf:{tmp_path / 'a'}")
+    name = "model.layers.0.mlp.down_proj.weight"
+    fixed = tuple(Fixed(size) for size in spec.shapes[name])
+    PermutationSpec(dict(spec.groups), {**spec.axes, name: fixed}).save(tmp_path / "wrong.json")
+    args = ("verify", f"hf:{tmp_path / 'a'}", "--checkpoint", tmp_path / "a", "--spec", tmp_path / "wrong.json")
+    assert json.loads(run(*args, "--json", code=1).stdout)["checkpoint"]["max_error"] > 1e-3
 
 
 def test_a_backbone_checkpoint_is_read_with_the_prefix(bert: Path, tmp_path: Path) -> None:
