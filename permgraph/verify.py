@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 from permgraph.capture import capture
+from permgraph.capture.caches import caches_emptied
 from permgraph.capture.control import is_higher_order, run_plainly
 from permgraph.capture.outputs import tensor_leaves
 from permgraph.capture.state import StateTensor, state_tensors
@@ -330,6 +331,7 @@ class _Trial:
             args, kwargs = copy_with(self._inputs, Tensor.clone, {})
             try:
                 with (
+                    caches_emptied(self._twin.modules),
                     self._mode,
                     _left_as_found(self._twin.modules),
                     _observed(self._twin.modules if self.looks_inside else (), inside),

@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils import _pytree as pytree
 
+from permgraph.capture.caches import caches_emptied
 from permgraph.capture.captured import Captured
 from permgraph.capture.escape import WatchEscapes
 from permgraph.capture.inputs import ExampleInputs, find_inputs
@@ -212,7 +213,8 @@ def _pass(subject: Subject, inputs: ExampleInputs, limits: Limits, mode: Mode, r
             recorder.placeholder("input", (path,), made)
         for shared in twin.overlapped:
             recorder.escape(shared)
-        with fake_mode if mode == "fake" else WatchEscapes(recorder.escape), recorder:
+        watch = fake_mode if mode == "fake" else WatchEscapes(recorder.escape)
+        with caches_emptied(twin.modules), watch, recorder:
             result = _run(twin.module, args, kwargs)
         outputs = list(tensor_leaves(result))
     if not outputs:

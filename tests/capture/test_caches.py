@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import permgraph as pg
 from permgraph.capture.caches import caches_emptied, function_caches
 
 
@@ -66,3 +67,15 @@ def test_nothing_is_left_in_them() -> None:
         model(torch.zeros(5))
         assert all(cache.cache_info().currsize == 1 for cache in function_caches([model]))
     assert all(cache.cache_info().currsize == 0 for cache in function_caches([model]))
+
+
+def test_what_a_capture_computes_does_not_reach_the_caller() -> None:
+    model = nn.Sequential(nn.Linear(3, 5), Placed(), nn.Linear(5, 2))
+    x = torch.randn(2, 3)
+    spec = pg.auto_spec(model, (x,))
+    assert type(positions(5)) is Tensor and type(model[1].table(5)) is Tensor
+    assert torch.isfinite(model(x)).all()
+    positions.cache_clear()
+    assert pg.verify(model, spec, (x,)).passed
+    assert model(x).dtype == torch.float32
+    assert spec.moving == {}, "each unit has a place of its own, whether its table was cached or not"
