@@ -174,7 +174,6 @@ def rebasin(name: str, a: State, b: State, spec: PermutationSpec) -> tuple[float
     other.load_state_dict(b)
     search = PermutationCoordinateDescent(one, other, torch.zeros(INPUTS[name]))
     search.rebasin()
-    search.apply_permutations()
     compared = pair(a, dict(other.state_dict()), spec)
     return compared.inner(compared.a, compared.b), 0
 
