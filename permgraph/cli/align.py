@@ -12,6 +12,7 @@ from permgraph.cli.checkpoints import permuted, require_finite
 from permgraph.cli.options import Data, Matching, Shown, Subject, Writing
 from permgraph.cli.report import PAGE, check_page, match_of
 from permgraph.cli.screen import Screen
+from permgraph.cli.together import together
 from permgraph.cli.work import Work, said
 from permgraph.io import Staging, write_checkpoint
 from permgraph.pictures import report as write_page
@@ -42,10 +43,15 @@ def align(
         permgraph align a.safetensors b.safetensors --model timm:resnet18 -o b-aligned.safetensors
 
         permgraph align a.pt b.pt -m net.py:Net --matcher activation --data ./mnist --flatten -o c.pt
+
+        torchrun --nproc-per-node 2 -m permgraph align ./model-a ./model-b -o ./out --stream
     """
-    with Screen(shown) as screen:
+    with Screen(shown) as screen, together() as others:
         check_page(page)
-        work = Work.prepare((a, b), subject, matching, data, screen, output=writing.output, like=1)
+        work = Work.prepare((a, b), subject, matching, data, screen, output=writing.output, like=1, others=others)
+        if others is not None and not others.leads:
+            work.follow(1)
+            return
         other = work.checkpoints[1]
         names = {key: name for name, key in work.weights[1].keys_of.items()}
         with Staging(writing.output, work.job("align"), overwrite=writing.overwrite) as staging:

@@ -19,6 +19,7 @@ from permgraph.cli.matchers import describe, matcher_of, runs_networks
 from permgraph.cli.models import FORMS, build, spec_of
 from permgraph.cli.options import Data, Init, Matching, Split, Subject
 from permgraph.cli.screen import Screen
+from permgraph.cli.together import Together
 from permgraph.errors import CheckpointError, MismatchError
 from permgraph.io import Checkpoint, Renamed, Staging, open_checkpoint
 from permgraph.io.torch_file import TorchFile
@@ -46,6 +47,7 @@ class Work:
         leave: patterns of keys that the spec need not know.
         from_barycentre: whether the barycentre was asked for, and is not just where a matcher begins by itself.
         screen: where to say what is going on.
+        others: the processes that match together with this one.
     """
 
     checkpoints: tuple[Checkpoint, ...]
@@ -59,6 +61,7 @@ class Work:
     leave: tuple[str, ...]
     from_barycentre: bool
     screen: Screen
+    others: Together | None = None
 
     @classmethod
     def prepare(
@@ -72,6 +75,7 @@ class Work:
         output: Path | None = None,
         like: int = 0,
         split: Split = Split.train,
+        others: Together | None = None,
     ) -> Work:
         """Open the checkpoints, and make sure of all that can be known before anything is computed.
 
@@ -82,6 +86,7 @@ class Work:
             output: where a checkpoint is to be written, if one is.
             like: the number of the checkpoint whose layout that has.
             split: of data that have two, unless the options say.
+            others: the processes that match together with this one.
 
         Raises:
             CheckpointError, MismatchError: a checkpoint cannot be read, does not fit the model or the output's name.
@@ -101,12 +106,14 @@ class Work:
         spec = _spec(model, subject, opened[0], screen)
         if runs_networks(matcher) and not model:
             raise MismatchError(f"--matcher {asked.matcher.value} runs the networks: say --model {FORMS}")
+        if others is not None and not isinstance(matcher, StreamedWeightMatching):
+            raise MismatchError("several processes match together where tensors are streamed: say --stream")
         leave = tuple(subject.leave or ())
         weights = tuple(fitted(checkpoint, spec, screen, leave, model) for checkpoint in opened)
         for other in weights[1:]:
             _require_alike(weights[0], other)
         barycentre = asked.init is Init.barycentre
-        return cls(opened, weights, spec, model, matcher, loader, data, asked.seed, leave, barycentre, screen)
+        return cls(opened, weights, spec, model, matcher, loader, data, asked.seed, leave, barycentre, screen, others)
 
     def job(self, command: str, **more: Any) -> dict[str, Any]:
         """What the bytes of the output depend on."""
@@ -160,12 +167,21 @@ class Work:
                 assert isinstance(matcher, NeedsModels)
                 modules = self.module(reference), self.module(number)
                 matcher, (a, b) = matcher.with_models(*modules), (module.state_dict() for module in modules)
-            result = matcher.match(a, b, self.spec, self.seed, self.sweeps(stage))
+            if self.others is not None:
+                assert isinstance(matcher, StreamedWeightMatching)
+                result = self.others.match(matcher, a, b, self.spec, self.seed, self.sweeps(stage))
+            else:
+                result = matcher.match(a, b, self.spec, self.seed, self.sweeps(stage))
         if result.outcome == "interrupted":
             raise KeyboardInterrupt
         for note in result.notes:
             self.screen.note(note)
         return result
+
+    def follow(self, number: int, reference: int = 0) -> None:
+        """Help the first process with matching one checkpoint to another."""
+        assert self.others is not None and isinstance(self.matcher, StreamedWeightMatching)
+        self.others.follow(self.matcher, self.weights[reference], self.weights[number], self.spec, self.seed)
 
     def sweeps(self, update: Callable[[float], None]) -> Callable[[Sweep], None]:
         """What a matcher calls after each sweep."""
