@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from benchmarks.zoo import report, sizes
+from benchmarks.zoo import compare, report, sizes
 from benchmarks.zoo.names import ZOOS
 from benchmarks.zoo.sweep import sweep
 
@@ -21,6 +21,7 @@ def main() -> None:
     run.add_argument("--gib", type=float, default=8, help="for one model")
     run.add_argument("--control-seconds", type=float, help="begin no further control of a model after this long")
     commands.add_parser("sizes", help="time the models that are too large to hold, and the deep ones")
+    commands.add_parser("compare", help="measure torch-pruning and rebasin on the same models")
     commands.add_parser("report", help="write docs/coverage.md")
     given = parser.parse_args()
     if given.command == "sweep":
@@ -30,6 +31,8 @@ def main() -> None:
             sweep(zoo, given.names or None, **options)
     if given.command == "sizes":
         sizes.sweep()
+    if given.command == "compare":
+        compare.sweep()
     report.write()
 
 
