@@ -128,6 +128,9 @@ class ActivationMatching:
         ascent = self.ascent
         if self.weight:
             ascent = replace(ascent, weights=_Scaled(ascent.weights, self.weight, frozenset(spec.axes)))
+            if ascent.dtype is None:  # one for weights and activations alike
+                floating = {x.dtype for x in (*a.values(), *b.values()) if x.is_floating_point()}
+                ascent = replace(ascent, dtype=torch.float64 if floating == {torch.float64} else torch.float32)
             ours, theirs, axes = {**a, **ours}, {**b, **theirs}, {**spec.axes, **axes}
         larger = PermutationSpec(
             dict(spec.groups), axes, aliases=spec.aliases if self.weight else {}, unused=spec.unused

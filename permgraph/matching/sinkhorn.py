@@ -236,7 +236,8 @@ class Sinkhorn:
                     outcome = "interrupted"
         except KeyboardInterrupt:
             outcome = "interrupted"
-        if not task.relaxation.groups:
+        if not task.relaxation.groups and outcome != "interrupted":
+            outcome = "converged"
             notes.append("nothing to permute: no group of the spec stands in a compared parameter")
         if history:
             details["rounded"] = rounded
