@@ -22,10 +22,10 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from permgraph.action import Block, blocks, gather
 from permgraph.binding import Group, IntArray
+from permgraph.elsewhere import taken_apart, whole
 from permgraph.errors import MismatchError, SpecError
 from permgraph.expressions import Axis, size_of
 from permgraph.files import write_atomically
-from permgraph.sharded import taken_apart, whole
 from permgraph.spec import PermutationSpec
 
 FORMAT = "permgraph.permutation"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import types
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -109,12 +110,25 @@ def make_twin(
         memo = given
         module = _copy_modules(core, memo)
     copies = {id(value): value for value in memo.values() if isinstance(value, nn.Module)}
+    for copied in copies.values():
+        _undispatch(copied)
     paths: dict[int, str] = {}
     for path, original in outer.named_modules():
         paths[id(original)] = path
         if id(original) in memo:
             paths[id(memo[id(original)])] = path
     return Twin(module, list(copies.values()), tensors, paths, list(overlapped.values()))
+
+
+def _undispatch(module: nn.Module) -> None:
+    """Take off accelerate's hook, which would put weights fetched from elsewhere in the place of the stand-ins."""
+    own = vars(module)
+    if type(own.get("_hf_hook")).__module__.startswith("accelerate.") and "_old_forward" in own:
+        forward = own.pop("_old_forward")
+        if isinstance(forward, types.MethodType):  # still the original's, where only the modules were copied
+            forward = types.MethodType(forward.__func__, module)
+        own["forward"] = forward
+        del own["_hf_hook"]
 
 
 def _copy_modules(module: nn.Module, memo: dict[int, Any]) -> nn.Module:

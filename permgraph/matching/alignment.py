@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from permgraph.elsewhere import module_state, taken_apart, whole_state
 from permgraph.errors import MismatchError
 from permgraph.matching.result import Matcher, MatchResult, NeedsModels, Outcome, Progress, Sweep
 from permgraph.matching.weight_matching import WeightMatching
-from permgraph.sharded import taken_apart, whole_state
 from permgraph.spec import PermutationSpec
 
 if TYPE_CHECKING:
@@ -84,12 +84,15 @@ class Alignment:
         """A copy of B's module with the aligned weights; in B's mode, on A's devices.
 
         Raises:
-            MismatchError: `align` was given state dicts, so that there is no module to copy.
+            MismatchError: `align` was given state dicts, so that there is no module to copy, or the module's weights
+                lie elsewhere.
         """
         if self._module is None:
             raise MismatchError(
                 "align() was given state dicts, so it has no module to return: load .state_dict into one of your own"
             )
+        if any(tensor.is_meta for tensor in (*self._module.parameters(), *self._module.buffers())):
+            raise MismatchError("B's module is offloaded or without values: load .state_dict into a module of your own")
         model = copy.deepcopy(self._module)
         # Assigning tensor by tensor keeps ties, also those that the module makes between parameters.
         devices = {tensor.device for tensor in self.state_dict.values()}
@@ -180,7 +183,7 @@ def align(
 
 def _state(model: Network) -> Mapping[str, torch.Tensor]:
     if isinstance(model, nn.Module):
-        return model.state_dict()
+        return module_state(model)
     if isinstance(model, Mapping):
         return model
     raise MismatchError(f"align() takes modules or state dicts, not a {type(model).__name__}")

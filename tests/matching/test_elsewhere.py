@@ -61,3 +61,43 @@ def test_fsdp_models_align_as_whole_ones_do(tmp_path: Path) -> None:
             assert torch.equal(found["state"][name], tensor)
             assert torch.equal(found["also"][name], tensor)
         torch.testing.assert_close(found["output"], net(1)(inputs))
+
+
+def offloaded(seed: int, how: str, folder: Path) -> nn.Module:
+    accelerate = pytest.importorskip("accelerate")
+    if how == "cpu":
+        return accelerate.cpu_offload(net(seed), execution_device="cpu")
+    if how == "disk":
+        return accelerate.disk_offload(net(seed), folder / str(seed), execution_device="cpu")
+    places = {"0": "cpu", "2": "disk", "4": "cpu"}
+    return accelerate.dispatch_model(net(seed), places, main_device="cpu", offload_dir=folder / str(seed))
+
+
+@pytest.mark.parametrize("how", ["cpu", "disk", "both"])
+def test_offloaded_models_align_as_whole_ones_do(how: str, tmp_path: Path) -> None:
+    a, b = (offloaded(seed, how, tmp_path) for seed in (0, 1))
+    inputs = torch.randn(4, 5)
+    before = b(inputs)
+    assert pg.auto_spec(b) == pg.auto_spec(net(1))
+    assert pg.auto_spec(b).moving
+    found, expected = pg.align(a, b), pg.align(net(0), net(1))
+    for name, tensor in expected.state_dict.items():
+        assert torch.equal(found.state_dict[name], tensor)
+    with pytest.raises(pg.errors.MismatchError, match="offloaded"):
+        found.model()
+    assert torch.equal(b(inputs), before)
+    assert b[0].weight.is_meta == (how != "both")  # the hooks are still at work
+
+
+class Stubborn(nn.Sequential):
+    """Cannot be copied."""
+
+    def __deepcopy__(self, memo: object) -> nn.Module:
+        raise TypeError("no")
+
+
+def test_an_offloaded_model_that_cannot_be_copied() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = Stubborn(nn.Linear(5, 12), nn.ReLU(), nn.Linear(12, 3)).eval()
+    whole = pg.auto_spec(model)
+    assert pg.auto_spec(accelerate.cpu_offload(model, execution_device="cpu")) == whole
