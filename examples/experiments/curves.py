@@ -160,7 +160,7 @@ def main(given: Sequence[str] | None = None) -> dict[str, list[Row]]:
             "highest\nloss",
             "mean\nloss",
             "lowest\naccuracy",
-            "training loss\nfirst epoch",
+            "training loss\nfirst",
             "last",
         ),
         caption="PAM: curve and permutation minimised in turn; steps of p: rounds in which the permutation changed. "

@@ -89,8 +89,8 @@ def main(given: Sequence[str] | None = None) -> dict[tuple[str, int], list[Resul
     """Run the experiment and return what was found."""
     parser = arguments(__doc__, models=(), seeds=(1, 2, 3))
     parser.add_argument("--widths", type=int, nargs="+", default=[10, 20, 40, 80, 160], help="of the hidden layer")
-    parser.add_argument("--rounds", type=int, default=150, help="of descent and projection (150)")
-    parser.add_argument("--every", type=int, default=5, help="steps from one projection to the next (5)")
+    parser.add_argument("--rounds", type=int, default=100, help="of descent and projection (100)")
+    parser.add_argument("--every", type=int, default=20, help="steps from one projection to the next (20)")
     options = parser.parse_args(given)
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)

@@ -128,7 +128,8 @@ class LossSurface:
         ax.plot([c[0] for c in around], [c[1] for c in around], color="white", linestyle=":", linewidth=1)
         for (x, y), name, marker in zip(self.corners, names, "os^", strict=False):
             ax.plot(x, y, marker=marker, color="#D55E00", markeredgecolor="white", markersize=8, linestyle="none")
-            ax.annotate(name, (x, y), textcoords="offset points", xytext=(6, 6), color="white", fontweight="bold")
+            behind = {"boxstyle": "round,pad=0.15", "facecolor": "black", "alpha": 0.5, "linewidth": 0}
+            ax.annotate(name, (x, y), textcoords="offset points", xytext=(7, 7), color="white", bbox=behind)
         ax.set(xlabel="L2 distance", ylabel="L2 distance", aspect="equal")
         return ax
 
