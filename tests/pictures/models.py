@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from permgraph.expressions import Fixed, Ref
-from permgraph.spec import Group, PermutationSpec, Pin, UnknownOp
+from permgraph.spec import Constraints, Group, PermutationSpec, Pin, SlotPin, Tie, UnknownOp
 
 HOSTILE = "<img src=x onerror=alert(1)>"
 ENDING = '</script><script>window.harmed="script"</script>'
@@ -49,4 +49,40 @@ def hostile() -> PermutationSpec:
         unused=(HOSTILE,),
         model_class=ENDING,
         notes=(ENDING,),
+    )
+
+
+def chain(layers: int = 4) -> PermutationSpec:
+    """A perceptron, in which each group ends where the next one begins."""
+    lines = [
+        f"{at}.weight 5x5 {f'h{at}' if at < layers - 1 else '.'} {f'h{at - 1}' if at else '.'}" for at in range(layers)
+    ]
+    return PermutationSpec.parse("\n".join([*lines, "groups: " + " · ".join(f"h{at} 5" for at in range(layers - 1))]))
+
+
+def detours() -> PermutationSpec:
+    """The short way between two axes is by another group's, and the nearest pin is not the one that counts."""
+
+    def tie(a: str, b: str, operator: str) -> Tie:
+        return Tie(a, b, f"aten.{operator}.default", "module", "file.py:1")
+
+    return PermutationSpec(
+        groups={"a": Group("a", 3), "b": Group("b", 3)},
+        axes={"p.weight": (Ref("a"),), "q.weight": (Ref("a"),), "r.weight": (Ref("b"),), "s.weight": (Fixed(4),)},
+        pins=(Pin("s.weight", 0, 4, "the second"),),
+        constraints=Constraints(
+            ties=(
+                tie("p.weight[0]", "r.weight[0]", "short"),
+                tie("r.weight[0]", "q.weight[0]", "short"),
+                tie("p.weight[0]", "one[0]", "long"),
+                tie("one[0]", "two[0]", "longer"),
+                tie("two[0]", "q.weight[0]", "longest"),
+                tie("s.weight[0]", "three[0]", "near"),
+                tie("three[0]", "four[1]", "far"),
+            ),
+            pins=(
+                SlotPin("three[0]", "the first", "aten.first", "here", None),
+                SlotPin("four[1]", "the second", "aten.second", "there", "file.py:2"),
+            ),
+        ),
     )

@@ -12,7 +12,7 @@ from torch import nn
 
 import permgraph as pg
 from permgraph.spec import PermutationSpec
-from tests.pictures.models import hostile, stack
+from tests.pictures.models import detours, hostile, stack
 
 WIDE, NARROW = 1280, 400
 
@@ -160,44 +160,52 @@ def test_nothing_covers_what_the_mouse_wants(report: Path, visit: Open, width: i
         page.locator(wanted).click()
 
 
-def test_an_axis_tells_what_the_spec_tells(report: Path, visit: Open, spec: PermutationSpec) -> None:
-    """Links, their order, the operators on the way and the reasons are those of `explain`, for every axis."""
-    page = visit(report)
+def compare_explanations(page: Any, spec: PermutationSpec) -> int:
+    """Choose every axis; links, their order, the operators on the way and the reasons must be those of `explain`."""
     page.get_by_role("button", name="Open all").click()
     compared = 0
     for name, axes in spec.axes.items():
         for dim in range(len(axes)):
             for part in spec.explain(name, dim).parts:
-                chip = page.locator(f'.chip[aria-label^="{name}[{dim}]"]', has_text=None)
-                wanted = f"group {part.group} of" if part.group else "put"
                 if not part.group and part.size == 1:
                     continue
-                page.evaluate(
-                    """([prefix, wanted]) => [...document.querySelectorAll(".tree .chip")].find((chip) =>
-                    chip.ariaLabel.startsWith(prefix) && chip.ariaLabel.includes(wanted)).click()""",
-                    [f"{name}[{dim}]", wanted],
-                )
-                assert chip.count() > 0
                 said = page.evaluate(
-                    """() => ({
-                        title: document.querySelector("aside h2").textContent,
-                        links: [...document.querySelectorAll("aside .links > li")].map((li) => [
-                            li.querySelector(".goto").textContent,
-                            [...li.querySelectorAll(".path li")].map((step) => step.textContent)]),
-                        reason: document.querySelector("aside .reason")?.textContent ?? null,
-                    })"""
+                    """([prefix, wanted]) => {
+                        [...document.querySelectorAll(".tree .chip")].find((chip) =>
+                            chip.ariaLabel.startsWith(prefix) && chip.ariaLabel.includes(wanted)).click();
+                        const words = (which) => [...document.querySelectorAll(which)].map((item) => item.textContent);
+                        return {
+                            title: document.querySelector("aside h2").textContent,
+                            links: [...document.querySelectorAll("aside .links > li")].map((li) => [
+                                li.querySelector(".goto").textContent,
+                                [...li.querySelectorAll(".path li")].map((step) => step.textContent)]),
+                            reason: document.querySelector("aside .reason")?.textContent ?? null,
+                            reached: words("aside > details .path li"),
+                        };
+                    }""",
+                    [f"{name}[{dim}]", f"group {part.group} of" if part.group else "put"],
                 )
                 assert said["title"] == f"{name}[{dim}]"
-                links = [
+                assert said["links"] == [
                     [link.slot, str(link).partition(" by ")[2].split(", ") if " by " in str(link) else []]
-                    for link in part.links
+                    for link in part.links[:25]
                 ]
-                assert said["links"] == links[:25]
                 assert said["reason"] == (part.pin.reason if part.pin else None)
+                reached = "".join(part.lines()).partition(", reached by ")[2] if part.pin else ""
+                assert ", ".join(said["reached"]) == reached
                 compared += 1
-                # A second click on the same chip would close it.
-                page.keyboard.press("Escape")
-    assert compared > 80
+                page.keyboard.press("Escape")  # or a second click on the same chip would close it
+    return compared
+
+
+def test_an_axis_tells_what_the_spec_tells(report: Path, visit: Open, spec: PermutationSpec) -> None:
+    assert compare_explanations(visit(report), spec) > 80
+
+
+def test_ways_and_reasons_are_those_of_the_spec(tmp_path: Path, visit: Open) -> None:
+    path = tmp_path / "detours.html"
+    pg.report(detours(), path)
+    assert compare_explanations(visit(path), detours()) == 4
 
 
 def test_the_keyboard_reaches_everything(report: Path, visit: Open) -> None:

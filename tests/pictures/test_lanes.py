@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+from collections.abc import Callable
 from typing import Any
 
 import matplotlib
@@ -15,7 +16,7 @@ from torch import nn
 import permgraph as pg
 from permgraph.pictures.lanes import Lanes, lay_out
 from permgraph.pictures.tree import Module, Repeated, module_tree, short_names, uses_of, walk
-from tests.pictures.models import attention, hostile, stack
+from tests.pictures.models import attention, chain, hostile, stack
 
 matplotlib.use("Agg")
 
@@ -93,9 +94,11 @@ def check(picture: Lanes, spec: pg.PermutationSpec) -> None:
         assert drawn | inside == set(spec.moving)
 
 
-@given(st.integers(1, 6), st.integers(1, 30), st.booleans())
-def test_lanes_do_not_collide(layers: int, rows: int, collapse: bool) -> None:
-    spec = stack(layers)
+@given(st.sampled_from([stack, chain]), st.integers(1, 6), st.integers(1, 30), st.booleans())
+def test_lanes_do_not_collide(
+    make: Callable[[int], pg.PermutationSpec], layers: int, rows: int, collapse: bool
+) -> None:
+    spec = make(layers)
     check(lay_out(spec, rows=rows, collapse=collapse), spec)
 
 
