@@ -109,7 +109,8 @@ def main(given: Sequence[str] | None = None) -> dict[str, Result]:
             ax.set_yticks(places.tolist(), list(every))
             ax.invert_yaxis()
             ax.set(title=kind, xlabel="test accuracy half-way", xlim=(0, 1.02))
-        axes[0].legend(frameon=False, loc="lower right", fontsize=8)
+        # Above the title, where no bar can run through it.
+        axes[0].legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1.08), ncols=4, fontsize=8)
 
     figure(2, options.out / "after_merge.png", draw)
     return every

@@ -121,7 +121,7 @@ def main(given: Sequence[str] | None = None) -> dict[str, list[Row]]:
                 ax.set_xscale("log", base=2)
                 ax.set_xticks(widths, [str(width) for width in widths])
         axes[0].legend(frameon=False)
-        axes[len(every)].legend(frameon=False)
+        axes[len(every)].legend(frameon=False, loc="lower right")
 
     figure(len(every), options.out / "widths.png", draw, rows=2)
     return every
