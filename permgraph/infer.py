@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import gc
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from permgraph.capture import Captured, capture
+from permgraph.garbage import no_collection
 from permgraph.solve import solve
 from permgraph.spec import PermutationSpec
 from permgraph.write import Writer
@@ -54,20 +53,8 @@ def auto_spec(
 
 def spec_of(captured: Captured) -> PermutationSpec:
     """The spec of a captured graph."""
-    with _no_garbage_collection():
+    with no_collection():
         return _spec_of(captured)
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """Inference makes many small objects that live until its end: to look for garbage among them is time lost."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _spec_of(captured: Captured) -> PermutationSpec:

@@ -22,6 +22,7 @@ from permgraph.errors import ConflictError
 from permgraph.foresight import PLACEHOLDER, foreseen_cuts
 from permgraph.rules import find_rule
 from permgraph.rules.call import Call, Ledger, TypedTensor, loose_families, provides
+from permgraph.rules.registry import Rule
 from permgraph.signature import signature
 from permgraph.uniform import Uniform, known_values, uniform_dims, written_nodes
 
@@ -79,6 +80,7 @@ class _Run:
         self.values: dict[fx.Node, Any] = {}
         self.parameters: dict[str, TypedTensor] = {}
         self.calls: list[Call] = []
+        self._rules: dict[Any, Rule | None] = {}
         memo: dict[Any, Any] = {}
         for number, node in enumerate(self.nodes):
             if node.op == "placeholder":
@@ -166,16 +168,22 @@ class _Run:
             self.axes.may_cut = visit < MAX_VISITS
             before = self.axes.changes
             for call in self.calls:
-                # To say the same of the same atoms once more says nothing new.
-                if visit == 0 or settled[call] is None or settled[call] != self._atoms_of(call):
-                    call.ledger.clear()
+                if visit == 0 or not self._is_settled(settled.get(call)):
+                    if visit > 0:
+                        call.ledger.clear()
                     self._apply(call)
-                    settled[call] = self._atoms_of(call)
+                    if self.axes.has_families:  # else there may be no second visit
+                        settled[call] = self._atoms_of(call)
             if not self.axes.has_families:  # then what was said once holds for good
                 return
             self._collapse_families()
             if self.axes.changes == before:
                 return
+
+    @staticmethod
+    def _is_settled(seen: tuple[Axis, ...] | None) -> bool:
+        """Whether the axes that a call saw last are what they were: to say the same of them again is nothing new."""
+        return seen is not None and all(axis.link is None for axis in seen)
 
     def _atoms_of(self, call: Call) -> tuple[Axis, ...] | None:
         """The axes of a call's tensors with the atoms in them; None if any has a family, which may have to collapse."""
@@ -192,7 +200,10 @@ class _Run:
 
     def _apply(self, call: Call) -> None:
         self.axes.begin(call.number)
-        rule = find_rule(str(call.node.target))
+        target = call.node.target
+        if target not in self._rules:
+            self._rules[target] = find_rule(str(target))
+        rule = self._rules[target]
         try:
             if rule is None:
                 call.unknown()

@@ -61,6 +61,14 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     supports_higher_order_operators = True
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """False: torch would wrap `__torch_dispatch__` to keep a compiler out, which costs every operator its share.
+
+        Nothing is compiled during a pass.
+        """
+        return False
+
     def __init__(
         self,
         *,

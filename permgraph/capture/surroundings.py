@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from permgraph.garbage import no_collection
+
 #: Attributes of a config object (Hugging Face's convention) and the value under which the model shows most.
 TRANSPARENT_CONFIG: dict[str, Any] = {
     "_attn_implementation": "eager",
@@ -105,6 +107,7 @@ def calm(device: torch.device) -> Iterator[None]:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         if torch.get_default_device() != device:  # a function mode, and not free: only where it is needed
             stack.enter_context(device)
+        stack.enter_context(no_collection())  # the recorder keeps alive all that a pass makes
         fake_log.addFilter(_silence)
         torch.backends.mha.set_fastpath_enabled(False)
         try:
