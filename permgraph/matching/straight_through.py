@@ -100,7 +100,7 @@ class StraightThrough:
     loss: Loss = nn.functional.cross_entropy
     optimizer: MakeOptimizer = adam
     epochs: int = 5
-    project_every: int = 32
+    project_every: int = 16
     measured_batches: int | None = 32
     projection: WeightMatching = field(default_factory=WeightMatching)
     init: Permutation | None = None
