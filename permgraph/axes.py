@@ -328,6 +328,10 @@ class Axes:
     def collapse(self, family: Axis) -> None:
         """Tie the members of a family together: it stands where nothing says which member is meant."""
         members = family.find().children
+        if len({member.size for member in members}) > 1:  # rows of a skewed matrix were taken for parts of one axis
+            for member in members:
+                self.pin(member, Pinned("its axes are cut in too intricate a way to follow", self.scope))
+            return
         for member in members[1:]:
             self.unify(members[0], member)
 

@@ -5,9 +5,9 @@
 
 The three are made for different things. torch-pruning finds channels that must be *removed* together, for which they
 need not be interchangeable; rebasin aligns two networks, for which it needs what is here asked of it. Each one's groups
-are put to the same test: on random weights in float64 the channels of a group are renumbered, and the outputs must stay.
-rebasin is judged with BatchNorm by batch statistics, since it leaves running ones to be computed again. The models' own
-inputs are given to all, since only permgraph finds them by itself.
+are put to the same test: on random weights in float64 the channels of a group are renumbered, and the outputs must
+stay. rebasin is judged with BatchNorm by batch statistics, since it leaves running ones to be computed again. The
+models' own inputs are given to all, since only permgraph finds them by itself.
 """
 
 from __future__ import annotations
