@@ -106,7 +106,9 @@ def _token_ids(model: nn.Module) -> Iterator[Tensor]:
     end = setting(config, "eos_token_id")
     # Then multiple choice; and sound as tokens of several codebooks, with or without those of a text beside them.
     coded = ((BATCH, LENGTH, count), (BATCH, LENGTH, count + 1)) if count else ()
-    for shape in ((BATCH, LENGTH), (BATCH, 64), (BATCH, 3, LENGTH), *coded):
+    most = setting(config, "max_position_embeddings")
+    short = ((BATCH, most),) if isinstance(most, int) and 1 < most < LENGTH else ()
+    for shape in (*short, (BATCH, LENGTH), (BATCH, 64), (BATCH, 3, LENGTH), *coded):
         ids = integers(bound, *shape)
         if isinstance(end, int) and 0 < end < bound:  # once, and last: some heads read what stands there
             ids[ids == end] = end - 1

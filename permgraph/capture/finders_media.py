@@ -221,6 +221,7 @@ def _sound(model: nn.Module, names: frozenset[str]) -> Iterator[Arguments]:
             if isinstance(positions, int):
                 made.append(floats(model, BATCH, mels, 2 * positions))
             made += [floats(model, BATCH, 128, mels), floats(model, BATCH, mels, 128)]
+            made += [floats(model, BATCH, 400, mels), floats(model, BATCH, mels, 400)]  # windows of 50, 100 or 200
     masks = ("input_features_mask", "feature_attention_mask", "audio_attention_mask", "audio_mel_mask")
     mask = next((name for name in masks if name in names), None)
     for values in made:
@@ -452,6 +453,33 @@ def from_boxes(model: nn.Module) -> Iterator[Candidate]:
         pages = list(_plain_images(model, names))[:1] if not given.is_floating_point() or more else []
         for page in (*pages, {}):
             yield (), {"input_ids": ids, "bbox": given, **page, **more}
+
+
+@input_finder("regions")
+def from_regions(model: nn.Module) -> Iterator[Candidate]:
+    """Text beside the features of regions of an image, and where these lie."""
+    if {"input_ids", "visual_feats", "visual_pos"} <= accepted(model):
+        config = getattr(model, "config", None)
+        arguments = {
+            "input_ids": next(BY_NAME["input_ids"](model)),
+            "visual_feats": floats(model, BATCH, 23, whole(setting(config, "visual_feat_dim"), 1)),
+            "visual_pos": floats(model, BATCH, 23, whole(setting(config, "visual_pos_dim"), 4)),
+        }
+        yield (), {**arguments}
+
+
+@input_finder("frames")
+def from_frames(model: nn.Module) -> Iterator[Candidate]:
+    """Sequences of vectors as wide as the model: into both of its stacks, or into the one that it has."""
+    names = accepted(model)
+    config = getattr(model, "config", None)
+    width = setting(config, "hidden_size")
+    if {"input_values", "decoder_input_values"} <= names and isinstance(width, int):
+        frames = floats(model, BATCH, LENGTH, width)
+        yield (), {"input_values": frames, "decoder_input_values": frames.clone()}
+    width = setting(config, "d_model")
+    if required(model) == ["inputs"] and isinstance(width, int):
+        yield (), {"inputs": floats(model, BATCH, LENGTH, width)}
 
 
 @input_finder("queries")

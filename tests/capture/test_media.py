@@ -227,3 +227,35 @@ def test_points_lie_in_an_image() -> None:
     assert arguments(captured) == {
         "pixel_values": (2, 3, 8, 8), "input_points": (2, 1, 3, 2), "input_labels": (2, 1, 3),
     }  # fmt: skip
+
+
+class Regions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(visual_feat_dim=7, visual_pos_dim=4, max_position_embeddings=11)
+        self.words, self.sees, self.places = nn.Embedding(31, 6), nn.Linear(7, 6), nn.Linear(4, 6)
+
+    def forward(self, input_ids: Tensor, visual_feats: Tensor, visual_pos: Tensor) -> Tensor:
+        return torch.cat([self.words(input_ids), self.sees(visual_feats) + self.places(visual_pos)], 1)
+
+
+def test_regions_stand_beside_a_text_no_longer_than_there_are_positions() -> None:
+    captured = capture(Regions())
+    assert captured.inputs.finder == "regions"
+    assert arguments(captured) == {"input_ids": (2, 11), "visual_feats": (2, 23, 7), "visual_pos": (2, 23, 4)}
+
+
+class Frames(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(hidden_size=6)
+        self.norm, self.linear = nn.LayerNorm(6), nn.Linear(6, 5)
+
+    def forward(self, input_values: Tensor, decoder_input_values: Tensor) -> Tensor:
+        return self.linear(self.norm(input_values).mean(1, keepdim=True) + decoder_input_values)
+
+
+def test_frames_go_into_both_stacks() -> None:
+    captured = capture(Frames())
+    assert captured.inputs.finder == "frames"
+    assert arguments(captured) == {"input_values": (2, 19, 6), "decoder_input_values": (2, 19, 6)}
