@@ -1,15 +1,27 @@
 """What `auto_spec` costs, next to one fake forward pass and next to `torch.export` with decompositions.
 
-    python benchmarks/inference.py [--repeats 5] [--models resnet50 vit_b_16 ...]
+    python benchmarks/inference.py [--rounds 5] [--models resnet50 vit_b_16 ...]
 
-Each figure is the median of paired runs in one process on one thread: every round times the fake pass, the capture, the
-inference and (in the first round only, for it is slow) the export. Peak memory is that of `auto_spec` alone, of models
-on the meta device, in a process of its own, above what importing the libraries takes.
+What is compared, for one model in evaluation mode and a batch of two images:
+
+- *fake*: parameters, buffers and images are turned into fake tensors, and `forward` runs on them once. `auto_spec`
+  has to turn them too, so the turning is part of it.
+- *fused off*: the same without the fast path of `nn.MultiheadAttention`, fused attention and mkldnn. A fast path runs
+  one opaque operator where there would be many, and is no pass from which structure could be read.
+- *auto_spec*: capture and inference, with the inputs given.
+- *export*: `torch.export.export(model, inputs).run_decompositions()`.
+
+*Warm* is the median of rounds in one process that has done all of it before, so that torch's cache of what operators do
+to fake tensors is full; the kinds alternate within each round. *Cold* is the first call in a fresh process after all
+imports, one process for each kind: what one waits for who asks once. All figures are seconds of processor time on one
+thread, which other load disturbs least. Peak memory is that of `auto_spec` alone, of models on the meta device, in a
+process of its own, above what importing the libraries takes.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import resource
 import statistics
 import subprocess
@@ -20,7 +32,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch._dynamo  # the first fake tensor imports it, and imports are not what is measured
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 _torchvision_operators = torch.library.Library("torchvision", "DEF")
 _torchvision_operators.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
@@ -29,54 +44,94 @@ _torchvision_operators.define("qnms(Tensor dets, Tensor scores, float iou_thresh
 from torchvision import models  # noqa: E402
 
 from permgraph.capture import capture  # noqa: E402
+from permgraph.capture.surroundings import mkldnn  # noqa: E402
 from permgraph.infer import spec_of  # noqa: E402
 
 MODELS = ("resnet50", "densenet121", "vit_b_16", "swin_t")
 SIZE = (2, 3, 224, 224)
+COLUMNS = (
+    "fake", "fused off", "capture", "infer", "auto_spec / fake", "auto_spec / fused off", "export",
+    "export / auto_spec", "MiB",
+)  # fmt: skip
 
 
 def seconds(function: Callable[[], object]) -> float:
-    start = time.perf_counter()
+    start = time.process_time()
     function()
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
-def fake_pass(name: str) -> Callable[[], object]:
+def fake_pass(model: nn.Module, images: Tensor) -> object:
     """One forward pass of the model on fake tensors, and nothing else."""
     mode = FakeTensorMode()
-    model = getattr(models, name)().eval()
     state = {key: mode.from_tensor(tensor) for key, tensor in model.state_dict().items()}
-    images = mode.from_tensor(torch.zeros(SIZE))
-
-    def run() -> object:
-        with mode, torch.no_grad():
-            return torch.func.functional_call(model, state, (images,))
-
-    return run
+    with mode, torch.no_grad():
+        return torch.func.functional_call(model, state, (mode.from_tensor(images),))
 
 
-def measure(name: str, repeats: int) -> dict[str, float]:
-    with torch.device("meta"):
-        model = getattr(models, name)().eval()
+def fake_pass_without_fused_kernels(model: nn.Module, images: Tensor) -> object:
+    before = torch.backends.mha.get_fastpath_enabled()
+    with contextlib.ExitStack() as stack:
+        stack.callback(torch.backends.mha.set_fastpath_enabled, before)
+        torch.backends.mha.set_fastpath_enabled(False)
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(mkldnn(False))
+        return fake_pass(model, images)
+
+
+def parts(name: str) -> dict[str, Callable[[], object]]:
+    """What is measured of a model, by the name of its column; to infer, one must have captured."""
+    model = getattr(models, name)().eval()
     images = torch.zeros(SIZE)
-    bare = fake_pass(name)
-    bare()  # the first pass fills torch's caches
-    captured = capture(model, (images,))
-    rounds = [
-        (seconds(bare), seconds(lambda: capture(model, (images,))), seconds(lambda: spec_of(captured)))
-        for _ in range(repeats)
-    ]
-    fake, caught, inferred = (statistics.median(column) for column in zip(*rounds, strict=True))
-    real = getattr(models, name)().eval()
-    export = seconds(lambda: torch.export.export(real, (images,)).run_decompositions())
+    caught = []
+
+    def catch() -> None:
+        caught[:] = [capture(model, (images,))]
+
     return {
-        "fake": fake,
-        "capture": caught,
-        "infer": inferred,
-        "total / fake": statistics.median((c + i) / f for f, c, i in rounds),
-        "export": export,
-        "export / total": export / (caught + inferred),
-        "MiB": peak_memory(name),
+        "fake": lambda: fake_pass(model, images),
+        "fused off": lambda: fake_pass_without_fused_kernels(model, images),
+        "capture": catch,
+        "infer": lambda: spec_of(caught[0]),
+        "export": lambda: torch.export.export(model, (images,)).run_decompositions(),
+    }
+
+
+def cold(name: str) -> dict[str, float]:
+    """Seconds of the first call of each kind, each in a fresh process."""
+    return {**_asked("fake", name), **_asked("fused off", name), **_asked("capture", name), **_asked("export", name)}
+
+
+def _asked(kind: str, name: str) -> dict[str, float]:
+    run = [sys.executable, __file__, "--cold", kind, name]
+    lines = subprocess.run(run, capture_output=True, text=True, check=True).stdout.strip().splitlines()
+    return {column: float(figure) for column, _, figure in (line.rpartition(" ") for line in lines)}
+
+
+def print_cold(kind: str, name: str) -> None:
+    made = parts(name)
+    for column in (kind, "infer") if kind == "capture" else (kind,):
+        print(column, seconds(made[column]))
+
+
+def warm(name: str, rounds: int) -> dict[str, float]:
+    """The median of several rounds that follow a first one."""
+    made = parts(name)
+    export = made.pop("export")
+    for part in made.values():
+        part()
+    found = [{column: seconds(part) for column, part in made.items()} for _ in range(rounds)]
+    medians = {column: statistics.median(figures[column] for figures in found) for column in made}
+    export()
+    return {**medians, "export": seconds(export), "MiB": peak_memory(name)}
+
+
+def ratios(found: dict[str, float]) -> dict[str, float]:
+    total = found["capture"] + found["infer"]
+    return {
+        "auto_spec / fake": total / found["fake"],
+        "auto_spec / fused off": total / found["fused off"],
+        "export / auto_spec": found["export"] / total,
     }
 
 
@@ -114,19 +169,24 @@ def resident() -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=MODELS)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--memory", help=argparse.SUPPRESS)
+    parser.add_argument("--cold", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.memory:
         print_memory(options.memory)
         return
-    columns = ("fake", "capture", "infer", "total / fake", "export", "export / total", "MiB")
-    print("| model | " + " | ".join(columns) + " |")
-    print("| --- |" + " ---: |" * len(columns))
+    if options.cold:
+        print_cold(*options.cold)
+        return
+    print("| model | | " + " | ".join(COLUMNS) + " |")
+    print("| --- | --- |" + " ---: |" * len(COLUMNS))
     for name in options.models:
-        found = measure(name, options.repeats)
-        print(f"| {name} | " + " | ".join(f"{found[column]:.3g}" for column in columns) + " |", flush=True)
+        for how, found in (("warm", warm(name, options.rounds)), ("cold", cold(name))):
+            row = {**found, **ratios(found)}
+            cells = (f"{row[column]:.3g}" if column in row else "" for column in COLUMNS)
+            print(f"| {name} | {how} | " + " | ".join(cells) + " |", flush=True)
 
 
 if __name__ == "__main__":
