@@ -4,7 +4,7 @@ Measured on the cost matrices of weight matching (`benchmarks/assignment.py`), t
 lapx is the fastest exact one from n = 16 upward, once each row's minimum is subtracted; below, scipy's has less to
 set up. Potentials are float64 in both. The subtraction is done in float64 up to `WIDE`, so that float32 costs lose
 nothing. Wider problems stay in float32, which halves the memory and may cost n 2^-24 of the spread of the costs;
-`certify` proves such an answer optimal, or bounds what is lost.
+`certify` proves such an answer optimal, or bounds what is lost; `wide.assign_wide` needs no second matrix at all.
 """
 
 from __future__ import annotations
