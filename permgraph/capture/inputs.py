@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from permgraph.errors import CaptureError
+
 
 @dataclass(frozen=True, eq=False)
 class ExampleInputs:
@@ -59,7 +61,13 @@ def input_finder(name: str) -> Callable[[Finder], Finder]:
 
 
 def find_inputs(model: nn.Module) -> Iterator[ExampleInputs]:
-    """All candidates of all finders, made as they are asked for, the newest finder first; none is given twice."""
+    """All candidates of all finders, made as they are asked for, the newest finder first; none is given twice.
+
+    Raises `CaptureError` for a module without a forward of its own, which no inputs would make run.
+    """
+    if type(model).forward is nn.Module.forward and "forward" not in vars(model):
+        parts = ", ".join(name for name, _ in model.named_children()) or "none"
+        raise CaptureError(f"{type(model).__name__} has no forward of its own: take one of its parts ({parts})")
     seen: set[str] = set()
     for name, finder in reversed(list(_finders.items())):
         for args, kwargs in finder(model):

@@ -183,3 +183,13 @@ def test_a_successful_candidate_runs_once():
 def test_no_candidate_comes_twice():
     described = [candidate.describe() for candidate in find_inputs(nn.Linear(7, 7))]
     assert len(described) == len(set(described))
+
+
+def test_a_module_without_a_forward_is_refused_at_once():
+    class Holder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.text, self.image = nn.Linear(2, 3), nn.Linear(3, 4)
+
+    with pytest.raises(CaptureError, match=r"Holder has no forward of its own: take one of its parts \(text, image\)"):
+        capture(Holder())
