@@ -34,8 +34,9 @@ class Regressor(nn.Module):
         kinks = torch.linspace(-1, 1, width)
         self.register_buffer("kinks", torch.cat([kinks, kinks]))
         self.register_buffer("signs", torch.cat([torch.ones(width), -torch.ones(width)]))
-        values = torch.linspace(-1, 1, 2 * width)
-        self.out = nn.Parameter(values[torch.randperm(2 * width)][None] * 2 / width**0.5)
+        # Kinks are 2 / width apart: so large must weights be for slopes to change as fast as the targets' do.
+        values = torch.linspace(-40 / width, 40 / width, 2 * width)
+        self.out = nn.Parameter(values[torch.randperm(2 * width)][None])
         self.scale = nn.Parameter(torch.ones(1))
         self.shift = nn.Parameter(torch.zeros(1))
 
@@ -69,7 +70,10 @@ def train(width: int, target: Tensor, x: Tensor, seed: int, rounds: int, every: 
     initial = {"out": network.out.detach().clone()}
     permutation = spec.identity()
     losses = []
-    descent = torch.optim.Adam(network.parameters(), lr=3e-3)
+    # Between two projections free weights must get as far as the next of the initial values, 40 / width² away.
+    descent = torch.optim.Adam(
+        [{"params": [network.out], "lr": 0.5 / width}, {"params": [network.scale, network.shift], "lr": 1e-2}]
+    )
     schedule = torch.optim.lr_scheduler.ExponentialLR(descent, 0.99)
     for _ in range(rounds):
         for _ in range(every):
