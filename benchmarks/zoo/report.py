@@ -46,8 +46,8 @@ random weights in float64 the channels of a group are renumbered, and the output
 The tools are made for different things. torch-pruning finds channels that must be *removed* together, which need not be
 interchangeable: a group that does not hold here may be quite right for pruning, and its heads, the classes, are left
 out. rebasin aligns two networks. It has all groups judged at once, in one alignment of two random networks, with
-BatchNorm's running statistics at zero and one, since it leaves them to be computed again. permgraph's groups include channels
-that may be ordered differently in each head or group; all of them move at once.
+BatchNorm's running statistics at zero and one, since it leaves them to be computed again. permgraph's groups include
+channels that may be ordered differently in each head or group; all of them move at once.
 """
 DONE = ("inferred", "verified", "wrong", "inert", "not verified")
 

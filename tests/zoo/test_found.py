@@ -53,3 +53,24 @@ def test_a_skewed_matrix_keeps_its_rows_and_lets_the_rest_move() -> None:
     spec = pg.auto_spec(model, (x,))
     assert [group.size for group in spec.moving.values()] == [6]
     assert pg.verify(model, spec, (x,))
+
+
+class Halo(nn.Module):
+    """Scores against relative positions, padded, viewed with longer rows and tiled, as in halo attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.positions = nn.Linear(5, 6), nn.Parameter(torch.randn(27, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = (self.query(x) @ self.positions.t()).reshape(-1, 8, 27)
+        padded = nn.functional.pad(nn.functional.pad(scores, [0, 1]).flatten(1), [0, 19])
+        shifted = padded.reshape(-1, 9, 27)[:, :8, 13:]
+        return shifted.reshape(2, 8, 1, 8, 14).expand(-1, -1, 14, -1, -1).permute(0, 1, 3, 2, 4)
+
+
+def test_halo_attention_s_positions_stay_and_its_channels_move() -> None:
+    model, x = Halo(), torch.randn(2, 8, 8, 5)
+    spec = pg.auto_spec(model, (x,))
+    assert [group.size for group in spec.moving.values()] == [6]
+    assert pg.verify(model, spec, (x,))
