@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "permgraph"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
-LEFT = ("capture", "axes", "rules", "solve", "uniform", "dependence", "write", "infer")
+LEFT = ("capture", "axes", "rules", "foresight", "solve", "uniform", "dependence", "write", "infer")
 RIGHT = ("permutation", "matching", "connectivity", "merging", "planning")
 GLUE = ("__init__", "verify", "branches", "cli", "studies")  # may join the two sides
 
