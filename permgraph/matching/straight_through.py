@@ -75,7 +75,7 @@ class StraightThrough:
         init: a permutation to measure and to project from at first, to go on where another run stopped. The free
             weights and the optimizer start afresh, from A.
         projection_sweeps: how many sweeps over the groups a projection may take, from the permutation before; None for
-            as many as it wants. The first, and the one at the end of each epoch, go on until nothing helps.
+            as many as it wants. The first, and the one at the end of the last epoch, go on until nothing helps.
         checkpoint: a file, written after each epoch as a whole or not at all, from which a run with the same models,
             settings and seed goes on and ends with what it would have reached without a break. The random state of
             torch and of a `DataLoader`'s own generator is in it; those of Python and NumPy are not.
@@ -238,7 +238,9 @@ class _Run:
             if self.steps and self.steps % self.how.project_every == 0:
                 self._project(self.how.projection_sweeps)
             self._step(number, batch)
-        self._project(None)
+        # Free weights that have travelled far take many sweeps, so only the end is worth going on until nothing helps.
+        last = len(self.history) + 1 == self.how.epochs
+        self._project(None if last else self.how.projection_sweeps)
         reached = self._keep_if_better(self.now)
         moved = moved_between(at_start, self.now)
         self.history.append(Sweep(len(self.history) + 1, reached, moved, {}, time.perf_counter() - self.started))
