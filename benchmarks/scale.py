@@ -37,7 +37,8 @@ def main() -> None:
         problems = ", ".join(f"{count:,} of {size:,}" for size, count in list(cost.problems.items())[:4])
         print(
             f"| {name} | {cost.flops / 1e15:.3g} | {problems} | {cost.gram / 2**30:.2f} "
-            f"| {cost.memory(BF16) / 2**30:,.0f} | {cost.memory(BF16, streamed=True) / 2**30:.1f} | {cost.read(BF16) / 2**30:,.0f} |"
+            f"| {cost.memory(BF16) / 2**30:,.0f} | {cost.memory(BF16, streamed=True) / 2**30:.1f} "
+            f"| {cost.read(BF16) / 2**30:,.0f} |"
         )
     print(f"\nHours for {PASSES} passes, streamed from bf16, every pass computed in full:\n")
     print(f"| model | machine | {' | '.join(f'{n} workers' for n in WORKERS)} |")

@@ -207,8 +207,12 @@ class PermutationSpec:
 
     @functools.cached_property
     def moving(self) -> Mapping[str, Group]:
-        """The groups that really move something: not fixed, of more than one index, and standing in a parameter."""
-        standing = {o.group for axes in self.axes.values() for o in self.layout(axes).occurrences}
+        """The groups that really move something: not fixed, of more than one index, and standing in a parameter.
+
+        A parameter without elements, such as the weights of no extra tokens, holds nothing to move.
+        """
+        held = [axes for name, axes in self.axes.items() if 0 not in self.shapes[name]]
+        standing = {o.group for axes in held for o in self.layout(axes).occurrences}
         return MappingProxyType(
             {name: g for name, g in self.groups.items() if not g.fixed and g.size > 1 and name in standing}
         )

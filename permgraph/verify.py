@@ -377,7 +377,7 @@ class _Trial:
             return 0.5 + torch.rand(shape, generator=generator, dtype=torch.float64)
         if made.ndim <= 1:
             return _normal(shape, generator).mul_(0.3 * self._scale)
-        fan_in = max(1, made.numel() // shape[0])
+        fan_in = max(1, made.numel() // max(1, shape[0]))
         return _normal(shape, generator).mul_(self._scale * 1.5 / math.sqrt(fan_in))
 
     def _check_names(self) -> None:

@@ -301,3 +301,20 @@ def test_a_spec_is_not_changed_by_its_proof() -> None:
     before = str(replace(spec))
     pg.verify(network(), spec, X)
     assert str(spec) == before
+
+
+def test_a_parameter_without_elements_moves_nothing() -> None:
+    class NoTokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokens = nn.Parameter(torch.zeros(0, 6))
+            self.net = network()
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.net(x), torch.cat([self.tokens, self.tokens]).sum()
+
+    model = NoTokens().eval()
+    spec = pg.auto_spec(model, X)
+    assert "tokens" not in spec.moving
+    assert spec.log_order() == pg.auto_spec(network(), X).log_order()
+    assert pg.verify(model, spec, X)
