@@ -641,12 +641,21 @@ class Axes:
         self.scope = scope
         self._born_in_scope = {}
 
-    def cuts_seen(self) -> dict[BirthKey, tuple[int, ...]]:
-        """Where factors that a split made have been cut since, for a second run to make them so from the start."""
+    def cuts_seen(self, *, within: bool = False) -> dict[BirthKey, tuple[int, ...]]:
+        """Where factors that a split made have been cut since, for a second run to make them so from the start.
+
+        With `within`, what was cut in any member of a family counts as cut in all of them.
+        """
         seen = dict(self.cuts)
         for key, axis in self._births:
-            sizes = [part.size for part in self.parts(axis)] if self.resolve(axis).kind is Kind.SUM else []
-            if len(sizes) > 1:
-                points = {sum(sizes[:i]) for i in range(1, len(sizes))}
+            points = self._points(axis, within)
+            if points:
                 seen[key] = tuple(sorted(points | set(seen.get(key, ()))))
         return seen
+
+    def _points(self, axis: Axis, within: bool) -> set[int]:
+        axis = self.resolve(axis)
+        if within and axis.kind is Kind.FAMILY:
+            return set().union(*(self._points(member, within) for member in axis.children))
+        sizes = [part.size for part in self.parts(axis)] if axis.kind is Kind.SUM else []
+        return {sum(sizes[:i]) for i in range(1, len(sizes))}

@@ -53,10 +53,11 @@ def solve(graph: fx.Graph) -> Solution:
     written = written_nodes(nodes)
     uniform = uniform_dims(nodes, written, {node: _constant_along(node.meta.get("real")) for node in constants})
     known = known_values(nodes, written)
-    for _ in range(MAX_RUNS):
+    for number in range(MAX_RUNS):
         run = _Run(nodes, Axes(cuts), uniform, known)
         run.until_stable()
-        seen = run.cuts_seen()
+        # What is foreseen makes families before anything is known of cuts inside them.
+        seen = run.cuts_seen(within=number == 0)
         if seen == cuts:
             break
         cuts = seen
@@ -264,11 +265,11 @@ class _Run:
                 for family in list(loose_families(self.axes, tensor.value)):
                     self.axes.collapse(family)
 
-    def cuts_seen(self) -> dict[BirthKey, tuple[int, ...]]:
-        """Where axes were cut. Of a placeholder's axes those count that were cut by taking a part of that tensor."""
+    def cuts_seen(self, *, within: bool) -> dict[BirthKey, tuple[int, ...]]:
+        """Where axes were cut, see `Axes.cuts_seen`. Of a placeholder's axes those count that were cut by taking a part of that tensor."""
         taken = {id(tensor) for call in self.calls for tensor in call.ledger.taken}
         numbers = {n for n, node in enumerate(self.nodes) if id(self.values.get(node)) in taken}
-        cuts = self.axes.cuts_seen()
+        cuts = self.axes.cuts_seen(within=within)
         return {key: points for key, points in cuts.items() if key[0] != PLACEHOLDER or key[1] in numbers}
 
     def _all_tensors(self) -> list[TypedTensor]:
