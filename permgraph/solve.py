@@ -175,6 +175,7 @@ class _Run:
                     self._apply(call)
                     if self.axes.has_families:  # else there may be no second visit
                         settled[call] = self._atoms_of(call)
+            self._pin_ends()  # once more: only the rules have said which axes the values of tensors number
             if not self.axes.has_families:  # then what was said once holds for good
                 return
             self._collapse_families()
@@ -221,6 +222,7 @@ class _Run:
             ) from error
 
     def _pin_ends(self) -> None:
+        self.ends.clear()
         for number, node in enumerate(self.nodes):
             if node.op == "placeholder" and isinstance(self.values[node], TypedTensor):
                 self._pin_placeholder(number, node, self.values[node])
@@ -266,7 +268,7 @@ class _Run:
                     self.axes.collapse(family)
 
     def cuts_seen(self, *, within: bool) -> dict[BirthKey, tuple[int, ...]]:
-        """Where axes were cut, see `Axes.cuts_seen`. Of a placeholder's axes those count that were cut by taking a part of that tensor."""
+        """Where axes were cut, see `Axes.cuts_seen`; of a placeholder's, those of which a part was taken."""
         taken = {id(tensor) for call in self.calls for tensor in call.ledger.taken}
         numbers = {n for n, node in enumerate(self.nodes) if id(self.values.get(node)) in taken}
         cuts = self.axes.cuts_seen(within=within)

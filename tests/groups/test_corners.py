@@ -348,3 +348,36 @@ def test_what_is_claimed_holds(name: str) -> None:
     model = CORNERS[name]()
     proof = pg.verify(model, None, (X,), controls="none")
     assert proof.passed, f"{proof}\n{pg.auto_spec(model, (X,))}"
+
+
+class Chooses(nn.Module):
+    """Returns, or keeps, which of some units is the largest: their numbering is then part of what it computes."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.inner, self.outer = nn.Linear(4, 6), nn.Linear(6, 8)
+        self.table = nn.Embedding(8, 3)
+        self.register_buffer("last", torch.zeros(5, dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> object:
+        scores = self.outer(self.inner(x))
+        if self.how == "topk":
+            return scores.topk(2).indices
+        if self.how == "max":
+            return {"nested": [scores.max(-1).indices]}
+        chosen = scores.argmax(-1)
+        if self.how == "stacked":
+            return torch.stack([chosen, chosen]), self.table(chosen)
+        if self.how == "kept":
+            self.last.copy_(chosen)
+            return self.table(chosen)
+        return chosen
+
+
+@pytest.mark.parametrize("how", ["argmax", "max", "topk", "stacked", "kept"])
+def test_units_whose_number_is_returned_stay_put(how: str) -> None:
+    x = torch.randn(5, 4)
+    spec = pg.auto_spec(Chooses(how).eval(), x)
+    assert [str(axis) for axis in spec.axes["outer.weight"]] == ["8", "inner"]
+    assert pg.verify(Chooses(how).eval(), spec, (x,))
