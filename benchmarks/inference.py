@@ -37,9 +37,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-_torchvision_operators = torch.library.Library("torchvision", "DEF")
-_torchvision_operators.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-_torchvision_operators.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+from benchmarks.zoo import operators
+
+operators.declare()
 
 from torchvision import models  # noqa: E402
 

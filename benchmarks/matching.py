@@ -27,6 +27,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import nn
 
 import permgraph
+from benchmarks.zoo import operators
 from permgraph.expressions import Fixed, Ref
 from permgraph.matching import WeightMatching
 from permgraph.matching.objective import STATISTICS, pair
@@ -72,19 +73,10 @@ def resnet20(width: int) -> nn.Sequential:
 
 
 def torchvision_model(name: str) -> nn.Module:
-    # A torchvision built for another torch does not import without the schemas of operators that no model here uses.
-    global _LIBRARY
-    try:
-        import torchvision
-    except RuntimeError:
-        _LIBRARY = torch.library.Library("torchvision", "DEF")
-        _LIBRARY.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _LIBRARY.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        import torchvision
+    operators.declare()
+    import torchvision
+
     return torchvision.models.get_model(name)  # type: ignore[no-any-return]
-
-
-_LIBRARY: torch.library.Library | None = None
 
 
 def llama() -> nn.Module:

@@ -39,3 +39,8 @@ class StudyError(PermgraphError, ValueError):
 
 class MissingExtraError(PermgraphError, ImportError):
     """An optional dependency is not installed; the message says which extra brings it."""
+
+
+def in_one_line(error: BaseException, most: int | None = None) -> str:
+    """What an error says, on one line, cut after so many characters; the name of its kind if it says nothing."""
+    return " ".join(str(error).split())[:most] or type(error).__name__

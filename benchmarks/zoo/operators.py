@@ -11,10 +11,10 @@ from torch import Tensor
 
 
 @cache
-def provide() -> torch.library.Library | None:
-    """Make `import torchvision` work, and `nms` with it; None where the real operators are there.
+def declare() -> torch.library.Library | None:
+    """Make `import torchvision` work, without importing it; None where it is absent, or the real operators are there.
 
-    The stand-in is written in Python and does what the compiled operator does, so that detectors run.
+    What is declared lasts as long as the library that is returned, which is kept here.
     """
     found = importlib.util.find_spec("torchvision")
     if found is None or not found.submodule_search_locations:
@@ -31,6 +31,18 @@ def provide() -> torch.library.Library | None:
         library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     if not hasattr(torch.ops.torchvision, "qnms"):
         library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return library
+
+
+@cache
+def provide() -> torch.library.Library | None:
+    """Make `import torchvision` work, and `nms` with it; None as for `declare`.
+
+    The stand-in is written in Python and does what the compiled operator does, so that detectors run.
+    """
+    library = declare()
+    if library is None:
+        return None
     library.impl("nms", _nms, "CPU")
     import torchvision.ops.boxes
 

@@ -20,7 +20,7 @@ import torch
 
 from permgraph.cli.models import load_object
 from permgraph.cli.options import Data, Split
-from permgraph.errors import EvaluationError, MissingExtraError, PermgraphError
+from permgraph.errors import EvaluationError, MissingExtraError, PermgraphError, in_one_line
 from permgraph.io import open_checkpoint
 from permgraph.io.torch_file import load_safely
 
@@ -146,16 +146,13 @@ def _arrays(path: Path) -> dict[str, torch.Tensor]:
             with np.load(path, allow_pickle=False) as archive:
                 return {name: torch.from_numpy(archive[name]) for name in archive.files}
         except (ValueError, TypeError, OSError, EOFError, KeyError, zipfile.BadZipFile, MemoryError) as error:
-            raise EvaluationError(f"{path}: not an archive of plain arrays: {_line(error)}") from None
+            raise EvaluationError(f"{path}: not an archive of plain arrays: {in_one_line(error, 200)}") from None
     if path.suffix in (".pt", ".pth"):
         content = load_safely(path)
         if isinstance(content, (tuple, list)) and len(content) == 2 and all(map(torch.is_tensor, content)):
             return {"inputs": content[0], "targets": content[1]}
     return dict(open_checkpoint(path))
 
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 # --- folders ----------------------------------------------------------------------------------------------------------
@@ -260,7 +257,7 @@ def _idx(path: Path, dims: int) -> torch.Tensor | None:
     except (OSError, EOFError, ValueError) as error:  # a damaged gzip file raises any of these
         if isinstance(error, PermgraphError):
             raise
-        raise EvaluationError(f"{path}: it cannot be read: {_line(error)}") from None
+        raise EvaluationError(f"{path}: it cannot be read: {in_one_line(error, 200)}") from None
     if len(content) != size:
         raise EvaluationError(f"{path}: its header says {shape}, but {len(content)} bytes or more follow")
     return torch.frombuffer(bytearray(content), dtype=torch.uint8).view(shape) if size else torch.empty(shape)
@@ -322,7 +319,8 @@ def _plain(path: Path) -> Mapping[Any, Any]:
     except OSError:
         raise
     except Exception as error:  # whatever a damaged or hostile pickle can raise
-        raise EvaluationError(f"{path}: refused: not a pickle of arrays and plain values: {_line(error)}") from None
+        said = in_one_line(error, 200)
+        raise EvaluationError(f"{path}: refused: not a pickle of arrays and plain values: {said}") from None
     if not isinstance(content, Mapping):
         raise EvaluationError(f"{path}: it holds a {type(content).__name__}, not a table with 'data' and 'labels'")
     return content
@@ -355,7 +353,7 @@ def _pictures(path: Path, split: Split, asked: Data) -> Batches:
             with image.open(file) as picture:
                 whole = picture.convert("RGB")
         except (OSError, ValueError, SyntaxError, image.DecompressionBombError) as error:
-            raise EvaluationError(f"{file}: not an image that can be read: {_line(error)}") from None
+            raise EvaluationError(f"{file}: not an image that can be read: {in_one_line(error, 200)}") from None
         scale = side / min(whole.size)
         width, height = (max(side, round(length * scale)) for length in whole.size)
         whole = whole.resize((width, height), image.Resampling.BILINEAR)
@@ -391,7 +389,7 @@ def _text(path: Path, folder: Path | None, asked: Data) -> Batches:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         tokens = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.long)
     except Exception as error:  # whatever a folder without a good tokenizer makes transformers raise
-        raise EvaluationError(f"{folder}: no tokenizer that can be used: {_line(error)}") from None
+        raise EvaluationError(f"{folder}: no tokenizer that can be used: {in_one_line(error, 200)}") from None
     length = asked.length
 
     def take(numbers: Sequence[int]) -> Any:

@@ -37,7 +37,7 @@ from permgraph.cli.models import build, spec_of
 from permgraph.cli.options import Data, MatcherName, Matching, Split
 from permgraph.cli.screen import Screen
 from permgraph.connectivity import evaluate_on, recalibrate_batchnorm
-from permgraph.errors import MissingExtraError, StudyError
+from permgraph.errors import MissingExtraError, StudyError, in_one_line
 from permgraph.io import Checkpoint, open_checkpoint
 from permgraph.matching import Matcher
 from permgraph.studies import StudyPlan
@@ -147,7 +147,7 @@ def _yaml(path: Path) -> Any:
     try:
         return yaml.load(path.read_text(), Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise StudyError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+        raise StudyError(f"{path}: not YAML: {in_one_line(error)}") from error
     except TypeError as error:  # a key that is a list or a mapping
         raise StudyError(f"{path}: {error}") from error
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from permgraph.cli.options import Shown
-from permgraph.errors import PermgraphError
+from permgraph.errors import PermgraphError, in_one_line
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -138,17 +138,13 @@ def _verdict(error: BaseException) -> tuple[int, str]:
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED, "interrupted; the same command goes on where this one stopped"
     if isinstance(error, PermgraphError):
-        return BAD_INPUT, _line(error)
+        return BAD_INPUT, in_one_line(error)
     if isinstance(error, OSError):
         named = f"{error.filename}: " if error.filename else ""
-        return BAD_INPUT, f"{named}{error.strerror or _line(error)}"
+        return BAD_INPUT, f"{named}{error.strerror or in_one_line(error)}"
     if isinstance(error, MemoryError):
         return BAD_INPUT, "out of memory: say --stream, or use a machine with more"
-    return OUR_BUG, f"{type(error).__name__}: {_line(error)} (this is a bug in permgraph: --debug shows where)"
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return OUR_BUG, f"{type(error).__name__}: {in_one_line(error)} (this is a bug in permgraph: --debug shows where)"
 
 
 def _plain(value: Any) -> Any:

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from permgraph.errors import CheckpointError
+from permgraph.errors import CheckpointError, in_one_line
 from permgraph.io.tensors import TensorFormat
 
 METADATA = ".metadata"
@@ -175,7 +175,7 @@ def _describe(path: Path) -> tuple[dict[str, Any], dict[tuple[str, tuple[int, ..
     except OSError:
         raise
     except Exception as error:  # whatever a damaged or hostile pickle can raise
-        text = " ".join(str(error).split())[:160]
+        text = in_one_line(error, 160)
         raise CheckpointError(
             f"{path}: refused: not the description of a distributed checkpoint, or a damaged or unsafe one: {text}"
         ) from None
@@ -213,7 +213,7 @@ def _load(chunk: _Chunk, key: str) -> torch.Tensor:
     try:
         found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # as above
-        text = " ".join(str(error).split())[:160]
+        text = in_one_line(error, 160)
         where = f"{chunk.path}: the part of {key!r} at {chunk.start}"
         raise CheckpointError(f"{where} is damaged or unsafe: {text}") from None
     if not isinstance(found, torch.Tensor):

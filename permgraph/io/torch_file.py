@@ -14,7 +14,7 @@ from typing import IO, Any
 
 import torch
 
-from permgraph.errors import CheckpointError
+from permgraph.errors import CheckpointError, in_one_line
 from permgraph.io.tensors import TensorFormat, Transform
 
 WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "module", "net", "network", "weights", "params")
@@ -105,7 +105,7 @@ def load_safely(path: Path) -> Any:
         except OSError:
             raise
         except Exception as error:  # whatever a damaged or hostile file can make the loader raise
-            text = " ".join(str(error).split())
+            text = in_one_line(error)
             asked = re.search(r"(?:GLOBAL|global:?|class:?|loads?) ([A-Za-z_][\w]*\.[\w.]+)", text)
             if "weights_only" in text.lower() or "weights only" in text.lower() or "Unsupported" in text:
                 raise CheckpointError(

@@ -7,7 +7,7 @@ import importlib
 from collections.abc import Iterator
 from typing import Any
 
-from permgraph.errors import MissingExtraError, StudyError
+from permgraph.errors import MissingExtraError, StudyError, in_one_line
 
 LOCAL = ("loky", "threading", "sequential")
 NAMES = (*LOCAL, "dask", "ray")
@@ -52,7 +52,7 @@ def _dask(jobs: int | None, address: str | None) -> Iterator[None]:
         try:
             client = distributed.Client(address, timeout=PATIENCE)
         except (OSError, ValueError) as error:
-            raise StudyError(f"no Dask scheduler answers at {address}: {' '.join(str(error).split())}") from error
+            raise StudyError(f"no Dask scheduler answers at {address}: {in_one_line(error)}") from error
         stack.enter_context(client)
         yield
 
@@ -66,7 +66,7 @@ def _ray(jobs: int | None, address: str | None) -> Iterator[None]:
             ray.init(address=address, num_cpus=None if address else jobs, include_dashboard=False, log_to_driver=False)
         except (ConnectionError, OSError, ValueError, RuntimeError) as error:
             where = f"answers at {address}" if address else "could be started here"
-            raise StudyError(f"no Ray cluster {where}: {' '.join(str(error).split())[:300]}") from error
+            raise StudyError(f"no Ray cluster {where}: {in_one_line(error, 300)}") from error
     importlib.import_module("ray.util.joblib").register_ray()
     try:
         yield

@@ -16,6 +16,7 @@ from torch import nn
 
 from permgraph.connectivity.barriers import Evaluate, Prepare, barrier
 from permgraph.connectivity.evaluation import undisturbed
+from permgraph.errors import in_one_line
 from permgraph.matching import Matcher, align
 from permgraph.spec import PermutationSpec
 from permgraph.studies.store import Store
@@ -76,7 +77,7 @@ def run(task: Task) -> dict[str, Any]:
             raise RuntimeError(f"this worker has other versions, as (here, where the study began): {differing}")
         record = {"status": "done", **_result(task)}
     except Exception as error:
-        record = {"status": "failed", "error": f"{type(error).__name__}: {' '.join(str(error).split())}"}
+        record = {"status": "failed", "error": f"{type(error).__name__}: {in_one_line(error)}"}
     finally:
         torch.set_num_threads(threads)
     record |= {"seconds": round(time.perf_counter() - started, 3), "versions": mine}

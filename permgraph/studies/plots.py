@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from permgraph.errors import MissingExtraError
+from permgraph.pictures.figures import pyplot
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,12 +18,9 @@ INK, DOTS = "#222222", "#0072b2"  # distinct in grey and to every kind of colour
 
 def plot_barriers(by_matcher: Mapping[str, Sequence[float]], metric: str, *, ax: Axes | None = None) -> Axes:
     """Draw one column of dots for each matcher, with a line at the median."""
-    try:
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise MissingExtraError("plots need matplotlib: pip install permgraph[plots]") from error
     if ax is None:
-        _, ax = pyplot.subplots(figsize=(1.6 + 1.2 * len(by_matcher), 3.6), layout="constrained")
+        _, ax = pyplot().subplots(figsize=(1.6 + 1.2 * len(by_matcher), 3.6), layout="constrained")
+    assert ax is not None
     for place, heights in enumerate(by_matcher.values()):
         aside = np.random.default_rng(0).uniform(-0.18, 0.18, len(heights))
         ax.scatter(place + aside, heights, s=14, color=DOTS, alpha=0.55, linewidths=0)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from permgraph.connectivity.interpolation import as_state_dict
-from permgraph.errors import MissingExtraError, StudyError
+from permgraph.errors import MissingExtraError, StudyError, in_one_line
 from permgraph.studies.cell import Task, run, versions
 from permgraph.studies.plan import Cell, StudyPlan
 from permgraph.studies.store import Store
@@ -201,4 +201,4 @@ def _watched(store: Store, cells: Sequence[Cell], progress: Progress | None) -> 
 
 
 def _said(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+    return f"{type(error).__name__}: {in_one_line(error)}"[:300]

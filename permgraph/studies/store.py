@@ -24,7 +24,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from permgraph.errors import MissingExtraError, StudyError
+from permgraph.errors import MissingExtraError, StudyError, in_one_line
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -66,7 +66,7 @@ class Store:
             returned = self._read(name)
             self._remove(name)
         except Exception as error:  # what a remote store raises is its own affair
-            raise StudyError(f"the store {self.url!r} cannot be written to: {_said(error)}") from error
+            raise StudyError(f"the store {self.url!r} cannot be written to: {in_one_line(error)}") from error
         if returned != content:
             raise StudyError(f"the store {self.url!r} gave back other bytes than were written")
 
@@ -169,7 +169,3 @@ def _checked(key: str) -> str:
     if not KEY.fullmatch(key):
         raise StudyError(f"{key!r} is not the key of a cell")
     return key
-
-
-def _said(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Iterator
 
 import numpy as np
 import torch
+from torch import nn
 
 from permgraph.permutation import Permutation
 from permgraph.spec import PermutationSpec
@@ -162,3 +164,38 @@ def every(spec: PermutationSpec) -> Iterator[Permutation]:
 def best_of_all(spec: PermutationSpec, a: State, b: State) -> float:
     """The best objective in the whole group, by trying every element."""
     return max(inner(a, p.apply(b)) for p in every(spec))
+
+
+#: Of nn.Sequential(nn.Linear(4, 7), nn.BatchNorm1d(7), nn.ReLU(), nn.Linear(7, 3)).
+NORMED = PermutationSpec.parse("""
+    0.weight               7x4  h .
+    0.bias                 7    h
+    1.weight               7    h
+    1.bias                 7    h
+    1.running_mean         7    h
+    1.running_var          7    h
+    3.weight               3x7  . h
+    3.bias                 3    .
+    groups: h 7
+""")
+
+
+def renumbered(model: nn.Module, seed: int) -> nn.Module:
+    """A copy of a network of the spec `NORMED`, with its units in another order."""
+    other = copy.deepcopy(model)
+    other.load_state_dict(NORMED.random(seed).apply(model.state_dict()))
+    return other
+
+
+class Tied(nn.Module):
+    """An embedding that is the head as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 6)
+        self.mix = nn.Linear(6, 6, bias=False)
+        self.head = nn.Linear(6, 11, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.relu(self.mix(self.embed(x))))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from torch import nn
@@ -11,19 +9,7 @@ from torch import nn
 from permgraph.errors import MismatchError
 from permgraph.matching import Matcher, WeightMatching, align
 from permgraph.spec import PermutationSpec
-from tests.matching.examples import SPECS, planted, state
-
-SPEC = PermutationSpec.parse("""
-    0.weight               7x4  h .
-    0.bias                 7    h
-    1.weight               7    h
-    1.bias                 7    h
-    1.running_mean         7    h
-    1.running_var          7    h
-    3.weight               3x7  . h
-    3.bias                 3    .
-    groups: h 7
-""")
+from tests.matching.examples import NORMED, SPECS, planted, renumbered, state
 
 
 def network(seed: int) -> nn.Sequential:
@@ -33,18 +19,12 @@ def network(seed: int) -> nn.Sequential:
     return model.eval()
 
 
-def renumbered(model: nn.Module, seed: int) -> nn.Module:
-    other = copy.deepcopy(model)
-    other.load_state_dict(SPEC.random(seed).apply(model.state_dict()))
-    return other
-
-
 def test_modules():
     a = network(0)
     b = renumbered(a, 1)
     before = {name: t.clone() for name, t in b.state_dict().items()}
     b.train()
-    fit = align(a, b, spec=SPEC)
+    fit = align(a, b, spec=NORMED)
     for name, tensor in a.state_dict().items():
         assert torch.equal(fit.state_dict[name], tensor)
         assert torch.equal(b.state_dict()[name], before[name])
@@ -63,7 +43,7 @@ def test_modules():
 def test_a_spec_is_inferred_from_a_module():
     a = network(0)
     fit = align(a, renumbered(a, 1))
-    assert fit.permutation.spec.log_order() == pytest.approx(SPEC.log_order())
+    assert fit.permutation.spec.log_order() == pytest.approx(NORMED.log_order())
     assert all(torch.equal(fit.state_dict[name], tensor) for name, tensor in a.state_dict().items())
 
 
@@ -124,4 +104,4 @@ def test_a_matcher_is_anything_that_matches():
     assert isinstance(Reverse(), Matcher)
     assert isinstance(WeightMatching(), Matcher)
     a = network(0)
-    assert align(a, network(1), Reverse(), spec=SPEC).permutation.is_identity
+    assert align(a, network(1), Reverse(), spec=NORMED).permutation.is_identity

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 import permgraph as pg
+from tests.matching.processes import run_two
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch without gloo")
 
@@ -49,10 +48,7 @@ def work(rank: int, port: int, folder: str) -> None:
 
 @pytest.mark.slow
 def test_fsdp_models_align_as_whole_ones_do(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(work, (port, str(tmp_path)), nprocs=2)
+    run_two(work, tmp_path)
     expected = pg.align(net(0), net(1))
     inputs = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
     for rank in (0, 1):

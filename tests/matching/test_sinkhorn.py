@@ -16,7 +16,7 @@ from permgraph.matching import Sinkhorn, WeightMatching, align
 from permgraph.matching.frank_wolfe import Relaxation
 from permgraph.matching.objective import pair
 from permgraph.matching.sinkhorn import balance
-from tests.matching.examples import SPECS, planted, state
+from tests.matching.examples import SPECS, Tied, planted, state
 from tests.matching.test_straight_through import batches, data, midpoint_loss, trained
 
 
@@ -173,17 +173,6 @@ def test_losses(networks, objective):
 
 
 def test_tied_and_half_precision_weights():
-    class Tied(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.embed = nn.Embedding(11, 6)
-            self.mix = nn.Linear(6, 6, bias=False)
-            self.head = nn.Linear(6, 11, bias=False)
-            self.head.weight = self.embed.weight
-
-        def forward(self, x):
-            return self.head(torch.relu(self.mix(self.embed(x))))
-
     torch.manual_seed(0)
     a, b = Tied().bfloat16(), Tied().bfloat16()
     tokens = torch.arange(11)

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import permgraph
 from permgraph.errors import CheckpointError, MismatchError, NonFiniteError, PermgraphError
 from permgraph.matching import StraightThrough, WeightMatching, align
+from tests.matching.examples import Tied
 
 
 def sgd(parameters):
@@ -141,17 +142,6 @@ def test_leaves_models_and_the_random_state_alone():
 
 
 def test_tied_weights():
-    class Tied(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.embed = nn.Embedding(11, 6)
-            self.mix = nn.Linear(6, 6, bias=False)
-            self.head = nn.Linear(6, 11, bias=False)
-            self.head.weight = self.embed.weight
-
-        def forward(self, x):
-            return self.head(torch.relu(self.mix(self.embed(x))))
-
     torch.manual_seed(0)
     a, b = Tied(), Tied()
     tokens = torch.arange(11)

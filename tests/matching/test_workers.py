@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 import permgraph as pg
 from permgraph.errors import NonFiniteError, PermgraphError
 from permgraph.matching.streamed import StreamedWeightMatching
 from permgraph.matching.workers import Workers
+from tests.matching.processes import run_two
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch without gloo")
 
@@ -100,10 +99,7 @@ def work(rank: int, port: int, folder: str) -> None:
 
 @pytest.mark.slow
 def test_two_processes_find_what_one_does_and_share_the_reading(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(work, (port, str(tmp_path)), nprocs=2)
+    run_two(work, tmp_path)
     spec, a, b = pair()
     expected = StreamedWeightMatching().match(a, b, spec, seed=3)
     assert expected.objective > expected.objective_before

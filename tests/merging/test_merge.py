@@ -11,20 +11,7 @@ from torch import nn
 import permgraph as pg
 from permgraph.errors import MismatchError, NonFiniteError
 from permgraph.merging import CycleConsistent, MergeMany, ToReference, average, merge
-from permgraph.spec import PermutationSpec
-from tests.matching.examples import SPECS, state
-
-SPEC = PermutationSpec.parse("""
-    0.weight               7x4  h .
-    0.bias                 7    h
-    1.weight               7    h
-    1.bias                 7    h
-    1.running_mean         7    h
-    1.running_var          7    h
-    3.weight               3x7  . h
-    3.bias                 3    .
-    groups: h 7
-""")
+from tests.matching.examples import NORMED, SPECS, renumbered, state
 
 
 def network(seed: int) -> nn.Sequential:
@@ -35,18 +22,12 @@ def network(seed: int) -> nn.Sequential:
         return model.eval()
 
 
-def renumbered(model: nn.Module, seed: int) -> nn.Module:
-    other = copy.deepcopy(model)
-    other.load_state_dict(SPEC.random(seed).apply(model.state_dict()))
-    return other
-
-
 def test_modules() -> None:
     models = [network(0), *(renumbered(network(0), seed) for seed in (1, 2))]
     models[0].train()
     before = [{k: v.clone() for k, v in model.state_dict().items()} for model in models]
     random_state = torch.get_rng_state()
-    found = merge(models, spec=SPEC)
+    found = merge(models, spec=NORMED)
     assert torch.equal(torch.get_rng_state(), random_state)
     for model, values in zip(models, before, strict=True):
         assert all(torch.equal(tensor, values[key]) for key, tensor in model.state_dict().items())
@@ -118,7 +99,7 @@ def test_any_architecture(make: type[nn.Module], method: pg.MergeMethod) -> None
 def test_the_spec_is_inferred() -> None:
     found = merge([network(1), network(2).state_dict(), network(3)], seed=1)
     assert len(found.permutations) == 3
-    assert found.permutations[0].spec.log_order() == pytest.approx(SPEC.log_order())
+    assert found.permutations[0].spec.log_order() == pytest.approx(NORMED.log_order())
 
 
 def test_weights_count_in_the_mean_only() -> None:
@@ -137,7 +118,7 @@ def test_dtypes_and_counters_are_the_first_one_s() -> None:
     models = [network(seed).state_dict() for seed in range(3)]
     models[1] = {k: v.double() if v.is_floating_point() else v + 5 for k, v in models[1].items()}
     models[0] = {k: v.bfloat16() if v.is_floating_point() else v for k, v in models[0].items()}
-    found = merge(models, spec=SPEC)
+    found = merge(models, spec=NORMED)
     assert {t.dtype for k, t in found.state_dict.items() if "num" not in k} == {torch.bfloat16}
     assert found.state_dict["1.num_batches_tracked"] == models[0]["1.num_batches_tracked"]
 
