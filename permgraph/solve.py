@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import fx
 from permgraph.axes import Axes, Axis, BirthKey, Kind
 from permgraph.errors import ConflictError
 from permgraph.foresight import PLACEHOLDER, foreseen_cuts
+from permgraph.liveness import live_nodes
 from permgraph.rules import find_rule
 from permgraph.rules.call import Call, Ledger, TypedTensor, loose_families, provides
 from permgraph.rules.registry import Rule
@@ -61,6 +62,8 @@ def solve(graph: fx.Graph) -> Solution:
         if seen == cuts:
             break
         cuts = seen
+    if run.unobserved(live_nodes(nodes)):
+        run.until_stable()
     return run.solution()
 
 
@@ -77,6 +80,7 @@ class _Run:
         self.axes = axes
         self.uniform = uniform
         self.ends = Ledger()
+        self.dropped: list[tuple[int, TypedTensor, int]] = []
         self.nodes = nodes
         self.values: dict[fx.Node, Any] = {}
         self.parameters: dict[str, TypedTensor] = {}
@@ -234,6 +238,23 @@ class _Run:
                     elif isinstance(end, fx.Node):
                         self._pin(number, self.values[end], "output of the model")
 
+        for number, tensor, dim in self.dropped:
+            self._call(number).pin(tensor, dim, "no output depends on it")
+
+    def unobserved(self, live: Collection[fx.Node]) -> bool:
+        """Note the axes of parameters, to be pinned, that only parameters without any effect have; say if there are."""
+        weights = [
+            (number, self.values[node], node in live)
+            for number, node in enumerate(self.nodes)
+            if node.op == "placeholder" and node.meta["kind"] in ("parameter", "buffer") and node.users
+        ]
+        seen = {a for _, tensor, is_live in weights if is_live for axis in tensor.dims for a in self.axes.atoms(axis)}
+        for number, tensor, is_live in weights:
+            for dim in range(0 if is_live else tensor.ndim):
+                if seen.isdisjoint(self.axes.atoms(tensor.dims[dim])):
+                    self.dropped.append((number, tensor, dim))
+        return bool(self.dropped)
+
     def _pin_placeholder(self, number: int, node: fx.Node, tensor: TypedTensor) -> None:
         kind = node.meta["kind"]
         if kind == "input":
@@ -248,9 +269,13 @@ class _Run:
             for item in tensor:
                 self._pin(number, item, reason)
         elif isinstance(tensor, TypedTensor):
-            end = Call(self.nodes[number], number, {}, [], self.axes, self.ends, {})
+            end = self._call(number)
             end.pin(tensor, [d for d in range(tensor.ndim) if d not in free], reason)
             end.pin_values(tensor, reason)
+
+    def _call(self, number: int) -> Call:
+        """A call on behalf of an input, an output or a parameter."""
+        return Call(self.nodes[number], number, {}, [], self.axes, self.ends, {})
 
     def _collapse_families(self) -> None:
         if not self.axes.has_families:

@@ -135,25 +135,39 @@ def known_values(nodes: Sequence[fx.Node], written: Collection[fx.Node]) -> dict
     return found
 
 
-def written_nodes(nodes: Sequence[fx.Node]) -> set[fx.Node]:
-    """The nodes whose memory some operator writes to, through whichever view."""
-    memory: dict[fx.Node, fx.Node] = {}
+class Memory:
+    """Which nodes of a graph may share memory, and which operators write to it."""
 
-    def owner(node: fx.Node) -> fx.Node:
-        while memory.get(node, node) is not node:
-            node = memory[node]
+    def __init__(self, nodes: Sequence[fx.Node]) -> None:
+        self._shared: dict[fx.Node, fx.Node] = {}
+        self._written: dict[fx.Node, list[fx.Node]] = {}
+        for node in nodes:
+            if node.op == "call_function":
+                for source, writes in _aliased(node):
+                    self._shared[self.owner(node)] = self.owner(source)
+                    if writes:
+                        self._written.setdefault(node, []).append(source)
+
+    def owner(self, node: fx.Node) -> fx.Node:
+        """One node that stands for all that may share this one's memory: the first of them."""
+        while (shared := self._shared.get(node, node)) is not node:
+            node = shared
         return node
 
-    targets: set[fx.Node] = set()
-    for node in nodes:
-        if node.op != "call_function":
-            continue
-        for source, writes in _aliased(node):
-            memory[owner(node)] = owner(source)
-            if writes:
-                targets.add(source)
-    owners = {owner(node) for node in targets}
-    return {node for node in nodes if owner(node) in owners}
+    def written_by(self, node: fx.Node) -> Sequence[fx.Node]:
+        """The arguments that an operator writes to."""
+        return self._written.get(node, ())
+
+    def written(self) -> set[fx.Node]:
+        """The owners of the memory that some operator writes to."""
+        return {self.owner(source) for sources in self._written.values() for source in sources}
+
+
+def written_nodes(nodes: Sequence[fx.Node]) -> set[fx.Node]:
+    """The nodes whose memory some operator writes to, through whichever view."""
+    memory = Memory(nodes)
+    owners = memory.written()
+    return {node for node in nodes if memory.owner(node) in owners}
 
 
 def _aliased(node: fx.Node) -> Iterator[tuple[fx.Node, bool]]:

@@ -1,0 +1,55 @@
+"""Which nodes of a captured graph anything outside it can see the effect of.
+
+A model may compute what it then drops: the last layer of an image tower whose features are taken one layer earlier, a
+head that another mode returns. Nothing can tell how its units are numbered, and a test least of all.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from permgraph.signature import signature
+from permgraph.uniform import Memory
+
+
+def live_nodes(nodes: Sequence[fx.Node]) -> set[fx.Node]:
+    """The nodes on which a result depends, what the forward pass leaves in buffers, or what left torch as a number."""
+    memory = Memory(nodes)
+    writers: dict[fx.Node, list[fx.Node]] = defaultdict(list)
+    roots = []
+    for node in nodes:
+        written = [memory.owner(source) for source in memory.written_by(node)]
+        for owner in written:
+            writers[owner].append(node)
+        if node.op == "output" or any(owner.op == "placeholder" for owner in written) or _has_effect(node):
+            roots.append(node)
+    found: set[fx.Node] = set()
+    while roots:
+        node = roots.pop()
+        if node not in found:
+            found.add(node)
+            roots.extend(node.all_input_nodes)
+            roots.extend(writers[memory.owner(node)])
+    return found
+
+
+def _has_effect(node: fx.Node) -> bool:
+    """Whether a call may do more than return tensors: it returns none, or nothing is known of it."""
+    if node.op != "call_function" or node.target is operator.getitem:
+        return False
+    known = signature(node.target) is not None
+    return not known or not any(isinstance(value, torch.Tensor) for value in _flat(node.meta.get("val")))
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _flat(item)
+    else:
+        yield value
