@@ -88,7 +88,7 @@ def main(given: Sequence[str] | None = None) -> dict[str, Result]:
         lost = end - found.mean("aligned", "as averaged", "accuracy")
         share = f"{found.recovered('aligned', 'REPAIR'):.0%}" if lost > 0.005 else "-"
         result.add_row(f"{setting.name}, {setting.width}", f"{end:.3f}", *cells, share)
-    result.show(where, options.out / "after_merge.md")
+    result.show(where, options.out / "after_merge.md", options)
 
     def draw(axes: list[Axes]) -> None:
         places = torch.arange(len(every), dtype=torch.float64)

@@ -8,6 +8,7 @@ import functools
 import gzip
 import pickle
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -342,10 +343,12 @@ class Sheet(Table):
         text = [f"**{cell.removeprefix('[bold]')}**" if cell.startswith("[bold]") else cell for cell in cells]
         self.lines.append((*text, *[""] * (len(self.columns) - len(text))))
 
-    def show(self, where: Console, path: Path) -> None:
-        """Print the table, and write it to a file."""
-        where.print(self)
-        path.write_text("\n".join("| " + " | ".join(cells).replace("  ", " ") + " |" for cells in self.lines) + "\n")
+    def show(self, where: Console, path: Path, options: argparse.Namespace) -> None:
+        """Print the table and how it came about, and write both to a file."""
+        note = f"Seeds {' '.join(map(str, options.seeds))}; {time.process_time():.0f} s of processor time."
+        where.print(self, note, "", sep="\n")
+        lines = ["| " + " | ".join(cells).replace("  ", " ") + " |" for cells in self.lines]
+        path.write_text("\n".join([*lines, "", note]) + "\n")
 
 
 def table(title: str, *columns: str, caption: str = "") -> Sheet:

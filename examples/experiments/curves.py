@@ -183,7 +183,7 @@ def main(given: Sequence[str] | None = None) -> dict[str, list[Row]]:
             training = [f"{row.history[0]:.3f}", f"{row.history[-1]:.3f}"] if row.history else ["", ""]
             moves = "" if row.moves is None else str(row.moves)
             result.add_row(row.path, *(f"{value:.3f}" for value in values), *training, moves)
-    result.show(where, options.out / "curves.md")
+    result.show(where, options.out / "curves.md", options)
 
     def draw(axes: list[Axes]) -> None:
         for ax, (name, rows) in zip(axes, every.items(), strict=True):

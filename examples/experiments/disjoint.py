@@ -103,7 +103,7 @@ def main(given: Sequence[str] | None = None) -> dict[str, Found]:
         for name, ones in every[setting.name].items():
             figures = [mean_and_error([one[metric] for one in ones]) for metric in METRICS]
             result.add_row(name, *(f"{mean:.3f} ± {error:.3f}" for mean, error in figures))
-    result.show(where, options.out / "disjoint.md")
+    result.show(where, options.out / "disjoint.md", options)
 
     def draw(axes: list[Axes]) -> None:
         for ax, (model, paths) in zip(axes, drawn.items(), strict=True):

@@ -69,7 +69,7 @@ def main(given: Sequence[str] | None = None) -> dict[str, Found]:
             result.add_row(layer, *(f"{value:.3f}" for value in (*heights, *hybrids)))
         whole = [sum(one.whole.barrier for one in ones) / len(ones) for ones in found.values()]
         result.add_row("(all)", *(f"{height:.3f}" for height in whole))
-    result.show(where, options.out / "layer_barriers.md")
+    result.show(where, options.out / "layer_barriers.md", options)
 
     def draw(axes: list[Axes]) -> None:
         for ax, (name, found) in zip(axes, every.items(), strict=True):

@@ -73,7 +73,7 @@ def main(given: Sequence[str] | None = None) -> dict[str, Found]:
             cosines = [f"{mean(found[kind], layer, 'cosine'):.3f}" for kind in kinds]
             scales = [f"{mean(found[kind], layer, 'scale'):.3f}" for kind in kinds]
             result.add_row(layer, *cosines, *scales, f"{mean(found['independent'], layer, 'cosine_ends'):.3f}")
-    result.show(where, options.out / "layer_features.md")
+    result.show(where, options.out / "layer_features.md", options)
 
     def draw(axes: list[Axes]) -> None:
         for ax, (name, found) in zip(axes, every.items(), strict=True):

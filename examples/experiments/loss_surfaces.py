@@ -81,7 +81,7 @@ def main(given: Sequence[str] | None = None) -> dict[str, Result]:
             at = dict(zip(found.epochs, heights, strict=True))
             triangle = f"{found.surfaces[name].barrier:.3f}" if name in found.surfaces else ""
             result.add_row(name, triangle, *(f"{at[place]:.3f}" for place in places))
-    result.show(where, options.out / "loss_surfaces.md")
+    result.show(where, options.out / "loss_surfaces.md", options)
 
     def draw(axes: list[Axes]) -> None:
         for column, found in enumerate(every.values()):

@@ -139,7 +139,7 @@ def main(given: Sequence[str] | None = None) -> dict[str, list[Row]]:
                     f"{row.seconds:.1f}" if row.seconds else "",
                 ]
                 result.add_row(row.method, str(row.count), *values)
-    result.show(where, options.out / "many_models.md")
+    result.show(where, options.out / "many_models.md", options)
 
     def draw(axes: list[Axes]) -> None:
         for ax, (name, rows) in zip(axes, found.items(), strict=True):

@@ -117,7 +117,7 @@ def main(given: Sequence[str] | None = None) -> dict[tuple[str, int], list[Resul
     for name in TARGETS:
         figures = [mean_and_error([one.losses[-1] for one in found[name, width]]) for width in options.widths]
         result.add_row(name, *(f"{mean:.5f} ± {error:.5f}" for mean, error in figures))
-    result.show(where, options.out / "permutation_training.md")
+    result.show(where, options.out / "permutation_training.md", options)
 
     def draw(axes: list[Axes]) -> None:
         for ax, (name, target) in zip(axes, TARGETS.items(), strict=False):

@@ -143,7 +143,7 @@ def main(given: Sequence[str] | None = None) -> dict[str, Result]:
         for name, claim in found.strong.items():
             shown = "holds" if claim.holds else "not shown"
             result.add_row(f"strong, {name}", "", f"{claim.highest:.3f}", shown, "")
-    result.show(where, options.out / "simultaneous.md")
+    result.show(where, options.out / "simultaneous.md", options)
 
     def draw(axes: list[Axes]) -> None:
         for at, found in enumerate(every.values()):

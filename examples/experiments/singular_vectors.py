@@ -109,8 +109,8 @@ def main(given: Sequence[str] | None = None) -> dict[str, Result]:
             heights = [f"{height:.3f}" for height in found.barriers[name]]
             reduced = f"{found.spectra['naive'].reduction(comparison):.1%}"
             merged.add_row(name, reduced, *ratios, *heights, f"{found.accuracy[name]:.3f}")
-    layers.show(where, options.out / "singular_vectors_layers.md")
-    merged.show(where, options.out / "singular_vectors.md")
+    layers.show(where, options.out / "singular_vectors_layers.md", options)
+    merged.show(where, options.out / "singular_vectors.md", options)
 
     def draw(axes: list[Axes]) -> None:
         for ax, (model, found) in zip(axes, every.items(), strict=True):

@@ -81,7 +81,7 @@ def main(given: Sequence[str] | None = None) -> dict[str, list[Row]]:
             barriers = [f"{mean:.3f} ± {error:.3f}" for mean, error in (row.naive, row.aligned)]
             accuracies = [f"{value:.3f}" for value in (row.single, row.mean_naive, row.mean_aligned)]
             result.add_row(str(width), *barriers, *accuracies)
-    result.show(where, options.out / "widths.md")
+    result.show(where, options.out / "widths.md", options)
 
     def draw(axes: list[Axes]) -> None:
         for column, (name, rows) in enumerate(every.items()):

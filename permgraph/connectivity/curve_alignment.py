@@ -19,16 +19,27 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from permgraph.connectivity.curves import Curve, Network, Shape
-from permgraph.connectivity.descent import Loss, MakeOptimizer, Perturb, State, Workbench, adam, descend, seeded
-from permgraph.connectivity.evaluation import Loader, batches, template_of
+from permgraph.connectivity.descent import (
+    Loss,
+    MakeOptimizer,
+    Parts,
+    Perturb,
+    State,
+    Workbench,
+    adam,
+    descend,
+    first_batches,
+    mean_loss,
+)
+from permgraph.connectivity.evaluation import Loader, template_of
 from permgraph.connectivity.interpolation import as_state_dict, check_same_keys
 from permgraph.errors import EvaluationError
 from permgraph.matching import WeightMatching
@@ -37,7 +48,6 @@ from permgraph.spec import PermutationSpec
 
 log = logging.getLogger(__name__)
 
-_PLACES = 5
 _BEYOND = (32.0, 16.0, 8.0, 4.0, 2.0, 1.0, 0.5)
 
 
@@ -98,7 +108,8 @@ def fit_aligned_curve(
         epochs: of the bends' training in each round.
         proximity: λ, how far a step may go, as a squared distance of weights for each unit of loss.
         relaxed_steps: of descent of the relaxed far end, before each projection to a permutation.
-        measured_batches: on how many batches, at five places each, the permutation's step is computed and judged.
+        measured_batches: on how many batches, at five places of the curve each, the permutation's step is computed and
+            judged.
         matcher: the weight matching that makes the step.
         seed: for all random choices.
         progress: called as ``progress(done, rounds)`` after each round.
@@ -160,6 +171,7 @@ def fit_aligned_curve(
             epochs=epochs,
             optimizer=optimizer,
             seed=seed + number,
+            part=(number, rounds),
             penalty=penalty if free else None,
         )
         losses.append(search.loss(curve, start, free, now))
@@ -170,13 +182,10 @@ def fit_aligned_curve(
     for point, offset in zip(line.points[1:-1], free, strict=True):
         own = bench.parameters_of(point)
         inner.append(bench.state_dict({name: own[name] + offset[name] for name in own}, point))
-    fitted = Curve((line.points[0], *inner, line.points[-1]), shape, tuple(losses[1:]))
+    fitted = Curve((line.points[0], *inner, line.points[-1]), shape, tuple(losses[1:]), (losses[0], losses[-1]))
     result = AlignedCurve(fitted, now, tuple(losses), tuple(moved), time.perf_counter() - began)
     log.info("%s", result)
     return result
-
-
-Parts: TypeAlias = Sequence[tuple[float, State]]
 
 
 def _parts(curve: Curve, t: float, start: State, end: State, free: list[State]) -> Parts:
@@ -198,25 +207,17 @@ class _Search:
         seed: int,
     ) -> None:
         self.bench, self.given, self.spec, self.matcher, self.seed = bench, given, spec, matcher, seed
-        with seeded(seed, bench.device):
-            self.batches = [batch for batch, _ in zip(batches(loader), range(measured_batches), strict=False)]
+        self.batches = first_batches(loader, measured_batches, bench, seed)
 
     def loss(self, curve: Curve, start: State, free: list[State], permutation: Permutation) -> float:
         """The mean loss over batches and places."""
-        with torch.no_grad():
-            return float(self._mean(curve, start, free, self.bench.parameters_of(permutation.apply(self.given))))
+        return self._mean(curve, start, free, self.bench.parameters_of(permutation.apply(self.given)))
 
-    def _mean(self, curve: Curve, start: State, free: list[State], end: State, backward: bool = False) -> float:
-        total, count = 0.0, len(self.batches) * _PLACES
-        with seeded(self.seed, self.bench.device):
-            for batch in self.batches:
-                for place in range(_PLACES):
-                    t = (place + 0.5) / _PLACES
-                    value = self.bench.loss_on(batch, _parts(curve, t, start, end, free)) / count
-                    if backward:
-                        value.backward()  # type: ignore[no-untyped-call]
-                    total += float(value.detach())
-        return total
+    def _mean(self, curve: Curve, start: State, free: list[State], end: State, *, backward: bool = False) -> float:
+        def parts_at(t: float) -> Parts:
+            return _parts(curve, t, start, end, free)
+
+        return mean_loss(self.bench, self.batches, parts_at, self.seed, backward=backward)
 
     def step(
         self,
@@ -239,8 +240,7 @@ class _Search:
         descent = optimizer(list(end.values()))
         for _ in range(steps):
             descent.zero_grad(set_to_none=True)
-            with torch.enable_grad():
-                self._mean(curve, start, still, end, backward=True)
+            self._mean(curve, start, still, end, backward=True)
             descent.step()
         for beyond in _BEYOND:
             target = dict(moved)

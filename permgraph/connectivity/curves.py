@@ -8,6 +8,7 @@ permutation of one end take part: proximal alternating minimisation of bends and
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,10 +19,23 @@ import torch
 from torch import nn
 
 from permgraph.connectivity.barriers import Barrier, Evaluate, Prepare, barrier_along
-from permgraph.connectivity.descent import Loss, MakeOptimizer, Perturb, State, Workbench, adam, descend
+from permgraph.connectivity.descent import (
+    Loss,
+    MakeOptimizer,
+    Parts,
+    Perturb,
+    Workbench,
+    adam,
+    descend,
+    first_batches,
+    mean_loss,
+    require_rereadable,
+)
 from permgraph.connectivity.evaluation import Loader, template_of
 from permgraph.connectivity.interpolation import as_state_dict, blend, check_same_keys, interpolate
 from permgraph.errors import EvaluationError
+
+log = logging.getLogger(__name__)
 
 Network: TypeAlias = nn.Module | Mapping[str, Any]
 Shape: TypeAlias = Literal["bezier", "polygon"]
@@ -38,6 +52,7 @@ class Curve:
         shape: "bezier": the Bernstein combination of all points, a parabola for three; "polygon": straight from each
             point to the next, each piece taking an equal part of t.
         history: the mean training loss on the curve in each epoch of the bends' training.
+        losses: the mean loss on the measured batches, of the curve where training began, and of this one.
         seconds: how long that took.
 
     Example:
@@ -50,6 +65,7 @@ class Curve:
     points: tuple[Mapping[str, Any], ...]
     shape: Shape = "bezier"
     history: tuple[float, ...] = field(default=(), compare=False)
+    losses: tuple[float, ...] = field(default=(), compare=False)
     seconds: float = field(default=0.0, compare=False)
 
     def __post_init__(self) -> None:
@@ -108,6 +124,7 @@ def fit_curve(
     bends: int = 1,
     start: Curve | None = None,
     epochs: int = 10,
+    measured_batches: int = 4,
     loss: Loss = nn.functional.cross_entropy,
     optimizer: MakeOptimizer = adam,
     perturb: Perturb | None = None,
@@ -119,7 +136,11 @@ def fit_curve(
 
     Each step takes one batch and one place t, drawn evenly, and follows the gradient of the loss there to the bends;
     the ends stay. Only parameters are trained; running statistics lie on the straight line, so recalibrate BatchNorm
-    when the curve is measured (``prepare=``). The bends begin on the straight line.
+    when the curve is measured (``prepare=``). The bends begin on the straight line. The optimizer's rate is constant
+    for half of the epochs and falls to a hundredth over the rest.
+
+    The loss on the curve is measured before and after, on the same batches and places. Should it not have fallen, the
+    bends are those it began with, and a warning is logged: no curve is worse than its start on those batches.
 
     Args:
         a: a module or a state dict, in evaluation mode.
@@ -129,6 +150,7 @@ def fit_curve(
         bends: how many points between the ends are trained; one makes a parabola, or a chain of two.
         start: a curve whose bends to go on with, in place of ``shape`` and ``bends``; its ends are not used.
         epochs: how often to go through the loader.
+        measured_batches: on how many batches, at five places of the curve each, it is compared with its start.
         loss: called with the network's output (or its ``.logits``) and the targets, gives the mean.
         optimizer: makes an optimizer for a list of tensors; Adam with rate 3e-3 by default.
         perturb: called as ``perturb(network, batch)`` before each step, with the network on the curve, returns the
@@ -141,7 +163,8 @@ def fit_curve(
 
     Raises:
         MismatchError: ``a``, ``b`` and ``start`` differ in a key or a shape.
-        EvaluationError: there is no module, or it is in training mode; the loader is empty, or a generator.
+        EvaluationError: there is no module, or it is in training mode; the loader is empty, or a generator;
+            ``measured_batches`` is below 1.
         NonFiniteError: the loss became NaN or infinite.
 
     References:
@@ -155,6 +178,8 @@ def fit_curve(
         (3, 3, True)
     """
     began = time.perf_counter()
+    if measured_batches < 1:
+        raise EvaluationError(f"measured_batches={measured_batches}: give 1 or more")
     template = template_of(model, a=a, b=b)
     first, last = as_state_dict(a), as_state_dict(b)
     curve = Curve.straight(a, b, bends=bends, shape=shape)
@@ -164,10 +189,33 @@ def fit_curve(
     ends = bench.parameters_of(first), bench.parameters_of(last)
     free = [bench.parameters_of(point, free=True) for point in curve.points[1:-1]]
 
-    def blend_at(draw: torch.Generator) -> Sequence[tuple[float, State]]:
-        t = float(torch.rand((), generator=draw))
+    def parts_at(t: float) -> Parts:
         return list(zip(curve.coefficients(t), (ends[0], *free, ends[1]), strict=True))
 
-    history = descend(bench, free, blend_at, loader, epochs=epochs, optimizer=optimizer, seed=seed, progress=progress)
-    inner = [bench.state_dict(state, point) for state, point in zip(free, curve.points[1:-1], strict=True)]
-    return Curve((curve.points[0], *inner, curve.points[-1]), curve.shape, history, seconds=time.perf_counter() - began)
+    if epochs:
+        require_rereadable(loader)
+    chosen = first_batches(loader, measured_batches, bench, seed)
+    before = mean_loss(bench, chosen, parts_at, seed)
+    history = descend(
+        bench,
+        free,
+        lambda draw: parts_at(float(torch.rand((), generator=draw))),
+        loader,
+        epochs=epochs,
+        optimizer=optimizer,
+        seed=seed,
+        progress=progress,
+    )
+    after = mean_loss(bench, chosen, parts_at, seed)
+    bends_and_places = zip(free, curve.points[1:-1], strict=True)
+    inner: list[Mapping[str, Any]] = [bench.state_dict(state, point) for state, point in bends_and_places]
+    if after > before:
+        log.warning(
+            "training raised the mean loss on the curve from %.4g to %.4g, so its bends stay where they began: give "
+            "more epochs=, or an optimizer= of a lower rate",
+            before,
+            after,
+        )
+        inner, after = list(curve.points[1:-1]), before
+    points = (curve.points[0], *inner, curve.points[-1])
+    return Curve(points, curve.shape, history, (before, after), time.perf_counter() - began)

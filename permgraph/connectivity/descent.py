@@ -2,6 +2,10 @@
 
 What is trained is not one network but tensors of which every network on a path is a linear combination. Each step draws
 a place on the path, blends the network there, and follows the gradient of its loss back to the tensors that are free.
+
+Places are drawn at random, so steps are noisy however large the batches, and bends that were trained at a constant
+rate may end above the line on which they began. So the rate falls, as Garipov et al. (2018) let it: constant for the
+first half of the epochs, then linearly to a hundredth at nine tenths.
 """
 
 from __future__ import annotations
@@ -22,8 +26,13 @@ Loss: TypeAlias = Callable[[Any, Any], Tensor]
 MakeOptimizer: TypeAlias = Callable[[list[Tensor]], torch.optim.Optimizer]
 Perturb: TypeAlias = Callable[[nn.Module, Any], Any]
 State: TypeAlias = dict[str, Tensor]
-Blend: TypeAlias = Callable[[torch.Generator], Sequence[tuple[float, Mapping[str, Tensor]]]]
-"""Draws a place, and returns the network there as coefficients and the tensors that they multiply."""
+Parts: TypeAlias = Sequence[tuple[float, Mapping[str, Tensor]]]
+"""A blended network: coefficients and the tensors that they multiply."""
+Blend: TypeAlias = Callable[[torch.Generator], Parts]
+"""Draws a place, and returns the network there."""
+
+PLACES = 5
+"""At how many places, evenly spaced, the loss on a path is measured."""
 
 
 def adam(parameters: list[Tensor]) -> torch.optim.Optimizer:
@@ -64,7 +73,7 @@ class Workbench:
             found[name] = tensor.to(self.device, work, copy=free).requires_grad_(free)
         return found
 
-    def loss_on(self, batch: Any, parts: Sequence[tuple[float, Mapping[str, Tensor]]]) -> Tensor:
+    def loss_on(self, batch: Any, parts: Parts) -> Tensor:
         """The loss of the blended network on a batch, with a gradient for what is free."""
         state = {
             name: _sum([tensors[name] * coefficient for coefficient, tensors in parts if coefficient])
@@ -114,6 +123,7 @@ def descend(
     epochs: int,
     optimizer: MakeOptimizer,
     seed: int,
+    part: tuple[int, int] = (0, 1),
     penalty: Callable[[], Tensor] | None = None,
     progress: Callable[[int, int], object] | None = None,
 ) -> tuple[float, ...]:
@@ -123,6 +133,7 @@ def descend(
         bench: where the networks run.
         free: what is trained, from `Workbench.parameters_of`.
         blend: draws the network to run.
+        part: (k, n) where this is the k-th of n parts of a training, from 0; the rate falls over all of it.
         penalty: added to the loss at each step.
         progress: called as ``progress(done, epochs)`` after each epoch.
 
@@ -132,14 +143,19 @@ def descend(
     """
     if epochs < 0:
         raise EvaluationError(f"epochs={epochs}: it cannot be negative")
-    if epochs > 1 and isinstance(loader, Iterator):
-        raise EvaluationError("the loader is a generator, which can be read only once: give a DataLoader or a list")
+    if epochs > 1:
+        require_rereadable(loader)
     history: list[float] = []
     # Adam rejects an empty list, and there is nothing to train in a network without parameters.
     leaves = list(itertools.chain.from_iterable(state.values() for state in free))
     with seeded(seed, bench.device) as draw:
         descent = optimizer(leaves) if leaves and epochs else None
+        rates = [group["lr"] for group in descent.param_groups] if descent is not None else []
         for epoch in range(1, epochs + 1):
+            if descent is not None:
+                share = falling((part[0] + (epoch - 0.5) / epochs) / part[1])
+                for group, rate in zip(descent.param_groups, rates, strict=True):
+                    group["lr"] = rate * share
             total, count = 0.0, 0
             for batch in batches(loader):
                 with torch.enable_grad():
@@ -155,6 +171,40 @@ def descend(
             if progress is not None:
                 progress(epoch, epochs)
     return tuple(history)
+
+
+def require_rereadable(loader: Loader) -> None:
+    """Refuse a generator, which gives its batches only once."""
+    if isinstance(loader, Iterator):
+        raise EvaluationError("the loader is a generator, which can be read only once: give a DataLoader or a list")
+
+
+def falling(done: float) -> float:
+    """The rate as a share of its first value, where this share of the training is done (Garipov et al. 2018)."""
+    if done <= 0.5:
+        return 1.0
+    return max(0.01, 1 - 0.99 * (done - 0.5) / 0.4)
+
+
+def mean_loss(
+    bench: Workbench, chosen: Sequence[Any], parts_at: Callable[[float], Parts], seed: int, *, backward: bool = False
+) -> float:
+    """The mean loss over batches and evenly spaced places of a path; with its gradient, if asked for."""
+    total, count = 0.0, len(chosen) * PLACES
+    with seeded(seed, bench.device), torch.set_grad_enabled(backward):
+        for batch in chosen:
+            for place in range(PLACES):
+                value = bench.loss_on(batch, parts_at((place + 0.5) / PLACES)) / count
+                if backward:
+                    value.backward()  # type: ignore[no-untyped-call]
+                total += float(value.detach())
+    return total
+
+
+def first_batches(loader: Loader, count: int, bench: Workbench, seed: int) -> list[Any]:
+    """The first batches of a loader, to measure on again and again."""
+    with seeded(seed, bench.device):
+        return [batch for batch, _ in zip(batches(loader), range(count), strict=False)]
 
 
 @contextmanager

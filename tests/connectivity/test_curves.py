@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 
 import numpy as np
@@ -93,6 +94,48 @@ def test_going_on_from_a_curve() -> None:
     assert all(torch.equal(kept(0.5)[name], tensor) for name, tensor in curve(0.5).items())
 
 
+@pytest.mark.parametrize("shape", ["bezier", "polygon"])
+@pytest.mark.parametrize("rate", [1e-3, 0.05, 1.0])
+def test_no_curve_is_worse_than_its_start(shape: str, rate: float, caplog: pytest.LogCaptureFixture) -> None:
+    a, b = trained(0), trained(1)
+    b = align(a, b, spec=SPEC).model()
+    with caplog.at_level(logging.WARNING, "permgraph"):
+        sgd = lambda parameters: torch.optim.SGD(parameters, lr=100 * rate)  # noqa: E731
+        curve = fit_curve(a, b, LOADER, shape=shape, epochs=6, optimizer=sgd)  # type: ignore[arg-type]
+    before, after = curve.losses
+    places = [(k + 0.5) / 5 for k in range(5)]
+    evaluate = evaluate_on(LOADER)
+    for path, wanted in ((Curve.straight(a, b, shape=shape), before), (curve, after)):  # type: ignore[arg-type]
+        a_copy = trained(0)
+        losses = []
+        for t in places:
+            a_copy.load_state_dict(path(t))
+            losses.append(evaluate(a_copy)["loss"])
+        assert sum(losses) / 5 == pytest.approx(wanted, rel=1e-4)
+    assert after <= before
+    assert (after == before) == ("stay where they began" in caplog.text)
+    assert rate != 1.0 or after == before  # a rate far too high
+
+
+def test_the_rate_falls_in_the_second_half() -> None:
+    rates: list[float] = []
+
+    class Watched(torch.optim.SGD):
+        def step(self, closure=None):  # type: ignore[no-untyped-def]
+            rates.append(self.param_groups[0]["lr"])
+            return super().step(closure)
+
+    a, b = trained(0), trained(1)
+    fit_curve(a, b, LOADER, epochs=10, optimizer=lambda p: Watched(p, lr=0.1))
+    assert rates[:5] == [0.1] * 5 and rates == sorted(rates, reverse=True)
+    assert rates[-1] == pytest.approx(0.001)
+    rates.clear()
+    # Over all rounds, not over each of them.
+    fit_aligned_curve(a, b, LOADER, SPEC, rounds=2, epochs=5, relaxed_steps=1, optimizer=lambda p: Watched(p, lr=0.1))
+    steps = [rate for number, rate in enumerate(rates) if number not in (0, 6)]  # the first of a round is the far end's
+    assert steps[:5] == [0.1] * 5 and steps[-1] == pytest.approx(0.001)
+
+
 def test_with_batchnorm() -> None:
     a, b = trained(0, norm=True), trained(1, norm=True)
     curve = fit_curve(a, b, LOADER, epochs=60)
@@ -128,7 +171,8 @@ def test_perturbed_batches_are_what_is_trained_on() -> None:
         return batch[0], 1 - batch[1]
 
     clean, flipped = (fit_curve(a, b, LOADER, epochs=40, optimizer=fast, perturb=perturb) for perturb in (None, flip))
-    assert flipped.history[-1] != clean.history[-1] and len(seen) == 40
+    assert flipped.history[-1] != clean.history[-1]
+    assert len(seen) == 40 + 2 * 5  # one batch: in each epoch, and at the five places measured before and after
     assert not torch.equal(seen[0], seen[1])  # the network is the one on the curve
     accuracy = evaluate_on(LOADER)
     a.load_state_dict(flipped(0.5))
@@ -183,6 +227,8 @@ def test_refusals() -> None:
         fit_curve(a, b, LOADER, bends=-1)
     with pytest.raises(EvaluationError, match="epochs=-1"):
         fit_curve(a, b, LOADER, epochs=-1)
+    with pytest.raises(EvaluationError, match="measured_batches=0"):
+        fit_curve(a, b, LOADER, measured_batches=0)
     with pytest.raises(EvaluationError, match="the loader gave no batch"):
         fit_curve(a, b, [])
     with pytest.raises(EvaluationError, match="a generator"):

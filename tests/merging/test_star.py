@@ -45,8 +45,8 @@ def test_the_centre_is_nearer_to_all_than_the_mean() -> None:
     assert sum(star.history[-10:]) < sum(star.history[:10])
     for net, state in zip(NETWORKS, before, strict=True):
         assert all(torch.equal(tensor, state[name]) for name, tensor in net.state_dict().items())
-    again = fit_star(NETWORKS, LOADER, epochs=5, optimizer=fast, seed=1)
-    assert again.history == star.history[:5]
+    again = fit_star(NETWORKS, LOADER, epochs=150, optimizer=fast, seed=1)
+    assert again.history == star.history
 
 
 def test_it_begins_where_it_is_told() -> None:
