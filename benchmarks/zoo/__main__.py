@@ -15,7 +15,8 @@ def main() -> None:
     run = commands.add_parser("sweep", help="measure the models that have no record yet")
     run.add_argument("zoo", choices=list(ZOOS), nargs="?", help="all of them, one after the other, if none is named")
     run.add_argument("names", nargs="*", help="only these models")
-    run.add_argument("--again", nargs="*", default=[], metavar="STATUS", help="measure those of this status once more")
+    again = "measure those of this status once more, or those measured with other code: stale"
+    run.add_argument("--again", nargs="*", default=[], metavar="STATUS", help=again)
     run.add_argument("--controls", choices=("one", "all", "none"), default="one")
     run.add_argument("--seconds", type=float, default=600, help="for one model")
     run.add_argument("--gib", type=float, default=8, help="for one model")

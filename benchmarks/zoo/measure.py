@@ -2,28 +2,48 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import resource
 import time
 from collections import Counter
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 
+import permgraph as pg
 from benchmarks.zoo.names import ZOOS
+from permgraph.capture import capture
+from permgraph.errors import CaptureError
+from permgraph.infer import spec_of
 
 #: How far a model came. Only what was inferred can be verified; a model that cannot be built is nobody's failure.
 STATUSES = ("not built", "not captured", "not inferred", "not verified", "wrong", "inert", "inferred", "verified")
 
 
+@cache
+def code() -> str:
+    """A fingerprint of permgraph's source, by which records of other code are known."""
+    package = Path(pg.__file__).parent
+    sources = (f"{path.relative_to(package)}\0{path.read_text()}" for path in sorted(package.rglob("*.py")))
+    return hashlib.sha256("\0".join(sources).encode()).hexdigest()[:12]
+
+
 def measure(
-    zoo: str, name: str, controls: str = "one", seed: int = 0, control_seconds: float | None = None
+    zoo: str,
+    name: str,
+    controls: str = "one",
+    seed: int = 0,
+    capture_seconds: float = 100,
+    control_seconds: float | None = None,
 ) -> dict[str, Any]:
     """Build a model, infer its spec and, unless it lies on the meta device, verify it. Never raises."""
-    record: dict[str, Any] = {"zoo": zoo, "name": name, "status": "not built"}
+    record: dict[str, Any] = {"zoo": zoo, "name": name, "status": "not built", "code": code()}
     started = time.monotonic()
     try:
-        _measure(record, controls, seed, control_seconds)
+        _measure(record, controls, seed, capture_seconds, control_seconds)
     except Exception as error:
         record["error"] = f"{type(error).__name__}: {error}"[:1500]
     record["seconds"] = round(time.monotonic() - started, 2)
@@ -31,12 +51,9 @@ def measure(
     return record
 
 
-def _measure(record: dict[str, Any], controls: str, seed: int, control_seconds: float | None) -> None:
-    import permgraph as pg
-    from permgraph.capture import capture
-    from permgraph.errors import CaptureError
-    from permgraph.infer import spec_of
-
+def _measure(
+    record: dict[str, Any], controls: str, seed: int, capture_seconds: float, control_seconds: float | None
+) -> None:
     zoo = ZOOS[record["zoo"]]
     torch.manual_seed(seed)
     first: CaptureError | None = None
@@ -46,7 +63,7 @@ def _measure(record: dict[str, Any], controls: str, seed: int, control_seconds: 
             started = time.monotonic()
             try:
                 with torch.device("cpu"):
-                    captured = capture(model, max_seconds=100 if first is None else 20)
+                    captured = capture(model, max_seconds=capture_seconds / (1 if first is None else 5))
                 break
             except CaptureError as error:
                 first = first or error

@@ -10,7 +10,7 @@ import multiprocessing
 import resource
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from torch import nn
 
 import permgraph as pg
 from benchmarks.zoo import operators
-from benchmarks.zoo.measure import measure
+from benchmarks.zoo.measure import code, measure
 from benchmarks.zoo.names import ZOOS
 
 RESULTS = Path(__file__).parent / "results"
@@ -57,12 +57,13 @@ def sweep(
     control_seconds: float | None = None,
     results: Path = RESULTS,
 ) -> dict[str, dict[str, Any]]:
-    """Measure the models that have no record yet, or one whose status is in `again`."""
+    """Measure the models that have no record yet, or one whose status is in `again` (*stale*: made by other code)."""
     results.mkdir(parents=True, exist_ok=True)
     path = results / f"{zoo}.jsonl"
     known = read(path)
     warm_up()
-    todo = [n for n in (names or ZOOS[zoo].names()) if n not in known or known[n]["status"] in again]
+    stale = {name for name, record in known.items() if record.get("code") != code()} if "stale" in again else set()
+    todo = [n for n in (names or ZOOS[zoo].names()) if n not in known or known[n]["status"] in again or n in stale]
     for at, name in enumerate(todo):
         record = in_process(zoo, name, controls, seconds, gib, control_seconds)
         _append(path, json.dumps(record))
@@ -105,7 +106,8 @@ def in_process(
     """`measure` in a forked process, so that the libraries are imported once and a crash or a hang harms nobody."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    worker = context.Process(target=_work, args=(sender, zoo, name, controls, gib, control_seconds), daemon=True)
+    limits = {"capture_seconds": seconds / 3, "control_seconds": control_seconds}
+    worker = context.Process(target=_work, args=(sender, zoo, name, controls, gib, limits), daemon=True)
     started = time.monotonic()
     worker.start()
     sender.close()
@@ -125,11 +127,13 @@ def in_process(
     return record
 
 
-def _work(sender: Connection, zoo: str, name: str, controls: str, gib: float, control_seconds: float | None) -> None:
+def _work(
+    sender: Connection, zoo: str, name: str, controls: str, gib: float, limits: Mapping[str, float | None]
+) -> None:
     limit = int(gib * 2**30)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     try:
-        record = measure(zoo, name, controls, control_seconds=control_seconds)
+        record = measure(zoo, name, controls, **limits)
     except MemoryError:
         record = {
             "zoo": zoo,
