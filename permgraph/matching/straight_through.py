@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -53,8 +53,8 @@ class StraightThrough:
     the projection, now and then.
 
     The loss is not monotone in the steps. What is kept is the best of all permutations whose loss was measured: the
-    identity, plain weight matching, and where each epoch ended. So the result is never worse than those two, on the
-    batches on which it is measured.
+    identity, plain weight matching (unless `start` is "b"), and where each epoch ended. So the result is never worse
+    than those two, on the batches on which it is measured.
 
     The networks run in evaluation mode, but batch normalisation with the statistics of the batch, since its running
     statistics are wrong at a midpoint. Everything but what the spec moves stands halfway between A and B too, integers
@@ -67,13 +67,16 @@ class StraightThrough:
         loss: called with the network's output (or its `.logits`) and the targets, gives the mean over the batch.
         optimizer: makes an optimizer for a list of tensors. The free weights must travel far enough for another
             permutation to be nearest, so learning rates are larger rather than smaller than in training.
-        epochs: how often to go through the loader; 0 only compares the identity and weight matching.
+        epochs: how often to go through the loader; 0 only compares the identity and weight matching (or `init`).
         project_every: steps from one projection to the next; at the end of each epoch there is one anyway. The paper
             takes 1; on small networks that is most of the time.
         measured_batches: measure each candidate on the first so many batches of the loader; None for all.
         projection: the weight matching that projects. Its `init` serves for the first projection.
         init: a permutation to measure and to project from at first, to go on where another run stopped. The free
-            weights and the optimizer start afresh, from A.
+            weights and the optimizer start afresh.
+        start: where the free weights begin. "a", as in the paper: at A, so that the first projection is plain weight
+            matching, and the search goes on from there. "b": at B as `init` permutes it, or as it is; a search that
+            owes nothing to weight matching, and does not measure it.
         projection_sweeps: how many sweeps over the groups a projection may take, from the permutation before; None for
             as many as it wants. The first, and the one at the end of the last epoch, go on until nothing helps.
         checkpoint: a file, written after each epoch as a whole or not at all, from which a run with the same models,
@@ -104,6 +107,7 @@ class StraightThrough:
     measured_batches: int | None = 32
     projection: WeightMatching = field(default_factory=WeightMatching)
     init: Permutation | None = None
+    start: Literal["a", "b"] = "a"
     projection_sweeps: int | None = 1
     checkpoint: str | os.PathLike[str] | None = None
     accelerator: Any = None
@@ -115,6 +119,8 @@ class StraightThrough:
                 f"epochs={self.epochs} and project_every={self.project_every}: give 0 or more epochs, and project "
                 f"every 1 or more steps"
             )
+        if self.start not in ("a", "b"):
+            raise PermgraphError(f"start={self.start!r}: the free weights begin at 'a' or 'b'")
         if self.projection_sweeps is not None and self.projection_sweeps < 1:
             raise PermgraphError(f"projection_sweeps={self.projection_sweeps}: give 1 or more, or None for no limit")
         if self.measured_batches is not None and self.measured_batches < 1:
@@ -180,11 +186,12 @@ class _Run:
         own = self.midpoint.model.named_parameters(remove_duplicate=False)
         by_name = {spec.aliases.get(name, name): parameter for name, parameter in own}
         self.parameters = [by_name[name].requires_grad_() for name in self.midpoint.names]
+        begin = self.midpoint.a
+        if how.start == "b":
+            begin = self.midpoint.permuted(spec.identity() if how.init is None else how.init)
         # At least float32: in half precision, a small step would leave the weights where they are.
         self.free_parameters = [
-            self.midpoint.a[name]
-            .to(torch.promote_types(self.midpoint.a[name].dtype, torch.float32), copy=True)
-            .requires_grad_()
+            begin[name].to(torch.promote_types(begin[name].dtype, torch.float32), copy=True).requires_grad_()
             for name in self.midpoint.names
         ]
         self.free = {**self.midpoint.a, **dict(zip(self.midpoint.names, self.free_parameters, strict=True))}
@@ -226,6 +233,10 @@ class _Run:
         )
 
     def _begin(self) -> None:
+        if self.how.start == "b":  # the free weights are B so permuted, and nothing lies nearer to them
+            self.now = self.spec.identity() if self.how.init is None else self.how.init
+            self._keep_if_better(self.now)
+            return
         first = self.how.projection if self.how.init is None else replace(self.how.projection, init=self.how.init)
         self.now = first.match(self.free, self.midpoint.b, self.spec, self.seed).permutation
         for candidate in (self.now, *(() if self.how.init is None else (self.how.init,))):
@@ -317,6 +328,7 @@ class _Run:
             "seed": str(self.seed),
             "project_every": str(self.how.project_every),
             "projection_sweeps": str(self.how.projection_sweeps),
+            "start": self.how.start,
             "measured_batches": str(self.how.measured_batches),
             "optimizer": "none" if self.optimizer is None else type(self.optimizer).__name__,
         }

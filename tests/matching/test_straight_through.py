@@ -115,6 +115,19 @@ def test_goes_on_from_an_earlier_result(pair):
     assert second.objective >= first.objective
 
 
+def test_it_may_begin_at_b(pair):
+    """Where the identity is nearest, so that without an epoch there is nothing else to keep."""
+    a, b = pair
+    spec = permgraph.auto_spec(a)
+    still = align(a, b, StraightThrough(batches(), epochs=0, start="b"), spec=spec)
+    assert still.permutation.is_identity
+    fit = align(a, b, StraightThrough(batches(), optimizer=sgd, epochs=10, start="b"), spec=spec)
+    assert fit.objective > still.objective and not fit.permutation.is_identity
+    turn = spec.random(4)
+    there = align(a, b, StraightThrough(batches(), epochs=0, start="b", init=turn), spec=spec)
+    assert there.permutation in (turn, spec.identity()) and there.objective >= still.objective
+
+
 def test_the_seed_decides(pair):
     a, b = pair
     loader = DataLoader(TensorDataset(*data()), batch_size=32, shuffle=True)
@@ -193,6 +206,8 @@ def test_an_interrupted_run_gives_the_best_so_far(pair):
 def test_refuses_bad_settings(pair):
     with pytest.raises(PermgraphError, match="epochs=-1"):
         StraightThrough([], epochs=-1)
+    with pytest.raises(PermgraphError, match="start='c'"):
+        StraightThrough([], start="c")
     with pytest.raises(PermgraphError, match="measured_batches=0"):
         StraightThrough([], measured_batches=0)
     with pytest.raises(PermgraphError, match="generator"):
@@ -292,6 +307,8 @@ def test_refuses_the_checkpoint_of_another_run(pair, tmp_path):
         align(*pair, how, seed=2)
     with pytest.raises(CheckpointError, match="other weights of A, weights of B:"):
         align(pair[1], pair[0], how, seed=1)
+    with pytest.raises(CheckpointError, match="other start:"):
+        align(*pair, StraightThrough(batches(), epochs=1, start="b", checkpoint=file), seed=1)
     with pytest.raises(CheckpointError, match="other project_every, optimizer"):
         align(*pair, StraightThrough(batches(), project_every=2, optimizer=sgd, checkpoint=file), seed=1)
     file.write_bytes(file.read_bytes()[:-100])
