@@ -357,15 +357,23 @@ def table(title: str, *columns: str, caption: str = "") -> Sheet:
 
 
 def figure(columns: int, path: Path, draw: Callable[[list[Axes]], None], *, rows: int = 1, grid: bool = True) -> None:
-    """Draw into rows of axes, given one after another, and write the figure."""
-    fig = Figure(figsize=(4.4 * columns, 3.6 * rows), layout="constrained")
+    """Draw into rows of axes, given one after another, and write the figure.
+
+    Rows of more than three are broken, so that the figure stays legible at the width of a page.
+    """
+    across = columns if columns <= 3 else 2 if columns == 4 else 3
+    bands = -(-columns // across)
+    fig = Figure(figsize=(3.6 * across, 3.0 * rows * bands), layout="constrained")
     FigureCanvasAgg(fig)
-    axes = list(fig.subplots(rows, columns, squeeze=False).flat)
+    every = fig.subplots(rows * bands, across, squeeze=False)
+    axes = [every[column // across * rows + row][column % across] for row in range(rows) for column in range(columns)]
+    for ax in {*every.flat} - {*axes}:
+        ax.remove()
     draw(axes)
     for ax in axes:
         if grid:
             ax.grid(alpha=0.25)
-    fig.savefig(path, dpi=150)
+    fig.savefig(path, dpi=160)
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:

@@ -27,6 +27,8 @@ METHODS: dict[str, pg.MergeMethod | None] = {
     "cycle-consistent": pg.CycleConsistent(),
     "Frank-Wolfe": pg.FrankWolfeMany(),
 }
+STAR = "star"
+"""The trained centre, which is no method of merging."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,9 @@ def trained_star(
     )
 
 
-def run(setting: Setting, seeds: Sequence[int], points: int, star_epochs: int, where: Console) -> list[Row]:
+def run(
+    setting: Setting, seeds: Sequence[int], points: int, star_epochs: int, methods: Sequence[str], where: Console
+) -> list[Row]:
     """Every method on two and more networks; barriers for all of them only."""
     with bar(where, f"{setting.name}: training", len(seeds) * setting.epochs) as step:
         networks = [setting.network(setting.train(seed, step=step)[-1]) for seed in seeds]
@@ -72,8 +76,9 @@ def run(setting: Setting, seeds: Sequence[int], points: int, star_epochs: int, w
     rows.append(Row("single, mean", 1, float("nan"), mean["loss"], mean["accuracy"], None, None, 0.0))
     spec = pg.auto_spec(networks[0])
     counts = range(2, len(networks) + 1)
-    with bar(where, f"{setting.name}: merging", len(METHODS) * len(counts)) as step:
-        for name, method in METHODS.items():
+    chosen_methods = {name: METHODS[name] for name in METHODS if name in methods}
+    with bar(where, f"{setting.name}: merging", len(chosen_methods) * len(counts) + (STAR in methods)) as step:
+        for name, method in chosen_methods.items():
             for count in counts:
                 chosen, start = networks[:count], time.perf_counter()
                 merged = pg.merge(chosen, method or pg.ToReference(), spec=spec)
@@ -91,7 +96,9 @@ def run(setting: Setting, seeds: Sequence[int], points: int, star_epochs: int, w
                 objective = merged.objective if method else merged.objective_before
                 rows.append(Row(name, count, objective, found["loss"], found["accuracy"], star, cycle, seconds))
                 step()
-    rows.append(trained_star(setting, networks, spec, points, star_epochs))
+        if STAR in methods:
+            rows.append(trained_star(setting, networks, spec, points, star_epochs))
+            step()
     if len(networks) >= 3:
         pairs = [pg.align(networks[i], networks[j], spec=spec).permutation for i, j in ((0, 1), (1, 2), (2, 0))]
         rows.append(Row("each pair by itself", 3, *[float("nan")] * 3, None, moved(*pairs), 0.0))
@@ -113,6 +120,15 @@ def main(given: Sequence[str] | None = None) -> dict[str, list[Row]]:
     """Run the experiment and return its rows."""
     parser = arguments(__doc__, models=("MLP", "ResNet", "ViT"), seeds=(1, 2, 3, 4, 5))
     parser.add_argument("--star-epochs", type=int, default=5, help="of the centre's training (5)")
+    every_method = (*METHODS, STAR)
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=every_method,
+        default=every_method,
+        metavar="METHOD",
+        help=f"of {', '.join(map(repr, every_method))} (all)",
+    )
     options = parser.parse_args(given)
     if len(options.seeds) < 2:
         raise SystemExit("--seeds: give at least two")
@@ -125,7 +141,9 @@ def main(given: Sequence[str] | None = None) -> dict[str, list[Row]]:
         "network.\nCycle: share of units that do not come back after a circle of three networks.",
     )
     for setting in settings(options):
-        rows = found[setting.name] = run(setting, options.seeds, options.points, options.star_epochs, where)
+        rows = found[setting.name] = run(
+            setting, options.seeds, options.points, options.star_epochs, options.methods, where
+        )
         result.add_row(f"[bold]{setting.name}, width {setting.width}")
         for row in rows:
             if (row.count in (1, 3) and row.method.startswith(("single", "each"))) or row.count == len(options.seeds):
@@ -143,10 +161,10 @@ def main(given: Sequence[str] | None = None) -> dict[str, list[Row]]:
 
     def draw(axes: list[Axes]) -> None:
         for ax, (name, rows) in zip(axes, found.items(), strict=True):
-            for number, method in enumerate(METHODS):
+            for number, method in enumerate(name for name in METHODS if name in options.methods):
                 points = [(row.count, row.accuracy) for row in rows if row.method == method]
                 line(ax, number, [1, *(n for n, _ in points)], [rows[0].accuracy, *(a for _, a in points)], method)
-            ax.set(title=name, xlabel="networks in the mean", ylabel="test accuracy")
+            ax.set(title=name, xlabel="networks in the mean", ylabel="test accuracy", ylim=(0, 1.02))
             ax.set_xticks(range(1, len(options.seeds) + 1))
         axes[0].legend(frameon=False)
 

@@ -4,6 +4,9 @@ Ito et al. (2024), "Analysis of Linear Mode Connectivity via Permutation-Based W
 bring two networks closer in L2 distance and leave singular values alone; what they do is align the singular vectors of
 the large ones. Straight-through matching, which follows the loss, aligns them less: each network is then connected to
 the one that it was matched to, but not to a third that was matched to the same.
+
+Straight-through matching is run twice: as Ainsworth et al. (2022) do, from weight matching's permutation; and from
+the network as it is, so that nothing of weight matching is in it.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ class Result:
     """Spectra of the first pair, by what was done; and barriers among three networks, by matcher."""
 
     spectra: dict[str, pg.SpectralComparison]
-    barriers: dict[str, tuple[float, float]]
+    barriers: dict[str, tuple[tuple[float, float], tuple[float, float]]]
     accuracy: dict[str, float]
 
 
@@ -43,12 +46,13 @@ def run(setting: Setting, seeds: Sequence[int], points: int, epochs: int, where:
     matchers = {
         "WM": pg.WeightMatching(),
         "STE": pg.StraightThrough(setting.batches(64), epochs=epochs, optimizer=fast),
+        "STE from B": pg.StraightThrough(setting.batches(64), epochs=epochs, optimizer=fast, start="b"),
     }
     first, second, *_ = networks
     spectra = {"naive": pg.compare_spectra(first, second)}
     barriers, accuracy = {}, {}
     states = {"naive": [network.state_dict() for network in networks]}
-    with bar(where, f"{setting.name}: matching", 2 * (len(networks) - 1)) as step:
+    with bar(where, f"{setting.name}: matching", len(matchers) * (len(networks) - 1)) as step:
         for name, matcher in matchers.items():
             states[name] = [states["naive"][0]]
             for network in networks[1:]:
@@ -64,7 +68,7 @@ def run(setting: Setting, seeds: Sequence[int], points: int, epochs: int, where:
                 for other in brought[at + 1 :]
                 if at > 0
             ]
-            barriers[name] = mean_and_error(to_first)[0], mean_and_error(others)[0]
+            barriers[name] = mean_and_error(to_first), mean_and_error(others)
             merged = setting.prepare(setting.network(pg.average(brought)))
             accuracy[name] = setting.evaluate(merged)["accuracy"]
             step()
@@ -81,9 +85,10 @@ def main(given: Sequence[str] | None = None) -> dict[str, Result]:
         parser.error("three networks are needed at least: give three --seeds")
     where = console()
     every: dict[str, Result] = {}
+    ways = ("naive", "WM", "STE", "from B")
     layers = table(
         "Singular vectors of networks 1 and 2: <A, B> over its greatest value for these singular values",
-        *("", "distance", "least", "naive", "WM", "STE", "above 0.3:\nnaive", "WM", "STE"),
+        *("", "distance", "least", *ways, "above 0.3:\nnaive", *ways[1:]),
         caption="Distance: L2, naive. Least: of the singular values alone. Above 0.3: of values of at least 0.3 times "
         "the layer's largest.",
     )
@@ -91,7 +96,7 @@ def main(given: Sequence[str] | None = None) -> dict[str, Result]:
         f"{len(options.seeds)} networks, each brought to the first",
         *("", "distance\nreduced", "alignment", "above 0.3", "barrier\nto the first", "among\nthe others"),
         *("accuracy\nof the mean",),
-        caption="Barriers in test loss, means. Distance and alignment: of networks 1 and 2.",
+        caption="Barriers in test loss, means and standard errors. Distance and alignment: of networks 1 and 2.",
     )
     for setting in settings(options):
         found = every[setting.name] = run(setting, options.seeds, options.points, options.match_epochs, where)
@@ -106,7 +111,7 @@ def main(given: Sequence[str] | None = None) -> dict[str, Result]:
         merged.add_row(f"[bold]{setting.name}, width {setting.width}")
         for name, comparison in found.spectra.items():
             ratios = [f"{comparison.alignment(above):.3f}" for above in (0.0, 0.3)]
-            heights = [f"{height:.3f}" for height in found.barriers[name]]
+            heights = [f"{mean:.3f} ± {error:.3f}" for mean, error in found.barriers[name]]
             reduced = f"{found.spectra['naive'].reduction(comparison):.1%}"
             merged.add_row(name, reduced, *ratios, *heights, f"{found.accuracy[name]:.3f}")
     layers.show(where, options.out / "singular_vectors_layers.md", options)

@@ -127,7 +127,7 @@ def test_widths(load, tmp_path: Path) -> None:
 def test_singular_vectors(load, tmp_path: Path) -> None:
     given = [*SMALL, "--seeds", "1", "2", "3", "--match-epochs", "1", "--out", str(tmp_path)]
     found = load("singular_vectors").main(given)["MLP"]
-    assert set(found.spectra) == set(found.barriers) == {"naive", "WM", "STE"}
+    assert set(found.spectra) == set(found.barriers) == {"naive", "WM", "STE", "STE from B"}
     naive, matched = found.spectra["naive"], found.spectra["WM"]
     assert matched.alignment() > naive.alignment() and naive.reduction(matched) > 0
     assert matched.least_distance == pytest.approx(naive.least_distance, rel=1e-4)
