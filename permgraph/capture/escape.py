@@ -13,7 +13,7 @@ _library = torch.library.Library("permgraph", "DEF")  # type: ignore[no-untyped-
 _library.define("values_leave_torch(Tensor tensor) -> ()")  # type: ignore[no-untyped-call]
 
 #: Stands in the graph where numpy or Python took a tensor's values, or where an attribute shares the memory of a
-#: parameter in another shape. It is an operator that no rule knows.
+#: parameter in another shape. Its rule pins the tensor.
 VALUES_LEAVE_TORCH = torch.ops.permgraph.values_leave_torch.default
 
 _READERS = frozenset({Tensor.numpy, Tensor.tolist, Tensor.data_ptr, Tensor.__array__, Tensor.__dlpack__})

@@ -58,9 +58,17 @@ def equality(call: Call) -> None:
 
 @rule("aten.copy")
 def copy(call: Call) -> None:
-    """Overwrite a tensor with another, broadcast to it: what it held before no longer matters."""
+    """Overwrite a tensor with another, broadcast to it: what it held before no longer matters.
+
+    Indices that were written into memory may be read through another view, where nothing says what they number.
+    """
     call.pointwise(call["src"], call.out)
-    call.share_values([call["src"], call.out])
+    if call.out.viewed:
+        for tensor in (call["src"], call.out):
+            call.pin_values(tensor, "an index was written into a view")
+    else:
+        call.ignore_values(call["self"])
+        call.share_values([call["src"], call.out])
 
 
 @rule("aten.where.self", "aten.where.ScalarOther", "aten.where.ScalarSelf", "aten.where.Scalar")
@@ -128,6 +136,7 @@ def random(call: Call) -> None:
 )  # fmt: skip
 def noise(call: Call) -> None:
     """Random values in an order of their own, whatever the argument holds."""
+    call.ignore_values(*call.tensors)
     call.pin_all(call.results, "random values")
 
 
@@ -135,6 +144,7 @@ def noise(call: Call) -> None:
       "aten.is_same_size", "aten._has_same_storage_numel")  # fmt: skip
 def no_data(call: Call) -> None:
     """Reads no element, or gives nothing back."""
+    call.ignore_values(*call.tensors)
 
 
 @rule("aten.item", "aten._local_scalar_dense", "aten.is_nonzero", "aten.equal", "aten.allclose")
@@ -143,3 +153,9 @@ def read_value(call: Call) -> None:
     call.pointwise(*call.tensors)
     for tensor in call.tensors:
         call.pin_values(tensor, "its value was read by Python code")
+
+
+@rule("permgraph.values_leave_torch")
+def leave(call: Call) -> None:
+    """Code that is not torch reads all values, and may do anything with them."""
+    call.pin_all(call.tensors, "its values were read outside torch")

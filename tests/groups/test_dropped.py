@@ -71,3 +71,25 @@ def test_memory_written_through_a_view_counts():
 def test_what_a_buffer_keeps_counts():
     spec = pg.auto_spec(KeptInABuffer())
     assert [group.size for group in spec.moving.values()] == [5]
+
+
+class ReadByPython(nn.Module):
+    """Python takes the hidden units one by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 6)
+        self.out = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x).relu()
+        return self.out(hidden) * (hidden[0].tolist()[0] > 0)
+
+
+def test_values_read_outside_torch_pin_and_say_where():
+    spec = pg.auto_spec(ReadByPython())
+    (pin,) = [pin for pin in spec.pins if pin.parameter == "first.bias"]
+    assert pin.reason == "its values were read outside torch"
+    assert "test_dropped" in str(pin.source)
+    assert not spec.moving
+    assert not spec.unknown_ops
