@@ -21,6 +21,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from permgraph.errors import NonFiniteError, PermgraphError
+from permgraph.matching.parallel import side_by_side, workers
 
 lapjvr_batch: Callable[..., Any] | None
 try:
@@ -237,29 +238,42 @@ def certify(matrix: np.ndarray, columns: np.ndarray, *, maximise: bool = False, 
 
 
 def _solve(rows: np.ndarray, maximise: bool, solver: Solver, name: str) -> np.ndarray:
-    """Columns (b, n) for costs (b, n, m)."""
-    _, n, m = rows.shape
+    """Columns (b, n) for costs (b, n, m), in pieces that several workers may take."""
+    count, n, m = rows.shape
     if n > m:
         across = _solve(np.swapaxes(rows, 1, 2), maximise, solver, name)
         columns = np.full(rows.shape[:2], -1, dtype=np.int64)
         np.put_along_axis(columns, across, np.arange(m)[None], axis=1)
         return columns
+    if solver == "auto":
+        solver = "scipy" if (m < SMALL and count < 4) or lapjvr_batch is None else "lapx"
+    if solver == "lapx" and lapjvr_batch is None:
+        raise PermgraphError("the solver 'lapx' needs the package lapx with lapjvr_batch: pip install -U lapx")
+    if not callable(solver) and solver not in ("scipy", "lapx"):
+        raise PermgraphError(f"unknown assignment solver {solver!r}; choose 'auto', 'scipy', 'lapx' or a function")
+    # A user's function may hold the lock, or keep a state.
+    share = -(-count // (1 if callable(solver) else workers(rows.size)))
+    piece = max(1, min(share, _SCRATCH // (n * m)))
+    tasks = [(rows[first : first + piece], maximise, solver, name) for first in range(0, count, piece)]
+    found = side_by_side(_solve_piece, tasks, 0 if callable(solver) else rows.size)
+    return found[0] if len(found) == 1 else np.concatenate(found)
+
+
+def _solve_piece(rows: np.ndarray, maximise: bool, solver: Solver, name: str) -> np.ndarray:
+    """Columns (b, n) for costs (b, n, m), n <= m, by a solver that is there."""
+    _, n, m = rows.shape
     # The least entry of each row, which the fast solver wants subtracted, also tells whether all of it is finite.
     edge = rows.max(axis=2) if maximise else rows.min(axis=2)
     other = rows.min() if maximise else rows.max()
     if not (np.isfinite(edge).all() and np.isfinite(other)):
         raise NonFiniteError(f"{name} holds NaN or infinity; an assignment needs finite costs")
-    if solver == "auto":
-        solver = "scipy" if (m < SMALL and len(rows) < 4) or lapjvr_batch is None else "lapx"
     if solver == "scipy":
         return np.stack([linear_sum_assignment(one, maximize=maximise)[1] for one in rows])
     if solver == "lapx":
-        if lapjvr_batch is None:
-            raise PermgraphError("the solver 'lapx' needs the package lapx with lapjvr_batch: pip install -U lapx")
+        assert lapjvr_batch is not None
         chosen = lapjvr_batch(_reduced(rows, edge, maximise), extend_cost=True, return_cost=False, n_threads=1)[1]
         return np.asarray(np.stack(chosen), dtype=np.int64)
-    if not callable(solver):
-        raise PermgraphError(f"unknown assignment solver {solver!r}; choose 'auto', 'scipy', 'lapx' or a function")
+    assert callable(solver)
     answers = [np.asarray(solver(-one if maximise else one)) for one in rows]
     for answer in answers:
         taken = np.zeros(m, dtype=np.int64)

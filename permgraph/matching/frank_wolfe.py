@@ -21,7 +21,7 @@ from permgraph.matching.moves import Plan
 from permgraph.matching.objective import Pair, StateDict, pair
 from permgraph.matching.renumber import Arrays
 from permgraph.matching.result import MatchResult, Progress, Sweep
-from permgraph.matching.step import choose
+from permgraph.matching.step import choose, choose_each
 from permgraph.matching.weight_matching import WeightMatching
 from permgraph.permutation import Permutation
 from permgraph.spec import PermutationSpec
@@ -272,7 +272,7 @@ class Relaxation:
 
     def best_corner(self, slope: Matrices, how: WeightMatching) -> Matrices:
         """The permutation matrices that the slope favours."""
-        return {name: self._one_hot(choose(matrix, how.solver, name)[0]) for name, matrix in slope.items()}
+        return {name: self._one_hot(columns) for name, (columns, _) in choose_each(slope, how.solver).items()}
 
     def _one_hot(self, columns: np.ndarray) -> torch.Tensor:
         index = torch.from_numpy(np.array(columns)).to(self.like.device)

@@ -145,6 +145,28 @@ class Plan:
                 if group in self.standing:
                     self.standing[group].append(block)
         self.moves = tuple(itertools.chain.from_iterable(self._moves(g) for g, found in self.standing.items() if found))
+        self.met = tuple(self._met(move) for move in self.moves)
+        """For each move the groups that stand where its groups do, those included."""
+        self.neighbours = self._neighbours()
+        """For each move those others whose Gram matrices depend on where its groups stand: the coupling graph."""
+
+    def _met(self, move: Move) -> frozenset[str]:
+        blocks = (block for name in move.groups for block in self.standing[name])
+        return frozenset(leaf.group for block in blocks for leaf in block.leaves if leaf.group is not None)
+
+    def _neighbours(self) -> tuple[frozenset[int], ...]:
+        owners: dict[str, set[int]] = {}
+        for number, move in enumerate(self.moves):
+            for group in move.groups | move.carried:
+                owners.setdefault(group, set()).add(number)
+        return tuple(
+            frozenset(other for group in groups for other in owners.get(group, ()) if other != number)
+            for number, groups in enumerate(self.met)
+        )
+
+    def entries(self, move: Move) -> int:
+        """How many entries the Gram matrix of a move's root has."""
+        return math.prod(self.spec.groups[name].size for name in (*move.root.batch, move.name, move.name))
 
     def inside(self, group: str) -> tuple[str, ...]:
         """The moving groups fibred over `group`, each after its parents."""

@@ -7,12 +7,15 @@ evidence so far. That grows with the root of E: evidence is best spread over gro
 others should come early, so that each of those can see it, but not before it has evidence itself. Which order gains
 most in total is found by moving one group at a time to its best place. Later sweeps gain as much in this order as in
 random ones, with fewer solves.
+
+Moves that do not meet may be taken together. `ranks` colours the moves so, for one order: taking them rank by rank
+comes to the same, to the last bit, as taking them one by one.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -42,6 +45,28 @@ def informed_order(plan: Plan, spread: Mapping[str, float], rng: np.random.Gener
         if order == before:
             break
     return order
+
+
+def ranks(order: Sequence[int], neighbours: Sequence[Collection[int]]) -> list[list[int]]:
+    """The moves of an order in sets of which no two are neighbours, each after all those neighbours that it was after.
+
+    Args:
+        order: numbers of moves, each at most once.
+        neighbours: for each move those that see where its groups stand.
+
+    Example:
+        >>> ranks([1, 0, 2, 3], [{1}, {0, 2}, {1, 3}, {2}])  # a chain, from its second link
+        [[1], [0, 2], [3]]
+    """
+    rank: dict[int, int] = {}
+    found: list[list[int]] = []
+    for one in order:
+        before = [at for other, at in rank.items() if other in neighbours[one] or one in neighbours[other]]
+        rank[one] = 1 + max(before, default=-1)
+        if rank[one] == len(found):
+            found.append([])
+        found[rank[one]].append(one)
+    return found
 
 
 def _best_place(one: int, rest: np.ndarray, alone: np.ndarray, shared: np.ndarray, scale: np.ndarray) -> int:

@@ -13,6 +13,7 @@ from scipy.sparse.csgraph import connected_components
 
 from permgraph.matching.assignment import Solver, assign
 from permgraph.matching.moves import Node
+from permgraph.matching.parallel import side_by_side
 from permgraph.matching.workers import Share
 from permgraph.spec import PermutationSpec
 
@@ -115,21 +116,38 @@ def choose(worth: torch.Tensor, solver: Solver, name: str) -> tuple[np.ndarray, 
     Where indices can stay without loss they do: of the best assignment's cycles, those that gain no more than
     rounding are undone. So ties, dead units for instance, never move, and nothing moves in circles for ever.
     """
-    columns = assign(worth, maximise=True, solver=solver, name=f"the Gram matrix of {name}").columns
+    return _choose(*_task(worth, solver, name))
+
+
+def choose_each(worths: Mapping[str, torch.Tensor], solver: Solver) -> dict[str, tuple[np.ndarray, float]]:
+    """`choose` for several groups, by name; side by side where that is worth it."""
+    if callable(solver):
+        return {name: choose(worth, solver, name) for name, worth in worths.items()}
+    tasks = [_task(worth, solver, name) for name, worth in worths.items()]
+    return dict(zip(worths, side_by_side(_choose, tasks, sum(task[0].size for task in tasks)), strict=True))
+
+
+def _task(worth: torch.Tensor, solver: Solver, name: str) -> tuple[np.ndarray, float, Solver, str]:
+    rounding = 16 * torch.finfo(worth.dtype).eps
+    exact = worth.dtype in (torch.float32, torch.float64)
+    return (worth if exact else worth.double()).detach().cpu().numpy(), rounding, solver, name
+
+
+def _choose(table: np.ndarray, rounding: float, solver: Solver, name: str) -> tuple[np.ndarray, float]:
+    columns = assign(table, maximise=True, solver=solver, name=f"the Gram matrix of {name}").columns
     n = columns.shape[-1]
     if (columns == np.arange(n)).all():
         return columns, 0.0
     flat = columns.reshape(-1, n)
-    table = worth.reshape(-1, n, n)
-    index = torch.from_numpy(flat).to(worth.device)
-    new = table.gather(2, index[:, :, None])[:, :, 0].double().cpu().numpy()
-    old = table.diagonal(dim1=1, dim2=2).double().cpu().numpy()
+    table = table.reshape(-1, n, n)
+    new = np.take_along_axis(table, flat[:, :, None], axis=2)[:, :, 0].astype(np.float64)
+    old = np.diagonal(table, axis1=1, axis2=2).astype(np.float64)
     nodes = np.arange(flat.size)
     target = (flat + np.arange(len(flat))[:, None] * n).reshape(-1)
     links = coo_array((np.ones(flat.size, dtype=np.int8), (nodes, target)), shape=(flat.size, flat.size))
     count, cycle = connected_components(links, directed=False)
     gains = np.bincount(cycle, (new - old).reshape(-1), count)
-    rounding = 16 * torch.finfo(worth.dtype).eps * np.bincount(cycle, (np.abs(new) + np.abs(old)).reshape(-1), count)
-    worthwhile = gains > rounding
+    limit = rounding * np.bincount(cycle, (np.abs(new) + np.abs(old)).reshape(-1), count)
+    worthwhile = gains > limit
     settled = np.where(worthwhile[cycle].reshape(flat.shape), flat, np.arange(n))
     return settled.reshape(columns.shape), float(gains[worthwhile].sum())

@@ -215,7 +215,7 @@ class _Streamed:
             self.free = {name for move in self.plan.moves for name in move.groups}
         self.sequence = informed_order(self.plan, self.spread, np.random.default_rng(seed))
         self.stale = set(range(len(self.plan.moves)))
-        self.neighbours = _neighbours(self.plan)
+        self.neighbours = self.plan.neighbours
         self.history: list[Sweep] = []
         self.outcome: Outcome = "sweep limit"
 
@@ -451,18 +451,3 @@ def _require_finite(portion: torch.Tensor, whole: torch.Tensor, name: str, model
 
 def _differing(now: np.ndarray, before: np.ndarray | None) -> int:
     return int((now != (np.arange(now.shape[-1]) if before is None else before)).sum())
-
-
-def _neighbours(plan: Plan) -> tuple[set[int], ...]:
-    """For each move, those others whose Gram matrices depend on where its groups stand."""
-    reach = [move.groups | move.carried for move in plan.moves]
-    by_group: dict[str, set[int]] = {}
-    for number, groups in enumerate(reach):
-        for group in groups:
-            by_group.setdefault(group, set()).add(number)
-    found = []
-    for number, move in enumerate(plan.moves):
-        blocks = (block for name in move.groups for block in plan.standing[name])
-        met = {leaf.group for block in blocks for leaf in block.leaves if leaf.group in by_group}
-        found.append({other for group in met if group is not None for other in by_group[group]} - {number})
-    return tuple(found)

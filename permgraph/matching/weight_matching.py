@@ -21,11 +21,12 @@ from permgraph.matching.kept import Kept
 from permgraph.matching.limits import Frozen, Limits, choose_within, limits_of
 from permgraph.matching.moves import Move, Place, Plan
 from permgraph.matching.objective import STATISTICS, Objective, Pair, StateDict, Weights, pair
-from permgraph.matching.order import informed_order
+from permgraph.matching.order import informed_order, ranks
 from permgraph.matching.paired import paired_values
+from permgraph.matching.parallel import workers
 from permgraph.matching.renumber import Arrays, act, compose
 from permgraph.matching.result import MatchResult, Outcome, Progress, Sweep
-from permgraph.matching.step import Scene, choose, gram, outer_values
+from permgraph.matching.step import Scene, choose, choose_each, gram, outer_values
 from permgraph.permutation import Permutation
 from permgraph.spec import PermutationSpec
 
@@ -177,7 +178,9 @@ class _Ascent:
         self.order: str = how.order
         self.sequence: list[int] | None = None
         self.stale = set(range(len(plan.moves)))
-        self.neighbours = _neighbours(plan)
+        self.met, self.neighbours = plan.met, plan.neighbours
+        self.largest = max((plan.entries(move) for move in plan.moves), default=0)
+        self.itemsize = max((tensor.itemsize for tensor in compared.a.values()), default=4)
         self.grams = Kept(sum(tensor.nbytes for tensor in compared.a.values()) if how.memory is None else how.memory)
         self.history: list[Sweep] = []
         self.outcome: Outcome = "sweep limit"
@@ -250,10 +253,11 @@ class _Ascent:
         # wait until nothing else helps.
         wait = bool(self.history) and any(len(self.plan.moves[number].groups) == 1 for number in self.stale)
         # A move made stale on the way takes its turn in this sweep if that is still to come, else in the next.
-        for number in self._order():
-            move = self.plan.moves[number]
-            if number in self.stale and not (wait and len(move.groups) > 1):
-                gains[move.name] = gains.get(move.name, 0.0) + self._step(number, move)
+        for rank in ranks(list(self._order()), self.neighbours):
+            due = [n for n in rank if n in self.stale and not (wait and len(self.plan.moves[n].groups) > 1)]
+            for number, gain in self._take(due):
+                name = self.plan.moves[number].name
+                gains[name] = gains.get(name, 0.0) + gain
         # What a step seemed to gain while groups were unknown is not what it gained.
         self.objective = self._objective() if unknown else self.objective + scale * sum(gains.values())
         self.history.append(
@@ -281,16 +285,50 @@ class _Ascent:
         else:
             yield from range(count)
 
+    def _take(self, numbers: Sequence[int]) -> Iterator[tuple[int, float]]:
+        """Take moves, no two of which are neighbours, where they raise the objective; each with what it gained."""
+        plain = [n for n in numbers if len(self.plan.moves[n].groups) == 1 and not self.plan.moves[n].bent]
+        for portion in self._portions(plain):
+            yield from self._plain(portion)
+        for number in numbers:
+            if number not in plain:
+                yield number, self._step(number, self.plan.moves[number])
+
+    def _portions(self, numbers: Sequence[int]) -> Iterator[list[int]]:
+        """Moves of one group each, in portions that are solved side by side, their Gram matrices all in memory.
+
+        Of those that are not kept there are no more than will be, or than a single one may take: so memory does not
+        hang on how many workers there are. Nor does the result, since the moves do not meet.
+        """
+        sizes = {number: self.plan.entries(self.plan.moves[number]) for number in numbers}
+        if workers(sum(sizes.values())) == 1:
+            yield from ([number] for number in numbers)
+            return
+        portion: list[int] = []
+        room = 0
+        for number in numbers:
+            need = 0 if self.plan.moves[number].name in self.grams.grams else sizes[number] * self.itemsize
+            if portion and need > room:
+                yield portion
+                portion = []
+            if not portion:
+                room = self.largest * self.itemsize + self.grams.room
+            portion.append(number)
+            room -= need
+        if portion:
+            yield portion
+
+    def _scene(self, move: Move) -> Scene:
+        return Scene(self.spec, self.compared.a, self.b, self.free - move.groups, self.how.solver)
+
     def _step(self, number: int, move: Move) -> float:
-        """Take one move if it raises the objective; what it gained."""
-        scene = Scene(self.spec, self.compared.a, self.b, self.free - move.groups, self.how.solver)
+        """Take one move of several groups, or one that meets itself, if it raises the objective; what it gained."""
+        scene = self._scene(move)
         if move.paired:
-            step, new, gain = self._paired(move, scene)
-        elif len(move.groups) == 1 and not move.bent:
-            return self._plain(number, move, scene)
+            step, new, gain = self._paired(number, move, scene)
         else:
             worth = outer_values(scene, move.root)
-            if self.free:
+            if self.free & self.met[number]:
                 columns, gain = self._choose(worth, move)
                 step, new = self._follow(move, columns, scene)
             else:
@@ -310,10 +348,24 @@ class _Ascent:
                 self.stale.add(number)
         return gain
 
-    def _plain(self, number: int, move: Move, scene: Scene) -> float:
-        """A move of one group, of whose Gram matrix only what has changed is computed, and of B only what moves."""
-        worth, kept, missing = self._worth(move, scene)
-        columns, gain = self._choose(worth, move)
+    def _plain(self, numbers: Sequence[int]) -> Iterator[tuple[int, float]]:
+        """Moves of one group each, whose Gram matrices are all made before the first of them is taken."""
+        moves = {number: self.plan.moves[number] for number in numbers}
+        found = {number: self._worth(move, self._scene(move)) for number, move in moves.items()}
+        if self.limits:
+            chosen = {move.name: self._choose(found[number][0], move) for number, move in moves.items()}
+        else:
+            chosen = choose_each({move.name: found[number][0] for number, move in moves.items()}, self.how.solver)
+        for number, move in moves.items():
+            _, kept, missing = found.pop(number)
+            columns, gain = chosen[move.name]
+            self._renumber(number, move, columns, kept, missing)
+            yield number, gain
+
+    def _renumber(
+        self, number: int, move: Move, columns: np.ndarray, kept: torch.Tensor | None, missing: tuple[Place, ...]
+    ) -> None:
+        """Take a move of one group. Of the Gram matrices of others only what changes is computed, of B what moves."""
         self.stale.discard(number)
         if kept is not None:
             self.grams.keep(move, kept, columns, missing)
@@ -324,25 +376,25 @@ class _Ascent:
         else:
             moves = columns != np.arange(len(columns))
         if not moves.any():
-            return gain
+            return
         amend = self.grams.worth_amending(self._others(number), move.parameters, float(moves.mean()))
         new = {} if columns.ndim == 1 else {name: act(self.spec, step, name, self.b[name]) for name in move.parameters}
-        indices = torch.from_numpy(np.flatnonzero(moves)).to(worth.device)
+        indices = torch.from_numpy(np.flatnonzero(moves))
         for place in move.root.places:
             block, axis, name = place.block, place.own[0], place.block.parameter
             view = block.view(self._writable(name))
-            before = view.index_select(axis, indices) if block in amend else None
+            here = indices.to(view.device)
+            before = view.index_select(axis, here) if block in amend else None
             if new:
-                after = block.view(new[name]).index_select(axis, indices)
+                after = block.view(new[name]).index_select(axis, here)
             else:
                 after = view.index_select(axis, torch.from_numpy(columns[moves]).to(view.device))
-            view.index_copy_(axis, indices, after)
+            view.index_copy_(axis, here, after)
             if before is not None:
-                a = block.view(self.compared.a[name]).index_select(axis, indices)
+                a = block.view(self.compared.a[name]).index_select(axis, here)
                 for other, at in amend[block]:
                     self.grams.amend(other, at, a, after.sub(before))
         self._record(number, step, move.parameters)
-        return gain
 
     def _worth(self, move: Move, scene: Scene) -> tuple[torch.Tensor, torch.Tensor | None, tuple[Place, ...]]:
         """The Gram matrix of a move of one group; what of it to keep; and the places that are missing in that."""
@@ -383,7 +435,7 @@ class _Ascent:
             limits = replace(limits, home=np.argsort(self.arrays[move.name]))
         return choose_within(worth, self.how.solver, move.name, limits)
 
-    def _paired(self, move: Move, scene: Scene) -> tuple[Arrays, dict[str, torch.Tensor], float]:
+    def _paired(self, number: int, move: Move, scene: Scene) -> tuple[Arrays, dict[str, torch.Tensor], float]:
         """The step of a root and of what each of its pairs has chosen inside, if it raises the objective."""
         worth, inside = paired_values(scene, move, tuple(self.plan.standing[move.name]))
         columns, _ = self._choose(worth, move)
@@ -396,7 +448,7 @@ class _Ascent:
         new = {name: act(self.spec, step, name, scene.b[name]) for name in move.parameters}
         old = self.compared.inner(new, self.b)
         gain = self.compared.inner(new, new) - old
-        if gain > 16 * torch.finfo(worth.dtype).eps * abs(old) or self.free:
+        if gain > 16 * torch.finfo(worth.dtype).eps * abs(old) or self.free & self.met[number]:
             return step, new, gain
         return {}, {}, 0.0
 
@@ -438,19 +490,3 @@ class _Ascent:
 
 def _differing(now: np.ndarray, before: np.ndarray | None) -> int:
     return int((now != (np.arange(now.shape[-1]) if before is None else before)).sum())
-
-
-def _neighbours(plan: Plan) -> tuple[set[int], ...]:
-    """For each move, those others whose Gram matrices depend on where its groups stand."""
-    reach = [set(move.groups | move.carried) for move in plan.moves]
-    found: list[set[int]] = []
-    for number, move in enumerate(plan.moves):
-        met = {
-            leaf.group
-            for name in move.groups
-            for block in plan.standing[name]
-            for leaf in block.leaves
-            if leaf.group is not None
-        }
-        found.append({other for other in range(len(plan.moves)) if other != number and reach[other] & met})
-    return tuple(found)
