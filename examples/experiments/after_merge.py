@@ -11,17 +11,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-from common import Setting, arguments, bar, console, figure, mean_and_error, settings, table
+from common import RECIPES, Setting, arguments, bar, console, figure, legend, mean_and_error, settings, table
 from matplotlib.axes import Axes
 from rich.console import Console
 
 import permgraph as pg
 
 TREATMENTS = ("as averaged", "BatchNorm reset", "REPAIR")
-SHORT = {"as averaged": "averaged", "BatchNorm reset": "reset", "REPAIR": "REPAIR"}
-COLOURS = {"as averaged": "#56B4E9", "BatchNorm reset": "#E69F00", "REPAIR": "#0072B2"}
-HATCHES = {"as averaged": "", "BatchNorm reset": "//", "REPAIR": ".."}
+COLOURS = {"as averaged": "#E69F00", "BatchNorm reset": "#56B4E9", "REPAIR": "#0072B2"}
+MARKERS = {"as averaged": "o", "BatchNorm reset": "s", "REPAIR": "^"}
+KINDS = ("naive", "aligned")
 MODELS = ("ConvBatchNorm", "ResNet", "ConvLayerNorm", "ViT", "Characters", "ConvGroupNorm", "DenseNet", "Conv", "MLP")
 
 
@@ -32,15 +31,26 @@ class Result:
     ends: list[dict[str, float]]
     middles: Mapping[tuple[str, str], list[dict[str, float]]]
 
+    @property
+    def end(self) -> float:
+        """The mean accuracy of the networks that were averaged."""
+        return mean_and_error([found["accuracy"] for found in self.ends])[0]
+
+    def figure(self, kind: str, treatment: str, metric: str) -> tuple[float, float]:
+        """The mean over pairs, and its standard error."""
+        return mean_and_error([found[metric] for found in self.middles[kind, treatment]])
+
     def mean(self, kind: str, treatment: str, metric: str) -> float:
         """The mean over pairs."""
-        return mean_and_error([found[metric] for found in self.middles[kind, treatment]])[0]
+        return self.figure(kind, treatment, metric)[0]
+
+    def lost(self, kind: str) -> float:
+        """The accuracy that is lost in the middle."""
+        return self.end - self.mean(kind, "as averaged", "accuracy")
 
     def recovered(self, kind: str, treatment: str) -> float:
-        """The share of the accuracy lost in the middle that a treatment brings back."""
-        end = mean_and_error([found["accuracy"] for found in self.ends])[0]
-        lost = end - self.mean(kind, "as averaged", "accuracy")
-        return (self.mean(kind, treatment, "accuracy") - self.mean(kind, "as averaged", "accuracy")) / lost
+        """The share of it that a treatment brings back."""
+        return 1 - (self.end - self.mean(kind, treatment, "accuracy")) / self.lost(kind)
 
 
 def run(setting: Setting, seeds: Sequence[int], where: Console) -> Result:
@@ -51,7 +61,7 @@ def run(setting: Setting, seeds: Sequence[int], where: Console) -> Result:
     middles: dict[tuple[str, str], list[dict[str, float]]] = {}
     with bar(where, f"{setting.name}: middles", 2 * len(pairs)) as step:
         for a, b in pairs:
-            for kind, other in (("naive", b), ("aligned", pg.align(a, b).model())):
+            for kind, other in zip(KINDS, (b, pg.align(a, b).model()), strict=True):
                 middle = setting.network(pg.interpolate(a, other, 0.5))
                 for treatment, network in (
                     ("as averaged", middle),
@@ -69,48 +79,41 @@ def main(given: Sequence[str] | None = None) -> dict[str, Result]:
     where = console()
     every: dict[str, Result] = {}
     result = table(
-        f"Test accuracy half-way, mean of {len(options.seeds)} pairs, and loss in brackets",
-        *("", "ends", *(f"{kind}\n{SHORT[treatment]}" for kind in ("naive", "aligned") for treatment in TREATMENTS)),
-        "recovered",
-        caption="Reset: of BatchNorm's statistics. Recovered: the share of the accuracy lost half-way after alignment "
-        "that REPAIR brings back.",
+        f"Test accuracy half-way, mean of {len(options.seeds)} pairs and standard error, and loss",
+        *("", "as averaged", "loss", "BatchNorm reset", "loss", "REPAIR", "loss", "recovered"),
+        caption="Reset: of BatchNorm's statistics. Recovered: the share of the lost accuracy that REPAIR brings back.",
     )
     for setting in settings(options):
         found = every[setting.name] = run(setting, options.seeds, where)
-        cells = [
-            f"{found.mean(kind, treatment, 'accuracy'):.3f} ({found.mean(kind, treatment, 'loss'):.2f})"
-            if setting.recipe.batchnorm or treatment != "BatchNorm reset"
-            else "-"
-            for kind in ("naive", "aligned")
-            for treatment in TREATMENTS
-        ]
-        end = mean_and_error([found["accuracy"] for found in found.ends])[0]
-        lost = end - found.mean("aligned", "as averaged", "accuracy")
-        share = f"{found.recovered('aligned', 'REPAIR'):.0%}" if lost > 0.005 else "-"
-        result.add_row(f"{setting.name}, {setting.width}", f"{end:.3f}", *cells, share)
+        result.add_row(f"[bold]{setting.name}, width {setting.width}, ends {found.end:.3f}")
+        for kind in KINDS:
+            cells = []
+            for treatment in TREATMENTS:
+                shown = setting.recipe.batchnorm or treatment != "BatchNorm reset"
+                mean, error = found.figure(kind, treatment, "accuracy")
+                loss = found.mean(kind, treatment, "loss")
+                cells += [f"{mean:.3f} ± {error:.3f}", f"{loss:.2f}"] if shown else ["", ""]
+            share = f"{found.recovered(kind, 'REPAIR'):.0%}" if found.lost(kind) > 0.005 else ""
+            result.add_row(kind, *cells, share)
     result.show(where, options.out / "after_merge.md", options)
 
     def draw(axes: list[Axes]) -> None:
-        places = torch.arange(len(every), dtype=torch.float64)
-        for ax, kind in zip(axes, ("naive", "aligned"), strict=True):
-            for number, treatment in enumerate(TREATMENTS):
-                heights = [found.mean(kind, treatment, "accuracy") for found in every.values()]
-                ax.barh(
-                    (places + 0.27 * (number - 1)).tolist(),
-                    heights,
-                    0.25,
-                    color=COLOURS[treatment],
-                    hatch=HATCHES[treatment],
-                    edgecolor="white",
-                    label=treatment,
-                )
-            ends = [mean_and_error([e["accuracy"] for e in found.ends])[0] for found in every.values()]
-            ax.plot(ends, places, linestyle="none", marker="|", color="black", markersize=16, label="ends")
-            ax.set_yticks(places.tolist(), list(every))
+        places = list(range(len(every)))
+        for ax, kind in zip(axes, KINDS, strict=True):
+            for place, found in zip(places, every.values(), strict=True):
+                heights = [found.mean(kind, treatment, "accuracy") for treatment in TREATMENTS]
+                ax.plot([min(heights), found.end], [place, place], color="0.8", zorder=0)
+            for treatment in TREATMENTS:
+                at = [n for n in places if treatment != "BatchNorm reset" or RECIPES[list(every)[n]].batchnorm]
+                heights = [list(every.values())[n].mean(kind, treatment, "accuracy") for n in at]
+                how = {"color": COLOURS[treatment], "marker": MARKERS[treatment], "label": treatment}
+                ax.plot(heights, at, linestyle="none", markersize=7, markeredgecolor="white", **how)
+            ends = [found.end for found in every.values()]
+            ax.plot(ends, places, linestyle="none", marker="|", color="black", markersize=13, label="ends")
+            ax.set_yticks(places, list(every) if kind == "naive" else [""] * len(places))
             ax.invert_yaxis()
-            ax.set(title=kind, xlabel="test accuracy half-way", xlim=(0, 1.02))
-        # Above the title, where no bar can run through it.
-        axes[0].legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1.08), ncols=4, fontsize=8)
+            ax.set(title=kind, xlabel="test accuracy half-way", xlim=(0, 1.03))
+        legend(axes)
 
     figure(2, options.out / "after_merge.png", draw)
     return every

@@ -376,6 +376,13 @@ def figure(columns: int, path: Path, draw: Callable[[list[Axes]], None], *, rows
     fig.savefig(path, dpi=160)
 
 
+def legend(axes: Sequence[Axes]) -> None:
+    """One legend for all axes, above them, where no curve can run through it."""
+    handles = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    across = min(len(handles), 3 if axes[0].figure.get_figwidth() < 5 else 5)
+    axes[0].figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=across, frameon=False)
+
+
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     """The mean, and its standard error (0 of a single value)."""
     mean = sum(values) / len(values)

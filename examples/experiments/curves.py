@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from common import Recipe, Setting, State, Step, arguments, bar, console, figure, line, settings, table
+from common import Recipe, Setting, State, Step, arguments, bar, console, figure, legend, line, settings, table
 from matplotlib.axes import Axes
 from networks import Batch
 from rich.console import Console
@@ -191,7 +191,7 @@ def main(given: Sequence[str] | None = None) -> dict[str, list[Row]]:
                 line(ax, number, row.found.alphas, row.found.losses, row.path)
             ax.set(title=name, xlabel="position on the path from A to B")
         axes[0].set_ylabel("test loss")
-        axes[0].legend(frameon=False, fontsize=7)
+        legend(axes)
 
     figure(len(every), options.out / "curves.png", draw)
     return every

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from common import Setting, arguments, bar, console, figure, line, mean_and_error, settings, table
+from common import Setting, arguments, bar, console, figure, legend, line, mean_and_error, settings, table
 from matplotlib.axes import Axes
 from networks import Batch
 from rich.console import Console
@@ -113,7 +113,7 @@ def main(given: Sequence[str] | None = None) -> dict[str, Found]:
                 ax.axhline(every[model][name][0]["loss"], color="black", linestyle=style, linewidth=1, label=name)
             ax.set(title=model, xlabel="position on the line from A to B")
         axes[0].set_ylabel("test loss")
-        axes[0].legend(frameon=False, fontsize=8)
+        legend(axes)
 
     figure(len(every), options.out / "disjoint.png", draw)
     return every

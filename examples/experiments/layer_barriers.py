@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from common import Setting, arguments, bar, console, figure, line, settings, table
+from common import Setting, arguments, bar, console, figure, legend, line, settings, table
 from matplotlib.axes import Axes
 from rich.console import Console
 
@@ -77,7 +77,7 @@ def main(given: Sequence[str] | None = None) -> dict[str, Found]:
             for number, (kind, ones) in enumerate(found.items()):
                 line(ax, number, range(len(layers)), [mean(ones, layer) for layer in layers], kind)
             ax.set(title=name, xlabel="layer", ylabel="barrier in test loss")
-        axes[0].legend(frameon=False)
+        legend(axes)
 
     figure(len(every), options.out / "layer_barriers.png", draw)
     return every

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from common import Setting, arguments, bar, console, figure, line, settings, table
+from common import Setting, arguments, bar, console, figure, legend, line, settings, table
 from matplotlib.axes import Axes
 from rich.console import Console
 from torch import Tensor, nn
@@ -82,7 +82,7 @@ def main(given: Sequence[str] | None = None) -> dict[str, Found]:
                 cosines = [mean(found[kind], layer, "cosine") for layer in layers]
                 line(ax, number, range(len(layers)), cosines, kind)
             ax.set(title=name, xlabel="module, in the order in which they run", ylabel="cosine", ylim=(None, 1.02))
-        axes[0].legend(frameon=False)
+        legend(axes)
 
     figure(len(every), options.out / "layer_features.png", draw)
     return every

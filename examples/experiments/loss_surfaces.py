@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from common import Setting, arguments, bar, console, figure, line, settings, table
+from common import Setting, arguments, bar, console, figure, legend, line, settings, table
 from matplotlib.axes import Axes
 from rich.console import Console
 
@@ -58,6 +58,17 @@ def run(setting: Setting, seeds: Sequence[int], points: int, grid: int, where: C
     return Result(surfaces, [*keep, last], heights)
 
 
+def round_levels(values: torch.Tensor) -> list[float]:
+    """Round numbers from the lowest value to the highest tenth, about evenly spaced on a logarithmic scale.
+
+    One scale for both planes, on which the valleys of the one can be told apart as well as the peaks of the other.
+    """
+    low, high = float(values.min()), float(values.quantile(0.9))
+    every = [round(step * 10.0**power, 9) for power in range(-4, 4) for step in (1, 1.5, 2, 3, 5, 7)]
+    inner = [level for level in every if low < level < high]
+    return inner if len(inner) > 1 else [low, (low + high) / 2, high]
+
+
 def main(given: Sequence[str] | None = None) -> dict[str, Result]:
     """Run the experiment and return what was found."""
     models = ("MLP", "ResNet", "DenseNet", "ViT", "Characters")
@@ -86,9 +97,7 @@ def main(given: Sequence[str] | None = None) -> dict[str, Result]:
     def draw(axes: list[Axes]) -> None:
         for column, found in enumerate(every.values()):
             values = torch.tensor([s.losses for s in found.surfaces.values()], dtype=torch.float64)
-            finite = values[torch.isfinite(values)]
-            # One scale for both planes; the few highest values would flatten all others.
-            levels = torch.linspace(float(finite.min()), float(finite.quantile(0.9)), 13).tolist()
+            levels = round_levels(values[torch.isfinite(values)])
             for row, (name, surface) in enumerate(found.surfaces.items()):
                 ax = axes[row * len(every) + column]
                 surface.plot(ax=ax, levels=levels)
@@ -102,7 +111,7 @@ def main(given: Sequence[str] | None = None) -> dict[str, Result]:
                 line(ax, number, found.epochs, heights, kind)
             ax.set(title=name, xlabel="epoch")
         axes[0].set_ylabel("barrier in test loss")
-        axes[0].legend(frameon=False)
+        legend(axes)
 
     figure(len(every), options.out / "loss_surfaces_training.png", draw_heights)
     return every

@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from common import Setting, arguments, bar, console, figure, line, settings, table
+from common import Setting, arguments, bar, console, figure, legend, line, settings, table
 from matplotlib.axes import Axes
 from rich.console import Console
 from torch import nn
@@ -166,7 +166,7 @@ def main(given: Sequence[str] | None = None) -> dict[str, list[Row]]:
                 line(ax, number, [1, *(n for n, _ in points)], [rows[0].accuracy, *(a for _, a in points)], method)
             ax.set(title=name, xlabel="networks in the mean", ylabel="test accuracy", ylim=(0, 1.02))
             ax.set_xticks(range(1, len(options.seeds) + 1))
-        axes[0].legend(frameon=False)
+        legend(axes)
 
     figure(len(found), options.out / "many_models.png", draw)
     return found

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from common import Setting, State, Step, arguments, bar, console, figure, line, settings, table
+from common import Setting, State, Step, arguments, bar, console, figure, legend, line, settings, table
 from matplotlib.axes import Axes
 from rich.console import Console
 from torch import Tensor
@@ -154,7 +154,7 @@ def main(given: Sequence[str] | None = None) -> dict[str, Result]:
                 line(ax, 2, places, [row.weak for row in sequence], "its own")
                 ax.set(title=list(every)[at], ylabel="barrier in test loss")
                 ax.tick_params(axis="x", labelrotation=30)
-        axes[0].legend(frameon=False)
+        legend(axes)
 
     figure(2 * len(every), options.out / "simultaneous.png", draw)
     return every

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from common import Setting, arguments, bar, console, figure, line, mean_and_error, settings, table
+from common import Setting, arguments, bar, console, figure, legend, line, mean_and_error, settings, table
 from matplotlib.axes import Axes
 from rich.console import Console
 from torch import Tensor
@@ -123,7 +123,7 @@ def main(given: Sequence[str] | None = None) -> dict[str, Result]:
                 line(ax, number, THRESHOLDS, [comparison.alignment(above) for above in THRESHOLDS], name)
             ax.set(title=model, xlabel="singular values above this share of the largest", ylim=(-0.1, 1.02))
         axes[0].set_ylabel("alignment of singular vectors")
-        axes[0].legend(frameon=False)
+        legend(axes)
 
     figure(len(every), options.out / "singular_vectors.png", draw)
     return every

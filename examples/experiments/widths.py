@@ -14,7 +14,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from common import COLOURS, MARKERS, Setting, arguments, bar, console, figure, mean_and_error, settings, table
+from common import COLOURS, MARKERS, Setting, arguments, bar, console, figure, legend, mean_and_error, settings, table
 from matplotlib.axes import Axes
 from rich.console import Console
 
@@ -102,7 +102,7 @@ def main(given: Sequence[str] | None = None) -> dict[str, list[Row]]:
             above, below = axes[column], axes[len(every) + column]
             widths = [row.width for row in rows]
             for number, (label, values) in enumerate(
-                (("naive", [row.naive for row in rows]), ("aligned", [row.aligned for row in rows]))
+                (("barrier, naive", [row.naive for row in rows]), ("barrier, aligned", [row.aligned for row in rows]))
             ):
                 above.errorbar(
                     widths,
@@ -118,7 +118,7 @@ def main(given: Sequence[str] | None = None) -> dict[str, list[Row]]:
                 (
                     ("average, naive", [row.mean_naive for row in rows]),
                     ("average, aligned", [row.mean_aligned for row in rows]),
-                    ("single", [row.single for row in rows]),
+                    ("single network", [row.single for row in rows]),
                 )
             ):
                 below.plot(
@@ -134,8 +134,7 @@ def main(given: Sequence[str] | None = None) -> dict[str, list[Row]]:
             for ax in (above, below):
                 ax.set_xscale("log", base=2)
                 ax.set_xticks(widths, [str(width) for width in widths])
-        axes[0].legend(frameon=False)
-        axes[len(every)].legend(frameon=False, loc="lower right")
+        legend(axes)
 
     figure(len(every), options.out / "widths.png", draw, rows=2)
     return every

@@ -77,6 +77,11 @@ def test_what_is_not_finite_is_shown_and_not_averaged_away() -> None:
     assert math.isnan(inside.barrier)
     ax = found.plot()
     assert ax.get_xlabel() == "L2 distance" and {text.get_text() for text in ax.texts} == {"A", "B", "C"}
+    spaced = loss_surface(A, B, C, lambda net: float(net[0].weight.square().sum()), points=5).plot(
+        levels=[0.5, 1, 2, 9]
+    )
+    colours = spaced.collections[0].cmap(spaced.collections[0].norm([0.6, 1.5, 5]))[:, 2]  # each step its own
+    assert len(set(colours)) == 3
     with pytest.raises(EvaluationError, match="no metric 'accuracy'"):
         found.plot("accuracy")
 

@@ -112,7 +112,9 @@ def test_after_merge(load, tmp_path: Path) -> None:
         assert found.middles[kind, "BatchNorm reset"] == found.middles[kind, "as averaged"]
         assert found.mean(kind, "REPAIR", "loss") < found.mean(kind, "as averaged", "loss")
     text = (tmp_path / "after_merge.md").read_text().splitlines()
-    assert text[1].startswith("| --- | ---: |") and text[2].startswith("| MLP, 16 | ")
+    assert text[1].startswith("| --- | ---: |") and text[2].startswith("| **MLP, width 16, ends 0.")
+    assert text[3].startswith("| naive | ") and text[4].startswith("| aligned | ")
+    assert text[-1].startswith("Seeds 1 2; ")
     assert (tmp_path / "after_merge.png").exists()
 
 
