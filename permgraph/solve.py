@@ -22,10 +22,11 @@ from permgraph.errors import ConflictError
 from permgraph.foresight import PLACEHOLDER, foreseen_cuts
 from permgraph.liveness import live_nodes
 from permgraph.rules import find_rule
-from permgraph.rules.call import Call, Ledger, TypedTensor, loose_families, provides
+from permgraph.rules.call import EQUAL, Call, Ledger, TypedTensor, loose_families, provides
 from permgraph.rules.registry import Rule
 from permgraph.signature import signature
-from permgraph.uniform import Uniform, known_values, uniform_dims, written_nodes
+from permgraph.ties import tied_dims
+from permgraph.uniform import NONE, Uniform, known_values, uniform_dims, viewed_nodes, written_nodes
 
 MAX_RUNS = 6
 MAX_VISITS = 12
@@ -53,18 +54,33 @@ def solve(graph: fx.Graph) -> Solution:
     constants = [n for n in nodes if n.op == "placeholder" and n.meta["kind"] == "constant"]
     written = written_nodes(nodes)
     uniform = uniform_dims(nodes, written, {node: _constant_along(node.meta.get("real")) for node in constants})
-    known = known_values(nodes, written)
+    live = live_nodes(nodes)
+    facts = _Facts(
+        uniform, tied_dims(nodes, written, uniform), known_values(nodes, written), viewed_nodes(nodes),
+        live if nodes and nodes[-1].op == "output" else None,
+    )  # fmt: skip
     for number in range(MAX_RUNS):
-        run = _Run(nodes, Axes(cuts), uniform, known)
+        run = _Run(nodes, Axes(cuts), facts)
         run.until_stable()
         # What is foreseen makes families before anything is known of cuts inside them.
         seen = run.cuts_seen(within=number == 0)
         if seen == cuts:
             break
         cuts = seen
-    if run.unobserved(live_nodes(nodes)):
+    if run.unobserved(live):
         run.until_stable()
     return run.solution()
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What the graph says of tensors' values before any rule runs, see `permgraph.uniform` and `permgraph.ties`."""
+
+    uniform: Mapping[fx.Node, Uniform]
+    tied: Mapping[fx.Node, Uniform]
+    known: Mapping[fx.Node, tuple[int, ...]]
+    viewed: Collection[fx.Node]
+    live: Collection[fx.Node] | None  # None: whatever is not used is a result
 
 
 class _Run:
@@ -74,11 +90,10 @@ class _Run:
         self,
         nodes: Sequence[fx.Node],
         axes: Axes,
-        uniform: Mapping[fx.Node, Uniform],
-        known: Mapping[fx.Node, tuple[int, ...]],
+        facts: _Facts,
     ) -> None:
         self.axes = axes
-        self.uniform = uniform
+        self.facts = facts
         self.ends = Ledger()
         self.dropped: list[tuple[int, TypedTensor, int]] = []
         self.nodes = nodes
@@ -92,7 +107,7 @@ class _Run:
                 self.values[node] = tensor = self._typed(node, node.meta["val"])
                 if isinstance(tensor, TypedTensor) and node.meta["kind"] != "input":
                     tensor.dims = axes.born((PLACEHOLDER, number), tensor.shape)
-                    tensor.known = known.get(node)
+                    tensor.known = facts.known.get(node)
                 if node.meta["kind"] in ("parameter", "buffer") and isinstance(self.values[node], TypedTensor):
                     name = node.meta["names"][0]
                     self.values[node].name = name
@@ -106,28 +121,38 @@ class _Run:
                 arguments = self._arguments(node)
                 self.values[node] = result = self._result(node, arguments)
                 outs = list(result) if isinstance(result, (list, tuple)) else [result]
-                if node in known:
-                    result.known = known[node]
+                if node in facts.known:
+                    result.known = facts.known[node]
                 self.calls.append(Call(node, number, arguments, outs, axes, Ledger(), memo))
 
     # -- making tensors ----------------------------------------------------------------------------------------------
 
     def _typed(self, node: fx.Node, val: Any, suffix: str = "") -> Any:
         if isinstance(val, torch.Tensor):
-            return TypedTensor(node.name + suffix, val.shape, val.dtype, self.axes)
+            tensor = TypedTensor(node.name + suffix, val.shape, val.dtype, self.axes)
+            tensor.tied = self.facts.tied.get(node, NONE)
+            tensor.viewed = node in self.facts.viewed
+            return tensor
         if isinstance(val, (list, tuple)):
-            return [self._typed(node, item, f"{suffix}.{i}") for i, item in enumerate(val)]
+            items = [self._typed(node, item, f"{suffix}.{i}") for i, item in enumerate(val)]
+            if self.facts.live is not None and not suffix:
+                read = {user.args[1] for user in node.users if user in self.facts.live}
+                for i, item in enumerate(items):
+                    if isinstance(item, TypedTensor):
+                        item.read = i in read
+            return items
         return val
 
     def _used(self, source: fx.Node, user: fx.Node) -> Any:
         """What a node holds, as one use of it sees it: with axes of its own where the tensor does not vary."""
         value = self.values[source]
-        dims = self.uniform.get(source)
+        dims = self.facts.uniform.get(source)
         if not dims or not isinstance(value, TypedTensor):
             return value
         used = TypedTensor(f"{value.name} in {user.name}", value.shape, value.dtype, self.axes)
         used.dims = [used.dims[d] if d in dims else axis for d, axis in enumerate(value.dims)]
         used.uniform = dims
+        used.tied = value.tied
         return used
 
     def _argument(self, value: Any, node: fx.Node) -> Any:
@@ -180,6 +205,7 @@ class _Run:
                     if self.axes.has_families:  # else there may be no second visit
                         settled[call] = self._atoms_of(call)
             self._pin_ends()  # once more: only the rules have said which axes the values of tensors number
+            self._pin_mirrored()
             if not self.axes.has_families:  # then what was said once holds for good
                 return
             self._collapse_families()
@@ -215,6 +241,7 @@ class _Run:
                 call.unknown()
             else:
                 rule(call)
+            call.pin_unfollowed_values()
         except RecursionError:  # an axis that is cut again and again, as by a view that skews a padded matrix
             call.pin_all([*call.tensors, *call.results], "its axes are cut in too intricate a way to follow")
         except Exception as error:
@@ -254,6 +281,22 @@ class _Run:
                 if seen.isdisjoint(self.axes.atoms(tensor.dims[dim])):
                     self.dropped.append((number, tensor, dim))
         return bool(self.dropped)
+
+    def _pin_mirrored(self) -> None:
+        """Pin axes that meet themselves where a largest element is looked for: (i, j) and (j, i) may be the same."""
+        for call in self.calls:
+            for tensor, dims, number in call.ledger.searched:
+                if self._meets_itself([tensor.dims[d] for d in dims]):
+                    self._pin(number, tensor, EQUAL, free=frozenset(range(tensor.ndim)) - frozenset(dims))
+
+    def _meets_itself(self, axes: Sequence[Axis]) -> bool:
+        """Whether one unpinned axis stands twice in the product of these."""
+        axis = self.axes.resolve(axes[0]) if len(axes) == 1 else None
+        if axis is not None and axis.kind is not Kind.PRODUCT:
+            return any(self._meets_itself([child]) for child in axis.children)
+        factors = [factor for axis in axes for factor in self.axes.factors(axis)]
+        atoms = [a for factor in factors for a in dict.fromkeys(self.axes.atoms(factor)) if a.pinned is None]
+        return len(set(atoms)) < len(atoms) or any(self._meets_itself([f]) for f in factors if f.children)
 
     def _pin_placeholder(self, number: int, node: fx.Node, tensor: TypedTensor) -> None:
         kind = node.meta["kind"]

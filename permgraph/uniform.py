@@ -24,7 +24,7 @@ MOVING = """
     view _unsafe_view reshape flatten unflatten _reshape_alias repeat select unbind slice narrow split
     split_with_sizes chunk
 """
-_CONSTANT = frozenset(CONSTANT.split())
+CREATED = frozenset(CONSTANT.split())
 _MOVING = frozenset(MOVING.split())
 _COPIES = frozenset(COPIES.split())
 _BY_ELEMENT = _COPIES | frozenset([*ARITHMETIC.split(), "eq", "ne", "where", "masked_fill"])
@@ -64,7 +64,7 @@ def _of_call(node: fx.Node, found: Mapping[fx.Node, Uniform]) -> Uniform:
     if out is None or name.endswith("_"):
         return NONE
     every = frozenset(range(out.ndim))
-    if name in _CONSTANT:
+    if name in CREATED:
         return every
     sources = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
     if name == "expand":
@@ -167,6 +167,14 @@ def written_nodes(nodes: Sequence[fx.Node]) -> set[fx.Node]:
     """The nodes whose memory some operator writes to, through whichever view."""
     memory = Memory(nodes)
     owners = memory.written()
+    return {node for node in nodes if memory.owner(node) in owners}
+
+
+def viewed_nodes(nodes: Sequence[fx.Node]) -> set[fx.Node]:
+    """The nodes whose memory is seen by two tensors or more: by one, and by views of it."""
+    memory = Memory(nodes)
+    views = (n for n in nodes if n.op == "call_function" and n.target is not operator.getitem)
+    owners = {memory.owner(n) for n in views if (ties := list(_aliased(n))) and not any(writes for _, writes in ties)}
     return {node for node in nodes if memory.owner(node) in owners}
 
 

@@ -31,13 +31,14 @@ from torch import fx
 from permgraph.axes import Axes, Axis, Index, Kind, Pinned
 from permgraph.errors import ConflictError
 
+EQUAL = "equal values are told apart by their place"
 VALUE = -1  # the dimension number by which the axis of an integer tensor's values goes
 
 
 class TypedTensor:
     """A tensor of the graph with an axis for each dimension, and one for its values where they index something."""
 
-    __slots__ = ("_origin", "dims", "dtype", "known", "name", "shape", "uniform", "value")
+    __slots__ = ("_origin", "dims", "dtype", "known", "name", "read", "shape", "tied", "uniform", "value", "viewed")
 
     def __init__(self, name: str, shape: Sequence[int], dtype: torch.dtype, axes: Axes) -> None:
         self.name = name
@@ -48,6 +49,9 @@ class TypedTensor:
         self._origin: TypedTensor | None = None  # no cycle: thousands of them go as soon as nobody holds them
         # Dimensions along which it does not vary: no link ties them, as if they were broadcast.
         self.uniform: frozenset[int] = frozenset()
+        self.tied: frozenset[int] = frozenset()  # dimensions along which elements may be equal by more than chance
+        self.read = True  # whether anything depends on it
+        self.viewed = False  # whether its memory is seen through other tensors as well
         # The values of a short vector of integers that the model's code has.
         self.known: tuple[int, ...] | None = None
 
@@ -110,6 +114,7 @@ class Ledger:
     pins: list[tuple[TypedTensor, int, str, int]] = field(default_factory=list)  # slot, reason, node
     unknown: list[int] = field(default_factory=list)
     taken: list[TypedTensor] = field(default_factory=list)  # of which a part was taken
+    searched: list[tuple[TypedTensor, tuple[int, ...], int]] = field(default_factory=list)  # tensor, dims, node
 
     def clear(self) -> None:
         for entries in vars(self).values():
@@ -241,6 +246,7 @@ class Call:
         self.axes = axes
         self.ledger = ledger
         self._memo = memo
+        self._followed: set[int] = set()  # the tensors of whose values the rule has said where they go
         self._tensors = tuple(_flat(arguments.values()))
         self._results = tuple(_flat(outs))
 
@@ -376,6 +382,9 @@ class Call:
         self.note_rearrangement(*parts, out)
         if out.is_integral:
             self.share_values([*parts, out])
+        else:
+            for part in parts:
+                self.pin_values(part, "an index was turned into a number")
 
     def pin(self, tensor: TypedTensor | None, dims: int | Sequence[int], reason: str) -> None:
         """Say that these dimensions stay put (`VALUE`: the axis that the tensor's values index)."""
@@ -396,10 +405,23 @@ class Call:
     def pin_values(self, tensor: TypedTensor | None, reason: str) -> None:
         """Pin the axis which the tensor's integer values index, if there is one."""
         if tensor is not None and tensor.value is not None:
+            self.ignore_values(tensor)
             self.pin(tensor, VALUE, reason)
+
+    def ignore_values(self, *tensors: TypedTensor) -> None:
+        """Say that the operator does not read the values of these tensors, or that they need no further word."""
+        self._followed.update(map(id, tensors))
+
+    def pin_unfollowed_values(self) -> None:
+        """Pin the axes that the values of the arguments index, where the rule has not said what becomes of them."""
+        for tensor in self._tensors:
+            if tensor.value is not None and id(tensor) not in self._followed:
+                self.pin_values(tensor, f"an index went into {self.node.target}")
+        self._followed.clear()
 
     def carry_values(self, source: TypedTensor, out: TypedTensor, *, all_of_them: bool = False) -> None:
         """Say that the values of `out` are values of `source` (in the same order, if `all_of_them`)."""
+        self.ignore_values(source)
         if source.value is not None:
             if all_of_them and math.prod(source.shape) == math.prod(out.shape):
                 out.follow(source)
@@ -412,6 +434,7 @@ class Call:
 
     def share_values(self, tensors: Sequence[TypedTensor]) -> None:
         """Say that values of all these tensors may stand in one another's place; without a common axis, pin."""
+        self.ignore_values(*tensors)
         values = [tensor.value for tensor in tensors if tensor.value is not None]
         if not values:
             return
@@ -486,6 +509,8 @@ class Call:
                         raise ConflictError(f"{self.node.target}: label {label!r} stands twice in {pattern!r}")
                     labelled[label] = axis
                     where[label] = d
+        if value is not None:
+            self.ignore_values(tensor)
         if value is not None and tensor.value is not None and tensor.value.size != 1:
             labelled[value] = tensor.value
             where[value] = VALUE

@@ -9,11 +9,17 @@ from permgraph.rules.registry import rule
 @rule(
     "aten.zeros", "aten.ones", "aten.full", "aten.empty", "aten.zeros_like", "aten.ones_like", "aten.full_like",
     "aten.empty_like", "aten.new_zeros", "aten.new_ones", "aten.new_full", "aten.new_empty", "aten.new_empty_strided",
-    "aten.empty_strided", "aten.empty_permuted", "aten.scalar_tensor", "aten.zero", "aten.fill.Scalar",
-    "aten._efficientzerotensor",
+    "aten.empty_strided", "aten.empty_permuted", "aten.scalar_tensor", "aten._efficientzerotensor",
 )  # fmt: skip
 def constant(call: Call) -> None:
-    """Every element is the same, so every axis is free."""
+    """Every element is the same, so every axis is free; of a tensor to be like, no element is read."""
+    call.ignore_values(*call.tensors)
+
+
+@rule("aten.zero", "aten.fill.Scalar")
+def overwritten(call: Call) -> None:
+    """Every element becomes the same, so every axis is free; an index would be one no more."""
+    call.pin_values(call["self"], "an index was overwritten with a number")
 
 
 @rule("aten.arange")

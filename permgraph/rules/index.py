@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import fx
-from torch._ops import OpOverload
 
 from permgraph.rules.call import Call, TypedTensor
 from permgraph.rules.registry import rule
@@ -99,7 +97,10 @@ def _along(
     for d in range(x.ndim):
         if d == dim:
             looked.append(_mark(call, x, d, index))
-            running.append("k")
+            running.append("k" if all(t.shape[d] == index.shape[d] for t, _ in others) else "_")
+            if running[-1] == "_":  # `scatter` reads as much of its source as there are indices
+                for tensor, _ in others:
+                    call.pin(tensor, d, "only a part of it is looked up")
         elif x.shape[d] == index.shape[d] and all(t.shape[d] == x.shape[d] for t, _ in others):
             looked.append(f"d{d}")
             running.append(f"d{d}")
@@ -246,13 +247,11 @@ def masked_scatter(call: Call) -> None:
     Along last dimensions in which the mask is the same throughout, whole rows of the source are written.
     """
     x, mask, source = call["self"], call["mask"], call["source"]
-    arguments = [call.node.args[1], call.node.kwargs.get("mask")] if len(call.node.args) > 1 else []
-    node = next((a for a in arguments if isinstance(a, fx.Node)), None)
     rows = 0
     while (
         rows < min(x.ndim, source.ndim - 1)
         and x.shape[x.ndim - 1 - rows] == source.shape[source.ndim - 1 - rows]
-        and _is_constant(node, mask, mask.ndim - 1 - rows)
+        and _is_constant(mask, mask.ndim - 1 - rows)
     ):
         rows += 1
     same = [f"d{i}" for i in range(rows)]
@@ -267,23 +266,9 @@ def masked_scatter(call: Call) -> None:
         call.pin_values(tensor, "indices are mixed with other integers")
 
 
-def _is_constant(node: fx.Node | None, mask: TypedTensor, dim: int) -> bool:
+def _is_constant(mask: TypedTensor, dim: int) -> bool:
     """Whether a mask is broadcast along a dimension, now or by the operators that made it."""
-    if dim < 0 or mask.shape[dim] == 1:
-        return True
-    while node is not None and isinstance(node.target, OpOverload):
-        name = node.target._schema.name
-        source = node.args[0] if node.args else None
-        if not isinstance(source, fx.Node):
-            return False
-        shape = source.meta["val"].shape
-        if name in ("aten::expand", "aten::expand_as", "aten::broadcast_to"):
-            own = dim - (len(mask.shape) - len(shape))
-            return own < 0 or bool(shape[own] == 1)
-        if name not in ("aten::alias", "aten::clone", "aten::_to_copy", "aten::detach"):
-            return False
-        node = source
-    return False
+    return dim < 0 or mask.shape[dim] == 1 or dim in mask.uniform
 
 
 @rule("aten.bucketize", "aten.searchsorted")

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
-from permgraph.rules.call import Call, TypedTensor
+from permgraph.rules.call import EQUAL, Call, TypedTensor
 from permgraph.rules.registry import rule
 
 REDUCTIONS = """
     sum mean amax amin aminmax prod var std var_mean std_mean norm linalg_vector_norm logsumexp any all nansum
     count_nonzero frobenius_norm _is_all_true
 """
-
-EQUAL = "equal values are told apart by their place"
 
 
 def _names(tensor: TypedTensor) -> list[str]:
@@ -63,7 +61,7 @@ def argmax(call: Call) -> None:
     """The position of the extreme value: an index of the dimension that was searched, or of all of them flattened."""
     x = call["self"]
     if call.get("dim") is None:  # an index of all dimensions, flattened
-        call.pin(x, sorted(x.uniform), EQUAL)
+        _tell_equals_apart(call, x, range(x.ndim), call.out)
         call.out.value = call.axes.product(x.dims)
         call.link((x, " ".join(_names(x))), (call.out, "..."))
         call.pin_values(x, "arithmetic on an index")
@@ -71,9 +69,15 @@ def argmax(call: Call) -> None:
         _positions(call, x, call.dim(x), None, call.out)
 
 
+def _tell_equals_apart(call: Call, x: TypedTensor, dims: Iterable[int], indices: TypedTensor) -> None:
+    """Pin what is searched where elements may be equal, and somebody reads which of them was found."""
+    if indices.read:
+        call.pin(x, [dim for dim in dims if dim in x.uniform or dim in x.tied], EQUAL)
+        call.ledger.searched.append((x, tuple(dims), call.number))
+
+
 def _positions(call: Call, x: TypedTensor, dim: int, values: TypedTensor | None, indices: TypedTensor) -> None:
-    if dim in x.uniform:
-        call.pin(x, dim, EQUAL)
+    _tell_equals_apart(call, x, [dim], indices)
     indices.value = x.dims[dim]
     pattern = _reduced(x, indices, [dim])
     call.link((x, " ".join(_names(x))), (values, pattern), (indices, f"{pattern} ; d{dim}"))
@@ -86,8 +90,7 @@ def ranking(call: Call) -> None:
     x = call["self"]
     dim = call.dim(x, default=-1)
     *values, indices = call.results
-    if dim in x.uniform:
-        call.pin(x, dim, EQUAL)
+    _tell_equals_apart(call, x, [dim], indices)
     indices.value = x.dims[dim]
     ranked = " ".join(f"r{dim}!" if i == dim else name for i, name in enumerate(_names(x)))
     call.link(

@@ -24,6 +24,7 @@ def corner(forward: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], 
         return Net(
             forward, a=lin(5, 6), b=lin(5, 6), c=lin(6, 6), o=lin(6, 2), w=par(6, 6), v=par(6), t=par(4, 6, 6),
             p=lin(36, 2), r=lin(5, 4), u=par(4, 6, 5), z=par(4, 3, 2), table=nn.Embedding(6, 6),
+            wide=par(36, 6),
         )  # fmt: skip
 
     CORNERS[forward.__name__.strip("_")] = make
@@ -340,6 +341,114 @@ def a_determinant_and_an_inverse(m: Any, x: Tensor) -> Tensor:
 @corner
 def distances_between_rows(m: Any, x: Tensor) -> Tensor:
     return m.o(m.a(x) @ torch.cdist(m.w, m.w))
+
+
+@corner
+def the_largest_of_what_may_all_be_zero(m: Any, x: Tensor) -> Tensor:
+    return m.o(F.one_hot(torch.relu(m.a(x) - 1).argmax(-1), 6) * m.b(x))
+
+
+@corner
+def the_first_that_is_positive(m: Any, x: Tensor) -> Tensor:
+    return m.o(m.table((m.a(x) > 0).long().argmax(-1)))
+
+
+@corner
+def the_two_largest_signs(m: Any, x: Tensor) -> Tensor:
+    return m.o(m.b(x).scatter(-1, m.a(x).sign().topk(2, -1).indices, 1.0))
+
+
+@corner
+def the_largest_of_what_was_clamped_in_place(m: Any, x: Tensor) -> Tensor:
+    y = m.a(x)
+    y.clamp_(max=0.1)
+    return m.o(m.table(y.max(-1).indices))
+
+
+@corner
+def the_largest_of_what_a_threshold_left(m: Any, x: Tensor) -> Tensor:
+    y = m.a(x) - 1
+    return m.o(m.table(torch.where(y > 0, y, 0.0).argmax(-1)))
+
+
+@corner
+def the_expert_with_most_tokens(m: Any, x: Tensor) -> Tensor:
+    tokens = torch.bincount(m.a(x)[..., :3, :].argmax(-1).flatten(), minlength=6)
+    return m.o(m.a(x) + m.table(tokens.argsort(stable=True))[:1])
+
+
+@corner
+def the_largest_of_a_padded_row(m: Any, x: Tensor) -> Tensor:
+    return m.o(m.wide[F.pad(m.a(x) - 3, (0, 30)).argmax(-1)])
+
+
+@corner
+def the_largest_of_copies(m: Any, x: Tensor) -> Tensor:
+    copies = m.a(x)[..., None].expand(-1, -1, -1, 6).flatten(2)
+    return m.o(m.wide[copies.argmax(-1)] + m.wide[m.b(x).repeat_interleave(6, -1).argmax(-1)])
+
+
+@corner
+def the_smallest_product_of_two_units(m: Any, x: Tensor) -> Tensor:
+    y = m.a(x)
+    return m.o(m.wide[(y[..., :, None] * y[..., None, :]).flatten(2).argmin(-1)])
+
+
+@corner
+def an_index_joined_with_numbers(m: Any, x: Tensor) -> Tensor:
+    return m.o(torch.cat([m.a(x).argmax(-1, keepdim=True), x], -1) * m.v)
+
+
+@corner
+def a_triangle_of_indices(m: Any, x: Tensor) -> Tensor:
+    return m.o(m.a(x).argmax(-1).triu()[..., None] * m.v)
+
+
+@corner
+def a_diagonal_of_indices(m: Any, x: Tensor) -> Tensor:
+    chosen = m.a(x)[:, :3].argmax(-1)
+    return m.o((chosen.diagonal() + torch.diag_embed(chosen).sum((0, 1)))[:, None] * m.v)
+
+
+@corner
+def a_product_of_indices(m: Any, x: Tensor) -> Tensor:
+    chosen = m.a(x).argmax(-1)
+    return m.o(torch.einsum("bs,bt->st", chosen, chosen)[..., None] * m.v)
+
+
+@corner
+def indices_written_into_a_view(m: Any, x: Tensor) -> Tensor:
+    kept = torch.zeros(3, 6, dtype=torch.long)
+    kept[:, 1:] = m.a(x)[:, 1:].argmax(-1)
+    return m.o(kept[..., None] * m.v)
+
+
+@corner
+def indices_written_into_a_view_and_looked_up(m: Any, x: Tensor) -> Tensor:
+    kept = torch.zeros(3, 6, dtype=torch.long)
+    kept[:, 1:].copy_(m.a(x)[:, 1:].argmax(-1))
+    return m.o(m.table(kept))
+
+
+@corner
+def numbers_filled_in(m: Any, x: Tensor) -> Tensor:
+    one, two = torch.arange(6), torch.arange(6)
+    one[2:4].fill_(1)
+    two[1:3].zero_()
+    return m.o(m.a(x) @ m.w[one] + m.b(x) @ m.w[two])
+
+
+@corner
+def a_mask_that_was_expanded_and_written(m: Any, x: Tensor) -> Tensor:
+    mask = (m.a(x)[..., :1] > 0).expand(-1, -1, 6).clone()
+    mask[..., 0] = True
+    return m.o(m.b(x).masked_scatter(mask, m.table.weight.repeat(9, 1).view(3, 18, 6)))
+
+
+@corner
+def more_written_than_there_are_places(m: Any, x: Tensor) -> Tensor:
+    chosen = m.r(x).argmax(-1, keepdim=True)
+    return m.o(torch.zeros(3, 6, 4, dtype=x.dtype).scatter_add(-1, chosen, m.a(x)[..., :4]) @ m.t[:, 0])
 
 
 @pytest.mark.filterwarnings("ignore")

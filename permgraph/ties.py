@@ -1,0 +1,164 @@
+"""Dimensions along which elements of a tensor may be equal by more than chance.
+
+A ReLU gives many zeros, a comparison ones and zeros, padding the same value again. Where the largest of such elements
+is looked for, the first of several wins, so that their places matter. Elements that weights have mixed are taken to
+differ, and so are those that a mask has left, unless the mask tells large ones from small.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from permgraph.rules.pointwise import ARITHMETIC, COPIES
+from permgraph.uniform import CREATED, NONE, Memory, Uniform
+
+FLAT = """
+    relu relu6 clamp clamp_min clamp_max clip hardtanh hardsigmoid hardswish hardshrink softshrink threshold sign sgn
+    round floor ceil trunc heaviside floor_divide fake_quantize_per_tensor_affine logit zero fill
+    constant_pad_nd eye tril triu diag_embed repeat repeat_interleave
+"""  # the same for a whole range of values, or the same several times over
+SCALING = "mul multiply div divide true_divide addcmul"  # nothing is left where one operand is zero
+LIMITS = "maximum minimum fmax fmin"  # the same wherever one operand is the larger
+COMPARISONS = "lt le gt ge less less_equal greater greater_equal"
+PLACED = """
+    permute transpose t unsqueeze squeeze expand sum mean amax amin max min median prod logsumexp cumsum
+"""  # equal elements stay equal, and what is uniform is so still
+MOVED = """
+    softmax _softmax log_softmax _log_softmax _safe_softmax view _unsafe_view reshape _reshape_alias flatten unflatten
+    slice select split split_with_sizes chunk unbind narrow flip roll sort topk gather index index_select embedding cat
+    stack scatter scatter_add scatter_reduce index_put index_add index_copy index_fill slice_scatter select_scatter
+    masked_scatter copy native_layer_norm native_group_norm _fused_rms_norm native_batch_norm
+    _native_batch_norm_legit
+"""  # equal elements stay equal, and those that are uniform meet others
+
+_FLAT, _SCALING, _LIMITS, _MOVED = (frozenset(names.split()) for names in (FLAT, SCALING, LIMITS, MOVED))
+_COMPARISONS, _PLACED = frozenset(COMPARISONS.split()), frozenset(PLACED.split())
+_BY_ELEMENT = frozenset([*ARITHMETIC.split(), *COPIES.split(), "where", "masked_fill"])
+_LOOKUPS = frozenset(["gather", "index", "index_select", "embedding"])
+
+
+def tied_dims(
+    nodes: Sequence[fx.Node], written: Collection[fx.Node], uniform: Mapping[fx.Node, Uniform]
+) -> dict[fx.Node, Uniform]:
+    """For each node the dimensions along which its elements may be equal; those along which all are, left out."""
+    search = _Search(nodes, written, uniform)
+    while search.grew:
+        search.grew = False
+        for node in nodes:
+            search.visit(node)
+    return search.found
+
+
+class _Search:
+    """What was found so far; memory that is written to is one with all that sees it."""
+
+    def __init__(
+        self, nodes: Sequence[fx.Node], written: Collection[fx.Node], uniform: Mapping[fx.Node, Uniform]
+    ) -> None:
+        self.found: dict[fx.Node, Uniform] = {}
+        self.grew = True
+        self._uniform = uniform
+        self._written = written
+        self._memory = Memory(nodes)
+        self._stained: set[fx.Node] = set()  # the owners of written memory that has equal elements somewhere
+        self._tells: set[fx.Node] = set()  # masks that tell large elements from small
+
+    def visit(self, node: fx.Node) -> None:
+        val = node.meta.get("val")
+        if node.op == "call_function" and self._is_telling(node):
+            self._tells.add(node)
+        ndim = _widest(val)
+        owner = self._memory.owner(node) if node in self._written else None
+        dims = frozenset(range(ndim)) if owner in self._stained else self._dims(node, val, ndim)
+        if dims - self.found.get(node, NONE):
+            self.found[node] = dims | self.found.get(node, NONE)
+            self.grew = True
+            if owner is not None and owner not in self._stained:
+                self._stained.add(owner)
+
+    def _dims(self, node: fx.Node, val: object, ndim: int) -> Uniform:
+        every = frozenset(range(ndim))
+        if isinstance(val, torch.Tensor) and not (val.is_floating_point() or val.is_complex()):
+            return every
+        if node.op != "call_function":
+            return NONE
+        name = _name(node)
+        sources = [n for n in node.all_input_nodes if _is_real(n)]
+        if name in _FLAT or (name in CREATED and node in self._written):
+            return every
+        if name in _LOOKUPS and not self._equal_in(sources[:1]):
+            return _looked_up(node, name, ndim)
+        if name in _MOVED or node.target is operator.getitem:
+            return every if self._equal_in(sources) or any(s in self._uniform for s in sources) else NONE
+        if name in _PLACED:
+            return every if self._equal_in(sources) else NONE
+        if name in _BY_ELEMENT:
+            return self._by_element(node, name, sources, every)
+        return NONE
+
+    def _equal_in(self, sources: Sequence[fx.Node]) -> bool:
+        return any(source in self.found for source in sources)
+
+    def _by_element(self, node: fx.Node, name: str, sources: Sequence[fx.Node], every: Uniform) -> Uniform:
+        if name in ("where", "masked_fill") and any(n in self._tells for n in node.all_input_nodes):
+            return every
+        if name in _SCALING and self._equal_in(sources):
+            return every
+        found = set()
+        for d in every:
+            varying = [s for s in sources if self._varies(s, d - len(every))]
+            if varying and (
+                all(d - len(every) + s.meta["val"].ndim in self.found.get(s, NONE) for s in varying)
+                or (name in _LIMITS and len(varying) < len(node.all_input_nodes))
+            ):
+                found.add(d)
+        return frozenset(found)
+
+    def _varies(self, source: fx.Node, d: int) -> bool:
+        """Whether an operand varies along a dimension, counted from the last."""
+        val = source.meta["val"]
+        return val.ndim >= -d and val.shape[d] > 1 and val.ndim + d not in self._uniform.get(source, NONE)
+
+    def _is_telling(self, node: fx.Node) -> bool:
+        val = node.meta.get("val")
+        if not isinstance(val, torch.Tensor) or val.dtype.is_floating_point:
+            return False
+        if _name(node) in _COMPARISONS:
+            return any(_is_real(source) for source in node.all_input_nodes)
+        return any(source in self._tells for source in node.all_input_nodes)
+
+
+def _name(node: fx.Node) -> str:
+    name = getattr(node.target, "_opname", "")
+    return name[:-1] if name.endswith("_") and not name.endswith("__") else name
+
+
+def _is_real(node: fx.Node) -> bool:
+    val = node.meta.get("val")
+    val = val[0] if isinstance(val, (list, tuple)) and val else val
+    return isinstance(val, torch.Tensor) and (val.is_floating_point() or val.is_complex())
+
+
+def _widest(val: object) -> int:
+    if isinstance(val, (list, tuple)):
+        return max((_widest(item) for item in val), default=0)
+    return val.ndim if isinstance(val, torch.Tensor) else 0
+
+
+def _looked_up(node: fx.Node, name: str, ndim: int) -> Uniform:
+    """The dimensions of a lookup's result that the index runs over."""
+    given: Any = node.args[1]
+    if name == "embedding":
+        return frozenset(range(given.meta["val"].ndim))
+    if name in ("gather", "index_select"):
+        return frozenset([given % max(ndim, 1)])
+    indices = {d: i.meta["val"] for d, i in enumerate(given) if i is not None}
+    if any(i.dtype in (torch.bool, torch.uint8) for i in indices.values()):
+        return NONE
+    first = min(indices) if max(indices) - min(indices) < len(indices) else 0
+    return frozenset(range(first, min(ndim, first + max(i.ndim for i in indices.values()))))
