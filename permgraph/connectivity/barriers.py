@@ -103,9 +103,10 @@ class Barrier:
         return _largest(self.excess(metric))
 
     def position(self, metric: str | None = None) -> float:
-        """Return the place on the line, from 0 to 1, where the barrier is highest (or first not finite)."""
+        """Return the place on the line, from 0 to 1, where the barrier is highest (or a value first not finite)."""
+        values = self._as_loss(metric or self.metric)
+        bad = [t for t, value in zip(self.alphas, values, strict=True) if not math.isfinite(value)]
         excess = self.excess(metric)
-        bad = [t for t, value in zip(self.alphas, excess, strict=True) if not math.isfinite(value)]
         return bad[0] if bad else self.alphas[excess.index(max(excess))]
 
     @property
@@ -132,7 +133,8 @@ class Barrier:
 
     def __str__(self) -> str:
         heights = ", ".join(f"{metric} {height:.4g}" for metric, height in self.barriers.items())
-        text = f"barrier: {heights} ({len(self.alphas)} points, highest at {self.position():.3g})"
+        where = f", highest at {self.position():.3g}" if math.isfinite(self.barrier) else ""
+        text = f"barrier: {heights} ({len(self.alphas)} points{where})"
         if self.nonfinite:
             text += f"; not finite at {', '.join(f'{metric}[{t:.3g}]' for metric, t in self.nonfinite)}"
         return text

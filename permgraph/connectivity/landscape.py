@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from permgraph.connectivity.barriers import Evaluate, Prepare, measure
 from permgraph.connectivity.evaluation import template_of, undisturbed
 from permgraph.connectivity.interpolation import as_state_dict, blend, check_same_keys
-from permgraph.errors import EvaluationError
+from permgraph.errors import EvaluationError, NonFiniteError
 from permgraph.matching.objective import STATISTICS
 
 if TYPE_CHECKING:
@@ -166,6 +166,7 @@ def loss_surface(
         MismatchError: the networks differ in a key or a shape.
         EvaluationError: there is no module, or one is in training mode; the three lie on a line, or ``points`` or
             ``margin`` is out of range.
+        NonFiniteError: a parameter of one of the three is NaN or infinite.
 
     Example:
         >>> a, b, c = (nn.Linear(2, 2).eval() for _ in range(3))
@@ -244,6 +245,9 @@ def _corners(states: Sequence[Mapping[str, Any]]) -> Corners:
         seen.add(x.data_ptr())
         origin = x.detach().to("cpu", torch.complex128 if x.is_complex() else torch.float64)
         b, c = (state[name].detach().to(origin) - origin for state in states[1:])
+        for which, tensor in zip("abc", (origin, b, c), strict=True):
+            if not bool(torch.isfinite(tensor).all()):
+                raise NonFiniteError(f"{name!r} of {which} holds NaN or infinity: no plane goes through that network")
         bb += float(torch.linalg.vector_norm(b)) ** 2
         cc += float(torch.linalg.vector_norm(c)) ** 2
         bc += float((b.conj() * c).sum().real)

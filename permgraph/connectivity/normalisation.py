@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
@@ -28,7 +29,8 @@ def recalibrate_batchnorm(model: Module, loader: Loader) -> Module:
     as in the networks' own training: every BatchNorm sees the activations that the recalibrated ones before it
     send. Everything else, dropout included, runs in evaluation mode, and the copy is returned in the mode of ``model``.
 
-    A network without running statistics comes back as a plain copy. ``model`` itself is not changed.
+    A network without running statistics comes back as a plain copy. ``model`` itself is not changed. Statistics that
+    are NaN or infinite, as weights or data may make them, are logged as a warning.
 
     Args:
         model: any module.
@@ -62,7 +64,19 @@ def recalibrate_batchnorm(model: Module, loader: Loader) -> Module:
                     "a batch has one value for each channel, which has no variance: use larger batches "
                     "(drop_last=True if it is the last)"
                 ) from error
+    names = {module: name for name, module in result.named_modules()}
+    broken = [names[norm] for norm in norms if not _finite(norm)]
+    if broken:
+        logger.warning(
+            "the statistics of %r are not finite, and so the network is not: check the data of the loader, and the "
+            "weights of the model",
+            broken[0],
+        )
     return result
+
+
+def _finite(norm: _NormBase) -> bool:
+    return all(s is None or bool(torch.isfinite(s).all()) for s in (norm.running_mean, norm.running_var))
 
 
 def running_norms(model: nn.Module) -> list[_NormBase]:

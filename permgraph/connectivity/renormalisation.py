@@ -29,7 +29,7 @@ from permgraph.connectivity.evaluation import (
     undisturbed,
 )
 from permgraph.connectivity.normalisation import collecting, running_norms
-from permgraph.errors import EvaluationError, MismatchError
+from permgraph.errors import EvaluationError, MismatchError, NonFiniteError
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +67,7 @@ def channel_statistics(model: nn.Module, loader: Loader, layers: Layers | None =
 
     Raises:
         EvaluationError: the loader is empty, or the model is in training mode.
+        NonFiniteError: a layer puts out NaN or infinity.
     """
     require_eval_mode(model, "the model to measure")
     running: dict[str, _Running] = {}
@@ -79,6 +80,12 @@ def channel_statistics(model: nn.Module, loader: Loader, layers: Layers | None =
         for batch in batches(loader):
             args, kwargs, _ = split_batch(batch, device)
             model(*args, **kwargs)
+    for name, found in running.items():
+        if not found.finite:
+            raise NonFiniteError(
+                f"layer {name!r} puts out NaN or infinity, so its channels have no statistics: check the data of the "
+                "loader, and the weights of the model (a parent, in repair)"
+            )
     return ChannelStatistics(
         means={name: r.mean for name, r in running.items()},
         deviations={name: r.deviation() for name, r in running.items()},
@@ -117,6 +124,8 @@ def repair(
     Raises:
         EvaluationError: the loader is empty, a model is in training mode, or there are fewer than two parents.
         MismatchError: a layer of ``model`` is missing in a parent, or has another number of channels there.
+        NonFiniteError: a layer of a parent puts out NaN or infinity. Where one of ``model`` itself does, as may happen
+            on the way between two networks, a warning is logged, and what is returned is no more finite.
 
     Example:
         >>> a, b = nn.Linear(4, 8).eval(), nn.Linear(4, 8).eval()
@@ -160,6 +169,9 @@ def repair(
             args, kwargs, _ = split_batch(batch, device)
             weigh(batch_size(args, kwargs))
             result(*args, **kwargs)
+        broken = next((name for name, found in running.items() if not found.finite), None)
+        if broken is not None:
+            logger.warning("layer %r of the model puts out NaN or infinity: the repaired model is not finite", broken)
         for name, layer in affine.items():
             if name in running:
                 _fuse(layer, *_correction(running[name], target, name, layer.bias is not None))
@@ -202,6 +214,10 @@ class _Running:
             self.squares = self.squares + other.squares + delta**2 * (self.count * other.count / count)
             self.count = count
         return self
+
+    @property
+    def finite(self) -> bool:
+        return bool((torch.isfinite(self.mean) & torch.isfinite(self.squares)).all())
 
     def deviation(self) -> Tensor:
         return (self.squares / max(self.count, 1)).sqrt()

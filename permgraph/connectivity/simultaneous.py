@@ -263,6 +263,10 @@ def _claim(
 
 
 def _moved(permutation: Permutation | None, network: Network) -> End:
+    if permutation is not None and not hasattr(permutation, "apply"):
+        raise MismatchError(
+            f"a permutation is needed, such as align(a, b).permutation, not a {type(permutation).__name__}"
+        )
     return lambda: network if permutation is None else permutation.apply(as_state_dict(network))
 
 

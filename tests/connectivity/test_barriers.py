@@ -83,6 +83,7 @@ def test_an_end_that_is_not_finite_leaves_no_barrier_to_speak_of() -> None:
     result = barrier(Point(-1.0), Point(1.0), lambda m: math.inf if _value(m) == 1 else 0.0, points=3)
     assert math.isnan(result.barrier)
     assert result.nonfinite == (("loss", 1.0),)
+    assert result.position() == 1.0 and str(result) == "barrier: loss nan (3 points); not finite at loss[1]"
 
 
 def test_points_can_be_given() -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from permgraph.connectivity import barrier, loss_surface, recalibrate_batchnorm
-from permgraph.errors import EvaluationError, MismatchError
+from permgraph.errors import EvaluationError, MismatchError, NonFiniteError
 
 
 def network(seed: int) -> nn.Module:
@@ -84,6 +84,13 @@ def test_what_is_not_finite_is_shown_and_not_averaged_away() -> None:
     assert len(set(colours)) == 3
     with pytest.raises(EvaluationError, match="no metric 'accuracy'"):
         found.plot("accuracy")
+
+
+def test_a_network_that_is_not_finite_is_named() -> None:
+    state = {name: tensor.clone() for name, tensor in B.state_dict().items()}
+    state["0.weight"][0, 0] = math.nan
+    with pytest.raises(NonFiniteError, match=r"'0\.weight' of b holds NaN or infinity"):
+        loss_surface(A, state, C, lambda net: 0.0, points=2)
 
 
 def test_batchnorm_is_prepared_and_nothing_is_changed() -> None:

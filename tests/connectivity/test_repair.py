@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from permgraph.connectivity import channel_statistics, interpolate, recalibrate_batchnorm, repair
-from permgraph.errors import EvaluationError, MismatchError
+from permgraph.errors import EvaluationError, MismatchError, NonFiniteError
 
 
 def _data(*shape: int, scale: float = 1.0) -> list[torch.Tensor]:
@@ -239,6 +239,29 @@ def test_layers_can_be_left_out() -> None:
     result = repair(middle, _data(*shape), parents=(a, b), layers=lambda name, module: name != "4")
     assert torch.equal(result[4].weight, middle[4].weight)
     assert not torch.equal(result[2].weight, middle[2].weight)
+
+
+def test_what_is_not_finite_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    """A parent that is not finite is a mistake; a network on the way between two may be so, and is shown as it is."""
+    a, b = (_randomised(_conv_net(), seed) for seed in (0, 1))
+    data = _data(3, 9, 9)
+    broken = copy.deepcopy(a)
+    with torch.no_grad():
+        broken[3].weight[0, 0, 0, 0] = torch.inf
+    with pytest.raises(NonFiniteError, match="layer '3' puts out NaN or infinity"):
+        repair(a, data, (a, broken))
+    with pytest.raises(NonFiniteError, match="layer '0' puts out NaN or infinity"):
+        channel_statistics(a, [torch.full((4, 3, 9, 9), torch.nan)])
+    assert not caplog.records
+    result = repair(broken, data, (a, b))
+    assert "layer '3' of the model puts out NaN or infinity" in caplog.text
+    assert not bool(torch.isfinite(result(data[0])).all())
+    caplog.clear()
+    assert not bool(torch.isfinite(recalibrate_batchnorm(broken, data)[4].running_mean).all())
+    assert "the statistics of '4' are not finite" in caplog.text
+    caplog.clear()
+    recalibrate_batchnorm(a, data)
+    assert not caplog.records
 
 
 def test_repair_refuses() -> None:

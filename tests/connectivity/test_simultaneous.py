@@ -109,6 +109,12 @@ def test_nothing_is_changed() -> None:
     assert all(torch.equal(before[name], tensor) for name, tensor in b.state_dict().items())
 
 
+def test_a_specification_is_no_permutation() -> None:
+    a, b = network(0), network(1)
+    with pytest.raises(MismatchError, match=r"such as align\(a, b\).permutation, not a PermutationSpec"):
+        weak_connectivity(a, b, SPEC, far_from(a), 0.1)  # type: ignore[arg-type]
+
+
 def test_refusals() -> None:
     a, b, p = network(0), network(1), SPEC.identity()
     loss = far_from(a)
