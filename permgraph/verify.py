@@ -6,8 +6,8 @@ group moved; the outputs must agree. As a control, each group is moved on all of
 *change*, or the test above would have shown nothing about that group. A group that stands in one axis alone cannot be
 torn apart so; there the weights that it moves are scaled at random instead, to see that they matter.
 
-A detector that finds nothing returns empty tensors, and a decoder token ids; little can be seen on those. Then what the
-modules inside return is compared as well. A symmetry only reorders it, so its mean magnitude and its mean square must
+A detector that finds nothing returns empty tensors, and a decoder token ids; little can be seen on those. Weights of
+another scale are tried then, and if no scale helps, what the modules inside return is compared as well. A symmetry only reorders it, so its mean magnitude and its mean square must
 stay; a torn one changes them.
 
 One copy of the model is held, in float64. Weights are a function of the seed, so that what a permutation overwrote need
@@ -17,6 +17,7 @@ not be kept: it is drawn again.
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 import math
 import time
@@ -184,16 +185,21 @@ def verify(
     max_error, outputs = 0.0, 0
     reports: dict[str, GroupReport] = {}
     untried: set[str] = set()
-    for scale in SCALES:
+    says_little = False
+    for inside, scale in itertools.product((False, True), SCALES):
         # A group that seems to have no influence is tried again on smaller weights: a softmax or a sigmoid that large
         # ones drive to its limit hides what is before it.
         waiting = [name for name in order if name not in reports or reports[name].inert_throughout]
-        if not waiting:
+        if not waiting or (inside and not says_little):
             break
-        reference = trial.randomise(scale)
+        reference = trial.randomise(scale, inside)
         if reference is None:
             continue  # the model blows up
-        if (reports or scale != SCALES[-1]) and trial.rounding(reference) > tolerance / 100:
+        if not inside and (any(t.numel() == 0 for t in reference) or not any(map(_is_real, reference))):
+            says_little = True  # a detector that finds nothing on these weights, or class numbers
+            continue
+        last = scale == SCALES[-1] and (inside or not says_little)
+        if (reports or not last) and trial.rounding(reference) > tolerance / 100:
             continue  # it is chaotic on these weights: its rounding would pass for an error
         outputs = len(reference)
         max_error = max(max_error, _distance(reference, trial.outputs(everything)))
@@ -273,14 +279,14 @@ class _Trial:
         self._kept: dict[str, Tensor] = {}
         self.looks_inside = False
 
-    def randomise(self, scale: float) -> list[Tensor] | None:
-        """Make all weights random, and return the outputs on them; None if these are not finite."""
-        self._scale = scale
+    def randomise(self, scale: float, inside: bool) -> list[Tensor] | None:
+        """Make all weights random, and return the outputs on them; None if these are not finite.
+
+        From now on, outputs include what the modules return if `inside`.
+        """
+        self._scale, self.looks_inside = scale, inside
         self._restore(self._floating)
         reference = self.outputs(None)
-        if not self.looks_inside and (any(t.numel() == 0 for t in reference) or not any(map(_is_real, reference))):
-            self.looks_inside = True
-            reference = self.outputs(None)
         finite = all(bool(torch.isfinite(t).all()) for t in reference if t.is_floating_point())
         return reference if finite else None
 

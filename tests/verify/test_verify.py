@@ -258,6 +258,21 @@ def test_empty_outputs_hide_nothing() -> None:
     assert pg.verify(Detector(), detector(scores__weight="2x6  . ."), X).failed == ("a",)
 
 
+class Shy(Detector):
+    """Returns the scores only where they are small."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.scores(torch.relu(self.first(x)))
+        return scores[:, :] if scores.abs().max() < 0.5 else scores[:0]
+
+
+def test_weights_on_which_outputs_say_something_are_preferred() -> None:
+    proof = pg.verify(Shy(), detector(), X, controls="all")
+    assert proof and len(proof.controls) == 3
+    assert proof.note == ""
+    assert pg.verify(Shy(), detector(first__bias="6  ."), X).failed == ("a",)
+
+
 def test_time_for_controls_may_run_out() -> None:
     proof = pg.verify(network(), text(), X, max_seconds=0.0)
     assert proof and proof.controls == () and proof.untried == ("a", "b")
