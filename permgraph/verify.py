@@ -7,8 +7,8 @@ group moved; the outputs must agree. As a control, each group is moved on all of
 torn apart so; there the weights that it moves are scaled at random instead, to see that they matter.
 
 A detector that finds nothing returns empty tensors, and a decoder token ids; little can be seen on those. Weights of
-another scale are tried then, and if no scale helps, what the modules inside return is compared as well. A symmetry only reorders it, so its mean magnitude and its mean square must
-stay; a torn one changes them.
+another scale are tried then, and if no scale helps, what the modules inside return is compared as well. A symmetry only
+reorders it, so its mean magnitude and its mean square must stay; a torn one changes them.
 
 One copy of the model is held, in float64. Weights are a function of the seed, so that what a permutation overwrote need
 not be kept: it is drawn again.
