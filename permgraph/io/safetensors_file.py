@@ -7,10 +7,13 @@ given back at once and a file that shrinks while it is read is an error rather t
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
+import mmap
 import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +44,7 @@ DTYPES: dict[str, torch.dtype] = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 LARGEST_HEADER = 100_000_000  # bytes; the format's own limit
+MAPPED = 1 << 18  # bytes from which a tensor is read into a mapping of its own
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,7 @@ class SafetensorsFile:
         form = self.formats[key]
         if not form.nbytes:
             return torch.empty(form.shape, dtype=form.dtype)
-        content = torch.empty(form.nbytes, dtype=torch.uint8)
+        content = _room(form.nbytes)
         view = content.numpy().data
         with self.path.open("rb", buffering=0) as file:
             file.seek(self._starts[key])
@@ -123,6 +127,19 @@ class SafetensorsFile:
                     raise CheckpointError(f"{self.path}: the file ends in the middle of {key!r}: it has been changed")
                 done += count
         return content.view(form.dtype).view(form.shape)
+
+
+def _room(count: int) -> torch.Tensor:
+    """So many bytes, not filled yet.
+
+    Between tensors that are read and dropped in turn, malloc keeps what does not fit the next one: twice the bytes that
+    are in use, where measured. Large tensors therefore get a mapping of their own, which goes when they go.
+    """
+    if count >= MAPPED and sys.platform != "win32":
+        with contextlib.suppress(OSError):  # there are as many mappings as the system allows
+            room = mmap.mmap(-1, count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            return torch.frombuffer(room, dtype=torch.uint8)
+    return torch.empty(count, dtype=torch.uint8)
 
 
 def write_safetensors(

@@ -35,7 +35,8 @@ from permgraph.spec import PermutationSpec
 
 log = logging.getLogger(__name__)
 
-PORTION = 1 << 24  # elements that are in working precision at a time
+PORTION = 1 << 22  # elements that are in working precision at a time
+DEPTH = 1024  # products that are summed at a time, at least: fewer, and adding them to a large matrix takes over
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ class StreamedWeightMatching:
             and what comes next, in words.
         ignore: patterns of names that are permuted, but are no evidence.
         solver: for the assignments, see `assign`.
-        cache: bytes of tensors to keep in case the next steps need them again.
+        cache: bytes of tensors to keep in case the next steps need them again, shared equally among the workers, each
+            of which needs its own share of the tensors only.
         device: where products are taken; None leaves them where the tensors are.
         workers: the processes that match together, each of which reads its share of the parameters and gives the same
             result. Groups that are chosen pair by pair are valued by every process from all parameters.
@@ -140,7 +142,7 @@ class _Store:
 
     def __init__(self, a: StateDict, b: StateDict, spec: PermutationSpec, room: int) -> None:
         self.sides = {"A": a, "B": b}
-        self.spec, self.room = spec, room
+        self.spec, self.room, self.taken = spec, room, 0
         self.aliases: dict[str, list[str]] = {}
         for alias, canonical in spec.aliases.items():
             self.aliases.setdefault(canonical, []).append(alias)
@@ -163,8 +165,9 @@ class _Store:
             tensor = tensor.to(torch.bfloat16)
         if tensor.nbytes <= self.room:
             self.kept[key] = tensor
-            while sum(other.nbytes for other in self.kept.values()) > self.room:
-                self.kept.popitem(last=False)
+            self.taken += tensor.nbytes
+            while self.taken > self.room:
+                self.taken -= self.kept.popitem(last=False)[1].nbytes
         return tensor
 
 
@@ -191,7 +194,7 @@ class _Streamed:
         self, how: StreamedWeightMatching, a: StateDict, b: StateDict, spec: PermutationSpec, seed: int, started: float
     ) -> None:
         self.how, self.spec, self.seed, self.started = how, spec, seed, started
-        self.store = _Store(a, b, spec, how.cache)
+        self.store = _Store(a, b, spec, how.cache // (how.workers.size if how.workers else 1))
         names = [
             name
             for name in spec.axes
@@ -362,18 +365,23 @@ class _Streamed:
         free = self.free - move.groups
         for name in move.parameters:
             places = [place for place in move.root.places if place.block.parameter == name]
-            if not places or name not in self.mine:
-                continue
-            one, other = self._a(name), self._b(name, self.arrays)
-            for place in places:
-                for a, b in _portions(place, place.block.view(one), place.block.view(other), free):
-                    total = place.gram(self._placed(a), self._placed(b), free, total)
+            if places and name in self.mine:
+                total = self._gram_in(name, places, free, total)
         share = self._share()
         if share is not None:
             batch = [self.spec.groups[name].size for name in move.root.batch]
             size = self.spec.groups[move.name].size
             return share.sum(total, (*batch, size, size))
         assert total is not None, f"{move.name} stands nowhere"
+        return total
+
+    def _gram_in(self, name: str, places: Sequence[Place], free: set[str], total: torch.Tensor | None) -> torch.Tensor:
+        """What one parameter adds to a Gram matrix; apart, so that its tensors go before the next ones come."""
+        one, other = self._a(name), self._b(name, self.arrays)
+        for place in places:
+            for a, b in _portions(place, place.block.view(one), place.block.view(other), free):
+                total = place.gram(self._placed(a), self._placed(b), free, total)
+        assert total is not None
         return total
 
     def _nested(self, move: Move, worth: torch.Tensor) -> tuple[Arrays, float]:
@@ -432,10 +440,11 @@ def _portions(
         if axis not in place.own and axis not in place.batch and leaves[axis].group not in free
     ]
     longest = max(summed, key=lambda axis: a.shape[axis], default=None)
-    if longest is None or a.numel() <= PORTION:
+    size = max(PORTION, DEPTH * math.prod(a.shape[axis] for axis in (*place.batch, *place.own)))
+    if longest is None or a.numel() <= size:
         yield a, b
         return
-    length = max(1, a.shape[longest] * PORTION // a.numel())
+    length = max(1, a.shape[longest] * size // a.numel())
     yield from zip(torch.split(a, length, longest), torch.split(b, length, longest), strict=True)
 
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
+import mmap
 import os
 import pickle
 import struct
 import warnings
+import weakref
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from permgraph.errors import CheckpointError, MismatchError
 from permgraph.io import Renamed, match_names, open_checkpoint
-from permgraph.io.safetensors_file import DTYPES
+from permgraph.io.safetensors_file import DTYPES, MAPPED
 
 
 def state() -> dict[str, torch.Tensor]:
@@ -51,6 +56,33 @@ def sharded(folder: Path, tensors: dict[str, torch.Tensor]) -> Path:
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": placed}))
     return index
+
+
+@pytest.mark.parametrize("mappings", [True, False])
+def test_a_large_tensor_is_given_back_to_the_system_when_it_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mappings: bool
+) -> None:
+    made: list[weakref.ref[mmap.mmap]] = []
+
+    def mapping(*args: Any, **how: Any) -> mmap.mmap:
+        if not mappings:
+            raise OSError("there are as many as there may be")
+        found = mmap.mmap(*args, **how)
+        made.append(weakref.ref(found))
+        return found
+
+    large = torch.arange(MAPPED // 4, dtype=torch.int32)
+    save_file({"large": large, **state()}, tmp_path / "a.safetensors")
+    checkpoint = open_checkpoint(tmp_path / "a.safetensors")
+    monkeypatch.setattr("permgraph.io.safetensors_file.mmap", SimpleNamespace(**{**vars(mmap), "mmap": mapping}))
+    read = dict(checkpoint)
+    assert same(read, {"large": large, **state()})
+    assert len(made) == (1 if mappings and os.name == "posix" else 0)  # small ones have none
+    part = read.pop("large")[5:7]
+    assert part.tolist() == [5, 6]
+    del part
+    gc.collect()
+    assert all(one() is None for one in made)
 
 
 # --- layouts ----------------------------------------------------------------------------------------------------------

@@ -67,6 +67,7 @@ def test_cache_and_portions_change_nothing(name: str, monkeypatch: pytest.Monkey
     large, small = Lazy(a), Lazy(a)
     one = StreamedWeightMatching().match(large, b, spec, seed=1)
     monkeypatch.setattr(module, "PORTION", 17)
+    monkeypatch.setattr(module, "DEPTH", 1)
     other = StreamedWeightMatching(cache=0).match(small, b, spec, seed=1)
     assert one.permutation == other.permutation
     assert large.reads < small.reads
