@@ -383,6 +383,11 @@ def legend(axes: Sequence[Axes]) -> None:
     axes[0].figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=across, frameon=False)
 
 
+def name_places(ax: Axes, names: Sequence[str]) -> None:
+    """Names in the place of the numbers 0, 1, ... below the axes."""
+    ax.set_xticks(range(len(names)), names, rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
+
+
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     """The mean, and its standard error (0 of a single value)."""
     mean = sum(values) / len(values)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from common import Setting, arguments, bar, console, figure, legend, line, settings, table
+from common import Setting, arguments, bar, console, figure, legend, line, mean_and_error, name_places, settings, table
 from matplotlib.axes import Axes
 from rich.console import Console
 
@@ -45,9 +45,9 @@ def run(setting: Setting, seeds: Sequence[int], points: int, where: Console) -> 
     return found
 
 
-def mean(found: Sequence[pg.LayerwiseBarriers], layer: str) -> float:
-    """The mean barrier of one layer over seeds."""
-    return sum(one.height(layer) for one in found) / len(found)
+def height(found: Sequence[pg.LayerwiseBarriers], layer: str) -> tuple[float, float]:
+    """The mean barrier of one layer over seeds, and its standard error."""
+    return mean_and_error([one.height(layer) for one in found])
 
 
 def main(given: Sequence[str] | None = None) -> dict[str, Found]:
@@ -64,19 +64,20 @@ def main(given: Sequence[str] | None = None) -> dict[str, Found]:
         found = every[setting.name] = run(setting, options.seeds, options.points, where)
         result.add_row(f"[bold]{setting.name}, width {setting.width}")
         for layer in found["naive"][0].paths:
-            hybrids = [sum(one.hybrid(layer) for one in ones) / len(ones) for ones in found.values()]
-            heights = [mean(ones, layer) for ones in found.values()]
-            result.add_row(layer, *(f"{value:.3f}" for value in (*heights, *hybrids)))
-        whole = [sum(one.whole.barrier for one in ones) / len(ones) for ones in found.values()]
-        result.add_row("(all)", *(f"{height:.3f}" for height in whole))
+            heights = [height(ones, layer) for ones in found.values()]
+            hybrids = [mean_and_error([one.hybrid(layer) for one in ones]) for ones in found.values()]
+            result.add_row(layer, *(f"{mean:.3f} ± {error:.3f}" for mean, error in (*heights, *hybrids)))
+        whole = [mean_and_error([one.whole.barrier for one in ones]) for ones in found.values()]
+        result.add_row("all at once", *(f"{mean:.3f} ± {error:.3f}" for mean, error in whole))
     result.show(where, options.out / "layer_barriers.md", options)
 
     def draw(axes: list[Axes]) -> None:
         for ax, (name, found) in zip(axes, every.items(), strict=True):
             layers = list(found["naive"][0].paths)
             for number, (kind, ones) in enumerate(found.items()):
-                line(ax, number, range(len(layers)), [mean(ones, layer) for layer in layers], kind)
-            ax.set(title=name, xlabel="layer", ylabel="barrier in test loss")
+                line(ax, number, range(len(layers)), [height(ones, layer)[0] for layer in layers], kind)
+            name_places(ax, layers)
+            ax.set(title=name, ylabel="barrier in test loss", ylim=(0, None))
         legend(axes)
 
     figure(len(every), options.out / "layer_barriers.png", draw)

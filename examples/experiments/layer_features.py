@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from common import Setting, arguments, bar, console, figure, legend, line, settings, table
+from common import Setting, arguments, bar, console, figure, legend, line, name_places, settings, table
 from matplotlib.axes import Axes
 from rich.console import Console
 from torch import Tensor, nn
@@ -60,6 +60,7 @@ def main(given: Sequence[str] | None = None) -> dict[str, Found]:
     options = parser.parse_args(given)
     where = console()
     every: dict[str, Found] = {}
+    names: dict[str, list[str]] = {}
     kinds = ("spawned", "independent", "aligned")
     result = table(
         f"Layerwise linear feature connectivity in the middle, mean of seeds {' '.join(map(str, options.seeds))}",
@@ -69,7 +70,8 @@ def main(given: Sequence[str] | None = None) -> dict[str, Found]:
     for setting in settings(options):
         found = every[setting.name] = run(setting, options.seeds, options.together, where)
         result.add_row(f"[bold]{setting.name}, width {setting.width}")
-        for layer in leaves(setting, found):
+        names[setting.name] = leaves(setting, found)
+        for layer in names[setting.name]:
             cosines = [f"{mean(found[kind], layer, 'cosine'):.3f}" for kind in kinds]
             scales = [f"{mean(found[kind], layer, 'scale'):.3f}" for kind in kinds]
             result.add_row(layer, *cosines, *scales, f"{mean(found['independent'], layer, 'cosine_ends'):.3f}")
@@ -77,11 +79,12 @@ def main(given: Sequence[str] | None = None) -> dict[str, Found]:
 
     def draw(axes: list[Axes]) -> None:
         for ax, (name, found) in zip(axes, every.items(), strict=True):
-            layers = list(found["spawned"][0].layers)
+            layers = names[name]
             for number, kind in enumerate(kinds):
                 cosines = [mean(found[kind], layer, "cosine") for layer in layers]
                 line(ax, number, range(len(layers)), cosines, kind)
-            ax.set(title=name, xlabel="module, in the order in which they run", ylabel="cosine", ylim=(None, 1.02))
+            name_places(ax, layers)
+            ax.set(title=name, ylabel="cosine", ylim=(0, 1.05))
         legend(axes)
 
     figure(len(every), options.out / "layer_features.png", draw)

@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from permgraph.connectivity.evaluation import Loader, batches, device_of, split_batch
+from permgraph.connectivity.evaluation import Loader, batches, device_of, fitting, split_batch
 from permgraph.errors import EvaluationError, NonFiniteError
 
 Loss: TypeAlias = Callable[[Any, Any], Tensor]
@@ -92,8 +92,11 @@ class Workbench:
         cast: dict[str, Any] = {name: tensor.to(dtypes[name]) for name, tensor in state.items()}
         # Batch normalisation writes to its buffers: give it ones to spoil.
         cast.update({name: buffer.clone() for name, buffer in self.module.named_buffers()})
-        output = torch.func.functional_call(self.module, cast, args, kwargs)
-        value = self.loss(output if isinstance(output, Tensor) else output.logits, targets)
+        with fitting(args, kwargs):
+            output = torch.func.functional_call(self.module, cast, args, kwargs)
+        logits = output if isinstance(output, Tensor) else output.logits
+        with fitting((logits, targets), what="the loss cannot be taken of logits and targets"):
+            value = self.loss(logits, targets)
         if not bool(torch.isfinite(value)):
             raise NonFiniteError(
                 f"the loss on the path became {value.item()}: lower the rate of optimizer=, or check the data"

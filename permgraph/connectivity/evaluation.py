@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from permgraph.errors import EvaluationError
+from permgraph.errors import EvaluationError, PermgraphError
 
 Loader = Iterable[Any]
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -35,7 +36,7 @@ def evaluate_on(
 
     Raises:
         EvaluationError: ``bins`` is below 1. When called: the loader is empty (or a generator that has been used up),
-            a batch has no targets or targets of another shape, or the model is in training mode.
+            a batch has no targets or targets of another shape, the model cannot run on it, or is in training mode.
 
     Example:
         >>> evaluate = evaluate_on([(torch.eye(2), torch.tensor([0, 1]))])
@@ -58,7 +59,8 @@ def evaluate_on(
                     raise EvaluationError(
                         "a batch holds no targets: give (inputs, targets) tuples, or mappings with 'labels'"
                     )
-                output = model(*args, **kwargs)
+                with fitting(args, kwargs):
+                    output = model(*args, **kwargs)
                 logits = (output if isinstance(output, Tensor) else output.logits).movedim(class_dim, 1)
                 guesses = logits.argmax(1)
                 if guesses.shape != targets.shape:
@@ -66,7 +68,9 @@ def evaluate_on(
                         f"the logits have shape {tuple(logits.shape)} with classes in dimension 1, so the targets must "
                         f"have shape {tuple(guesses.shape)}, not {tuple(targets.shape)}: check the loader and class_dim"
                     )
-                total += float(loss(logits, targets)) * len(targets)
+                with fitting((logits, targets), what="the loss cannot be taken of logits and targets"):
+                    value = loss(logits, targets)
+                total += float(value) * len(targets)
                 right = guesses == targets
                 correct += int(right.sum())
                 if bins is not None:
@@ -118,6 +122,24 @@ def split_batch(batch: Any, device: torch.device | None) -> tuple[tuple[Any, ...
         f"a batch must be a tensor, a tuple (inputs, targets) or a mapping, not {type(batch).__name__}: "
         "convert it in the loader's collate_fn"
     )
+
+
+@contextmanager
+def fitting(
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] = MappingProxyType({}),
+    what: str = "the model cannot run on a batch",
+) -> Iterator[None]:
+    """Say of which shapes a batch is that the model, or the loss, does not take."""
+    try:
+        yield
+    except (PermgraphError, torch.OutOfMemoryError):
+        raise
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        shapes = " and ".join(str(tuple(tensor.shape)) for tensor in tensors)
+        which = f"of shape {shapes}" if shapes else "without a tensor"
+        raise EvaluationError(f"{what} {which}: {str(error).rstrip('.')}. Check what the loader gives") from error
 
 
 def batch_size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:

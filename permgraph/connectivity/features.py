@@ -26,6 +26,7 @@ from permgraph.connectivity.evaluation import (
     Loader,
     batches,
     device_of,
+    fitting,
     split_batch,
     template_of,
     undisturbed,
@@ -190,7 +191,7 @@ def _features(
             # A copy, for a later in-place operation would change what was seen.
             seen[name if calls[name] == 1 else f"{name}#{calls[name]}"] = tensor.clone()
 
-    with _watched(network, wanted, see):
+    with _watched(network, wanted, see), fitting(args, kwargs):
         network(*args, **kwargs)
     return seen
 

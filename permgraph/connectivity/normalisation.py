@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from permgraph.connectivity.evaluation import Loader, batch_size, batches, device_of, split_batch, undisturbed
+from permgraph.connectivity.evaluation import Loader, batch_size, batches, device_of, fitting, split_batch, undisturbed
 from permgraph.errors import EvaluationError
 
 logger = logging.getLogger(__name__)
@@ -56,8 +56,9 @@ def recalibrate_batchnorm(model: Module, loader: Loader) -> Module:
             args, kwargs, _ = split_batch(batch, device)
             weigh(batch_size(args, kwargs))
             try:
-                result(*args, **kwargs)
-            except ValueError as error:
+                with fitting(args, kwargs):
+                    result(*args, **kwargs)
+            except EvaluationError as error:
                 if "more than 1 value per channel" not in str(error) and "more than 1 spatial" not in str(error):
                     raise
                 raise EvaluationError(

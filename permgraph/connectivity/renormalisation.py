@@ -24,6 +24,7 @@ from permgraph.connectivity.evaluation import (
     batch_size,
     batches,
     device_of,
+    fitting,
     require_eval_mode,
     split_batch,
     undisturbed,
@@ -79,7 +80,8 @@ def channel_statistics(model: nn.Module, loader: Loader, layers: Layers | None =
     with undisturbed(), _observed(affine_layers(model, layers), observe):
         for batch in batches(loader):
             args, kwargs, _ = split_batch(batch, device)
-            model(*args, **kwargs)
+            with fitting(args, kwargs):
+                model(*args, **kwargs)
     for name, found in running.items():
         if not found.finite:
             raise NonFiniteError(
@@ -168,7 +170,8 @@ def repair(
         for batch in batches(loader):
             args, kwargs, _ = split_batch(batch, device)
             weigh(batch_size(args, kwargs))
-            result(*args, **kwargs)
+            with fitting(args, kwargs):
+                result(*args, **kwargs)
         broken = next((name for name, found in running.items() if not found.finite), None)
         if broken is not None:
             logger.warning("layer %r of the model puts out NaN or infinity: the repaired model is not finite", broken)

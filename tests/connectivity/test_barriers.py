@@ -13,7 +13,16 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from permgraph.connectivity import Barrier, barrier, barrier_along, evaluate_on, recalibrate_batchnorm
+from permgraph.connectivity import (
+    Barrier,
+    barrier,
+    barrier_along,
+    evaluate_on,
+    feature_connectivity,
+    fit_curve,
+    recalibrate_batchnorm,
+    repair,
+)
 from permgraph.errors import EvaluationError, MismatchError, MissingExtraError
 
 
@@ -207,6 +216,30 @@ class Tagger(nn.Module):
             logits = self.table(input_ids)
 
         return Output
+
+
+@pytest.mark.parametrize(
+    ("batch", "said"),
+    [
+        ((torch.zeros(6, 5), torch.zeros(6).long()), r"cannot run on a batch of shape \(6, 5\): mat1 and mat2.*loader"),
+        ((torch.zeros(6, 4), torch.full((6,), 7)), r"logits and targets of shape \(6, 3\) and \(6,\): Target 7 is out"),
+        ("ab", "cannot run on a batch without a tensor"),
+    ],
+    ids=["inputs of another size", "a class that is not there", "text"],
+)
+def test_a_batch_that_does_not_fit_is_described(batch: Any, said: str) -> None:
+    a, b = nn.Linear(4, 3).eval(), nn.Linear(4, 3).eval()
+    with pytest.raises(EvaluationError, match=said):
+        barrier(a, b, evaluate_on([batch]), points=3)
+    with pytest.raises(EvaluationError, match=said):
+        fit_curve(a, b, [batch])
+    if "logits" not in said:  # the others look at no targets
+        for measure in (
+            lambda: repair(a, [batch], (a, b)),
+            lambda: feature_connectivity(a, b, [batch]),
+        ):
+            with pytest.raises(EvaluationError, match=said):
+                measure()
 
 
 def test_evaluate_on_takes_mappings_and_other_class_dimensions() -> None:
