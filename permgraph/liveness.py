@@ -18,6 +18,10 @@ from permgraph.signature import signature
 from permgraph.uniform import Memory
 
 
+#: Operators that read the shape of their argument, and none of its values.
+VALUELESS = frozenset("zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty".split())
+
+
 def live_nodes(nodes: Sequence[fx.Node]) -> set[fx.Node]:
     """The nodes on which a result depends, what the forward pass leaves in buffers, or what left torch as a number."""
     memory = Memory(nodes)
@@ -34,7 +38,8 @@ def live_nodes(nodes: Sequence[fx.Node]) -> set[fx.Node]:
         node = roots.pop()
         if node not in found:
             found.add(node)
-            roots.extend(node.all_input_nodes)
+            if getattr(node.target, "_opname", "") not in VALUELESS:
+                roots.extend(node.all_input_nodes)
             roots.extend(writers[memory.owner(node)])
     return found
 

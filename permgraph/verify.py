@@ -219,7 +219,7 @@ def verify(
         if not ok:
             break
     if not reports:
-        raise CaptureError(f"{type(unwrap(model).core).__name__} gives outputs that are not finite on random weights")
+        raise CaptureError(f"{type(unwrap(model).core).__name__} gives NaN, or nothing finite, on random weights")
     reports = {name: reports[name] for name in spec.moving}
     passed = max_error <= tolerance and all(report.passed for report in reports.values())
     note = "outputs are empty or integers, so what the modules return was compared too" if trial.looks_inside else ""
@@ -280,15 +280,16 @@ class _Trial:
         self.looks_inside = False
 
     def randomise(self, scale: float, inside: bool) -> list[Tensor] | None:
-        """Make all weights random, and return the outputs on them; None if these are not finite.
+        """Make all weights random, and return the outputs on them; None if these hold NaN, or nothing finite.
 
-        From now on, outputs include what the modules return if `inside`.
+        Infinities are left by masks, and must stay in place. From now on, outputs include what the modules return if
+        `inside`.
         """
         self._scale, self.looks_inside = scale, inside
         self._restore(self._floating)
         reference = self.outputs(None)
-        finite = all(bool(torch.isfinite(t).all()) for t in reference if t.is_floating_point())
-        return reference if finite else None
+        real = [t for t in reference if _is_real(t) and t.numel()]
+        return None if any(bool(t.isnan().any() | t.isinf().all()) for t in real) else reference
 
     def rounding(self, reference: Sequence[Tensor]) -> float:
         """How far the outputs move when each weight moves by a few units in its last place."""

@@ -73,6 +73,23 @@ def test_what_a_buffer_keeps_counts():
     assert [group.size for group in spec.moving.values()] == [5]
 
 
+class OnlyTheShape(nn.Module):
+    """Makes zeros like the hidden units, and does not look at them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 6)
+        self.out = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.zeros_like(self.first(x)) + x[:, :1])
+
+
+def test_reading_a_shape_is_no_effect():
+    spec = pg.auto_spec(OnlyTheShape())
+    assert {pin.reason for pin in spec.pins if pin.parameter == "first.weight"} == {"no output depends on it"}
+
+
 class ReadByPython(nn.Module):
     """Python takes the hidden units one by one."""
 

@@ -273,6 +273,19 @@ def test_weights_on_which_outputs_say_something_are_preferred() -> None:
     assert pg.verify(Shy(), detector(first__bias="6  ."), X).failed == ("a",)
 
 
+class Masking(Detector):
+    """Fills the score of the second box with an infinity."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.scores(torch.relu(self.first(x)))
+        return torch.stack([scores[:, 0], torch.full_like(scores[:, 1], -torch.inf)], 1)
+
+
+def test_infinities_of_masks_are_no_obstacle() -> None:
+    assert pg.verify(Masking(), detector(), X, controls="all")
+    assert pg.verify(Masking(), detector(first__bias="6  ."), X).failed == ("a",)
+
+
 def test_time_for_controls_may_run_out() -> None:
     proof = pg.verify(network(), text(), X, max_seconds=0.0)
     assert proof and proof.controls == () and proof.untried == ("a", "b")
