@@ -17,16 +17,20 @@ from torch import fx
 from permgraph.signature import signature
 from permgraph.uniform import Memory
 
-
 #: Operators that read the shape of their argument, and none of its values.
-VALUELESS = frozenset("zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty".split())
+VALUELESS = {
+    "zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty",
+}  # fmt: skip
 
 
-def live_nodes(nodes: Sequence[fx.Node]) -> set[fx.Node]:
-    """The nodes on which a result depends, what the forward pass leaves in buffers, or what left torch as a number."""
+def live_nodes(nodes: Sequence[fx.Node], results: Sequence[fx.Node] = ()) -> set[fx.Node]:
+    """The nodes on which a result depends, what the forward pass leaves in buffers, or what left torch as a number.
+
+    `results` are those of a graph that has no output node.
+    """
     memory = Memory(nodes)
     writers: dict[fx.Node, list[fx.Node]] = defaultdict(list)
-    roots = []
+    roots = list(results)
     for node in nodes:
         written = [memory.owner(source) for source in memory.written_by(node)]
         for owner in written:
