@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -92,20 +92,21 @@ def small_models(cls: type[nn.Module]) -> Iterator[nn.Module]:
     Raises the error of the first attempt if it accepts none.
     """
     first: Exception | None = None
-    seen: set[tuple[int, ...]] = set()
+    seen: set[tuple[Any, ...]] = set()
     for config in configs(cls.config_class):  # type: ignore[attr-defined]
         try:
             with torch.device("meta"):
                 sizes = tuple(p.numel() for p in _build(cls, copy.deepcopy(config)).parameters())
+            alike = (*sizes, *re.findall("partial_rotary_factor.*", config.to_json_string()))
             if sum(sizes) > LARGEST:
                 raise ValueError(f"{sum(sizes) / 1e6:.0f} million parameters are more than this sweep builds")
-            if sizes in seen:
+            if alike in seen:
                 continue
             model = _build(cls, config)
         except Exception as error:
             first = first or error
             continue
-        seen.add(sizes)
+        seen.add(alike)
         yield model
     if not seen and first is not None:
         raise first
@@ -120,9 +121,35 @@ def configs(config_class: Any) -> Iterator[Any]:
     """Small configurations, the smallest first."""
     default = filled(_default(config_class))
     for shrink in SHRINKS:
-        with contextlib.suppress(Exception):
-            yield config_class.from_dict(filled(shrunk(agreed(default, 8 if shrink.heads else None), shrink)))
+        for start in (*backbones(default), *([rotary] if shrink.heads and (rotary := half_turned(default)) else [])):
+            with contextlib.suppress(Exception):
+                yield config_class.from_dict(filled(shrunk(agreed(start, 8 if shrink.heads else None), shrink)))
     yield config_class()
+
+
+def backbones(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """The configuration, and before it, where timm builds a part of it, those in which that part is smaller."""
+    # One of timm's builders takes this, another that; those that take neither are tried, and fail, before what follows.
+    given = ({"depth": 2}, {"channel_multiplier": 0.25}, {"layers": (1, 1, 1, 1, 1)})
+    return [smaller for one in given if (smaller := _built_with(config, one)) != config] + [config]
+
+
+def _built_with(config: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    found = {name: _built_with(part, given) if _is_nested(part) else part for name, part in config.items()}
+    if "architecture" in config:
+        found["model_args"] = {**(config.get("model_args") or {}), **given}
+    return found
+
+
+def half_turned(config: dict[str, Any]) -> dict[str, Any] | None:
+    """Heads of 128 channels, of which a rotary embedding turns half, as in checkpoints whose defaults do not say so."""
+    found = dict(config)
+    if isinstance(rotary := config.get("rope_parameters"), dict) and "rope_theta" in rotary:
+        found |= {"rope_parameters": {**rotary, "partial_rotary_factor": 0.5}, "head_dim": 128}
+    for name, part in config.items():
+        if _is_nested(part) and (inner := half_turned(part)) is not None:
+            found[name] = inner
+    return None if found == config else found
 
 
 def _default(config_class: Any) -> dict[str, Any]:
@@ -135,8 +162,10 @@ def _default(config_class: Any) -> dict[str, Any]:
     return config
 
 
-#: What a tower calls the width in which it hands on to the text.
-HANDED_ON = ("out_hidden_size", "text_hidden_size", "adapter_out_dim")
+#: What a tower calls the width in which it hands on to the text; the last only where the whole has none of that name.
+HANDED_ON = ("out_hidden_size", "text_hidden_size", "adapter_out_dim", "projection_dim")
+#: Layers of a tower from which its features are taken, counted from either end.
+TAKEN = re.compile(r"^(vision|audio)_feature_layers?$")
 
 
 def agreed(config: dict[str, Any], side: int | None) -> dict[str, Any]:
@@ -148,10 +177,15 @@ def agreed(config: dict[str, Any], side: int | None) -> dict[str, Any]:
     found = dict(config)
     text = config.get("text_config")
     width = text.get("hidden_size") if isinstance(text, dict) else None
+    if _is_size(width) and _is_size(config.get("hidden_size")):
+        found["hidden_size"] = width
     for name, tower in config.items():
         if name == "text_config" or not _is_nested(tower):
             continue
-        changed = {key: width for key in HANDED_ON if _is_size(width) and _is_size(tower.get(key))}
+        handed_on = [key for key in HANDED_ON if _is_size(tower.get(key)) and not _is_size(config.get(key))]
+        changed = {key: width for key in handed_on if _is_size(width)}
+        projected = tower.get("projector_output_dim")  # what a projector makes is what the tower gives
+        changed |= {key: projected for key in tower if key.endswith("_output_dim") and _is_size(projected)}
         if _is_size(width) and {"embed_dim", "hidden_size"} <= tower.keys():
             changed["hidden_size"] = width
         image, patch = tower.get("image_size"), tower.get("patch_size")
@@ -169,18 +203,38 @@ def filled(config: dict[str, Any]) -> dict[str, Any]:
     """A copy with numbers where a configuration has none, which some leave to their checkpoints."""
     heads, width = config.get("num_attention_heads"), config.get("hidden_size")
     size = width // heads if isinstance(width, int) and isinstance(heads, int) and heads else None
+    layers = config.get("num_hidden_layers")
+    depth = layers if _is_size(layers) else 0
     missing = {
-        "prediction_length": 4, "rope_theta": 10000.0, "n_routed_experts": 8, "n_shared_experts": 1,
+        "prediction_length": 24, "rope_theta": 10000.0, "n_routed_experts": 8, "n_shared_experts": 1,
+        "num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 128,
         "num_key_value_heads": heads, "head_dim": size,
+        "layer_types": _alternating("conv", "full_attention", depth),
+        "mlp_layer_types": _alternating("dense", "sparse", depth),
         "vocab_size": VOCABULARY, "pad_token_id": 0,
         "image_token_id": VOCABULARY - 70, "video_token_id": VOCABULARY - 71, "audio_token_id": VOCABULARY - 72,
     }  # fmt: skip
     found = {name: missing.get(name) if value is None else value for name, value in config.items()}
-    nested = {name: filled(value) for name, value in found.items() if isinstance(value, dict) and _is_nested(value)}
-    return {**found, **nested}
+    rotary, kinds = found.get("rope_parameters"), found.get("layer_types")
+    if rotary == {} and isinstance(kinds, list):  # each kind of layer has its own
+        found["rope_parameters"] = {kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in set(kinds)}
+    if _is_size(heads) and _is_size(width) and "head_dim" not in config and width % heads:
+        found["num_attention_heads"] = next(fewer for fewer in range(heads, 0, -1) if width % fewer == 0)
+    parts = {name: filled(value) for name, value in found.items() if _is_nested(value)}
+    for name, part in parts.items():  # what the one leaves to the other
+        if name.startswith("attn_") and isinstance(rotary, dict) and "rope_theta" in rotary:
+            part.setdefault("rope_theta", rotary["rope_theta"])
+            part["clip_qkv"] = part.get("clip_qkv") or 100.0
+        if _is_size(heads) and "num_key_value_heads" in part:
+            found.setdefault("num_key_value_heads", heads)
+    return {**found, **parts}
 
 
-def _is_nested(value: Any) -> bool:
+def _alternating(first: str, second: str, count: int) -> list[str] | None:
+    return ([first, second] * count)[:count] or None
+
+
+def _is_nested(value: Any) -> TypeGuard[dict[str, Any]]:
     return isinstance(value, dict) and all(isinstance(key, str) for key in value)
 
 
@@ -198,8 +252,10 @@ def shrunk(config: dict[str, Any], shrink: Shrink, widths: Mapping[int, int] | N
     for name, value in config.items():
         if _is_by_layer(value, layers):
             found[name] = _by_layer(value, kept, config, shrink, widths)
-        elif _is_nested(value):
-            found[name] = shrunk(value, shrink, widths)
+        elif _is_nested(value):  # what another library builds, from its own name for it, keeps its widths
+            found[name] = dict(value) if "architecture" in value else shrunk(value, shrink, widths)
+        elif TAKEN.search(name):
+            found[name] = _taken(value, shrink.depth)
         elif _names_layers(name, value, layers):
             found[name] = [at for at, i in enumerate(kept) if i in value]
         elif INDICES.search(name) and _is_rising(value, layers):
@@ -216,6 +272,9 @@ def shrunk(config: dict[str, Any], shrink: Shrink, widths: Mapping[int, int] | N
             found[name] = value
         else:
             found[name] = _smaller(name, value, shrink, local, widths)
+    ratio, width = found.get("pixel_shuffle_ratio"), found.get("hidden_size")
+    if isinstance(ratio, float) and _is_size(width) and "intermediate_size" in found:
+        found["intermediate_size"] = round(width / ratio**2)  # that many channels stand where one pixel is left
     if shrink.vocabulary:
         _shrink_vocabulary(found)
     return found
@@ -259,6 +318,13 @@ def _is_rising(value: Any, layers: int) -> bool:
     if not isinstance(value, (list, tuple)) or not value or not all(type(i) is int and 0 <= i < layers for i in value):
         return False
     return sorted(set(value)) == list(value)
+
+
+def _taken(value: Any, layers: int) -> Any:
+    """Layers counted from either end, as many, where few are left: what they give may be concatenated."""
+    if isinstance(value, (list, tuple)):
+        return [_taken(i, layers) for i in value]
+    return max(-layers, min(value, layers)) if type(value) is int else value
 
 
 def _names_layers(name: str, value: Any, layers: int) -> bool:
@@ -348,7 +414,7 @@ def _quotient(value: int, factor: Fraction) -> int | None:
     return int(found) if found.denominator == 1 else None
 
 
-def _is_size(value: Any) -> bool:
+def _is_size(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 

@@ -145,6 +145,7 @@ def _waveform(model: nn.Module) -> Iterator[Tensor]:
     if isinstance(length, int) and isinstance(mels, int):
         yield floats(model, BATCH, length, mels)
     yield floats(model, BATCH, 4001)
+    yield floats(model, BATCH, 4800)  # whole frames of 5, 10 or 20 ms
     yield floats(model, BATCH, whole(setting(config, "audio_channels"), 1), 4001)
 
 

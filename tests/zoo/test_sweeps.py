@@ -10,7 +10,7 @@ import pytest
 from benchmarks.zoo import report
 from benchmarks.zoo.measure import measure
 from benchmarks.zoo.names import ZOOS
-from benchmarks.zoo.small import Shrink, shrunk
+from benchmarks.zoo.small import Shrink, agreed, backbones, filled, half_turned, shrunk
 from benchmarks.zoo.sweep import in_process, read, sweep, warm_up
 
 torchvision = pytest.importorskip("torchvision")
@@ -141,3 +141,38 @@ def test_heads_may_keep_their_size_and_widths_that_are_equal_shrink_alike() -> N
     assert text["num_hidden_layers"] == 6 and text["layer_types"] == ["a", "b"] * 3
     assert text["num_dense_layers"] == 3 and text["moe_layers"] == [2, 4]
     assert text["per_layer_config"] == {"01": {"num_attention_heads": 8, "head_dim": 64}, "02": {"head_dim": 99}}
+
+
+def test_what_a_configuration_leaves_to_its_checkpoint_is_filled_in() -> None:
+    config = {
+        "hidden_size": 1152, "num_attention_heads": 14, "num_hidden_layers": 3, "rope_parameters": {"rope_theta": 5.0},
+        "mlp_layer_types": None, "attn_config": {"clip_qkv": None}, "tower_config": {"num_key_value_heads": 2},
+        "text_config": {"rope_parameters": {}, "layer_types": ["near", "far", "near"]},
+    }  # fmt: skip
+    found = filled(config)
+    assert found["num_attention_heads"] == 12, "the most that divide the width"
+    assert found["num_key_value_heads"] == 14 and found["mlp_layer_types"] == ["dense", "sparse", "dense"]
+    assert found["attn_config"] == {"clip_qkv": 100.0, "rope_theta": 5.0}
+    assert found["text_config"]["rope_parameters"].keys() == {"near", "far"}
+    turned = half_turned(config)
+    assert turned is not None and turned["rope_parameters"] == {"rope_theta": 5.0, "partial_rotary_factor": 0.5}
+    assert turned["head_dim"] == 128 and half_turned({"hidden_size": 8}) is None
+
+
+def test_parts_of_a_model_agree() -> None:
+    tower = {"hidden_size": 768, "num_hidden_layers": 9, "intermediate_size": 5632, "pixel_shuffle_ratio": 0.5}
+    config = {
+        "hidden_size": 1536, "vision_feature_layers": [-2, -8, 6], "text_config": {"hidden_size": 4096},
+        "vision_config": {**tower, "projection_dim": 2048, "vision_output_dim": 7680, "projector_output_dim": 512},
+    }  # fmt: skip
+    same = agreed(config, None)
+    assert same["hidden_size"] == same["vision_config"]["projection_dim"] == 4096
+    assert same["vision_config"]["vision_output_dim"] == 512
+    small = shrunk(same, Shrink(8, 2))
+    assert small["vision_feature_layers"] == [-2, -2, 2]
+    assert small["vision_config"]["intermediate_size"] == 4 * small["vision_config"]["hidden_size"]
+    built = {"vision_config": {"architecture": "resnet18", "hidden_size": 512, "model_args": None}}
+    assert shrunk(built, Shrink(8, 2)) == built, "what another library builds keeps its widths"
+    given = [part["vision_config"]["model_args"] for part in backbones(built)]
+    assert given[-2:] == [{"layers": (1, 1, 1, 1, 1)}, None]
+    assert backbones(config) == [config]
