@@ -44,8 +44,8 @@ class Solution:
     values: dict[fx.Node, Any] = field(default_factory=dict)  # of each node: a typed tensor, or a nest of them
 
 
-def solve(graph: fx.Graph) -> Solution:
-    """Type every tensor of a captured graph.
+def solve(graph: fx.Graph, results: Sequence[fx.Node] = ()) -> Solution:
+    """Type every tensor of a captured graph; of one without an output node, `results` are the results.
 
     Raises `ConflictError`, naming the operator and its place in the source, where a rule ties axes of different sizes.
     """
@@ -54,10 +54,10 @@ def solve(graph: fx.Graph) -> Solution:
     constants = [n for n in nodes if n.op == "placeholder" and n.meta["kind"] == "constant"]
     written = written_nodes(nodes)
     uniform = uniform_dims(nodes, written, {node: _constant_along(node.meta.get("real")) for node in constants})
-    live = live_nodes(nodes)
+    live = live_nodes(nodes, results)
     facts = _Facts(
         uniform, tied_dims(nodes, written, uniform), known_values(nodes, written), viewed_nodes(nodes),
-        live if nodes and nodes[-1].op == "output" else None,
+        live, results,
     )  # fmt: skip
     for number in range(MAX_RUNS):
         run = _Run(nodes, Axes(cuts), facts)
@@ -80,7 +80,8 @@ class _Facts:
     tied: Mapping[fx.Node, Uniform]
     known: Mapping[fx.Node, tuple[int, ...]]
     viewed: Collection[fx.Node]
-    live: Collection[fx.Node] | None  # None: whatever is not used is a result
+    live: Collection[fx.Node]
+    results: Collection[fx.Node]
 
 
 class _Run:
@@ -135,7 +136,7 @@ class _Run:
             return tensor
         if isinstance(val, (list, tuple)):
             items = [self._typed(node, item, f"{suffix}.{i}") for i, item in enumerate(val)]
-            if self.facts.live is not None and not suffix:
+            if node not in self.facts.results and not suffix:
                 read = {user.args[1] for user in node.users if user in self.facts.live}
                 for i, item in enumerate(items):
                     if isinstance(item, TypedTensor):

@@ -171,7 +171,7 @@ def attempt(op: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, 
         with _seeded(), torch.no_grad(), recorder:
             result = op(*a, **k)
         results = [recorder.node(tensor) for tensor in _tensors(result)]
-    solution = solve(recorder.graph)
+    solution = solve(recorder.graph, results)
     ins = [solution.values[node] for node in recorder.placeholders]
     outs = [t for node in results for t in tree_leaves(solution.values[node]) if isinstance(t, TypedTensor)]
     outs += [ins[i] for i in written]
