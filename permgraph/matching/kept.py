@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from permgraph.matching.blocks import Block
-from permgraph.matching.moves import Move, Place, Tensors
+from permgraph.matching.moves import PORTION, Move, Place, Tensors
 
 
 class Kept:
@@ -34,21 +34,26 @@ class Kept:
             place.gram(block.view(a[block.parameter]), block.view(b[block.parameter]), into=gram)
         return gram
 
+    def fits(self, name: str, size: int) -> bool:
+        """Whether there is room for the Gram matrix of a move, of so many bytes."""
+        return name in self.grams or size <= self.room
+
     def keep(self, move: Move, gram: torch.Tensor, columns: np.ndarray, missing: Iterable[Place] = ()) -> None:
         """Keep a move's Gram matrix, as it becomes once the move's group has been renumbered by `columns`.
 
-        Places that are `missing` in it are added when it is next used.
+        Places that are `missing` in it are added when it is next used. The matrix given may be changed.
         """
+        if not self.fits(move.name, gram.nbytes):
+            return
         if move.name not in self.grams:
-            if gram.nbytes > self.room:
-                return
             self.room -= gram.nbytes
         if (columns != np.arange(columns.shape[-1])).any():
             index = torch.from_numpy(columns).to(gram.device)
             if index.ndim > 1:
                 gram = gram.gather(-1, index.unsqueeze(-2).expand_as(gram))
-            else:
-                gram = gram.index_select(-1, index)
+            else:  # a few rows at a time, which needs no second matrix
+                for rows in torch.split(gram, max(1, PORTION // gram.shape[-1])):
+                    rows.copy_(rows.index_select(-1, index))
         self.grams[move.name] = gram
         self.missing[move.name] = tuple(missing)
         self.debt[move.name] = 0.0

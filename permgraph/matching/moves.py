@@ -22,6 +22,9 @@ from permgraph.spec import PermutationSpec
 
 Tensors = Mapping[str, torch.Tensor]
 
+PORTION = 1 << 20
+"""Elements of a model that are copied at a time for a product."""
+
 
 @dataclass(frozen=True)
 class Place:
@@ -57,6 +60,18 @@ class Place:
         unknown = [axis for axis in rest if leaves[axis].group in free]
         if unknown:
             a, b = a.sum(unknown, keepdim=True), b.mean(unknown, keepdim=True)
+        longest = max(rest, key=lambda axis: a.shape[axis], default=None)
+        if len(self.own) == 1 and longest is not None and a.numel() > PORTION and not _is_matrix(a, self.own[0]):
+            # Both sides are copied for the product: not all of them at a time.
+            step = max(1, a.shape[longest] * PORTION // a.numel())
+            for x, y in zip(torch.split(a, step, longest), torch.split(b, step, longest), strict=True):
+                into = self._product(x, y, rest, into)
+            assert into is not None
+            return into
+        return self._product(a, b, rest, into)
+
+    def _product(self, a: torch.Tensor, b: torch.Tensor, rest: list[int], into: torch.Tensor | None) -> torch.Tensor:
+        """`gram`, in one piece."""
         order = (*self.batch, *self.own, *rest)
         batch = [a.shape[axis] for axis in self.batch]
         rows, columns = [a.shape[axis] for axis in self.own], [b.shape[axis] for axis in self.own]
@@ -130,6 +145,11 @@ class Move:
     def name(self) -> str:
         """The root group's."""
         return self.root.group
+
+
+def _is_matrix(tensor: torch.Tensor, axis: int) -> bool:
+    """Whether a tensor is a matrix with `axis` for its rows as it lies in memory, so that none must be made."""
+    return tensor.ndim == 2 or (axis == 0 and tensor.is_contiguous())
 
 
 class Plan:

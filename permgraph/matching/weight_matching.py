@@ -19,7 +19,7 @@ from permgraph.errors import MismatchError, PermgraphError
 from permgraph.matching.assignment import Solver
 from permgraph.matching.kept import Kept
 from permgraph.matching.limits import Frozen, Limits, choose_within, limits_of
-from permgraph.matching.moves import Move, Place, Plan
+from permgraph.matching.moves import PORTION, Move, Place, Plan
 from permgraph.matching.objective import STATISTICS, Objective, Pair, StateDict, Weights, pair
 from permgraph.matching.order import informed_order, ranks
 from permgraph.matching.paired import paired_values
@@ -384,16 +384,22 @@ class _Ascent:
             block, axis, name = place.block, place.own[0], place.block.parameter
             view = block.view(self._writable(name))
             here = indices.to(view.device)
-            before = view.index_select(axis, here) if block in amend else None
-            if new:
-                after = block.view(new[name]).index_select(axis, here)
-            else:
-                after = view.index_select(axis, torch.from_numpy(columns[moves]).to(view.device))
-            view.index_copy_(axis, here, after)
-            if before is not None:
-                a = block.view(self.compared.a[name]).index_select(axis, here)
-                for other, at in amend[block]:
-                    self.grams.amend(other, at, a, after.sub(before))
+            # Of a fibred group B's tensor is new anyway; of others only what moves is read.
+            source, there = (block.view(new[name]), here) if new else (view, torch.from_numpy(columns[moves]).to(here))
+            if block in amend:
+                a = block.view(self.compared.a[name])
+                some = max(1, PORTION * view.shape[axis] // view.numel())
+                for to, of in zip(torch.split(here, some), torch.split(there, some), strict=True):
+                    difference = source.index_select(axis, of).sub_(view.index_select(axis, to))
+                    part = a.index_select(axis, to)
+                    for other, at in amend[block]:
+                        self.grams.amend(other, at, part, difference)
+            across = max((x for x in range(view.ndim) if x != axis), key=lambda x: view.shape[x], default=None)
+            some = view.numel() if across is None else max(1, PORTION * view.shape[across] // view.numel())
+            for to, of in zip(
+                torch.split(view, some, across or 0), torch.split(source, some, across or 0), strict=True
+            ):
+                to.index_copy_(axis, here, of.index_select(axis, there))
         self._record(number, step, move.parameters)
 
     def _worth(self, move: Move, scene: Scene) -> tuple[torch.Tensor, torch.Tensor | None, tuple[Place, ...]]:
@@ -403,7 +409,7 @@ class _Ascent:
             return kept, kept, ()
         missing = tuple(place for place in move.root.places if not place.known(scene.free))
         sure = tuple(place for place in move.root.places if place not in missing)
-        if not missing or not sure:
+        if not missing or not sure or not self.grams.fits(move.name, self.plan.entries(move) * self.itemsize):
             worth = outer_values(scene, move.root)
             return worth, None if missing else worth, ()
         kept = gram(scene, replace(move.root, places=sure))
