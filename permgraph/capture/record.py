@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import re
 import time
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import CodeType
 from typing import Any
@@ -17,7 +17,7 @@ from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from permgraph.capture.control import is_composite, is_higher_order, run_plainly
-from permgraph.capture.escape import VALUES_LEAVE_TORCH
+from permgraph.capture.escape import SAME_MEMORY, VALUES_LEAVE_TORCH
 from permgraph.capture.frames import locate
 from permgraph.capture.known import KnownValues
 from permgraph.capture.state import strided_like, tensor_key
@@ -200,6 +200,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         module, source = locate(self._paths, self._stop)
         node = self.graph.create_node("call_function", VALUES_LEAVE_TORCH, (self.node_of(tensor),))
         node.meta.update(val=None, module=module, source=source)
+
+    def same_memory(self, tensor: Tensor, turned: Tensor, dims: Sequence[int]) -> None:
+        """Notes that a tensor of the state is another one with its dimensions in another order."""
+        arguments = (self.node_of(tensor), self.node_of(turned), list(dims))
+        node = self.graph.create_node("call_function", SAME_MEMORY, arguments)
+        node.meta.update(val=None, module="", source=None)
 
     def finish(self, outputs: list[Tensor]) -> fx.Graph:
         """Adds the output node and checks the graph."""

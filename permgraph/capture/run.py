@@ -213,6 +213,8 @@ def _pass(subject: Subject, inputs: ExampleInputs, limits: Limits, mode: Mode, r
             recorder.placeholder("input", (path,), made)
         for shared in twin.overlapped:
             recorder.escape(shared)
+        for tensor, turned, dims in twin.turned:
+            recorder.same_memory(tensor, turned, dims)
         watch = fake_mode if mode == "fake" else WatchEscapes(recorder.escape)
         with caches_emptied(twin.modules), watch, recorder:
             result = _run(twin.module, args, kwargs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,6 +33,57 @@ def tensor_key(tensor: Tensor) -> Hashable:
     if tensor.numel() == 0:
         return id(tensor)
     return (storage, tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+
+
+def shared_memory(tensors: Sequence[Tensor]) -> Iterator[tuple[int, int, tuple[int, ...] | None]]:
+    """Pairs of tensors of one storage that have elements in common, by their numbers.
+
+    With each pair the order of the first one's dimensions that gives the second, or None where none does.
+    """
+    spans = [_span(tensor) for tensor in tensors]
+    by_start = sorted(range(len(tensors)), key=lambda i: spans[i])
+    for at, i in enumerate(by_start):
+        for j in by_start[at + 1 :]:
+            if spans[j][0] >= spans[i][1]:
+                break
+            order = _turned(tensors[i], tensors[j])
+            if order is not None or have_common_elements(tensors[i], tensors[j]):
+                yield i, j, order
+
+
+def have_common_elements(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one storage have elements in common."""
+    (first, end), (other, other_end) = _span(a), _span(b)
+    if end <= other or other_end <= first or not a.numel() or not b.numel():
+        return False
+    if a.dtype != b.dtype:
+        return True
+    start = min(a.storage_offset(), b.storage_offset())
+    taken = torch.zeros(max(end, other_end) // a.element_size() - start, dtype=torch.bool, device="cpu")
+    taken.as_strided(a.shape, a.stride(), a.storage_offset() - start).fill_(True)
+    return bool(taken.as_strided(b.shape, b.stride(), b.storage_offset() - start).any())
+
+
+def _turned(a: Tensor, b: Tensor) -> tuple[int, ...] | None:
+    """The order of a's dimensions that gives b, if there is one."""
+    if a.storage_offset() != b.storage_offset() or a.ndim != b.ndim or a.dtype != b.dtype:
+        return None
+    left = list(range(a.ndim))
+    order = []
+    for size, stride in zip(b.shape, b.stride(), strict=True):
+        dim = next((d for d in left if a.shape[d] == size and (size == 1 or a.stride(d) == stride)), None)
+        if dim is None:
+            return None
+        left.remove(dim)
+        order.append(dim)
+    return tuple(order)
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """The first byte of its storage that a tensor reads, and the one after the last."""
+    start, width = int(tensor.storage_offset()), tensor.element_size()
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return start * width, (start + last + 1) * width
 
 
 def state_tensors(model: nn.Module) -> list[StateTensor]:

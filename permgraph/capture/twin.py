@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from permgraph.capture.state import StateTensor, tensor_key
+from permgraph.capture.state import StateTensor, have_common_elements, shared_memory, tensor_key
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,8 @@ class Twin:
 
     `tensors` pairs each tensor of the state with what stands in for it. `paths` gives the path of a module by the `id`
     of the copy or of the original, since a closure may still hold the latter. `overlapped` holds stand-ins for state of
-    which a plain attribute is another view, such as `self.decoder = self.encoder.weight.t()`.
+    which a plain attribute or other state is another view, such as `self.decoder = self.encoder.weight.t()`. `turned`
+    holds pairs of which the second is the first with its dimensions in another order, and that order.
     """
 
     module: nn.Module
@@ -34,6 +35,7 @@ class Twin:
     tensors: list[tuple[StateTensor, Tensor]]
     paths: dict[int, str]
     overlapped: list[Tensor]
+    turned: list[tuple[Tensor, Tensor, tuple[int, ...]]]
 
     def attribute_name(self, tensor: Tensor) -> tuple[str, ...]:
         """The dotted name of a plain tensor attribute, such as a table of rotary angles; empty for other tensors."""
@@ -92,15 +94,20 @@ def make_twin(
         memo.update({id(tensor): made for tensor in entry.objects})
     given = dict(memo)
     by_key = {tensor_key(tensor): made for entry, made in tensors for tensor in entry.objects}
-    by_memory = {key[0]: made for key, made in by_key.items() if isinstance(key, tuple)}
+    by_memory: dict[Hashable, list[tuple[Tensor, Tensor]]] = {}
+    for entry, made in tensors:
+        key = tensor_key(entry.objects[0])
+        if isinstance(key, tuple):
+            by_memory.setdefault(key[0], []).append((entry.objects[0], made))
     overlapped: dict[int, Tensor] = {}
 
     def stand_in_for_attribute(tensor: Tensor) -> Tensor:
         key = tensor_key(tensor)
         if key in by_key:
             return by_key[key]
-        if isinstance(key, tuple) and key[0] in by_memory:
-            overlapped[id(by_memory[key[0]])] = by_memory[key[0]]
+        for held, made in by_memory.get(key[0], ()) if isinstance(key, tuple) else ():
+            if have_common_elements(held, tensor):
+                overlapped[id(made)] = made
         return stand_in(tensor)
 
     try:
@@ -117,7 +124,15 @@ def make_twin(
         paths[id(original)] = path
         if id(original) in memo:
             paths[id(memo[id(original)])] = path
-    return Twin(module, list(copies.values()), tensors, paths, list(overlapped.values()))
+    turned = []
+    for found in by_memory.values():
+        for i, j, order in shared_memory([held for held, _ in found]):
+            one, other = found[i][1], found[j][1]
+            if order is None:
+                overlapped.update({id(one): one, id(other): other})
+            else:
+                turned.append((one, other, order))
+    return Twin(module, list(copies.values()), tensors, paths, list(overlapped.values()), turned)
 
 
 def _undispatch(module: nn.Module) -> None:

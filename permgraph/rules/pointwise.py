@@ -159,3 +159,11 @@ def read_value(call: Call) -> None:
 def leave(call: Call) -> None:
     """Code that is not torch reads all values, and may do anything with them."""
     call.pin_all(call.tensors, "its values were read outside torch")
+
+
+@rule("permgraph.same_memory")
+def same_memory(call: Call) -> None:
+    """Two parameters are one, the second with the dimensions of the first in another order."""
+    tensor, turned, dims = call["tensor"], call["turned"], call["dims"]
+    names = [f"d{d}" for d in range(tensor.ndim)]
+    call.link((tensor, " ".join(names)), (turned, " ".join(names[d] for d in dims)))

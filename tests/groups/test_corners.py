@@ -490,3 +490,52 @@ def test_units_whose_number_is_returned_stay_put(how: str) -> None:
     spec = pg.auto_spec(Chooses(how).eval(), x)
     assert [str(axis) for axis in spec.axes["outer.weight"]] == ["8", "inner"]
     assert pg.verify(Chooses(how).eval(), spec, (x,))
+
+
+class SharedMemory(nn.Module):
+    """Layers whose weights lie in one memory, the one as the other's transpose, overlapping, or side by side."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 4)
+        self.c, self.d = nn.Linear(6, 6), nn.Linear(6, 6)
+        flat = torch.randn(72)
+        if how == "transposed":
+            self.d.weight.data = self.c.weight.data.t()
+        elif how == "decoder":
+            self.b.weight = nn.Parameter(self.a.weight.data.t())
+        elif how == "overlapping":
+            self.c.weight.data, self.d.weight.data = flat[:36].view(6, 6), flat[20:56].view(6, 6)
+        elif how == "side by side":
+            self.c.weight.data, self.d.weight.data = flat[:36].view(6, 6), flat[36:].view(6, 6)
+        elif how == "interleaved":
+            self.c.weight.data, self.d.weight.data = flat.view(6, 12)[:, ::2], flat.view(6, 12)[:, 1::2]
+        elif how == "attribute":
+            self.c.weight.data, self.d.weight.data = flat[:36].view(6, 6), flat[36:].view(6, 6)
+            self.row = flat[:4]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(self.d(torch.tanh(self.c(torch.tanh(self.a(x))))))
+        return self.b(y) * self.row if hasattr(self, "row") else self.b(y)
+
+
+@pytest.mark.parametrize(
+    ("how", "groups"),
+    [
+        ("transposed", [["d", "."], ["c", "d"], ["d", "c"], [".", "d"]]),
+        ("decoder", [["a", "."], ["c", "a"], ["a", "c"], [".", "a"]]),
+        ("overlapping", [["6", "."], ["6", "6"], ["6", "6"], [".", "6"]]),
+        ("side by side", [["a", "."], ["c", "a"], ["d", "c"], [".", "d"]]),
+        ("interleaved", [["a", "."], ["c", "a"], ["d", "c"], [".", "d"]]),
+        ("attribute", [["6", "."], ["6", "6"], ["d", "6"], [".", "d"]]),
+    ],
+)
+def test_parameters_in_one_memory(how: str, groups: list[list[str]]) -> None:
+    torch.manual_seed(0)
+    model, x = SharedMemory(how), torch.randn(3, 4)
+    spec = pg.auto_spec(model, (x,))
+    found = [[str(axis) for axis in spec.axes[f"{name}.weight"]] for name in "acdb"]
+    assert [[("." if axis == "4" else axis) for axis in row] for row in found] == groups
+    before = model(x)
+    model.load_state_dict(spec.random(0, every_group=True).apply(model.state_dict()))
+    assert torch.allclose(model(x), before, atol=1e-5)
