@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -79,6 +79,18 @@ def limits_of(
             )
         limits[name] = Limits(kept, np.argsort(start), most[name])
     return still, limits
+
+
+def choose_limited(
+    worth: torch.Tensor, solver: Solver, name: str, limits: Mapping[str, Limits], arrays: Mapping[str, np.ndarray]
+) -> tuple[np.ndarray, float]:
+    """As `choose`, within the limits on this group if there are any, where the groups now stand as `arrays` says."""
+    own = limits.get(name)
+    if own is None:
+        return choose(worth, solver, name)
+    if own.home is not None and name in arrays:
+        own = replace(own, home=np.argsort(arrays[name]))
+    return choose_within(worth, solver, name, own)
 
 
 def choose_within(worth: torch.Tensor, solver: Solver, name: str, limits: Limits) -> tuple[np.ndarray, float]:

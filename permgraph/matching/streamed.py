@@ -22,6 +22,7 @@ import torch
 
 from permgraph.errors import MismatchError, NonFiniteError, PermgraphError
 from permgraph.matching.assignment import Solver
+from permgraph.matching.limits import Frozen, choose_limited, limits_of
 from permgraph.matching.moves import Move, Place, Plan
 from permgraph.matching.objective import STATISTICS, StateDict
 from permgraph.matching.order import informed_order
@@ -59,6 +60,8 @@ class StreamedWeightMatching:
             and what comes next, in words.
         ignore: patterns of names that are permuted, but are no evidence.
         solver: for the assignments, see `assign`.
+        frozen, max_moves: groups and indices that stay as `init` has them, and how many may move, as in
+            `WeightMatching`; a run that goes on needs the same ones.
         cache: bytes of tensors to keep in case the next steps need them again, shared equally among the workers, each
             of which needs its own share of the tensors only.
         device: where products are taken; None leaves them where the tensors are.
@@ -90,6 +93,8 @@ class StreamedWeightMatching:
     cache: int = 1 << 29
     device: torch.device | str | None = None
     workers: Workers | None = field(default=None, compare=False)
+    frozen: Frozen = ()
+    max_moves: int | Mapping[str, int] | None = None
 
     def __post_init__(self) -> None:
         if self.max_sweeps < 0 or self.cache < 0:
@@ -116,9 +121,10 @@ class StreamedWeightMatching:
         if isinstance(self.init, Permutation) and self.init.spec != spec:
             raise MismatchError("init is a permutation of another spec than the one to match over")
         ascent = _Streamed(self, a, b, spec, seed, started)
-        before = ascent.objective
+        before = ascent.before
         ascent.climb(progress)
-        if ascent.objective < before and ascent.outcome != "interrupted":
+        bound = isinstance(self.init, Permutation) and (ascent.frozen or ascent.limits)  # to what the identity breaks
+        if ascent.objective < before and ascent.outcome != "interrupted" and not bound:
             # A run that did not begin at the identity can end below it. One that does cannot.
             ascent = _Streamed(replace(self, init="identity", done=0, keep=None), a, b, spec, seed, started)
             ascent.climb(progress)
@@ -203,14 +209,15 @@ class _Streamed:
         ]
         # The smallest first, since whoever asks for any tensor takes the first.
         self.names = sorted(names, key=lambda name: math.prod(spec.shapes[name]))
-        self.plan = Plan(spec, names)
+        self.frozen, self.limits = limits_of(spec, how.frozen, how.max_moves, how.init)
+        self.plan = Plan(spec, names, self.frozen)
         sizes = {name: math.prod(spec.shapes[name]) for name in self.names}
         self.mine = frozenset(names) if how.workers is None else how.workers.share(sizes)
         self.arrays: Arrays = {}
         self.free: set[str] = set()
         self.work = torch.float32
         self.spread: dict[str, float] = {}
-        self.objective = self._objective(check=True)
+        self.objective = self.before = self._objective(check=True)
         if isinstance(how.init, Permutation):
             self.arrays = dict(how.init.arrays)
             self.objective = self._objective()
@@ -342,7 +349,7 @@ class _Streamed:
         elif len(move.groups) == 1 and not move.bent:
             gram = self._gram(move)
             self._tell(done, len(self.plan.moves), f"assignment, {move.name}")
-            columns, gain = choose(gram, self.how.solver, move.name)
+            columns, gain = self._choose(gram, move)
             step = {move.name: columns} if _differing(columns, None) else {}
         else:
             worth = outer_values(self._scene(move, self.arrays), move.root)
@@ -384,15 +391,18 @@ class _Streamed:
         assert total is not None
         return total
 
+    def _choose(self, worth: torch.Tensor, move: Move) -> tuple[np.ndarray, float]:
+        return choose_limited(worth, self.how.solver, move.name, self.limits, self.arrays)
+
     def _nested(self, move: Move, worth: torch.Tensor) -> tuple[Arrays, float]:
         """The step of a root and what is inside it, with more and more weight on staying until the objective rises."""
         if self.free:
-            columns, gain = choose(worth, self.how.solver, move.name)
+            columns, gain = self._choose(worth, move)
             return self._follow(move, columns, self.arrays), gain
         diagonal = worth.diagonal(dim1=-2, dim2=-1)
         pull = 0.0
         for _ in range(8 if move.bent else 1):
-            columns, promised = choose(worth, self.how.solver, move.name)
+            columns, promised = self._choose(worth, move)
             step = self._follow(move, columns, self.arrays)
             if not step:
                 break
@@ -416,7 +426,7 @@ class _Streamed:
         """The step of a root and of what each of its pairs has chosen inside."""
         blocks = tuple(self.plan.standing[move.name])
         worth, inside = paired_values(self._scene(move, self.arrays), move, blocks)
-        columns, _ = choose(worth, self.how.solver, move.name)
+        columns, _ = self._choose(worth, move)
         step: Arrays = {move.name: columns}
         for name, chosen in inside.items():
             step[name] = np.take_along_axis(chosen, columns[..., None, None], axis=-2)[..., 0, :]

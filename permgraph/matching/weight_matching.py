@@ -18,7 +18,7 @@ import torch
 from permgraph.errors import MismatchError, PermgraphError
 from permgraph.matching.assignment import Solver
 from permgraph.matching.kept import Kept
-from permgraph.matching.limits import Frozen, Limits, choose_within, limits_of
+from permgraph.matching.limits import Frozen, Limits, choose_limited, limits_of
 from permgraph.matching.moves import PORTION, Move, Place, Plan
 from permgraph.matching.objective import STATISTICS, Objective, Pair, StateDict, Weights, pair
 from permgraph.matching.order import informed_order, ranks
@@ -136,7 +136,8 @@ class WeightMatching:
                 best.outcome = "interrupted"
                 break
         assert best is not None
-        if best.objective < before and best.outcome != "interrupted":
+        bound = isinstance(self.init, Permutation) and (frozen or limits)  # to what the identity would break
+        if best.objective < before and best.outcome != "interrupted" and not bound:
             # A run that did not begin at the identity can end below it. One that does cannot.
             best = _Ascent(self, compared, plan, np.random.default_rng(seed), at_rest, limits, started)
             best.climb(progress)
@@ -434,12 +435,7 @@ class _Ascent:
         return [self.plan.moves[other] for other in sorted(self.neighbours[number])]
 
     def _choose(self, worth: torch.Tensor, move: Move) -> tuple[np.ndarray, float]:
-        limits = self.limits.get(move.name)
-        if limits is None:
-            return choose(worth, self.how.solver, move.name)
-        if limits.home is not None and move.name in self.arrays:
-            limits = replace(limits, home=np.argsort(self.arrays[move.name]))
-        return choose_within(worth, self.how.solver, move.name, limits)
+        return choose_limited(worth, self.how.solver, move.name, self.limits, self.arrays)
 
     def _paired(self, number: int, move: Move, scene: Scene) -> tuple[Arrays, dict[str, torch.Tensor], float]:
         """The step of a root and of what each of its pairs has chosen inside, if it raises the objective."""
