@@ -70,11 +70,12 @@ def train(width: int, target: Tensor, x: Tensor, seed: int, rounds: int, every: 
     initial = {"out": network.out.detach().clone()}
     permutation = spec.identity()
     losses = []
-    # Between two projections free weights must get as far as the next of the initial values, 40 / width² away.
+    # The initial values are 40 / width² apart. At first, free weights get past many of them from one projection to the
+    # next, since orders that are far from the initial one are looked for; at last, past none.
     descent = torch.optim.Adam(
-        [{"params": [network.out], "lr": 0.5 / width}, {"params": [network.scale, network.shift], "lr": 1e-2}]
+        [{"params": [network.out], "lr": 4 / width}, {"params": [network.scale, network.shift], "lr": 1e-2}]
     )
-    schedule = torch.optim.lr_scheduler.ExponentialLR(descent, 0.99)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(descent, 0.01 ** (1 / rounds))
     for _ in range(rounds):
         for _ in range(every):
             descent.zero_grad()
@@ -92,8 +93,8 @@ def train(width: int, target: Tensor, x: Tensor, seed: int, rounds: int, every: 
 def main(given: Sequence[str] | None = None) -> dict[tuple[str, int], list[Result]]:
     """Run the experiment and return what was found."""
     parser = arguments(__doc__, models=(), seeds=(1, 2, 3))
-    parser.add_argument("--widths", type=int, nargs="+", default=[10, 20, 40, 80, 160], help="of the hidden layer")
-    parser.add_argument("--rounds", type=int, default=100, help="of descent and projection (100)")
+    parser.add_argument("--widths", type=int, nargs="+", default=[10, 20, 40, 80], help="of the hidden layer")
+    parser.add_argument("--rounds", type=int, default=150, help="of descent and projection (150)")
     parser.add_argument("--every", type=int, default=20, help="steps from one projection to the next (20)")
     options = parser.parse_args(given)
     torch.set_num_threads(1)
