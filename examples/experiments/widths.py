@@ -112,7 +112,7 @@ def main(given: Sequence[str] | None = None) -> dict[str, list[Row]]:
             above, below = axes[column], axes[len(every) + column]
             widths = [row.width for row in rows]
             for number, (label, values) in enumerate(
-                (("barrier, naive", [row.naive for row in rows]), ("barrier, aligned", [row.aligned for row in rows]))
+                (("naive", [row.naive for row in rows]), ("aligned", [row.aligned for row in rows]))
             ):
                 above.errorbar(
                     widths,
@@ -126,8 +126,8 @@ def main(given: Sequence[str] | None = None) -> dict[str, list[Row]]:
                 )
             for number, (label, heights) in enumerate(
                 (
-                    ("average, naive", [row.mean_naive for row in rows]),
-                    ("average, aligned", [row.mean_aligned for row in rows]),
+                    ("naive", [row.mean_naive for row in rows]),
+                    ("aligned", [row.mean_aligned for row in rows]),
                     ("single network", [row.single for row in rows]),
                 )
             ):
@@ -140,7 +140,7 @@ def main(given: Sequence[str] | None = None) -> dict[str, list[Row]]:
                     label=label,
                 )
             above.set(title=name, ylabel="barrier in test loss", ylim=(0, None))
-            below.set(xlabel="width", ylabel="test accuracy", ylim=(0, 1.02))
+            below.set(xlabel="width", ylabel="accuracy of the average", ylim=(0, 1.02))
             for ax in (above, below):
                 ax.set_xscale("log", base=2)
                 ax.set_xticks(widths, [str(width) for width in widths])
