@@ -47,6 +47,26 @@ def test_rows_that_all_want_the_same_columns():
     assert found.value == pytest.approx(cost[rows, columns].sum(), rel=1e-12)
 
 
+def test_prices_from_falling_temperatures_leave_little_to_add():
+    found = assign_wide(costs(0, 600, 600, kind="gram").astype(np.float32), rounds=4)
+    assert found.proven
+
+
+@pytest.mark.parametrize("n", [7, 30, 61])
+def test_many_ties_end(n):
+    for seed in range(20):
+        cost = costs(seed, n, n, kind="ties")
+        found = assign_wide(cost, candidates=4)
+        assert found.proven
+        assert found.value == optimum(cost, False)
+
+
+def test_entries_beyond_float32():
+    cost = costs(3, 50, 50)
+    assert np.array_equal(assign_wide(cost * 1e200 + 1e201).columns, assign_wide(cost).columns)
+    assert assign_wide(np.full((5, 5), 1e300)).proven
+
+
 def test_nothing_is_changed():
     cost = costs(1, 40, 40)
     cost.flags.writeable = False
