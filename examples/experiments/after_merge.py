@@ -75,7 +75,7 @@ def run(setting: Setting, seeds: Sequence[int], where: Console) -> Result:
 
 def main(given: Sequence[str] | None = None) -> dict[str, Result]:
     """Run the experiment and return what was found."""
-    options = arguments(__doc__, models=MODELS, seeds=(1, 2, 3)).parse_args(given)
+    options = arguments(__doc__, models=MODELS, seeds=(1, 2, 3), points=None).parse_args(given)
     where = console()
     every: dict[str, Result] = {}
     result = table(

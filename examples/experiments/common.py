@@ -218,13 +218,46 @@ class Setting:
         return states
 
 
+class _Seeds(argparse.Action):
+    """Keeps the seeds, unless there are fewer than the experiment has networks."""
+
+    def __init__(self, *, least: int, **how: Any) -> None:
+        super().__init__(**how)
+        self.least = least
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        if len(values) < self.least:
+            parser.error(f"--seeds: this experiment needs {self.least} networks or more, so give as many")
+        setattr(namespace, self.dest, values)
+
+
 def arguments(
-    description: str | None, *, models: Sequence[str], seeds: Sequence[int], points: int = 11
+    description: str | None,
+    *,
+    models: Sequence[str],
+    seeds: Sequence[int],
+    least: int = 1,
+    points: int | None = 11,
 ) -> argparse.ArgumentParser:
-    """A parser of what all experiments take."""
+    """A parser of what all experiments take.
+
+    Args:
+        description: the text above the options.
+        models: which architectures by default; none for an experiment that has a network of its own.
+        seeds: by default.
+        least: how many seeds are needed.
+        points: on each line, by default; None for an experiment without lines.
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = " ".join(map(str, seeds))
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(seeds), help=f"of the networks ({default})")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=list(seeds), action=_Seeds, least=least, help=f"of the runs ({default})"
+    )
+    parser.add_argument("--out", type=Path, default=Path("experiments"), help="folder to write to (experiments)")
+    if points is not None:
+        parser.add_argument("--points", type=int, default=points, help=f"on each line ({points})")
+    if not models:
+        return parser
     parser.add_argument(
         "--models",
         nargs="+",
@@ -235,11 +268,9 @@ def arguments(
     )
     parser.add_argument("--width", type=int, help="of every network (default: each recipe's)")
     parser.add_argument("--epochs", type=int, help="of training (default: each recipe's)")
-    parser.add_argument("--points", type=int, default=points, help=f"on each line ({points})")
     parser.add_argument(
         "--data-dir", type=Path, help="a folder with MNIST's four idx files or CIFAR-10's batches, instead of digits"
     )
-    parser.add_argument("--out", type=Path, default=Path("experiments"), help="folder to write to (experiments)")
     return parser
 
 

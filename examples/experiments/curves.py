@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from common import Recipe, Setting, State, Step, arguments, bar, console, figure, legend, line, settings, table
+from common import RECIPES, Recipe, Setting, State, Step, arguments, bar, console, figure, legend, line, settings, table
 from matplotlib.axes import Axes
 from networks import Batch
 from rich.console import Console
@@ -143,11 +143,13 @@ def run(
 
 def main(given: Sequence[str] | None = None) -> dict[str, list[Row]]:
     """Run the experiment and return what was found."""
-    parser = arguments(__doc__, models=("MLP", "ResNet", "DenseNet", "ViT"), seeds=(1, 2))
+    parser = arguments(__doc__, models=("MLP", "ResNet", "DenseNet", "ViT"), seeds=(1, 2), least=2)
     parser.add_argument("--curve-epochs", type=int, default=20, help="of the bends' training (20)")
     parser.add_argument("--rounds", type=int, default=5, help="of alternating minimisation (5)")
     parser.add_argument("--proximity", type=float, default=1000.0, help="how far its steps may go (1000)")
-    parser.add_argument("--robust", nargs="*", default=["MLP"], help="architectures to train robustly as well (MLP)")
+    parser.add_argument(
+        "--robust", nargs="*", choices=RECIPES, metavar="NAME", default=["MLP"], help="trained robustly as well (MLP)"
+    )
     parser.add_argument("--radius", type=float, default=0.2, help="of adversarial shifts of the inputs (0.2)")
     options = parser.parse_args(given)
     where = console()

@@ -52,7 +52,9 @@ def height(found: Sequence[pg.LayerwiseBarriers], layer: str) -> tuple[float, fl
 
 def main(given: Sequence[str] | None = None) -> dict[str, Found]:
     """Run the experiment and return what was found."""
-    options = arguments(__doc__, models=("MLP", "ResNet", "ViT"), seeds=(1, 2), points=7).parse_args(given)
+    options = arguments(__doc__, models=("MLP", "ResNet", "DenseNet", "ViT"), seeds=(1, 2, 3), points=7).parse_args(
+        given
+    )
     where = console()
     every: dict[str, Found] = {}
     result = table(

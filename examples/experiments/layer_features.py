@@ -55,7 +55,7 @@ def mean(found: Sequence[pg.FeatureConnectivity], layer: str, what: str) -> floa
 
 def main(given: Sequence[str] | None = None) -> dict[str, Found]:
     """Run the experiment and return what was found."""
-    parser = arguments(__doc__, models=("MLP", "ResNet", "ViT"), seeds=(1, 2))
+    parser = arguments(__doc__, models=("MLP", "ResNet", "DenseNet", "ViT"), seeds=(1, 2, 3), points=None)
     parser.add_argument("--together", type=int, default=3, help="epochs before spawned pairs part (3)")
     options = parser.parse_args(given)
     where = console()

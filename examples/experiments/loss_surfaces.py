@@ -72,11 +72,9 @@ def round_levels(values: torch.Tensor) -> list[float]:
 def main(given: Sequence[str] | None = None) -> dict[str, Result]:
     """Run the experiment and return what was found."""
     models = ("MLP", "ResNet", "DenseNet", "ViT", "Characters")
-    parser = arguments(__doc__, models=models, seeds=(1, 2, 3), points=7)
+    parser = arguments(__doc__, models=models, seeds=(1, 2, 3), least=3, points=7)
     parser.add_argument("--grid", type=int, default=13, help="points of the plane in each direction (13)")
     options = parser.parse_args(given)
-    if len(options.seeds) < 3:
-        parser.error("a plane goes through three networks: give three --seeds")
     where = console()
     every: dict[str, Result] = {}
     result = table(

@@ -92,7 +92,7 @@ def train(width: int, target: Tensor, x: Tensor, seed: int, rounds: int, every: 
 
 def main(given: Sequence[str] | None = None) -> dict[tuple[str, int], list[Result]]:
     """Run the experiment and return what was found."""
-    parser = arguments(__doc__, models=(), seeds=(1, 2, 3))
+    parser = arguments(__doc__, models=(), seeds=(1, 2, 3), points=None)
     parser.add_argument("--widths", type=int, nargs="+", default=[10, 20, 40, 80], help="of the hidden layer")
     parser.add_argument("--rounds", type=int, default=150, help="of descent and projection (150)")
     parser.add_argument("--every", type=int, default=20, help="steps from one projection to the next (20)")

@@ -92,7 +92,7 @@ def run(setting: Setting, seeds: Sequence[int], options: Mapping[str, int | floa
     points, rounds, tolerance = int(options["points"]), int(options["rounds"]), float(options["tolerance"])
     last = setting.epochs
     keep = sorted({0, 1, 2, last // 4, last // 2} - {last})
-    first, second, third = seeds
+    first, second, third = seeds[:3]
     with bar(where, f"{setting.name}: training", (3 + 2 * (rounds + 1)) * last) as step:
         a, b, c = (setting.train(seed, keep=keep, step=step) for seed in (first, second, third))
         early = max(1, last // 10)
@@ -121,12 +121,10 @@ def run(setting: Setting, seeds: Sequence[int], options: Mapping[str, int | floa
 
 def main(given: Sequence[str] | None = None) -> dict[str, Result]:
     """Run the experiment and return what was found."""
-    parser = arguments(__doc__, models=("MLP", "ResNet", "ViT"), seeds=(1, 2, 3), points=7)
+    parser = arguments(__doc__, models=("MLP", "ResNet", "DenseNet", "ViT"), seeds=(1, 2, 3), least=3, points=7)
     parser.add_argument("--rounds", type=int, default=3, help="of pruning, each of half the weights (3)")
     parser.add_argument("--tolerance", type=float, default=0.05, help="barrier in test loss that counts as none (0.05)")
     options = parser.parse_args(given)
-    if len(options.seeds) != 3:
-        raise SystemExit("--seeds: give three")
     where = console()
     every: dict[str, Result] = {}
     result = table(

@@ -78,11 +78,9 @@ def run(setting: Setting, seeds: Sequence[int], points: int, epochs: int, where:
 def main(given: Sequence[str] | None = None) -> dict[str, Result]:
     """Run the experiment and return what was found."""
     models = ("MLP", "ResNet", "DenseNet", "ViT", "Characters")
-    parser = arguments(__doc__, models=models, seeds=(1, 2, 3), points=7)
+    parser = arguments(__doc__, models=models, seeds=(1, 2, 3), least=3, points=7)
     parser.add_argument("--match-epochs", type=int, default=10, help="of straight-through matching (10)")
     options = parser.parse_args(given)
-    if len(options.seeds) < 3:
-        parser.error("three networks are needed at least: give three --seeds")
     where = console()
     every: dict[str, Result] = {}
     ways = ("naive", "WM", "STE", "from B")

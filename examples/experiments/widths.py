@@ -80,7 +80,7 @@ def run(setting: Setting, seeds: Sequence[int], points: int, where: Console) -> 
 
 def main(given: Sequence[str] | None = None) -> dict[str, list[Row]]:
     """Run the experiment and return what was found."""
-    parser = arguments(__doc__, models=("Plane", "MLP", "ResNet"), seeds=(1, 2, 3, 4, 5), points=7)
+    parser = arguments(__doc__, models=("Plane", "MLP", "ResNet"), seeds=(1, 2, 3, 4, 5), least=2, points=7)
     parser.add_argument("--widths", type=int, nargs="+", help="of the networks (default: each architecture's own)")
     parser.add_argument("--longest", type=int, default=8, help="so many times the epochs at most, where narrow (8)")
     options = parser.parse_args(given)

@@ -6,6 +6,7 @@ import copy
 import gzip
 import importlib
 import pickle
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +19,8 @@ import permgraph as pg
 pytestmark = pytest.mark.slow
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "examples" / "experiments"
-SMALL = ["--models", "MLP", "--width", "16", "--epochs", "2", "--points", "3"]
+TINY = ["--models", "MLP", "--width", "16", "--epochs", "2"]
+SMALL = [*TINY, "--points", "3"]
 
 
 @pytest.fixture
@@ -54,7 +56,7 @@ def test_many_models(load, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_layer_features(load, tmp_path: Path) -> None:
-    found = load("layer_features").main([*SMALL, "--seeds", "1", "--together", "1", "--out", str(tmp_path)])["MLP"]
+    found = load("layer_features").main([*TINY, "--seeds", "1", "--together", "1", "--out", str(tmp_path)])["MLP"]
     assert set(found) == {"spawned", "independent", "aligned"}
     last = {kind: ones[0].layers["head"].cosine for kind, ones in found.items()}
     assert last["independent"] < last["aligned"] and last["independent"] < last["spawned"]
@@ -105,7 +107,7 @@ def test_mnist_is_read_from_its_files(load, tmp_path: Path) -> None:
 
 
 def test_after_merge(load, tmp_path: Path) -> None:
-    found = load("after_merge").main([*SMALL, "--seeds", "1", "2", "--out", str(tmp_path)])["MLP"]
+    found = load("after_merge").main([*TINY, "--seeds", "1", "2", "--out", str(tmp_path)])["MLP"]
     assert len(found.ends) == 4
     # Without BatchNorm there is nothing to reset, and REPAIR changes the network.
     for kind in ("naive", "aligned"):
@@ -218,6 +220,29 @@ def test_models_are_named_with_widths(load, tmp_path: Path) -> None:
     assert [(s.name, s.width) for s in common.settings(chosen)] == [("MLP", 32), ("ViT", 64)]
     with pytest.raises(SystemExit):
         parser.parse_args(["--models", "MPL"])
+
+
+def test_too_few_networks_are_refused_beforehand(load, capsys: pytest.CaptureFixture[str]) -> None:
+    needed = {"curves": 2, "widths": 2, "many_models": 2, "loss_surfaces": 3, "singular_vectors": 3, "simultaneous": 3}
+    for name, least in needed.items():
+        with pytest.raises(SystemExit):
+            load(name).main(["--seeds", *"12345"[: least - 1]])
+        assert f"needs {least} networks or more" in capsys.readouterr().err, name
+    with pytest.raises(SystemExit):
+        load("curves").main(["--robust", "MPL"])
+
+
+def test_each_experiment_offers_only_what_it_reads(load, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in sorted(path.stem for path in EXPERIMENTS.glob("*.py") if path.stem not in ("common", "models")):
+        with pytest.raises(SystemExit) as ended:
+            load(name).main(["--help"])
+        offered = set(re.findall(r"^  --([a-z-]+)", capsys.readouterr().out, re.MULTILINE)) - {"help"}
+        # Read here, in what all experiments share, or in what the script calls.
+        source = "".join((EXPERIMENTS / f"{one}.py").read_text() for one in ("common", name))
+        unread = {
+            option for option in offered if not re.search(rf"options\.{option.replace('-', '_')}|\"{option}\"", source)
+        }
+        assert ended.value.code == 0 and not unread, name
 
 
 def test_cifar10_is_read_from_its_files(load, tmp_path: Path) -> None:
