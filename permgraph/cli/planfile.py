@@ -242,4 +242,6 @@ def _seeds(entry: Any, path: Path) -> list[int]:
 def _mapping(entry: Any, where: str) -> Mapping[str, Any]:
     if not isinstance(entry, Mapping):
         raise StudyError(f"{where}: give a mapping, not {entry!r}")
+    if len({str(key) for key in entry}) < len(entry):
+        raise StudyError(f"{where}: two names are the same once they are texts, such as 1 and '1': give other names")
     return entry

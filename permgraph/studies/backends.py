@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -61,6 +62,8 @@ def _dask(jobs: int | None, address: str | None) -> Iterator[None]:
 def _ray(jobs: int | None, address: str | None) -> Iterator[None]:
     ray = _import("ray", "ray")
     started = not ray.is_initialized()
+    if started and address is not None:
+        _require_answer(address)
     if started:
         try:
             ray.init(address=address, num_cpus=None if address else jobs, include_dashboard=False, log_to_driver=False)
@@ -73,6 +76,17 @@ def _ray(jobs: int | None, address: str | None) -> Iterator[None]:
     finally:
         if started:
             ray.shutdown()
+
+
+def _require_answer(address: str) -> None:
+    """Knock at a Ray cluster's door: `ray.init` goes on knocking for minutes, and then ends the process."""
+    host, _, port = address.rpartition("://")[2].partition("/")[0].rpartition(":")
+    if not port.isdecimal():  # "auto", which looks for a cluster here
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=PATIENCE).close()
+    except (OSError, OverflowError) as error:
+        raise StudyError(f"no Ray cluster answers at {address}: {in_one_line(error)}") from error
 
 
 def _import(name: str, extra: str) -> Any:

@@ -19,7 +19,7 @@ from permgraph.connectivity.evaluation import undisturbed
 from permgraph.errors import in_one_line
 from permgraph.matching import Matcher, align
 from permgraph.spec import PermutationSpec
-from permgraph.studies.store import Store
+from permgraph.studies.store import Store, UnwritableError
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,8 @@ def run(task: Task) -> dict[str, Any]:
         if differing:
             raise RuntimeError(f"this worker has other versions, as (here, where the study began): {differing}")
         record = {"status": "done", **_result(task)}
+    except UnwritableError:  # whoever comes next would fail as well
+        raise
     except Exception as error:
         record = {"status": "failed", "error": f"{type(error).__name__}: {in_one_line(error)}"}
     finally:

@@ -10,6 +10,7 @@ import contextlib
 import copy
 import functools
 import logging
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +20,7 @@ from permgraph.connectivity.interpolation import as_state_dict
 from permgraph.errors import MissingExtraError, StudyError, in_one_line
 from permgraph.studies.cell import Task, run, versions
 from permgraph.studies.plan import Cell, StudyPlan
-from permgraph.studies.store import Store
+from permgraph.studies.store import SMALLEST, Store, UnwritableError
 from permgraph.studies.table import StudyResult
 
 log = logging.getLogger(__name__)
@@ -52,8 +53,9 @@ def study(
         progress: called with how many cells are done and how many there are.
 
     Raises:
-        StudyError: before any work: the plan names a cell twice, the store cannot be written to, a worker has another
-            version of permgraph, torch, numpy, scipy or Python. During it: the backend broke while no cell was at work.
+        StudyError: before any work: the plan names a cell twice, the store cannot be written to or has no room for the
+            results, a worker has another version of permgraph, torch, numpy, scipy or Python. During it: the store
+            takes nothing more, or the backend broke while no cell was at work; what was done is kept.
         MissingExtraError: joblib or fsspec is not installed.
 
     Example:
@@ -67,9 +69,10 @@ def study(
     joblib = _joblib()
     place = Store(os.fspath(store))
     cells = plan.cells
-    place.require_room()
+    place.require_access()
     todo = missing(plan, store, retry_failed=retry_failed)
     if todo:
+        place.require_room(_needed(plan, place, todo))
         parallel = _parallel(joblib, jobs)
         _require_same_versions(joblib, parallel)
         for name in {name for cell in todo for name in (cell.a, cell.b)}:
@@ -89,6 +92,22 @@ def missing(plan: StudyPlan, store: str | os.PathLike[str], *, retry_failed: boo
     return [cell for cell in plan.cells if not _settled(place, cell, retry_failed)]
 
 
+def _needed(plan: StudyPlan, store: Store, todo: Sequence[Cell]) -> int:
+    """About how many bytes a study is going to write: networks, a record for each cell, and permutations."""
+    names = {plan.contents[name]: name for cell in todo for name in (cell.a, cell.b)}
+    networks = sum(
+        sum(tensor.nbytes for tensor in as_state_dict(plan.networks[name]).values())
+        for content, name in names.items()
+        if not store.holds(f"models/{content}.safetensors")
+    )
+    indices = sum(
+        math.prod(plan.spec.groups[part].size for part in (*group.parents, name))
+        for name, group in plan.spec.moving.items()
+    )
+    aligned = sum(cell.matcher in plan.matchers for cell in todo)
+    return networks + len(todo) * SMALLEST + aligned * max(SMALLEST, 8 * indices)
+
+
 def _settled(store: Store, cell: Cell, retry_failed: bool) -> bool:
     record = store.record(cell.key)
     return record is not None and (record["status"] == "done" or not retry_failed)
@@ -101,6 +120,8 @@ def _run(joblib: Any, parallel: Any, plan: StudyPlan, store: Store, todo: Sequen
     while waiting := [key for key in tasks if key not in suspects and store.record(key) is None]:
         try:
             parallel(joblib.delayed(run)(tasks[key]) for key in waiting)
+        except UnwritableError:
+            raise
         except Exception as error:
             fallen = store.begun(waiting) - suspects
             if not fallen:
@@ -112,6 +133,8 @@ def _run(joblib: Any, parallel: Any, plan: StudyPlan, store: Store, todo: Sequen
             try:
                 # A second, idle task keeps joblib from running a single one in this process.
                 parallel([joblib.delayed(run)(tasks[key]), joblib.delayed(versions)()])
+            except UnwritableError:
+                raise
             except Exception as error:
                 record = {"status": "failed", "error": f"its worker died twice, alone the second time: {_said(error)}"}
                 store.put_record(key, {**record, "seconds": None, "versions": versions()})

@@ -11,9 +11,11 @@ and nothing has to be locked.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import shutil
 import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -30,6 +32,12 @@ if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
 KEY = re.compile(r"[0-9a-f]{8,64}")
+LOCAL = ("file", "local")
+SMALLEST = 4096  # bytes that a file takes on most disks, however short it is
+
+
+class UnwritableError(StudyError):
+    """The store takes nothing more, which ends a study rather than one of its cells."""
 
 
 @dataclass(frozen=True)
@@ -54,21 +62,42 @@ class Store:
             raise StudyError(f"the store {self.url!r} cannot be opened: {error}") from error
         return filesystem, path.rstrip("/")
 
-    def require_room(self) -> None:
-        """Write, read and remove a small file, so that a store without room or permission is met before the work.
+    def require_access(self) -> None:
+        """Write, read and remove a small file, so that a store that does not take one is met before the work.
 
         Raises:
-            StudyError: one of the three failed.
+            MissingExtraError: fsspec is not installed.
+            StudyError: the store cannot be opened, or one of the three failed.
         """
-        name, content = f"begun/{uuid.uuid4().hex}", os.urandom(4096)
+        name, content = f"begun/{uuid.uuid4().hex}", os.urandom(SMALLEST)
+        _ = self._place
         try:
             self._write(name, content)
             returned = self._read(name)
             self._remove(name)
-        except Exception as error:  # what a remote store raises is its own affair
+        except UnwritableError:
+            raise
+        except Exception as error:  # as in `_write`
             raise StudyError(f"the store {self.url!r} cannot be written to: {in_one_line(error)}") from error
         if returned != content:
             raise StudyError(f"the store {self.url!r} gave back other bytes than were written")
+
+    def require_room(self, needed: int) -> None:
+        """Compare what is going to be written with what is free, where the store is a folder.
+
+        Args:
+            needed: bytes.
+
+        Raises:
+            StudyError: there is not that much room.
+        """
+        filesystem, root = self._place
+        protocol = filesystem.protocol if isinstance(filesystem.protocol, str) else filesystem.protocol[0]
+        if protocol in LOCAL and (free := shutil.disk_usage(root).free) < needed:
+            raise StudyError(
+                f"the store {self.url!r} has {free / 1e6:,.1f} MB of room, and the study writes about "
+                f"{needed / 1e6:,.1f} MB: make room, or choose another place"
+            )
 
     # -- cells --------------------------------------------------------------------------------------------------------
 
@@ -112,10 +141,14 @@ class Store:
     def put_tensors(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """Keep tensors under ``models/…`` or ``permutations/…``; what is there already stays."""
         path = f"{name}.safetensors"
-        filesystem, root = self._place
-        if not filesystem.exists(f"{root}/{path}"):
+        if not self.holds(path):
             apart = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
             self._write(path, safetensors.torch.save(apart))
+
+    def holds(self, path: str) -> bool:
+        """Whether there is a file of that name."""
+        filesystem, root = self._place
+        return bool(filesystem.exists(f"{root}/{path}"))
 
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
         """Read tensors back.
@@ -134,25 +167,37 @@ class Store:
     # -- bytes --------------------------------------------------------------------------------------------------------
 
     def _write(self, name: str, content: bytes) -> None:
-        """Whole or not at all: object stores put a file in one step, elsewhere it is renamed into its place."""
+        """Whole or not at all: object stores put a file in one step, elsewhere it is renamed into its place.
+
+        Raises UnwritableError if the store does not take it.
+        """
         filesystem, root = self._place
         target = f"{root}/{name}"
-        filesystem.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
         beside = f"{target}.{uuid.uuid4().hex}.tmp"
         try:
+            filesystem.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
             filesystem.pipe_file(beside, content)
             filesystem.mv(beside, target)
-        except BaseException:
-            if filesystem.exists(beside):
-                filesystem.rm_file(beside)
-            raise
+        except BaseException as error:
+            with contextlib.suppress(Exception):
+                if filesystem.exists(beside):
+                    filesystem.rm_file(beside)
+            if not isinstance(error, Exception):
+                raise
+            # What a remote store raises is its own affair.
+            raise UnwritableError(
+                f"the store {self.url!r} cannot be written to: {in_one_line(error)}; what was done is kept, and the "
+                "same call goes on from there"
+            ) from error
 
     def _read(self, name: str) -> bytes | None:
         filesystem, root = self._place
         try:
             content = filesystem.cat_file(f"{root}/{name}")
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
+        except Exception as error:  # as in `_write`
+            raise StudyError(f"the store {self.url!r} cannot be read: {in_one_line(error)}") from error
         assert isinstance(content, bytes)
         return content
 

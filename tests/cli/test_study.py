@@ -103,6 +103,7 @@ def test_workers_refuse_data_that_have_changed(plan: Path, tmp_path: Path) -> No
         ("points: 3", "speed: 3", "unknown key 'speed'"),
         ("points: 3", "points: 3\npoints: 4", "line 10: 'points' stands twice"),
         ("model:", "nodel:", "unknown key 'nodel'"),
+        ("runs/*.safetensors", "{1: runs/n0.safetensors, '1': runs/n1.safetensors}", "such as 1 and '1'"),
         ("runs/*", "walks/*", "'walks/*.safetensors' matches no file"),
         ("pairs: first", "pairs: [[n0, n9]]", "a pair names the network 'n9'"),
         ("pairs: first", "pairs: [n0]", "give all, ordered, first, or a list"),

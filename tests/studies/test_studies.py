@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
+import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import joblib
 import pytest
@@ -12,7 +17,7 @@ import torch
 from torch import nn
 
 import permgraph as pg
-from permgraph.errors import MismatchError, StudyError
+from permgraph.errors import MismatchError, MissingExtraError, StudyError
 from permgraph.studies import Named, backends
 from permgraph.studies.cell import versions
 from permgraph.studies.run import missing
@@ -160,8 +165,40 @@ def test_a_store_that_cannot_be_written_to(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StudyError, match="cannot be written to"):
         pg.study(plan(), tmp_path / "file", jobs=1)
+    assert len(missing(plan(), tmp_path / "file")) == 9
     with pytest.raises(StudyError, match="cannot be opened"):
         pg.study(plan(), "nonsense://there", jobs=1)
+
+
+def test_a_store_without_room_for_the_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=30_000))
+    with pytest.raises(StudyError, match=r"has 0\.0 MB of room, and the study writes about 0\.1 MB"):
+        pg.study(plan(), tmp_path, jobs=1)
+    assert not list(tmp_path.glob("*/*"))
+    one = plan(2, matchers={}, evaluate=Picky(0.0))  # two networks of a few numbers, and one cell
+    assert pg.study(one, tmp_path, jobs=1).rows[0]["status"] == "done"
+
+
+def test_a_store_that_is_full_in_the_middle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    resource = pytest.importorskip("resource")
+    put, limits = Store.put_record, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def full_after_five(store: Store, key: str, record: Mapping[str, Any]) -> None:
+        if len(list(tmp_path.glob("cells/*.json"))) == 5:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+        put(store, key, record)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Store, "put_record", full_after_five)
+        try:
+            with pytest.raises(StudyError, match=r"cannot be written to: .*; what was done is kept"):
+                pg.study(plan(), tmp_path, jobs=1)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert len(list(tmp_path.glob("cells/*.json"))) == 5
+    assert not list(tmp_path.glob("cells/*.tmp"))
+    assert len(missing(plan(), tmp_path)) == 4
+    assert str(pg.study(plan(), tmp_path, jobs=1)) == "9 cells: 9 done"
 
 
 def test_what_is_damaged_in_the_store_is_done_again(tmp_path: Path) -> None:
@@ -204,6 +241,38 @@ def test_a_scheduler_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> No
         backends.backend("dask", address="tcp://127.0.0.1:9"),
     ):
         pass
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:9", "ray://127.0.0.1:9", "ray://127.0.0.1:99999", "[::1]:9"])
+def test_a_ray_cluster_that_does_not_answer(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = SimpleNamespace(is_initialized=lambda: False, init=lambda **how: pytest.fail("it would knock for minutes"))
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    with pytest.raises(StudyError, match="no Ray cluster answers at"), backends.backend("ray", address=address):
+        pass
+
+
+@pytest.mark.parametrize(("module", "extra"), [("distributed", "dask"), ("ray", "ray")])
+def test_an_engine_that_is_not_installed(module: str, extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(MissingExtraError, match=rf"pip install permgraph\[{extra}\]"), backends.backend(extra):
+        pass
+
+
+@pytest.mark.parametrize("module", ["joblib", "fsspec"])
+def test_what_studies_need_is_not_installed(module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    grid = plan(2)
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(MissingExtraError, match=r"pip install permgraph\[study\]"):
+        pg.study(grid, tmp_path, jobs=1)
+
+
+def test_worker_processes_with_another_version_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    grid = plan(2)
+    monkeypatch.setattr(pg, "__version__", "9.9")  # here, and not in the workers
+    with pytest.raises(StudyError, match=r"a worker has permgraph .*, and this process 9\.9: install the same"):
+        pg.study(grid, tmp_path, jobs=2)
+    assert not list(tmp_path.glob("cells/*"))
+    assert not list(tmp_path.glob("models/*"))
 
 
 def test_a_store_keeps_to_itself(tmp_path: Path) -> None:
