@@ -167,12 +167,12 @@ class _Store:
         if known is None:
             raise MismatchError(f"{side} has no {name!r}, of shape {self.spec.shapes[name]}")
         tensor = state[known].detach()
-        self.spec.check_entry(name, tensor)
-        if not tensor.dtype.is_floating_point or tensor.is_meta:
         self.read += tensor.nbytes
         if self.read >= RETURNED:
             self.read = 0
             _give_back()
+        self.spec.check_entry(name, tensor)
+        if not tensor.dtype.is_floating_point or tensor.is_meta:
             raise MismatchError(f"{name!r} of {side} is {tensor.dtype} on {tensor.device}: there is nothing to compare")
         if tensor.dtype.itemsize == 1:  # exact, and eight-bit floats can hardly be computed with
             tensor = tensor.to(torch.bfloat16)
@@ -184,8 +184,6 @@ class _Store:
         return tensor
 
 
-class _Lazy(Mapping[str, torch.Tensor]):
-    """A model as `Scene` wants it, each tensor made when it is asked for."""
 def _give_back() -> None:
     """Have malloc give the system what is free.
 
@@ -198,6 +196,8 @@ def _give_back() -> None:
             trim(0)
 
 
+class _Lazy(Mapping[str, torch.Tensor]):
+    """A model as `Scene` wants it, each tensor made when it is asked for."""
 
     def __init__(self, names: Sequence[str], load: Callable[[str], torch.Tensor]) -> None:
         self.names, self.load = names, load
