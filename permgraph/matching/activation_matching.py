@@ -147,6 +147,7 @@ class ActivationMatching:
             log.info(note)
         return replace(
             found,
+            outcome="interrupted" if observed.interrupted else found.outcome,
             permutation=Permutation(spec, dict(found.permutation.arrays)),
             notes=notes,
             seconds=time.perf_counter() - started,
@@ -159,6 +160,7 @@ class _Observed:
 
     grams: dict[str, tuple[Axis, torch.Tensor]]
     notes: tuple[str, ...]
+    interrupted: bool = False
 
 
 def _observe(
@@ -184,33 +186,40 @@ def _observe(
         else:
             found.setdefault(site.name, (site.axis, _Moments()))[1].add(x, y)
 
-    batches = 0
-    with torch.no_grad():
-        for batch in how.loader:
-            if how.max_batches is not None and batches >= how.max_batches:
-                break
-            batches += 1
-            if watched:
-                outputs = [network.run(batch, batches) for network in networks]
-                for name in watched:
-                    for x, y in zip(outputs[0][name], outputs[1][name], strict=True):
-                        found[name][1].add(x, y)
-            if batches == 1 and (how.tensors == "graph" or (how.tensors == "auto" and missing)):
-                try:
-                    replay = Replay(models, (a, b), spec, _arguments(batch))
-                except PermgraphError as error:
-                    if how.tensors == "graph":
-                        raise
-                    notes.append(f"only the outputs of modules were compared: {error}")
-                else:
-                    wanted = {
-                        index: site
-                        for index, site in replay.sites.items()
-                        if (how.tensors == "graph" or site.groups & missing)
-                        and size_of(site.axis, spec.groups) <= how.max_units
-                    }
-            if replay is not None:
-                replay.run(_arguments(batch), batches, wanted, see)
+    batches, interrupted = 0, False
+    try:
+        with torch.no_grad():
+            for batch in how.loader:
+                if how.max_batches is not None and batches >= how.max_batches:
+                    break
+                batches += 1
+                if watched:
+                    outputs = [network.run(batch, batches) for network in networks]
+                    for name in watched:
+                        for x, y in zip(outputs[0][name], outputs[1][name], strict=True):
+                            found[name][1].add(x, y)
+                if batches == 1 and (how.tensors == "graph" or (how.tensors == "auto" and missing)):
+                    try:
+                        replay = Replay(models, (a, b), spec, _arguments(batch))
+                    except PermgraphError as error:
+                        if how.tensors == "graph":
+                            raise
+                        notes.append(f"only the outputs of modules were compared: {error}")
+                    else:
+                        wanted = {
+                            index: site
+                            for index, site in replay.sites.items()
+                            if (how.tensors == "graph" or site.groups & missing)
+                            and size_of(site.axis, spec.groups) <= how.max_units
+                        }
+                if replay is not None:
+                    replay.run(_arguments(batch), batches, wanted, see)
+    except KeyboardInterrupt:
+        seen = [moments for _, moments in found.values() if moments.count]
+        if how.workers is not None or not seen or not all(moments.whole for moments in seen):
+            raise  # other processes would wait for this one; or there is nothing to go on with
+        interrupted = True
+        notes.append(f"interrupted in batch {batches} of the loader: matched by what had been seen")
     if how.workers is not None:
         found, uneven, batches = _over_all(how.workers, found, uneven, batches)
     if not batches:
@@ -223,7 +232,7 @@ def _observe(
             if not bool(torch.isfinite(gram).all()):
                 raise NonFiniteError(f"an output of {name!r} is NaN or infinite on these inputs")
             grams[name] = (axis, gram.float())
-    return _Observed(grams, tuple(notes))
+    return _Observed(grams, tuple(notes), interrupted)
 
 
 def _over_all(
@@ -347,6 +356,7 @@ class _Moments:
 
     def __init__(self) -> None:
         self.count = 0
+        self.whole = True  # false only where an interruption came in the middle of adding
 
     def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
         """Add a batch: (units, samples) of A and of B."""
@@ -357,11 +367,13 @@ class _Moments:
             self.sums, self.squares = [zeros, zeros.clone()], [zeros.clone(), zeros.clone()]
             self.products = torch.zeros(len(x), len(y), dtype=torch.float64, device=x.device)
         x, y = x - self.shifts[0], y - self.shifts[1]
-        self.count += x.shape[1]
-        self.products += (x @ y.mT).double()
-        for k, z in enumerate((x, y)):
-            self.sums[k] = self.sums[k] + z.sum(1).double()
-            self.squares[k] = self.squares[k] + z.square().sum(1).double()
+        product = (x @ y.mT).double()
+        sums = [total + z.sum(1).double() for total, z in zip(self.sums, (x, y), strict=True)]
+        squares = [total + z.square().sum(1).double() for total, z in zip(self.squares, (x, y), strict=True)]
+        self.whole = False
+        self.products += product
+        self.sums, self.squares, self.count = sums, squares, self.count + x.shape[1]
+        self.whole = True
 
     def add_up(self, workers: Workers, shifts: Sequence[torch.Tensor]) -> None:
         """Make these the sums over all processes, each unit shifted by `shifts` on all of them."""

@@ -7,6 +7,7 @@ is Frank & Wolfe's of 1956. Here over any spec, dependent groups included.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -114,7 +115,13 @@ class FrankWolfe:
         relaxation = Relaxation(compared, spec)
         run = _Run(self, compared, relaxation, started)
         run.climb(progress)
-        rounded = Permutation(spec, relaxation.round(run.matrices, how))
+        try:
+            rounded = Permutation(spec, relaxation.round(run.matrices, how))
+        except KeyboardInterrupt:
+            if run.outcome == "interrupted":  # for the second time
+                raise
+            run.outcome = "interrupted"
+            rounded = Permutation(spec, relaxation.round(run.matrices, how))
         before = compared.objective(compared.b)
         reached = compared.objective({name: rounded.apply_to(name, tensor) for name, tensor in compared.b.items()})
         details = {
@@ -183,8 +190,7 @@ class _Run:
         else:
             arrays = how.init.arrays if isinstance(how.init, Permutation) else {}
             self.matrices = relaxation.corner(arrays)
-        self.value = 0.0
-        self.gap = 0.0
+        self.value = self.gap = math.nan
         self.history: list[Sweep] = []
         self.outcome: Literal["converged", "sweep limit", "interrupted"] = "sweep limit"
 

@@ -192,10 +192,13 @@ class Sinkhorn:
         done = 0
         try:
             if self.ascent is not None:
-                matched = self.ascent.match(a, b, spec, seed).permutation
+                plain = self.ascent.match(a, b, spec, seed)
+                matched = plain.permutation
                 details["matched"] = task.objective(matched)
                 if details["matched"] > objective:
                     best, objective = matched, details["matched"]
+                if plain.outcome == "interrupted":  # it has caught what was meant for the whole run
+                    raise KeyboardInterrupt
             start = matched if self.init == "matched" else self.init
             if isinstance(start, Permutation):
                 reached = task.objective(start)

@@ -238,7 +238,7 @@ class _Run:
             self._keep_if_better(self.now)
             return
         first = self.how.projection if self.how.init is None else replace(self.how.projection, init=self.how.init)
-        self.now = first.match(self.free, self.midpoint.b, self.spec, self.seed).permutation
+        self.now = self._nearest(first, self.seed)
         for candidate in (self.now, *(() if self.how.init is None else (self.how.init,))):
             self._keep_if_better(candidate)
 
@@ -283,10 +283,17 @@ class _Run:
         limit = self.how.projection.max_sweeps if sweeps is None else min(sweeps, self.how.projection.max_sweeps)
         # Where an ascent ends may hang on the order of the groups, so each projection draws its own.
         how = replace(self.how.projection, init=self.now, restarts=1, max_sweeps=limit)
-        found = how.match(self.free, self.midpoint.b, self.spec, self.seed + self.steps).permutation
+        found = self._nearest(how, self.seed + self.steps)
         if found != self.now:
             self.now = found
             self._place(found)
+
+    def _nearest(self, how: WeightMatching, seed: int) -> Permutation:
+        """The permutation of B that weight matching takes for the nearest to the free weights."""
+        found = how.match(self.free, self.midpoint.b, self.spec, seed)
+        if found.outcome == "interrupted":  # it has caught what was meant for the whole run
+            raise KeyboardInterrupt
+        return found.permutation
 
     def _place(self, permutation: Permutation) -> None:
         self.midpoint.place(self.midpoint.permuted(permutation))

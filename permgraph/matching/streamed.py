@@ -127,7 +127,9 @@ class StreamedWeightMatching:
         before = ascent.before
         ascent.climb(progress)
         bound = isinstance(self.init, Permutation) and (ascent.frozen or ascent.limits)  # to what the identity breaks
-        if ascent.objective < before and ascent.outcome != "interrupted" and not bound:
+        if ascent.objective < before and ascent.outcome == "interrupted" and not bound:
+            ascent.arrays, ascent.objective = {}, before
+        elif ascent.objective < before and not bound:
             # A run that did not begin at the identity can end below it. One that does cannot.
             ascent = _Streamed(replace(self, init="identity", done=0, keep=None), a, b, spec, seed, started)
             ascent.climb(progress)
@@ -247,6 +249,7 @@ class _Streamed:
         self.neighbours = self.plan.neighbours
         self.history: list[Sweep] = []
         self.outcome: Outcome = "sweep limit"
+        self.settled = self.arrays, self.objective  # where Ctrl-C leads back to; nan where nobody has computed it
 
     # --- the two models -----------------------------------------------------------------------------------------------
 
@@ -338,6 +341,9 @@ class _Streamed:
                 self.outcome = "converged"
         except KeyboardInterrupt:
             self.outcome = "interrupted"
+            self.arrays, self.objective = self.settled
+            if math.isnan(self.objective):
+                self.objective = self._objective()
 
     def _sweep(self) -> None:
         number = self.how.done + len(self.history) + 1
@@ -346,9 +352,14 @@ class _Streamed:
         for done, at in enumerate(self.sequence):
             if at in self.stale:
                 move = self.plan.moves[at]
-                gains[move.name] = gains.get(move.name, 0.0) + self._step(at, move, done)
-        # What a step seemed to gain while groups were unknown is not what it gained.
-        self.objective = self._objective() if unknown else self.objective + sum(gains.values())
+                gain = self._step(at, move, done)
+                gains[move.name] = gains.get(move.name, 0.0) + gain
+                # What a step seems to gain while groups are unknown is not what it gains.
+                self.objective = math.nan if unknown else self.objective + gain
+                self.settled = self.arrays, self.objective
+        if unknown:
+            self.objective = self._objective()
+            self.settled = self.arrays, self.objective
         moved = {name: _differing(now, before.get(name)) for name, now in self.arrays.items()}
         self.history.append(
             Sweep(
@@ -379,7 +390,7 @@ class _Streamed:
         self.free -= move.groups
         if not step:
             return 0.0
-        self.arrays.update(compose(self.spec, step, self.arrays))
+        self.arrays = {**self.arrays, **compose(self.spec, step, self.arrays)}
         self.stale |= self.neighbours[at]
         if move.bent or move.paired:
             self.stale.add(at)

@@ -123,25 +123,39 @@ class WeightMatching:
         plan = Plan(spec, compared.a, frozen)
         at_rest = {name: compared.inner([name], compared.b) for name in compared.a}
         before = compared.scale * sum(at_rest.values()) + compared.offset
+        # What is frozen where `init` has it, and limits counted from there, would be broken at the identity.
+        bound = isinstance(self.init, Permutation) and bool(frozen or limits)
         best: _Ascent | None = None
         runs: list[float] = []
-        for run, stream in enumerate(np.random.SeedSequence(seed).spawn(self.restarts)):
-            ascent = _Ascent(self, compared, plan, np.random.default_rng(stream), at_rest, limits, started)
-            ascent.begin(run)
-            ascent.climb(progress)
-            runs.append(ascent.objective)
-            if best is None or ascent.objective > best.objective:
-                best = ascent
-            if ascent.outcome == "interrupted":
-                best.outcome = "interrupted"
-                break
-        assert best is not None
-        bound = isinstance(self.init, Permutation) and (frozen or limits)  # to what the identity would break
-        if best.objective < before and best.outcome != "interrupted" and not bound:
-            # A run that did not begin at the identity can end below it. One that does cannot.
-            best = _Ascent(self, compared, plan, np.random.default_rng(seed), at_rest, limits, started)
-            best.climb(progress)
-            runs.append(best.objective)
+        interrupted = False
+
+        def start(random: np.random.SeedSequence) -> _Ascent:
+            return _Ascent(self, compared, plan, np.random.default_rng(random), at_rest, limits, started)
+
+        seeds = np.random.SeedSequence(seed)
+        try:
+            for run, stream in enumerate(seeds.spawn(self.restarts)):
+                ascent = start(stream)
+                ascent.begin(run)
+                ascent.climb(progress)
+                runs.append(ascent.objective)
+                if best is None or ascent.objective > best.objective:
+                    best = ascent
+                if ascent.outcome == "interrupted":
+                    raise KeyboardInterrupt
+            if best is not None and best.objective < before and not bound:
+                # A run that did not begin at the identity can end below it. One that does cannot.
+                best = start(seeds)
+                best.climb(progress)
+                runs.append(best.objective)
+        except KeyboardInterrupt:
+            interrupted = True
+        if best is None or (best.objective < before and not bound):  # interrupted before anything better was found
+            best = start(seeds)
+            if bound:
+                best.begin(0)
+        if interrupted:
+            best.outcome = "interrupted"
         result = MatchResult(
             permutation=best.permutation,
             objective=best.objective,
