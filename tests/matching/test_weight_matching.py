@@ -295,6 +295,20 @@ def test_the_informed_order_is_a_good_one():
     assert sorted(informed_order(plan, without, np.random.default_rng(0))) == [0, 1, 2]
 
 
+def test_the_informed_order_begins_at_the_end_that_knows_more():
+    spec = PermutationSpec.parse("""
+        w1  8x40  one .
+        w2  8x8   two one
+        w3  8x8   three two
+        w4  3x8   . three
+        groups: one 8 · two 8 · three 8
+    """)
+    a = state(spec, 1)
+    plan = Plan(spec, a)
+    for seed in range(20):
+        assert informed_order(plan, dict.fromkeys(a, 1.0), np.random.default_rng(seed)) == [0, 1, 2]
+
+
 def test_the_informed_order_does_not_begin_where_nothing_is_known():
     spec = PermutationSpec.parse("""
         w1  9x5   a .
