@@ -111,7 +111,7 @@ def main(given: Sequence[str] | None = None) -> dict[str, Found]:
                 line(ax, number, path.alphas, path.losses, name)
             for name, style in (("ensemble", "--"), ("trained on everything", ":")):
                 ax.axhline(every[model][name][0]["loss"], color="black", linestyle=style, linewidth=1, label=name)
-            ax.set(title=model, xlabel="position on the line from A to B")
+            ax.set(title=model, xlabel="position on the line from A to B", yscale="log")
         axes[0].set_ylabel("test loss")
         legend(axes)
 
