@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import itertools
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -114,9 +115,24 @@ def transformers_names() -> list[str]:
     return sorted(_model_types("MODEL_MAPPING"))
 
 
+#: So many architectures with each head are swept: the first by name, and those whose type has the most heads.
+BY_NAME, WIDELY_USED = 12, 6
+
+
 def heads_names() -> list[str]:
-    """Every architecture with a head, as ``head/class``."""
-    return sorted(f"{head}/{cls}" for head, mapping in HEADS.items() for cls in _model_types(mapping))
+    """Architectures with a head, as ``head/class``: one of each head, then another of each, and so on.
+
+    Of each head the first by name, a sample that nobody picked, and those of the model types that occur under the most
+    heads, which are the ones that people have built most upon.
+    """
+    listed = {head: _model_types(mapping) for head, mapping in HEADS.items()}
+    heads = Counter(model_type for types in listed.values() for model_type in set(types.values()))
+    chosen: list[list[str]] = []
+    for head, types in listed.items():
+        by_name = sorted(types)
+        by_use = sorted(types, key=lambda cls: (-heads[types[cls]], cls))
+        chosen.append([f"{head}/{cls}" for cls in dict.fromkeys([*by_use[:WIDELY_USED], *by_name[:BY_NAME]])])
+    return [name for one_of_each in itertools.zip_longest(*chosen) for name in one_of_each if name is not None]
 
 
 def transformers_model(name: str) -> Iterator[nn.Module]:

@@ -163,7 +163,7 @@ def _default(config_class: Any) -> dict[str, Any]:
 
 
 #: What a tower calls the width in which it hands on to the text; the last only where the whole has none of that name.
-HANDED_ON = ("out_hidden_size", "text_hidden_size", "adapter_out_dim", "projection_dim")
+HANDED_ON = ("out_hidden_size", "text_hidden_size", "adapter_out_dim", "output_dim", "projection_dim")
 #: Layers of a tower from which its features are taken, counted from either end.
 TAKEN = re.compile(r"^(vision|audio)_feature_layers?$")
 
@@ -191,6 +191,7 @@ def agreed(config: dict[str, Any], side: int | None) -> dict[str, Any]:
         image, patch = tower.get("image_size"), tower.get("patch_size")
         if side is not None and _is_size(image) and _is_size(patch) and patch >= 8:
             changed["image_size"] = side * patch
+            changed |= {"image_embedding_size": side} if "image_embedding_size" in tower else {}
             if _is_size(config.get("mm_tokens_per_image")):
                 found["mm_tokens_per_image"] = (side // 2) ** 2
             if isinstance(parts := config.get("image_grid_pinpoints"), list):
@@ -448,6 +449,8 @@ def _smaller(name: str, value: Any, shrink: Shrink, factor: Fraction, widths: Ma
         return min(value, 2 if name.endswith("n_group") else 1)
     if value in widths and (WIDTH.search(name) or name.endswith(("_size", "_groups"))):
         return widths[value]
+    if name.endswith("pos_feats") and 2 * value in widths:  # sines and cosines, which together are as wide
+        return widths[2 * value] // 2
     if shrink.heads and INNER.search(name):
         return min(value, 128)
     if WIDTH.search(name):

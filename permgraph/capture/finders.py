@@ -206,7 +206,7 @@ def _patches(model: nn.Module) -> Iterator[Tensor]:
 BY_NAME: dict[str, Callable[[nn.Module], Iterator[Tensor]]] = {
     **dict.fromkeys(("input_ids", "decoder_input_ids", "token_ids", "tokens", "idx"), _token_ids),
     **dict.fromkeys(("pixel_values", "pixel_values_videos"), _pixels),
-    "input_values": _waveform,
+    **dict.fromkeys(("input_values", "inputs"), _waveform),
     "input_features": _spectrogram,
     "past_values": _series,
     **dict.fromkeys(("mask", "attention_mask", "padding_mask", "decoder_attention_mask"), _mask),
@@ -306,6 +306,22 @@ def _placed(model: nn.Module, values: dict[str, Tensor]) -> Candidate:
 # -- the finders; the last one is asked first ---------------------------------------------------------------------
 
 
+@input_finder("one sample")
+def from_one_sample(model: nn.Module) -> Iterator[Candidate]:
+    """What the config asks for, with a batch of one: some models were never run on two."""
+    for args, kwargs in itertools.islice(from_huggingface(model), 12):
+        yield args, {name: value[:1] if isinstance(value, Tensor) else value for name, value in kwargs.items()}
+
+
+@input_finder("pairs of images")
+def from_pairs(model: nn.Module) -> Iterator[Candidate]:
+    """Two images for each sample, which are compared."""
+    if required(model) == ["pixel_values"]:
+        channels = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
+        for height, width in dict.fromkeys([(64, 64), *named_sides(model), (128, 128)]):
+            yield (), {"pixel_values": floats(model, BATCH, 2, channels, height, width)}
+
+
 @input_finder("layers")
 def from_layers(model: nn.Module) -> Iterator[Candidate]:
     """Each required argument by its name where that says something, else by the first layers of the model."""
@@ -354,9 +370,8 @@ def from_huggingface(model: nn.Module) -> Iterator[Candidate]:
     always = ["decoder_input_ids"] if getattr(config, "is_encoder_decoder", False) else []
     always += [name for name in BY_NAME if name in accepted and accepted[name].default is inspect.Parameter.empty]
     pairs = [["input_ids", other] for other in ("pixel_values", "input_features", "input_values", "bbox")]
-    wanted = [[main], *pairs, [main, "attention_mask"]]
-    if setting(config, "text_config") is not None and setting(config, "vision_config") is not None:
-        wanted.insert(0, ["input_ids", "pixel_values"])
+    # A text beside an image before each alone: a pass with one of them would never read the parts for the other.
+    wanted = [pairs[0], [main], *pairs[1:], [main, "attention_mask"]]
     for names in wanted:
         if all(name in accepted and name in BY_NAME for name in names):
             every = list(dict.fromkeys([*names, *(name for name in always if name in accepted)]))

@@ -259,3 +259,200 @@ def test_frames_go_into_both_stacks() -> None:
     captured = capture(Frames())
     assert captured.inputs.finder == "frames"
     assert arguments(captured) == {"input_values": (2, 19, 6), "decoder_input_values": (2, 19, 6)}
+
+
+class Spectral(nn.Module):
+    """Reads its mask, which has a default that does not do."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.linear, self.config = nn.Linear(37, 5), SimpleNamespace()
+        self.forward = self.under_features if name == "input_features_mask" else self.under_attention  # type: ignore
+
+    def under_features(self, input_features: Tensor, input_features_mask: Tensor | None = None) -> Tensor:
+        assert input_features_mask is not None, "the mask is missing"
+        return self.linear(input_features) * input_features_mask[..., None]
+
+    def under_attention(self, input_features: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return self.under_features(input_features, attention_mask)
+
+
+@pytest.mark.parametrize("mask", ["input_features_mask", "attention_mask"])
+def test_sound_comes_with_a_mask_that_has_a_default_where_it_does_not_run_without(mask: str) -> None:
+    captured = capture(Spectral(mask))
+    assert captured.inputs.finder == "sound"
+    assert arguments(captured) == {"input_features": (2, 128, 37), mask: (2, 128)}
+
+
+class Listening(Speaking):
+    """Does not say how many features a sound has: the one placeholder makes room for all of them."""
+
+    get_audio_features = None  # type: ignore[assignment]
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.config.image_token_id, self.sees
+
+    def forward(self, input_ids: Tensor, input_features: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        hidden = self.words(input_ids)
+        if input_features is not None:
+            features = self.hears(input_features).flatten(2).transpose(1, 2)
+            assert bool(((input_ids == 30).sum(1) == 1).all()), "one placeholder for each sound"
+            hidden = torch.cat([hidden[input_ids != 30].view(len(hidden), -1, 6), features], 1)
+        return self.head(hidden)
+
+
+def test_one_placeholder_where_a_model_makes_room_itself() -> None:
+    captured = capture(Listening())
+    assert captured.inputs.finder == "text with media"
+    assert captured.unused == () and int((captured.inputs.kwargs["input_ids"] == 30).sum()) == 2
+    assert captured.inputs.kwargs["input_features"].shape == (2, 10, 128)
+
+
+class Sharp(Speaking):
+    """Sees an image at two resolutions, for one of which it has a table by the number of patches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.config.audio_token_id, self.hears
+        self.config.high_res_vision_config = SimpleNamespace(image_size=16)
+        self.config.queries = {"25": 3}
+        self.finely = nn.Conv2d(3, 6, 8, 8)
+
+    def get_image_features(self, pixel_values: Tensor, high_res_pixel_values: Tensor) -> Tensor:  # type: ignore[override]
+        coarse = self.sees(pixel_values).flatten(2).transpose(1, 2)[:, : self.config.queries[str(25)]]
+        assert pixel_values.shape[-1] == 20 and high_res_pixel_values.shape[-1] == 16
+        return torch.cat([coarse, self.finely(high_res_pixel_values).flatten(2).transpose(1, 2)], 1)
+
+    def forward(  # type: ignore[override]
+        self, input_ids: Tensor, pixel_values: Tensor | None = None, high_res_pixel_values: Tensor | None = None
+    ) -> Tensor:
+        hidden = self.words(input_ids)
+        if pixel_values is not None and high_res_pixel_values is not None:
+            features = self.get_image_features(pixel_values, high_res_pixel_values)
+            hidden = hidden.masked_scatter((input_ids == 29)[..., None], features)
+        return self.head(hidden)
+
+
+def test_images_of_two_resolutions_and_of_a_size_for_which_there_is_a_table() -> None:
+    model = Sharp()
+    model.config.vision_config.patch_size = 4
+    captured = capture(model)
+    assert captured.inputs.finder == "text with media" and captured.unused == ()
+    assert arguments(captured) | {"input_ids": ()} == {
+        "input_ids": (), "pixel_values": (2, 3, 20, 20), "high_res_pixel_values": (2, 3, 16, 16),
+    }  # fmt: skip
+    assert int((captured.inputs.kwargs["input_ids"] == 29).sum()) == 2 * (3 + 4)
+
+
+class Levels(nn.Module):
+    main_input_name = "input_ids"
+
+    def __init__(self) -> None:
+        super().__init__()
+        heard = SimpleNamespace(n_mel_bins=7, vocab_size=16)
+        seen = SimpleNamespace(temporal_patch_size=2, patch_size=4, num_channels=3)
+        self.config = SimpleNamespace(
+            vocab_size=31, audio_token_id=30, image_token_id=29, audio_config=heard, vision_config=seen
+        )
+        self.words, self.levels, self.patches = nn.Embedding(31, 6), nn.Embedding(7 * 16, 6), nn.Linear(96, 6)
+
+    def get_audio_features(self, audio_input_ids: Tensor) -> Tensor:
+        return self.levels(audio_input_ids + 16 * torch.arange(7)).sum(2)
+
+    def get_image_features(self, pixel_values: Tensor) -> Tensor:
+        assert pixel_values.ndim == 5 and pixel_values.shape[1:] == (2, 4, 4, 3)
+        return self.patches(pixel_values.flatten(1))[:, None]
+
+    def forward(
+        self, input_ids: Tensor, pixel_values: Tensor | None = None, audio_input_ids: Tensor | None = None
+    ) -> Tensor:
+        hidden = self.words(input_ids)
+        if audio_input_ids is not None:
+            hidden = hidden.masked_scatter((input_ids == 30)[..., None], self.get_audio_features(audio_input_ids))
+        if pixel_values is not None:
+            hidden = hidden.masked_scatter((input_ids == 29)[..., None], self.get_image_features(pixel_values))
+        return hidden
+
+
+def test_sound_in_levels_and_patches_that_span_frames() -> None:
+    captured = capture(Levels())
+    assert captured.inputs.finder == "text with media" and captured.unused == ()
+    assert captured.inputs.kwargs["audio_input_ids"].shape == (2, 19, 7)
+    assert captured.inputs.kwargs["pixel_values"].shape == (32, 2, 4, 4, 3)
+
+
+class Named(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(vocab_size=31, entity_vocab_size=5)
+        self.words, self.entities, self.places = nn.Embedding(31, 6), nn.Embedding(5, 6), nn.Embedding(19, 6)
+
+    def forward(
+        self, input_ids: Tensor, entity_ids: Tensor | None = None, entity_position_ids: Tensor | None = None
+    ) -> Tensor:
+        hidden = self.words(input_ids)
+        if entity_ids is not None and entity_position_ids is not None:
+            hidden = torch.cat([hidden, self.entities(entity_ids) + self.places(entity_position_ids).mean(-2)], 1)
+        return hidden
+
+
+def test_entities_stand_beside_a_text() -> None:
+    captured = capture(Named())
+    assert captured.inputs.finder == "entities" and captured.unused == ()
+    assert arguments(captured) == {"input_ids": (2, 19), "entity_ids": (2, 5), "entity_position_ids": (2, 5, 7)}
+
+
+class Compared(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 6, 4, 4)
+
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> Tensor:
+        if pixel_values.ndim != 5 or pixel_values.shape[1] != 2:
+            raise ValueError("two images for each sample")
+        first, second = (self.conv(pixel_values[:, i]).flatten(2) for i in range(2))
+        return first.transpose(1, 2) @ second
+
+
+def test_images_come_in_pairs() -> None:
+    captured = capture(Compared())
+    assert captured.inputs.finder == "pairs of images"
+    assert arguments(captured) == {"pixel_values": (2, 2, 1, 64, 64)}
+
+
+class Lonely(nn.Module):
+    main_input_name = "input_ids"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(vocab_size=31)
+        self.words = nn.Embedding(31, 6)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.words(input_ids).view(1, input_ids.shape[1], 6)
+
+
+def test_a_batch_of_one_for_a_model_that_takes_no_other() -> None:
+    captured = capture(Lonely())
+    assert captured.inputs.finder == "one sample"
+    assert arguments(captured) == {"input_ids": (1, 19)}
+
+
+class Guessed(Pointed):
+    def __init__(self) -> None:
+        super().__init__()
+        self.config.prompts = SimpleNamespace(image_embedding_size=2)
+        self.guess = nn.Conv2d(1, 6, 4, 4)
+
+    def forward(  # type: ignore[override]
+        self, pixel_values: Tensor, input_points: Tensor, input_labels: Tensor, input_masks: Tensor | None = None
+    ) -> Tensor:
+        found = super().forward(pixel_values, input_points, input_labels)
+        return found if input_masks is None else found + self.guess(input_masks).flatten(2)
+
+
+def test_points_come_with_a_first_guess() -> None:
+    captured = capture(Guessed())
+    assert captured.inputs.finder == "points" and captured.unused == ()
+    assert captured.inputs.kwargs["input_masks"].shape == (2, 1, 8, 8)
