@@ -19,9 +19,9 @@ import numpy as np
 import torch
 
 from permgraph.errors import PermgraphError
-from permgraph.matching.assignment import assign
+from permgraph.matching.assignment import WIDE, assign
 from permgraph.matching.moves import Move, Plan
-from permgraph.matching.streamed import PORTION
+from permgraph.matching.streamed import DEPTH, PORTION
 from permgraph.spec import PermutationSpec
 
 WORKING = 4  # bytes of a float32
@@ -61,6 +61,7 @@ class MoveCost:
         problems: (size, count) of the assignment problems.
         parameters: how many elements the parameters have in which the group stands.
         largest: elements of the largest of them.
+        kept: bytes that a run which holds both models may keep between steps, of a group that is renumbered alone.
     """
 
     group: str
@@ -70,6 +71,7 @@ class MoveCost:
     problems: tuple[tuple[int, int], ...]
     parameters: int
     largest: int
+    kept: int = 0
 
     def seconds(self, rates: Rates) -> tuple[float, float]:
         """The seconds for the Gram matrices and those for the assignments."""
@@ -111,21 +113,31 @@ class Estimate:
         """Bytes of the largest step's Gram matrices, as far as they are in memory at once."""
         return max((min(move.gram, max(self.nested, WORKING * move.size**2)) for move in self.moves), default=0)
 
+    @cached_property
+    def solving(self) -> int:
+        """Bytes of the costs in float64 that the solver makes of the largest problem; of a wide one it makes none."""
+        return max((2 * WORKING * size**2 for size in self.problems if size < WIDE), default=0)
+
     def memory(self, width: int = WORKING, *, streamed: bool = False, cache: int = 0) -> int:
-        """Peak bytes of a run.
+        """Peak bytes of a run, above what the process holds before it has read anything.
 
         Args:
             width: bytes of one weight in the checkpoint.
             streamed: tensors are read when a step needs them (`StreamedWeightMatching`), rather than held.
             cache: of a streamed run.
 
-        Without streaming: both models and one working copy in float32, and the largest Gram matrices. With it: one
-        parameter in both models and B's renumbered, a portion of them in float32, the Gram matrices, and the cache.
+        Without streaming: both models and one working copy in float32, the largest Gram matrices, and those kept
+        between steps, which take no more than a model does. With it: one parameter in both models and B's renumbered, a
+        portion of them in float32, as it is and as the products want it, the Gram matrices, and the cache. With either:
+        the costs that the solver makes of the Gram matrix.
         """
         if not streamed:
-            return 3 * WORKING * self.elements + self.gram
+            kept = min(WORKING * self.elements, sum(move.kept for move in self.moves))
+            return 3 * WORKING * self.elements + kept + self.gram + self.solving
         largest = max((move.largest for move in self.moves), default=0)
-        return 3 * width * largest + 3 * WORKING * min(PORTION, largest) + self.gram + cache
+        widest = max((move.size for move in self.moves), default=0)
+        portion = min(max(PORTION, DEPTH * widest), largest)
+        return 3 * width * largest + 4 * WORKING * portion + self.gram + self.solving + cache
 
     def read(self, width: int = WORKING) -> int:
         """Bytes that a streamed run reads in one pass: each tensor, of both models, once for each group on it."""
@@ -203,7 +215,8 @@ def calibrate(seconds: float = 2.0) -> Rates:
     times = {}
     for size in (small, large):
         solve = functools.partial(assign, _costs(size), maximise=True)
-        times[size] = _repeat(solve, seconds / 4)
+        # The solver runs in this thread, whose own time says how long it takes also where others take turns with it.
+        times[size] = _repeat(solve, seconds / 4, time.thread_time)
     power = min(3.0, max(2.0, math.log(times[large] / times[small]) / math.log(large / small)))
     return Rates(flops=2 * side**3 / product, assignment=(times[large] / large**power, power))
 
@@ -215,16 +228,15 @@ def _costs(size: int) -> np.ndarray:
     return one @ other.T
 
 
-def _repeat(work: Callable[[], object], seconds: float) -> float:
-    """The least time of one run among those that fit."""
+def _repeat(work: Callable[[], object], seconds: float, clock: Callable[[], float] = time.perf_counter) -> float:
+    """The least time of one run, by the clock, among those that fit."""
     work()
     best, until = math.inf, time.perf_counter() + seconds
     while True:
-        started = time.perf_counter()
+        started = clock()
         work()
-        ended = time.perf_counter()
-        best = min(best, ended - started)
-        if ended >= until:
+        best = min(best, clock() - started)
+        if time.perf_counter() >= until:
             return best
 
 
@@ -240,7 +252,9 @@ def _cost(spec: PermutationSpec, move: Move, elements: dict[str, int]) -> MoveCo
         gram += WORKING * chain**2 * batch
         problems.append((size(node.group), batch * math.prod(size(group) for group in node.chain[:-1]) ** 2))
     standing = [elements[name] for name in move.parameters]
-    return MoveCost(move.name, size(move.name), flops, gram, tuple(problems), sum(standing), max(standing, default=0))
+    kept = gram if len(move.groups) == 1 and not move.bent else 0
+    whole, largest = sum(standing), max(standing, default=0)
+    return MoveCost(move.name, size(move.name), flops, gram, tuple(problems), whole, largest, kept)
 
 
 def _together(one: MoveCost, other: MoveCost) -> MoveCost:
@@ -252,6 +266,7 @@ def _together(one: MoveCost, other: MoveCost) -> MoveCost:
         one.problems + other.problems,
         one.parameters + other.parameters,
         max(one.largest, other.largest),
+        max(one.kept, other.kept),
     )
 
 

@@ -42,12 +42,16 @@ def test_a_flat_network_by_hand() -> None:
     assert cost.gram == 4 * 16 * 16
     assert cost.elements == sum(p.numel() for p in mlp(8, 16, 12, 4).parameters())
     assert [len(together) for together in cost.rounds] == [1, 1]
+    # Three models, both Gram matrices, which are kept, the one at work, and the solver's costs in float64.
+    kept = 4 * (16 * 16 + 12 * 12)
+    assert cost.memory() == 3 * 4 * cost.elements + kept + 4 * 16 * 16 + 8 * 16 * 16
 
 
 def test_nested_groups_solve_a_problem_for_every_pair_of_parents() -> None:
     cost = estimate(pg.auto_spec(Attention(24, 4), torch.randn(2, 5, 24)))
     # Two groups of 6 channels: in each pair of 4 heads, then in each head as chosen, and once more on their own.
     assert cost.problems == {6: 2 * (4 * 4 + 4 + 4), 4: 1}
+    assert [move.kept for move in cost.moves if move.size == 4] == [0]
 
 
 def test_groups_of_one_round_share_no_parameter() -> None:
