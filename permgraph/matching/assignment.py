@@ -6,6 +6,8 @@ set up. Potentials are float64 in both. The subtraction is done in float64 up to
 nothing. Wider problems stay in float32, which halves the memory and may cost n 2^-24 of the spread of the costs;
 `certify` proves such an answer optimal, or bounds what is lost; `wide.assign_wide` needs no second matrix at all.
 Whoever has no use for more than float32 can say so (`precise`), which takes a third less time as well from `ROUGH` on.
+Where all rows want the same few columns, as the units of trained layers do, a dense solver has most to do and prices
+have least; from `CROWDED` on such a matrix goes to `assign_wide` first, and to the dense solver only without a proof.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ Solver: TypeAlias = Literal["auto", "scipy", "lapx"] | Callable[[np.ndarray], An
 SMALL = 16
 WIDE = 8192
 ROUGH = 1024
+CROWDED = 1024
 
 
 @dataclass(frozen=True)
@@ -249,6 +252,8 @@ def _solve(rows: np.ndarray, maximise: bool, solver: Solver, name: str, wide: in
         columns = np.full(rows.shape[:2], -1, dtype=np.int64)
         np.put_along_axis(columns, across, np.arange(m)[None], axis=1)
         return columns
+    if solver == "auto" and n == m >= CROWDED and any(_crowded(one, maximise) for one in rows):
+        return np.stack([_priced(one, maximise, name, wide) for one in rows])
     if solver == "auto":
         solver = "scipy" if (m < SMALL and count < 4) or lapjvr_batch is None else "lapx"
     if solver == "lapx" and lapjvr_batch is None:
@@ -261,6 +266,21 @@ def _solve(rows: np.ndarray, maximise: bool, solver: Solver, name: str, wide: in
     tasks = [(rows[first : first + piece], maximise, solver, name, wide) for first in range(0, count, piece)]
     found = side_by_side(_solve_piece, tasks, 0 if callable(solver) else rows.size)
     return found[0] if len(found) == 1 else np.concatenate(found)
+
+
+def _crowded(matrix: np.ndarray, maximise: bool) -> bool:
+    """Whether the rows of a square matrix, of which some are looked at, mostly want a column that another wants."""
+    some = matrix[:: max(1, len(matrix) // 256)]
+    wanted = some.argmax(axis=1) if maximise else some.argmin(axis=1)
+    return 2 * len(np.unique(wanted)) < len(some)
+
+
+def _priced(matrix: np.ndarray, maximise: bool, name: str, wide: int) -> np.ndarray:
+    """The columns for a crowded square matrix."""
+    from permgraph.matching.wide import assign_wide  # which needs `Assignment`
+
+    found = assign_wide(matrix, maximise=maximise, rounds=10, name=name)
+    return found.columns if found.proven else _solve(matrix[None], maximise, "lapx", name, wide)[0]
 
 
 def _solve_piece(rows: np.ndarray, maximise: bool, solver: Solver, name: str, wide: int) -> np.ndarray:

@@ -198,3 +198,28 @@ def test_limited_moves_refuse_what_they_cannot_mean():
         assign_limited(np.zeros((3, 3)), np.array([0, 0, 1]), 1)
     with pytest.raises(PermgraphError, match="a limit on moves"):
         assign_limited(np.zeros((3, 3)), np.arange(3), -1)
+
+
+@pytest.mark.parametrize("maximise", [False, True])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_rows_that_want_the_same_columns_are_priced_first(monkeypatch, maximise, dtype):
+    import permgraph.matching.wide as wide
+
+    cost = costs(3, assignment.CROWDED, assignment.CROWDED, kind="gram").astype(dtype)
+    best = assign(cost, maximise=maximise, solver="lapx").value
+    found = assign(cost, maximise=maximise)
+    assert found.value == pytest.approx(best, rel=1e-12)
+    asked = []
+
+    def hopeless(matrix, **settings):
+        asked.append(len(matrix))
+        return assignment.Assignment(np.arange(len(matrix)), np.zeros(()), 1.0)
+
+    monkeypatch.setattr(wide, "assign_wide", hopeless)
+    assert assign(cost, maximise=maximise).value == pytest.approx(best, rel=1e-12)
+    assign(costs(3, assignment.CROWDED, assignment.CROWDED))
+    assert asked == [assignment.CROWDED]
+    cost[5, 6] = np.nan
+    monkeypatch.undo()
+    with pytest.raises(NonFiniteError, match="holds NaN"):
+        assign(cost, maximise=maximise)
