@@ -2,7 +2,8 @@
 
 A ReLU gives many zeros, a comparison ones and zeros, padding the same value again. Where the largest of such elements
 is looked for, the first of several wins, so that their places matter. Elements that weights have mixed are taken to
-differ, and so are those that a mask has left, unless the mask tells large ones from small.
+differ, unless what was mixed has slices of nothing but zeros in it; and so are those that a mask has left, unless the
+mask tells large ones from small.
 """
 
 from __future__ import annotations
@@ -35,9 +36,13 @@ MOVED = """
     masked_scatter copy native_layer_norm native_group_norm _fused_rms_norm native_batch_norm
     _native_batch_norm_legit
 """  # equal elements stay equal, and those that are uniform meet others
+HOLLOW = "constant_pad_nd tril triu diag_embed eye"  # slices of zeros
+JOINED = "cat stack scatter scatter_add scatter_reduce index_put index_add index_copy slice_scatter select_scatter"
+MIXED = "mm bmm mv linear convolution"  # slices of zeros give such slices again, if there is no bias
 
 _FLAT, _SCALING, _LIMITS, _MOVED = (frozenset(names.split()) for names in (FLAT, SCALING, LIMITS, MOVED))
 _COMPARISONS, _PLACED = frozenset(COMPARISONS.split()), frozenset(PLACED.split())
+_HOLLOW, _JOINED, _MIXED = frozenset(HOLLOW.split()), frozenset(JOINED.split()), frozenset(MIXED.split())
 _BY_ELEMENT = frozenset([*ARITHMETIC.split(), *COPIES.split(), "where", "masked_fill"])
 _LOOKUPS = frozenset(["gather", "index", "index_select", "embedding"])
 
@@ -66,6 +71,7 @@ class _Search:
         self._written = written
         self._memory = Memory(nodes)
         self._stained: set[fx.Node] = set()  # the owners of written memory that has equal elements somewhere
+        self._hollow: set[fx.Node] = set()  # what has slices of zeros (of written memory, its owner)
         self._tells: set[fx.Node] = set()  # masks that tell large elements from small
 
     def visit(self, node: fx.Node) -> None:
@@ -73,6 +79,9 @@ class _Search:
         if node.op == "call_function" and self._is_telling(node):
             self._tells.add(node)
         ndim = _widest(val)
+        if node.op == "call_function" and self._is_hollow(node):
+            self.grew |= self._home(node) not in self._hollow
+            self._hollow.add(self._home(node))
         owner = self._memory.owner(node) if node in self._written else None
         dims = frozenset(range(ndim)) if owner in self._stained else self._dims(node, val, ndim)
         if dims - self.found.get(node, NONE):
@@ -99,7 +108,26 @@ class _Search:
             return every if self._equal_in(sources) else NONE
         if name in _BY_ELEMENT:
             return self._by_element(node, name, sources, every)
-        return NONE
+        return every if name in _MIXED and self._home(node) in self._hollow else NONE
+
+    def _home(self, node: fx.Node) -> fx.Node:
+        return self._memory.owner(node) if node in self._written else node
+
+    def _is_hollow(self, node: fx.Node) -> bool:
+        name = _name(node)
+        if name in _HOLLOW or (name in CREATED and node in self._written):
+            return True
+        sources = [n for n in node.all_input_nodes if _is_real(n)]
+        if name in _JOINED and any(source in self._uniform for source in sources):
+            return True
+        hollow = [source for source in sources if self._home(source) in self._hollow]
+        if name in _MIXED:
+            return bool(hollow) and not (name in ("linear", "convolution") and _argument(node, 2) is not None)
+        if name in _BY_ELEMENT and name not in _SCALING:
+            varying = [s for s in sources if any(self._varies(s, d) for d in range(-s.meta["val"].ndim, 0))]
+            return bool(hollow) and all(source in hollow for source in varying)
+        passing = name in _MOVED or name in _PLACED or name in _SCALING or node.target is operator.getitem
+        return passing and bool(hollow)
 
     def _equal_in(self, sources: Sequence[fx.Node]) -> bool:
         return any(source in self.found for source in sources)
@@ -136,6 +164,10 @@ class _Search:
 def _name(node: fx.Node) -> str:
     name = getattr(node.target, "_opname", "")
     return name[:-1] if name.endswith("_") and not name.endswith("__") else name
+
+
+def _argument(node: fx.Node, at: int) -> object:
+    return node.args[at] if at < len(node.args) else None
 
 
 def _is_real(node: fx.Node) -> bool:

@@ -395,6 +395,12 @@ def the_smallest_product_of_two_units(m: Any, x: Tensor) -> Tensor:
 
 
 @corner
+def the_largest_of_rows_that_are_zero(m: Any, x: Tensor) -> Tensor:
+    longer = F.pad(m.a(x), (0, 0, 0, 1))
+    return m.o(m.table((longer @ m.w).argmax(-1)))
+
+
+@corner
 def an_index_joined_with_numbers(m: Any, x: Tensor) -> Tensor:
     return m.o(torch.cat([m.a(x).argmax(-1, keepdim=True), x], -1) * m.v)
 
