@@ -19,6 +19,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -410,13 +411,22 @@ def figure(columns: int, path: Path, draw: Callable[[list[Axes]], None], *, rows
 def legend(axes: Sequence[Axes]) -> None:
     """One legend for all axes, above them, where no curve can run through it."""
     handles = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    across = min(len(handles), 3 if axes[0].figure.get_figwidth() < 5 else 5)
+    each = 0.65 + 0.085 * max(map(len, handles))  # inches, about
+    across = max(1, min(len(handles), int(axes[0].figure.get_figwidth() / each)))
     axes[0].figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=across, frameon=False)
 
 
 def name_places(ax: Axes, names: Sequence[str]) -> None:
     """Names in the place of the numbers 0, 1, ... below the axes."""
     ax.set_xticks(range(len(names)), names, rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
+
+
+def logarithmic(ax: Axes) -> None:
+    """Heights on a logarithmic scale, with plain numbers beside it."""
+    ax.set_yscale("log")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_formatter(NullFormatter())
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:

@@ -14,7 +14,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from common import RECIPES, Recipe, Setting, State, Step, arguments, bar, console, figure, legend, line, settings, table
+from common import (
+    COLOURS,
+    MARKERS,
+    RECIPES,
+    Recipe,
+    Setting,
+    State,
+    Step,
+    arguments,
+    bar,
+    console,
+    figure,
+    legend,
+    logarithmic,
+    settings,
+    table,
+)
 from matplotlib.axes import Axes
 from networks import Batch
 from rich.console import Console
@@ -22,6 +38,9 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import permgraph as pg
+
+SHOWN = ("line", "bezier", "PAM")
+"""The paths that are drawn."""
 
 Attack = Callable[[nn.Module, Batch], Batch]
 
@@ -164,6 +183,7 @@ def main(given: Sequence[str] | None = None) -> dict[str, list[Row]]:
             "lowest\naccuracy",
             "training loss\nfirst",
             "last",
+            "steps\nof p",
         ),
         caption="PAM: curve and permutation minimised in turn; steps of p: rounds in which the permutation changed. "
         "Robust: trained and tested on adversarial inputs.",
@@ -189,9 +209,22 @@ def main(given: Sequence[str] | None = None) -> dict[str, list[Row]]:
 
     def draw(axes: list[Axes]) -> None:
         for ax, (name, rows) in zip(axes, every.items(), strict=True):
-            for number, row in enumerate(row for row in rows if "polygon" not in row.path):
-                line(ax, number, row.found.alphas, row.found.losses, row.path)
+            for row in rows:
+                kind, shape = row.path.split(", ")
+                if shape in SHOWN:
+                    at = SHOWN.index(shape)
+                    ax.plot(
+                        row.found.alphas,
+                        row.found.losses,
+                        color=COLOURS[at],
+                        marker=MARKERS[at],
+                        markersize=5,
+                        linestyle="--" if kind == "naive" else "-",
+                        markerfacecolor="white" if kind == "naive" else COLOURS[at],
+                        label=row.path,
+                    )
             ax.set(title=name, xlabel="position on the path from A to B")
+            logarithmic(ax)
         axes[0].set_ylabel("test loss")
         legend(axes)
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from common import Setting, arguments, bar, console, figure, legend, line, mean_and_error, settings, table
+from common import Setting, arguments, bar, console, figure, legend, line, logarithmic, mean_and_error, settings, table
 from matplotlib.axes import Axes
 from networks import Batch
 from rich.console import Console
@@ -111,7 +111,8 @@ def main(given: Sequence[str] | None = None) -> dict[str, Found]:
                 line(ax, number, path.alphas, path.losses, name)
             for name, style in (("ensemble", "--"), ("trained on everything", ":")):
                 ax.axhline(every[model][name][0]["loss"], color="black", linestyle=style, linewidth=1, label=name)
-            ax.set(title=model, xlabel="position on the line from A to B", yscale="log")
+            ax.set(title=model, xlabel="position on the line from A to B")
+            logarithmic(ax)
         axes[0].set_ylabel("test loss")
         legend(axes)
 
