@@ -104,8 +104,9 @@ def _token_ids(model: nn.Module) -> Iterator[Tensor]:
     books = setting(config, "num_codebooks", "n_codebooks", "num_quantizers", "delay_pattern")
     count = len(books) if isinstance(books, list) else whole(books, 0)
     end = setting(config, "eos_token_id")
-    # Then multiple choice; and sound as tokens of several codebooks, with or without those of a text beside them.
-    coded = ((BATCH, LENGTH, count), (BATCH, LENGTH, count + 1)) if count else ()
+    # Then multiple choice; and sound as tokens of several codebooks, with or without those of a text beside them, or
+    # with those of each codebook in a row of their own.
+    coded = ((BATCH, LENGTH, count), (BATCH, LENGTH, count + 1), (BATCH * count, LENGTH)) if count else ()
     most = setting(config, "max_position_embeddings")
     short = ((BATCH, most),) if isinstance(most, int) and 1 < most < LENGTH else ()
     for shape in (*short, (BATCH, LENGTH), (BATCH, 64), (BATCH, 3, LENGTH), *coded):
@@ -145,7 +146,7 @@ def _waveform(model: nn.Module) -> Iterator[Tensor]:
     if isinstance(length, int) and isinstance(mels, int):
         yield floats(model, BATCH, length, mels)
     yield floats(model, BATCH, 4001)
-    yield floats(model, BATCH, 4800)  # whole frames of 5, 10 or 20 ms
+    yield floats(model, BATCH, 9600)  # whole frames of 5, 10, 20, 40, 80 or 120 ms
     yield floats(model, BATCH, whole(setting(config, "audio_channels"), 1), 4001)
 
 
@@ -189,6 +190,14 @@ def _segments(model: nn.Module) -> Iterator[Tensor]:
     yield torch.zeros(BATCH, LENGTH, dtype=torch.int64, device="cpu")
 
 
+def _languages(model: nn.Module) -> Iterator[Tensor]:
+    yield torch.zeros(BATCH, dtype=torch.int64, device="cpu")
+
+
+def _task(model: nn.Module) -> Iterator[Tensor]:
+    yield floats(model, BATCH, whole(setting(getattr(model, "config", None), "task_seq_len"), LENGTH))
+
+
 def _grid(model: nn.Module) -> Iterator[Tensor]:
     yield torch.tensor([[1, 4, 4]], device="cpu")  # one image: frames, rows, columns of patches
 
@@ -212,6 +221,8 @@ BY_NAME: dict[str, Callable[[nn.Module], Iterator[Tensor]]] = {
     **dict.fromkeys(("mask", "attention_mask", "padding_mask", "decoder_attention_mask"), _mask),
     **dict.fromkeys(("t", "time", "timestep", "timesteps"), _times),
     "bbox": _boxes,
+    "lang_ids": _languages,
+    "task_inputs": _task,
     **dict.fromkeys(("token_type_ids", "position_ids", "segment_ids"), _segments),
     "edge_index": _edges,
     **dict.fromkeys(("grid_thw", "image_grid_thw"), _grid),
@@ -371,7 +382,7 @@ def from_huggingface(model: nn.Module) -> Iterator[Candidate]:
     always += [name for name in BY_NAME if name in accepted and accepted[name].default is inspect.Parameter.empty]
     pairs = [["input_ids", other] for other in ("pixel_values", "input_features", "input_values", "bbox")]
     # A text beside an image before each alone: a pass with one of them would never read the parts for the other.
-    wanted = [pairs[0], [main], *pairs[1:], [main, "attention_mask"]]
+    wanted = [pairs[0], [main], *pairs[1:], [main, "attention_mask"], [main, "lang_ids"]]
     for names in wanted:
         if all(name in accepted and name in BY_NAME for name in names):
             every = list(dict.fromkeys([*names, *(name for name in always if name in accepted)]))

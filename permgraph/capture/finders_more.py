@@ -8,7 +8,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from permgraph.capture.finders import BATCH, BY_NAME, LENGTH, floats, integers, named_sides, required, setting, whole
+from permgraph.capture.finders import (
+    BATCH,
+    BY_NAME,
+    LENGTH,
+    floats,
+    integers,
+    named_sides,
+    required,
+    setting,
+    vocabulary,
+    whole,
+)
 from permgraph.capture.forms import Arguments, accepted, image_of, ones, plain_images
 from permgraph.capture.inputs import Candidate, input_finder
 
@@ -176,3 +187,15 @@ def from_entities(model: nn.Module) -> Iterator[Candidate]:
                 "entity_position_ids": integers(ids.shape[1], BATCH, 5, 7),
             },
         )
+
+
+@input_finder("image places")
+def from_image_places(model: nn.Module) -> Iterator[Candidate]:
+    """An image, and a text in which a mask says where its features go."""
+    names = accepted(model)
+    count = setting(getattr(model, "config", None), "latent_query_num", "num_image_tokens")
+    if {"input_ids", "pixel_values", "image_embeds_position_mask"} <= names and isinstance(count, int):
+        ids = integers(vocabulary(model), BATCH, LENGTH + count)
+        places = torch.arange(LENGTH + count, device="cpu").expand(BATCH, -1) < count
+        for page in plain_images(model, frozenset({"pixel_values"})):
+            yield (), {**page, "input_ids": ids, "image_embeds_position_mask": places}

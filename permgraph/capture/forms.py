@@ -158,9 +158,13 @@ def _tiles(model: nn.Module, names: frozenset[str]) -> Iterator[Arguments]:
     yield found
 
 
+#: Arguments that say more of a list of images.
+_MARKS = {"pixel_attention_mask", "image_sizes", "pixel_mask", "image_attention_mask"}
+
+
 def _many_images(model: nn.Module, names: frozenset[str]) -> Iterator[Arguments]:
     """A list of images, here one, for each text; and of images that are cut up, the parts and the size of the whole."""
-    if "pixel_values" not in names or not names & {"pixel_attention_mask", "image_sizes", "pixel_mask"}:
+    if "pixel_values" not in names or not names & _MARKS:
         return
     channels, _, side = image_of(model)
     if "image_sizes" in names:
@@ -168,6 +172,9 @@ def _many_images(model: nn.Module, names: frozenset[str]) -> Iterator[Arguments]
         yield {"pixel_values": floats(model, BATCH, channels, side, side), "image_sizes": sizes}
         for parts in (3, 5, 2):
             yield {"pixel_values": floats(model, BATCH, parts, channels, side, side), "image_sizes": sizes}
+    if "image_attention_mask" in names and "image_encoder_embeddings" in names:  # which words see which image
+        one = {"pixel_values": floats(model, BATCH, 1, channels, side, side)}
+        yield {**one, "image_attention_mask": ones(BATCH, LENGTH, 1)}
     if "pixel_attention_mask" in names and "spatial_shapes" not in names:
         yield {"pixel_values": floats(model, BATCH, 1, channels, side, side)}
 
@@ -240,7 +247,7 @@ def _sound(model: nn.Module, names: frozenset[str]) -> Iterator[Arguments]:
     audio = config if audio is None else audio
     made: list[Tensor] = []
     if key == "input_values":
-        made = [floats(model, BATCH, 4001), floats(model, BATCH, 4800), floats(model, BATCH, 1, 4800)]
+        made = [floats(model, BATCH, 4001), floats(model, BATCH, 9600), floats(model, BATCH, 1, 9600)]
     else:
         positions = setting(audio, "max_source_positions")
         for mels in _widths(model, audio) if key != "audio_mel" else [128, *_widths(model, audio)]:

@@ -456,3 +456,125 @@ def test_points_come_with_a_first_guess() -> None:
     captured = capture(Guessed())
     assert captured.inputs.finder == "points" and captured.unused == ()
     assert captured.inputs.kwargs["input_masks"].shape == (2, 1, 8, 8)
+
+
+class Reserved(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(vocab_size=31, latent_query_num=5, image_size=8)
+        self.words, self.sees = nn.Embedding(31, 6), nn.Conv2d(3, 6, 4, 4)
+        self.queries = nn.Linear(4, 5)
+
+    def forward(self, pixel_values: Tensor, input_ids: Tensor, image_embeds_position_mask: Tensor) -> Tensor:
+        features = self.queries(self.sees(pixel_values).flatten(2)).transpose(1, 2)
+        return self.words(input_ids).masked_scatter(image_embeds_position_mask[..., None], features)
+
+
+def test_a_mask_says_where_the_features_of_an_image_go() -> None:
+    captured = capture(Reserved())
+    assert captured.inputs.finder == "image places" and captured.unused == ()
+    assert captured.inputs.kwargs["image_embeds_position_mask"].sum(1).tolist() == [5, 5]
+
+
+class Several(nn.Module):
+    """Reads text in which some words see one of several images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(vocab_size=31, image_size=8)
+        self.words, self.sees = nn.Embedding(31, 6), nn.Conv2d(3, 6, 4, 4)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        image_encoder_embeddings: Tensor | None = None,
+        image_attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        if pixel_values is None or image_attention_mask is None:
+            raise ValueError("an image is missing")
+        batch, count = pixel_values.shape[:2]
+        seen = self.sees(pixel_values.flatten(0, 1)).mean((2, 3)).view(batch, count, 6)
+        return self.words(input_ids) + image_attention_mask.to(seen.dtype) @ seen
+
+
+def test_a_mask_says_which_words_see_which_image() -> None:
+    captured = capture(Several())
+    assert captured.inputs.finder == "images"
+    assert arguments(captured) == {
+        "input_ids": (2, 19), "pixel_values": (2, 1, 3, 8, 8), "image_attention_mask": (2, 19, 1),
+    }  # fmt: skip
+
+
+class Books(nn.Module):
+    main_input_name = "input_ids"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(vocab_size=31, num_codebooks=4)
+        self.books = nn.ModuleList(nn.Embedding(31, 6) for _ in range(4))
+
+    def forward(self, input_ids: Tensor, lang_ids: Tensor | None = None) -> Tensor:
+        rows = input_ids.reshape(-1, 4, input_ids.shape[-1])
+        if rows.shape[-1] != 19:
+            raise ValueError("a row for each codebook")
+        return sum(book(rows[:, i]) for i, book in enumerate(self.books))
+
+
+def test_sound_as_tokens_with_a_row_for_each_codebook() -> None:
+    captured = capture(Books())
+    assert captured.inputs.finder == "huggingface" and arguments(captured) == {"input_ids": (8, 19)}
+
+
+class Spoken(nn.Module):
+    main_input_name = "input_ids"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(vocab_size=31)
+        self.words, self.languages = nn.Embedding(31, 6), nn.Embedding(3, 6)
+
+    def forward(self, input_ids: Tensor, lang_ids: Tensor | None = None) -> Tensor:
+        if lang_ids is None:
+            raise ValueError("which language?")
+        return self.words(input_ids) + self.languages(lang_ids)[:, None]
+
+
+def test_a_language_is_given_where_a_model_asks_for_one() -> None:
+    assert arguments(capture(Spoken())) == {"input_ids": (2, 19), "lang_ids": (2,)}
+
+
+class Framed(nn.Module):
+    main_input_name = "input_values"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config, self.linear = SimpleNamespace(), nn.Linear(1920, 5)
+
+    def forward(self, input_values: Tensor) -> Tensor:
+        return self.linear(input_values.unflatten(1, (-1, 1920)))
+
+
+def test_a_waveform_has_whole_frames() -> None:
+    assert arguments(capture(Framed())) == {"input_values": (2, 9600)}
+
+
+class Both(nn.Module):
+    """Runs on a text alone, and leaves what it sees unread then."""
+
+    main_input_name = "input_ids"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(vocab_size=31, image_size=8, task_seq_len=7)
+        self.words, self.sees, self.task = nn.Embedding(31, 6), nn.Conv2d(3, 6, 4, 4), nn.Linear(7, 6)
+
+    def forward(self, input_ids: Tensor, task_inputs: Tensor, pixel_values: Tensor | None = None) -> Tensor:
+        hidden = self.words(input_ids) + self.task(task_inputs)[:, None]
+        return hidden if pixel_values is None else hidden + self.sees(pixel_values).mean((2, 3))[:, None]
+
+
+def test_a_text_stands_beside_an_image_before_it_stands_alone() -> None:
+    captured = capture(Both())
+    assert captured.unused == ()
+    assert arguments(captured) == {"input_ids": (2, 19), "pixel_values": (2, 3, 8, 8), "task_inputs": (2, 7)}
