@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import ChainMap
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -27,10 +28,14 @@ from permgraph.matching.parallel import workers
 from permgraph.matching.renumber import Arrays, act, compose
 from permgraph.matching.result import MatchResult, Outcome, Progress, Sweep
 from permgraph.matching.step import Scene, choose, choose_each, gram, outer_values
+from permgraph.matching.working import Working
 from permgraph.permutation import Permutation
 from permgraph.spec import PermutationSpec
 
 log = logging.getLogger(__name__)
+
+ROOM = 1 << 25
+"""Bytes that a run may keep between steps, however small the models are."""
 
 Init: TypeAlias = Permutation | Literal["identity", "barycentre"]
 
@@ -68,8 +73,11 @@ class WeightMatching:
         max_moves: how many indices of a group may leave their place in B: a number for every group that is not fibred,
             or a mapping from patterns. Each step is then the best one where `assign_limited` can prove it, else a
             feasible one near it.
-        memory: bytes that Gram matrices may take between steps; by default as many as the compared weights of one
-            model. What does not fit is computed anew when it is needed.
+        memory: bytes that Gram matrices may take between steps; what does not fit is computed anew when it is needed.
+            B's weights as they are permuted take as many as they have, besides. By default both together take what
+            keeps a run within the size of one model and of its largest Gram matrix, beyond the two models themselves
+            (or within 32 MB and three such matrices, where that is more). Below that, it is slower and the result the
+            same.
 
     References:
         Ainsworth, Hayase & Srinivasa 2022, section 3.2.
@@ -185,21 +193,32 @@ class _Ascent:
         self.how, self.compared, self.plan, self.rng, self.started = how, compared, plan, rng, started
         self.spec = plan.spec
         self.limits = limits
-        self.arrays: Arrays = {}
-        self.b = dict(compared.b)
-        self.own: set[str] = set()
+        self.itemsize = max((tensor.itemsize for tensor in compared.a.values()), default=4)
+        self.largest = self.itemsize * max((plan.entries(move) for move in plan.moves), default=0)
+        grams, copy = self._room()
+        self.b = Working(self.spec, compared.b, copy)
         self.inner = dict(at_rest)
         self.free: set[str] = set()
         self.order: str = how.order
         self.sequence: list[int] | None = None
         self.stale = set(range(len(plan.moves)))
         self.met, self.neighbours = plan.met, plan.neighbours
-        self.largest = max((plan.entries(move) for move in plan.moves), default=0)
-        self.itemsize = max((tensor.itemsize for tensor in compared.a.values()), default=4)
-        self.grams = Kept(sum(tensor.nbytes for tensor in compared.a.values()) if how.memory is None else how.memory)
+        self.grams = Kept(grams)
         self.history: list[Sweep] = []
         self.outcome: Outcome = "sweep limit"
         self.objective = self._objective()
+
+    def _room(self) -> tuple[int, int]:
+        """Bytes for Gram matrices between steps, and for B as it is permuted."""
+        model = sum(tensor.nbytes for tensor in self.compared.a.values())
+        if self.how.memory is not None:
+            return self.how.memory, model
+        # With what a step needs at a time, as much as one model and the largest Gram matrix: its own Gram matrix, one
+        # beside that, and the solver's; and a few portions of both models.
+        room = max(ROOM, model + self.largest - 3 * self.largest - 8 * PORTION * self.itemsize)
+        sizes = {move.name: self.plan.entries(move) for move in self.plan.moves if len(move.groups) == 1}
+        grams = min(room, self.itemsize * sum(sizes.values()))
+        return grams, room - grams
 
     def begin(self, run: int) -> None:
         """Go to the starting point of one of the runs."""
@@ -228,20 +247,23 @@ class _Ascent:
         return Permutation(self.spec, drawn)
 
     def _go(self, permutation: Permutation) -> None:
-        self.arrays = dict(permutation.arrays)
-        self.b = {name: permutation.apply_to(name, tensor) for name, tensor in self.compared.b.items()}
-        self.own = set(self.b)
+        self.b.go(dict(permutation.arrays))
         self.inner = {}
         self.objective = self._objective()
+
+    @property
+    def arrays(self) -> Arrays:
+        """How the groups stand, for those that have moved."""
+        return self.b.arrays
 
     @property
     def permutation(self) -> Permutation:
         return Permutation(self.spec, self.arrays)
 
     def _objective(self) -> float:
-        for name, tensor in self.b.items():
+        for name in self.b:
             if name not in self.inner:
-                self.inner[name] = self.compared.inner([name], {name: tensor})
+                self.inner[name] = self.compared.inner([name], self.b)
         return self.compared.scale * sum(self.inner.values()) + self.compared.offset
 
     def climb(self, progress: Progress | None) -> None:
@@ -258,6 +280,9 @@ class _Ascent:
         except KeyboardInterrupt:
             self.outcome = "interrupted"
             self._go(self.permutation)
+        finally:  # what it took to get here is no longer needed
+            self.b.go(self.arrays)
+            self.grams = Kept(0)
 
     def _sweep(self) -> None:
         before = dict(self.arrays)
@@ -327,7 +352,7 @@ class _Ascent:
                 yield portion
                 portion = []
             if not portion:
-                room = self.largest * self.itemsize + self.grams.room
+                room = self.largest + self.grams.room
             portion.append(number)
             room -= need
         if portion:
@@ -356,8 +381,6 @@ class _Ascent:
                 a, before, after = (block.view(x[block.parameter]) for x in (self.compared.a, self.b, new))
                 for other, place in places:
                     self.grams.amend(other, place, a, after - before)
-            self.b.update(new)
-            self.own |= new.keys()
             self._record(number, step, new)
             if move.bent or move.paired:
                 self.stale.add(number)
@@ -367,6 +390,7 @@ class _Ascent:
         """Moves of one group each, whose Gram matrices are all made before the first of them is taken."""
         moves = {number: self.plan.moves[number] for number in numbers}
         found = {number: self._worth(move, self._scene(move)) for number, move in moves.items()}
+        self.b.rest()
         if self.limits:
             chosen = {move.name: self._choose(found[number][0], move) for number, move in moves.items()}
         else:
@@ -397,25 +421,29 @@ class _Ascent:
         indices = torch.from_numpy(np.flatnonzero(moves))
         for place in move.root.places:
             block, axis, name = place.block, place.own[0], place.block.parameter
-            view = block.view(self._writable(name))
-            here = indices.to(view.device)
+            held = self.b.writable(name)
+            if held is None and block not in amend:
+                continue
+            here = indices.to(self.compared.a[name].device)
             # Of a fibred group B's tensor is new anyway; of others only what moves is read.
-            source, there = (block.view(new[name]), here) if new else (view, torch.from_numpy(columns[moves]).to(here))
+            there = here if new else torch.from_numpy(columns[moves]).to(here)
             if block in amend:
                 a = block.view(self.compared.a[name])
-                some = max(1, PORTION * view.shape[axis] // view.numel())
+                some = max(1, PORTION * a.shape[axis] // a.numel())
                 for to, of in zip(torch.split(here, some), torch.split(there, some), strict=True):
-                    difference = source.index_select(axis, of).sub_(view.index_select(axis, to))
+                    after = block.view(new[name]).index_select(axis, of) if new else self.b.select(block, axis, of)
+                    difference = after.sub_(self.b.select(block, axis, to))
                     part = a.index_select(axis, to)
                     for other, at in amend[block]:
                         self.grams.amend(other, at, part, difference)
-            across = max((x for x in range(view.ndim) if x != axis), key=lambda x: view.shape[x], default=None)
-            some = view.numel() if across is None else max(1, PORTION * view.shape[across] // view.numel())
-            for to, of in zip(
-                torch.split(view, some, across or 0), torch.split(source, some, across or 0), strict=True
-            ):
-                to.index_copy_(axis, here, of.index_select(axis, there))
-        self._record(number, step, move.parameters)
+            if held is not None:
+                view = block.view(held)
+                source = block.view(new[name]) if new else view
+                across = max((x for x in range(view.ndim) if x != axis), key=lambda x: view.shape[x], default=0)
+                some = max(1, PORTION * view.shape[across] // view.numel()) if view.ndim > 1 else view.numel()
+                for to, of in zip(torch.split(view, some, across), torch.split(source, some, across), strict=True):
+                    to.index_copy_(axis, here, of.index_select(axis, there))
+        self._record(number, step, dict.fromkeys(move.parameters))
 
     def _worth(self, move: Move, scene: Scene) -> tuple[torch.Tensor, torch.Tensor | None, tuple[Place, ...]]:
         """The Gram matrix of a move of one group; what of it to keep; and the places that are missing in that."""
@@ -432,15 +460,12 @@ class _Ascent:
         assert kept is not None and guess is not None
         return guess.add_(kept), kept, missing
 
-    def _writable(self, name: str) -> torch.Tensor:
-        """B's tensor, which is the caller's until the first time that it is written to."""
-        if name not in self.own:
-            self.b[name] = self.b[name].clone()
-            self.own.add(name)
-        return self.b[name]
-
-    def _record(self, number: int, step: Arrays, changed: Iterable[str]) -> None:
-        self.arrays.update(compose(self.spec, step, self.arrays))
+    def _record(self, number: int, step: Arrays, changed: Mapping[str, torch.Tensor | None]) -> None:
+        """A step has been taken; of what it changed, the tensors that have not been written to."""
+        self.b.moved(
+            {**self.arrays, **compose(self.spec, step, self.arrays)},
+            {name: tensor for name, tensor in changed.items() if tensor is not None},
+        )
         self.stale |= self.neighbours[number]
         for name in changed:
             self.inner.pop(name, None)
@@ -476,7 +501,7 @@ class _Ascent:
             step = {move.name: columns}
             new = {name: act(self.spec, step, name, scene.b[name]) for name in move.parameters}
         for inner in move.then:
-            within = replace(scene, b={**scene.b, **new})
+            within = replace(scene, b=ChainMap(dict(new), cast("dict[str, torch.Tensor]", scene.b)))
             chosen, _ = choose(outer_values(within, inner.root), self.how.solver, inner.name)
             then, changed = self._follow(inner, chosen, within)
             step = {**step, **compose(self.spec, then, step)}
