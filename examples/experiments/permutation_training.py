@@ -22,7 +22,7 @@ import permgraph as pg
 
 TARGETS = {
     "-sin 2πx": lambda x: -torch.sin(2 * torch.pi * x),
-    "|x| staircase": lambda x: torch.round(3 * x.abs()) / 3,
+    "staircase": lambda x: torch.round(3 * x.abs()) / 3,
 }
 
 
