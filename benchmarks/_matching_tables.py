@@ -38,6 +38,8 @@ def report(records: list[Record]) -> None:
         "memory": memory(records),
         "objectives": objectives(records),
     }.items():
+        if not table:
+            continue  # what has no records here keeps the figures of another machine
         begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
         before, rest = page.split(begin)
         after = rest.split(end)[1]
@@ -48,7 +50,7 @@ def report(records: list[Record]) -> None:
 def rows(head: str, lines: Iterable[str]) -> str:
     found = list(lines)
     if not found:
-        return "Not measured."
+        return ""
     return "\n".join([head, "|" + " --- |" * (head.count("|") - 1), *found])
 
 
@@ -93,7 +95,7 @@ def peers(records: list[Record], threads: int, clock: str) -> str:
                 objective = statistics.mean(r["objective"] for r in good.values())
                 change = max(r["changed"] for r in good.values())
                 kept = "yes" if change < PRESERVED else f"no, {change:.1g}"
-                ratio = f"{statistics.median(slower):.1f}" if slower else ""
+                ratio = f"{statistics.median(slower):.2g}" if slower else ""
                 sweeps = f"{median['sweeps']:g}" if median["sweeps"] else ""
                 lines.append(
                     f"| {title} | {label(method)} | {median[clock]:.2f} | {ratio} | {sweeps} | {objective:,.2f} | "

@@ -1,8 +1,8 @@
 """Assignment solvers on the cost matrices of weight matching: seconds of processor time, and the proof.
 
     python benchmarks/assignment.py 64 256 1024 4096
-    python benchmarks/assignment.py --no-scipy --kinds decaying 8192 14336
-    python benchmarks/assignment.py --no-scipy --no-dense --depth 512 --kinds decaying 28672
+    python benchmarks/assignment.py 8192 14336 --no-scipy --kinds decaying
+    python benchmarks/assignment.py 28672 --no-scipy --no-dense --depth 256 --kinds decaying
 
 Each width is solved for three kinds of Gram matrix: of two unrelated layers, of two trained-like layers (a decaying
 spectrum, so that all units compete for the same partners), and of a layer and a noisy renumbering of it. `dense` is
