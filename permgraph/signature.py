@@ -19,10 +19,10 @@ class Argument:
 
 @dataclass(frozen=True)
 class Signature:
-    """The arguments of an operator in order. `returned` names those that its only result is, once written to."""
+    """The arguments of an operator in order; `returned` names, for each result, those that it is, once written to."""
 
     arguments: tuple[Argument, ...]
-    returned: tuple[str, ...]
+    returned: tuple[tuple[str, ...], ...]
 
 
 @cache
@@ -41,9 +41,10 @@ def signature(operator: Any) -> Signature | None:
         )
         for a in found
     )
-    returned: tuple[str, ...] = ()
-    result = schema.returns[0].alias_info if len(schema.returns) == 1 else None
-    if result is not None and result.is_write:
-        alike = (a for a in found if a.alias_info is not None and a.alias_info.before_set == result.before_set)
-        returned = tuple(a.name for a in alike)
-    return Signature(arguments, returned)
+    returned = []
+    for result in schema.returns:
+        given = result.alias_info if result.alias_info is not None and result.alias_info.is_write else None
+        alike = (a.name for a in found if a.alias_info is not None and given is not None
+                 and a.alias_info.before_set == given.before_set)  # fmt: skip
+        returned.append(tuple(alike))
+    return Signature(arguments, tuple(returned))

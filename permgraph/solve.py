@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import itertools
 import operator
+from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import fx
 
-from permgraph.axes import Axes, Axis, BirthKey, Kind
+from permgraph.axes import Axes, Axis, BirthKey, Kind, Pinned
 from permgraph.errors import ConflictError
 from permgraph.foresight import PLACEHOLDER, foreseen_cuts
-from permgraph.liveness import live_nodes
+from permgraph.liveness import is_read, live_nodes
 from permgraph.rules import find_rule
 from permgraph.rules.call import EQUAL, Call, Ledger, TypedTensor, loose_families, provides
 from permgraph.rules.registry import Rule
@@ -28,6 +30,7 @@ from permgraph.signature import signature
 from permgraph.ties import tied_dims
 from permgraph.uniform import NONE, Uniform, known_values, uniform_dims, viewed_nodes, written_nodes
 
+UNREAD = "no output depends on it"
 MAX_RUNS = 6
 MAX_VISITS = 12
 
@@ -67,8 +70,7 @@ def solve(graph: fx.Graph, results: Sequence[fx.Node] = ()) -> Solution:
         if seen == cuts:
             break
         cuts = seen
-    if run.unobserved(live):
-        run.until_stable()
+    run.pin_unobserved(live)
     return run.solution()
 
 
@@ -96,7 +98,6 @@ class _Run:
         self.axes = axes
         self.facts = facts
         self.ends = Ledger()
-        self.dropped: list[tuple[int, TypedTensor, int]] = []
         self.nodes = nodes
         self.values: dict[fx.Node, Any] = {}
         self.parameters: dict[str, TypedTensor] = {}
@@ -182,12 +183,14 @@ class _Run:
         """The result's tensors; the argument itself where an operator returns what it has written into."""
         known = signature(node.target)
         val = node.meta["val"]
-        if known is not None and isinstance(val, torch.Tensor):
-            for name in known.returned:
-                written = arguments[name]
-                if isinstance(written, TypedTensor) and written.shape == tuple(val.shape):
-                    return written
-        return self._typed(node, val)
+        typed = self._typed(node, val)
+        results = typed if isinstance(typed, list) else [typed]
+        for i, names in enumerate(known.returned[: len(results)] if known is not None else ()):
+            for name in names:
+                written, made = arguments[name], results[i]
+                if isinstance(written, TypedTensor) and isinstance(made, TypedTensor) and written.shape == made.shape:
+                    results[i] = written
+        return results if isinstance(typed, list) else results[0]
 
     # -- constraints -----------------------------------------------------------------------------------------------
 
@@ -266,22 +269,30 @@ class _Run:
                     elif isinstance(end, fx.Node):
                         self._pin(number, self.values[end], "output of the model")
 
-        for number, tensor, dim in self.dropped:
-            self._call(number).pin(tensor, dim, "no output depends on it")
 
-    def unobserved(self, live: Collection[fx.Node]) -> bool:
-        """Note the axes of parameters, to be pinned, that only parameters without any effect have; say if there are."""
+    def pin_unobserved(self, live: Collection[fx.Node]) -> None:
+        """Pin the axes of parameters that nothing with any effect reads. What the rules have said stands."""
         weights = [
-            (number, self.values[node], node in live)
+            (number, node, self.values[node])
             for number, node in enumerate(self.nodes)
             if node.op == "placeholder" and node.meta["kind"] in ("parameter", "buffer") and node.users
         ]
-        seen = {a for _, tensor, is_live in weights if is_live for axis in tensor.dims for a in self.axes.atoms(axis)}
-        for number, tensor, is_live in weights:
-            for dim in range(0 if is_live else tensor.ndim):
-                if seen.isdisjoint(self.axes.atoms(tensor.dims[dim])):
-                    self.dropped.append((number, tensor, dim))
-        return bool(self.dropped)
+        places: dict[Axis, list[tuple[int, fx.Node, TypedTensor, int]]] = defaultdict(list)
+        for number, node, tensor in weights:
+            for dim, axis in enumerate(tensor.dims):
+                for atom in {a for a in self.axes.atoms(axis) if a.pinned is None}:
+                    places[atom].append((number, node, tensor, dim))
+        for atom, found in places.items():
+            seen = [node for _, node, _, _ in found if node in live]
+            if not seen or (len(found) == 1 and not is_read(seen[0], live, partial(self._holds, atom))):
+                self.axes.pin(atom, Pinned(UNREAD, found[0][0]))
+                self.ends.pins.extend((tensor, dim, UNREAD, number) for number, _, tensor, dim in found)
+
+    def _holds(self, atom: Axis, node: fx.Node) -> bool:
+        """Whether an atom stands in a node's results."""
+        tensors = self.values[node] if isinstance(self.values[node], list) else [self.values[node]]
+        dims = (axis for tensor in tensors if isinstance(tensor, TypedTensor) for axis in tensor.dims)
+        return any(atom in self.axes.atoms(axis) for axis in dims)
 
     def _pin_mirrored(self) -> None:
         """Pin axes that meet themselves where a largest element is looked for: (i, j) and (j, i) may be the same."""

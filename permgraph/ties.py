@@ -2,7 +2,7 @@
 
 A ReLU gives many zeros, a comparison ones and zeros, padding the same value again. Where the largest of such elements
 is looked for, the first of several wins, so that their places matter. Elements that weights have mixed are taken to
-differ, unless what was mixed has slices of nothing but zeros in it; and so are those that a mask has left, unless the
+differ, unless what was mixed has equal slices, such as rows of zeros; and so are those that a mask has left, unless the
 mask tells large ones from small.
 """
 
@@ -36,9 +36,9 @@ MOVED = """
     masked_scatter copy native_layer_norm native_group_norm _fused_rms_norm native_batch_norm
     _native_batch_norm_legit
 """  # equal elements stay equal, and those that are uniform meet others
-HOLLOW = "constant_pad_nd tril triu diag_embed eye"  # slices of zeros
+HOLLOW = "constant_pad_nd tril triu diag_embed eye repeat repeat_interleave"  # slices of the same number throughout
 JOINED = "cat stack scatter scatter_add scatter_reduce index_put index_add index_copy slice_scatter select_scatter"
-MIXED = "mm bmm mv linear convolution"  # slices of zeros give such slices again, if there is no bias
+MIXED = "mm bmm mv addmm baddbmm addmv linear convolution"  # equal slices give equal slices
 
 _FLAT, _SCALING, _LIMITS, _MOVED = (frozenset(names.split()) for names in (FLAT, SCALING, LIMITS, MOVED))
 _COMPARISONS, _PLACED = frozenset(COMPARISONS.split()), frozenset(PLACED.split())
@@ -71,7 +71,7 @@ class _Search:
         self._written = written
         self._memory = Memory(nodes)
         self._stained: set[fx.Node] = set()  # the owners of written memory that has equal elements somewhere
-        self._hollow: set[fx.Node] = set()  # what has slices of zeros (of written memory, its owner)
+        self._hollow: set[fx.Node] = set()  # what has equal slices (of written memory, its owner)
         self._tells: set[fx.Node] = set()  # masks that tell large elements from small
 
     def visit(self, node: fx.Node) -> None:
@@ -105,10 +105,14 @@ class _Search:
         if name in _MOVED or node.target is operator.getitem:
             return every if self._equal_in(sources) or any(s in self._uniform for s in sources) else NONE
         if name in _PLACED:
+            if name == "expand" and not self._equal_in(sources):  # of memory that is written to, else it is uniform
+                return _repeated(sources[0].meta["val"], val) if node in self._written else NONE
             return every if self._equal_in(sources) else NONE
         if name in _BY_ELEMENT:
             return self._by_element(node, name, sources, every)
-        return every if name in _MIXED and self._home(node) in self._hollow else NONE
+        if name in _MIXED and self._home(node) in self._hollow:
+            return every - {1 if name == "convolution" else ndim - 1} if _has_bias(node, name) else every
+        return NONE
 
     def _home(self, node: fx.Node) -> fx.Node:
         return self._memory.owner(node) if node in self._written else node
@@ -118,16 +122,18 @@ class _Search:
         if name in _HOLLOW or (name in CREATED and node in self._written):
             return True
         sources = [n for n in node.all_input_nodes if _is_real(n)]
-        if name in _JOINED and any(source in self._uniform for source in sources):
+        if name in _JOINED and any(self._is_one_number(source) for source in sources):
             return True
-        hollow = [source for source in sources if self._home(source) in self._hollow]
-        if name in _MIXED:
-            return bool(hollow) and not (name in ("linear", "convolution") and _argument(node, 2) is not None)
+        hollow = [source for source in sources if self._home(source) in self._hollow or source in self._uniform]
         if name in _BY_ELEMENT and name not in _SCALING:
             varying = [s for s in sources if any(self._varies(s, d) for d in range(-s.meta["val"].ndim, 0))]
             return bool(hollow) and all(source in hollow for source in varying)
-        passing = name in _MOVED or name in _PLACED or name in _SCALING or node.target is operator.getitem
-        return passing and bool(hollow)
+        passing = name in _MOVED or name in _PLACED or name in _SCALING or name in _MIXED
+        return bool(hollow) and (passing or node.target is operator.getitem)
+
+    def _is_one_number(self, source: fx.Node) -> bool:
+        same = self._uniform.get(source, NONE)
+        return all(size == 1 or d in same for d, size in enumerate(source.meta["val"].shape))
 
     def _equal_in(self, sources: Sequence[fx.Node]) -> bool:
         return any(source in self.found for source in sources)
@@ -166,8 +172,15 @@ def _name(node: fx.Node) -> str:
     return name[:-1] if name.endswith("_") and not name.endswith("__") else name
 
 
-def _argument(node: fx.Node, at: int) -> object:
-    return node.args[at] if at < len(node.args) else None
+def _repeated(x: torch.Tensor, out: object) -> Uniform:
+    """The dimensions along which an expansion repeats a tensor."""
+    assert isinstance(out, torch.Tensor)
+    lead = out.ndim - x.ndim
+    return frozenset(d for d, size in enumerate(out.shape) if d < lead or x.shape[d - lead] != size)
+
+
+def _has_bias(node: fx.Node, name: str) -> bool:
+    return name.startswith("add") or name == "baddbmm" or (len(node.args) > 2 and node.args[2] is not None)
 
 
 def _is_real(node: fx.Node) -> bool:

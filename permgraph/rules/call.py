@@ -417,6 +417,9 @@ class Call:
         for tensor in self._tensors:
             if tensor.value is not None and id(tensor) not in self._followed:
                 self.pin_values(tensor, f"an index went into {self.node.target}")
+            elif tensor.viewed and any(tensor is result for result in self._results):
+                # what is written into memory is read through another view, where nothing says what it numbers
+                self.pin_values(tensor, "an index was written into a view")
         self._followed.clear()
 
     def carry_values(self, source: TypedTensor, out: TypedTensor, *, all_of_them: bool = False) -> None:

@@ -58,17 +58,10 @@ def equality(call: Call) -> None:
 
 @rule("aten.copy")
 def copy(call: Call) -> None:
-    """Overwrite a tensor with another, broadcast to it: what it held before no longer matters.
-
-    Indices that were written into memory may be read through another view, where nothing says what they number.
-    """
+    """Overwrite a tensor with another, broadcast to it: what it held before no longer matters."""
     call.pointwise(call["src"], call.out)
-    if call.out.viewed:
-        for tensor in (call["src"], call.out):
-            call.pin_values(tensor, "an index was written into a view")
-    else:
-        call.ignore_values(call["self"])
-        call.share_values([call["src"], call.out])
+    call.ignore_values(call["self"])
+    call.share_values([call["src"], call.out])
 
 
 @rule("aten.where.self", "aten.where.ScalarOther", "aten.where.ScalarSelf", "aten.where.Scalar")
@@ -120,7 +113,7 @@ def dropout(call: Call) -> None:
     """The identity at inference; while training, noise that no numbering survives."""
     x = call.tensors[0]
     call.pointwise(x, *call.results)
-    if call.get("train", False):
+    if call.get("train", True):
         call.pin_all([x], "random values")
 
 

@@ -401,6 +401,26 @@ def the_largest_of_rows_that_are_zero(m: Any, x: Tensor) -> Tensor:
 
 
 @corner
+def the_largest_of_rows_that_are_alike(m: Any, x: Tensor) -> Tensor:
+    rows = m.b(x).mean(1, keepdim=True).expand(-1, 6, -1) @ m.w
+    return m.o(m.table(torch.tanh(rows.transpose(1, 2).flatten(1)).unflatten(1, (6, 6)).argmax(-1)) + m.a(x))
+
+
+@corner
+def numbers_written_where_they_were_asked_for(m: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        values, places = torch.empty(3, 6, 2, dtype=x.dtype), torch.empty(3, 6, 2, dtype=torch.long)
+        rows, numbers = values.view(3, 12), places.view(3, 12)
+        torch.topk(m.a(x), 2, -1, out=(values, places))
+    return m.o(m.table(numbers)[:, ::2] + rows[:, ::2, None])
+
+
+@corner
+def a_dropout_that_does_not_say_when(m: Any, x: Tensor) -> Tensor:
+    return m.o(torch.native_dropout(m.a(x), 0.5, None)[0])
+
+
+@corner
 def an_index_joined_with_numbers(m: Any, x: Tensor) -> Tensor:
     return m.o(torch.cat([m.a(x).argmax(-1, keepdim=True), x], -1) * m.v)
 
