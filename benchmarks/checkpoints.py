@@ -107,7 +107,7 @@ def run(command: list[str], folder: Path) -> Run:
         root = psutil.Process(process.pid)
         while process.poll() is None:
             for one in (root, *_children(root)):
-                with contextlib.suppress(psutil.Error, OSError, ValueError):
+                with contextlib.suppress(psutil.Error, OSError, StopIteration):
                     if "torch.distributed.run" in one.cmdline():
                         continue  # it starts the others
                     peaks[one.pid] = max(peaks.get(one.pid, 0), _peak(one.pid))
