@@ -150,6 +150,13 @@ def _waveform(model: nn.Module) -> Iterator[Tensor]:
     yield floats(model, BATCH, whole(setting(config, "audio_channels"), 1), 4001)
 
 
+def _anything(model: nn.Module) -> Iterator[Tensor]:
+    """For an argument whose name says nothing: images of the size that the config names, else a waveform."""
+    if setting(getattr(model, "config", None), "image_size") is not None:
+        yield from itertools.islice(_pixels(model), 3)
+    yield from _waveform(model)
+
+
 def _spectrogram(model: nn.Module) -> Iterator[Tensor]:
     config = getattr(model, "config", None)
     mels = whole(setting(config, "num_mel_bins", "input_feat_per_channel", "feature_size", "n_mels"), 80)
@@ -215,7 +222,8 @@ def _patches(model: nn.Module) -> Iterator[Tensor]:
 BY_NAME: dict[str, Callable[[nn.Module], Iterator[Tensor]]] = {
     **dict.fromkeys(("input_ids", "decoder_input_ids", "token_ids", "tokens", "idx"), _token_ids),
     **dict.fromkeys(("pixel_values", "pixel_values_videos"), _pixels),
-    **dict.fromkeys(("input_values", "inputs"), _waveform),
+    "input_values": _waveform,
+    "inputs": _anything,
     "input_features": _spectrogram,
     "past_values": _series,
     **dict.fromkeys(("mask", "attention_mask", "padding_mask", "decoder_attention_mask"), _mask),

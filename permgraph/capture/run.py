@@ -32,6 +32,7 @@ from permgraph.capture.state import StateTensor, state_tensors, strided_like
 from permgraph.capture.subject import Subject, unwrap
 from permgraph.capture.surroundings import calm, make_transparent
 from permgraph.capture.twin import as_parameter_like, copy_with, make_twin
+from permgraph.elsewhere import fully_sharded
 from permgraph.errors import CaptureError
 
 logger = logging.getLogger(__name__)
@@ -88,6 +89,11 @@ def capture(
     limits = Limits(max_nodes, max_seconds, time.monotonic())
     subject = unwrap(model)
     name = type(subject.core).__name__
+    if (layer := fully_sharded(subject.core)) is not None:
+        raise CaptureError(
+            f"{layer or name} has been through fully_shard, which leaves only a part of each parameter here: find the "
+            "spec of the model as it was before (on the meta device will do), and pass spec= to align"
+        )
     if example_inputs is not None or example_kwargs is not None:
         inputs = ExampleInputs(_as_args(example_inputs), dict(example_kwargs or {}), "given")
         return _attempt(subject, inputs, limits)

@@ -578,3 +578,21 @@ def test_a_text_stands_beside_an_image_before_it_stands_alone() -> None:
     captured = capture(Both())
     assert captured.unused == ()
     assert arguments(captured) == {"input_ids": (2, 19), "pixel_values": (2, 3, 8, 8), "task_inputs": (2, 7)}
+
+
+class Unnamed(nn.Module):
+    main_input_name = "inputs"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config, self.linear = SimpleNamespace(image_size=8), nn.Linear(6, 5)
+        self.embed = nn.Parameter(torch.ones(3, 6))
+
+    def forward(self, inputs: Tensor | None = None) -> Tensor:
+        assert inputs is not None and inputs.shape[-2:] == (8, 8)
+        return self.linear(inputs.flatten(2).transpose(1, 2) @ self.embed)
+
+
+def test_an_argument_whose_name_says_nothing_is_an_image_where_the_config_has_a_size() -> None:
+    captured = capture(Unnamed())
+    assert captured.inputs.finder == "huggingface" and arguments(captured) == {"inputs": (2, 3, 8, 8)}
