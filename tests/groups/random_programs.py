@@ -84,7 +84,7 @@ class RandomProgram(nn.Module):
         near = [u for u in self.pool if u.ndim == t.ndim and u.shape[:-1] == t.shape[:-1]]
         if found and rng.random() < 0.7:
             return rng.choice(found)
-        if near:
+        if near and t.ndim:
             return self._linear(rng, rng.choice(near), t.shape[-1])
         return found[0] if found else None
 
