@@ -158,7 +158,8 @@ class WeightMatching:
                 runs.append(best.objective)
         except KeyboardInterrupt:
             interrupted = True
-        if best is None or (best.objective < before and not bound):  # interrupted before anything better was found
+        # Interrupted before anything better was found.
+        if best is None or (interrupted and best.objective < before and not bound):
             best = start(seeds)
             if bound:
                 best.begin(0)
