@@ -8,6 +8,7 @@ disk or in the host's memory, and hooks that fetch it.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +24,15 @@ except ImportError:  # a build of torch without torch.distributed
 def is_sharded(value: Any) -> bool:
     """Whether a value is a tensor of which this process has a part."""
     return DTensor is not None and isinstance(value, DTensor)
+
+
+def fully_sharded(module: nn.Module) -> str | None:
+    """The name of the first module inside that FSDP-2 has taken over; None if there is none."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # whoever has such a module has imported it
+    kind = getattr(fsdp, "FSDPModule", None)
+    if kind is None:
+        return None
+    return next((name for name, part in module.named_modules() if isinstance(part, kind)), None)
 
 
 def whole(value: Any) -> Any:

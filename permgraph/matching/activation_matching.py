@@ -24,7 +24,7 @@ from permgraph.matching.objective import StateDict
 from permgraph.matching.replay import Replay, Site
 from permgraph.matching.result import MatchResult, Progress
 from permgraph.matching.weight_matching import WeightMatching
-from permgraph.matching.workers import Workers
+from permgraph.matching.workers import Workers, require_each_once
 from permgraph.permutation import Permutation
 from permgraph.spec import PermutationSpec
 
@@ -59,7 +59,7 @@ class ActivationMatching:
             inference gives, and a network whose path does not depend on values.
         max_units: leave out tensors with more units than that: each needs a matrix of as many rows and columns.
         workers: the processes that match together: each gives a loader of its own part of the data, and all of them get
-            the result for the whole.
+            the result for the whole. accelerate's loaders are such parts with ``even_batches=False``.
         models: the modules, which `align` fills in.
 
     Example:
@@ -92,6 +92,8 @@ class ActivationMatching:
             )
         if self.weight < 0:
             raise PermgraphError(f"weight={self.weight}: give 0 for activations alone, or a positive number")
+        if self.workers is not None:
+            require_each_once(self.loader)
 
     def with_models(self, model_a: nn.Module, model_b: nn.Module) -> ActivationMatching:
         """The same matcher for these two modules, which it copies before it runs them."""

@@ -86,6 +86,33 @@ class Workers:
         return held[0]
 
 
+def require_each_once(loader: Any) -> None:
+    """Refuse a loader that would have several processes see some samples twice.
+
+    accelerate fills up the last batches with samples from the beginning, so that all processes have as many.
+
+    Raises:
+        PermgraphError: the loader is accelerate's, and does so.
+    """
+    sampler = getattr(loader, "batch_sampler", None)
+    if type(loader).__name__ == "DataLoaderDispatcher":  # the first process reads for all, and deals out equal parts
+        size = int(loader.state.num_processes)
+    elif getattr(sampler, "even_batches", False):
+        size = int(loader.total_batch_size)
+    else:
+        return
+    try:
+        left = loader.total_dataset_length % size
+    except TypeError:  # a stream, whose end nobody knows
+        left = size
+    if left:
+        raise PermgraphError(
+            "accelerate makes the batches of all processes even by showing some samples twice, which would change the "
+            "sums: give Accelerator(dataloader_config=DataLoaderConfiguration(even_batches=False)), without "
+            f"dispatch_batches, or a number of samples that {size} divides"
+        )
+
+
 @dataclass(frozen=True)
 class Share:
     """What one process does of a sum over parameters.

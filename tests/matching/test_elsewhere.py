@@ -36,6 +36,8 @@ def work(rank: int, port: int, folder: str) -> None:
     state = parted.state_dict()
     assert all(isinstance(tensor, DTensor) for tensor in state.values())
     assert state["0.weight"].to_local().shape == (6, 5)
+    with pytest.raises(pg.errors.CaptureError, match=r"^0 has been through fully_shard.*pass spec="):
+        pg.auto_spec(parted, torch.randn(2, 5))
     fit = pg.align(net(0), state, spec=spec)
     assert all(fit.state_dict[name].placements == state[name].placements for name in state)
     also = {name: fit.permutation.apply_to(name, tensor).full_tensor() for name, tensor in state.items()}

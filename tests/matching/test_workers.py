@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils.data import DataLoader
 
 import permgraph as pg
 from permgraph.errors import NonFiniteError, PermgraphError
@@ -33,6 +35,15 @@ class Model(nn.Module):
         x = self.embed(x)
         x = x + self.attention(x, x, x)[0]
         return self.head(x + self.down(self.up(x).relu()))
+
+
+# Settings of accelerate's loaders, how many samples they deal out, and whether each is shown once.
+ACCELERATE = [
+    ({"even_batches": False}, 20, True),
+    ({"dispatch_batches": True}, 20, True),
+    ({}, 20, False),
+    ({"dispatch_batches": True}, 19, False),
+]
 
 
 class Counting(Mapping[str, torch.Tensor]):
@@ -91,10 +102,32 @@ def work(rank: int, port: int, folder: str) -> None:
     alone = pg.align(*models(), pg.ActivationMatching(data() if rank else [], workers=Workers()), spec=spec)
     assert alone.permutation == seen.permutation
     assert alone.objective == pytest.approx(seen.objective, rel=1e-5)
+    dealt_out(seen, rank, port)
     arrays = {name: torch.from_numpy(array.copy()) for name, array in found.permutation.arrays.items()}
     content = {"arrays": arrays, "objective": found.objective, "sweeps": found.sweeps, "read": sorted(counting.read)}
     torch.save(content, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
+
+
+def dealt_out(expected: pg.Alignment, rank: int, port: int) -> None:
+    """The same data through accelerate, which may show no sample twice."""
+    accelerate = pytest.importorskip("accelerate")
+    # As a launcher would have set them.
+    known = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in known.items()})
+    for settings, samples, once in ACCELERATE:
+        whole = DataLoader(torch.cat(data())[:samples], batch_size=4)  # five batches: three for one process
+        config = accelerate.DataLoaderConfiguration(**settings)
+        engine = accelerate.Accelerator(cpu=True, dataloader_config=config)
+        assert engine.num_processes == 2
+        mine = engine.prepare_data_loader(whole)
+        if once:
+            found = pg.align(*models(), pg.ActivationMatching(mine, workers=Workers()), spec=pair()[0])
+            assert found.permutation == expected.permutation
+            assert found.objective == pytest.approx(expected.objective, rel=1e-5)
+        else:
+            with pytest.raises(PermgraphError, match="showing some samples twice"):
+                pg.ActivationMatching(mine, workers=Workers())
 
 
 @pytest.mark.slow
