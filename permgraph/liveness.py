@@ -22,7 +22,6 @@ VALUELESS = {
     "zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty",
 }  # fmt: skip
 
-
 def live_nodes(nodes: Sequence[fx.Node], results: Sequence[fx.Node] = ()) -> set[fx.Node]:
     """The nodes on which a result depends, what the forward pass leaves in buffers, or what left torch as a number.
 

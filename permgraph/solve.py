@@ -13,7 +13,6 @@ import operator
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from torch import fx
 from permgraph.axes import Axes, Axis, BirthKey, Kind, Pinned
 from permgraph.errors import ConflictError
 from permgraph.foresight import PLACEHOLDER, foreseen_cuts
-from permgraph.liveness import is_read, live_nodes
+from permgraph.liveness import live_nodes
 from permgraph.rules import find_rule
 from permgraph.rules.call import EQUAL, Call, Ledger, TypedTensor, loose_families, provides
 from permgraph.rules.registry import Rule
@@ -271,28 +270,17 @@ class _Run:
 
 
     def pin_unobserved(self, live: Collection[fx.Node]) -> None:
-        """Pin the axes of parameters that nothing with any effect reads. What the rules have said stands."""
-        weights = [
-            (number, node, self.values[node])
-            for number, node in enumerate(self.nodes)
-            if node.op == "placeholder" and node.meta["kind"] in ("parameter", "buffer") and node.users
-        ]
+        """Pin the axes that only parameters without any effect have. What the rules have said stands."""
         places: dict[Axis, list[tuple[int, fx.Node, TypedTensor, int]]] = defaultdict(list)
-        for number, node, tensor in weights:
-            for dim, axis in enumerate(tensor.dims):
-                for atom in {a for a in self.axes.atoms(axis) if a.pinned is None}:
-                    places[atom].append((number, node, tensor, dim))
+        for number, node in enumerate(self.nodes):
+            if node.op == "placeholder" and node.meta["kind"] in ("parameter", "buffer") and node.users:
+                for dim, axis in enumerate(self.values[node].dims):
+                    for atom in {a for a in self.axes.atoms(axis) if a.pinned is None}:
+                        places[atom].append((number, node, self.values[node], dim))
         for atom, found in places.items():
-            seen = [node for _, node, _, _ in found if node in live]
-            if not seen or (len(found) == 1 and not is_read(seen[0], live, partial(self._holds, atom))):
+            if not any(node in live for _, node, _, _ in found):
                 self.axes.pin(atom, Pinned(UNREAD, found[0][0]))
                 self.ends.pins.extend((tensor, dim, UNREAD, number) for number, _, tensor, dim in found)
-
-    def _holds(self, atom: Axis, node: fx.Node) -> bool:
-        """Whether an atom stands in a node's results."""
-        tensors = self.values[node] if isinstance(self.values[node], list) else [self.values[node]]
-        dims = (axis for tensor in tensors if isinstance(tensor, TypedTensor) for axis in tensor.dims)
-        return any(atom in self.axes.atoms(axis) for axis in dims)
 
     def _pin_mirrored(self) -> None:
         """Pin axes that meet themselves where a largest element is looked for: (i, j) and (j, i) may be the same."""

@@ -22,7 +22,9 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "permgraph"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
-LEFT = ("capture", "axes", "rules", "foresight", "solve", "uniform", "dependence", "write", "infer")
+LEFT = (
+    "capture", "axes", "rules", "foresight", "liveness", "ties", "solve", "uniform", "dependence", "write", "infer",
+)  # fmt: skip
 RIGHT = ("permutation", "matching", "connectivity", "merging", "planning")
 GLUE = ("__init__", "verify", "branches", "cli", "studies")  # may join the two sides
 
