@@ -197,7 +197,7 @@ class Axes:
             return self._normal_product(axis)
         if axis.kind is Kind.FAMILY:
             members = [self.resolve(child) for child in axis.children]
-            if all(m.kind is Kind.ATOM and m.pinned for m in members):
+            if all(atom.pinned for m in members for atom in self.atoms(m)):
                 for member in members[1:]:
                     self.unify(members[0], member)
             if all(self.same(members[0], member) for member in members[1:]):

@@ -49,12 +49,14 @@ def test_shapes_of_other_sizes_do_not_match() -> None:
 
 def test_signature_says_what_is_written_and_returned() -> None:
     in_place = signature(torch.ops.aten.add_.Tensor)
-    assert in_place is not None and in_place.returned == ("self",)
+    assert in_place is not None and in_place.returned == (("self",),)
     assert [(a.name, a.default, a.shares, a.writes) for a in in_place.arguments] == [
         ("self", None, True, True), ("other", None, False, False), ("alpha", 1, False, False),
     ]  # fmt: skip
     view = signature(torch.ops.aten.transpose.int)
-    assert view is not None and view.returned == ()
+    assert view is not None and view.returned == ((),)
+    several = signature(torch.ops.aten.topk.values)
+    assert several is not None and several.returned == (("values",), ("indices",))
     assert [(a.shares, a.writes) for a in view.arguments] == [(True, False), (False, False), (False, False)]
     assert signature(len) is None
 

@@ -52,3 +52,7 @@ def test_random_program_sweep(seed: int) -> None:
 def test_the_sweep_meets_every_step() -> None:
     met = {line.split(" ")[0] for seed in SWEEP[:300] for line in RandomProgram(seed).trace}
     assert {step.__name__ for step in STEPS} <= met
+
+
+def test_a_family_of_axes_that_stay_put_needs_no_label() -> None:
+    assert error_of(854)[0] < 1e-7  # a window of a table is written to, and each part of it is viewed in another way
