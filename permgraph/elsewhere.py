@@ -27,12 +27,17 @@ def is_sharded(value: Any) -> bool:
 
 
 def fully_sharded(module: nn.Module) -> str | None:
-    """The name of the first module inside that FSDP-2 has taken over; None if there is none."""
+    """The name of the first module inside that FSDP-2 has parted among processes; None if there is none."""
     fsdp = sys.modules.get("torch.distributed.fsdp")  # whoever has such a module has imported it
     kind = getattr(fsdp, "FSDPModule", None)
     if kind is None:
         return None
-    return next((name for name, part in module.named_modules() if isinstance(part, kind)), None)
+    taken = ((name, part) for name, part in module.named_modules() if isinstance(part, kind))
+    return next((name for name, part in taken if any(map(_is_parted, part.parameters()))), None)
+
+
+def _is_parted(value: Any) -> bool:
+    return is_sharded(value) and value.device_mesh.size() > 1
 
 
 def whole(value: Any) -> Any:
