@@ -16,8 +16,8 @@ import torch
 
 Result = TypeVar("Result")
 
-WORTHWHILE = 1 << 22
-"""Matrix entries below which nothing is handed out: about 40 ms of solving, where joblib takes 10 to 15 to hand out."""
+WORTHWHILE = 1 << 25
+"""Matrix entries below which nothing is handed out: about 0.3 s of solving, where joblib takes 10 to 15 ms to hand out."""
 
 
 def workers(effort: int) -> int:
