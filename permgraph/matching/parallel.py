@@ -17,7 +17,7 @@ import torch
 Result = TypeVar("Result")
 
 WORTHWHILE = 1 << 25
-"""Matrix entries below which nothing is handed out: about 0.3 s of solving, where joblib takes 10 to 15 ms to hand out."""
+"""Matrix entries below which nothing is handed out: 0.3 s of solving, where joblib takes 10 to 15 ms at each round."""
 
 
 def workers(effort: int) -> int:
