@@ -340,7 +340,7 @@ class _Trial:
                 with (
                     caches_emptied(self._twin.modules),
                     self._mode,
-                    _left_as_found(self._twin.modules),
+                    left_as_found(self._twin.modules),
                     _observed(self._twin.modules if self.looks_inside else (), inside),
                 ):
                     result = self._twin.module(*args, **kwargs)
@@ -455,7 +455,7 @@ class _InDoublePrecision(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 @contextmanager
-def _left_as_found(modules: Sequence[nn.Module]) -> Iterator[None]:
+def left_as_found(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Undo what a forward pass keeps on its modules, such as a table computed from weights that are about to change."""
     containers = (dict, list, set)
     before = [{k: copy.copy(v) if isinstance(v, containers) else v for k, v in vars(m).items()} for m in modules]

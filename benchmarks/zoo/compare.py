@@ -32,6 +32,7 @@ from benchmarks.zoo.names import ZOOS
 from benchmarks.zoo.sweep import RESULTS, warm_up
 from permgraph.capture import capture
 from permgraph.infer import spec_of
+from permgraph.verify import left_as_found
 
 MODELS = {
     "torchvision": (
@@ -62,6 +63,12 @@ def build(zoo: str, name: str, seed: int) -> nn.Module:
     return model
 
 
+def outputs(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
+    """What a model returns; what forward keeps on its modules is not there the next time."""
+    with left_as_found(list(model.modules())):
+        return model(*inputs)
+
+
 def distance(a: Any, b: Any) -> float:
     """The largest difference relative to the largest magnitude; of several outputs the first counts."""
     first, second = (x if isinstance(x, Tensor) else next(iter(x)) for x in (a, b))
@@ -77,9 +84,9 @@ def with_permgraph(zoo: str, name: str, inputs: tuple[Any, ...]) -> dict[str, An
     spec = pg.auto_spec(model, inputs)
     seconds = time.process_time() - started
     with torch.no_grad():
-        before = model(*inputs)
+        before = outputs(model, inputs)
         model.load_state_dict(spec.random(0, every_group=True).apply(model.state_dict()))
-        whole = distance(before, model(*inputs)) <= TOLERANCE
+        whole = distance(before, outputs(model, inputs)) <= TOLERANCE
     sizes = [group.size for group in spec.moving.values()]
     return {"channels": sum(sizes), "groups": len(sizes), "hold": len(sizes) if whole else 0, "seconds": seconds}
 
@@ -93,7 +100,7 @@ def with_torch_pruning(zoo: str, name: str, inputs: tuple[Any, ...]) -> dict[str
     groups = list(graph.get_all_groups())
     seconds = time.process_time() - started
     with torch.no_grad():
-        before = model(*inputs)
+        before = outputs(model, inputs)
     channels = held = count = 0
     for group in groups:
         if any(item.dep.target.module is _last(model) and _is_out(graph, item) for item in group):
@@ -103,7 +110,7 @@ def with_torch_pruning(zoo: str, name: str, inputs: tuple[Any, ...]) -> dict[str
         with _renumbered(model, graph, group, size) as done:
             if done:
                 with torch.no_grad():
-                    holds = distance(before, model(*inputs)) <= TOLERANCE
+                    holds = distance(before, outputs(model, inputs)) <= TOLERANCE
                 held += holds
                 channels += size * holds
     return {"channels": channels, "groups": count, "hold": held, "seconds": seconds}
@@ -166,13 +173,13 @@ def with_rebasin(zoo: str, name: str, inputs: tuple[Any, ...]) -> dict[str, Any]
             module.running_mean.zero_()  # it leaves running statistics as they are, to be computed again by its user
             module.running_var.fill_(1)
     with torch.no_grad():
-        before = model(*inputs)
+        before = outputs(model, inputs)
     started = time.process_time()
     descent = rebasin.PermutationCoordinateDescent(target, model, inputs[0])
     seconds = time.process_time() - started
     descent.rebasin(max_iterations=1)
     with torch.no_grad():
-        holds = distance(before, model(*inputs)) <= TOLERANCE
+        holds = distance(before, outputs(model, inputs)) <= TOLERANCE
     found: dict[int, int] = {}
     for module in _leaves(descent.pinit.model_graph):
         permutations = getattr(module, "axis_to_permutation", None) or {0: getattr(module, "_permutation", None)}

@@ -33,6 +33,8 @@ written by `python -m benchmarks.zoo report` from what `make zoo` measured; each
 - *inert*: the outputs stayed, but for some group no control changed anything, so that the test could not have told.
 - *wrong*: the outputs changed.
 
+Units that no output depends on are pinned: they count under *no output depends on it*.
+
 transformers models are built from their default configuration, shrunk by what the names of its numbers mean; timm's and
 torchvision's at their real size. Models that cannot be built here are listed with the error, and count as not covered.
 """
@@ -129,7 +131,14 @@ def _totals(measured: dict[str, list[dict[str, Any]]]) -> str:
         "zoo", "models", "built", "captured", "inferred", "verified", "with controls", "inert", "wrong",
         "not verified", "operators without a rule",
     )  # fmt: skip
-    return "## Totals\n\n" + _table(head, rows)
+    every = [record for records in measured.values() for record in records]
+    marked = sum("code" in record for record in every)
+    states = len({record["code"] for record in every if "code" in record})
+    note = (
+        f"These {len(every):,} records come from several states of the code. {marked:,} of them, the newest, carry a\n"
+        f"fingerprint of it, of {states} states; `sweep --again stale` measures anew what another state measured.\n"
+    )
+    return "## Totals\n\n" + _table(head, rows) + "\n" + note
 
 
 def _with_controls(record: dict[str, Any]) -> bool:
