@@ -92,7 +92,7 @@ def check_branches(
     ...         self.first, self.second = nn.Linear(3, 5), nn.Linear(5, 2)
     ...     def forward(self, x):
     ...         h = self.first(x)
-    ...         return self.second(h.relu()) if h.sum() > 0 else h
+    ...         return self.second(h.relu()) if x.sum() > 0 else h
     >>> bool(check_branches(Halting(), (torch.ones(1, 3),), others=((-torch.ones(1, 3),), {})))
     False
     """
