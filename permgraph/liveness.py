@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-import torch
 from torch import fx
 
+from permgraph.capture.outputs import tensor_leaves
 from permgraph.signature import signature
-from permgraph.uniform import Memory
+from permgraph.uniform import CREATED, Memory
 
 #: Operators that read the shape of their argument, and none of its values.
-VALUELESS = {
-    "zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty",
-}  # fmt: skip
+VALUELESS = CREATED | {"empty_like", "new_empty"}
+
 
 def live_nodes(nodes: Sequence[fx.Node], results: Sequence[fx.Node] = ()) -> set[fx.Node]:
     """The nodes on which a result depends, what the forward pass leaves in buffers, or what left torch as a number.
@@ -51,13 +49,4 @@ def _has_effect(node: fx.Node) -> bool:
     """Whether a call may do more than return tensors: it returns none, or nothing is known of it."""
     if node.op != "call_function" or node.target is operator.getitem:
         return False
-    known = signature(node.target) is not None
-    return not known or not any(isinstance(value, torch.Tensor) for value in _flat(node.meta.get("val")))
-
-
-def _flat(value: Any) -> Iterator[Any]:
-    if isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _flat(item)
-    else:
-        yield value
+    return signature(node.target) is None or next(tensor_leaves(node.meta.get("val")), None) is None
