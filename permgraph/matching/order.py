@@ -7,8 +7,8 @@ evidence so far. That grows with the root of E: evidence is best spread over gro
 others should come early, so that each of those can see it, but not before it has evidence itself. Which order gains
 most in total is found by moving one group at a time to its best place. In a chain of layers from either end to the
 other no such move helps, though one end may have far more evidence than the other: so the search is made once more
-from what it found, reversed. Later sweeps gain as much in this order as in
-random ones, with fewer solves.
+from what it found, reversed. Later sweeps gain as much in this order as in random ones, with fewer solves. Where a
+group stands matters to those it meets only, so a pass over the groups looks at each pair that meets, and no other.
 
 Moves that do not meet may be taken together. `ranks` colours the moves so, for one order: taking them rank by rank
 comes to the same, to the last bit, as taking them one by one.
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -35,13 +36,11 @@ def informed_order(plan: Plan, spread: Mapping[str, float], rng: np.random.Gener
             apart no more than what is not there.
         rng: for where the search begins, which decides between orders that are as good.
     """
-    alone, shared = _evidence(plan, spread)
-    sizes = [plan.spec.groups[move.name].size for move in plan.moves]
-    scale = np.array([2 * n * math.log(max(2, n)) for n in sizes])
-    found = _improved(rng.permutation(len(sizes)).tolist(), alone, shared, scale, rng)
-    other = _improved(found[::-1], alone, shared, scale, rng)
-    gains = [_expected(order, alone, shared, scale) for order in (found, other)]
-    return other if gains[1] > gains[0] * (1 + 1e-9) else found
+    evidence = _evidence(plan, spread)
+    found = _improved(rng.permutation(len(plan.moves)), evidence, rng)
+    other = _improved(found[::-1], evidence, rng)
+    best = other if evidence.expected(other) > evidence.expected(found) * (1 + 1e-9) else found
+    return [int(number) for number in best]
 
 
 def ranks(order: Sequence[int], neighbours: Sequence[Collection[int]]) -> list[list[int]]:
@@ -66,44 +65,92 @@ def ranks(order: Sequence[int], neighbours: Sequence[Collection[int]]) -> list[l
     return found
 
 
-def _improved(
-    start: list[int], alone: np.ndarray, shared: np.ndarray, scale: np.ndarray, rng: np.random.Generator
-) -> list[int]:
+@dataclass(frozen=True)
+class _Evidence:
+    """What tells the indices of each move apart.
+
+    Attributes:
+        scale: by what evidence is multiplied before its root is taken, for each move.
+        alone: the evidence of each move that hangs on no other.
+        met: for each move those it meets, ascending.
+        shown: for each of them, what it shows the move once it is known.
+        given: for each of them, what it is shown by the move.
+    """
+
+    scale: np.ndarray
+    alone: np.ndarray
+    met: Sequence[np.ndarray]
+    shown: Sequence[np.ndarray]
+    given: Sequence[np.ndarray]
+
+    def known(self, position: np.ndarray) -> np.ndarray:
+        """What each move sees when its turn comes, those before it being known."""
+        pairs = zip(self.met, self.shown, strict=True)
+        seen = [shown[position[met] < position[one]].sum() for one, (met, shown) in enumerate(pairs)]
+        known: np.ndarray = self.alone + np.array(seen, dtype=float)
+        return known
+
+    def expected(self, order: np.ndarray) -> float:
+        """What the first sweep in this order can be expected to gain."""
+        return float(np.sqrt(self.scale * self.known(np.argsort(order))).sum())
+
+
+def _improved(start: np.ndarray, evidence: _Evidence, rng: np.random.Generator) -> np.ndarray:
     """The order in which moving no single move to another place helps any more."""
-    order = list(start)
+    position = np.argsort(start)
     for _ in range(PASSES):
-        before = list(order)
-        for one in rng.permutation(len(order)).tolist():
-            order.remove(one)
-            order.insert(_best_place(one, np.array(order, dtype=np.int64), alone, shared, scale), one)
-        if order == before:
+        known = evidence.known(position)
+        moved = False
+        for one in rng.permutation(len(position)).tolist():
+            old, new = int(position[one]), _best_place(one, position, known, evidence)
+            met, given, shown = evidence.met[one], evidence.given[one], evidence.shown[one]
+            known[met] -= np.where(position[met] > old, given, 0.0)
+            if new != old:
+                moved = True
+                between = (position >= min(old, new)) & (position <= max(old, new))
+                position[between] += 1 if new < old else -1
+                position[one] = new
+            known[met] += np.where(position[met] > new, given, 0.0)
+            known[one] = evidence.alone[one] + shown[position[met] < new].sum()
+        if not moved:
             break
-    return order
+    return np.argsort(position)
 
 
-def _expected(order: list[int], alone: np.ndarray, shared: np.ndarray, scale: np.ndarray) -> float:
-    """What the first sweep in this order can be expected to gain."""
-    at = np.array(order, dtype=np.int64)
-    known = alone[at] + np.tril(shared[np.ix_(at, at)], -1).sum(axis=1)
-    return float(np.sqrt(scale[at] * known).sum())
+def _best_place(one: int, position: np.ndarray, known: np.ndarray, evidence: _Evidence) -> int:
+    """Where among the others this move adds most to the expected gain: here, first of all, or right after one it meets.
 
-
-def _best_place(one: int, rest: np.ndarray, alone: np.ndarray, shared: np.ndarray, scale: np.ndarray) -> int:
-    """Where in the order `rest` of the others this move adds most to the expected gain."""
-    among = shared[np.ix_(rest, rest)]
-    known = alone[rest] + np.tril(among, -1).sum(axis=1)
-    without = np.sqrt(scale[rest] * known)
-    after = np.sqrt(scale[rest] * (known + shared[rest, one]))
-    own = np.sqrt(scale[one] * (alone[one] + np.concatenate([[0.0], np.cumsum(shared[one, rest])])))
+    Args:
+        one: the move.
+        position: the present places of all.
+        known: what each sees at present.
+        evidence: what they can see.
+    """
+    met, scale = evidence.met[one], evidence.scale
+    places = position[met] - (position[met] > position[one])  # with this move taken out
+    order = np.argsort(places)
+    met, places = met[order], places[order]
+    given, shown = evidence.given[one][order], evidence.shown[one][order]
+    unseen = np.maximum(known[met] - np.where(position[met] > position[one], given, 0.0), 0.0)
+    without, after = np.sqrt(scale[met] * unseen), np.sqrt(scale[met] * (unseen + given))
+    own = np.sqrt(scale[one] * (evidence.alone[one] + _sums(shown)))
     # Those before this move do not see it; those after it do.
-    total = own + np.concatenate([[0.0], np.cumsum(without)]) + np.concatenate([np.cumsum(after[::-1])[::-1], [0.0]])
-    return int(np.argmax(total))
+    total = own + _sums(without) + _sums(after[::-1])[::-1]
+    best, here = int(np.argmax(total)), int((places < position[one]).sum())
+    if total[here] >= total[best] * (1 - 1e-12):
+        return int(position[one])
+    return int(places[best - 1]) + 1 if best else 0
 
 
-def _evidence(plan: Plan, spread: Mapping[str, float]) -> tuple[np.ndarray, np.ndarray]:
-    """For each move the evidence that hangs on no other, and for each two what one becomes once the other is known."""
+def _sums(values: np.ndarray) -> np.ndarray:
+    """The sums of the first 0, 1, 2, ... values."""
+    return np.concatenate([[0.0], np.cumsum(values)])
+
+
+def _evidence(plan: Plan, spread: Mapping[str, float]) -> _Evidence:
     count = len(plan.moves)
-    alone, shared = np.zeros(count), np.zeros((count, count))
+    alone = np.zeros(count)
+    shared: list[dict[int, float]] = [{} for _ in range(count)]
     owners: dict[str, list[int]] = {}
     for number, move in enumerate(plan.moves):
         for group in move.groups:
@@ -120,5 +167,13 @@ def _evidence(plan: Plan, spread: Mapping[str, float]) -> tuple[np.ndarray, np.n
                 if not others:
                     alone[number] += weight
                 for other in others:
-                    shared[number, other] += weight / len(others)
-    return alone, shared
+                    shared[number][other] = shared[number].get(other, 0.0) + weight / len(others)
+    sizes = [plan.spec.groups[move.name].size for move in plan.moves]
+    meeting = [sorted(seen) for seen in shared]  # whoever sees another is seen by it
+    return _Evidence(
+        scale=np.array([2 * n * math.log(max(2, n)) for n in sizes]),
+        alone=alone,
+        met=[np.array(others, dtype=np.int64) for others in meeting],
+        shown=[np.array([shared[one][n] for n in others], dtype=float) for one, others in enumerate(meeting)],
+        given=[np.array([shared[n][one] for n in others], dtype=float) for one, others in enumerate(meeting)],
+    )

@@ -11,7 +11,6 @@ from permgraph.matching import WeightMatching
 from permgraph.matching.kept import Kept
 from permgraph.matching.moves import Plan
 from permgraph.matching.objective import pair
-from permgraph.matching.order import informed_order
 from permgraph.matching.renumber import act, compose
 from permgraph.matching.step import Scene, outer_values
 from permgraph.permutation import Permutation
@@ -271,55 +270,6 @@ def test_meta_tensors_are_refused():
     a = {n: torch.empty(s, device="meta") for n, s in spec.shapes.items()}
     with pytest.raises(MismatchError, match="meta device"):
         WeightMatching().match(a, state(spec, 1), spec)
-
-
-def test_the_informed_order_is_a_good_one():
-    """Every move once; and no other order of these few has a higher expected gain where the search can see it."""
-    spec = PermutationSpec.parse("""
-        first   9x5    stream .
-        up1     7x9    one stream
-        down1   9x7    stream one
-        up2     8x9    two stream
-        down2   9x8    stream two
-        head    3x9    . stream
-        groups: stream 9 · one 7 · two 8
-    """)
-    a = state(spec, 1)
-    plan = Plan(spec, a)
-    for seed in range(5):
-        order = informed_order(plan, dict.fromkeys(a, 1.0), np.random.default_rng(seed))
-        assert sorted(order) == [0, 1, 2]
-        # The stream has evidence of its own, and each of the others sees nothing without it.
-        assert plan.moves[order[0]].name == "stream"
-    without = dict.fromkeys(a, 1.0) | {"first": 0.0, "head": 0.0, "up1": 0.0}
-    assert sorted(informed_order(plan, without, np.random.default_rng(0))) == [0, 1, 2]
-
-
-def test_the_informed_order_begins_at_the_end_that_knows_more():
-    spec = PermutationSpec.parse("""
-        w1  8x40  one .
-        w2  8x8   two one
-        w3  8x8   three two
-        w4  3x8   . three
-        groups: one 8 · two 8 · three 8
-    """)
-    a = state(spec, 1)
-    plan = Plan(spec, a)
-    for seed in range(20):
-        assert informed_order(plan, dict.fromkeys(a, 1.0), np.random.default_rng(seed)) == [0, 1, 2]
-
-
-def test_the_informed_order_does_not_begin_where_nothing_is_known():
-    spec = PermutationSpec.parse("""
-        w1  9x5   a .
-        w2  9x9   b a
-        w3  9x9   c b
-        groups: a 9 · b 9 · c 9
-    """)
-    plan = Plan(spec, spec.shapes)
-    for seed in range(5):
-        order = informed_order(plan, dict.fromkeys(spec.shapes, 1.0), np.random.default_rng(seed))
-        assert [plan.moves[number].name for number in order] == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize("init", ["identity", "barycentre"])
