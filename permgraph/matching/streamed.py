@@ -400,10 +400,12 @@ class _Streamed:
         """The Gram matrix of a move of one group, one parameter at a time and in portions."""
         total: torch.Tensor | None = None
         free = self.free - move.groups
+        places: dict[str, list[Place]] = {}
+        for place in move.root.places:
+            places.setdefault(place.block.parameter, []).append(place)
         for name in move.parameters:
-            places = [place for place in move.root.places if place.block.parameter == name]
-            if places and name in self.mine:
-                total = self._gram_in(name, places, free, total)
+            if name in places and name in self.mine:
+                total = self._gram_in(name, places[name], free, total)
         share = self._share()
         if share is not None:
             batch = [self.spec.groups[name].size for name in move.root.batch]
