@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from permgraph.connectivity.curves import Curve, Network, Shape
 from permgraph.connectivity.descent import (
+    Ending,
     Loss,
     MakeOptimizer,
     Parts,
@@ -61,6 +62,7 @@ class AlignedCurve:
         losses: the mean loss on the curve when the measured batches were read: at the start, and after each round.
         moved: in each round, whether the permutation changed.
         seconds: of wall time.
+        outcome: "done": all rounds were made; "interrupted": by the keyboard, and this is the best so far.
     """
 
     curve: Curve
@@ -68,11 +70,12 @@ class AlignedCurve:
     losses: tuple[float, ...]
     moved: tuple[bool, ...]
     seconds: float = field(default=0.0, compare=False)
+    outcome: Ending = field(default="done", compare=False)
 
     def __str__(self) -> str:
         return (
-            f"{len(self.moved)} rounds in {self.seconds:.2f} s, the permutation changed in {sum(self.moved)}: "
-            f"mean loss on the curve {self.losses[0]:.4g} -> {self.losses[-1]:.4g}"
+            f"{self.outcome} after {len(self.moved)} rounds in {self.seconds:.2f} s, the permutation changed in "
+            f"{sum(self.moved)}: mean loss on the curve {self.losses[0]:.4g} -> {self.losses[-1]:.4g}"
         )
 
 
@@ -114,6 +117,8 @@ def fit_aligned_curve(
         seed: for all random choices.
         progress: called as ``progress(done, rounds)`` after each round.
 
+    Ctrl-C ends the training. A round that had begun counts if the loss on the curve had fallen by then.
+
     Raises:
         MismatchError: networks that differ, or do not fit the spec, or a permutation of another spec.
         EvaluationError: as for ``fit_curve``, or ``rounds`` or ``measured_batches`` is below 1, or ``proximity`` is not
@@ -149,43 +154,62 @@ def fit_aligned_curve(
         {name: torch.zeros_like(tensor).requires_grad_() for name, tensor in start.items()} for _ in curve.points[1:-1]
     ]
     losses, moved = [search.loss(curve, start, free, now)], []
-    for number in range(rounds):
-        new = search.step(curve, start, free, now, proximity, relaxed_steps, optimizer)
-        moved.append(new != now)
-        now = new
-        end = bench.parameters_of(now.apply(given))
-        centre = [{name: tensor.detach().clone() for name, tensor in state.items()} for state in free]
+    outcome: Ending = "done"
+    reached = now, _copies(free)
+    try:
+        for number in range(rounds):
+            new = search.step(curve, start, free, now, proximity, relaxed_steps, optimizer)
+            moved.append(new != now)
+            now = new
+            end = bench.parameters_of(now.apply(given))
+            centre = reached[1]
 
-        def penalty(centre: list[State] = centre) -> Tensor:
-            gaps = [(s[n] - c[n]).square().sum() for s, c in zip(free, centre, strict=True) for n in s]
-            return torch.stack(gaps).sum() / (2 * proximity)
+            def penalty(centre: list[State] = centre) -> Tensor:
+                gaps = [(s[n] - c[n]).square().sum() for s, c in zip(free, centre, strict=True) for n in s]
+                return torch.stack(gaps).sum() / (2 * proximity)
 
-        def blend(draw: torch.Generator, end: State = end) -> Parts:
-            return _parts(curve, float(torch.rand((), generator=draw)), start, end, free)
+            def blend(draw: torch.Generator, end: State = end) -> Parts:
+                return _parts(curve, float(torch.rand((), generator=draw)), start, end, free)
 
-        descend(
-            bench,
-            free,
-            blend,
-            loader,
-            epochs=epochs,
-            optimizer=optimizer,
-            seed=seed + number,
-            part=(number, rounds),
-            penalty=penalty if free else None,
-        )
-        losses.append(search.loss(curve, start, free, now))
-        if progress is not None:
-            progress(number + 1, rounds)
+            training = descend(
+                bench,
+                free,
+                blend,
+                loader,
+                epochs=epochs,
+                optimizer=optimizer,
+                seed=seed + number,
+                part=(number, rounds),
+                penalty=penalty if free else None,
+            )
+            if training.outcome == "interrupted":  # it has caught what was meant for the whole run
+                raise KeyboardInterrupt
+            losses.append(search.loss(curve, start, free, now))
+            reached = now, _copies(free)
+            if progress is not None:
+                progress(number + 1, rounds)
+    except KeyboardInterrupt:
+        outcome = "interrupted"
+        by_then = search.loss(curve, start, free, now)
+        if by_then < losses[-1]:
+            losses.append(by_then)
+        else:
+            now, free = reached
+        moved = moved[: len(losses) - 1]
     line = Curve.straight(a, now.apply(given), bends=bends, shape=shape)
     inner = []
     for point, offset in zip(line.points[1:-1], free, strict=True):
         own = bench.parameters_of(point)
         inner.append(bench.state_dict({name: own[name] + offset[name] for name in own}, point))
-    fitted = Curve((line.points[0], *inner, line.points[-1]), shape, tuple(losses[1:]), (losses[0], losses[-1]))
-    result = AlignedCurve(fitted, now, tuple(losses), tuple(moved), time.perf_counter() - began)
+    points, seconds = (line.points[0], *inner, line.points[-1]), time.perf_counter() - began
+    fitted = Curve(points, shape, tuple(losses[1:]), (losses[0], losses[-1]), seconds, outcome)
+    result = AlignedCurve(fitted, now, tuple(losses), tuple(moved), seconds, outcome)
     log.info("%s", result)
     return result
+
+
+def _copies(states: list[State]) -> list[State]:
+    return [{name: tensor.detach().clone() for name, tensor in state.items()} for state in states]
 
 
 def _parts(curve: Curve, t: float, start: State, end: State, free: list[State]) -> Parts:
@@ -250,6 +274,8 @@ class _Search:
                     travelled = end[first].detach().to(tensor.device) - tensor
                     target[name] = (tensor + beyond * travelled).to(tensor.dtype)
             turn = replace(self.matcher, init="identity", restarts=1).match(target, moved, self.spec, self.seed)
+            if turn.outcome == "interrupted":  # it has caught what was meant for the whole run
+                raise KeyboardInterrupt
             if turn.permutation.is_identity:
                 break
             new = turn.permutation @ now

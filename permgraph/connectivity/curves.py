@@ -20,6 +20,7 @@ from torch import nn
 
 from permgraph.connectivity.barriers import Barrier, Evaluate, Prepare, barrier_along
 from permgraph.connectivity.descent import (
+    Ending,
     Loss,
     MakeOptimizer,
     Parts,
@@ -54,6 +55,7 @@ class Curve:
         history: the mean training loss on the curve in each epoch of the bends' training.
         losses: the mean loss on the measured batches, of the curve where training began, and of this one.
         seconds: how long that took.
+        outcome: "done": all epochs of it were run; "interrupted": by the keyboard, and this is the best so far.
 
     Example:
         >>> ends = {"w": torch.tensor(0.0)}, {"w": torch.tensor(1.0)}
@@ -62,11 +64,12 @@ class Curve:
         (tensor(1.7500), tensor(1.))
     """
 
-    points: tuple[Mapping[str, Any], ...]
+    points: tuple[Mapping[str, Any], ...] = field(repr=False)
     shape: Shape = "bezier"
     history: tuple[float, ...] = field(default=(), compare=False)
     losses: tuple[float, ...] = field(default=(), compare=False)
     seconds: float = field(default=0.0, compare=False)
+    outcome: Ending = field(default="done", compare=False)
 
     def __post_init__(self) -> None:
         if self.shape not in ("bezier", "polygon"):
@@ -98,6 +101,13 @@ class Curve:
         at = min(int(t * pieces), pieces - 1)
         share = t * pieces - at
         return tuple(1 - share if k == at else share if k == at + 1 else 0.0 for k in range(pieces + 1))
+
+    def __str__(self) -> str:
+        text = f"{self.shape} curve with {len(self.points) - 2} bends"
+        if self.losses:
+            text += f", {self.outcome} after {len(self.history)} epochs in {self.seconds:.2f} s: "
+            text += f"mean loss on the curve {self.losses[0]:.4g} -> {self.losses[-1]:.4g}"
+        return text
 
     def __call__(self, t: float) -> dict[str, Any]:
         """The state dict at t: the ends exactly, integers from the first point, ties as there."""
@@ -140,7 +150,8 @@ def fit_curve(
     for half of the epochs and falls to a hundredth over the rest.
 
     The loss on the curve is measured before and after, on the same batches and places. Should it not have fallen, the
-    bends are those it began with, and a warning is logged: no curve is worse than its start on those batches.
+    bends are those it began with, and a warning is logged: no curve is worse than its start on those batches. Ctrl-C
+    ends the training and returns the curve so far.
 
     Args:
         a: a module or a state dict, in evaluation mode.
@@ -196,7 +207,7 @@ def fit_curve(
         require_rereadable(loader)
     chosen = first_batches(loader, measured_batches, bench, seed)
     before = mean_loss(bench, chosen, parts_at, seed)
-    history = descend(
+    training = descend(
         bench,
         free,
         lambda draw: parts_at(float(torch.rand((), generator=draw))),
@@ -218,4 +229,7 @@ def fit_curve(
         )
         inner, after = list(curve.points[1:-1]), before
     points = (curve.points[0], *inner, curve.points[-1])
-    return Curve(points, curve.shape, history, (before, after), time.perf_counter() - began)
+    seconds = time.perf_counter() - began
+    fitted = Curve(points, curve.shape, training.history, (before, after), seconds, training.outcome)
+    log.info("%s", fitted)
+    return fitted

@@ -14,7 +14,8 @@ import copy
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +32,24 @@ Parts: TypeAlias = Sequence[tuple[float, Mapping[str, Tensor]]]
 Blend: TypeAlias = Callable[[torch.Generator], Parts]
 """Draws a place, and returns the network there."""
 
+Ending: TypeAlias = Literal["done", "interrupted"]
+"""How a training ended: all of it was done, or the keyboard interrupted it."""
+
 PLACES = 5
 """At how many places, evenly spaced, the loss on a path is measured."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """What came of a training.
+
+    Attributes:
+        history: the mean loss in each epoch that was finished.
+        outcome: "done": all epochs were run; "interrupted": by the keyboard.
+    """
+
+    history: tuple[float, ...]
+    outcome: Ending
 
 
 def adam(parameters: list[Tensor]) -> torch.optim.Optimizer:
@@ -129,8 +146,8 @@ def descend(
     part: tuple[int, int] = (0, 1),
     penalty: Callable[[], Tensor] | None = None,
     progress: Callable[[int, int], object] | None = None,
-) -> tuple[float, ...]:
-    """Train the tensors of ``free`` in place, and return the mean loss on the path in each epoch.
+) -> Training:
+    """Train the tensors of ``free`` in place, for so many epochs or until Ctrl-C.
 
     Args:
         bench: where the networks run.
@@ -154,26 +171,29 @@ def descend(
     with seeded(seed, bench.device) as draw:
         descent = optimizer(leaves) if leaves and epochs else None
         rates = [group["lr"] for group in descent.param_groups] if descent is not None else []
-        for epoch in range(1, epochs + 1):
-            if descent is not None:
-                share = falling((part[0] + (epoch - 0.5) / epochs) / part[1])
-                for group, rate in zip(descent.param_groups, rates, strict=True):
-                    group["lr"] = rate * share
-            total, count = 0.0, 0
-            for batch in batches(loader):
-                with torch.enable_grad():
-                    value = bench.loss_on(batch, blend(draw))
-                    whole = value if penalty is None else value + penalty()
+        try:
+            for epoch in range(1, epochs + 1):
                 if descent is not None:
-                    descent.zero_grad(set_to_none=True)
-                    if whole.requires_grad:
-                        whole.backward()  # type: ignore[no-untyped-call]
-                    descent.step()
-                total, count = total + float(value.detach()), count + 1
-            history.append(total / count)
-            if progress is not None:
-                progress(epoch, epochs)
-    return tuple(history)
+                    share = falling((part[0] + (epoch - 0.5) / epochs) / part[1])
+                    for group, rate in zip(descent.param_groups, rates, strict=True):
+                        group["lr"] = rate * share
+                total, count = 0.0, 0
+                for batch in batches(loader):
+                    with torch.enable_grad():
+                        value = bench.loss_on(batch, blend(draw))
+                        whole = value if penalty is None else value + penalty()
+                    if descent is not None:
+                        descent.zero_grad(set_to_none=True)
+                        if whole.requires_grad:
+                            whole.backward()  # type: ignore[no-untyped-call]
+                        descent.step()
+                    total, count = total + float(value.detach()), count + 1
+                history.append(total / count)
+                if progress is not None:
+                    progress(epoch, epochs)
+        except KeyboardInterrupt:
+            return Training(tuple(history), "interrupted")
+    return Training(tuple(history), "done")
 
 
 def require_rereadable(loader: Loader) -> None:

@@ -42,40 +42,51 @@ class Ascent:
         """The sum over all pairs of models of the inner products of their permuted weights."""
         return self.compared.pairs(self.moved)
 
-    @property
-    def stopped(self) -> bool:
-        """Whether the user has interrupted it."""
-        return self.outcome == "interrupted"
-
     def put(self, number: int, permutation: Permutation) -> None:
         """Give one model this permutation, from the numbering in which it was given."""
         self.permutations[number] = permutation
         self.moved[number] = permutation.apply(self.models.states[number])
 
+    def stop(self) -> None:
+        """End here, at Ctrl-C: the permutations that models have been given are kept."""
+        self.outcome = "interrupted"
+        # It may have come between a permutation and the model at it.
+        self.moved = [p.apply(state) for p, state in zip(self.permutations, self.models.states, strict=True)]
+
     def climb(self, max_rounds: int, progress: Progress | None) -> None:
-        """Match each model, in random order, to the mean of the others, round after round, until none moves."""
-        while not self.stopped and len(self.history) < max_rounds:
-            moved: list[int] = []
-            for number in self.rng.permutation(len(self.models)).tolist():
-                if self.step(number):
-                    moved.append(number)
-                if self.stopped:
-                    break
-            seconds = time.perf_counter() - self.started
-            self.history.append(Round(len(self.history) + 1, self.objective, tuple(sorted(moved)), seconds))
-            log.debug("%s", self.history[-1])
-            if progress is not None:
-                progress(self.history[-1])
-            if not moved and not self.stopped:
-                self.outcome = "converged"
-                return
+        """Match each model, in random order, to the mean of the others, until none moves, or the limit, or Ctrl-C."""
+        moved: list[int] = []
+        try:
+            while len(self.history) < max_rounds:
+                moved = []
+                for number in self.rng.permutation(len(self.models)).tolist():
+                    if self.step(number):
+                        moved.append(number)
+                self._record(moved)
+                if progress is not None:
+                    progress(self.history[-1])
+                if not moved:
+                    self.outcome = "converged"
+                    return
+        except KeyboardInterrupt:
+            self.stop()
+            self._record(moved)
 
     def step(self, number: int) -> bool:
-        """Match one model to the mean of the others; whether it moved."""
+        """Match one model to the mean of the others; whether it moved.
+
+        Raises:
+            KeyboardInterrupt: the matcher was interrupted; the best that it had found is kept.
+        """
         others = average([state for other, state in enumerate(self.moved) if other != number])
         found = self.match(others, number)
-        if found.outcome == "interrupted":
-            self.outcome = "interrupted"
+        moves = self._take(found, others, number)
+        if found.outcome == "interrupted":  # it has caught what was meant for the whole run
+            raise KeyboardInterrupt
+        return moves
+
+    def _take(self, found: MatchResult, others: Mapping[str, Any], number: int) -> bool:
+        """Give a model the permutation that a matcher has found for it, if that is better; whether it is."""
         if found.permutation.is_identity:
             return False
         new = found.permutation.apply(self.moved[number])
@@ -88,6 +99,11 @@ class Ascent:
         self.permutations[number] = found.permutation @ self.permutations[number]
         self.moved[number] = new
         return True
+
+    def _record(self, moved: Sequence[int]) -> None:
+        seconds = time.perf_counter() - self.started
+        self.history.append(Round(len(self.history) + 1, self.objective, tuple(sorted(moved)), seconds))
+        log.debug("%s", self.history[-1])
 
     def match(self, target: Mapping[str, Any], number: int) -> MatchResult:
         """What the matcher makes of one model, at its present permutation, and a target."""

@@ -90,16 +90,13 @@ class FrankWolfeMany:
         fixed = int(rng.integers(len(models)))
         climb = _Climb(self, models, fixed, started, progress)
         outcome = climb.run()
-        run = Ascent(models, replace(self.ascent, init="identity", restarts=1), rng, started)
-        given = run.objective
-        for number, permutation in enumerate(climb.rounded()):
-            run.put(number, permutation)
-        notes: tuple[str, ...] = (
-            f"Frank-Wolfe: {len(climb.history)} steps to {climb.value:.6g}, {run.objective:.6g} once rounded",
-        )
-        if run.objective < given:
-            notes = (*notes, "rounding ended below the models as they were given, which are kept")
-            run = Ascent(models, run.matcher, rng, started)
+        try:
+            run, notes = self._rounded(climb, rng)
+        except KeyboardInterrupt:
+            if outcome == "interrupted":  # for the second time
+                raise
+            outcome = "interrupted"
+            run, notes = self._rounded(climb, rng)
         if self.polish and outcome != "interrupted":
             steps = len(climb.history)
 
@@ -110,6 +107,19 @@ class FrankWolfeMany:
             outcome = run.outcome
         polished = [replace(found, number=len(climb.history) + found.number) for found in run.history]
         return Found(tuple(run.permutations), outcome, (*climb.history, *polished), (run.objective,), notes)
+
+    def _rounded(self, climb: _Climb, rng: np.random.Generator) -> tuple[Ascent, tuple[str, ...]]:
+        """The models at the permutations nearest to the matrices, or as they were given where those are better."""
+        matcher = replace(self.ascent, init="identity", restarts=1)
+        run = Ascent(climb.models, matcher, rng, climb.started)
+        given = run.objective
+        for number, permutation in enumerate(climb.rounded()):
+            run.put(number, permutation)
+        note = f"Frank-Wolfe: {len(climb.history)} steps to {climb.value:.6g}, {run.objective:.6g} once rounded"
+        if run.objective >= given:
+            return run, (note,)
+        kept = Ascent(climb.models, matcher, rng, climb.started)
+        return kept, (note, "rounding ended below the models as they were given, which are kept")
 
 
 class _Climb:

@@ -43,24 +43,25 @@ class ToReference:
         started = time.perf_counter()
         ascent = Ascent(models, self.matcher, np.random.default_rng(seed), started)
         outcome: Outcome = "converged"
-        moved: list[int] = []
-        for number in range(len(models)):
-            if number == self.index:
-                continue
-            matcher = self.matcher
-            if isinstance(matcher, NeedsModels):
-                modules = require_modules(models.modules, matcher)
-                matcher = matcher.with_models(modules[self.index], modules[number])
-            found = matcher.match(models.states[self.index], models.states[number], models.spec, seed)
-            ascent.put(number, found.permutation)
-            if not found.permutation.is_identity:
-                moved.append(number)
-            if found.outcome == "interrupted":
-                outcome = "interrupted"
-                break
-            if found.outcome == "sweep limit":
-                outcome = "sweep limit"
-        history = (Round(1, ascent.objective, tuple(moved), time.perf_counter() - started),)
+        try:
+            for number in range(len(models)):
+                if number == self.index:
+                    continue
+                matcher = self.matcher
+                if isinstance(matcher, NeedsModels):
+                    modules = require_modules(models.modules, matcher)
+                    matcher = matcher.with_models(modules[self.index], modules[number])
+                found = matcher.match(models.states[self.index], models.states[number], models.spec, seed)
+                ascent.put(number, found.permutation)
+                if found.outcome == "interrupted":
+                    raise KeyboardInterrupt
+                if found.outcome == "sweep limit":
+                    outcome = "sweep limit"
+        except KeyboardInterrupt:
+            ascent.stop()
+            outcome = "interrupted"
+        moved = tuple(number for number, found in enumerate(ascent.permutations) if not found.is_identity)
+        history = (Round(1, ascent.objective, moved, time.perf_counter() - started),)
         if progress is not None:
             progress(history[0])
         return Found(tuple(ascent.permutations), outcome, history)
@@ -150,24 +151,37 @@ class CycleConsistent:
     def find(self, models: Models, seed: int = 0, progress: Progress | None = None) -> Found:
         """Find the permutation of each model; see `MergeMethod`."""
         started = time.perf_counter()
+        climbing = replace(self.ascent, init="identity", restarts=1)
+
+        def start(stream: np.random.SeedSequence) -> Ascent:
+            return Ascent(models, climbing, np.random.default_rng(stream), started)
+
+        seeds = np.random.SeedSequence(seed)
+        run = start(seeds)
+        given = run.objective
         best: Ascent | None = None
         runs: list[float] = []
-        climbing = replace(self.ascent, init="identity", restarts=1)
-        for stream in np.random.SeedSequence(seed).spawn(self.restarts):
-            run = Ascent(models, climbing, np.random.default_rng(stream), started)
-            given = run.objective
-            if self.start == "joining":
-                self._join(run)
-                if run.objective < given and run.outcome != "interrupted":
-                    # Better matched as they were given than one after another: begin there.
-                    run = Ascent(models, climbing, np.random.default_rng(stream), started)
-            run.climb(self.max_rounds, progress)
-            runs.append(run.objective)
+        try:
+            for stream in seeds.spawn(self.restarts):
+                run = start(stream)
+                if self.start == "joining":
+                    self._join(run)
+                    if run.objective < given:  # better matched as they were given than one after another: begin there
+                        run = start(stream)
+                run.climb(self.max_rounds, progress)
+                runs.append(run.objective)
+                if best is None or runs[-1] > best.objective:
+                    best = run
+                if run.outcome == "interrupted":
+                    raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            run.stop()
             if best is None or run.objective > best.objective:
                 best = run
-            if run.outcome == "interrupted":
-                best.outcome = "interrupted"
-                break
+            if best.objective < given:  # some have joined, and the others not yet
+                best = start(seeds)
+            best.outcome = "interrupted"
+            runs = runs or [best.objective]
         assert best is not None
         return Found(tuple(best.permutations), best.outcome, tuple(best.history), tuple(runs))
 
@@ -180,8 +194,7 @@ class CycleConsistent:
             run.put(number, found.permutation)
             joined.append(number)
             if found.outcome == "interrupted":
-                run.outcome = "interrupted"
-                return
+                raise KeyboardInterrupt
 
 
 def _require_rounds(max_rounds: int) -> None:

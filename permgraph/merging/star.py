@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from permgraph.connectivity.descent import Loss, MakeOptimizer, State, Workbench, adam, descend
+from permgraph.connectivity.descent import Ending, Loss, MakeOptimizer, State, Workbench, adam, descend
 from permgraph.connectivity.evaluation import Loader, template_of
 from permgraph.connectivity.interpolation import as_state_dict, check_same_keys
 from permgraph.errors import MismatchError
@@ -30,11 +30,17 @@ class Star:
         state_dict: of the centre.
         history: in each epoch, the mean training loss at the places drawn from the lines.
         seconds: of wall time.
+        outcome: "done": all epochs were run; "interrupted": by the keyboard, and this is the centre so far.
     """
 
-    state_dict: dict[str, Any]
+    state_dict: dict[str, Any] = field(repr=False)
     history: tuple[float, ...]
     seconds: float
+    outcome: Ending = "done"
+
+    def __str__(self) -> str:
+        losses = f": mean loss {self.history[0]:.4g} -> {self.history[-1]:.4g}" if self.history else ""
+        return f"star, {self.outcome} after {len(self.history)} epochs in {self.seconds:.2f} s{losses}"
 
 
 def fit_star(
@@ -65,7 +71,8 @@ def fit_star(
         seed: for networks and places, and for what the loader draws.
         progress: called as ``progress(done, epochs)`` after each epoch.
 
-    Only parameters are trained. Recalibrate BatchNorm in the centre afterwards (``recalibrate_batchnorm``).
+    Only parameters are trained. Ctrl-C ends the training and returns the centre so far. Recalibrate BatchNorm in the
+    centre afterwards (``recalibrate_batchnorm``).
 
     Raises:
         MismatchError: fewer than two networks, or networks that differ in a key or a shape.
@@ -99,5 +106,6 @@ def fit_star(
         t = float(torch.rand((), generator=draw))
         return [(1 - t, centre), (t, end)]
 
-    history = descend(bench, [centre], blend, loader, epochs=epochs, optimizer=optimizer, seed=seed, progress=progress)
-    return Star(bench.state_dict(centre, first), history, time.perf_counter() - began)
+    training = descend(bench, [centre], blend, loader, epochs=epochs, optimizer=optimizer, seed=seed, progress=progress)
+    found = bench.state_dict(centre, first)
+    return Star(found, training.history, time.perf_counter() - began, training.outcome)

@@ -77,7 +77,7 @@ class StreamedRounds:
         try:
             run.climb(progress)
         except KeyboardInterrupt:
-            run.outcome = "interrupted"
+            run.stop()
         return Found(tuple(run.permutations), run.outcome, tuple(run.history), (run.objective,))
 
 
@@ -89,7 +89,7 @@ class _Run:
         self.rng = np.random.default_rng(seed)
         self.permutations = [models.spec.identity()] * len(models)
         self.names = Compared.of(models.spec, models.states[0]).names
-        self.objective = self._pairs()
+        self.given = self.objective = self._pairs()
         self.history: list[Round] = []
         self.outcome: Outcome = "sweep limit"
         self.steps = 0
@@ -117,17 +117,26 @@ class _Run:
                 self.outcome = "converged"
                 return
 
+    def stop(self) -> None:
+        """End here, at Ctrl-C, or as the models were given where some have joined, and that is worse."""
+        self.outcome = "interrupted"
+        self.objective = self._pairs()
+        if self.objective < self.given:
+            self._begin_as_given()
+
+    def _begin_as_given(self) -> None:
+        self.permutations = [self.models.spec.identity()] * len(self.models)
+        self.objective = self.given
+
     def _join(self) -> None:
-        given = self.objective
         first, *rest = self.rng.permutation(len(self.models)).tolist()
         joined = [first]
         for number in rest:
             self._step(number, joined, self.how.matcher)
             joined.append(number)
         self.objective = self._pairs()
-        if self.objective < given:  # better matched as they were given than one after another: begin there
-            self.permutations = [self.models.spec.identity()] * len(self.models)
-            self.objective = given
+        if self.objective < self.given:  # better matched as they were given than one after another: begin there
+            self._begin_as_given()
 
     def _step(self, number: int, others: Sequence[int], matcher: StreamedWeightMatching) -> bool:
         """Match one model to the mean of others; whether it moved."""

@@ -95,6 +95,8 @@ def _result(task: Task) -> dict[str, Any]:
         end: Mapping[str, torch.Tensor] = b.state_dict()
         if task.matcher is not None:
             found = align(a, b, task.matcher, spec=task.spec, seed=task.seed)
+            if found.outcome == "interrupted":  # what was reached until then is no result to keep
+                raise KeyboardInterrupt
             end = found.state_dict
             result = {
                 "objective_before": found.objective_before,

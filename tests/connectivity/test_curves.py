@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -12,8 +13,9 @@ from torch import nn
 
 from permgraph.connectivity import Curve, evaluate_on, fit_aligned_curve, fit_curve, recalibrate_batchnorm
 from permgraph.connectivity.barriers import barrier
+from permgraph.connectivity.descent import falling
 from permgraph.errors import EvaluationError, MismatchError, NonFiniteError
-from permgraph.matching import align
+from permgraph.matching import align, step
 from permgraph.permutation import Permutation
 from permgraph.spec import PermutationSpec
 
@@ -250,3 +252,73 @@ def test_refusals() -> None:
     for name, value in (("rounds", 0), ("measured_batches", 0), ("relaxed_steps", 0), ("proximity", 0.0)):
         with pytest.raises(EvaluationError, match=f"{name}="):
             fit_aligned_curve(a, b, LOADER, SPEC, **{name: value})
+
+
+class Interrupted:
+    """A loader in the nth batch of which, over all readings, somebody presses Ctrl-C."""
+
+    def __init__(self, at: int) -> None:
+        self.at, self.read = at, 0
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for batch in LOADER:
+            self.read += 1
+            if self.read == self.at:
+                raise KeyboardInterrupt
+            yield batch
+
+
+def test_an_interrupted_curve_is_kept_as_far_as_it_is_better() -> None:
+    a, b = trained(0), trained(1)
+    loader = Interrupted(at=7)  # one was read to measure it on
+    curve = fit_curve(a, b, loader, epochs=20, optimizer=fast)
+    assert (curve.outcome, len(curve.history), loader.read) == ("interrupted", 5, 7)
+    assert curve.losses[1] < curve.losses[0]
+    assert "interrupted after 5 epochs" in str(curve)
+    as_far = fit_curve(a, b, LOADER, epochs=5, optimizer=lambda leaves: Falls(leaves, 20))
+    assert as_far.outcome == "done"
+    for one, other in zip(curve.points, as_far.points, strict=True):
+        assert all(torch.allclose(one[name], other[name]) for name in one)
+
+
+class Falls(torch.optim.Adam):
+    """`fast`, with the rates of a training of so many epochs, whatever else it is told."""
+
+    def __init__(self, leaves: list[torch.Tensor], epochs: int) -> None:
+        super().__init__(leaves, lr=0.05)
+        self.epochs, self.steps = epochs, 0
+
+    def step(self, *arguments: object) -> None:  # type: ignore[override]
+        self.steps += 1
+        for group in self.param_groups:
+            group["lr"] = 0.05 * falling((self.steps - 0.5) / self.epochs)
+        super().step()
+
+
+@pytest.mark.parametrize("at", [2, 3, 5, 6])
+def test_an_interrupted_curve_with_its_permutation(at: int) -> None:
+    a, b = trained(0), trained(1)
+    found = fit_aligned_curve(a, b, Interrupted(at), SPEC, rounds=3, epochs=2, optimizer=fast)
+    whole = fit_aligned_curve(a, b, LOADER, SPEC, rounds=3, epochs=2, optimizer=fast)
+    assert (found.outcome, found.curve.outcome, whole.outcome) == ("interrupted", "interrupted", "done")
+    assert len(found.losses) == len(found.moved) + 1 <= len(whole.losses)
+    finished = (at - 2) // 2  # rounds, of two epochs each
+    assert found.losses[: finished + 1] == whole.losses[: finished + 1]
+    assert found.losses[-1] <= whole.losses[finished]
+    last = found.permutation.apply(b.state_dict())
+    assert all(torch.equal(found.curve(1.0)[name], last[name]) for name in last)
+
+
+def test_what_a_matcher_catches_ends_the_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def interrupted(*arguments: object, **keywords: object) -> None:
+        calls.append(1)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(step, "assign", interrupted)
+    a, b = trained(0), trained(1)
+    found = fit_aligned_curve(a, b, LOADER, SPEC, rounds=3, epochs=1)
+    assert (found.outcome, len(calls), found.moved) == ("interrupted", 1, ())
+    assert found.permutation.is_identity
+    assert all(torch.equal(found.curve(0.5)[n], Curve.straight(a, b)(0.5)[n]) for n in a.state_dict())

@@ -18,6 +18,7 @@ from torch import nn
 
 import permgraph as pg
 from permgraph.errors import MismatchError, MissingExtraError, StudyError
+from permgraph.matching import step
 from permgraph.studies import Named, backends
 from permgraph.studies.cell import versions
 from permgraph.studies.run import missing
@@ -57,6 +58,27 @@ def test_only_what_is_missing_is_done(tmp_path: Path) -> None:
     assert again.rows[:3] == first.rows
     assert not missing(larger, tmp_path)
     assert not list(tmp_path.glob("begun/*"))
+
+
+def test_an_interrupted_match_ends_the_study_and_is_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def interrupted(*arguments: Any, **keywords: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return assign(*arguments, **keywords)
+
+    assign = step.assign
+    monkeypatch.setattr(step, "assign", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pg.study(plan(2), tmp_path, jobs=1)
+    assert len(calls) == 2
+    monkeypatch.undo()
+    left = missing(plan(2), tmp_path)
+    assert "weights" in {cell.matcher for cell in left}
+    again = pg.study(plan(2), tmp_path, jobs=1)
+    assert {row["outcome"] for row in again.rows if row["matcher"] != "none"} == {"converged"}
 
 
 @pytest.mark.parametrize(
