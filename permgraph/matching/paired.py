@@ -73,6 +73,8 @@ class _Spot:
 def paired_values(scene: Scene, move: Move, blocks: tuple[Block, ...]) -> tuple[torch.Tensor, dict[str, np.ndarray]]:
     """What each pairing of the root's indices is worth, and what each pair chooses inside.
 
+    Processes that match together read the same parameters here, and deal out A's indices of the root.
+
     Returns:
         The values (*sizes of the root's parents, n, n), and for each group inside, integers (*parents, n, n, size).
     """
@@ -83,6 +85,8 @@ def paired_values(scene: Scene, move: Move, blocks: tuple[Block, ...]) -> tuple[
     like = next(iter(scene.a.values()))
     worth = torch.zeros((*sizes, n, n), dtype=like.dtype, device=like.device)
     chosen = {name: np.zeros((*sizes, n, n, groups[name].size), dtype=np.int64) for name in inside}
+    workers = None if scene.share is None else scene.share.workers
+    mine = range(n) if workers is None else range(workers.rank, n, workers.size)
     for at in itertools.product(*map(range, sizes)):
         spots = [_spot(scene, move, block, at) for block in blocks]
         # First those of which there is evidence that hangs on none of the others.
@@ -91,7 +95,7 @@ def paired_values(scene: Scene, move: Move, blocks: tuple[Block, ...]) -> tuple[
             if len(spot.inner) == 1:
                 evidence[spot.inner[0][1]] += spot.a.numel()
         order = sorted(inside, key=lambda name: -evidence[name])
-        for i in range(n):
+        for i in mine:
             states = _ascend(scene, spots, order, i)
             value = _total(spots, i, states)
             # To stay as it is must remain a choice, and wins ties.
@@ -104,6 +108,9 @@ def paired_values(scene: Scene, move: Move, blocks: tuple[Block, ...]) -> tuple[
             worth[(*at, i)] = value
             for name in inside:
                 chosen[name][(*at, i)] = states[name].cpu().numpy()
+    if workers is not None:
+        worth = workers.sum(worth)
+        chosen = {name: workers.sum(torch.from_numpy(array)).numpy() for name, array in chosen.items()}
     return worth, chosen
 
 

@@ -69,7 +69,7 @@ class StreamedWeightMatching:
             of which needs its own share of the tensors only.
         device: where products are taken; None leaves them where the tensors are.
         workers: the processes that match together, each of which reads its share of the parameters and gives the same
-            result. Groups that are chosen pair by pair are valued by every process from all parameters.
+            result. Where groups are chosen pair by pair, each process values its share of the pairs, from all parameters.
 
     Example:
         >>> spec = PermutationSpec.parse('''

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 import permgraph as pg
 from permgraph.errors import NonFiniteError, PermgraphError
+from permgraph.matching import paired
 from permgraph.matching.streamed import StreamedWeightMatching
 from permgraph.matching.workers import Workers
 from tests.matching.processes import run_two
@@ -35,6 +36,18 @@ class Model(nn.Module):
         x = self.embed(x)
         x = x + self.attention(x, x, x)[0]
         return self.head(x + self.down(self.up(x).relu()))
+
+
+def grouped() -> tuple[pg.PermutationSpec, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Two networks in which the inputs and the outputs of a convolution's groups are chosen pair by pair."""
+    states = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        net = nn.Sequential(
+            nn.Conv2d(3, 20, 1), nn.ReLU(), nn.Conv2d(20, 15, 3, groups=5), nn.ReLU(), nn.Conv2d(15, 2, 1)
+        )
+        states.append(net.state_dict())
+    return pg.auto_spec(net, torch.randn(1, 3, 6, 6)), states[0], states[1]
 
 
 # Settings of accelerate's loaders, how many samples they deal out, and whether each is shown once.
@@ -97,6 +110,7 @@ def work(rank: int, port: int, folder: str) -> None:
     bad = {**b, "down.weight": b["down.weight"] * torch.nan}
     with pytest.raises(NonFiniteError, match=r"down\.weight"):  # on both, though one of them has read it
         StreamedWeightMatching(workers=Workers()).match(a, bad, spec)
+    dealt_out_pairs(rank)
     seen = pg.align(*models(), pg.ActivationMatching(data()[rank::2], workers=Workers()), spec=spec)
     assert seen.permutation == pg.align(*models(), pg.ActivationMatching(data()), spec=spec).permutation
     alone = pg.align(*models(), pg.ActivationMatching(data() if rank else [], workers=Workers()), spec=spec)
@@ -107,6 +121,20 @@ def work(rank: int, port: int, folder: str) -> None:
     content = {"arrays": arrays, "objective": found.objective, "sweeps": found.sweeps, "read": sorted(counting.read)}
     torch.save(content, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
+
+
+def dealt_out_pairs(rank: int) -> None:
+    """Each process values the pairs of every other index, and both come to what one would."""
+    dealt: list[int] = []
+    ascend = paired._ascend
+    paired._ascend = lambda scene, spots, order, i: dealt.append(i) or ascend(scene, spots, order, i)
+    spec, a, b = grouped()
+    both = StreamedWeightMatching(workers=Workers()).match(a, b, spec, seed=3)
+    assert dealt and {i % 2 for i in dealt} == {rank}
+    alone = StreamedWeightMatching().match(a, b, spec, seed=3)
+    assert {i % 2 for i in dealt} == {0, 1}
+    assert alone.permutation == both.permutation and not alone.permutation.is_identity
+    assert alone.objective == pytest.approx(both.objective, rel=1e-6)
 
 
 def dealt_out(expected: pg.Alignment, rank: int, port: int) -> None:
