@@ -15,15 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
-try:
-    from torch.distributed.tensor import DTensor, distribute_tensor
-except ImportError:  # a build of torch without torch.distributed
-    DTensor = None  # type: ignore[assignment, misc]
-
 
 def is_sharded(value: Any) -> bool:
     """Whether a value is a tensor of which this process has a part."""
-    return DTensor is not None and isinstance(value, DTensor)
+    # Whoever has a DTensor has imported this; to do so here would take a second of everybody else's time.
+    kind = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+    return kind is not None and isinstance(value, kind)
 
 
 def fully_sharded(module: nn.Module) -> str | None:
@@ -56,6 +53,8 @@ def taken_apart(tensor: torch.Tensor, like: Any) -> torch.Tensor:
     """A tensor that every process has, laid out as another is; unchanged if that one is whole."""
     if not is_sharded(like):
         return tensor
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
 
 
