@@ -8,22 +8,24 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from torch import fx
 
 from permgraph.capture.outputs import tensor_leaves
 from permgraph.signature import signature
-from permgraph.uniform import CREATED, Memory
+from permgraph.uniform import CREATED, Memory, contracted_with
 
 #: Operators that read the shape of their argument, and none of its values.
 VALUELESS = CREATED | {"empty_like", "new_empty"}
 
 
-def live_nodes(nodes: Sequence[fx.Node], results: Sequence[fx.Node] = ()) -> set[fx.Node]:
+def live_nodes(
+    nodes: Sequence[fx.Node], results: Sequence[fx.Node] = (), zeros: Collection[fx.Node] = ()
+) -> set[fx.Node]:
     """The nodes on which a result depends, what the forward pass leaves in buffers, or what left torch as a number.
 
-    `results` are those of a graph that has no output node.
+    `results` are those of a graph that has no output node. On what is multiplied with one of `zeros` nothing depends.
     """
     memory = Memory(nodes)
     writers: dict[fx.Node, list[fx.Node]] = defaultdict(list)
@@ -40,9 +42,18 @@ def live_nodes(nodes: Sequence[fx.Node], results: Sequence[fx.Node] = ()) -> set
         if node not in found:
             found.add(node)
             if getattr(node.target, "_opname", "") not in VALUELESS:
-                roots.extend(node.all_input_nodes)
+                factors = met_zeros(node, zeros)
+                roots.extend(source for source in node.all_input_nodes if source not in factors)
             roots.extend(writers[memory.owner(node)])
     return found
+
+
+def met_zeros(node: fx.Node, zeros: Collection[fx.Node]) -> dict[fx.Node, int]:
+    """The factors of a product of which one is zero, each with the dimension over which the product sums."""
+    product = contracted_with(node) if zeros else None
+    if product is None or (product[0] not in zeros and product[2] not in zeros):
+        return {}
+    return {product[0]: product[1], product[2]: product[3]}
 
 
 def _has_effect(node: fx.Node) -> bool:

@@ -21,15 +21,16 @@ from torch import fx
 from permgraph.axes import Axes, Axis, BirthKey, Kind, Pinned
 from permgraph.errors import ConflictError
 from permgraph.foresight import PLACEHOLDER, foreseen_cuts
-from permgraph.liveness import live_nodes
+from permgraph.liveness import live_nodes, met_zeros
 from permgraph.rules import find_rule
 from permgraph.rules.call import EQUAL, Call, Ledger, TypedTensor, loose_families, provides
 from permgraph.rules.registry import Rule
 from permgraph.signature import signature
 from permgraph.ties import tied_dims
-from permgraph.uniform import NONE, Uniform, known_values, uniform_dims, viewed_nodes, written_nodes
+from permgraph.uniform import NONE, Uniform, known_values, uniform_dims, viewed_nodes, written_nodes, zero_nodes
 
 UNREAD = "no output depends on it"
+UNSEEN = "it met only zeros, as in the first step of a sequence, so that what it goes with is not known"
 MAX_RUNS = 6
 MAX_VISITS = 12
 
@@ -70,6 +71,7 @@ def solve(graph: fx.Graph, results: Sequence[fx.Node] = ()) -> Solution:
             break
         cuts = seen
     run.pin_unobserved(live)
+    run.pin_unseen(live, zero_nodes(nodes, written))
     return run.solution()
 
 
@@ -268,7 +270,6 @@ class _Run:
                     elif isinstance(end, fx.Node):
                         self._pin(number, self.values[end], "output of the model")
 
-
     def pin_unobserved(self, live: Collection[fx.Node]) -> None:
         """Pin the axes that only parameters without any effect have. What the rules have said stands."""
         places: dict[Axis, list[tuple[int, fx.Node, TypedTensor, int]]] = defaultdict(list)
@@ -281,6 +282,32 @@ class _Run:
             if not any(node in live for _, node, _, _ in found):
                 self.axes.pin(atom, Pinned(UNREAD, found[0][0]))
                 self.ends.pins.extend((tensor, dim, UNREAD, number) for number, _, tensor, dim in found)
+
+    def pin_unseen(self, live: Collection[fx.Node], zeros: Collection[fx.Node]) -> None:
+        """Pin what a weight may meet in a longer sequence, where this one only multiplied it with zeros.
+
+        The recurrent weight of a layer meets its own state from the second step on: an axis of the size that it sums
+        over, which one, no tensor shows.
+        """
+        seen = live_nodes(self.nodes, list(self.facts.results), zeros)
+        unseen = set()  # what comes from a weight of which nothing is seen
+        sizes = set()
+        for node in self.nodes:
+            if node in live and node not in seen:
+                weight = node.op == "placeholder" and node.meta["kind"] in ("parameter", "buffer")
+                if weight or any(source in unseen for source in node.all_input_nodes):
+                    unseen.add(node)
+            for factor, dim in met_zeros(node, zeros).items() if node in live else ():
+                if factor in unseen:
+                    sizes.add(self.values[factor].shape[dim])
+        if not sizes:
+            return
+        for number, node in enumerate(self.nodes):
+            for tensor in self._tensors_in(self.values.get(node)):
+                for dim, size in enumerate(tensor.shape):
+                    if size > 1 and size in sizes and any(a.pinned is None for a in self.axes.atoms(tensor.dims[dim])):
+                        self.axes.pin(tensor.dims[dim], Pinned(UNSEEN, number))
+                        self.ends.pins.append((tensor, dim, UNSEEN, number))
 
     def _pin_mirrored(self) -> None:
         """Pin axes that meet themselves where a largest element is looked for: (i, j) and (j, i) may be the same."""
@@ -343,15 +370,18 @@ class _Run:
         return {key: points for key, points in cuts.items() if key[0] != PLACEHOLDER or key[1] in numbers}
 
     def _all_tensors(self) -> list[TypedTensor]:
-        found: dict[int, TypedTensor] = {}
-        stack = list(self.values.values())
+        return list({id(tensor): tensor for tensor in self._tensors_in(list(self.values.values()))}.values())
+
+    @staticmethod
+    def _tensors_in(value: Any) -> list[TypedTensor]:
+        found, stack = [], [value]
         while stack:
             value = stack.pop()
             if isinstance(value, TypedTensor):
-                found[id(value)] = value
+                found.append(value)
             elif isinstance(value, (list, tuple)):
                 stack.extend(value)
-        return list(found.values())
+        return found
 
     def solution(self) -> Solution:
         ledger = Ledger.joined([self.ends, *(call.ledger for call in self.calls)])
@@ -362,4 +392,5 @@ def _constant_along(real: torch.Tensor | None) -> frozenset[int]:
     """The dimensions along which a constant does not vary, where its values are known."""
     if real is None or real.numel() == 0 or real.is_meta:
         return frozenset()
-    return frozenset(d for d in range(real.ndim) if bool((real == real.narrow(d, 0, 1)).all()))
+    same = [real] if real.is_complex() else [real, real.signbit()]  # a zero may be less than nothing
+    return frozenset(d for d in range(real.ndim) if all(bool((x == x.narrow(d, 0, 1)).all()) for x in same))

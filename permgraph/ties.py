@@ -2,8 +2,8 @@
 
 A ReLU gives many zeros, a comparison ones and zeros, padding the same value again. Where the largest of such elements
 is looked for, the first of several wins, so that their places matter. Elements that weights have mixed are taken to
-differ, unless what was mixed has equal slices, such as rows of zeros; and so are those that a mask has left, unless the
-mask tells large ones from small.
+differ, unless what was mixed has equal slices, such as rows of zeros (of padding, as a mask leaves it), or is a few
+elements that may all be zero; and so are those that a mask has left, unless the mask tells large ones from small.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from permgraph.rules.pointwise import ARITHMETIC, COPIES
-from permgraph.uniform import CREATED, NONE, Memory, Uniform
+from permgraph.uniform import CREATED, NONE, Memory, Uniform, contracted_with
 
 FLAT = """
     relu relu6 clamp clamp_min clamp_max clip hardtanh hardsigmoid hardswish hardshrink softshrink threshold sign sgn
@@ -39,6 +39,8 @@ MOVED = """
 HOLLOW = "constant_pad_nd tril triu diag_embed eye repeat repeat_interleave"  # slices of the same number throughout
 JOINED = "cat stack scatter scatter_add scatter_reduce index_put index_add index_copy slice_scatter select_scatter"
 MIXED = "mm bmm mv addmm baddbmm addmv linear convolution"  # equal slices give equal slices
+
+FEW = 8  # so many elements of which each may be zero are all zero more often than by chance
 
 _FLAT, _SCALING, _LIMITS, _MOVED = (frozenset(names.split()) for names in (FLAT, SCALING, LIMITS, MOVED))
 _COMPARISONS, _PLACED = frozenset(COMPARISONS.split()), frozenset(PLACED.split())
@@ -109,7 +111,7 @@ class _Search:
                 return _repeated(sources[0].meta["val"], val) if node in self._written else NONE
             return every if self._equal_in(sources) else NONE
         if name in _BY_ELEMENT:
-            return self._by_element(node, name, sources, every)
+            return self._by_element(node, name, [n for n in node.all_input_nodes if _widest(n.meta.get("val"))], every)
         if name in _MIXED and self._home(node) in self._hollow:
             return every - {1 if name == "convolution" else ndim - 1} if _has_bias(node, name) else every
         return NONE
@@ -124,12 +126,36 @@ class _Search:
         sources = [n for n in node.all_input_nodes if _is_real(n)]
         if name in _JOINED and any(self._is_one_number(source) for source in sources):
             return True
+        if self._is_switched(node, name, sources):
+            return True
         hollow = [source for source in sources if self._home(source) in self._hollow or source in self._uniform]
         if name in _BY_ELEMENT and name not in _SCALING:
             varying = [s for s in sources if any(self._varies(s, d) for d in range(-s.meta["val"].ndim, 0))]
             return bool(hollow) and all(source in hollow for source in varying)
         passing = name in _MOVED or name in _PLACED or name in _SCALING or name in _MIXED
         return bool(hollow) and (passing or node.target is operator.getitem)
+
+    def _is_switched(self, node: fx.Node, name: str, sources: Sequence[fx.Node]) -> bool:
+        """Whether slices may be one number throughout: switched off by a mask, or mixed from a few zeros alone."""
+        if name in _MIXED:
+            product = contracted_with(node)
+            if product is None or _has_bias(node, name):
+                return False
+            factors = ((product[0], product[1]), (product[2], product[3]))
+            return any(
+                s.meta["val"].shape[d] <= FEW and d % s.meta["val"].ndim in self.found.get(s, NONE) for s, d in factors
+            )
+        if name in _SCALING:
+            switches, switched = [s for s in sources if s in self.found], sources
+        elif name in ("where", "masked_fill"):
+            given = [a for a in node.args if isinstance(a, fx.Node)]
+            switches, switched = [n for n in given if n.meta["val"].dtype is torch.bool], sources
+            if len([s for s in switched if any(self._varies(s, d) for d in range(-s.meta["val"].ndim, 0))]) > 1:
+                return False
+        else:
+            return False
+        dims = range(-_widest(node.meta["val"]), 0)
+        return any(not self._varies(s, d) and any(self._varies(o, d) for o in switched) for s in switches for d in dims)
 
     def _is_one_number(self, source: fx.Node) -> bool:
         same = self._uniform.get(source, NONE)

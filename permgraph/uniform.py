@@ -29,6 +29,11 @@ _MOVING = frozenset(MOVING.split())
 _COPIES = frozenset(COPIES.split())
 _BY_ELEMENT = _COPIES | frozenset([*ARITHMETIC.split(), "eq", "ne", "where", "masked_fill"])
 
+_PASSING = _MOVING | _COPIES | frozenset(["permute", "transpose", "t", "unsqueeze", "squeeze", "expand", "view_as"])
+_PRODUCTS = frozenset(["mm", "bmm", "mv", "mul"])
+#: Where the factors stand among the arguments.
+_FACTORS = {"mm": 0, "bmm": 0, "mv": 0, "linear": 0, "convolution": 0, "addmm": 1, "baddbmm": 1, "addmv": 1}
+
 MAX_KNOWN = 64
 
 Uniform = frozenset[int]
@@ -115,6 +120,43 @@ def _first(node: fx.Node) -> torch.Tensor | None:
     if isinstance(val, (list, tuple)) and val:
         val = val[0]
     return val if isinstance(val, torch.Tensor) else None
+
+
+def zero_nodes(nodes: Sequence[fx.Node], written: Collection[fx.Node]) -> set[fx.Node]:
+    """The nodes that are zero throughout, whatever the weights: a recurrent layer's first state, and its products."""
+    found: set[fx.Node] = set()
+    for node in nodes:
+        if node in written:
+            continue
+        name = getattr(node.target, "_opname", "")
+        if node.op == "placeholder":
+            real = node.meta.get("real") if node.meta["kind"] == "constant" else None
+            if real is not None and real.numel() > 0 and not real.is_meta and not bool(real.any()):
+                found.add(node)
+        elif name in CREATED:
+            given = (*node.args[1:3], node.kwargs.get("fill_value")) if "full" in name else ()
+            if "zero" in name or any(isinstance(value, (int, float)) and value == 0 for value in given):
+                found.add(node)
+        elif name in _PASSING or node.target is operator.getitem:
+            source = node.args[0]
+            if isinstance(source, fx.Node) and source in found:
+                found.add(node)
+        elif name in _PRODUCTS and any(source in found for source in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def contracted_with(node: fx.Node) -> tuple[fx.Node, int, fx.Node, int] | None:
+    """The two factors of a matrix product or convolution, each with the dimension over which the product sums."""
+    name = getattr(node.target, "_opname", "")
+    at = _FACTORS.get(name)
+    if at is None:
+        return None
+    left, right = node.args[at : at + 2]
+    assert isinstance(left, fx.Node) and isinstance(right, fx.Node)
+    if name == "convolution":
+        return left, 1, right, 0 if node.args[6] else 1
+    return left, -1, right, -1 if name == "linear" or right.meta["val"].ndim == 1 else -2
 
 
 def known_values(nodes: Sequence[fx.Node], written: Collection[fx.Node]) -> dict[fx.Node, tuple[int, ...]]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+from permgraph.capture.state import tensor_key
 
 _library = torch.library.Library("permgraph", "DEF")  # type: ignore[no-untyped-call]
 _library.define("values_leave_torch(Tensor tensor) -> ()")  # type: ignore[no-untyped-call]
@@ -20,7 +23,10 @@ VALUES_LEAVE_TORCH = torch.ops.permgraph.values_leave_torch.default
 #: Stands in the graph where a parameter is another one with its dimensions in another order. Its rule ties the two.
 SAME_MEMORY = torch.ops.permgraph.same_memory.default
 
-_READERS = frozenset({Tensor.numpy, Tensor.tolist, Tensor.data_ptr, Tensor.__array__, Tensor.__dlpack__})
+_READERS = frozenset({
+    Tensor.numpy, Tensor.tolist, Tensor.data_ptr, Tensor.__array__, Tensor.__dlpack__, Tensor.__deepcopy__,
+    Tensor.__reduce_ex__, Tensor.untyped_storage, Tensor.storage, Tensor.apply_, Tensor.map_,
+})  # fmt: skip
 
 
 class WatchEscapes(TorchFunctionMode):
@@ -33,6 +39,6 @@ class WatchEscapes(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in _READERS:
+        if func in _READERS and sys._getframe(1).f_globals.get("__name__") != tensor_key.__module__:
             self._report(args[0])
         return func(*args, **(kwargs or {}))

@@ -25,7 +25,13 @@ def tensor_leaves(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
         children = list(value)
     elif dataclasses.is_dataclass(value):
         children = [getattr(value, field.name, None) for field in dataclasses.fields(value)]
-    elif hasattr(value, "__dict__"):
-        children = list(vars(value).values())
+    else:
+        slots = [name for kind in type(value).__mro__ for name in _names(vars(kind).get("__slots__", ()))]
+        children = [getattr(value, name, None) for name in slots] + list(getattr(value, "__dict__", {}).values())
     for child in children:
         yield from tensor_leaves(child, seen)
+
+
+def _names(slots: Any) -> list[str]:
+    """What a class has as its ``__slots__``: several names, or one."""
+    return [slots] if isinstance(slots, str) else [name for name in slots if isinstance(name, str)]

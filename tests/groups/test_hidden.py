@@ -1,0 +1,144 @@
+"""What a pass does not show: states that begin with zeros, ties that a mask makes, values that leave torch unseen."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import permgraph as pg
+from tests.groups.test_layouts import Net, lin, par
+
+X = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0))
+
+
+def error_of(model: nn.Module, given: Tensor, *inputs: Tensor) -> tuple[float, pg.PermutationSpec]:
+    """How far the outputs on other inputs move, the most over a few permutations of the spec found with `given`."""
+    spec = pg.auto_spec(model, (given,))
+    model, worst = copy.deepcopy(model).double().eval(), 0.0
+    before = copy.deepcopy(model.state_dict())
+    for seed in range(3):
+        after = spec.random(seed, every_group=True).apply(before)
+        for x in inputs:
+            outputs = []
+            for state in (before, after):
+                model.load_state_dict(state)
+                with torch.no_grad():
+                    outputs.append(model(x.double()))
+            worst = max(worst, float((outputs[0] - outputs[1]).abs().max()))
+    return worst, spec
+
+
+class Recurrent(nn.Module):
+    """A recurrent layer that begins with zeros, its own or those that `forward` makes."""
+
+    def __init__(self, core: nn.Module) -> None:
+        super().__init__()
+        self.embed, self.core, self.head = nn.Linear(3, 5), core, nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not isinstance(self.core, nn.RNNCellBase):
+            return self.head(self.core(self.embed(x))[0])  # type: ignore[no-any-return]
+        state: Any = None
+        for step in self.embed(x):
+            state = self.core(step, state)
+        return self.head(state[0] if isinstance(state, tuple) else state)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+def test_one_step_of_a_sequence_says_nothing_that_more_steps_refute(kind: Callable[..., nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = Recurrent(kind(5, 6))
+    error, spec = error_of(model, torch.randn(1, 2, 3), torch.randn(1, 2, 3), torch.randn(4, 2, 3))
+    assert error < 1e-9, spec
+    assert list(spec.moving) == ["embed"]  # what comes before the state moves as ever
+
+
+def _masked(m: Any, x: Tensor) -> Tensor:
+    kept = m.a(x) * (x.sum(-1, keepdim=True) > 0).to(x.dtype)
+    return m.o(m.t[m.r(kept).argmax(-1)].tanh() + kept)
+
+
+def _filled(m: Any, x: Tensor) -> Tensor:
+    kept = m.a(x).masked_fill(x.sum(-1, keepdim=True) > 0, 0.0)
+    return m.o(m.t[m.r(kept).argmax(-1)].tanh() + kept)
+
+
+def _narrow(m: Any, x: Tensor) -> Tensor:
+    return m.o(m.t[m.up(m.one(x).relu()).argmax(-1)])
+
+
+def _plain(m: Any, x: Tensor) -> Tensor:
+    return m.o(m.t[m.r(m.a(x)).argmax(-1)])
+
+
+@pytest.mark.parametrize(("forward", "chosen"), [(_masked, "4"), (_filled, "4"), (_narrow, "4"), (_plain, "r")])
+def test_rows_of_zeros_tie_what_a_map_without_bias_makes_of_them(forward: Any, chosen: str) -> None:
+    torch.manual_seed(0)
+    model = Net(
+        forward, a=lin(5, 6), r=nn.Linear(6, 4, bias=False), o=lin(6, 2), t=par(4, 6), one=lin(5, 1),
+        up=nn.Linear(1, 4, bias=False),
+    )  # fmt: skip
+    error, spec = error_of(model, X, X, -X, X.abs(), -X.abs())
+    assert error < 1e-9, spec
+    assert str(spec.axes["t"][0]) == chosen
+
+
+class Leaves(nn.Module):
+    """Takes values where no operator shows it, after it has asked for one, so that its pass is on real tensors."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.a, self.b = nn.Linear(5, 6), nn.Linear(6, 2)
+        self.register_buffer("signs", torch.tensor([0.0, -0.0, 0.0, -0.0, 0.0, 0.0]), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        if self.how == "zeros with a sign":
+            return self.b(torch.copysign(y, self.signs))  # type: ignore[no-any-return]
+        if float(x.sum()) > 1e9:
+            return x
+        numbers = torch.arange(6.0, dtype=y.dtype)
+        if self.how == "mapped":
+            y = y.clone().map_(numbers.expand_as(y).contiguous(), lambda a, b: a * b)
+        elif self.how == "copied":
+            y = y * copy.deepcopy(self.a.bias.detach()).cumsum(0)
+        elif self.how == "saved":
+            torch.save(y, file := io.BytesIO())
+            file.seek(0)
+            y = torch.load(file) * numbers
+        elif self.how == "stored":
+            read = torch.tensor(list(y.contiguous().untyped_storage()), dtype=torch.uint8).view(y.dtype)
+            y = read.view(y.shape) * numbers
+        return self.b(y)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("how", ["zeros with a sign", "mapped", "copied", "saved", "stored", "asked"])
+def test_what_leaves_torch_stays_put(how: str) -> None:
+    torch.manual_seed(0)
+    error, spec = error_of(Leaves(how), X, X, -X)
+    assert error < 1e-9, spec
+    assert bool(spec.moving) == (how == "asked")
+
+
+class Slotted:
+    """A result without a dictionary of its attributes."""
+
+    __slots__ = ("hidden", "logits")
+
+    def __init__(self, hidden: Tensor, logits: Tensor) -> None:
+        self.hidden, self.logits = hidden, logits
+
+
+def test_results_in_slots_are_results() -> None:
+    def forward(m: Any, x: Tensor) -> Any:
+        hidden = m.a(x)
+        return m.b(hidden), Slotted(hidden, m.b(hidden))
+
+    assert not pg.auto_spec(Net(forward, a=lin(5, 6), b=lin(6, 2)), (X,)).moving
