@@ -9,6 +9,10 @@ class CaptureError(PermgraphError):
     """The model could not be run, or no example input for it was found."""
 
 
+class NoInputsError(CaptureError):
+    """No example input with which the model runs was found; the message lists what was tried."""
+
+
 class SpecError(PermgraphError, ValueError):
     """A specification is malformed, or contradicts itself."""
 

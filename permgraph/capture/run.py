@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import itertools
 import logging
+import re
 import time
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -33,7 +33,7 @@ from permgraph.capture.subject import Subject, unwrap
 from permgraph.capture.surroundings import calm, make_transparent
 from permgraph.capture.twin import as_parameter_like, copy_with, make_twin
 from permgraph.elsewhere import fully_sharded
-from permgraph.errors import CaptureError
+from permgraph.errors import CaptureError, NoInputsError
 
 logger = logging.getLogger(__name__)
 
@@ -117,19 +117,20 @@ def capture(
             tried.append((f"{candidate.finder}: {candidate.describe()}", failure.cause))
             logger.debug("%s: candidate failed: %s: %s", name, tried[-1][0], _first_line(failure.cause))
     listing = "\n".join(_listing(tried)) if tried else "  (no finder had a candidate)"
-    raise CaptureError(
+    raise NoInputsError(
         f"no example inputs for {name} were found; it takes {_signature(subject.core)}. Tried:\n{listing}\n"
         "Pass example_inputs=(...) or example_kwargs={...} with which model(*example_inputs, **example_kwargs) runs."
     ) from first
 
 
 def _listing(tried: list[tuple[str, BaseException | None]]) -> list[str]:
-    """What was tried, a line each, and one for all that follow one another and failed alike."""
+    """What was tried, a line for all that failed alike: for the same reason, but for the sizes that it names."""
+    alike: dict[str, tuple[str, list[str]]] = {}
+    for text, error in tried:
+        cause = f"{type(error).__name__}: {_first_line(error)}" if error else ""
+        alike.setdefault(re.sub(r"\d+(, \d+)*", "#", cause), (cause, []))[1].append(text)
     lines = []
-    for cause, same in itertools.groupby(
-        tried, lambda pair: pair[1] and f"{type(pair[1]).__name__}: {_first_line(pair[1])}"
-    ):
-        described = [text for text, _ in same]
+    for cause, described in alike.values():
         more = f" and {len(described) - 2} more" if len(described) > 3 else ""
         shown = described[:2] if more else described
         lines.append(f"  {', '.join(shown)}{more}{f': {cause}' if cause else ''}")

@@ -154,7 +154,6 @@ def _arrays(path: Path) -> dict[str, torch.Tensor]:
     return dict(open_checkpoint(path))
 
 
-
 # --- folders ----------------------------------------------------------------------------------------------------------
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from permgraph.errors import CaptureError, MissingExtraError, PermgraphError
+from permgraph.errors import CaptureError, MissingExtraError, NoInputsError, PermgraphError
 from permgraph.infer import auto_spec
 from permgraph.spec import PermutationSpec
 
@@ -71,13 +71,24 @@ def spec_of(model: str, inputs: list[str] | None = None) -> PermutationSpec:
     Args:
         model: a file that `PermutationSpec.save` wrote, or one of the `FORMS`.
         inputs: example inputs as text, see `parse_inputs`.
+
+    Raises:
+        CaptureError: there is no such file or model, or it does not run; without inputs, because none were found.
+        SpecError: the file holds no spec.
     """
     if model.endswith(SPEC_SUFFIXES) and ".py:" not in model:
         if not Path(model).is_file():
             raise CaptureError(f"{model}: no such file")
         return PermutationSpec.load(model)
     args, kwargs = parse_inputs(inputs or [])
-    return auto_spec(build(model), args or None, kwargs or None)
+    try:
+        return auto_spec(build(model), args or None, kwargs or None)
+    except NoInputsError as error:
+        found_none = str(error).splitlines()[0].removesuffix(" Tried:")
+        raise CaptureError(
+            f"{found_none} Give the shape of one: --input 1,3,224,224, int:2,16 for whole numbers, or name=2,16; "
+            "--debug lists what was tried"
+        ) from error
 
 
 def names_on_disk(model: str, keys: Sequence[str]) -> dict[str, str]:

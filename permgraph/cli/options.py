@@ -19,6 +19,11 @@ from permgraph.cli.models import FORMS
 MATCHING = "How to match"
 DATA = "Data"
 
+Inputs = Annotated[
+    list[str] | None,
+    typer.Option("--input", "-i", help="Shape of an example input: 1,3,224,224 or input_ids=int:2,16."),
+]
+
 
 def spread(command: Callable[..., None]) -> Callable[..., None]:
     """The command with each parameter that is a dataclass replaced by one option for each of the dataclass's fields."""
@@ -127,6 +132,7 @@ class Subject:
         ),
     ] = None
     spec_file: Annotated[Path | None, typer.Option("--spec", help="A saved spec, in place of --model.")] = None
+    inputs: Inputs = None
     leave: Annotated[
         list[str] | None,
         typer.Option("--leave", help="Pattern of keys that the model does not know: leave them as they are."),

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from permgraph.cli.models import spec_of
-from permgraph.cli.options import Shown
+from permgraph.cli.options import Inputs, Shown
 from permgraph.cli.screen import Screen, table
 from permgraph.cli.structure import Model
 from permgraph.planning import Estimate, calibrate, estimate
@@ -18,6 +18,7 @@ from permgraph.planning import Estimate, calibrate, estimate
 def plan(
     model: Model,
     *,
+    inputs: Inputs = None,
     dtype_bytes: Annotated[int, typer.Option(help="Bytes of one weight in the checkpoint: 2 for bf16.")] = 4,
     passes: Annotated[int, typer.Option(help="Passes over all groups to count with.")] = 6,
     workers: Annotated[list[int] | None, typer.Option(help="Numbers of workers to show.")] = None,
@@ -32,7 +33,7 @@ def plan(
     """
     with Screen(shown) as screen:
         with screen.stage("finding symmetries"):
-            cost = estimate(spec_of(model))
+            cost = estimate(spec_of(model, inputs))
         with screen.stage("measuring this machine"):
             rates = calibrate(calibration)
         shards = workers or [1, 2, 8, 64]
@@ -60,7 +61,7 @@ def _plan_text(cost: Estimate, data: dict[str, Any], seconds: dict[str, dict[int
     rows = [
         ("weights", f"{cost.elements:,}"),
         ("steps", f"{len(cost.moves)}, in {len(cost.rounds)} rounds of steps that may run side by side"),
-        ("Gram matrices, a pass", f"{cost.flops / 1e9:,.1f} GFLOP"),
+        ("Gram matrices, a pass", f"{cost.flops / 1e9:,.3g} GFLOP"),
         ("assignments, a pass", ", ".join(problems) + (", ..." if len(cost.problems) > 8 else "")),
         ("largest Gram matrices", _size(cost.gram)),
         ("memory, all in memory", _size(data["memory"]["in memory"])),

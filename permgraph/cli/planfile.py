@@ -3,6 +3,7 @@
 ::
 
     model: net.py:Net                  # as MODEL elsewhere
+    input: ["2,16000"]                 # shapes of example inputs, where none are found
     networks: runs/*.safetensors       # or name: checkpoint, for each
     pairs: all                         # or ordered, first, or a list of [a, b]
     matchers:
@@ -43,7 +44,19 @@ from permgraph.matching import Matcher
 from permgraph.studies import StudyPlan
 from permgraph.studies.fingerprint import fingerprint
 
-KEYS = ("model", "networks", "pairs", "matchers", "seeds", "data", "recalibrate", "points", "threads", "unaligned")
+KEYS = (
+    "model",
+    "input",
+    "networks",
+    "pairs",
+    "matchers",
+    "seeds",
+    "data",
+    "recalibrate",
+    "points",
+    "threads",
+    "unaligned",
+)
 
 
 @dataclass(frozen=True)
@@ -96,7 +109,7 @@ def read_plan(path: Path, screen: Screen) -> StudyPlan:
             raise StudyError(f"{path}: it has no {key!r}")
     model = _anchored(str(content["model"]), root)
     with screen.stage("finding symmetries"):
-        spec = spec_of(model)
+        spec = spec_of(model, _inputs(content.get("input"), path))
     module = build(model, device=None).eval()
     checkpoints = {name: open_checkpoint(file) for name, file in _networks(content["networks"], root, path).items()}
     networks = {name: _state(checkpoint, spec, module, model, screen) for name, checkpoint in checkpoints.items()}
@@ -150,6 +163,13 @@ def _yaml(path: Path) -> Any:
         raise StudyError(f"{path}: not YAML: {in_one_line(error)}") from error
     except TypeError as error:  # a key that is a list or a mapping
         raise StudyError(f"{path}: {error}") from error
+
+
+def _inputs(entry: Any, path: Path) -> list[str] | None:
+    texts = [entry] if isinstance(entry, str) else entry
+    if texts is not None and not (isinstance(texts, list) and all(isinstance(text, str) for text in texts)):
+        raise StudyError(f"{path}: input: give a text, or a list of texts, as in '1,3,224,224'")
+    return texts
 
 
 def _networks(entry: Any, root: Path, path: Path) -> dict[str, Path]:

@@ -13,7 +13,7 @@ from permgraph.capture.outputs import tensor_leaves
 from permgraph.capture.surroundings import make_transparent
 from permgraph.cli.checkpoints import fitted, require_finite, whole_state
 from permgraph.cli.models import FORMS, build, parse_inputs, spec_of
-from permgraph.cli.options import Shown, complete_model
+from permgraph.cli.options import Inputs, Shown, complete_model
 from permgraph.cli.report import PAGE, check_page
 from permgraph.cli.screen import SAYS_NO, Screen, table
 from permgraph.errors import CaptureError
@@ -25,10 +25,6 @@ from permgraph.verify import verify as verify_spec
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help=f"{FORMS}. Or a saved spec.", autocompletion=complete_model)
-]
-Inputs = Annotated[
-    list[str] | None,
-    typer.Option("--input", "-i", help="Shape of an example input: 1,3,224,224 or input_ids=int:2,16."),
 ]
 
 
@@ -132,6 +128,7 @@ def diff(
     spec_a: Annotated[str, typer.Argument(metavar="SPEC_A", help="A saved spec, or a MODEL.")],
     spec_b: Annotated[str, typer.Argument(metavar="SPEC_B", help="Another.")],
     *,
+    inputs: Inputs = None,
     shown: Shown,
 ) -> None:
     """Tell how two specs differ. Exit code 0 if they do not, 1 if they do.
@@ -142,7 +139,7 @@ def diff(
     """
     with Screen(shown) as screen:
         with screen.stage("finding symmetries"):
-            one, other = spec_of(spec_a), spec_of(spec_b)
+            one, other = spec_of(spec_a, inputs), spec_of(spec_b, inputs)
         differences = one.diff(other)
         screen.result(
             {"same": not differences, "differences": list(differences)}, "\n".join(differences) or "no difference"

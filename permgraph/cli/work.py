@@ -240,7 +240,7 @@ def _spec(model: str, subject: Subject, reference: Checkpoint, screen: Screen) -
             f"{reference.path} does not say what it holds the weights of: say --model {FORMS}; or --spec FILE"
         )
     with screen.stage("finding symmetries"):
-        return spec_of(model)
+        return spec_of(model, subject.inputs)
 
 
 def resumed(

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 import permgraph as pg
 from permgraph.cli.app import app
 from permgraph.cli.models import spec_of
-from tests.cli.networks import Net, Normed, loader
+from tests.cli.networks import Net, Normed, Waves, loader
 
 NETWORKS = Path(__file__).with_name("networks.py")
 NET = f"{NETWORKS}:Net"
@@ -99,6 +99,36 @@ def test_example_inputs_by_shape(run: Run) -> None:
     run("spec", NET, "--input", "2,5")
     run("spec", f"{NETWORKS}:Tied", "--input", "tokens=int:2,4")
     assert "give a shape" in run("spec", NET, "--input", "2x5", code=2).stderr
+
+
+def test_where_no_example_input_is_found_every_command_takes_one(run: Run) -> None:
+    model, shape = f"{NETWORKS}:Waves", ("--input", "2,3700")
+    for seed, name in enumerate(("a.pt", "b.pt")):
+        torch.manual_seed(seed)
+        torch.save(Waves().state_dict(), name)
+    torch.save({"x": torch.randn(8, 3700), "y": torch.arange(8) % 3}, "data.pt")
+    commands: list[tuple[str, ...]] = [
+        ("spec", model, "-o", "spec.json"),
+        ("explain", model, "up.weight", "0"),
+        ("diff", "spec.json", model),
+        ("verify", model),
+        ("plan", model, "--calibration", "0.01"),
+        ("align", "a.pt", "b.pt", "-m", model, "-o", "aligned.pt"),
+        ("merge", "a.pt", "b.pt", "-m", model, "-o", "merged.pt"),
+        ("barrier", "a.pt", "b.pt", "-m", model, "--data", "data.pt", "--points", "3"),
+    ]
+    for command in commands:
+        said = run(*command, code=2).stderr
+        assert "no example inputs for Waves were found; it takes forward(wave: " in said
+        assert "--input 1,3,224,224" in said and "Tried" not in said
+        assert len(said.splitlines()) == 1
+        run(*command, *shape)
+
+
+def test_what_was_tried_is_listed_for_debug(run: Run) -> None:
+    result = CliRunner().invoke(app, ["spec", f"{NETWORKS}:Waves", "--debug"])
+    assert result.exit_code == 2
+    assert "37 samples, not 3700" in result.stderr
 
 
 def test_explain(run: Run) -> None:

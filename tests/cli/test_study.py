@@ -18,7 +18,7 @@ from permgraph.cli.app import app
 from permgraph.cli.options import Shown
 from permgraph.cli.planfile import read_plan
 from permgraph.cli.screen import Screen
-from tests.cli.networks import Net, loader
+from tests.cli.networks import Net, Waves, loader
 
 NETWORKS = Path(__file__).with_name("networks.py")
 Run = Callable[..., Any]
@@ -137,3 +137,22 @@ def test_what_a_match_will_cost(run: Run) -> None:
     assert set(found["seconds"]["streamed"]) == {"1", "4"}
     text = run("plan", model, "--calibration", "0.1").stdout
     assert "3 of 64" in text and "workers" in text
+
+
+def test_a_plan_gives_the_shapes_of_inputs_that_are_not_found(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    for seed in range(2):
+        torch.manual_seed(seed)
+        save_file(Waves().state_dict(), tmp_path / "runs" / f"n{seed}.safetensors")
+    text = f"model: {NETWORKS}:Waves\nnetworks: runs/*.safetensors\nmatchers: {{weights: {{}}}}\n"
+    plan = tmp_path / "plan.yaml"
+    for given, code in (
+        ("", 2),
+        ("input: 3\n", 2),
+        ("input: [2]\n", 2),
+        ("input: 2,3700\n", 0),
+        ("input: ['2,3700']\n", 0),
+    ):
+        plan.write_text(text + given)
+        said = run("study", plan, "--store", tmp_path / "store", "--dry-run", code=code)
+        assert code == 0 or "shape" in said.stderr or "input: give a text" in said.stderr
