@@ -14,26 +14,32 @@ from typing import Any
 
 from torch import nn
 
+from permgraph.capture.remains import Remains, defining_modules
+
 
 @contextlib.contextmanager
 def caches_emptied(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Forgets, before and after, what is cached by the functions of the Python modules that define these modules."""
+    """Forgets, before and after, what is cached by the functions of the Python modules that define these modules.
+
+    What the pass keeps in these modules by other means is taken away again, see `permgraph.capture.remains`.
+    """
+    modules = list(modules)
     found = list(function_caches(modules))
     for cache in found:
         cache.cache_clear()
+    remains = Remains(modules)
     try:
         yield
     finally:
+        remains.put_back()
         for cache in found:
             cache.cache_clear()
 
 
 def function_caches(modules: Iterable[nn.Module]) -> Iterator[Any]:
     """The caches around functions and methods where the classes of these modules, and those they derive from, stand."""
-    classes = {cls for kind in {type(module) for module in modules} for cls in kind.__mro__}
-    names = {cls.__module__ for cls in classes if not cls.__module__.startswith(("torch.", "builtins"))}
     seen: set[int] = set()
-    for name in sorted(names):
+    for name in defining_modules(modules):
         for value in list(vars(sys.modules.get(name, object)).values()):
             inner = list(vars(value).values()) if isinstance(value, type) and value.__module__ == name else [value]
             for function in inner:

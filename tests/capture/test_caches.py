@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -79,3 +79,45 @@ def test_what_a_capture_computes_does_not_reach_the_caller() -> None:
     assert pg.verify(model, spec, (x,)).passed
     assert model(x).dtype == torch.float32
     assert spec.moving == {}, "each unit has a place of its own, whether its table was cached or not"
+
+
+TABLES: dict[str, Any] = {}
+
+
+def counted(count: int, made: dict[int, Tensor] = {}) -> Tensor:  # noqa: B006
+    if count not in made:
+        made[count] = torch.ones(count)
+    return made[count]
+
+
+class Keeps(nn.Module):
+    """Keeps tables where a copy of the model does not reach."""
+
+    kept: Any = None
+    nested: ClassVar[dict[str, dict[int, Tensor]]] = {"inner": {}}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        if "plain" not in TABLES:
+            TABLES["plain"] = torch.ones(6)
+            counted.made = torch.ones(6)  # type: ignore[attr-defined]
+            type(self).kept = torch.ones(6, dtype=y.dtype)
+        self.nested["inner"].setdefault(6, torch.ones(6, dtype=y.dtype))
+        kept = TABLES["plain"] + counted(6) + counted.made + self.kept + self.nested["inner"][6]  # type: ignore[attr-defined]
+        return self.second(y * kept.to(y.dtype))  # type: ignore[no-any-return]
+
+
+def test_tables_kept_outside_the_model_are_not_left_behind() -> None:
+    model, x = Keeps().eval(), torch.randn(4, 3)
+    spec = pg.auto_spec(model, (x,))
+    assert pg.verify(model, spec, (x,))
+    assert TABLES == {} and Keeps.kept is None and Keeps.nested == {"inner": {}} and not hasattr(counted, "made")
+    first = model(x)
+    assert type(first) is Tensor and first.dtype == torch.float32
+    kept = TABLES["plain"]
+    assert list(pg.auto_spec(model, (x,)).moving) == list(spec.moving)
+    assert TABLES["plain"] is kept and torch.equal(model(x), first)  # what was there before is there still
