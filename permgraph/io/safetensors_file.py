@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import mmap
@@ -170,7 +171,7 @@ def write_safetensors(
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     raw += b" " * (-len(raw) % 8)  # so that the data is aligned
     digest = hashlib.sha256()
-    for content in (len(raw).to_bytes(8, "little"), raw, *_contents(formats, tensors)):
+    for content in itertools.chain((len(raw).to_bytes(8, "little"), raw), _contents(formats, tensors)):
         file.write(content)
         digest.update(content)
     return digest.hexdigest()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import weakref
 from collections import namedtuple
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,8 @@ from safetensors.torch import load_file, save_file
 from permgraph.errors import CheckpointError
 from permgraph.io import Staging, open_checkpoint, write_checkpoint
 from permgraph.io import write as module
+from permgraph.io.safetensors_file import write_safetensors
+from permgraph.io.tensors import TensorFormat
 
 JOB = {"what": "double"}
 
@@ -230,3 +235,22 @@ def test_a_disk_that_fills_up_on_the_way(tmp_path: Path, suffix: str) -> None:
     written = open_checkpoint(out)
     assert all(torch.equal(written[name], 2 * tensor) for name, tensor in state.items())
     assert not left.exists()
+
+
+def test_a_shard_is_written_one_tensor_at_a_time() -> None:
+    """However large it is: none of those that went out is kept."""
+    formats = {f"w{number}": TensorFormat(torch.float32, (50,)) for number in range(20)}
+    alive: list[weakref.ref[torch.UntypedStorage]] = []
+    most = 0
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        nonlocal most
+        for name in formats:
+            tensor = torch.zeros(50)
+            alive.append(weakref.ref(tensor.untyped_storage()))
+            yield name, tensor
+            del tensor
+            most = max(most, sum(one() is not None for one in alive))
+
+    write_safetensors(io.BytesIO(), formats, tensors(), {})
+    assert 1 <= most <= 2
