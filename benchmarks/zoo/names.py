@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import inspect
 import itertools
 import warnings
@@ -137,11 +138,17 @@ def heads_names() -> list[str]:
 
 def transformers_model(name: str) -> Iterator[nn.Module]:
     from transformers.models.auto import modeling_auto
+    from transformers.models.auto.configuration_auto import model_type_to_module_name
 
     head, _, cls_name = name.rpartition("/")
     mapping = HEADS[head] if head else "MODEL_MAPPING"
     table = getattr(modeling_auto, mapping)
-    cls = table._load_attr_from_module(_model_types(mapping)[cls_name], cls_name)
+    model_type = _model_types(mapping)[cls_name]
+    try:
+        cls = table._load_attr_from_module(model_type, cls_name)
+    except ValueError:  # listed, and not exported: it lies beside the model that it is a part of
+        package = model_type_to_module_name(model_type)
+        cls = getattr(importlib.import_module(f"transformers.models.{package}.modeling_{package}"), cls_name)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield from small_models(cls)

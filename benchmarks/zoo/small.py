@@ -14,7 +14,7 @@ import copy
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, TypeGuard
 
@@ -22,6 +22,8 @@ import torch
 from torch import nn
 
 VOCABULARY = 320
+#: So many of the tokens stand for pieces of pictures, where a model writes pictures as text.
+PICTURES = 100
 SPECIAL = re.compile(r"(_token_id|_token_index|_token)$|^(image|video|audio)_token")
 DEPTH = re.compile(
     r"(num|n)_?(\w*_)?(hidden_)?(layers?|blocks?|stages_layers)$|^(n_layers?|depth|num_block|layers|encoder_layers|"
@@ -82,6 +84,8 @@ SHRINKS = (
     Shrink(4, 2, 16), Shrink(1, 2), Shrink(1, 2, experts=False), Shrink(1, 2, vocabulary=False, experts=False),
     Shrink(8, 1000, 8), Shrink(1, 1000, vocabulary=False, experts=False),
 )  # fmt: skip
+#: What two configurations may differ in, though their models have the same sizes.
+TOLD_APART = re.compile(r'"(?:partial_rotary_factor|mrope_section|out_indices)": (?:\[[^]]*\]|[^,}]*)')
 #: A model with more parameters than this is not built.
 LARGEST = 200_000_000
 
@@ -97,7 +101,7 @@ def small_models(cls: type[nn.Module]) -> Iterator[nn.Module]:
         try:
             with torch.device("meta"):
                 sizes = tuple(p.numel() for p in _build(cls, copy.deepcopy(config)).parameters())
-            alike = (*sizes, *re.findall("partial_rotary_factor.*", config.to_json_string()))
+            alike = (*sizes, *TOLD_APART.findall(" ".join(config.to_json_string().split())))
             if sum(sizes) > LARGEST:
                 raise ValueError(f"{sum(sizes) / 1e6:.0f} million parameters are more than this sweep builds")
             if alike in seen:
@@ -121,7 +125,8 @@ def configs(config_class: Any) -> Iterator[Any]:
     """Small configurations, the smallest first."""
     default = filled(_default(config_class))
     for shrink in SHRINKS:
-        for start in (*backbones(default), *([rotary] if shrink.heads and (rotary := half_turned(default)) else [])):
+        others = (half_turned(default), sectioned(default, config_class)) if shrink.heads else ()
+        for start in (*backbones(default), *(other for other in (*others, staged(default)) if other)):
             with contextlib.suppress(Exception):
                 yield config_class.from_dict(filled(shrunk(agreed(start, 8 if shrink.heads else None), shrink)))
     yield config_class()
@@ -131,13 +136,17 @@ def backbones(config: dict[str, Any]) -> list[dict[str, Any]]:
     """The configuration, and before it, where timm builds a part of it, those in which that part is smaller."""
     # One of timm's builders takes this, another that; those that take neither are tried, and fail, before what follows.
     given = ({"depth": 2}, {"channel_multiplier": 0.25}, {"layers": (1, 1, 1, 1, 1)})
-    return [smaller for one in given if (smaller := _built_with(config, one)) != config] + [config]
+    found = [smaller for one in given if (smaller := _built_with(config, one)) != config] + [config]
+    if len(found) > 1:  # a configuration that names no builder has timm's residual network, where a transformer is due
+        found.append(_built_with(config, {"depth": 2, "embed_dim": 192}, "vit_tiny_patch16_224"))
+    return found
 
 
-def _built_with(config: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    found = {name: _built_with(part, given) if _is_nested(part) else part for name, part in config.items()}
+def _built_with(config: dict[str, Any], given: dict[str, Any], builder: str | None = None) -> dict[str, Any]:
+    found = {name: _built_with(part, given, builder) if _is_nested(part) else part for name, part in config.items()}
     if "architecture" in config:
         found["model_args"] = {**(config.get("model_args") or {}), **given}
+        found["architecture"] = builder or config["architecture"]
     return found
 
 
@@ -149,6 +158,31 @@ def half_turned(config: dict[str, Any]) -> dict[str, Any] | None:
     for name, part in config.items():
         if _is_nested(part) and (inner := half_turned(part)) is not None:
             found[name] = inner
+    return None if found == config else found
+
+
+def sectioned(config: dict[str, Any], config_class: Any) -> dict[str, Any] | None:
+    """A rotary embedding of several axes, where a class knows of their sections and its defaults do not say them."""
+    found = dict(config)
+    rotary, size = config.get("rope_parameters"), config.get("head_dim") or 0
+    known = "mrope_section" in getattr(config_class, "ignore_keys_at_rope_validation", ())
+    if known and _is_size(size) and isinstance(rotary, dict) and not rotary.get("mrope_section"):
+        found["rope_parameters"] = {**rotary, "mrope_section": [size // 8] * 4}
+    for name, inner in getattr(config_class, "sub_configs", {}).items():
+        if _is_nested(part := config.get(name)) and (changed := sectioned(part, inner)) is not None:
+            found[name] = changed
+    return None if found == config else found
+
+
+def staged(config: dict[str, Any]) -> dict[str, Any] | None:
+    """A part that hands on what each of its stages gives, and not only the last, in as many channels as are taken."""
+    found = dict(config)
+    for name, part in config.items():
+        if _is_nested(part) and isinstance(names := part.get("stage_names"), list) and len(names) > 2:
+            found[name] = {**part, "out_features": names[1:], "out_indices": list(range(1, len(names)))}
+            given = part.get("stage_out_channels")
+            lists = (key for key in config if key.endswith("_list_out_channels"))
+            found.update({key: list(given) for key in lists if isinstance(given, list)})
     return None if found == config else found
 
 
@@ -166,6 +200,7 @@ def _default(config_class: Any) -> dict[str, Any]:
 HANDED_ON = ("out_hidden_size", "text_hidden_size", "adapter_out_dim", "output_dim", "projection_dim")
 #: Layers of a tower from which its features are taken, counted from either end.
 TAKEN = re.compile(r"^(vision|audio)_feature_layers?$")
+HOOKS = re.compile(r"_hook_ids$")
 
 
 def agreed(config: dict[str, Any], side: int | None) -> dict[str, Any]:
@@ -208,27 +243,51 @@ def filled(config: dict[str, Any]) -> dict[str, Any]:
     depth = layers if _is_size(layers) else 0
     missing = {
         "prediction_length": 24, "rope_theta": 10000.0, "n_routed_experts": 8, "n_shared_experts": 1,
-        "num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 128,
+        "num_experts": 8, "top_k_experts": 2, "num_experts_per_tok": 2, "moe_intermediate_size": 128,
         "num_key_value_heads": heads, "head_dim": size,
         "layer_types": _alternating("conv", "full_attention", depth),
         "mlp_layer_types": _alternating("dense", "sparse", depth),
         "vocab_size": VOCABULARY, "pad_token_id": 0,
-        "image_token_id": VOCABULARY - 70, "video_token_id": VOCABULARY - 71, "audio_token_id": VOCABULARY - 72,
+        "image_token_id": VOCABULARY - 70, "image_token_index": VOCABULARY - 70,
+        "video_token_id": VOCABULARY - 71, "audio_token_id": VOCABULARY - 72,
+        "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": size, "indexer_budget": 8,
+        "indexer_compress_ratio": 4,
+        "downsample_rate": "1/2",
+        "deepstack_layer_map": [[-1, 0]],  # layers of a tower, and those of the text to which each is added
+        "vocabulary_map": {name: token for token, name in enumerate(_picture_tokens())} | {"<image>": VOCABULARY - 70},
     }  # fmt: skip
+    if "backbone_config" not in config:
+        missing["backbone"] = "resnet18"
     found = {name: missing.get(name) if value is None else value for name, value in config.items()}
+    if found.get("projector_scale_factors") == []:  # of no features there would be nothing to detect anything in
+        found |= {"projector_scale_factors": [1.0], "num_feature_levels": 1}
+    if isinstance(builder := config.get("archirecture"), str):  # so spelt among the defaults, and then not heard
+        found["architecture"] = builder
     rotary, kinds = found.get("rope_parameters"), found.get("layer_types")
     if rotary == {} and isinstance(kinds, list):  # each kind of layer has its own
         found["rope_parameters"] = {kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in set(kinds)}
     if _is_size(heads) and _is_size(width) and "head_dim" not in config and width % heads:
         found["num_attention_heads"] = next(fewer for fewer in range(heads, 0, -1) if width % fewer == 0)
-    parts = {name: filled(value) for name, value in found.items() if _is_nested(value)}
+    parts = {name: filled(value) for name, value in found.items() if _is_nested(value) and name != "vocabulary_map"}
     for name, part in parts.items():  # what the one leaves to the other
+        if name == "text_config":
+            part.setdefault("dropout_rate", 0.0)
+        if config.get("vocabulary_map", 0) is None:  # as many pictures' tokens as there are names for
+            part |= {key: PICTURES for key in ("num_embeddings", "codebook_size") if key in part}
         if name.startswith("attn_") and isinstance(rotary, dict) and "rope_theta" in rotary:
             part.setdefault("rope_theta", rotary["rope_theta"])
             part["clip_qkv"] = part.get("clip_qkv") or 100.0
         if _is_size(heads) and "num_key_value_heads" in part:
             found.setdefault("num_key_value_heads", heads)
     return {**found, **parts}
+
+
+def _picture_tokens() -> Iterator[str]:
+    """Names of the tokens that stand for pieces of pictures, in the two spellings that are in use, and of their end."""
+    yield "<|extra_200|>"
+    for at in range(PICTURES):
+        yield "IMGIMG" + "".join(chr(ord("A") + int(digit)) for digit in str(at)) + "Z"
+        yield f"<|visual token {at:06d}|>"
 
 
 def _alternating(first: str, second: str, count: int) -> list[str] | None:
@@ -257,6 +316,8 @@ def shrunk(config: dict[str, Any], shrink: Shrink, widths: Mapping[int, int] | N
             found[name] = dict(value) if "architecture" in value else shrunk(value, shrink, widths)
         elif TAKEN.search(name):
             found[name] = _taken(value, shrink.depth)
+        elif HOOKS.search(name) and isinstance(value, list):
+            found[name] = [min(layer, shrink.depth - 1) for layer in value]
         elif _names_layers(name, value, layers):
             found[name] = [at for at, i in enumerate(kept) if i in value]
         elif INDICES.search(name) and _is_rising(value, layers):
@@ -264,7 +325,7 @@ def shrunk(config: dict[str, Any], shrink: Shrink, widths: Mapping[int, int] | N
         elif isinstance(value, (list, tuple)) and layers and len(value) == layers and not DEPTHS.search(name):
             found[name] = [value[i] for i in kept]
         elif _is_size(value) and name == "num_hidden_layers":
-            found[name] = len(kept)
+            found[name] = len(kept) if layers else value  # stages, which all stay
         elif _is_size(value) and DEPTH.search(name) and "num_hidden_layers" in config and layers and value < layers:
             found[name] = max(1, round(value * len(kept) / layers))  # so many of the layers are of some kind
         elif shrink.heads and HEADS.search(name) and _is_size(value):
@@ -449,6 +510,8 @@ def _smaller(name: str, value: Any, shrink: Shrink, factor: Fraction, widths: Ma
         return min(value, 2 if name.endswith("n_group") else 1)
     if value in widths and (WIDTH.search(name) or name.endswith(("_size", "_groups"))):
         return widths[value]
+    if name == "num_filters" and shrink.heads:  # doubled from stage to stage
+        return _divided(value, replace(shrink, least=4))
     if name.endswith("pos_feats") and 2 * value in widths:  # sines and cosines, which together are as wide
         return widths[2 * value] // 2
     if shrink.heads and INNER.search(name):

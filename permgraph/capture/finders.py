@@ -120,11 +120,22 @@ def _token_ids(model: nn.Module) -> Iterator[Tensor]:
 def _text_around_image(model: nn.Module) -> Iterator[Tensor]:
     config = getattr(model, "config", None)
     image = setting(config, "image_token_id", "image_token_index")
-    count = setting(config, "image_seq_length", "mm_tokens_per_image", "num_image_tokens")
+    count = setting(config, "image_seq_length", "mm_tokens_per_image", "num_image_tokens", "num_query_tokens")
     if isinstance(image, int) and isinstance(count, int):  # the places where the features of one image go
         ids = integers(min(vocabulary(model), image), BATCH, LENGTH)
         yield torch.cat([ids, torch.full((BATCH, count), image, device="cpu")], 1)
     yield from _token_ids(model)
+
+
+def _edges_in_patches(config: Any) -> Iterator[int]:
+    """The edge of an image that has to hold a number of patches, for windows of them or after it has been scaled."""
+    patch, windows, ratios = (setting(config, name) for name in ("patch_size", "num_windows", "scaled_images_ratios"))
+    if isinstance(patch, int) and isinstance(windows, int):
+        # Whole windows, and as many patches as there are queries, each of which takes one to begin with.
+        rows = math.isqrt(max(whole(setting(config, "num_queries"), 1) - 1, 0)) + 1
+        yield patch * windows * -(-rows // windows)
+    if isinstance(patch, int) and isinstance(ratios, (list, tuple)) and ratios:
+        yield math.ceil(patch / min(ratios))
 
 
 def _pixels(model: nn.Module) -> Iterator[Tensor]:
@@ -133,11 +144,22 @@ def _pixels(model: nn.Module) -> Iterator[Tensor]:
     channels = whole(setting(config, "num_channels", "in_channels", "in_chans"), first)
     frames = setting(config, "num_frames")
     common = sides(model)
+    for edge in _edges_in_patches(config):
+        yield floats(model, BATCH, channels, edge, edge)
     # Reduced keys (a grid of one eighth and the like) are one single key at 32, over which nothing can move.
     for height, width in dict.fromkeys([*named_sides(model), (64, 64), *common[:6]]):
         if isinstance(frames, int):
             yield floats(model, BATCH, frames, channels, height, width)
         yield floats(model, BATCH, channels, height, width)
+
+
+def _clips(model: nn.Module) -> Iterator[Tensor]:
+    """A few frames of each size that the model names; then what may be images as well."""
+    config = getattr(model, "config", None)
+    channels, frames = whole(setting(config, "num_channels", "in_chans"), 3), whole(setting(config, "num_frames"), 2)
+    for height, width in named_sides(model)[:2]:
+        yield floats(model, BATCH, frames, channels, height, width)
+    yield from _pixels(model)
 
 
 def _waveform(model: nn.Module) -> Iterator[Tensor]:
@@ -221,7 +243,8 @@ def _patches(model: nn.Module) -> Iterator[Tensor]:
 #: Makers of an argument's values, likeliest first, by the argument's name.
 BY_NAME: dict[str, Callable[[nn.Module], Iterator[Tensor]]] = {
     **dict.fromkeys(("input_ids", "decoder_input_ids", "token_ids", "tokens", "idx"), _token_ids),
-    **dict.fromkeys(("pixel_values", "pixel_values_videos"), _pixels),
+    "pixel_values": _pixels,
+    "pixel_values_videos": _clips,
     "input_values": _waveform,
     "inputs": _anything,
     "input_features": _spectrogram,

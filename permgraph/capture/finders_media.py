@@ -59,9 +59,22 @@ def from_images(model: nn.Module) -> Iterator[Candidate]:
             else:
                 for candidate in _completed(model, arguments):
                     yield (), candidate
-    if {"pixel_values_videos"} <= names and not text:
+    if "pixel_values_videos" in names and not text:
         for arguments in VIDEOS[1](model, names):
             yield (), dict(arguments)
+
+
+@input_finder("sound over text")
+def from_sound_over_text(model: nn.Module) -> Iterator[Candidate]:
+    """A text, and a sound whose features are added to it: as many as it has tokens."""
+    names = accepted(model)
+    if not {"input_ids", "input_features"} <= names or not accepted(model, "get_audio_features"):
+        return
+    if setting(getattr(model, "config", None), "audio_token_id", "audio_token_index") is not None:
+        return  # the features have places of their own
+    made = next(_that_run(model, "get_audio_features", SOUNDS[0], names), None)
+    if made is not None:
+        yield (), {"input_ids": integers(vocabulary(model), BATCH, made[1]), **made[0]}
 
 
 class _Features(nn.Module):

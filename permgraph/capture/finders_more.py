@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,7 +21,7 @@ from permgraph.capture.finders import (
     vocabulary,
     whole,
 )
-from permgraph.capture.forms import Arguments, accepted, image_of, ones, plain_images
+from permgraph.capture.forms import Arguments, accepted, image_of, ones, plain_images, spectrogram_widths
 from permgraph.capture.inputs import Candidate, input_finder
 
 
@@ -199,3 +200,57 @@ def from_image_places(model: nn.Module) -> Iterator[Candidate]:
         places = torch.arange(LENGTH + count, device="cpu").expand(BATCH, -1) < count
         for page in plain_images(model, frozenset({"pixel_values"})):
             yield (), {**page, "input_ids": ids, "image_embeds_position_mask": places}
+
+
+def _vector_widths(model: nn.Module) -> list[int]:
+    """What the first linear layers take, each width once."""
+    return list(dict.fromkeys(m.in_features for m in model.modules() if isinstance(m, nn.Linear)))[:4]
+
+
+@input_finder("vectors")
+def from_vectors(model: nn.Module) -> Iterator[Candidate]:
+    """Several sequences of vectors, each as wide as what one of the first linear layers takes."""
+    names = required(model)
+    if not 1 < len(names) < 4 or not all(name.endswith(("_embeds", "_states", "_features")) for name in names):
+        return
+    for chosen in itertools.product(_vector_widths(model), repeat=len(names)):
+        yield (), {name: floats(model, BATCH, LENGTH, width) for name, width in zip(names, chosen, strict=True)}
+
+
+@input_finder("actions")
+def from_actions(model: nn.Module) -> Iterator[Candidate]:
+    """What a robot is to do, as vectors, beside a text and what two cameras see."""
+    names = accepted(model)
+    config = getattr(model, "config", None)
+    image = setting(config, "image_token_id", "image_token_index")
+    if not {"action_embeds", "input_ids", "pixel_values", "pixel_attention_mask"} <= names or not isinstance(
+        image, int
+    ):
+        return
+    channels, patch, side = image_of(model)
+    places = torch.full((BATCH, 2 * (side // patch) ** 2), image, device="cpu")
+    ids = torch.cat([places, integers(min(vocabulary(model), image), BATCH, LENGTH)], 1)
+    seen = {
+        "input_ids": ids,
+        "pixel_values": floats(model, BATCH, 2, channels, side, side),
+        "pixel_attention_mask": ones(BATCH, 2, dtype=torch.bool),
+    }
+    for width in _vector_widths(model):
+        actions = floats(model, BATCH, 5, width)
+        if "attention_mask" in names:
+            yield (), {"action_embeds": actions, **seen, "attention_mask": ones(BATCH, ids.shape[1])}
+            yield (), {"action_embeds": actions, **seen, "attention_mask": ones(BATCH, ids.shape[1] + 5)}
+        yield (), {"action_embeds": actions, **seen}
+
+
+@input_finder("sound twice")
+def from_sound_twice(model: nn.Module) -> Iterator[Candidate]:
+    """A sound as a waveform and as a spectrogram, which has a frame for each hop of the former."""
+    hop = setting(getattr(model, "config", None), "hop_length")
+    if isinstance(hop, int) and set(required(model)) == {"input_values", "input_features"}:
+        wave = floats(model, BATCH, 1, 64 * hop)
+        for width in spectrogram_widths(model, getattr(model, "config", None)):
+            yield (), {"input_values": wave, "input_features": floats(model, BATCH, 64, width)}
+            yield (), {"input_values": wave, "input_features": floats(model, BATCH, width, 64)}
+        for width in _vector_widths(model):
+            yield (), {"input_values": wave, "input_features": floats(model, BATCH, 64, width)}

@@ -158,6 +158,16 @@ def _tiles(model: nn.Module, names: frozenset[str]) -> Iterator[Arguments]:
     yield found
 
 
+def _part_counts(model: nn.Module) -> list[int]:
+    """Into how many parts an image may be cut by the grids that a config lists, with the whole as one more."""
+    grids = setting(getattr(model, "config", None), "image_grid_pinpoints")
+    side = whole(setting(_vision(model), "image_size"), 0)
+    if not isinstance(grids, (list, tuple)) or side < 1:
+        return []
+    counts = (1 + math.prod(edge // side for edge in grid) for grid in grids if isinstance(grid, (list, tuple)))
+    return sorted(set(counts))[:6]
+
+
 #: Arguments that say more of a list of images.
 _MARKS = {"pixel_attention_mask", "image_sizes", "pixel_mask", "image_attention_mask"}
 
@@ -170,7 +180,7 @@ def _many_images(model: nn.Module, names: frozenset[str]) -> Iterator[Arguments]
     if "image_sizes" in names:
         sizes = torch.tensor([[side, side]] * BATCH, device="cpu")
         yield {"pixel_values": floats(model, BATCH, channels, side, side), "image_sizes": sizes}
-        for parts in (3, 5, 2):
+        for parts in dict.fromkeys((3, 5, 2, *_part_counts(model))):
             yield {"pixel_values": floats(model, BATCH, parts, channels, side, side), "image_sizes": sizes}
     if "image_attention_mask" in names and "image_encoder_embeddings" in names:  # which words see which image
         one = {"pixel_values": floats(model, BATCH, 1, channels, side, side)}
@@ -226,7 +236,7 @@ IMAGES: tuple[Form, ...] = (
 )  # fmt: skip
 
 
-def _widths(model: nn.Module, config: Any) -> list[int]:
+def spectrogram_widths(model: nn.Module, config: Any) -> list[int]:
     """How many numbers a frame of sound may have: by the config, and by the first layers of what hears."""
     names = ("num_mel_bins", "input_feat_size", "feature_size", "input_dim", "n_mels", "mel_bins", "input_size")
     named = setting(config, *names)
@@ -250,7 +260,9 @@ def _sound(model: nn.Module, names: frozenset[str]) -> Iterator[Arguments]:
         made = [floats(model, BATCH, 4001), floats(model, BATCH, 9600), floats(model, BATCH, 1, 9600)]
     else:
         positions = setting(audio, "max_source_positions")
-        for mels in _widths(model, audio) if key != "audio_mel" else [128, *_widths(model, audio)]:
+        for mels in (
+            spectrogram_widths(model, audio) if key != "audio_mel" else [128, *spectrogram_widths(model, audio)]
+        ):
             if isinstance(positions, int):
                 made.append(floats(model, BATCH, mels, 2 * positions))
             made += [floats(model, BATCH, 128, mels), floats(model, BATCH, mels, 128)]

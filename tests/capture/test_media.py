@@ -596,3 +596,172 @@ class Unnamed(nn.Module):
 def test_an_argument_whose_name_says_nothing_is_an_image_where_the_config_has_a_size() -> None:
     captured = capture(Unnamed())
     assert captured.inputs.finder == "huggingface" and arguments(captured) == {"inputs": (2, 3, 8, 8)}
+
+
+class Context(nn.Module):
+    """Takes two sequences, of which one is wider."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.narrow = nn.Linear(6, 5), nn.Linear(14, 6)
+
+    def forward(self, noise_embeds: Tensor, context_hidden_states: Tensor) -> Tensor:
+        return self.mix(noise_embeds + self.narrow(context_hidden_states).mean(1, keepdim=True))
+
+
+def test_sequences_of_vectors_are_each_as_wide_as_some_layer_takes() -> None:
+    captured = capture(Context())
+    assert captured.inputs.finder == "vectors"
+    assert arguments(captured) == {"noise_embeds": (2, 19, 6), "context_hidden_states": (2, 19, 14)}
+
+
+class Robot(nn.Module):
+    """Sees with two cameras, and reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(image_token_id=7, image_size=8, patch_size=4, num_channels=3, vocab_size=11)
+        self.act, self.words, self.sees = nn.Linear(10, 6), nn.Embedding(11, 6), nn.Conv2d(3, 6, 4, 4)
+
+    def forward(
+        self,
+        action_embeds: Tensor,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        pixel_attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        assert input_ids is not None and pixel_values is not None and pixel_attention_mask is not None
+        seen = self.sees(pixel_values.flatten(0, 1)).flatten(2).transpose(1, 2).reshape(2, -1, 6)
+        assert pixel_values.shape[:2] == pixel_attention_mask.shape and (input_ids == 7).sum() == 2 * seen.shape[1]
+        return torch.cat([self.words(input_ids), seen, self.act(action_embeds)], 1)
+
+
+def test_actions_stand_beside_what_two_cameras_see() -> None:
+    captured = capture(Robot())
+    assert captured.inputs.finder == "actions" and captured.unused == ()
+    assert arguments(captured)["action_embeds"] == (2, 5, 10) and arguments(captured)["pixel_values"] == (2, 2, 3, 8, 8)
+
+
+class HeardTwice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(hop_length=4, num_mel_bins=6)
+        self.wave, self.bands = nn.Conv1d(1, 5, 4, 4), nn.Linear(6, 5)
+
+    def forward(self, input_values: Tensor, input_features: Tensor) -> Tensor:
+        return self.wave(input_values).transpose(1, 2) + self.bands(input_features)
+
+
+def test_a_waveform_and_a_spectrogram_are_of_one_sound() -> None:
+    captured = capture(HeardTwice())
+    assert captured.inputs.finder == "sound twice"
+    assert arguments(captured) == {"input_values": (2, 1, 256), "input_features": (2, 64, 6)}
+
+
+class Overlaid(nn.Module):
+    """Adds what it hears to what it reads, token by token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(vocab_size=31, num_mel_bins=10)
+        self.words, self.hears = nn.Embedding(31, 6), nn.Conv1d(10, 6, 8, 8)
+
+    def get_audio_features(self, input_features: Tensor) -> Tensor:
+        return self.hears(input_features).transpose(1, 2)
+
+    def forward(self, input_ids: Tensor | None = None, input_features: Tensor | None = None) -> Tensor:
+        assert input_ids is not None and input_features is not None
+        return self.words(input_ids) + self.get_audio_features(input_features)
+
+
+def test_a_sound_over_a_text_has_as_many_features_as_that_has_tokens() -> None:
+    captured = capture(Overlaid())
+    assert captured.inputs.finder == "sound over text" and captured.unused == ()
+    assert arguments(captured) == {"input_ids": (2, 16), "input_features": (2, 10, 128)}
+
+
+class Windowed(nn.Module):
+    """Cuts an image into windows of patches, and takes the likeliest patches for its queries to begin with."""
+
+    main_input_name = "pixel_values"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(patch_size=4, num_windows=3, num_queries=70, image_size=10)
+        self.embed = nn.Conv2d(3, 6, 4, 4)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        patches = self.embed(pixel_values)
+        assert patches.shape[-1] % 3 == 0
+        return patches.flatten(2).topk(70, dim=-1).values
+
+
+def test_images_have_whole_windows_and_enough_patches_for_the_queries() -> None:
+    assert arguments(capture(Windowed())) == {"pixel_values": (2, 3, 36, 36)}
+
+
+class Scaled(nn.Module):
+    """Cuts patches from an image at several scales."""
+
+    main_input_name = "pixel_values"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(patch_size=40, scaled_images_ratios=[0.25, 1])
+        self.embed = nn.Conv2d(3, 6, 40, 40)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        small = nn.functional.interpolate(pixel_values, scale_factor=0.25)
+        return self.embed(small).mean((2, 3)) + self.embed(pixel_values).mean((2, 3))
+
+
+def test_images_are_large_enough_to_be_scaled() -> None:
+    assert arguments(capture(Scaled())) == {"pixel_values": (2, 3, 160, 160)}
+
+
+class Clips(nn.Module):
+    """Reads a text beside a video, and does not say how many frames it wants."""
+
+    main_input_name = "input_ids"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(vocab_size=31, image_size=8)
+        self.words, self.sees = nn.Embedding(31, 6), nn.Conv2d(3, 6, 4, 4)
+
+    def forward(self, input_ids: Tensor, pixel_values_videos: Tensor) -> Tensor:
+        batch, frames = pixel_values_videos.shape[:2]
+        seen = self.sees(pixel_values_videos.flatten(0, 1)).mean((2, 3)).unflatten(0, (batch, frames))
+        return self.words(input_ids) + seen.mean(1, keepdim=True)
+
+
+def test_a_few_frames_stand_beside_a_text() -> None:
+    assert arguments(capture(Clips())) == {"input_ids": (2, 19), "pixel_values_videos": (2, 2, 3, 8, 8)}
+
+
+class Cut(nn.Module):
+    """Takes an image in as many parts as one of the listed grids has, and the whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(vocab_size=31, image_size=8, patch_size=4, num_channels=3)
+        self.config.image_grid_pinpoints, self.config.image_token_id = [[8, 24], [16, 24]], 7
+        self.words, self.sees = nn.Embedding(31, 6), nn.Conv2d(3, 6, 8, 8)
+
+    def get_image_features(self, pixel_values: Tensor, image_sizes: Tensor) -> Tensor:
+        assert pixel_values.shape[1] == 7 and image_sizes.shape == (2, 2)
+        return self.sees(pixel_values.flatten(0, 1)).flatten(1).unflatten(0, (2, 7))
+
+    def forward(
+        self, input_ids: Tensor | None = None, pixel_values: Tensor | None = None, image_sizes: Tensor | None = None
+    ) -> Tensor:
+        assert input_ids is not None
+        if pixel_values is None or image_sizes is None:
+            return self.words(input_ids)
+        features = self.get_image_features(pixel_values, image_sizes)
+        return self.words(input_ids).masked_scatter((input_ids == 7)[..., None], features)
+
+
+def test_images_come_in_as_many_parts_as_the_listed_grids_have() -> None:
+    captured = capture(Cut())
+    assert captured.unused == () and arguments(captured)["pixel_values"] == (2, 7, 3, 8, 8)
