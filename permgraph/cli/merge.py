@@ -165,7 +165,7 @@ def _together(work: Work, staging: Staging, method: Method) -> tuple[Sequence[Pe
             if not isinstance(matcher, WeightMatching):
                 raise MismatchError("--method cycle-consistent matches by weights: take merge-many or reference")
             once = dataclasses.replace(matcher, restarts=1)
-            finder = CycleConsistent(restarts=matcher.restarts, ascent=once)
+            finder = CycleConsistent(restarts=matcher.restarts or 1, ascent=once)
         else:
             if isinstance(matcher, WeightMatching) and not work.from_barycentre:
                 matcher = dataclasses.replace(matcher, init="identity")

@@ -39,6 +39,7 @@ def data() -> Data:
 
 MATCHERS: dict[str, Any] = {
     "weights": WeightMatching(restarts=3),
+    "weights, as many runs as cost little": WeightMatching(),
     "weights, random order": WeightMatching(restarts=2, order="random", init="identity"),
     "streamed": StreamedWeightMatching(),
     "Frank-Wolfe": FrankWolfe(max_steps=4),
@@ -115,7 +116,7 @@ def test_between_two_restarts(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the first run had reached is not lost where the second only draws its beginning."""
     spec = SPECS["mlp"]
     a, b = state(spec, 1), state(spec, 2)
-    first = WeightMatching().match(a, b, spec, 0)
+    first = WeightMatching(restarts=1).match(a, b, spec, 0)
 
     def interrupted(*arguments: Any) -> None:
         raise KeyboardInterrupt
