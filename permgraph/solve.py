@@ -31,6 +31,7 @@ from permgraph.uniform import NONE, Uniform, known_values, uniform_dims, viewed_
 
 UNREAD = "no output depends on it"
 UNSEEN = "it met only zeros, as in the first step of a sequence, so that what it goes with is not known"
+UNSORTED = "it was searched for its largest elements, whose order was left open"
 MAX_RUNS = 6
 MAX_VISITS = 12
 
@@ -211,6 +212,7 @@ class _Run:
                         settled[call] = self._atoms_of(call)
             self._pin_ends()  # once more: only the rules have said which axes the values of tensors number
             self._pin_mirrored()
+            self._pin_unsorted()
             if not self.axes.has_families:  # then what was said once holds for good
                 return
             self._collapse_families()
@@ -315,6 +317,22 @@ class _Run:
             for tensor, dims, number in call.ledger.searched:
                 if self._meets_itself([tensor.dims[d] for d in dims]):
                     self._pin(number, tensor, EQUAL, free=frozenset(range(tensor.ndim)) - frozenset(dims))
+
+    def _pin_unsorted(self) -> None:
+        """Pin what was searched where the order in which the largest elements came out is seen by anything."""
+        found = [entry for call in self.calls for entry in call.ledger.unsorted]
+        before = -1
+        while found and before != self.axes.changes:
+            before = self.axes.changes
+            placeholders = (value for node, value in self.values.items() if node.op == "placeholder")
+            written = {
+                a for t in self._tensors_in(list(placeholders)) for axis in t.dims for a in self.axes.atoms(axis)
+            }
+            for searched, ranked, dim, number in found:
+                rank = self.axes.resolve(ranked.dims[dim])
+                if rank.kind is not Kind.ATOM or rank.pinned is not None or rank in written:
+                    self._pin(number, ranked, UNSORTED, free=frozenset(range(ranked.ndim)) - {dim})
+                    self._pin(number, searched, UNSORTED, free=frozenset(range(searched.ndim)) - {dim})
 
     def _meets_itself(self, axes: Sequence[Axis]) -> bool:
         """Whether one unpinned axis stands twice in the product of these."""

@@ -40,12 +40,15 @@ HOLLOW = "constant_pad_nd tril triu diag_embed eye repeat repeat_interleave"  # 
 JOINED = "cat stack scatter scatter_add scatter_reduce index_put index_add index_copy slice_scatter select_scatter"
 MIXED = "mm bmm mv addmm baddbmm addmv linear convolution"  # equal slices give equal slices
 
+ZEROING = "relu relu6 clamp clamp_min hardtanh hardsigmoid hardswish hardshrink softshrink threshold sign heaviside"
 FEW = 8  # so many elements of which each may be zero are all zero more often than by chance
 
 _FLAT, _SCALING, _LIMITS, _MOVED = (frozenset(names.split()) for names in (FLAT, SCALING, LIMITS, MOVED))
 _COMPARISONS, _PLACED = frozenset(COMPARISONS.split()), frozenset(PLACED.split())
 _HOLLOW, _JOINED, _MIXED = frozenset(HOLLOW.split()), frozenset(JOINED.split()), frozenset(MIXED.split())
 _BY_ELEMENT = frozenset([*ARITHMETIC.split(), *COPIES.split(), "where", "masked_fill"])
+_ZEROING = frozenset(ZEROING.split())
+_AS_IT_WAS = frozenset([*COPIES.split(), *PLACED.split(), *"view _unsafe_view reshape slice select split unbind".split()])
 _LOOKUPS = frozenset(["gather", "index", "index_select", "embedding"])
 
 
@@ -75,11 +78,14 @@ class _Search:
         self._stained: set[fx.Node] = set()  # the owners of written memory that has equal elements somewhere
         self._hollow: set[fx.Node] = set()  # what has equal slices (of written memory, its owner)
         self._tells: set[fx.Node] = set()  # masks that tell large elements from small
+        self._zeroed: set[fx.Node] = set()  # what may be zero where a mask, or a ReLU, says so
 
     def visit(self, node: fx.Node) -> None:
         val = node.meta.get("val")
         if node.op == "call_function" and self._is_telling(node):
             self._tells.add(node)
+        if self._is_zeroed(node, val):
+            self._zeroed.add(node)
         ndim = _widest(val)
         if node.op == "call_function" and self._is_hollow(node):
             self.grew |= self._home(node) not in self._hollow
@@ -142,11 +148,9 @@ class _Search:
             if product is None or _has_bias(node, name):
                 return False
             factors = ((product[0], product[1]), (product[2], product[3]))
-            return any(
-                s.meta["val"].shape[d] <= FEW and d % s.meta["val"].ndim in self.found.get(s, NONE) for s, d in factors
-            )
+            return any(source in self._zeroed and source.meta["val"].shape[d] <= FEW for source, d in factors)
         if name in _SCALING:
-            switches, switched = [s for s in sources if s in self.found], sources
+            switches, switched = [n for n in node.all_input_nodes if n in self._zeroed], sources
         elif name in ("where", "masked_fill"):
             given = [a for a in node.args if isinstance(a, fx.Node)]
             switches, switched = [n for n in given if n.meta["val"].dtype is torch.bool], sources
@@ -156,6 +160,15 @@ class _Search:
             return False
         dims = range(-_widest(node.meta["val"]), 0)
         return any(not self._varies(s, d) and any(self._varies(o, d) for o in switched) for s in switches for d in dims)
+
+    def _is_zeroed(self, node: fx.Node, val: object) -> bool:
+        if isinstance(val, torch.Tensor) and (val.dtype is torch.bool or (node.op == "placeholder" and _is_whole(val))):
+            return True
+        name = _name(node)
+        if name in _ZEROING:
+            return True
+        passing = name in _AS_IT_WAS or name in _SCALING or node.target is operator.getitem
+        return passing and any(source in self._zeroed for source in node.all_input_nodes)
 
     def _is_one_number(self, source: fx.Node) -> bool:
         same = self._uniform.get(source, NONE)
@@ -213,6 +226,10 @@ def _is_real(node: fx.Node) -> bool:
     val = node.meta.get("val")
     val = val[0] if isinstance(val, (list, tuple)) and val else val
     return isinstance(val, torch.Tensor) and (val.is_floating_point() or val.is_complex())
+
+
+def _is_whole(val: torch.Tensor) -> bool:
+    return not (val.is_floating_point() or val.is_complex())
 
 
 def _widest(val: object) -> int:

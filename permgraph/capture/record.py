@@ -96,7 +96,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._originals: dict[int, Tensor] = {}
         self._replaced: dict[int, Tensor] = {}
         self._last_placeholder: fx.Node | None = None
-        self._state_keys: dict[int, Hashable] = {}
+        self._keys: dict[int, Hashable] = {}  # where the memory of each tensor lay when its node was made
+        self._state: set[int] = set()
         self._by_memory: dict[Hashable, Tensor] = {}
         self._indexed = 0
 
@@ -125,7 +126,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for alias in aliases:
             self._bind(alias, node)
             self._originals[id(alias)] = tensor
-        self._state_keys[id(tensor)] = tensor_key(tensor)
+        self._state.add(id(tensor))
         return node
 
     def node_of(self, tensor: Tensor) -> fx.Node:
@@ -133,18 +134,35 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if id(tensor) in self._originals:  # a closure holds the caller's own tensor, which is not to be computed with
             self._replaced[id(tensor)] = self._originals[id(tensor)]
         node = self._nodes.get(id(tensor))
-        if node is not None and (key := self._state_keys.get(id(tensor))) is not None and key != tensor_key(tensor):
+        moved = node is not None and self._keys[id(tensor)] != tensor_key(tensor)
+        if moved and id(tensor) in self._state:
             node = None  # `parameter.data = ...` gave this object another tensor's memory
-        if node is None and (twin := self._same_memory(tensor)) is not None:
+        if (moved or node is None) and (twin := self._same_memory(tensor)) is not None:
             node = self._nodes[id(twin)]
             self._bind(tensor, node)
-            self._state_keys.pop(id(tensor), None)
+            self._state.discard(id(tensor))
         if node is None:
+            self._refuse_computed(tensor)
             names, stand_in = self._adopt(tensor)
             real = None if tensor.is_meta or isinstance(tensor, FakeTensor) else tensor
             node = self.placeholder("constant", names, stand_in, aliases=(tensor,), real=real)
             self._replaced[id(tensor)] = stand_in
         return node
+
+    def _refuse_computed(self, tensor: Tensor) -> None:
+        """Raises `CaptureError` for a tensor that was made of known ones without an operator that was seen."""
+        waiting, seen = [tensor.grad_fn], set()
+        while waiting:
+            step = waiting.pop()
+            if step is None or step in seen:
+                continue
+            seen.add(step)
+            waiting.extend(before for before, _ in step.next_functions)
+            if id(getattr(step, "variable", None)) in self._nodes:
+                raise CaptureError(
+                    f"a tensor of shape {tuple(tensor.shape)} was computed where operators cannot be observed, such as "
+                    "another thread: run the whole forward pass in the thread that calls it"
+                )
 
     def _same_memory(self, tensor: Tensor) -> Tensor | None:
         """A tensor seen before that is the same memory: `a.data = b` shares it without any operator."""
@@ -256,6 +274,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if id(tensor) not in self._nodes:
             self._alive.append(tensor)
         self._nodes[id(tensor)] = node
+        self._keys[id(tensor)] = tensor_key(tensor)
 
     def _bind_result(self, result: Any, node: fx.Node, module: str, source: str | None) -> None:
         if isinstance(result, Tensor):

@@ -115,6 +115,8 @@ class Ledger:
     unknown: list[int] = field(default_factory=list)
     taken: list[TypedTensor] = field(default_factory=list)  # of which a part was taken
     searched: list[tuple[TypedTensor, tuple[int, ...], int]] = field(default_factory=list)  # tensor, dims, node
+    # What was searched for its largest elements, in any order, and these; dimension, node.
+    unsorted: list[tuple[TypedTensor, TypedTensor, int, int]] = field(default_factory=list)
 
     def clear(self) -> None:
         for entries in vars(self).values():

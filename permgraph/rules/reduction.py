@@ -86,13 +86,19 @@ def _positions(call: Call, x: TypedTensor, dim: int, values: TypedTensor | None,
 
 @rule("aten.topk", "aten.sort", "aten.argsort")
 def ranking(call: Call) -> None:
-    """Values in order, and where they stood: an index of the dimension that was searched. The ranks stay put."""
+    """Values in order, and where they stood: an index of the dimension that was searched. The ranks stay put.
+
+    Where they need not be in order, their places among the values searched decide it, so that nothing may mind it.
+    """
     x = call["self"]
     dim = call.dim(x, default=-1)
     *values, indices = call.results
     _tell_equals_apart(call, x, [dim], indices)
     indices.value = x.dims[dim]
-    ranked = " ".join(f"r{dim}!" if i == dim else name for i, name in enumerate(_names(x)))
+    ordered = call.get("sorted", True) or indices.shape[dim : dim + 1] == (1,)
+    ranked = " ".join(f"r{dim}{'!' * ordered}" if i == dim else name for i, name in enumerate(_names(x)))
+    if not ordered:
+        call.ledger.unsorted.append((x, indices, dim, call.number))
     call.link(
         (x, " ".join(_names(x))), *((value, ranked) for value in values), (indices, f"{ranked} ; d{dim}"),
         why="an order of rank",

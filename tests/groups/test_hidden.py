@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import permgraph as pg
+from permgraph.errors import CaptureError
 from tests.groups.test_layouts import Net, lin, par
 
 X = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0))
@@ -89,6 +91,28 @@ def test_rows_of_zeros_tie_what_a_map_without_bias_makes_of_them(forward: Any, c
     assert str(spec.axes["t"][0]) == chosen
 
 
+def _in_any_order(m: Any, x: Tensor) -> Tensor:
+    return m.o(m.t[m.r(m.a(x)).topk(3, sorted=False).indices].sum(-2))
+
+
+def _by_rank(m: Any, x: Tensor) -> Tensor:
+    found = m.r(m.a(x)).topk(3, sorted=False)
+    return m.o((m.t[found.indices] * found.values.softmax(-1)[..., None] * m.s).sum(-2))
+
+
+def _first_of_them(m: Any, x: Tensor) -> Tensor:
+    return m.o(m.t[m.r(m.a(x)).topk(3, sorted=False).indices[..., 0]])
+
+
+@pytest.mark.parametrize(("forward", "chosen"), [(_in_any_order, "r"), (_by_rank, "4"), (_first_of_them, "4")])
+def test_the_largest_come_in_an_order_that_depends_on_their_places(forward: Any, chosen: str) -> None:
+    torch.manual_seed(0)
+    model = Net(forward, a=lin(5, 6), r=nn.Linear(6, 4), o=lin(6, 2), t=par(4, 6), s=par(3, 1))
+    error, spec = error_of(model, X, X, -X, 2 * X)
+    assert error < 1e-9, spec
+    assert str(spec.axes["t"][0]) == chosen
+
+
 class Leaves(nn.Module):
     """Takes values where no operator shows it, after it has asked for one, so that its pass is on real tensors."""
 
@@ -105,6 +129,12 @@ class Leaves(nn.Module):
         if float(x.sum()) > 1e9:
             return x
         numbers = torch.arange(6.0, dtype=y.dtype)
+        if self.how == "elsewhere":
+            made: list[Tensor] = []
+            thread = threading.Thread(target=lambda: made.append(self.b(y)))
+            thread.start()
+            thread.join()
+            return made[0] + self.b(y)  # type: ignore[no-any-return]
         if self.how == "mapped":
             y = y.clone().map_(numbers.expand_as(y).contiguous(), lambda a, b: a * b)
         elif self.how == "copied":
@@ -125,6 +155,23 @@ def test_what_leaves_torch_stays_put(how: str) -> None:
     error, spec = error_of(Leaves(how), X, X, -X)
     assert error < 1e-9, spec
     assert bool(spec.moving) == (how == "asked")
+
+
+def test_what_another_thread_computes_is_refused() -> None:
+    with pytest.raises(CaptureError, match="another thread"):
+        pg.auto_spec(Leaves("elsewhere"), (X,))
+
+
+def test_a_tensor_that_is_given_the_memory_of_another() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        turned = torch.empty(6, 6, dtype=x.dtype)
+        turned.data = m.w.data.t()
+        return m.o(m.a(x) @ turned)  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    error, spec = error_of(Net(forward, a=lin(5, 6), o=lin(6, 2), w=par(6, 6)), X, X)
+    assert error < 1e-9, spec
+    assert [str(axis) for axis in spec.axes["w"]] == ["w", "a"]
 
 
 class Slotted:
