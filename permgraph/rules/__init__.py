@@ -7,6 +7,7 @@ from permgraph.rules import (  # noqa: F401  (importing a family registers its r
     gradient,
     index,
     linear,
+    loss,
     normalisation,
     pointwise,
     recurrent,

@@ -74,6 +74,26 @@ def gather(call: Call) -> None:
     call.carry_values(x, call.out)
 
 
+@rule("aten.nll_loss_forward", "aten.nll_loss2d_forward")
+def class_loss(call: Call) -> None:
+    """Of x (class), (sample, class) or (sample, class, ...) the element at each sample's class, times its weight."""
+    x, target, weight = call["self"], call["target"], call.get("weight")
+    out, total = call.results
+    dim = min(x.ndim - 1, 1)
+    if 0 <= call["ignore_index"] < x.shape[dim]:
+        for tensor, where in ((x, dim), (weight, 0)):
+            call.pin(tensor, where, "one class is left out")
+        call.pin_values(target, "one class is left out")
+    looked = _mark(call, x, dim, target)
+    if looked == "_":
+        call.pin(weight, 0, LOOKED_UP)
+    samples = " ".join(f"d{d}" for d in range(x.ndim) if d != dim)
+    call.link(
+        (x, " ".join(looked if d == dim else f"d{d}" for d in range(x.ndim))), (weight, looked),
+        (target, f"{samples} ; e{dim}"), (out, samples if call["reduction"] == 0 else ""), (total, ""),
+    )  # fmt: skip
+
+
 @rule("aten.scatter", "aten.scatter_add", "aten.scatter_reduce")
 def scatter(call: Call) -> None:
     """Write at positions along a dimension; the other dimensions run along."""

@@ -118,3 +118,14 @@ def solve_triangular(call: Call) -> None:
     a, b, out = call["self"], call["B"], call.out
     right = "... s! k" if call.get("left", True) else "... k s!"
     call.link((a, "... r! c!"), (b, right), (out, right), via=["... k"], why="a triangle of a matrix")
+
+
+@rule("aten.linalg_cross", "aten.cross")
+def cross(call: Call) -> None:
+    """The product of vectors in space, whose three components stay put; the other dimensions are broadcast."""
+    out = call.out
+    dim = out.shape.index(3) if call.get("dim") is None else call["dim"] % out.ndim
+    names = ["_" if d == dim else f"d{d}" for d in range(out.ndim)]
+    call.link(*((tensor, " ".join(names[out.ndim - tensor.ndim :])) for tensor in (*call.tensors, out)))
+    for tensor in (*call.tensors, out):
+        call.pin(tensor, dim - out.ndim + tensor.ndim, "its order matters")

@@ -61,3 +61,11 @@ def weight_norm(call: Call) -> None:
     norms = [(out, norm if out.ndim == v.ndim else f"d{dim}") for out in call.results[1:]]
     g = call["g"]
     call.link((v, every), (g, norm if g.ndim == v.ndim else f"d{dim}"), (call.out, every), *norms)
+
+
+@rule("aten.renorm")
+def renorm(call: Call) -> None:
+    """Each part along a dimension, shortened to a norm of its own."""
+    x = call["self"]
+    every = " ".join(f"d{d}" for d in range(x.ndim))
+    call.link((x, every), (call.out, every), via=[f"d{call.dim(x)}"])

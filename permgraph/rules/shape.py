@@ -248,6 +248,17 @@ def diagonal(call: Call) -> None:
     call.link((matrix, rows), (line, " ".join([*names.values(), "v"])))
 
 
+@rule("aten.trace")
+def trace(call: Call) -> None:
+    """The sum of the diagonal of a matrix: rows and columns are one axis."""
+    x = call["self"]
+    if x.shape[0] != x.shape[1]:
+        call.pin(x, (0, 1), "the diagonal of a matrix that is not square")
+    else:
+        call.axes.unify(x.dims[0], x.dims[1])
+        call.link((x, "v _"), (call.out, ""))
+
+
 @rule("aten.as_strided", "aten.as_strided_copy")
 def as_strided(call: Call) -> None:
     """Memory read in another pattern: understood where that only moves dimensions, recognised by their strides."""

@@ -20,4 +20,3 @@ def regions(call: Call) -> None:
     x, rois = call["input"], call["rois"]
     call.pin(x, 0, "looked up by a region's image")
     call.link((x, "_ c h! w!"), (rois, "r x!"), *((out, "r c p! q!") for out in call.results), why=SPACE)
-
