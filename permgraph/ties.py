@@ -40,6 +40,7 @@ HOLLOW = "constant_pad_nd tril triu diag_embed eye repeat repeat_interleave"  # 
 JOINED = "cat stack scatter scatter_add scatter_reduce index_put index_add index_copy slice_scatter select_scatter"
 MIXED = "mm bmm mv addmm baddbmm addmv linear convolution"  # equal slices give equal slices
 
+VIEWS = "view _unsafe_view reshape flatten unflatten slice select split chunk unbind"
 ZEROING = "relu relu6 clamp clamp_min hardtanh hardsigmoid hardswish hardshrink softshrink threshold sign heaviside"
 FEW = 8  # so many elements of which each may be zero are all zero more often than by chance
 
@@ -48,7 +49,7 @@ _COMPARISONS, _PLACED = frozenset(COMPARISONS.split()), frozenset(PLACED.split()
 _HOLLOW, _JOINED, _MIXED = frozenset(HOLLOW.split()), frozenset(JOINED.split()), frozenset(MIXED.split())
 _BY_ELEMENT = frozenset([*ARITHMETIC.split(), *COPIES.split(), "where", "masked_fill"])
 _ZEROING = frozenset(ZEROING.split())
-_AS_IT_WAS = frozenset([*COPIES.split(), *PLACED.split(), *"view _unsafe_view reshape slice select split unbind".split()])
+_AS_IT_WAS = frozenset([*COPIES.split(), *PLACED.split(), *VIEWS.split()])
 _LOOKUPS = frozenset(["gather", "index", "index_select", "embedding"])
 
 
