@@ -32,7 +32,7 @@ FORMAT = "permgraph.permutation"
 VERSION = "1"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Permutation:
     """One permutation for each group of a spec, and for a fibred group one at each index of its parents.
 
@@ -118,6 +118,11 @@ class Permutation:
     def is_identity(self) -> bool:
         """Whether nothing moves."""
         return not self._moved
+
+    def __repr__(self) -> str:
+        moved = sum(self.moved().values())
+        of = sum(array.size for array in self.arrays.values())
+        return f"<Permutation of {len(self.spec.moving)} groups: {moved} of {of} indices move>"
 
     def moved(self) -> dict[str, int]:
         """For each group, how many of its indices move, over all indices of its parents."""

@@ -455,6 +455,10 @@ class PermutationSpec:
 
     # --- text and files -----------------------------------------------------------------------------------------------
 
+    def __repr__(self) -> str:
+        of = f" of {self.model_class}" if self.model_class else ""
+        return f"<PermutationSpec{of}: {len(self.moving)} groups on {len(self.axes)} parameters and buffers>"
+
     def __str__(self) -> str:
         from permgraph.spec_text import write_spec
 

@@ -10,7 +10,7 @@ import typer
 
 from permgraph.cli.checkpoints import permuted, require_finite
 from permgraph.cli.options import Data, Matching, Shown, Subject, Writing
-from permgraph.cli.report import PAGE, check_page, match_of
+from permgraph.cli.report import PAGE, PAGES, check_file, match_of
 from permgraph.cli.screen import Screen
 from permgraph.cli.together import together
 from permgraph.cli.work import Work, said
@@ -47,7 +47,8 @@ def align(
         torchrun --nproc-per-node 2 -m permgraph align ./model-a ./model-b -o ./out --stream
     """
     with Screen(shown) as screen, together() as others:
-        check_page(page)
+        check_file(permutation_file, "--permutation", (".safetensors",))
+        check_file(page, "--report", PAGES)
         work = Work.prepare((a, b), subject, matching, data, screen, output=writing.output, like=1, others=others)
         if others is not None and not others.leads:
             work.follow(1)

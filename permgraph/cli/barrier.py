@@ -13,11 +13,12 @@ from permgraph.cli.checkpoints import require_finite
 from permgraph.cli.data import class_dim_of
 from permgraph.cli.models import FORMS
 from permgraph.cli.options import Data, Matching, Shown, Split, Subject
+from permgraph.cli.report import FIGURES, PAGES, check_file
 from permgraph.cli.screen import Screen
 from permgraph.cli.work import Work
 from permgraph.connectivity import Barrier, evaluate_on, recalibrate_batchnorm
 from permgraph.connectivity import barrier as measure
-from permgraph.errors import CheckpointError, EvaluationError, MismatchError
+from permgraph.errors import EvaluationError, MismatchError
 from permgraph.files import write_atomically
 from permgraph.matching import MatchResult
 from permgraph.pictures import report
@@ -29,7 +30,7 @@ def barrier(
     *,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Write a page (.html), figures (.json) or a picture (.png, .svg)."),
+        typer.Option("--output", "-o", help="Write a page (.html), figures (.json) or a picture (.png, .svg, .pdf)."),
     ] = None,
     points: Annotated[int, typer.Option(help="How many points on the line, both ends among them.")] = 25,
     aligned: Annotated[bool, typer.Option("--align/--no-align", help="Also measure after aligning B to A.")] = True,
@@ -50,8 +51,7 @@ def barrier(
         permgraph barrier a.pt b.pt -m torchvision:resnet18 --data ./images --recalibrate
     """
     with Screen(shown) as screen:
-        if output is not None and output.suffix not in (".html", ".json", ".png", ".svg"):
-            raise CheckpointError(f"{output}: its ending must be .html, .json, .png or .svg")
+        check_file(output, "--output", (*PAGES, ".json", *FIGURES))
         if data.data is None:
             raise EvaluationError("the networks are measured on data: say --data")
         work = Work.prepare((a, b), subject, matching, data, screen, split=Split.test)
@@ -92,7 +92,7 @@ def barrier(
             for title, line in found.items()
         }
         result = {"a": str(a), "b": str(b), "model": work.model, "lines": figures}
-        if output is not None and output.suffix == ".html":
+        if output is not None and output.suffix in PAGES:
             about = {"A": str(a), "B": str(b), "weights of": work.model}
             models = (states[0], states[1])
             report(work.spec, output, alignment=fit, models=models, barrier=found, about=about)
@@ -111,5 +111,4 @@ def _write(output: Path, found: Mapping[str, Barrier], result: Mapping[str, Any]
         for title, line in found.items():
             axes = line.plot(ax=axes, label=title)
         assert axes is not None and axes.figure is not None
-        axes.legend()
         axes.figure.savefig(output)  # type: ignore[union-attr]

@@ -164,8 +164,10 @@ def _together(work: Work, staging: Staging, method: Method) -> tuple[Sequence[Pe
         elif method is Method.cycle_consistent:
             if not isinstance(matcher, WeightMatching):
                 raise MismatchError("--method cycle-consistent matches by weights: take merge-many or reference")
-            once = dataclasses.replace(matcher, restarts=1)
-            finder = CycleConsistent(restarts=matcher.restarts or 1, ascent=once)
+            if matcher.restarts is None:
+                finder = CycleConsistent(ascent=matcher)
+            else:  # of the whole, not of each match in it
+                finder = CycleConsistent(restarts=matcher.restarts, ascent=dataclasses.replace(matcher, restarts=1))
         else:
             if isinstance(matcher, WeightMatching) and not work.from_barycentre:
                 matcher = dataclasses.replace(matcher, init="identity")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import difflib
 import importlib
 import importlib.util
 import inspect
@@ -179,11 +180,17 @@ def _package(name: str, extra: str) -> Any:
         raise CaptureError(f"{name} cannot be imported: {type(error).__name__}: {error}") from error
 
 
+def _near(name: str, known: Sequence[str]) -> list[str]:
+    """Up to four of the known names: those that begin with the name, or contain it, or are spelt like it."""
+    begin = [other for other in known if other.startswith(name)]
+    return (begin or [other for other in known if name in other] or difflib.get_close_matches(name, known, 4))[:4]
+
+
 def _from_timm(name: str, arguments: list[Any], keywords: dict[str, Any]) -> Callable[[], Any]:
     timm = _package("timm", "zoo")
     known = name.split(".")[0]
     if not timm.is_model(known):
-        near = timm.list_models(f"*{known}*")[:4]
+        near = _near(known, timm.list_models())
         raise CaptureError(f"timm has no model {known!r}" + (f"; it has {', '.join(near)}" if near else ""))
     return lambda: timm.create_model(name, *arguments, pretrained=False, **keywords)
 
@@ -191,7 +198,7 @@ def _from_timm(name: str, arguments: list[Any], keywords: dict[str, Any]) -> Cal
 def _from_torchvision(name: str, arguments: list[Any], keywords: dict[str, Any]) -> Callable[[], Any]:
     models = _package("torchvision", "zoo").models
     if name.lower() not in models.list_models():
-        near = models.list_models(include=f"*{name.lower()}*")[:4]
+        near = _near(name.lower(), models.list_models())
         raise CaptureError(f"torchvision has no model {name!r}" + (f"; it has {', '.join(near)}" if near else ""))
     options = {"weights": None, **keywords}
     if "weights_backbone" in inspect.signature(models.get_model_builder(name)).parameters:  # else it is downloaded

@@ -1,30 +1,48 @@
-"""What the commands need to write a report: the option, its check, and the outcome of matching as it was kept."""
+"""What the commands write beside checkpoints: checks of where, and the outcome of matching for a report."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from permgraph.errors import CheckpointError
 from permgraph.matching import MatchResult, Sweep
 from permgraph.permutation import Permutation
+from permgraph.pictures.figures import pyplot
 
 PAGE = "Write a page to click through (.html): what is tied to what, and why."
 
 
-def check_page(page: Path | None) -> None:
-    """Refuse, before anything is computed, a page that could not be written.
+PAGES = (".html", ".htm")
+FIGURES = (".png", ".svg", ".pdf")
+
+
+def check_file(path: Path | None, option: str, endings: Sequence[str]) -> None:
+    """Refuse, before anything is computed, a file that could not be written.
+
+    Args:
+        path: of the file; None if none is wanted.
+        option: that named it.
+        endings: which it may have; any, if there are none.
 
     Raises:
-        CheckpointError: its ending is not .html, or there is no such folder.
+        CheckpointError: it has another ending, it is a folder, or there is no folder for it that can be written to.
+        MissingExtraError: it is a figure, and matplotlib is not installed.
     """
-    if page is None:
+    if path is None:
         return
-    if page.suffix not in (".html", ".htm"):
-        raise CheckpointError(f"--report {page}: its ending must be .html")
-    if not page.parent.is_dir():
-        raise CheckpointError(f"--report {page}: there is no folder {page.parent}")
+    if endings and path.suffix not in endings:
+        raise CheckpointError(f"{option} {path}: its ending must be {' or '.join(endings)}")
+    if path.is_dir():
+        raise CheckpointError(f"{option} {path}: it is a folder")
+    if not path.parent.is_dir():
+        raise CheckpointError(f"{option} {path}: there is no folder {path.parent}")
+    if not os.access(path.parent, os.W_OK):
+        raise CheckpointError(f"{option} {path}: the folder {path.parent} cannot be written to")
+    if path.suffix in FIGURES:
+        pyplot()
 
 
 def match_of(kept: Mapping[str, Any], permutation: Permutation) -> MatchResult:

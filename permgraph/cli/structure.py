@@ -14,7 +14,7 @@ from permgraph.capture.surroundings import make_transparent
 from permgraph.cli.checkpoints import fitted, require_finite, whole_state
 from permgraph.cli.models import FORMS, build, parse_inputs, spec_of
 from permgraph.cli.options import Inputs, Shown, complete_model
-from permgraph.cli.report import PAGE, check_page
+from permgraph.cli.report import PAGE, PAGES, check_file
 from permgraph.cli.screen import SAYS_NO, Screen, table
 from permgraph.errors import CaptureError
 from permgraph.io import open_checkpoint
@@ -48,7 +48,8 @@ def spec(
         permgraph spec timm:convnext_atto --report convnext.html
     """
     with Screen(shown) as screen:
-        check_page(page)
+        check_file(output, "--output", ())
+        check_file(page, "--report", PAGES)
         with screen.stage("finding symmetries"):
             found = spec_of(model, inputs)
         if output is not None:

@@ -10,8 +10,8 @@ import typer
 
 from permgraph.cli.options import Shown
 from permgraph.cli.planfile import read_plan
+from permgraph.cli.report import FIGURES, check_file
 from permgraph.cli.screen import SAYS_NO, Screen, table
-from permgraph.errors import StudyError
 from permgraph.studies import StudyResult, backends
 from permgraph.studies import study as run_study
 from permgraph.studies.run import missing
@@ -50,8 +50,8 @@ def study(
         permgraph study plan.yaml --store s3://bucket/study --backend dask --address tcp://head:8786
     """
     with Screen(shown) as screen:
-        if output is not None and output.suffix not in (".csv", ".parquet"):
-            raise StudyError(f"{output}: its ending must be .csv or .parquet")
+        check_file(output, "--output", (".csv", ".parquet"))
+        check_file(figure, "--figure", FIGURES)
         grid = read_plan(plan, screen)
         todo = missing(grid, store)
         screen.note(f"{len(grid.cells)} cells, {len(todo)} of them to be done")

@@ -20,7 +20,7 @@ from permgraph.cli.models import FORMS, build, spec_of
 from permgraph.cli.options import Data, Init, Matching, Split, Subject
 from permgraph.cli.screen import Screen
 from permgraph.cli.together import Together
-from permgraph.errors import CheckpointError, MismatchError
+from permgraph.errors import CheckpointError, MismatchError, NonFiniteError
 from permgraph.io import Checkpoint, Renamed, Staging, open_checkpoint
 from permgraph.io.torch_file import TorchFile
 from permgraph.io.write import check_target
@@ -95,6 +95,9 @@ class Work:
         opened = tuple(map(open_checkpoint, paths))
         if output is not None:
             check_target(opened[like], output)
+            for checkpoint in opened:
+                if output.resolve() == checkpoint.path.resolve():
+                    raise CheckpointError(f"{output} is one of the inputs, which are only read: choose another place")
             for file in opened[like].files:
                 if isinstance(file, TorchFile) and file.dropped:
                     names = ", ".join(map(repr, file.dropped))
@@ -167,16 +170,26 @@ class Work:
                 assert isinstance(matcher, NeedsModels)
                 modules = self.module(reference), self.module(number)
                 matcher, (a, b) = matcher.with_models(*modules), (module.state_dict() for module in modules)
-            if self.others is not None:
-                assert isinstance(matcher, StreamedWeightMatching)
-                result = self.others.match(matcher, a, b, self.spec, self.seed, self.sweeps(stage))
-            else:
-                result = matcher.match(a, b, self.spec, self.seed, self.sweeps(stage))
+            try:
+                if self.others is not None:
+                    assert isinstance(matcher, StreamedWeightMatching)
+                    result = self.others.match(matcher, a, b, self.spec, self.seed, self.sweeps(stage))
+                else:
+                    result = matcher.match(a, b, self.spec, self.seed, self.sweeps(stage))
+            except NonFiniteError:
+                self._name_what_is_not_finite(reference, number)
+                raise
         if result.outcome == "interrupted":
             raise KeyboardInterrupt
         for note in result.notes:
             self.screen.note(note)
         return result
+
+    def _name_what_is_not_finite(self, *numbers: int) -> None:
+        """Raise NonFiniteError that names the file and its key, where a matcher knows only of A and B."""
+        for number in numbers:
+            for name, tensor in self.weights[number].items():
+                require_finite(self.weights[number].keys_of[name], tensor, self.checkpoints[number].path)
 
     def follow(self, number: int, reference: int = 0) -> None:
         """Help the first process with matching one checkpoint to another."""

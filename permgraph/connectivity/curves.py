@@ -103,7 +103,8 @@ class Curve:
         return tuple(1 - share if k == at else share if k == at + 1 else 0.0 for k in range(pieces + 1))
 
     def __str__(self) -> str:
-        text = f"{self.shape} curve with {len(self.points) - 2} bends"
+        bends = len(self.points) - 2
+        text = f"{self.shape} curve with {bends} bend{'s' * (bends != 1)}"
         if self.losses:
             text += f", {self.outcome} after {len(self.history)} epochs in {self.seconds:.2f} s: "
             text += f"mean loss on the curve {self.losses[0]:.4g} -> {self.losses[-1]:.4g}"

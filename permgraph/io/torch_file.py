@@ -113,7 +113,9 @@ def load_safely(path: Path) -> Any:
                     + (f" ({asked.group(1)})" if asked else "")
                     + ", and loading that could run code; save its state_dict() instead, or as safetensors"
                 ) from error
-            raise CheckpointError(f"{path}: not a PyTorch file, or a damaged one: {text[:120]}") from error
+            raise CheckpointError(
+                f"{path}: not a PyTorch file, or a damaged one: {text.split('. ')[0][:120]}"
+            ) from error
 
 
 def _unwrap(content: Any, path: Path) -> tuple[Mapping[str, Any], tuple[str, ...], dict[str, Any]]:

@@ -36,7 +36,7 @@ class Alignment:
     """
 
     permutation: Permutation
-    state_dict: dict[str, torch.Tensor]
+    state_dict: dict[str, torch.Tensor] = field(repr=False)
     result: MatchResult
     _module: nn.Module | None = field(default=None, repr=False)
 

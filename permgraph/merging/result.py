@@ -94,7 +94,7 @@ class Merge:
         notes: what else there is to know, in sentences.
     """
 
-    state_dict: dict[str, Any]
+    state_dict: dict[str, Any] = field(repr=False)
     permutations: tuple[Permutation, ...]
     objective: float
     objective_before: float

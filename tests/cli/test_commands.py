@@ -319,7 +319,7 @@ def test_align_refuses_what_does_not_fit(run: Run, pair: Any) -> None:
         for name in ("layers.0.weight", "head.bias"):
             bad = b[name].clone()
             bad.view(-1)[1] = value
-            assert "NaN or infinity in 1 of its" in refused({**b, name: bad})
+            assert f"x.safetensors: {name!r} holds NaN or infinity in 1 of its" in refused({**b, name: bad})
     save_file({**b, "extra": torch.ones(2)}, "x.safetensors")
     run(*args, "--leave", "ext*")
     assert torch.equal(load_file("c.safetensors")["extra"], torch.ones(2))
@@ -328,6 +328,11 @@ def test_align_refuses_what_does_not_fit(run: Run, pair: Any) -> None:
 def test_align_refuses_outputs_in_the_way(run: Run, pair: Any) -> None:
     common = ("align", "a.safetensors", "b.safetensors", "-m", NET, "-o")
     assert "is the input itself" in run(*common, "b.safetensors", code=2).stderr
+    a = Path("a.safetensors").read_bytes()
+    for command in ("align", "merge"):
+        said = run(command, *common[1:], "a.safetensors", "--overwrite", code=2).stderr
+        assert "input" in said and "choose another place" in said
+    assert Path("a.safetensors").read_bytes() == a
     assert "give it the ending .safetensors" in run(*common, "out", code=2).stderr
     assert "no such folder" in run(*common, "absent/c.safetensors", code=2).stderr
     run(*common, "c.safetensors")
@@ -339,6 +344,32 @@ def test_align_refuses_outputs_in_the_way(run: Run, pair: Any) -> None:
     inside = run("align", "a.safetensors", "folder", "-m", NET, "-o", "folder/out", code=2)
     assert "lies inside it" in inside.stderr
     assert "must be one too" in run("align", "a.safetensors", "folder", "-m", NET, "-o", "x.pt", code=2).stderr
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("spec", NET, "-o"),
+        ("align", "a.safetensors", "b.safetensors", "-m", NET, "-o", "c.safetensors", "-p"),
+        ("barrier", "a.safetensors", "b.safetensors", "-m", NET, "--data", f"{NETWORKS}:loader", "-o"),
+    ],
+    ids=["spec", "align", "barrier"],
+)
+def test_files_that_cannot_be_written_are_refused_before_any_work(
+    run: Run, pair: Any, command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work(*arguments: object) -> None:
+        raise AssertionError("it should have been refused")
+
+    for module in ("structure", "work"):
+        monkeypatch.setattr(f"permgraph.cli.{module}.spec_of", work)
+    ending = ".safetensors" if command[0] == "align" else ".json"
+    Path(f"folder{ending}").mkdir()
+    for name, said in ((f"absent/x{ending}", "there is no folder absent"), (f"folder{ending}", "it is a folder")):
+        assert f"{name}: {said}" in run(*command, name, code=2).stderr
+    if command[0] != "spec":
+        assert "its ending must be" in run(*command, "x.txt", code=2).stderr
+    assert not Path("c.safetensors").exists()
 
 
 # --- merge ------------------------------------------------------------------------------------------------------------
@@ -416,8 +447,6 @@ def test_merge_speaks_of_batchnorm_and_of_counters(run: Run) -> None:
         network = Normed()
         network[1].num_batches_tracked.fill_(seed)
         torch.save(network.state_dict(), name)
-    result = run("merge", "a.pt", "b.pt", "-m", f"{NETWORKS}:Normed", "-i", "1,3,8,8", "-o", "m.pt", code=2)
-    assert "No such option" in result.stderr
     result = run("merge", "a.pt", "b.pt", "-m", f"{NETWORKS}:Normed", "-o", "m.pt")
     assert "BatchNorm" in result.stderr
     assert "1.num_batches_tracked" in result.stderr
@@ -453,7 +482,9 @@ def test_barrier_vanishes_after_alignment(run: Run, pair: Any) -> None:
     page = Path("report.html").read_text()
     assert page.count("<svg") == 3  # the objective, the loss and the accuracy
     assert "http" not in page.replace("http-equiv", "")
-    assert "must be .html" in run(*args, "-o", "report.pdf", code=2).stderr
+    assert "must be .html" in run(*args, "-o", "report.txt", code=2).stderr
+    run(*args, "-o", "report.pdf")
+    assert Path("report.pdf").read_bytes().startswith(b"%PDF")
 
 
 def test_barrier_on_data_from_a_file(run: Run, pair: Any) -> None:

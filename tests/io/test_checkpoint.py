@@ -379,6 +379,14 @@ def test_a_prefix_is_found_and_named(keys: tuple[str, ...], said: str) -> None:
     assert (said in note) if said else not note
 
 
+def test_a_name_or_two_in_common_are_no_prefix() -> None:
+    keys = [f"layer{number}.{end}" for number in range(9) for end in ("weight", "bias")]
+    names = ["stem.weight", *(f"stage.block{number}.scale" for number in range(9)), "stage.layer3.weight"]
+    with pytest.raises(MismatchError, match="is it of another architecture"):
+        match_names(keys, names)
+    assert match_names([*keys, "stem.weight"], names) == ({key: key for key in [*keys, "stem.weight"]}, "")
+
+
 def test_a_backbone_s_own_checkpoint_lacks_the_prefix() -> None:
     renamed, note = match_names(("fc.weight", "fc.bias"), NAMES)
     assert renamed == {"fc.weight": "encoder.fc.weight", "fc.bias": "encoder.fc.bias"}

@@ -198,3 +198,23 @@ def test_average_keeps_ties_and_refuses_half_of_one() -> None:
     assert found["one"] is found["other"] and found["one"].tolist() == [0.5, 0.5]
     with pytest.raises(MismatchError, match="'one' and 'other' are one tied tensor in network 0"):
         average([tied, {"one": torch.zeros(2), "other": torch.ones(2)}])
+
+
+def test_results_show_themselves_in_a_line_or_two() -> None:
+    """At a prompt nobody wants to see every weight, or every index."""
+    networks = [nn.Sequential(nn.Linear(30, 40), nn.ReLU(), nn.Linear(40, 20)).eval() for _ in range(3)]
+    spec = pg.auto_spec(networks[0])
+    assert repr(spec) == "<PermutationSpec of Sequential: 1 groups on 4 parameters and buffers>"
+    turn = spec.random(0, every_group=True)
+    assert repr(turn) == f"<Permutation of 1 groups: {turn.moved()['0.weight']} of 40 indices move>"
+    batches = [(torch.randn(8, 30), torch.arange(8))]
+    a, b, _ = networks
+    results = [
+        pg.align(a, b),
+        pg.merge(networks),
+        pg.fit_curve(a, b, batches, epochs=0),
+        pg.fit_star(networks, batches),
+    ]
+    for result in (*results, pg.fit_aligned_curve(a, b, batches, spec, rounds=1, epochs=0)):
+        assert "tensor" not in repr(result) and len(repr(result)) < 2000
+        assert len(str(result)) < 300
