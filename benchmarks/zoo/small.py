@@ -37,7 +37,7 @@ WIDTH = re.compile(
     r"\w*embed_dim|\w*_lora_rank|lm_head_dims)$"
 )
 KEPT = re.compile(
-    r"^(image_|patch_|window_|num_channels|in_cha|audio_channels|num_mel_bins|rope|rotary|kernel|conv_kernel_dim)"
+    r"^(image_|patch_(?!embeds_hidden)|window_|num_channels|in_cha|audio_channels|num_mel_bins|rope|rotary|kernel|conv_kernel_dim)"
 )
 #: The sizes of one head, and what is looked up in it: kept where there are fewer heads instead.
 HEAD_SIZE = re.compile(r"head_(dim|size)|^d_(head|kv)$|_d_head$|^kv_channels$|kernel_dim$|_d_conv$|^d_conv$")
@@ -175,8 +175,10 @@ def sectioned(config: dict[str, Any], config_class: Any) -> dict[str, Any] | Non
 
 
 def staged(config: dict[str, Any]) -> dict[str, Any] | None:
-    """A part that hands on what each of its stages gives, and not only the last, in as many channels as are taken."""
+    """Features from each stage, and not only from the last; from four of the layers, where every layer is a stage."""
     found = dict(config)
+    if isinstance(names := config.get("stage_names"), list) and (depth := len(names) - 1) == _layer_count(config) > 3:
+        found |= {"out_indices": [depth * part // 4 - 1 for part in range(1, 5)], "out_features": None}
     for name, part in config.items():
         if _is_nested(part) and isinstance(names := part.get("stage_names"), list) and len(names) > 2:
             found[name] = {**part, "out_features": names[1:], "out_indices": list(range(1, len(names)))}
@@ -309,11 +311,14 @@ def shrunk(config: dict[str, Any], shrink: Shrink, widths: Mapping[int, int] | N
     found = dict(config)
     kept = kept_layers(config, shrink.depth)
     layers = _layer_count(config)
+    ready_made = any(_is_nested(part) and "architecture" in part for part in config.values())
     for name, value in config.items():
         if _is_by_layer(value, layers):
             found[name] = _by_layer(value, kept, config, shrink, widths)
         elif _is_nested(value):  # what another library builds, from its own name for it, keeps its widths
             found[name] = dict(value) if "architecture" in value else shrunk(value, shrink, widths)
+        elif name.startswith("backbone_") and isinstance(value, list) and ready_made:
+            found[name] = value
         elif TAKEN.search(name):
             found[name] = _taken(value, shrink.depth)
         elif HOOKS.search(name) and isinstance(value, list):
@@ -486,8 +491,9 @@ def _smaller(name: str, value: Any, shrink: Shrink, factor: Fraction, widths: Ma
             return type(value)(min(v, 1 if shrink.depth < 100 else v) if _is_size(v) else v for v in value)
         if all(map(_is_size, value)) and WIDTH.search(name) and not KEPT.search(name):
             if shrink.heads:
-                common = math.gcd(*value, 8) if value else 1
-                return type(value)(v // common for v in value)
+                own = [v for v in value if v > 4]  # the channels of an image stay
+                common = math.gcd(*own, 8) if own else 1
+                return type(value)(v // common if v in own else v for v in value)
             return type(value)(_divided(v, shrink) for v in value)
         if not shrink.heads and name.endswith("_section") and all(_is_size(v) and v % shrink.width == 0 for v in value):
             return type(value)(v // shrink.width for v in value)  # of a head's channels

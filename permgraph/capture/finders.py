@@ -188,6 +188,7 @@ def _spectrogram(model: nn.Module) -> Iterator[Tensor]:
     width = whole(setting(config, "feature_projection_input_dim", "input_feat_per_channel"), mels)
     yield floats(model, BATCH, 64, width)
     yield floats(model, BATCH, mels, 64)
+    yield floats(model, BATCH, 1, 256, mels)  # as an image of one channel
 
 
 def _series(model: nn.Module) -> Iterator[Tensor]:

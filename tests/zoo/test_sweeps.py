@@ -174,5 +174,5 @@ def test_parts_of_a_model_agree() -> None:
     built = {"vision_config": {"architecture": "resnet18", "hidden_size": 512, "model_args": None}}
     assert shrunk(built, Shrink(8, 2)) == built, "what another library builds keeps its widths"
     given = [part["vision_config"]["model_args"] for part in backbones(built)]
-    assert given[-2:] == [{"layers": (1, 1, 1, 1, 1)}, None]
+    assert given[-3:] == [{"layers": (1, 1, 1, 1, 1)}, None, {"depth": 2, "embed_dim": 192}]
     assert backbones(config) == [config]
