@@ -291,6 +291,8 @@ class _Run:
         The recurrent weight of a layer meets its own state from the second step on: an axis of the size that it sums
         over, which one, no tensor shows.
         """
+        if not any(met_zeros(node, zeros) for node in live):
+            return
         seen = live_nodes(self.nodes, list(self.facts.results), zeros)
         unseen = set()  # what comes from a weight of which nothing is seen
         sizes = set()

@@ -9,6 +9,7 @@ elements that may all be zero; and so are those that a mask has left, unless the
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from permgraph.uniform import CREATED, NONE, Memory, Uniform, contracted_with
 
 FLAT = """
     relu relu6 clamp clamp_min clamp_max clip hardtanh hardsigmoid hardswish hardshrink softshrink threshold sign sgn
-    round floor ceil trunc heaviside floor_divide fake_quantize_per_tensor_affine logit zero fill
+    round floor ceil trunc heaviside floor_divide nan_to_num fake_quantize_per_tensor_affine logit zero fill
     constant_pad_nd eye tril triu diag_embed repeat repeat_interleave
 """  # the same for a whole range of values, or the same several times over
 SCALING = "mul multiply div divide true_divide addcmul"  # nothing is left where one operand is zero
@@ -50,6 +51,7 @@ _HOLLOW, _JOINED, _MIXED = frozenset(HOLLOW.split()), frozenset(JOINED.split()),
 _BY_ELEMENT = frozenset([*ARITHMETIC.split(), *COPIES.split(), "where", "masked_fill"])
 _ZEROING = frozenset(ZEROING.split())
 _AS_IT_WAS = frozenset([*COPIES.split(), *PLACED.split(), *VIEWS.split()])
+_COPIED = frozenset(COPIES.split())
 _LOOKUPS = frozenset(["gather", "index", "index_select", "embedding"])
 
 
@@ -107,7 +109,7 @@ class _Search:
             return NONE
         name = _name(node)
         sources = [n for n in node.all_input_nodes if _is_real(n)]
-        if name in _FLAT or (name in CREATED and node in self._written):
+        if name in _FLAT or (name in CREATED and node in self._written) or node.kwargs.get("rounding_mode") is not None:
             return every
         if name in _LOOKUPS and not self._equal_in(sources[:1]):
             return _looked_up(node, name, ndim)
@@ -183,6 +185,10 @@ class _Search:
             return every
         if name in _SCALING and self._equal_in(sources):
             return every
+        terms: Counter[fx.Node] = Counter()
+        self._add_terms(node, 1, terms)
+        if any(count == 0 for count in terms.values()) and all(n in self.found for n in terms if terms[n]):
+            return every
         found = set()
         for d in every:
             varying = [s for s in sources if self._varies(s, d - len(every))]
@@ -192,6 +198,18 @@ class _Search:
             ):
                 found.add(d)
         return frozenset(found)
+
+    def _add_terms(self, node: fx.Node, sign: int, terms: Counter[fx.Node], depth: int = 4) -> None:
+        """Count what is added up in a sum: of ``x + (x.round() - x).detach()`` only the rounded x is left."""
+        while node.op == "call_function" and _name(node) in _COPIED and isinstance(node.args[0], fx.Node):
+            node = node.args[0]
+        given = [argument for argument in node.args if isinstance(argument, fx.Node)]
+        sums = _name(node) in ("add", "sub") and len(given) == 2 and not node.kwargs and node not in self._written
+        if sums and depth:
+            self._add_terms(given[0], sign, terms, depth - 1)
+            self._add_terms(given[1], sign if _name(node) == "add" else -sign, terms, depth - 1)
+        else:
+            terms[node] += sign
 
     def _varies(self, source: fx.Node, d: int) -> bool:
         """Whether an operand varies along a dimension, counted from the last."""
