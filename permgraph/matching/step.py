@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from permgraph.matching.assignment import Solver, assign
+from permgraph.matching.assignment import Solver, assign, crowded, prices_of
 from permgraph.matching.moves import Node
 from permgraph.matching.parallel import side_by_side
 from permgraph.matching.workers import Share
@@ -117,12 +117,26 @@ def choose(worth: torch.Tensor, solver: Solver, name: str) -> tuple[np.ndarray, 
     return _choose(*_task(worth, solver, name))
 
 
-def choose_each(worths: Mapping[str, torch.Tensor], solver: Solver) -> dict[str, tuple[np.ndarray, float]]:
-    """`choose` for several groups, by name; side by side where that is worth it."""
+def choose_each(
+    worths: Mapping[str, torch.Tensor], solver: Solver, prices: dict[str, np.ndarray] | None = None
+) -> dict[str, tuple[np.ndarray, float]]:
+    """`choose` for several groups, by name; side by side where that is worth it.
+
+    Args:
+        worths: for each group its values (*batch, n, n).
+        solver: see `assign`.
+        prices: for some groups the prices (n,) from when they were last chosen; those of hard assignments are put in
+            for the next time, numbered as what is chosen now will number the columns.
+    """
     if callable(solver):
         return {name: choose(worth, solver, name) for name, worth in worths.items()}
-    tasks = [_task(worth, solver, name) for name, worth in worths.items()]
-    return dict(zip(worths, side_by_side(_choose, tasks, sum(task[0].size for task in tasks)), strict=True))
+    known = {} if prices is None else prices
+    tasks = [(*_task(worth, solver, name), known.get(name), prices is not None) for name, worth in worths.items()]
+    found = side_by_side(_choose_priced, tasks, sum(task[0].size for task in tasks))
+    for name, (_, _, new) in zip(worths, found, strict=True):
+        if new is not None:
+            known[name] = new
+    return {name: (columns, gain) for name, (columns, gain, _) in zip(worths, found, strict=True)}
 
 
 def _task(worth: torch.Tensor, solver: Solver, name: str) -> tuple[np.ndarray, float, Solver, str]:
@@ -134,6 +148,27 @@ def _task(worth: torch.Tensor, solver: Solver, name: str) -> tuple[np.ndarray, f
 def _choose(table: np.ndarray, rounding: float, solver: Solver, name: str) -> tuple[np.ndarray, float]:
     # What float32 loses in a wide assignment is less than what counts as a gain below.
     columns = assign(table, maximise=True, solver=solver, precise=False, name=f"the Gram matrix of {name}").columns
+    return _settled(table, columns, rounding)
+
+
+PRICED = 128
+"""The width from which on making prices costs less than it saves the next time."""
+
+
+def _choose_priced(
+    table: np.ndarray, rounding: float, solver: Solver, name: str, prices: np.ndarray | None, wanted: bool
+) -> tuple[np.ndarray, float, np.ndarray | None]:
+    """What is chosen, what it gains, and prices for the next time where that is like to be hard again."""
+    what = f"the Gram matrix of {name}"
+    columns = assign(table, maximise=True, solver=solver, precise=False, prices=prices, name=what).columns
+    settled, gain = _settled(table, columns, rounding)
+    hard = prices is not None or (table.ndim == 2 and len(table) >= PRICED and crowded(table, maximise=True))
+    if not wanted or not hard:
+        return settled, gain, None
+    return settled, gain, prices_of(table, columns, prices, maximise=True)[settled]
+
+
+def _settled(table: np.ndarray, columns: np.ndarray, rounding: float) -> tuple[np.ndarray, float]:
     n = columns.shape[-1]
     if (columns == np.arange(n)).all():
         return columns, 0.0

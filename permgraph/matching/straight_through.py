@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
@@ -203,6 +204,7 @@ class _Run:
         self.best = self.now = spec.identity()
         self.objective = self.before = 0.0
         self.measured: tuple[Permutation, float] | None = None  # the last, which the next is where training has settled
+        self.prices: dict[str, np.ndarray] = {}  # of the last projection, near which the next one's are
         self.steps = 0
         self.history: list[Sweep] = []
 
@@ -290,7 +292,7 @@ class _Run:
 
     def _nearest(self, how: WeightMatching, seed: int) -> Permutation:
         """The permutation of B that weight matching takes for the nearest to the free weights."""
-        found = how.match(self.free, self.midpoint.b, self.spec, seed)
+        found = how.match_again(self.free, self.midpoint.b, self.spec, seed, None, self.prices)
         if found.outcome == "interrupted":  # it has caught what was meant for the whole run
             raise KeyboardInterrupt
         return found.permutation

@@ -7,13 +7,13 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
 from permgraph.errors import NonFiniteError, PermgraphError
 from permgraph.matching import assignment
-from permgraph.matching.assignment import assign, assign_limited, certify
+from permgraph.matching.assignment import assign, assign_limited, certify, prices_of
 
 SOLVERS = ["auto", "scipy", "lapx", lambda cost: linear_sum_assignment(cost)[1]]
 
@@ -223,3 +223,42 @@ def test_rows_that_want_the_same_columns_are_priced_first(monkeypatch, maximise,
     monkeypatch.undo()
     with pytest.raises(NonFiniteError, match="holds NaN"):
         assign(cost, maximise=maximise)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    seed=st.integers(0, 10**6), n=st.integers(1, 40), maximise=st.booleans(), wrong=st.sampled_from([0.0, 1.0, 100.0])
+)
+def test_prices_right_or_wrong_never_change_what_is_best(seed, n, maximise, wrong):
+    random = np.random.default_rng(seed)
+    cost = random.standard_normal((n, n))
+    best = assign(cost, maximise=maximise)
+    prices = prices_of(cost, best.columns, maximise=maximise) + wrong * random.standard_normal(n)
+    for dtype in (np.float64, np.float32):
+        found = assign(cost.astype(dtype), maximise=maximise, prices=prices.astype(dtype), solver="lapx")
+        assert found.value == pytest.approx(best.value, rel=1e-4, abs=1e-4)
+
+
+def test_prices_followed_to_their_end_prove_the_assignment():
+    random = np.random.default_rng(0)
+    cost = random.standard_normal((60, 60))
+    columns = assign(cost).columns
+    prices = prices_of(cost, columns, passes=1000)
+    assert lost(cost, columns, prices) == pytest.approx(0.0, abs=1e-9)
+    # From prices of a matrix much like it fewer passes are needed than from none.
+    other = cost + 1e-3 * random.standard_normal((60, 60))
+    columns = assign(other).columns
+    near, far = prices_of(other, columns, prices, passes=2), prices_of(other, columns, passes=2)
+    assert lost(other, columns, near) < 0.1 * lost(other, columns, far)
+
+
+def lost(cost, columns, prices):
+    """By how much rows would rather have another column, at these prices."""
+    net = cost - prices
+    return float((net[np.arange(len(net)), columns] - net.min(axis=1)).sum())
+
+
+@pytest.mark.parametrize(("shape", "prices"), [((3, 3), 2), ((2, 3, 3), 3), ((2, 3), 3)])
+def test_refuses_prices_that_do_not_fit(shape, prices):
+    with pytest.raises(PermgraphError, match="prices"):
+        assign(np.zeros(shape), prices=np.zeros(prices))

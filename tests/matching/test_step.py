@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from permgraph.matching.step import choose, cycles
+from permgraph.matching.assignment import crowded
+from permgraph.matching.step import choose, choose_each, cycles
 
 
 @settings(deadline=None, max_examples=60)
@@ -41,3 +42,36 @@ def test_batches_are_settled_each_for_itself() -> None:
     columns, gain = choose(torch.stack([tie, gains, tie]), "auto", "hidden")
     assert columns.tolist() == [[0, 1], [1, 0], [0, 1]]
     assert gain == 2.0
+
+
+def hubs(n: int, seed: int) -> np.ndarray:
+    """Values in which all rows want much the same columns, as in trained networks."""
+    random = np.random.default_rng(seed)
+    table = random.standard_normal((n, n)) + 4 * random.standard_normal(n) * random.random((n, 1))
+    return table.astype(np.float32)
+
+
+def test_prices_of_last_time_change_nothing_but_the_time() -> None:
+    table, prices = hubs(200, 0), dict[str, np.ndarray]()
+    assert crowded(table, maximise=True)
+    for turn in range(4):
+        worth = {"hidden": torch.from_numpy(table)}
+        (expected,) = choose_each(worth, "auto").values()
+        (found,) = choose_each(worth, "auto", prices).values()
+        assert found[0].tolist() == expected[0].tolist()
+        assert found[1] == expected[1] > 0
+        # Numbered as the columns are now, with the prices each row wants its own column, or nearly.
+        table = table[:, found[0]]
+        net = table + prices["hidden"]
+        regret = (net.max(axis=1) - net.diagonal()).sum()
+        assert regret < 0.1 * (table.max(axis=1) - table.diagonal()).sum()
+        table = table + 0.1 * hubs(200, turn + 1)
+
+
+def test_easy_assignments_get_no_prices() -> None:
+    prices: dict[str, np.ndarray] = {}
+    choose_each(
+        {"hidden": torch.eye(200)[torch.randperm(200, generator=torch.Generator().manual_seed(0))]}, "auto", prices
+    )
+    choose_each({"few": torch.from_numpy(hubs(20, 0))}, "auto", prices)
+    assert not prices
