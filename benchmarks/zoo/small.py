@@ -319,6 +319,8 @@ def shrunk(config: dict[str, Any], shrink: Shrink, widths: Mapping[int, int] | N
             found[name] = dict(value) if "architecture" in value else shrunk(value, shrink, widths)
         elif name.startswith("backbone_") and isinstance(value, list) and ready_made:
             found[name] = value
+        elif name == "num_filters" and "depths" in config and shrink.heads:  # doubled from stage to stage
+            found[name] = _divided(value, replace(shrink, least=4))
         elif TAKEN.search(name):
             found[name] = _taken(value, shrink.depth)
         elif HOOKS.search(name) and isinstance(value, list):
@@ -491,9 +493,8 @@ def _smaller(name: str, value: Any, shrink: Shrink, factor: Fraction, widths: Ma
             return type(value)(min(v, 1 if shrink.depth < 100 else v) if _is_size(v) else v for v in value)
         if all(map(_is_size, value)) and WIDTH.search(name) and not KEPT.search(name):
             if shrink.heads:
-                own = [v for v in value if v > 4]  # the channels of an image stay
-                common = math.gcd(*own, 8) if own else 1
-                return type(value)(v // common if v in own else v for v in value)
+                common = math.gcd(*value, 8) if value else 1
+                return type(value)(v // common for v in value)
             return type(value)(_divided(v, shrink) for v in value)
         if not shrink.heads and name.endswith("_section") and all(_is_size(v) and v % shrink.width == 0 for v in value):
             return type(value)(v // shrink.width for v in value)  # of a head's channels
@@ -516,8 +517,6 @@ def _smaller(name: str, value: Any, shrink: Shrink, factor: Fraction, widths: Ma
         return min(value, 2 if name.endswith("n_group") else 1)
     if value in widths and (WIDTH.search(name) or name.endswith(("_size", "_groups"))):
         return widths[value]
-    if name == "num_filters" and shrink.heads:  # doubled from stage to stage
-        return _divided(value, replace(shrink, least=4))
     if name.endswith("pos_feats") and 2 * value in widths:  # sines and cosines, which together are as wide
         return widths[2 * value] // 2
     if shrink.heads and INNER.search(name):
