@@ -8,6 +8,7 @@ skip what nothing around has moved, so the seconds of a run that keeps its matri
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import time
 from collections.abc import Callable
@@ -19,12 +20,15 @@ import numpy as np
 import torch
 
 from permgraph.errors import PermgraphError
-from permgraph.matching.assignment import WIDE, assign
+from permgraph.matching import renumber
+from permgraph.matching.assignment import ROUGH, WIDE, assign
 from permgraph.matching.moves import Move, Plan
 from permgraph.matching.streamed import DEPTH, PORTION
+from permgraph.matching.weight_matching import ROOM
 from permgraph.spec import PermutationSpec
 
 WORKING = 4  # bytes of a float32
+FEW = 3  # products in each cost between experts before the axes around are in order: one for each of their matrices
 
 
 @dataclass(frozen=True)
@@ -36,17 +40,29 @@ class Rates:
         assignment: seconds of one assignment of n rows, as (c, k) for c n^k.
         read: bytes per second from where checkpoints lie.
         network: bytes per second between two workers.
+        blunt: seconds of one assignment whose costs are sums of few products, for some sizes in ascending order; none
+            if that takes as long as any. It takes about ten times as long, since very many assignments are nearly as
+            good as the best.
     """
 
     flops: float
     assignment: tuple[float, float]
     read: float = 1e9
     network: float = 1e9
+    blunt: tuple[tuple[int, float], ...] = ()
 
-    def assigning(self, size: int) -> float:
+    def assigning(self, size: int, *, blunt: bool = False) -> float:
         """Seconds for one assignment problem of this size."""
         c, k = self.assignment
-        return float(c * size**k)
+        usual = float(c * size**k)
+        if not blunt or not self.blunt:
+            return usual
+        found = usual
+        for (small, least), (large, most) in itertools.pairwise(self.blunt):
+            found = least * float((size / small) ** (math.log(most / least) / math.log(large / small)))
+            if size <= large:
+                break
+        return max(usual, found)
 
 
 @dataclass(frozen=True)
@@ -59,6 +75,8 @@ class MoveCost:
         flops: of its Gram matrices, computed in full.
         gram: bytes of the Gram matrices, in float32; nested ones are made in portions.
         problems: (size, count) of the assignment problems.
+        nested: those among them that find what pairs of another group's indices are worth. In the first pass the axes
+            around are not in order yet, so that their costs are sums of few products.
         parameters: how many elements the parameters have in which the group stands.
         largest: elements of the largest of them.
         kept: bytes that a run which holds both models may keep between steps, of a group that is renumbered alone.
@@ -72,10 +90,15 @@ class MoveCost:
     parameters: int
     largest: int
     kept: int = 0
+    nested: tuple[tuple[int, int], ...] = ()
 
-    def seconds(self, rates: Rates) -> tuple[float, float]:
-        """The seconds for the Gram matrices and those for the assignments."""
-        return self.flops / rates.flops, sum(count * rates.assigning(size) for size, count in self.problems)
+    def seconds(self, rates: Rates, *, first: bool = False) -> tuple[float, float]:
+        """The seconds for the Gram matrices and those for the assignments, in the first pass or a later one."""
+        solving = sum(count * rates.assigning(size) for size, count in self.problems)
+        if first:
+            extra = (count * (rates.assigning(size, blunt=True) - rates.assigning(size)) for size, count in self.nested)
+            solving += sum(extra)
+        return self.flops / rates.flops, solving
 
 
 @dataclass(frozen=True)
@@ -115,8 +138,9 @@ class Estimate:
 
     @cached_property
     def solving(self) -> int:
-        """Bytes of the costs in float64 that the solver makes of the largest problem; of a wide one it makes none."""
-        return max((2 * WORKING * size**2 for size in self.problems if size < WIDE), default=0)
+        """Bytes of the costs that the solver makes of the largest problem: in float64 if it is narrow, none if wide."""
+        widths = [2 * WORKING if size < ROUGH else WORKING if size < WIDE else 0 for size in self.problems]
+        return max((width * size**2 for width, size in zip(widths, self.problems, strict=True)), default=0)
 
     def memory(self, width: int = WORKING, *, streamed: bool = False, cache: int = 0) -> int:
         """Peak bytes of a run, above what the process holds before it has read anything.
@@ -126,15 +150,20 @@ class Estimate:
             streamed: tensors are read when a step needs them (`StreamedWeightMatching`), rather than held.
             cache: of a streamed run.
 
-        Without streaming: both models and one working copy in float32, the largest Gram matrices, and those kept
-        between steps, which take no more than a model does. With it: one parameter in both models and B's renumbered, a
-        portion of them in float32, as it is and as the products want it, the Gram matrices, and the cache. With either:
-        the costs that the solver makes of the Gram matrix.
+        Without streaming: both models in float32; B as it is renumbered and the Gram matrices between steps, which
+        together take no more than `WeightMatching` allows itself, a model with what a step needs; that step's Gram
+        matrices, twice; and the largest parameter in both, or a portion of it. With it: one parameter in both models
+        and B's renumbered, a portion of them in float32, as it is and as the products want it, the Gram matrices, and
+        the cache. With either: the costs that the solver makes of the Gram matrix.
         """
-        if not streamed:
-            kept = min(WORKING * self.elements, sum(move.kept for move in self.moves))
-            return 3 * WORKING * self.elements + kept + self.gram + self.solving
         largest = max((move.largest for move in self.moves), default=0)
+        if not streamed:
+            model = WORKING * self.elements
+            widest = WORKING * max((move.size for move in self.moves), default=0) ** 2
+            room = max(ROOM, model - 2 * widest - 8 * WORKING * renumber.PORTION)
+            kept = min(room, model + sum(move.kept for move in self.moves))
+            views = 2 * WORKING * min(largest, 4 * renumber.PORTION)
+            return 2 * model + kept + 2 * self.gram + self.solving + views
         widest = max((move.size for move in self.moves), default=0)
         portion = min(max(PORTION, DEPTH * widest), largest)
         return 3 * width * largest + 4 * WORKING * portion + self.gram + self.solving + cache
@@ -164,20 +193,18 @@ class Estimate:
         """
         if passes < 1 or workers < 1:
             raise PermgraphError(f"passes={passes}, workers={workers}: give at least 1")
-        costs = {move.group: move.seconds(rates) for move in self.moves}
-        grams = sum(gram for gram, _ in costs.values()) / workers
-        solving = sum(
-            max(
-                max((costs[group][1] for group in together), default=0.0),
-                sum(costs[group][1] for group in together) / workers,
-            )
-            for together in self.rounds
-        )
+        grams = sum(move.seconds(rates)[0] for move in self.moves) / workers
         adding = 0.0
         if workers > 1:  # a ring: each worker sends and receives the matrix about once, in both halves
             adding = sum(2 * (workers - 1) / workers * move.gram for move in self.moves) / rates.network
         reading = self.read(width) / rates.read / workers if streamed else 0.0
-        return passes * (grams + solving + adding + reading)
+        solving = self._solving(rates, workers, first=True) + (passes - 1) * self._solving(rates, workers, first=False)
+        return passes * (grams + adding + reading) + solving
+
+    def _solving(self, rates: Rates, workers: int, *, first: bool) -> float:
+        costs = {move.group: move.seconds(rates, first=first)[1] for move in self.moves}
+        rounds = ([costs[group] for group in together] for together in self.rounds)
+        return sum(max(max(each, default=0.0), sum(each) / workers) for each in rounds)
 
 
 def estimate(spec: PermutationSpec) -> Estimate:
@@ -217,14 +244,19 @@ def calibrate(seconds: float = 2.0) -> Rates:
         solve = functools.partial(assign, _costs(size), maximise=True)
         # The solver runs in this thread, whose own time says how long it takes also where others take turns with it.
         times[size] = _repeat(solve, seconds / 4, time.thread_time)
+    blunt = []
+    for size in (128, small, large):
+        solve = functools.partial(assign, _costs(size, FEW), maximise=True)
+        blunt.append((size, _repeat(solve, seconds / 12, time.thread_time)))
     power = min(3.0, max(2.0, math.log(times[large] / times[small]) / math.log(large / small)))
-    return Rates(flops=2 * side**3 / product, assignment=(times[large] / large**power, power))
+    rate = 2 * side**3 / product
+    return Rates(flops=rate, assignment=(times[large] / large**power, power), blunt=tuple(blunt))
 
 
-def _costs(size: int) -> np.ndarray:
-    """A Gram matrix of two random layers."""
+def _costs(size: int, products: int | None = None) -> np.ndarray:
+    """A Gram matrix of two random layers, each entry the sum of so many products; of as many as rows if not said."""
     random = np.random.default_rng(0)
-    one, other = (random.standard_normal((size, size), dtype=np.float32) for _ in range(2))
+    one, other = (random.standard_normal((size, products or size), dtype=np.float32) for _ in range(2))
     return one @ other.T
 
 
@@ -246,15 +278,18 @@ def _cost(spec: PermutationSpec, move: Move, elements: dict[str, int]) -> MoveCo
 
     flops, gram = 0, 0
     problems: list[tuple[int, int]] = []
+    nested: list[tuple[int, int]] = []
     for node in (*move.root.nodes(), *(node for then in move.then for node in then.root.nodes())):
         chain, batch = math.prod(map(size, node.chain)), math.prod(map(size, node.batch))
         flops += sum(2 * place.block.size * chain for place in node.places)
         gram += WORKING * chain**2 * batch
         problems.append((size(node.group), batch * math.prod(size(group) for group in node.chain[:-1]) ** 2))
+        if len(node.chain) > 1:
+            nested.append(problems[-1])
     standing = [elements[name] for name in move.parameters]
     kept = gram if len(move.groups) == 1 and not move.bent else 0
     whole, largest = sum(standing), max(standing, default=0)
-    return MoveCost(move.name, size(move.name), flops, gram, tuple(problems), whole, largest, kept)
+    return MoveCost(move.name, size(move.name), flops, gram, tuple(problems), whole, largest, kept, tuple(nested))
 
 
 def _together(one: MoveCost, other: MoveCost) -> MoveCost:
@@ -267,6 +302,7 @@ def _together(one: MoveCost, other: MoveCost) -> MoveCost:
         one.parameters + other.parameters,
         max(one.largest, other.largest),
         max(one.kept, other.kept),
+        one.nested + other.nested,
     )
 
 
