@@ -30,7 +30,7 @@ LATER = ("cli", "connectivity", "io", "matching", "merging", "pictures", "studie
 
 @cache
 def code() -> str:
-    """A fingerprint of the code that infers and verifies specs, comments aside: by it records of other code are known."""
+    """A fingerprint of the code that infers and verifies specs, comments aside, by which older records are known."""
     package = Path(pg.__file__).parent
     paths = [path.relative_to(package) for path in sorted(package.rglob("*.py"))]
     parsed = {path: ast.parse((package / path).read_text()) for path in paths if path.parts[0] not in LATER}

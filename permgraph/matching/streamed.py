@@ -39,7 +39,7 @@ from permgraph.spec import PermutationSpec
 log = logging.getLogger(__name__)
 
 PORTION = 1 << 22  # elements that are in working precision at a time
-RETURNED = 1 << 27  # bytes that are read between two times that free memory is given back
+RETURNED = 1 << 25  # bytes that are read between two times that free memory is given back
 DEPTH = 1024  # products that are summed at a time, at least: fewer, and adding them to a large matrix takes over
 
 
@@ -69,7 +69,7 @@ class StreamedWeightMatching:
             of which needs its own share of the tensors only.
         device: where products are taken; None leaves them where the tensors are.
         workers: the processes that match together, each of which reads its share of the parameters and gives the same
-            result. Where groups are chosen pair by pair, each process values its share of the pairs, from all parameters.
+            result. Where groups are chosen pair by pair, each values its share of the pairs, from all parameters.
 
     Example:
         >>> spec = PermutationSpec.parse('''
