@@ -69,6 +69,13 @@ def channel_statistics(model: nn.Module, loader: Loader, layers: Layers | None =
     Raises:
         EvaluationError: the loader is empty, or the model is in training mode.
         NonFiniteError: a layer puts out NaN or infinity.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 1, bias=False), nn.ReLU()).eval()
+        >>> _ = net[0].weight.data.fill_(1.0)
+        >>> found = channel_statistics(net, [torch.tensor([[0.0, 1.0], [1.0, 2.0]])])
+        >>> found.means["0"].tolist(), found.deviations["0"].tolist()
+        ([2.0], [1.0])
     """
     require_eval_mode(model, "the model to measure")
     running: dict[str, _Running] = {}

@@ -102,6 +102,16 @@ def weak_connectivity(
     Raises:
         MismatchError: the networks differ, or the permutation is of another spec.
         EvaluationError: as for ``barrier``, or the tolerance is negative or not finite.
+
+    References:
+        Sharma et al. 2024.
+
+    Example:
+        >>> a, b = (nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1)).eval() for _ in "ab")
+        >>> x = torch.randn(5, 2)
+        >>> claim = weak_connectivity(a, b, pg.align(a, b).permutation, lambda net: net(x).square().mean().item(), 9.0)
+        >>> claim.kind, claim.holds
+        ('weak', True)
     """
     pairs: Pairs = {(0,): (_moved(None, a), _moved(permutation, b))}
     return _claim("weak", pairs, evaluate, tolerance, points, template_of(model, a=a, b=b), prepare)
@@ -176,6 +186,17 @@ def strong_connectivity(
         MismatchError: fewer than three networks, another number of permutations, networks that differ, or a
             permutation of another spec.
         EvaluationError: as for ``barrier``, or the tolerance is negative or not finite.
+
+    References:
+        Sharma et al. 2024.
+
+    Example:
+        >>> networks = [nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1)).eval() for _ in range(3)]
+        >>> x = torch.randn(5, 2)
+        >>> merged = pg.merge(networks)
+        >>> size = lambda net: net(x).square().mean().item()
+        >>> sorted(strong_connectivity(networks, merged.permutations, size, 9.0).barriers)
+        [(0, 1), (0, 2), (1, 2)]
     """
     if len(networks) < 3:
         raise MismatchError(f"the strong claim is about at least three networks, not {len(networks)}")
@@ -239,6 +260,12 @@ def permute_masks(permutation: Permutation, masks: Mapping[str, Tensor]) -> dict
     Raises:
         SpecError: the spec does not know a name.
         MismatchError: a mask has another shape than its parameter.
+
+    Example:
+        >>> spec = pg.PermutationSpec.parse("0.weight 2x1 h . | 1.weight 1x2 . h | groups: h 2".replace(" | ", chr(10)))
+        >>> turn = spec.random(0, every_group=True)  # changes the two places
+        >>> permute_masks(turn, {"1.weight": torch.tensor([[True, False]])})
+        {'1.weight': tensor([[False,  True]])}
     """
     return {name: permutation.apply_to(name, mask) for name, mask in masks.items()}
 
