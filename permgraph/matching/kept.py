@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from permgraph.matching.blocks import Block
-from permgraph.matching.moves import PORTION, Move, Place, Tensors
+from permgraph.matching.moves import Move, Place, Tensors
+from permgraph.matching.renumber import PORTION
 
 
 class Kept:

@@ -18,12 +18,10 @@ from dataclasses import dataclass, field
 import torch
 
 from permgraph.matching.blocks import Block, blocks_of
+from permgraph.matching.renumber import PORTION
 from permgraph.spec import PermutationSpec
 
 Tensors = Mapping[str, torch.Tensor]
-
-PORTION = 1 << 20
-"""Elements of a model that are copied at a time for a product."""
 
 
 @dataclass(frozen=True)

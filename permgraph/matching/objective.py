@@ -50,8 +50,11 @@ def _dot(one: torch.Tensor, other: torch.Tensor) -> float:
     one, other = one.reshape(-1), other.reshape(-1)
     whole = one.numel() // _RUN * _RUN
     total = float(torch.dot(one[whole:], other[whole:]))
-    if whole:
-        total += float(torch.linalg.vecdot(one[:whole].view(-1, _RUN), other[:whole].view(-1, _RUN)).double().sum())
+    # Some runs at a time, since their products are all written down before they are summed.
+    some = _RUN * _RUN
+    for left, right in zip(torch.split(one[:whole], some), torch.split(other[:whole], some), strict=True):
+        if len(left):
+            total += float(torch.linalg.vecdot(left.view(-1, _RUN), right.view(-1, _RUN)).double().sum())
     return total
 
 

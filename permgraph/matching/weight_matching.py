@@ -20,12 +20,12 @@ from permgraph.errors import MismatchError, PermgraphError
 from permgraph.matching.assignment import Solver
 from permgraph.matching.kept import Kept
 from permgraph.matching.limits import Frozen, Limits, choose_limited, limits_of
-from permgraph.matching.moves import PORTION, Move, Place, Plan
+from permgraph.matching.moves import Move, Place, Plan
 from permgraph.matching.objective import STATISTICS, Objective, Pair, StateDict, Weights, pair
 from permgraph.matching.order import informed_order, ranks
 from permgraph.matching.paired import paired_values
 from permgraph.matching.parallel import workers
-from permgraph.matching.renumber import Arrays, act, compose
+from permgraph.matching.renumber import PORTION, Arrays, act, compose
 from permgraph.matching.result import MatchResult, Outcome, Progress, Sweep
 from permgraph.matching.several import Ascended, Several, explore, lanes
 from permgraph.matching.step import Scene, choose, choose_each, gram, outer_values
@@ -267,7 +267,10 @@ class _Ascent:
         # beside that, and the solver's; and a few portions of both models.
         room = max(ROOM, model + self.largest - 3 * self.largest - 8 * PORTION * self.itemsize)
         sizes = {move.name: self.plan.entries(move) for move in self.plan.moves if len(move.groups) == 1}
-        grams = min(room, self.itemsize * sum(sizes.values()))
+        grams = self.itemsize * sum(sizes.values())
+        if grams + model > room:  # a tensor of B that cannot be held is gathered as a whole
+            room = max(ROOM, room - max(tensor.nbytes for tensor in self.compared.b.values()))
+        grams = min(room, grams)
         return grams, room - grams
 
     def begin(self, run: int) -> None:

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from permgraph.matching import WeightMatching, weight_matching
+from permgraph.matching import WeightMatching, renumber, weight_matching
 from permgraph.matching.blocks import blocks_of
-from permgraph.matching.renumber import compose
+from permgraph.matching.objective import Pair
+from permgraph.matching.renumber import act, compose
 from permgraph.matching.working import Working
 from permgraph.spec import PermutationSpec
 from tests.matching.examples import SPECS, state
@@ -117,3 +118,25 @@ def test_only_what_is_held_can_be_written_to() -> None:
     assert torch.equal(held, b["l1.weight"])
     assert working["l1.weight"] is held
     assert working["l2.weight"] is b["l2.weight"]
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_a_tensor_is_the_same_whichever_way_it_is_permuted(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some rows at a time, or as a whole."""
+    spec = SPECS[name]
+    tensors, arrays = state(spec, 1), dict(spec.random(2).arrays)
+    whole = {key: act(spec, arrays, key, tensor) for key, tensor in tensors.items()}
+    monkeypatch.setattr(renumber, "PORTION", 7)
+    for key, tensor in tensors.items():
+        part = act(spec, arrays, key, tensor)
+        assert torch.equal(part, whole[key])
+        assert part.data_ptr() != tensor.data_ptr()
+    if name in ("mlp", "residual"):
+        assert not all(torch.equal(whole[key], tensor) for key, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("size", [5, 1024, 3 * 1024 * 1024 + 17])
+def test_inner_products_in_portions(size: int) -> None:
+    one, other = torch.randn(2, size, generator=torch.Generator().manual_seed(0))
+    expected = float((one.double() * other.double()).sum())
+    assert Pair({"w": one}, {"w": other}).inner(["w"], {"w": other}) == pytest.approx(expected, rel=1e-5, abs=1e-3)
