@@ -46,7 +46,7 @@ def align(
 
         torchrun --nproc-per-node 2 -m permgraph align ./model-a ./model-b -o ./out --stream
     """
-    with Screen(shown) as screen, together() as others:
+    with Screen(shown, resumes=True) as screen, together() as others:
         check_file(permutation_file, "--permutation", (".safetensors",))
         check_file(page, "--report", PAGES)
         work = Work.prepare((a, b), subject, matching, data, screen, output=writing.output, like=1, others=others)

@@ -71,7 +71,7 @@ def merge(
 
         permgraph merge a.pt b.pt -m torchvision:resnet18 --data ./images --recalibrate -o merged.pt
     """
-    with Screen(shown) as screen:
+    with Screen(shown, resumes=True) as screen:
         shares = _shares(weights, len(checkpoints))
         method = method or (Method.reference if len(checkpoints) == 2 else Method.cycle_consistent)
         if not 0 <= reference < len(checkpoints):

@@ -43,9 +43,14 @@ class Screen:
 
     A context: an error that is the user's to mend leaves it as one line on stderr and exit code 2; any other as a line
     that says that it is a bug, and exit code 70. Tracebacks are shown only for `debug`.
+
+    Args:
+        shown: the options about what to show.
+        resumes: whether the command keeps what it has done, and goes on there when it is given again.
     """
 
-    def __init__(self, shown: Shown) -> None:
+    def __init__(self, shown: Shown, *, resumes: bool = False) -> None:
+        self.resumes = resumes
         self.as_json, self.quiet, self.debug = shown.as_json, shown.quiet, shown.debug
         self.notes: list[str] = []
 
@@ -65,6 +70,8 @@ class Screen:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(SAYS_NO) from None
         code, said = _verdict(error)
+        if code == INTERRUPTED and self.resumes:
+            said += "; the same command goes on where this one stopped"
         if self.debug:
             traceback.print_exception(kind, error, trace, file=sys.stderr)
         if self.as_json:
@@ -136,7 +143,7 @@ def table(rows: Sequence[tuple[str, ...]], head: tuple[str, ...] = ()) -> str:
 
 def _verdict(error: BaseException) -> tuple[int, str]:
     if isinstance(error, KeyboardInterrupt):
-        return INTERRUPTED, "interrupted; the same command goes on where this one stopped"
+        return INTERRUPTED, "interrupted"
     if isinstance(error, PermgraphError):
         return BAD_INPUT, in_one_line(error)
     if isinstance(error, OSError):

@@ -49,7 +49,7 @@ def study(
 
         permgraph study plan.yaml --store s3://bucket/study --backend dask --address tcp://head:8786
     """
-    with Screen(shown) as screen:
+    with Screen(shown, resumes=True) as screen:
         check_file(output, "--output", (".csv", ".parquet"))
         check_file(figure, "--figure", FIGURES)
         grid = read_plan(plan, screen)

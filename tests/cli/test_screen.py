@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
@@ -148,3 +149,13 @@ def test_a_bug_is_called_one(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(Exception, match="70"), Screen(Shown()):
         raise ZeroDivisionError("x")
     assert "this is a bug in permgraph" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("resumes", [False, True])
+def test_only_what_goes_on_says_so_when_it_is_interrupted(resumes: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit) as caught, Screen(Shown(), resumes=resumes):
+        raise KeyboardInterrupt
+    assert caught.value.exit_code == 130
+    assert capsys.readouterr().err.startswith(
+        "error: interrupted; the same command goes on" if resumes else "error: interrupted\n"
+    )
