@@ -15,6 +15,9 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "matching-benchmarks.md"
 PRESERVED = 1e-9
 """The largest change of an output in float64, relative to the largest output, that counts as rounding."""
 
+RESOLVED = 1e-3
+"""Seconds below which the clock tells no ratio."""
+
 
 def line(record: Record) -> str:
     """One record in one line."""
@@ -55,8 +58,8 @@ def rows(head: str, lines: Iterable[str]) -> str:
 
 
 def label(method: str) -> str:
-    code, comma, rest = method.partition(", ")
-    return method if method in PEERS else f"`{code}`{comma}{rest}"
+    code, comma, rest = method.partition(", plain")
+    return method if method.startswith(PEERS) else f"`{code}`{comma}{rest}"
 
 
 def chosen(records: list[Record], network: str, threads: int) -> dict[str, dict[int, Record]]:
@@ -68,7 +71,13 @@ def chosen(records: list[Record], network: str, threads: int) -> dict[str, dict[
     return found
 
 
-TIMED = (*PEERS, 'WeightMatching(init="identity")', "WeightMatching(), plain groups", "WeightMatching()")
+TIMED = (
+    *PEERS,
+    'WeightMatching(init="identity")',
+    "WeightMatching(), plain groups",
+    "WeightMatching(restarts=1)",
+    "WeightMatching()",
+)
 
 
 def peers(records: list[Record], threads: int, clock: str) -> str:
@@ -89,7 +98,7 @@ def peers(records: list[Record], threads: int, clock: str) -> str:
                 slower = [
                     (runs["plain"][pair][clock] / record[clock])
                     for pair, record in good.items()
-                    if clock in runs.get("plain", {}).get(pair, {})
+                    if min(record[clock], runs.get("plain", {}).get(pair, {}).get(clock, 0)) > RESOLVED
                 ]
                 median = {field: statistics.median(r[field] for r in good.values()) for field in (clock, "sweeps")}
                 objective = statistics.mean(r["objective"] for r in good.values())

@@ -45,9 +45,10 @@ class Residual(nn.Module):
         return torch.relu(self.bn2(self.conv2(y)) + self.short(x))
 
 
-def resnet20(width: int) -> nn.Sequential:
+def resnet20(width: int, colours: int = 3) -> nn.Sequential:
     channels = [16 * width, 32 * width, 64 * width]
-    blocks: list[nn.Module] = [nn.Conv2d(3, channels[0], 3, 1, 1, bias=False), nn.BatchNorm2d(channels[0]), nn.ReLU()]
+    stem = nn.Conv2d(colours, channels[0], 3, 1, 1, bias=False)
+    blocks: list[nn.Module] = [stem, nn.BatchNorm2d(channels[0]), nn.ReLU()]
     inputs = channels[0]
     for stage, outputs in enumerate(channels):
         for block in range(3):
@@ -130,8 +131,17 @@ NETWORKS: dict[str, Network] = {
     "vgg16_bn": Network("VGG16-BN", lambda: torchvision_model("vgg16_bn"), IMAGE),
     "vit_b_16": Network("ViT-B/16", lambda: torchvision_model("vit_b_16"), IMAGE),
     "llama_160m": Network("Llama of 160M", llama, (1, 8), tokens=True),
+    "digits_mlp16": Network(
+        "MLP 64-16³-10, trained", lambda: on_digits("MLP", 16), (1, 1, 8, 8), training=(20, 1e-2, 0.2)
+    ),
     "digits_mlp64": Network(
         "MLP 64-64³-10, trained", lambda: on_digits("MLP", 64), (1, 1, 8, 8), training=(20, 1e-2, 0.2)
+    ),
+    "digits_mlp128": Network(
+        "MLP 64-128³-10, trained", lambda: on_digits("MLP", 128), (1, 1, 8, 8), training=(20, 1e-2, 0.2)
+    ),
+    "digits_mlp256": Network(
+        "MLP 64-256³-10, trained", lambda: on_digits("MLP", 256), (1, 1, 8, 8), training=(20, 1e-2, 0.2)
     ),
     "digits_mlp512": Network(
         "MLP 64-512³-10, trained", lambda: on_digits("MLP", 512), (1, 1, 8, 8), training=(20, 1e-2, 0.2)
@@ -139,6 +149,7 @@ NETWORKS: dict[str, Network] = {
     "digits_resnet16": Network(
         "ResNet of width 16, trained", lambda: on_digits("ResNet", 16), (1, 1, 8, 8), training=(8, 1e-2, 0.5)
     ),
+    "digits_resnet20": Network("ResNet-20 × 1, trained", lambda: resnet20(1, 1), (1, 1, 8, 8), training=(8, 1e-2, 0.5)),
     "digits_vit64": Network(
         "ViT of width 64, trained", lambda: on_digits("ViT", 64, 4, 1), (1, 1, 8, 8), training=(15, 5e-3, 0.5)
     ),

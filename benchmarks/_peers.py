@@ -126,7 +126,8 @@ def rebasin(network: Network, a: State, b: State, spec: PermutationSpec, seed: i
 OURS: dict[str, WeightMatching | FrankWolfe] = {
     "WeightMatching()": WeightMatching(),
     'WeightMatching(init="identity")': WeightMatching(init="identity"),
-    'WeightMatching(order="random")': WeightMatching(order="random"),
+    "WeightMatching(restarts=1)": WeightMatching(restarts=1),
+    'WeightMatching(order="random", restarts=1)': WeightMatching(order="random", restarts=1),
     "WeightMatching(restarts=10)": WeightMatching(restarts=10),
     "FrankWolfe()": FrankWolfe(),
     "WeightMatching(), plain groups": WeightMatching(),

@@ -26,11 +26,14 @@ import permgraph as pg
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
 from networks import MLP, ResNet, ViT, digits, train
 
+from benchmarks._networks import resnet20
+
 MODELS: dict[str, tuple[Callable[[], nn.Module], float, float]] = {
     "MLP-64": (lambda: MLP(64), 1e-2, 0.2),
     "MLP-512": (lambda: MLP(512), 1e-2, 0.2),
     "ResNet-16": (lambda: ResNet(16), 1e-2, 0.5),
     "ResNet-64": (lambda: ResNet(64), 1e-2, 0.5),
+    "ResNet-20": (lambda: resnet20(1, 1), 1e-2, 0.5),
     "ViT-64": (lambda: ViT(64, 4, 1), 5e-3, 0.5),
 }
 EVERY = (4, 16, 32)
