@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from common import RECIPES, Setting, arguments, bar, console, figure, legend, mean_and_error, settings, table
+from common import RECIPES, Setting, arguments, bar, console, figure, finished, legend, mean_and_error, settings, table
 from matplotlib.axes import Axes
 from rich.console import Console
 
@@ -61,7 +61,7 @@ def run(setting: Setting, seeds: Sequence[int], where: Console) -> Result:
     middles: dict[tuple[str, str], list[dict[str, float]]] = {}
     with bar(where, f"{setting.name}: middles", 2 * len(pairs)) as step:
         for a, b in pairs:
-            for kind, other in zip(KINDS, (b, pg.align(a, b).model()), strict=True):
+            for kind, other in zip(KINDS, (b, finished(pg.align(a, b)).model()), strict=True):
                 middle = setting.network(pg.interpolate(a, other, 0.5))
                 for treatment, network in (
                     ("as averaged", middle),

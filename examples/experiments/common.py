@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from matplotlib.axes import Axes
@@ -342,6 +342,25 @@ def _idx(folder: Path, name: str) -> Tensor:
     return torch.frombuffer(bytearray(raw[4 + 4 * dims :]), dtype=torch.uint8).view(shape)
 
 
+class Found(Protocol):
+    """What the library returns of a search or a training."""
+
+    @property
+    def outcome(self) -> str:
+        """How it ended."""
+        ...
+
+
+F = TypeVar("F", bound=Found)
+
+
+def finished(found: F) -> F:
+    """The same; but where it was interrupted, which the library catches to return the best so far, so is the script."""
+    if found.outcome == "interrupted":
+        raise KeyboardInterrupt
+    return found
+
+
 def console() -> Console:
     """The terminal, or 130 columns where the output goes elsewhere."""
     terminal = Console()
@@ -414,6 +433,14 @@ def legend(axes: Sequence[Axes]) -> None:
     each = 0.65 + 0.085 * max(map(len, handles))  # inches, about
     across = max(1, min(len(handles), int(axes[0].figure.get_figwidth() / each)))
     axes[0].figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=across, frameon=False)
+
+
+def label_rows(axes: Sequence[Axes], text: str) -> None:
+    """Name the vertical axis where a row of axes begins."""
+    for ax in axes:
+        place = ax.get_subplotspec()
+        if place is not None and place.is_first_col():
+            ax.set_ylabel(text)
 
 
 def name_places(ax: Axes, names: Sequence[str]) -> None:

@@ -26,6 +26,8 @@ from common import (
     bar,
     console,
     figure,
+    finished,
+    label_rows,
     legend,
     logarithmic,
     settings,
@@ -104,7 +106,7 @@ def run(
     """Every path between two networks."""
     a, b = (setting.network(state) for state in pair)
     spec = pg.auto_spec(a)
-    turn = pg.align(a, b, spec=spec).permutation
+    turn = finished(pg.align(a, b, spec=spec)).permutation
     identity = spec.identity()
     loader = setting.batches(128)
 
@@ -129,8 +131,8 @@ def run(
             for shape in ("bezier", "polygon"):
 
                 def fit(end: State = end, shape: Any = shape) -> list[Any]:
-                    curve = pg.fit_curve(
-                        a, end, loader, shape=shape, epochs=options.curve_epochs, perturb=attack, model=a
+                    curve = finished(
+                        pg.fit_curve(a, end, loader, shape=shape, epochs=options.curve_epochs, perturb=attack, model=a)
                     )
                     return [list(curve.points), list(curve.history)]
 
@@ -140,16 +142,18 @@ def run(
                 step()
 
             def fit_both(permutation: pg.Permutation = permutation) -> list[Any]:
-                fitted = pg.fit_aligned_curve(
-                    a,
-                    pair[1],
-                    loader,
-                    spec,
-                    init=permutation,
-                    rounds=options.rounds,
-                    epochs=max(1, options.curve_epochs // options.rounds),
-                    proximity=options.proximity,
-                    perturb=attack,
+                fitted = finished(
+                    pg.fit_aligned_curve(
+                        a,
+                        pair[1],
+                        loader,
+                        spec,
+                        init=permutation,
+                        rounds=options.rounds,
+                        epochs=max(1, options.curve_epochs // options.rounds),
+                        proximity=options.proximity,
+                        perturb=attack,
+                    )
                 )
                 return [list(fitted.curve.points), list(fitted.losses), sum(fitted.moved)]
 
@@ -225,7 +229,7 @@ def main(given: Sequence[str] | None = None) -> dict[str, list[Row]]:
                     )
             ax.set(title=name, xlabel="position on the path from A to B")
             logarithmic(ax)
-        axes[0].set_ylabel("test loss")
+        label_rows(axes, "test loss")
         legend(axes)
 
     figure(len(every), options.out / "curves.png", draw)

@@ -11,7 +11,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from common import Setting, arguments, bar, console, figure, legend, line, logarithmic, mean_and_error, settings, table
+from common import (
+    Setting,
+    arguments,
+    bar,
+    console,
+    figure,
+    finished,
+    legend,
+    line,
+    logarithmic,
+    mean_and_error,
+    settings,
+    table,
+)
 from matplotlib.axes import Axes
 from networks import Batch
 from rich.console import Console
@@ -62,7 +75,7 @@ def run(setting: Setting, seeds: Sequence[int], share: float, points: int, where
         ]
     with bar(where, f"{setting.name}: merging", len(seeds)) as step:
         for a, b, whole in trained:
-            aligned = pg.align(a, b).model()
+            aligned = finished(pg.align(a, b)).model()
             middles = [setting.network(pg.interpolate(a, other, 0.5)) for other in (b, aligned)]
             ways: Mapping[str, Callable[[], nn.Module]] = {
                 "first network": lambda a=a: a,

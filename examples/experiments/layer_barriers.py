@@ -8,7 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from common import Setting, arguments, bar, console, figure, legend, line, mean_and_error, name_places, settings, table
+from common import (
+    Setting,
+    arguments,
+    bar,
+    console,
+    figure,
+    finished,
+    legend,
+    line,
+    mean_and_error,
+    name_places,
+    settings,
+    table,
+)
 from matplotlib.axes import Axes
 from rich.console import Console
 
@@ -37,7 +50,7 @@ def run(setting: Setting, seeds: Sequence[int], points: int, where: Console) -> 
     groups = GROUPS.get(setting.name)
     with bar(where, f"{setting.name}: layers", 2 * len(pairs)) as step:
         for a, b in pairs:
-            for kind, end in (("naive", b), ("aligned", pg.align(a, b).model())):
+            for kind, end in (("naive", b), ("aligned", finished(pg.align(a, b)).model())):
                 found[kind].append(
                     pg.layerwise_barriers(a, end, setting.evaluate, points, layers=groups, prepare=setting.recalibrate)
                 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from common import Setting, arguments, bar, console, figure, legend, line, name_places, settings, table
+from common import Setting, arguments, bar, console, figure, finished, legend, line, name_places, settings, table
 from matplotlib.axes import Axes
 from rich.console import Console
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ def run(setting: Setting, seeds: Sequence[int], together: int, where: Console) -
             pairs.append((a, b, *spawned))
     with bar(where, f"{setting.name}: features", 3 * len(seeds)) as step:
         for a, b, first, second in pairs:
-            aligned = pg.align(a, b).state_dict
+            aligned = finished(pg.align(a, b)).state_dict
             ends: list[tuple[str, nn.Module, nn.Module | Mapping[str, Tensor]]] = [
                 ("spawned", first, second),
                 ("independent", a, b),

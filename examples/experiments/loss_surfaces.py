@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from common import Setting, arguments, bar, console, figure, legend, line, settings, table
+from common import Setting, arguments, bar, console, figure, finished, legend, line, settings, table
 from matplotlib.axes import Axes
 from rich.console import Console
 
@@ -36,7 +36,7 @@ def run(setting: Setting, seeds: Sequence[int], points: int, grid: int, where: C
     ends = [training[-1] for training in trainings]
     model = setting.network(ends[0])
     spec = pg.auto_spec(model)
-    merged = pg.merge(ends, spec=spec)
+    merged = finished(pg.merge(ends, spec=spec))
     moved = [p.apply(state) for p, state in zip(merged.permutations, ends, strict=True)]
     surfaces = {}
     with bar(where, f"{setting.name}: planes", 2 * (grid**2 + 3)) as step:
@@ -45,12 +45,12 @@ def run(setting: Setting, seeds: Sequence[int], points: int, grid: int, where: C
                 *states, setting.evaluate, grid, model=model, prepare=setting.prepare, progress=step
             )
     heights: dict[str, list[float]] = {"naive": [], "aligned": [], "aligned at the end": []}
-    final = pg.align(ends[0], ends[1], spec=spec).permutation
+    final = finished(pg.align(ends[0], ends[1], spec=spec)).permutation
     with bar(where, f"{setting.name}: along training", len(trainings[0])) as step:
         for a, b in zip(trainings[0], trainings[1], strict=True):
             for name, p in (
                 ("naive", spec.identity()),
-                ("aligned", pg.align(a, b, spec=spec).permutation),
+                ("aligned", finished(pg.align(a, b, spec=spec)).permutation),
                 ("aligned at the end", final),
             ):
                 heights[name].append(setting.barrier(setting.network(a), p.apply(b), points).barrier)

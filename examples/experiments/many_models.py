@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from common import Setting, arguments, bar, console, figure, legend, line, settings, table
+from common import Setting, arguments, bar, console, figure, finished, legend, line, settings, table
 from matplotlib.axes import Axes
 from rich.console import Console
 from torch import nn
@@ -50,9 +50,9 @@ def trained_star(
 ) -> Row:
     """A centre trained to be connected to all networks, which are cycle-consistently matched beforehand."""
     began = time.perf_counter()
-    merged = pg.merge(networks, spec=spec)
+    merged = finished(pg.merge(networks, spec=spec))
     moved = [p.apply(n.state_dict()) for p, n in zip(merged.permutations, networks, strict=True)]
-    trained = pg.fit_star(moved, setting.batches(128), model=networks[0], epochs=epochs)
+    trained = finished(pg.fit_star(moved, setting.batches(128), model=networks[0], epochs=epochs))
     centre = setting.prepare(setting.network(trained.state_dict))
     claim = pg.star_connectivity(
         centre, moved, None, setting.evaluate, 0.0, points, model=networks[0], prepare=setting.prepare
@@ -81,7 +81,7 @@ def run(
         for name, method in chosen_methods.items():
             for count in counts:
                 chosen, start = networks[:count], time.perf_counter()
-                merged = pg.merge(chosen, method or pg.ToReference(), spec=spec)
+                merged = finished(pg.merge(chosen, method or pg.ToReference(), spec=spec))
                 seconds = time.perf_counter() - start if method else 0.0
                 state = merged.state_dict if method else pg.average(chosen)
                 centre = setting.prepare(setting.network(state))
@@ -100,7 +100,9 @@ def run(
             rows.append(trained_star(setting, networks, spec, points, star_epochs))
             step()
     if len(networks) >= 3:
-        pairs = [pg.align(networks[i], networks[j], spec=spec).permutation for i, j in ((0, 1), (1, 2), (2, 0))]
+        pairs = [
+            finished(pg.align(networks[i], networks[j], spec=spec)).permutation for i, j in ((0, 1), (1, 2), (2, 0))
+        ]
         rows.append(Row("each pair by itself", 3, *[float("nan")] * 3, None, moved(*pairs), 0.0))
     return rows
 

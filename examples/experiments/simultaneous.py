@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from common import Setting, State, Step, arguments, bar, console, figure, legend, line, settings, table
+from common import Setting, State, Step, arguments, bar, console, figure, finished, legend, line, settings, table
 from matplotlib.axes import Axes
 from rich.console import Console
 from torch import Tensor
@@ -74,7 +74,7 @@ def rows(
     model = setting.network(a[0])
     found = []
     for place, x, y in zip(places, a, b, strict=True):
-        own = pg.align(x, y, spec=one.spec).permutation
+        own = finished(pg.align(x, y, spec=one.spec)).permutation
         claims = [
             pg.simultaneous_connectivity(
                 [x], [y], p, setting.evaluate, tolerance, points, model=model, prepare=setting.prepare
@@ -98,7 +98,7 @@ def run(setting: Setting, seeds: Sequence[int], options: Mapping[str, int | floa
         early = max(1, last // 10)
         (sparse_a, _), (sparse_b, masks_b) = (sparser(setting, seed, early, rounds, step) for seed in (first, second))
     spec = pg.auto_spec(setting.network(a[-1]))
-    one = pg.align(a[-1], b[-1], spec=spec).permutation
+    one = finished(pg.align(a[-1], b[-1], spec=spec)).permutation
     # The masks of B, moved, are the masks of the moved B.
     for state, mask in zip(sparse_b, masks_b, strict=True):
         moved = one.apply(state)
@@ -111,7 +111,7 @@ def run(setting: Setting, seeds: Sequence[int], options: Mapping[str, int | floa
         ends, strong = [a[-1], b[-1], c[-1]], {}
         model = setting.network(a[-1])
         for name, method in (("to the first", pg.ToReference()), ("cycle-consistent", pg.CycleConsistent())):
-            permutations = pg.merge(ends, method, spec=spec).permutations
+            permutations = finished(pg.merge(ends, method, spec=spec)).permutations
             strong[name] = pg.strong_connectivity(
                 ends, permutations, setting.evaluate, tolerance, points, model=model, prepare=setting.prepare
             )

@@ -15,7 +15,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from common import Setting, arguments, bar, console, figure, legend, line, mean_and_error, settings, table
+from common import (
+    Setting,
+    arguments,
+    bar,
+    console,
+    figure,
+    finished,
+    label_rows,
+    legend,
+    line,
+    mean_and_error,
+    settings,
+    table,
+)
 from matplotlib.axes import Axes
 from rich.console import Console
 from torch import Tensor
@@ -56,7 +69,7 @@ def run(setting: Setting, seeds: Sequence[int], points: int, epochs: int, where:
         for name, matcher in matchers.items():
             states[name] = [states["naive"][0]]
             for network in networks[1:]:
-                states[name].append(pg.align(first, network, matcher, spec=spec).state_dict)
+                states[name].append(finished(pg.align(first, network, matcher, spec=spec)).state_dict)
                 step()
             spectra[name] = pg.compare_spectra(first, states[name][1])
     with bar(where, f"{setting.name}: barriers", len(states)) as step:
@@ -120,7 +133,7 @@ def main(given: Sequence[str] | None = None) -> dict[str, Result]:
             for number, (name, comparison) in enumerate(found.spectra.items()):
                 line(ax, number, THRESHOLDS, [comparison.alignment(above) for above in THRESHOLDS], name)
             ax.set(title=model, xlabel="singular values above this share of the largest", ylim=(-0.1, 1.02))
-        axes[0].set_ylabel("alignment of singular vectors")
+        label_rows(axes, "alignment of singular vectors")
         legend(axes)
 
     figure(len(every), options.out / "singular_vectors.png", draw)

@@ -15,7 +15,20 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from common import COLOURS, MARKERS, Setting, arguments, bar, console, figure, legend, mean_and_error, settings, table
+from common import (
+    COLOURS,
+    MARKERS,
+    Setting,
+    arguments,
+    bar,
+    console,
+    figure,
+    finished,
+    legend,
+    mean_and_error,
+    settings,
+    table,
+)
 from matplotlib.axes import Axes
 from rich.console import Console
 
@@ -59,9 +72,9 @@ def run(setting: Setting, seeds: Sequence[int], points: int, where: Console) -> 
     with bar(where, f"{setting.name} {setting.width}: barriers", len(pairs) + 1) as step:
         for a, b in pairs:
             naive.append(setting.barrier(a, b, points).barrier)
-            aligned.append(setting.barrier(a, pg.align(a, b, spec=spec).state_dict, points).barrier)
+            aligned.append(setting.barrier(a, finished(pg.align(a, b, spec=spec)).state_dict, points).barrier)
             step()
-        merged = pg.merge(networks, spec=spec)
+        merged = finished(pg.merge(networks, spec=spec))
         if len(networks) > 2:
             claim = pg.strong_connectivity(
                 networks[:3], merged.permutations[:3], setting.evaluate, 0.0, points, prepare=setting.prepare

@@ -255,3 +255,21 @@ def test_cifar10_is_read_from_its_files(load, tmp_path: Path) -> None:
         assert setting.source == "cifar10" and setting.data[0].shape == (20, 3, 32, 32)
         assert setting.build()(setting.test[0]).shape == (4, 10)
         assert abs(float(setting.data[0].mean())) < 1e-4
+
+
+def test_what_was_interrupted_is_not_kept(load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library returns the best so far at Ctrl-C; a script that kept it would take it for the whole later."""
+    experiment = load("curves")
+    fit = pg.fit_curve
+
+    def interrupted(*arguments: object, **keywords: object) -> pg.Curve:
+        def press(done: int, epochs: int) -> None:
+            raise KeyboardInterrupt
+
+        return fit(*arguments, **keywords, progress=press)
+
+    monkeypatch.setattr(pg, "fit_curve", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        experiment.main([*SMALL, "--out", str(tmp_path), "--curve-epochs", "2"])
+    assert list((tmp_path / "networks").glob("*.pt"))  # the networks were trained before
+    assert not list((tmp_path / "networks").glob("*bezier*"))
