@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import permgraph
 from permgraph.errors import CheckpointError, MismatchError, NonFiniteError, PermgraphError
-from permgraph.matching import StraightThrough, WeightMatching, align
+from permgraph.matching import StraightThrough, WeightMatching, align, step
 from tests.matching.examples import Tied
 
 
@@ -330,6 +330,24 @@ def test_measures_no_permutation_twice_in_a_row(pair):
 
     align(*pair, StraightThrough(Counted(batches()), epochs=3, optimizer=lambda p: torch.optim.SGD(p, lr=0.0)))
     assert len(read) == 2 + 3  # the identity, weight matching, and three epochs that moved nothing
+
+
+def test_prices_from_one_projection_to_the_next_change_nothing(monkeypatch):
+    a, b = trained(0, width=160), trained(1, width=160)
+    how = StraightThrough(batches(), epochs=2, project_every=2, optimizer=sgd)
+    kept, prices_of = [], step.prices_of
+
+    def counted(table, columns, start, **keywords):
+        kept.append(start is not None)
+        return prices_of(table, columns, start, **keywords)
+
+    monkeypatch.setattr(step, "prices_of", counted)
+    found = align(a, b, how)
+    assert sum(kept) > 4  # most projections began with some
+    monkeypatch.setattr(step, "PRICED", 1000)
+    without = align(a, b, how)
+    assert without.permutation == found.permutation
+    assert without.objective == found.objective
 
 
 def test_an_accelerator_gives_the_same_in_one_process(pair):
