@@ -1,4 +1,4 @@
-"""The command line: ``permgraph spec | explain | diff | verify | align | merge | barrier | doctor``."""
+"""The command line: ``permgraph``, and what `permgraph.cli.app` lists after it."""
 
 from __future__ import annotations
 
