@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-
-from permgraph.capture.state import tensor_key
 
 _library = torch.library.Library("permgraph", "DEF")  # type: ignore[no-untyped-call]
 _library.define("values_leave_torch(Tensor tensor) -> ()")  # type: ignore[no-untyped-call]
@@ -39,6 +36,6 @@ class WatchEscapes(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in _READERS and sys._getframe(1).f_globals.get("__name__") != tensor_key.__module__:
+        if func in _READERS:
             self._report(args[0])
         return func(*args, **(kwargs or {}))

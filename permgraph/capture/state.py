@@ -25,9 +25,13 @@ class StateTensor:
 
 
 def tensor_key(tensor: Tensor) -> Hashable:
-    """Equal for two Python tensors which are the same memory read in the same way."""
+    """Equal for two Python tensors which are the same memory read in the same way.
+
+    No function mode sees it ask, neither the one that watches for values that are read nor one of the model's own.
+    """
     try:
-        storage = tensor.untyped_storage()._cdata
+        with torch._C.DisableTorchFunction():
+            storage = tensor.untyped_storage()._cdata
     except (NotImplementedError, RuntimeError):  # sparse tensors and some subclasses have no storage
         return id(tensor)
     if tensor.numel() == 0:

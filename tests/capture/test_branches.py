@@ -114,3 +114,31 @@ def test_a_model_without_values_to_change_asks_for_others() -> None:
     with pytest.raises(CaptureError, match="others="):
         check_branches(Counted(), (torch.tensor(4),))
     assert check_branches(Counted(), (torch.tensor(4),), others=((torch.tensor(5),), {}))
+
+
+class Passing(torch.overrides.TorchFunctionMode):
+    """Hands every function on, as modes that rewrite indexing do."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        return func(*args, **(kwargs or {}))
+
+
+class Mapped(nn.Module):
+    """Maps over its rows under a mode of its own, once it has asked for a value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 5), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = 2.0 if float(x.sum()) > 0 else 3.0
+        with Passing():
+            hidden = torch.vmap(lambda row: row * scale)(self.first(x).relu())
+        return self.second(hidden)
+
+
+def test_a_mode_of_the_models_own_hides_nothing_and_reports_nothing() -> None:
+    captured = pg.capture(Mapped(), (torch.ones(2, 3),))
+    assert captured.mode == "real"
+    assert not any("values_leave_torch" in str(node.target) for node in captured.graph.nodes)
+    assert [group.size for group in pg.auto_spec(Mapped(), (torch.ones(2, 3),)).moving.values()] == [5]
