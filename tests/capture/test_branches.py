@@ -133,7 +133,7 @@ class Mapped(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         scale = 2.0 if float(x.sum()) > 0 else 3.0
         with Passing():
-            hidden = torch.vmap(lambda row: row * scale)(self.first(x).relu())
+            hidden = torch.vmap(lambda row: row * scale, out_dims=1)(self.first(x).relu()).T
         return self.second(hidden)
 
 
