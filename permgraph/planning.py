@@ -19,7 +19,7 @@ import networkx as nx
 import numpy as np
 import torch
 
-from permgraph.errors import PermgraphError
+from permgraph.errors import MismatchError, PermgraphError
 from permgraph.matching import renumber
 from permgraph.matching.assignment import ROUGH, WIDE, assign
 from permgraph.matching.moves import Move, Plan
@@ -213,11 +213,16 @@ def estimate(spec: PermutationSpec) -> Estimate:
     Args:
         spec: of any model, also one that was built on the meta device.
 
+    Raises:
+        MismatchError: it is something else than a spec.
+
     Example:
         >>> spec = pg.auto_spec(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)))
         >>> estimate(spec).flops  # two Gram matrices (16, 16), and the bias's
         6656
     """
+    if not isinstance(spec, PermutationSpec):
+        raise MismatchError(f"estimate() takes a spec, such as auto_spec(model), not a {type(spec).__name__}")
     plan = Plan(spec, [name for name in spec.axes if name not in spec.aliases])
     elements = {name: math.prod(shape) for name, shape in spec.shapes.items()}
     costs: dict[str, MoveCost] = {}

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from permgraph.connectivity.evaluation import template_of, undisturbed
 from permgraph.connectivity.interpolation import as_state_dict, check_same_keys, interpolate
-from permgraph.errors import EvaluationError
+from permgraph.errors import EvaluationError, in_one_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -284,7 +284,11 @@ def measure(evaluate: Evaluate, network: nn.Module, before: Collection[str] | No
             f"evaluate returned the metrics {sorted(named)} at {at}, but {sorted(before)} before: "
             "it must return the same ones at each point"
         )
-    return {metric: float(value) for metric, value in named.items()}
+    try:
+        return {metric: float(value) for metric, value in named.items()}
+    except (TypeError, ValueError, RuntimeError) as error:
+        said = in_one_line(error)
+        raise EvaluationError(f"evaluate returned {named}, not a number, or numbers by name: {said}") from error
 
 
 def _largest(values: Sequence[float]) -> float:

@@ -162,6 +162,9 @@ def align(
     spec.check(b)
     if matcher is None:
         matcher = WeightMatching()
+    if isinstance(matcher, type) or not isinstance(matcher, Matcher):
+        named = f"the class {matcher.__name__}" if isinstance(matcher, type) else f"a {type(matcher).__name__}"
+        raise MismatchError(f"align() takes a matcher, such as WeightMatching(), not {named}")
     if isinstance(matcher, NeedsModels) and getattr(matcher, "needs_models", True):
         if not (isinstance(model_a, nn.Module) and isinstance(model_b, nn.Module)):
             raise MismatchError(f"{type(matcher).__name__} runs the networks: give align() modules, not state dicts")

@@ -12,6 +12,7 @@ from torch import nn
 
 from permgraph.connectivity.interpolation import check_same_keys
 from permgraph.errors import MismatchError
+from permgraph.matching import Matcher
 from permgraph.merging.compared import Compared, require_finite
 from permgraph.merging.methods import CycleConsistent
 from permgraph.merging.result import Merge, MergeMethod, Models, Progress
@@ -44,8 +45,9 @@ def merge(
         progress: called with a `Round` after each pass over the models.
 
     Raises:
-        MismatchError: fewer than two models; models that differ in their parameters, or do not fit the spec; state
-            dicts without a spec; weights that do not fit. The message names the models by number, from 0.
+        MismatchError: fewer than two models, or no list of them; something else than a method; models that differ in
+            their parameters, or do not fit the spec; state dicts without a spec; weights that do not fit. The message
+            names the models by number, from 0.
         NonFiniteError: a weight of a model is NaN or infinite.
 
     Example:
@@ -60,6 +62,13 @@ def merge(
         [1.0, 2.0, 3.0]
     """
     started = time.perf_counter()
+    if isinstance(models, (nn.Module, Mapping)) and not isinstance(models, nn.ModuleList):
+        raise MismatchError("merge() takes its models in a list, as in merge([a, b, c])")
+    method = CycleConsistent() if method is None else method
+    if isinstance(method, type) or not isinstance(method, MergeMethod):
+        named = f"the class {method.__name__}" if isinstance(method, type) else f"a {type(method).__name__}"
+        hint = f": say ToReference(matcher={type(method).__name__}())" if isinstance(method, Matcher) else ""
+        raise MismatchError(f"merge() takes a method, such as CycleConsistent(), not {named}{hint}")
     networks = list(models)
     if len(networks) < 2:
         raise MismatchError(f"merge() was given {len(networks)} models: it needs at least two")
@@ -83,7 +92,7 @@ def merge(
     require_finite(states, compared.names)
     working = tuple(_working(state, states[0]) for state in states)
     given = Models(working, spec, tuple(modules) if len(modules) == len(networks) else None)
-    found = (CycleConsistent() if method is None else method).find(given, seed, progress)
+    found = method.find(given, seed, progress)
     moved = [p.apply(state) for p, state in zip(found.permutations, states, strict=True)]
     objective = compared.pairs([p.apply(state) for p, state in zip(found.permutations, working, strict=True)])
     merged = Merge(

@@ -22,6 +22,7 @@ from permgraph.pictures.charts import line_chart, similarity_rows
 from permgraph.pictures.content import content
 from permgraph.pictures.similarity import layer_similarity
 from permgraph.pictures.tables import as_lines, table, text
+from permgraph.spec import PermutationSpec
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from permgraph.connectivity import Barrier
     from permgraph.matching import Alignment, MatchResult
     from permgraph.permutation import Permutation
-    from permgraph.spec import PermutationSpec
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,8 @@ def report(
         >>> "hidden" in report(spec).html
         True
     """
+    if not isinstance(spec, PermutationSpec):
+        raise MismatchError(f"report() takes a spec, such as auto_spec(model), not a {type(spec).__name__}")
     permutation = None if alignment is None else alignment.permutation
     if permutation is not None and permutation.spec.fingerprint != spec.fingerprint:
         raise MismatchError(

@@ -218,3 +218,23 @@ def test_results_show_themselves_in_a_line_or_two() -> None:
     for result in (*results, pg.fit_aligned_curve(a, b, batches, spec, rounds=1, epochs=0)):
         assert "tensor" not in repr(result) and len(repr(result)) < 2000
         assert len(str(result)) < 300
+
+
+def test_what_is_mistaken_for_something_else_is_named() -> None:
+    a, b = (nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).eval() for _ in "ab")
+    with pytest.raises(MismatchError, match=r"in a list, as in merge\(\[a, b, c\]\)"):
+        merge(a, b)  # type: ignore[arg-type]
+    with pytest.raises(MismatchError, match="not the class MergeMany"):
+        merge([a, b], MergeMany)  # type: ignore[arg-type]
+    with pytest.raises(MismatchError, match=r"not a WeightMatching: say ToReference\(matcher=WeightMatching\(\)\)"):
+        merge([a, b], pg.WeightMatching())  # type: ignore[arg-type]
+    with pytest.raises(MismatchError, match="takes a matcher, such as .*, not a str"):
+        pg.align(a, b, "weights")  # type: ignore[arg-type]
+    with pytest.raises(MismatchError, match="not the class WeightMatching"):
+        pg.align(a, b, pg.WeightMatching)  # type: ignore[arg-type]
+    for made in (pg.report, pg.estimate):
+        with pytest.raises(MismatchError, match="takes a spec, such as .*, not a Sequential"):
+            made(a)  # type: ignore[operator]
+    with pytest.raises(pg.errors.EvaluationError, match="evaluate returned .*not a number"):
+        pg.barrier(a, b, lambda network: "low", points=2)  # type: ignore[arg-type, return-value]
+    assert merge(nn.ModuleList([a, b])).outcome == "converged"  # type: ignore[arg-type]
