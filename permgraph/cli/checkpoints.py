@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from permgraph.cli.joined import Joined, joined
 from permgraph.cli.models import names_on_disk
 from permgraph.cli.screen import Screen
 from permgraph.errors import MismatchError, NonFiniteError
@@ -24,17 +25,19 @@ def fitted(
     """A checkpoint by the spec's names, once it is sure that every name and shape fits; no tensor is read.
 
     Args:
-        checkpoint: whose keys may differ from the names by a prefix.
+        checkpoint: whose keys may differ from the names by a prefix, or be of tensors that the model has joined.
         spec: what it must fit.
         screen: is told of the prefix.
         leave: patterns of keys that the spec need not know; they are left as they are.
-        model: what it holds the weights of, if that has names of its own for the keys.
+        model: what it holds the weights of, if that has names and tensors of its own for the keys.
 
     Raises:
         MismatchError: it does not fit; the message names the file and the first key at fault.
     """
     try:
-        today = names_on_disk(model, list(checkpoint))
+        checkpoint = joined(checkpoint, model)
+        made = checkpoint.units if isinstance(checkpoint, Joined) else {}  # these have the model's names
+        today = {**names_on_disk(model, [key for key in checkpoint if key not in made]), **{key: key for key in made}}
         matched, note = match_names(list(today.values()), [*spec.axes, *spec.aliases, *spec.unused])
         names = {key: matched[name] for key, name in today.items()}
         if note:

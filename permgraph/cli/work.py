@@ -36,7 +36,7 @@ class Work:
     """Checkpoints of one model, and how they are to be matched.
 
     Attributes:
-        checkpoints: as they were opened.
+        checkpoints: as they were opened, with the model's tensors in the place of those that they are made of.
         weights: the same by the spec's names.
         spec: the symmetries of their model.
         model: the model as it is named on the command line; empty if only its spec is known.
@@ -112,7 +112,9 @@ class Work:
         if others is not None and not isinstance(matcher, StreamedWeightMatching):
             raise MismatchError("several processes match together where tensors are streamed: say --stream")
         leave = tuple(subject.leave or ())
-        weights = tuple(fitted(checkpoint, spec, screen, leave, model) for checkpoint in opened)
+        layout = model or ("" if folder is None else f"hf:{folder}")
+        weights = tuple(fitted(checkpoint, spec, screen, leave, layout) for checkpoint in opened)
+        opened = tuple(each.checkpoint for each in weights)
         for other in weights[1:]:
             _require_alike(weights[0], other)
         barycentre = asked.init is Init.barycentre

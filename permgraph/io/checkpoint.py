@@ -16,7 +16,7 @@ import torch
 from permgraph.errors import CheckpointError, MismatchError
 from permgraph.io.distributed_folder import METADATA, DistributedFolder
 from permgraph.io.safetensors_file import SafetensorsFile
-from permgraph.io.tensors import TensorFile, TensorFormat
+from permgraph.io.tensors import TensorFile, TensorFormat, Transform
 from permgraph.io.torch_file import TorchFile
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar")
@@ -76,6 +76,10 @@ class Checkpoint(Mapping[str, torch.Tensor]):
     def without_values(self) -> dict[str, torch.Tensor]:
         """Every name with a tensor on the meta device: for checks that need shapes only."""
         return {name: form.like() for name, form in self.formats.items()}
+
+    def on_disk(self, transform: Transform) -> Transform:
+        """What becomes of the tensors in the files where this becomes of the checkpoint's: the same, if they are."""
+        return transform
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:

@@ -56,6 +56,7 @@ def write_checkpoint(
     if left > free:
         raise CheckpointError(f"{target} takes {left / 1e6:,.1f} MB more, and the disk has {free / 1e6:,.1f} MB")
     done = 0
+    transform = source.on_disk(transform)
 
     def counted(name: str, tensor: torch.Tensor) -> torch.Tensor:
         nonlocal done
