@@ -268,8 +268,10 @@ class _Ascent:
         room = max(ROOM, model + self.largest - 3 * self.largest - 8 * PORTION * self.itemsize)
         sizes = {move.name: self.plan.entries(move) for move in self.plan.moves if len(move.groups) == 1}
         grams = self.itemsize * sum(sizes.values())
-        if grams + model > room:  # a tensor of B that cannot be held is gathered as a whole
-            room = max(ROOM, room - max(tensor.nbytes for tensor in self.compared.b.values()))
+        if grams + model > room:
+            # A tensor of B that cannot be held is gathered as a whole; and what comes and goes leaves holes behind.
+            gathered = max(tensor.nbytes for tensor in self.compared.b.values())
+            room = max(ROOM, room - gathered - 8 * PORTION * self.itemsize)
         grams = min(room, grams)
         return grams, room - grams
 
