@@ -132,6 +132,7 @@ class Axes:
     def __init__(self, cuts: Mapping[BirthKey, tuple[int, ...]] | None = None) -> None:
         self.cuts = dict(cuts or {})
         self.changes = 0
+        self.ties = 0  # those of the changes that were between axes which both stay put, and so tell nothing new
         self.scope: int = -1  # the graph node whose rule is running
         self.has_families = False
         self.may_cut = True  # False: axes are pinned where they would be cut, so that a run comes to an end
@@ -236,6 +237,10 @@ class Axes:
                 stack.extend(reversed(axis.children))
             elif axis.size > 1:
                 yield axis
+
+    def still(self, axis: Axis) -> bool:
+        """Whether every atom in an axis stays put."""
+        return all(atom.pinned for atom in self.atoms(axis))
 
     def contains_family(self, axis: Axis) -> bool:
         """Whether there is a family anywhere in an axis."""
@@ -361,6 +366,7 @@ class Axes:
     def _bind(self, atom: Axis, other: Axis) -> None:
         if atom.pinned is not None:
             self.pin(other, atom.pinned)
+        still = self.still(atom) and self.still(other)
         if atom in self._opaque:
             if other.kind is not Kind.ATOM:
                 return
@@ -370,6 +376,7 @@ class Axes:
             return
         self._link(atom, other)
         self.changes += 1
+        self.ties += still
 
     @staticmethod
     def _link(axis: Axis, other: Axis) -> None:
@@ -432,6 +439,7 @@ class Axes:
         if older is not younger:
             younger.link = older
             self.changes += 1
+            self.ties += self.still(a) and self.still(b)
 
     # -- refinement ----------------------------------------------------------------------------------------------
 
@@ -529,6 +537,7 @@ class Axes:
         """Pin an axis that is viewed in a way which these types cannot express."""
         shape = "x".join(map(str, sizes))
         why = Pinned(f"{show(axis)[:80]} was viewed as {shape}, which no product refines", self.scope)
+        self.ties += self.still(axis)
         self.pin(axis, why)
         opaque = self.pinned(axis.size, why)
         self._opaque.add(opaque)

@@ -199,10 +199,12 @@ class _Run:
     def until_stable(self) -> None:
         self._pin_ends()
         settled: dict[Call, tuple[Axis, ...] | None] = {}
+        idle = 0
         for visit in itertools.count():
-            # An axis that is a shifted copy of itself would be cut once more on every visit, index by index.
+            # An axis that is a shifted copy of itself would be cut once more on every visit, index by index. Once it is
+            # pinned, copies of its parts are still made and tied to one another, which goes on for ever.
             self.axes.may_cut = visit < MAX_VISITS
-            before = self.axes.changes
+            before, ties = self.axes.changes, self.axes.ties
             for call in self.calls:
                 if visit == 0 or not self._is_settled(settled.get(call)):
                     if visit > 0:
@@ -216,7 +218,8 @@ class _Run:
             if not self.axes.has_families:  # then what was said once holds for good
                 return
             self._collapse_families()
-            if self.axes.changes == before:
+            idle = idle + 1 if self.axes.changes - before == self.axes.ties - ties else 0
+            if self.axes.changes == before or (idle > 1 and not self.axes.may_cut):
                 return
 
     @staticmethod

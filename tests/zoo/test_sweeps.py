@@ -30,6 +30,7 @@ SAMPLE = [
     ("transformers", "FalconMambaModel"),
     ("transformers", "ConvNextV2Model"),
     ("transformers", "ViltModel"),
+    ("transformers", "VoxtralRealtimeModel"),  # positions that are shifted copies of one another
     ("heads", "causal-lm/GPTBigCodeForCausalLM"),
     ("heads", "masked-lm/RoFormerForMaskedLM"),
     ("heads", "sequence-classification/OPTForSequenceClassification"),
