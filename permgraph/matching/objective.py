@@ -38,14 +38,14 @@ class Pair:
 
     def inner(self, names: Iterable[str], b: Mapping[str, torch.Tensor]) -> float:
         """The sum of the inner products of the named tensors of A with those of `b`, which may be permuted."""
-        return sum(_dot(self.a[name], b[name]) for name in names)
+        return sum(dot(self.a[name], b[name]) for name in names)
 
     def objective(self, b: Mapping[str, torch.Tensor]) -> float:
         """What is reported: higher is better."""
         return self.scale * self.inner(self.a, b) + self.offset
 
 
-def _dot(one: torch.Tensor, other: torch.Tensor) -> float:
+def dot(one: torch.Tensor, other: torch.Tensor) -> float:
     """The inner product, in the tensors' dtype over short runs, which are then summed in float64."""
     one, other = one.reshape(-1), other.reshape(-1)
     whole = one.numel() // _RUN * _RUN
@@ -56,6 +56,12 @@ def _dot(one: torch.Tensor, other: torch.Tensor) -> float:
         if len(left):
             total += float(torch.linalg.vecdot(left.view(-1, _RUN), right.view(-1, _RUN)).double().sum())
     return total
+
+
+def variance(tensor: torch.Tensor) -> float:
+    """The variance of a tensor's elements."""
+    count = max(1, tensor.numel())
+    return max(0.0, dot(tensor, tensor) / count - (float(tensor.sum()) / count) ** 2)
 
 
 _RUN = 1024

@@ -21,7 +21,7 @@ from permgraph.matching.assignment import Solver
 from permgraph.matching.kept import Kept
 from permgraph.matching.limits import Frozen, Limits, choose_limited, limits_of
 from permgraph.matching.moves import Move, Place, Plan
-from permgraph.matching.objective import STATISTICS, Objective, Pair, StateDict, Weights, pair
+from permgraph.matching.objective import STATISTICS, Objective, Pair, StateDict, Weights, pair, variance
 from permgraph.matching.order import informed_order, ranks
 from permgraph.matching.paired import paired_values
 from permgraph.matching.parallel import workers
@@ -375,10 +375,7 @@ class _Ascent:
         count = len(self.plan.moves)
         if self.order == "informed":
             if self.sequence is None:
-                spread = {
-                    name: float(torch.var(a, correction=0)) * float(torch.var(self.compared.b[name], correction=0))
-                    for name, a in self.compared.a.items()
-                }
+                spread = {name: variance(a) * variance(self.compared.b[name]) for name, a in self.compared.a.items()}
                 self.sequence = informed_order(self.plan, spread, self.rng)
             yield from self.sequence
         elif self.order != "given":
