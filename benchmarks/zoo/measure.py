@@ -8,6 +8,7 @@ import math
 import resource
 import time
 from collections import Counter
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from benchmarks.zoo.names import ZOOS
 from permgraph.capture import capture
 from permgraph.errors import CaptureError
 from permgraph.infer import spec_of
+
+Tell = Callable[[dict[str, Any]], object]
 
 #: How far a model came. Only what was inferred can be verified; a model that cannot be built is nobody's failure.
 STATUSES = ("not built", "not captured", "not inferred", "not verified", "wrong", "inert", "inferred", "verified")
@@ -46,12 +49,16 @@ def measure(
     seed: int = 0,
     capture_seconds: float = 100,
     control_seconds: float | None = None,
+    tell: Tell = lambda record: None,
 ) -> dict[str, Any]:
-    """Build a model, infer its spec and, unless it lies on the meta device, verify it. Never raises."""
+    """Build a model, infer its spec and, unless it lies on the meta device, verify it. Never raises.
+
+    `tell` is given the record whenever it has come one step further, for the case that it comes no further.
+    """
     record: dict[str, Any] = {"zoo": zoo, "name": name, "status": "not built", "code": code()}
     started = time.monotonic()
     try:
-        _measure(record, controls, seed, capture_seconds, control_seconds)
+        _measure(record, controls, seed, capture_seconds, control_seconds, tell)
     except Exception as error:
         record["error"] = f"{type(error).__name__}: {error}"[:1500]
     record["seconds"] = round(time.monotonic() - started, 2)
@@ -60,7 +67,12 @@ def measure(
 
 
 def _measure(
-    record: dict[str, Any], controls: str, seed: int, capture_seconds: float, control_seconds: float | None
+    record: dict[str, Any],
+    controls: str,
+    seed: int,
+    capture_seconds: float,
+    control_seconds: float | None,
+    tell: Tell,
 ) -> None:
     zoo = ZOOS[record["zoo"]]
     torch.manual_seed(seed)
@@ -68,6 +80,7 @@ def _measure(
     with torch.device("meta" if zoo.meta else "cpu"):
         for model in zoo.build(record["name"]):
             record["status"] = "not captured"
+            tell(record)
             started = time.monotonic()
             try:
                 with torch.device("cpu"):
@@ -88,6 +101,7 @@ def _measure(
     record["nodes"] = len(captured.graph.nodes)
 
     record["status"] = "not inferred"
+    tell(record)
     started = time.monotonic()
     spec = spec_of(captured)
     record["infer_seconds"] = round(time.monotonic() - started, 2)
@@ -102,6 +116,7 @@ def _measure(
     if zoo.meta or not spec.moving:
         return
     record["status"] = "not verified"
+    tell(record)
     started = time.monotonic()
     how = {"controls": controls, "max_seconds": control_seconds}
     found = pg.verify(model, spec, captured.inputs.args, captured.inputs.kwargs, **how)

@@ -111,15 +111,16 @@ def in_process(
     started = time.monotonic()
     worker.start()
     sender.close()
-    record: dict[str, Any] = {"zoo": zoo, "name": name}
+    record: dict[str, Any] = {"zoo": zoo, "name": name, "status": "not captured", "code": code()}
     try:
-        if receiver.poll(seconds):
+        while "seconds" not in record:  # else it is whole
+            if not receiver.poll(max(0.0, started + seconds - time.monotonic())):
+                record["error"] = f"stopped after {seconds:.0f} s"
+                break
             record = receiver.recv()
-        else:
-            record.update(status="not captured", error=f"stopped after {seconds:.0f} s")
     except EOFError:
         worker.join()
-        record.update(status="not captured", error=f"the process ended with code {worker.exitcode}")
+        record["error"] = f"the process ended with code {worker.exitcode}"
     record.setdefault("seconds", round(time.monotonic() - started, 1))
     if worker.is_alive():
         worker.kill()
@@ -133,13 +134,7 @@ def _work(
     limit = int(gib * 2**30)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     try:
-        record = measure(zoo, name, controls, **limits)
+        sender.send(measure(zoo, name, controls, tell=sender.send, **limits))
     except MemoryError:
-        record = {
-            "zoo": zoo,
-            "name": name,
-            "status": "not captured",
-            "error": traceback.format_exc(limit=1),
-            "seconds": 0,
-        }
-    sender.send(record)
+        record = {"zoo": zoo, "name": name, "status": "not captured", "code": code()}
+        sender.send({**record, "error": traceback.format_exc(limit=1), "seconds": 0})

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
 
+import permgraph as pg
 from benchmarks.zoo import report
 from benchmarks.zoo.measure import measure
 from benchmarks.zoo.names import ZOOS
@@ -64,6 +66,14 @@ def test_a_crash_or_a_hang_is_a_record() -> None:
     record = in_process("torchvision", "no such model")
     assert record["status"] == "not built"
     assert "no such model" in record["error"]
+
+
+def test_a_model_that_is_stopped_has_come_as_far_as_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pg, "verify", lambda *args, **options: time.sleep(100))
+    record = in_process("timm", "test_vit", seconds=20)
+    assert record["status"] == "not verified"
+    assert record["error"] == "stopped after 20 s"
+    assert record["groups"] > 0
 
 
 def test_sweeps_resume(tmp_path: Path) -> None:
