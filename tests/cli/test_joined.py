@@ -9,11 +9,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from benchmarks.zoo.names import ZOOS
 from permgraph.cli import joined as module
 from permgraph.cli.app import app
 from permgraph.cli.joined import Joined, joined
 from permgraph.cli.models import spec_of
-from permgraph.io import open_checkpoint
+from permgraph.io import Staging, open_checkpoint, write_checkpoint
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("transformers.conversion_mapping")
@@ -138,3 +139,36 @@ def test_other_models_are_left_alone(pair: tuple[Path, Path], tmp_path: Path) ->
     torch.save(state, tmp_path / "state.pt")
     today = open_checkpoint(tmp_path / "state.pt")
     assert joined(today, f"hf:{tmp_path / 'today'}") is today
+
+
+def architectures() -> list[str]:
+    """The names of all that transformers joins or splits tensors of."""
+    conversions = pytest.importorskip("transformers.conversion_mapping")
+    auto = pytest.importorskip("transformers.models.auto.modeling_auto")
+    table = conversions._build_checkpoint_conversion_mapping()
+    kinds = {kind for kind, found in table.items() if any(hasattr(one, "operations") for one in found)}
+    known = set(ZOOS["transformers"].names())
+    made = auto.MODEL_MAPPING_NAMES.items()
+    pairs = [(kind, name) for kind, names in made for name in ([names] if isinstance(names, str) else names)]
+    return list(dict.fromkeys(name for kind, name in pairs if name in known and kinds & {kind, name}))
+
+
+@pytest.mark.zoo
+def test_every_architecture_is_read_as_transformers_does_and_written_back(tmp_path: Path) -> None:
+    units = 0
+    for name in architectures():
+        model = next(iter(ZOOS["transformers"].build(name)))
+        folder = tmp_path / name
+        model.save_pretrained(folder / "a")
+        expected = type(model).from_pretrained(folder / "a", local_files_only=True).state_dict()
+        checkpoint = joined(open_checkpoint(folder / "a"), f"hf:{folder / 'a'}")
+        if not isinstance(checkpoint, Joined):  # its options leave those tensors out
+            continue
+        for target in checkpoint.units:
+            known = target if target in expected else target.removeprefix("model.")
+            assert torch.equal(checkpoint[target], expected[known]), f"{name}: {target}"
+        with Staging(folder / "b", {}) as staging:
+            write_checkpoint(checkpoint, staging, lambda key, tensor: tensor)
+        assert files(folder / "b") == files(folder / "a"), name
+        units += len(checkpoint.units)
+    assert units > 300
