@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.zoo import compare
+from benchmarks.zoo.measure import code
 from benchmarks.zoo.names import ZOOS
 from benchmarks.zoo.sweep import RESULTS, read
 
@@ -132,11 +133,10 @@ def _totals(measured: dict[str, list[dict[str, Any]]]) -> str:
         "not verified", "operators without a rule",
     )  # fmt: skip
     every = [record for records in measured.values() for record in records]
-    marked = sum("code" in record for record in every)
-    states = len({record["code"] for record in every if "code" in record})
+    now = sum(record.get("code") == code() for record in every)
     note = (
-        f"These {len(every):,} records come from several states of the code. {marked:,} of them, the newest, carry a\n"
-        f"fingerprint of it, of {states} states; `sweep --again stale` measures anew what another state measured.\n"
+        f"These {len(every):,} records come from several states of the code. {now:,} of them were measured with what\n"
+        f"infers and verifies as it is now; `sweep --again stale` measures the others anew.\n"
     )
     return "## Totals\n\n" + _table(head, rows) + "\n" + note
 
