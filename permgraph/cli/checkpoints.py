@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from permgraph.cli.joined import Joined, joined
-from permgraph.cli.models import names_on_disk
+from permgraph.cli.joined import Conversions, Joined, joined, names_on_disk
 from permgraph.cli.screen import Screen
 from permgraph.errors import MismatchError, NonFiniteError
 from permgraph.io import Checkpoint, Renamed, match_names
@@ -35,9 +34,11 @@ def fitted(
         MismatchError: it does not fit; the message names the file and the first key at fault.
     """
     try:
-        checkpoint = joined(checkpoint, model)
+        conversions = Conversions.of(model)
+        checkpoint = joined(checkpoint, conversions)
         made = checkpoint.units if isinstance(checkpoint, Joined) else {}  # these have the model's names
-        today = {**names_on_disk(model, [key for key in checkpoint if key not in made]), **{key: key for key in made}}
+        plain = [key for key in checkpoint if key not in made]
+        today = {**names_on_disk(conversions, plain), **{key: key for key in made}}
         matched, note = match_names(list(today.values()), [*spec.axes, *spec.aliases, *spec.unused])
         names = {key: matched[name] for key, name in today.items()}
         if note:

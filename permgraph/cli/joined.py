@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import importlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -22,6 +22,63 @@ from permgraph.io import Checkpoint
 from permgraph.io.tensors import TensorFormat, Transform
 
 Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Conversions:
+    """What transformers does to the tensors of a model's checkpoints on loading.
+
+    Attributes:
+        module: the model, without weights.
+        renamings: what changes names only.
+        converters: what joins or splits tensors, or turns them.
+    """
+
+    module: nn.Module
+    renamings: Sequence[Any]
+    converters: Sequence[Any]
+
+    @classmethod
+    def of(cls, model: str) -> Conversions | None:
+        """Those of a model as it is named on the command line; None if there are none, or nobody knows."""
+        if not model.startswith("hf:"):
+            return None
+        try:
+            module = build(model)
+            loading = importlib.import_module("transformers.core_model_loading")
+            found = importlib.import_module("transformers.conversion_mapping").get_model_conversion_mapping(module)
+            renamings = [one for one in found if isinstance(one, loading.WeightRenaming)]
+            return cls(module, renamings, [one for one in found if isinstance(one, loading.WeightConverter)])
+        except UNKNOWN:
+            return None
+
+    def renamed(self, key: str) -> str:
+        """A key by the name that it has today, before anything is joined."""
+        for renaming in self.renamings:
+            key = renaming.rename_source_key(key)[0]
+        return key
+
+
+#: No such model, or no such table in its version of transformers.
+UNKNOWN = (PermgraphError, ImportError, AttributeError, TypeError)
+
+
+def names_on_disk(conversions: Conversions | None, keys: Sequence[str]) -> dict[str, str]:
+    """Each key of a checkpoint to the name that the model has for it today.
+
+    transformers renames modules now and then, and goes on writing the names of old. Where it also joins or splits
+    tensors, or for models that are not its own, keys stay as they are.
+    """
+    same = {key: key for key in keys}
+    if conversions is None:
+        return same
+    try:
+        renamed = {key: conversions.renamed(key) for key in keys}
+    except UNKNOWN:
+        return same
+    known = conversions.module.state_dict().keys()
+    better = len(known & set(renamed.values())) > len(known & same.keys())
+    return renamed if better and len(set(renamed.values())) == len(renamed) else same
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,19 +157,18 @@ class Joined(Checkpoint):
                 )
 
 
-def joined(checkpoint: Checkpoint, model: str) -> Checkpoint:
+def joined(checkpoint: Checkpoint, conversions: Conversions | None) -> Checkpoint:
     """The checkpoint as the model has its tensors, or itself where these are the same, or nobody knows how.
 
     Args:
         checkpoint: no tensor of it is read.
-        model: what it holds the weights of.
+        conversions: those of the model that it holds the weights of.
     """
-    if not model.startswith("hf:"):
+    if conversions is None:
         return checkpoint
     try:
-        module = build(model)
-        units = _units(checkpoint, module)
-    except (PermgraphError, ImportError, AttributeError, TypeError):  # no such model, or no such table in its version
+        units = _units(checkpoint, conversions)
+    except UNKNOWN:
         return checkpoint
     if not units:
         return checkpoint
@@ -127,25 +183,23 @@ def joined(checkpoint: Checkpoint, model: str) -> Checkpoint:
         MappingProxyType({**kept, **made}),
         checkpoint._holder,
         checkpoint,
-        module,
+        conversions.module,
         {name: unit for unit in units for name in unit.targets},
         parts,
     )
 
 
-def _units(checkpoint: Checkpoint, module: nn.Module) -> list[Unit]:
+def _units(checkpoint: Checkpoint, conversions: Conversions) -> list[Unit]:
     """What of a checkpoint becomes something else in the model, and can be had back."""
     loading = importlib.import_module("transformers.core_model_loading")
-    transforms = importlib.import_module("transformers.conversion_mapping").get_model_conversion_mapping(module)
-    renamings = [one for one in transforms if isinstance(one, loading.WeightRenaming)]
-    converters = [one for one in transforms if isinstance(one, loading.WeightConverter)]
+    module, converters = conversions.module, conversions.converters
     pairs = {pattern: (one, one.reverse_transform()) for one in converters for pattern in one.source_patterns}
     known = module.state_dict()
     found: dict[str, dict[str, tuple[str, str]]] = {}
     for key in sorted(checkpoint, key=loading.dot_natural_key):
         if key in known and checkpoint.formats[key].shape == tuple(known[key].shape):
             continue
-        old = loading.apply_renamings(key, renamings)
+        old = conversions.renamed(key)
         new, pattern = loading.apply_converters(old, converters)
         if pattern is not None:
             found.setdefault(new, {})[key] = old, pattern

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from permgraph.errors import CaptureError, MissingExtraError, NoInputsError, PermgraphError
+from permgraph.errors import CaptureError, MissingExtraError, NoInputsError
 from permgraph.infer import auto_spec
 from permgraph.spec import PermutationSpec
 
@@ -90,34 +90,6 @@ def spec_of(model: str, inputs: list[str] | None = None) -> PermutationSpec:
             f"{found_none} Give the shape of one: --input 1,3,224,224, int:2,16 for whole numbers, or name=2,16; "
             "--debug lists what was tried"
         ) from error
-
-
-def names_on_disk(model: str, keys: Sequence[str]) -> dict[str, str]:
-    """Each key of a checkpoint to the name that the model has for it today.
-
-    transformers renames modules now and then, and goes on writing the names of old. Its own table of renamings is read
-    here; where it also joins or splits tensors, or for models that are not its own, keys stay as they are.
-    """
-    same = {key: key for key in keys}
-    if not model.startswith("hf:"):
-        return same
-    try:
-        module = build(model)
-        mapping = importlib.import_module("transformers.conversion_mapping")
-        loading = importlib.import_module("transformers.core_model_loading")
-        transforms = mapping.get_model_conversion_mapping(module)
-        renamings = [transform for transform in transforms if isinstance(transform, loading.WeightRenaming)]
-        renamed = {}
-        for key in keys:
-            name = key
-            for renaming in renamings:
-                name = renaming.rename_source_key(name)[0]
-            renamed[key] = name
-    except (PermgraphError, ImportError, AttributeError, TypeError):  # no such model, or no such table in its version
-        return same
-    known = module.state_dict().keys()
-    better = len(known & set(renamed.values())) > len(known & same.keys())
-    return renamed if better and len(set(renamed.values())) == len(renamed) else same
 
 
 def parse_inputs(texts: list[str]) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:
