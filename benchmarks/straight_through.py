@@ -36,7 +36,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], float, float]] = {
     "ResNet-20": (lambda: resnet20(1, 1), 1e-2, 0.5),
     "ViT-64": (lambda: ViT(64, 4, 1), 5e-3, 0.5),
 }
-EVERY = (4, 16, 32)
+EVERY = (4, 16, 32, None)  # None: the default, which counts
 
 
 def adam(parameters: list[torch.Tensor]) -> torch.optim.Optimizer:
@@ -67,18 +67,24 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--passes", type=int, default=4, help="over the digits in what counts as an epoch")
-    parser.add_argument("--every", type=int, nargs="+", default=list(EVERY), help="steps from projection to projection")
+    parser.add_argument(
+        "--every",
+        type=lambda text: None if text == "default" else int(text),
+        nargs="+",
+        default=list(EVERY),
+        help="steps from projection to projection, or 'default'",
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     data, _ = digits()
     batches = list(zip(data[0].split(64), data[1].split(64), strict=True))
     loader = batches * options.passes
-    print(f"{'':10} " + " ".join(f"{f'every {k}':>9}" for k in options.every), flush=True)
+    print(f"{'':10} " + " ".join(f"{f'every {k}' if k else 'default':>9}" for k in options.every), flush=True)
     for name in options.models:
         build, rate, decay = MODELS[name]
         a, b = (train(build, data, seed=seed, epochs=8, rate=rate, decay=decay).eval() for seed in (0, 1))
         spec = pg.auto_spec(a)
-        ratios: dict[int, list[float]] = {k: [] for k in options.every}
+        ratios: dict[int | None, list[float]] = {k: [] for k in options.every}
         for _ in range(options.rounds):
             for k in options.every:
                 before = plain(a, loader)

@@ -25,6 +25,7 @@ from permgraph.errors import CheckpointError, MismatchError, NonFiniteError, Per
 from permgraph.files import write_atomically
 from permgraph.matching.batches import batches, require_rereadable, seeded
 from permgraph.matching.between import Between, Loss, MakeOptimizer
+from permgraph.matching.interval import counted, steps_between
 from permgraph.matching.objective import StateDict
 from permgraph.matching.result import MatchResult, Outcome, Progress, Sweep, moved_between
 from permgraph.matching.weight_matching import WeightMatching
@@ -33,7 +34,7 @@ from permgraph.spec import PermutationSpec
 
 log = logging.getLogger(__name__)
 
-FORMAT, VERSION = "permgraph straight-through run", 1
+FORMAT, VERSION = "permgraph straight-through run", 2
 
 
 def adam(parameters: list[torch.Tensor]) -> torch.optim.Optimizer:
@@ -70,7 +71,8 @@ class StraightThrough:
             permutation to be nearest, so learning rates are larger rather than smaller than in training.
         epochs: how often to go through the loader; 0 only compares the identity and weight matching (or `init`).
         project_every: steps from one projection to the next; at the end of each epoch there is one anyway. The paper
-            takes 1; on small networks that is most of the time.
+            takes 1, which on most networks is most of the time. None: 16, or where layers are wide and batches small,
+            as many as keep projections to about a quarter of training, by their floating-point operations.
         measured_batches: measure each candidate on the first so many batches of the loader; None for all.
         projection: the weight matching that projects. Its `init` serves for the first projection.
         init: a permutation to measure and to project from at first, to go on where another run stopped. The free
@@ -104,7 +106,7 @@ class StraightThrough:
     loss: Loss = nn.functional.cross_entropy
     optimizer: MakeOptimizer = adam
     epochs: int = 5
-    project_every: int = 16
+    project_every: int | None = None
     measured_batches: int | None = 32
     projection: WeightMatching = field(default_factory=WeightMatching)
     init: Permutation | None = None
@@ -115,10 +117,10 @@ class StraightThrough:
     models: tuple[nn.Module, nn.Module] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        if self.epochs < 0 or self.project_every < 1:
+        if self.epochs < 0 or (self.project_every is not None and self.project_every < 1):
             raise PermgraphError(
                 f"epochs={self.epochs} and project_every={self.project_every}: give 0 or more epochs, and project "
-                f"every 1 or more steps"
+                f"every 1 or more steps, or None for as often as is cheap"
             )
         if self.start not in ("a", "b"):
             raise PermgraphError(f"start={self.start!r}: the free weights begin at 'a' or 'b'")
@@ -206,6 +208,7 @@ class _Run:
         self.measured: tuple[Permutation, float] | None = None  # the last, which the next is where training has settled
         self.prices: dict[str, np.ndarray] = {}  # of the last projection, near which the next one's are
         self.steps = 0
+        self.every = how.project_every  # None until the first step has been counted
         self.history: list[Sweep] = []
 
     def search(self, progress: Progress | None) -> MatchResult:
@@ -248,7 +251,7 @@ class _Run:
         at_start = self.now
         self._place(self.now)
         for number, batch in batches(self.loader, "straight-through matching"):
-            if self.steps and self.steps % self.how.project_every == 0:
+            if self.steps and self.steps % (self.every or 1) == 0:
                 self._project(self.how.projection_sweeps)
             self._step(number, batch)
         # Free weights that have travelled far take many sweeps, so only the end is worth going on until nothing helps.
@@ -264,6 +267,26 @@ class _Run:
         self.steps += 1
         if self.optimizer is None:
             return
+        if self.every is None:
+            with counted() as work:
+                self._differentiate(number, batch)
+            self.every = self._interval(work.operations)
+        else:
+            self._differentiate(number, batch)
+        for free, parameter in zip(self.free_parameters, self.parameters, strict=True):
+            free.grad = None if parameter.grad is None else parameter.grad.to(free.dtype)
+        self.optimizer.step()
+
+    def _interval(self, operations: int) -> int:
+        if self.how.accelerator is not None:  # batches may differ between processes, the steps of projection must not
+            of_all = torch.tensor([float(operations)], device=self.midpoint.device)
+            operations = int(self.how.accelerator.reduce(of_all, reduction="mean").item())
+        every = steps_between(self.spec, operations, sum(tensor.numel() for tensor in self.free_parameters))
+        log.debug("a projection every %d steps", every)
+        return every
+
+    def _differentiate(self, number: int, batch: Any) -> None:
+        """Leave the gradients of half the loss on a batch with the network's own parameters."""
         for parameter in self.parameters:
             parameter.grad = None
         value = self.midpoint.value(batch, number)
@@ -276,9 +299,6 @@ class _Run:
             self.how.accelerator.backward(half)
         else:
             half.backward()  # type: ignore[no-untyped-call]
-        for free, parameter in zip(self.free_parameters, self.parameters, strict=True):
-            free.grad = None if parameter.grad is None else parameter.grad.to(free.dtype)
-        self.optimizer.step()
 
     def _project(self, sweeps: int | None) -> None:
         self.require_finite()
@@ -356,6 +376,7 @@ class _Run:
                 "free": [tensor.detach() for tensor in self.free_parameters],
                 "optimizer": None if self.optimizer is None else self.optimizer.state_dict(),
                 "steps": self.steps,
+                "every": self.every,
                 "now": {name: torch.tensor(array) for name, array in self.now.arrays.items()},
                 "best": {name: torch.tensor(array) for name, array in self.best.arrays.items()},
                 "objective": self.objective,
@@ -393,7 +414,8 @@ class _Run:
                 free.copy_(kept)
         if self.optimizer is not None:
             self.optimizer.load_state_dict(found["optimizer"])
-        self.steps, self.objective, self.before = found["steps"], found["objective"], found["before"]
+        self.steps, self.every = found["steps"], found["every"]
+        self.objective, self.before = found["objective"], found["before"]
         self.now, self.best = (
             Permutation(self.spec, {name: array.numpy() for name, array in found[which].items()})
             for which in ("now", "best")
