@@ -29,7 +29,9 @@ DEPTH = re.compile(
     r"(num|n)_?(\w*_)?(hidden_)?(layers?|blocks?|stages_layers)$|^(n_layers?|depth|num_block|layers|encoder_layers|"
     r"decoder_layers|num_hidden_groups|num_decoder_blocks|l_layers|x_layers|r_layers)$"
 )
-DEPTHS = re.compile(r"^((\w+_)?depths|num_blocks|layers|num_conv_layers|num_hidden_layers)$")
+DEPTHS = re.compile(r"^((\w+_)?depths|num_blocks|num_block_repeats|layers|num_conv_layers|num_hidden_layers)$")
+#: How many times as many layers there are as the depths say.
+DEEPER = re.compile(r"^depth_(coefficient|multiplier)$")
 WIDTH = re.compile(
     r"(hidden|embed\w*|intermediate|ffn|feed_?forward|mlp|inner|head|proj\w*|projection|state|filter|model|lora|latents?|"
     r"expert|rank|bottleneck|codebook|conv|coordinate|shape)_(size|dims?|channels?|width|rank|ff)$"
@@ -127,9 +129,57 @@ def configs(config_class: Any) -> Iterator[Any]:
     for shrink in SHRINKS:
         others = (half_turned(default), sectioned(default, config_class)) if shrink.heads else ()
         for start in (*backbones(default), *(other for other in (*others, staged(default)) if other)):
-            with contextlib.suppress(Exception):
-                yield config_class.from_dict(filled(shrunk(agreed(start, 8 if shrink.heads else None), shrink)))
+            for pictures in (smaller_images(start), start):
+                if pictures is not None:
+                    with contextlib.suppress(Exception):
+                        found = shrunk(agreed(pictures, 8 if shrink.heads else None), shrink)
+                        yield config_class.from_dict(filled(found))
     yield config_class()
+
+
+#: Edges of images, and of what is made of them, all of which are divided alike.
+EDGES = re.compile(r"(image|img)_size$|^image_embedding_size$|^crop_size$|_feat(ure)?_sizes$|^num_patches$")
+#: Images of so many pixels along an edge, or more, are divided, and so many remain.
+LARGE_EDGE, EDGE_LEFT = 512, 224
+
+
+def smaller_images(config: dict[str, Any]) -> dict[str, Any] | None:
+    """The configuration for images of a half, a third or less, where they are large.
+
+    What is called a patch and is as large as another model's image is such an image, cut out of a larger one.
+    """
+    parts = list(_all(config))
+    edges = [edge for part in parts for name, value in part.items() if _is_edge(name, value) for edge in _edges(value)]
+    patches = {
+        value for part in parts for name, value in part.items() if name == "patch_size" for value in _edges(value)
+    }
+    cut = {patch for patch in patches if patch in edges}
+    least = min((edge for edge in edges if edge >= (1 if cut else LARGE_EDGE)), default=0)
+    small = math.lcm(*(patch for patch in patches - cut if patch <= EDGE_LEFT // 4)) if not cut else 1
+    for divisor in range(least // (EDGE_LEFT // 3 if cut else EDGE_LEFT), 1, -1):
+        if all(edge % divisor == 0 and (edge < LARGE_EDGE or edge // divisor % small == 0) for edge in edges):
+            return {name: _divided_edges(value, divisor, cut, name) for name, value in config.items()}
+    return None
+
+
+def _is_edge(name: str, value: Any) -> bool:
+    return bool(EDGES.search(name)) and not name.startswith(("pretrain", "max_", "min_")) and bool(_edges(value))
+
+
+def _edges(value: Any) -> list[int]:
+    """The numbers of a size, which may be a pair of them, or pairs of several sizes."""
+    if isinstance(value, (list, tuple)):
+        return [edge for inner in value for edge in _edges(inner)]
+    return [value] if _is_size(value) else []
+
+
+def _divided_edges(value: Any, divisor: int, cut: set[int], name: str = "") -> Any:
+    if isinstance(value, dict):
+        return {key: _divided_edges(inner, divisor, cut, str(key)) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_divided_edges(inner, divisor, cut, name) for inner in value)
+    divides = _is_edge(name, value) or (name == "patch_size" and value in cut)
+    return value // divisor if divides else value
 
 
 def backbones(config: dict[str, Any]) -> list[dict[str, Any]]:
@@ -260,6 +310,8 @@ def filled(config: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
     if "backbone_config" not in config:
         missing["backbone"] = "resnet18"
+    if "sliding_attention" in (config.get("layer_types") or ()):
+        missing["sliding_window"] = 8
     found = {name: missing.get(name) if value is None else value for name, value in config.items()}
     if found.get("projector_scale_factors") == []:  # of no features there would be nothing to detect anything in
         found |= {"projector_scale_factors": [1.0], "num_feature_levels": 1}
@@ -312,12 +364,13 @@ def shrunk(config: dict[str, Any], shrink: Shrink, widths: Mapping[int, int] | N
     kept = kept_layers(config, shrink.depth)
     layers = _layer_count(config)
     ready_made = any(_is_nested(part) and "architecture" in part for part in config.values())
+    by_stage = _by_stage(config)
     for name, value in config.items():
         if _is_by_layer(value, layers):
             found[name] = _by_layer(value, kept, config, shrink, widths)
         elif _is_nested(value):  # what another library builds, from its own name for it, keeps its widths
             found[name] = dict(value) if "architecture" in value else shrunk(value, shrink, widths)
-        elif name.startswith("backbone_") and isinstance(value, list) and ready_made:
+        elif name.startswith("backbone_") and isinstance(value, list) and (ready_made or _members(value) in by_stage):
             found[name] = value
         elif name == "num_filters" and "depths" in config and shrink.heads:  # doubled from stage to stage
             found[name] = _divided(value, replace(shrink, least=4))
@@ -347,6 +400,16 @@ def shrunk(config: dict[str, Any], shrink: Shrink, widths: Mapping[int, int] | N
     if shrink.vocabulary:
         _shrink_vocabulary(found)
     return found
+
+
+def _by_stage(config: Mapping[str, Any]) -> set[tuple[str, ...]]:
+    """The members of lists that say something for each stage of a part, and which are left as they are."""
+    inner = [part for part in _all(config) if part is not config]
+    return {_members(value) for part in inner for name, value in part.items() if name.endswith("_per_stage")}
+
+
+def _members(value: Any) -> tuple[str, ...]:
+    return tuple(sorted(map(str, value))) if isinstance(value, (list, tuple)) else ()
 
 
 # -- layers -----------------------------------------------------------------------------------------------------------
@@ -488,6 +551,8 @@ def _is_size(value: Any) -> TypeGuard[int]:
 
 
 def _smaller(name: str, value: Any, shrink: Shrink, factor: Fraction, widths: Mapping[int, int]) -> Any:
+    if isinstance(value, float):
+        return min(value, 1.0) if DEEPER.search(name) and shrink.depth < 100 else value
     if isinstance(value, (list, tuple)):
         if DEPTHS.search(name):
             return type(value)(min(v, 1 if shrink.depth < 100 else v) if _is_size(v) else v for v in value)

@@ -12,7 +12,7 @@ import permgraph as pg
 from benchmarks.zoo import report
 from benchmarks.zoo.measure import measure
 from benchmarks.zoo.names import ZOOS
-from benchmarks.zoo.small import Shrink, agreed, backbones, filled, half_turned, shrunk
+from benchmarks.zoo.small import Shrink, agreed, backbones, filled, half_turned, shrunk, smaller_images
 from benchmarks.zoo.sweep import in_process, read, sweep, warm_up
 
 torchvision = pytest.importorskip("torchvision")
@@ -187,3 +187,38 @@ def test_parts_of_a_model_agree() -> None:
     given = [part["vision_config"]["model_args"] for part in backbones(built)]
     assert given[-3:] == [{"layers": (1, 1, 1, 1, 1)}, None, {"depth": 2, "embed_dim": 192}]
     assert backbones(config) == [config]
+
+
+def test_large_images_become_small_ones_and_what_is_made_of_them_as_well() -> None:
+    found = smaller_images(
+        {
+            "image_size": 1008,
+            "vision_config": {"image_size": [1008, 1008], "patch_size": 14, "pretrain_image_size": 336},
+            "backbone_feature_sizes": [[288, 288], [72, 72]],
+            "hidden_size": 1008,
+        }
+    )
+    assert found == {
+        "image_size": 252,
+        "vision_config": {"image_size": [252, 252], "patch_size": 14, "pretrain_image_size": 336},
+        "backbone_feature_sizes": [[72, 72], [18, 18]],
+        "hidden_size": 1008,
+    }
+    cut = smaller_images({"patch_size": 384, "image_model_config": {"image_size": 384, "patch_size": 14}})
+    assert cut == {"patch_size": 96, "image_model_config": {"image_size": 96, "patch_size": 14}}
+    assert smaller_images({"image_size": 224, "patch_size": 16}) is None
+    assert smaller_images({"image_size": 518, "patch_size": 14}) is None  # 37 patches have no smaller grid
+
+
+def test_a_schedule_of_depths_becomes_short_and_channels_by_stage_stay() -> None:
+    small = shrunk(
+        {
+            "num_block_repeats": [1, 2, 3],
+            "depth_coefficient": 3.1,
+            "backbone_channel_list": [64, 32],
+            "backbone_config": {"embed_dim_per_stage": [32, 64]},
+        },
+        Shrink(8, 2, 16, heads=True),
+    )
+    assert small["num_block_repeats"] == [1, 1, 1] and small["depth_coefficient"] == 1.0
+    assert small["backbone_channel_list"] == [64, 32]
