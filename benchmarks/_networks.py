@@ -65,6 +65,7 @@ def torchvision_model(name: str) -> nn.Module:
 
 
 def llama() -> nn.Module:
+    operators.declare()
     import transformers
 
     config = transformers.LlamaConfig(
