@@ -12,7 +12,7 @@ from permgraph.pictures.tables import text
 Points: TypeAlias = Sequence[tuple[float, float]]
 
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 480, 260, 70, 14, 12, 44
-_STYLES = (("var(--g1)", "circle"), ("var(--g0)", "square"), ("var(--g2)", "circle"), ("var(--g3)", "square"))
+_STYLES = (("var(--g0)", "circle"), ("var(--g1)", "square"), ("var(--g2)", "circle"), ("var(--g3)", "square"))
 _DASHES = ("", "7 3", "2 3", "9 3 2 3")
 
 
