@@ -36,7 +36,7 @@ WIDTH = re.compile(
     r"(hidden|embed\w*|intermediate|ffn|feed_?forward|mlp|inner|head|proj\w*|projection|state|filter|model|lora|latents?|"
     r"expert|rank|bottleneck|codebook|conv|coordinate|shape)_(size|dims?|channels?|width|rank|ff)$"
     r"|^((\w+_)?d_\w+|n_embd|n_inner|dims?|\w*_dim|width|channels|\w*_channels|\w*_channel_list|\w*hidden_sizes?|num_filters|"
-    r"\w*embed_dim|\w*_lora_rank|lm_head_dims)$"
+    r"\w*embed_dim|\w*_lora_rank|lm_head_dims|bottleneck_features)$"
 )
 KEPT = re.compile(
     r"^(image_|patch_(?!embeds_hidden)|window_|num_channels|in_cha|audio_channels|num_mel_bins|rope|rotary|kernel|conv_kernel_dim)"
@@ -127,7 +127,9 @@ def configs(config_class: Any) -> Iterator[Any]:
     """Small configurations, the smallest first."""
     default = filled(_default(config_class))
     for shrink in SHRINKS:
-        others = (half_turned(default), sectioned(default, config_class)) if shrink.heads else ()
+        others = (
+            (half_turned(default), sectioned(default, config_class), looked_at_once(default)) if shrink.heads else ()
+        )
         for start in (*backbones(default), *(other for other in (*others, staged(default)) if other)):
             for pictures in (smaller_images(start), start):
                 if pictures is not None:
@@ -224,6 +226,12 @@ def sectioned(config: dict[str, Any], config_class: Any) -> dict[str, Any] | Non
     return None if found == config else found
 
 
+def looked_at_once(config: dict[str, Any]) -> dict[str, Any] | None:
+    """One head where a model looks at its inputs, whose channels may be of any number."""
+    found = {name: 1 if name == "num_cross_attention_heads" else value for name, value in config.items()}
+    return None if found == config else found
+
+
 def staged(config: dict[str, Any]) -> dict[str, Any] | None:
     """Features from each stage, and not only from the last; from four of the layers, where every layer is a stage."""
     found = dict(config)
@@ -262,6 +270,11 @@ def agreed(config: dict[str, Any], side: int | None) -> dict[str, Any]:
     by two and by four, and as many features for each as that leaves.
     """
     found = dict(config)
+    writes, reads = (config.get(name) for name in ("decoder_config", "speech_config"))
+    if (
+        _is_nested(writes) and _is_nested(reads) and _is_size(writes.get("vocab_size"))
+    ):  # the one hears what the other says
+        config = found = {**config, "speech_config": {**reads, "vocab_size": writes["vocab_size"]}}
     text = config.get("text_config")
     width = text.get("hidden_size") if isinstance(text, dict) else None
     if _is_size(width) and _is_size(config.get("hidden_size")):
@@ -301,16 +314,19 @@ def filled(config: dict[str, Any]) -> dict[str, Any]:
         "mlp_layer_types": _alternating("dense", "sparse", depth),
         "vocab_size": VOCABULARY, "pad_token_id": 0,
         "image_token_id": VOCABULARY - 70, "image_token_index": VOCABULARY - 70,
-        "video_token_id": VOCABULARY - 71, "audio_token_id": VOCABULARY - 72,
+        "video_token_id": VOCABULARY - 71, "video_token_index": VOCABULARY - 71, "audio_token_id": VOCABULARY - 72,
         "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": size, "indexer_budget": 8,
         "indexer_compress_ratio": 4,
         "downsample_rate": "1/2",
+        "scale_factor_list": [1, 2, 4, 8],
+        "upsample_out_channels": [64, 32], "conv_out_channels": [32],
+        "intraclass_block_config": dict(_convolutions()),
         "deepstack_layer_map": [[-1, 0]],  # layers of a tower, and those of the text to which each is added
         "vocabulary_map": {name: token for token, name in enumerate(_picture_tokens())} | {"<image>": VOCABULARY - 70},
     }  # fmt: skip
     if "backbone_config" not in config:
         missing["backbone"] = "resnet18"
-    if "sliding_attention" in (config.get("layer_types") or ()):
+    if "sliding_attention" in (config.get("layer_types") or ()) or any("sliding_attention" in name for name in config):
         missing["sliding_window"] = 8
     found = {name: missing.get(name) if value is None else value for name, value in config.items()}
     if found.get("projector_scale_factors") == []:  # of no features there would be nothing to detect anything in
@@ -334,6 +350,16 @@ def filled(config: dict[str, Any]) -> dict[str, Any]:
         if _is_size(heads) and "num_key_value_heads" in part:
             found.setdefault("num_key_value_heads", heads)
     return {**found, **parts}
+
+
+def _convolutions() -> Iterator[tuple[str, list[Any]]]:
+    """Kernel, stride and padding of convolutions along a line of text, across it, and both ways, of three lengths."""
+    yield from (("reduce_channel", [1, 1, 0]), ("return_channel", [1, 1, 0]))
+    for length, name in ((7, "longratio"), (5, "midratio"), (3, "shortratio")):
+        half = length // 2
+        yield f"symmetric_conv_long_{name}", [[length, length], [1, 1], [half, half]]
+        yield f"vertical_long_to_small_conv_{name}", [[length, 1], [1, 1], [half, 0]]
+        yield f"horizontal_small_to_long_conv_{name}", [[1, length], [1, 1], [0, half]]
 
 
 def _picture_tokens() -> Iterator[str]:
@@ -370,7 +396,7 @@ def shrunk(config: dict[str, Any], shrink: Shrink, widths: Mapping[int, int] | N
             found[name] = _by_layer(value, kept, config, shrink, widths)
         elif _is_nested(value):  # what another library builds, from its own name for it, keeps its widths
             found[name] = dict(value) if "architecture" in value else shrunk(value, shrink, widths)
-        elif name.startswith("backbone_") and isinstance(value, list) and (ready_made or _members(value) in by_stage):
+        elif isinstance(value, list) and ((name.startswith("backbone_") and ready_made) or _members(value) in by_stage):
             found[name] = value
         elif name == "num_filters" and "depths" in config and shrink.heads:  # doubled from stage to stage
             found[name] = _divided(value, replace(shrink, least=4))
@@ -380,6 +406,10 @@ def shrunk(config: dict[str, Any], shrink: Shrink, widths: Mapping[int, int] | N
             found[name] = [min(layer, shrink.depth - 1) for layer in value]
         elif _names_layers(name, value, layers):
             found[name] = [at for at, i in enumerate(kept) if i in value]
+        elif name in ("out_indices", "out_features") and len(config.get("stage_names") or ()) == layers + 1 > 2:
+            stages = [i for i in config.get("out_indices") or () if 0 < i <= layers]  # as many, spread as they were
+            kept_stages = [max(1, i * len(kept) // layers) for i in stages]
+            found[name] = kept_stages if name == "out_indices" and kept_stages else None
         elif INDICES.search(name) and _is_rising(value, layers):
             found[name] = [i * len(kept) // layers for i in value]  # as many, since what they give may be concatenated
         elif isinstance(value, (list, tuple)) and layers and len(value) == layers and not DEPTHS.search(name):
@@ -405,7 +435,9 @@ def shrunk(config: dict[str, Any], shrink: Shrink, widths: Mapping[int, int] | N
 def _by_stage(config: Mapping[str, Any]) -> set[tuple[str, ...]]:
     """The members of lists that say something for each stage of a part, and which are left as they are."""
     inner = [part for part in _all(config) if part is not config]
-    return {_members(value) for part in inner for name, value in part.items() if name.endswith("_per_stage")}
+    named = {_members(value) for part in inner for name, value in part.items() if name.endswith("_per_stage")}
+    # What a table of blocks says already is derived from it.
+    return named | {_members(part.get("stage_out_channels")) for part in inner if "block_configs" in part}
 
 
 def _members(value: Any) -> tuple[str, ...]:

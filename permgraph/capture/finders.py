@@ -243,7 +243,7 @@ def _patches(model: nn.Module) -> Iterator[Tensor]:
 
 #: Makers of an argument's values, likeliest first, by the argument's name.
 BY_NAME: dict[str, Callable[[nn.Module], Iterator[Tensor]]] = {
-    **dict.fromkeys(("input_ids", "decoder_input_ids", "token_ids", "tokens", "idx"), _token_ids),
+    **dict.fromkeys(("input_ids", "decoder_input_ids", "qformer_input_ids", "token_ids", "tokens", "idx"), _token_ids),
     "pixel_values": _pixels,
     "pixel_values_videos": _clips,
     "input_values": _waveform,
@@ -269,8 +269,12 @@ def _for_layer(model: nn.Module, layer: nn.Module) -> Iterator[Tensor]:
     if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)):
         yield from _token_ids(model)
     elif isinstance(layer, (nn.Conv1d, nn.ConvTranspose1d)):
-        for length in (32, 64, 128, 256, 1024, 4096, 16000):
+        lengths = (32, 64, 128, 256, 1024, 4096, 16000)
+        for length in lengths:
             yield floats(model, BATCH, layer.in_channels, length)
+        if layer.in_channels == 1:  # a waveform, to which the module itself adds the channel
+            for length in lengths[-3:]:
+                yield floats(model, BATCH, length)
     elif isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
         found = sides(model)
         if layer.in_channels == 1:  # MNIST's size, tried early for MNIST's one channel

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from permgraph.capture.finders import BATCH, BY_NAME, LENGTH, integers, required, setting, vocabulary, whole
+from permgraph.capture.finders import BATCH, BY_NAME, LENGTH, floats, integers, required, setting, vocabulary, whole
 from permgraph.capture.forms import IMAGES, SOUNDS, VIDEOS, Arguments, Form, accepted, ones
 from permgraph.capture.inputs import Candidate, input_finder
 from permgraph.errors import CaptureError
@@ -44,6 +44,35 @@ def from_sound(model: nn.Module) -> Iterator[Candidate]:
         for arguments in SOUNDS[0](model, names):
             if needed <= arguments.keys():
                 yield (), dict(arguments)
+
+
+#: What modules call a waveform; what they take under these names may be a spectrogram as well, or have channels.
+_WAVES = {"wav", "wave", "waveform", "audio", "audios", "speech", "signal", "raw_audio", "samples", "wavs", "waveforms"}
+
+
+@input_finder("waveforms")
+def from_waveforms(model: nn.Module) -> Iterator[Candidate]:
+    """A sound as its samples, for a module that names its one argument so."""
+    names = required(model)
+    if len(names) == 1 and names[0] in _WAVES:
+        for length in (9600, 16000):
+            yield (floats(model, BATCH, length),), {}
+            yield (floats(model, BATCH, 1, length),), {}
+
+
+@input_finder("sound with video")
+def from_sound_with_video(model: nn.Module) -> Iterator[Candidate]:
+    """A video and its sound, and where a text is taken too, that."""
+    names = accepted(model)
+    if not {"input_values", "pixel_values_videos"} <= names:
+        return
+    text: Arguments = {}
+    if "input_ids" in names:
+        text["input_ids"] = next(BY_NAME["input_ids"](model))
+        text |= {"attention_mask": ones(*text["input_ids"].shape)} if "attention_mask" in names else {}
+    for video in VIDEOS[1](model, names):
+        for wave in (floats(model, BATCH, 1, 9600), floats(model, BATCH, 9600)):
+            yield (), {**text, "input_values": wave, **video}
 
 
 @input_finder("images")
@@ -151,7 +180,10 @@ def _that_run(model: nn.Module, method: str, form: Form, names: frozenset[str]) 
     parameters = inspect.signature(getattr(model, method)).parameters.values()
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     needed = {p.name for p in parameters if p.default is p.empty and p.kind in positional}
-    whole_ones = (arguments for arguments in form(model, names) if needed <= arguments.keys())
+    beside = {
+        name: next(BY_NAME[name](model)) for name in sorted(needed) if name.endswith("input_ids") and name in BY_NAME
+    }
+    whole_ones = ({**beside, **arguments} for arguments in form(model, names) if needed <= {*arguments, *beside})
     for arguments in itertools.islice(whole_ones, 16):
         count = count_features(model, method, arguments)
         if count is not None:
@@ -174,6 +206,9 @@ def _texts(model: nn.Module, names: frozenset[str], media: list[tuple[Arguments,
         arguments.update(given)
     ids = torch.cat(parts, 1)
     always = {"input_ids": ids, **arguments}
+    for name in required(model):  # a second text, for a part that reads the image with it
+        if name.endswith("input_ids") and name in BY_NAME and name not in always:
+            always[name] = next(BY_NAME[name](model))
     if "decoder_input_ids" in names and getattr(config, "is_encoder_decoder", False):
         always["decoder_input_ids"] = next(BY_NAME["decoder_input_ids"](model))
     kinds: dict[str, Tensor] = {

@@ -173,6 +173,23 @@ def from_prompted_images(model: nn.Module) -> Iterator[Candidate]:
             yield (), {"pixel_values": image, "prompt_pixel_values": image.clone(), "prompt_masks": image.clone()}
 
 
+@input_finder("classes")
+def from_classes(model: nn.Module) -> Iterator[Candidate]:
+    """An image, a text for each class that may be seen in it, how many classes there are, and a text that asks."""
+    if {"pixel_values", "classes_input_ids", "classes_structure", "tasks_input_ids"} <= accepted(model):
+        ids = next(BY_NAME["input_ids"](model))
+        classes = integers(vocabulary(model), 3 * BATCH, ids.shape[1])
+        asked = {
+            "classes_input_ids": classes,
+            "classes_attention_mask": ones(*classes.shape),
+            "classes_structure": torch.tensor([3] * BATCH, device="cpu"),
+            "tasks_input_ids": ids,
+            "tasks_attention_mask": ones(*ids.shape),
+        }
+        for page in plain_images(model, frozenset({"pixel_values"})):
+            yield (), {**page, **asked}
+
+
 @input_finder("entities")
 def from_entities(model: nn.Module) -> Iterator[Candidate]:
     """A text, and the entities that it names, each with the places of its tokens."""

@@ -229,6 +229,13 @@ def _video(model: nn.Module, names: frozenset[str]) -> Iterator[Arguments]:
         yield {"pixel_values_videos": floats(model, BATCH, channels, frames, side, side)}
 
 
+def _frames(model: nn.Module, names: frozenset[str]) -> Iterator[Arguments]:
+    """A few frames for each text, where they go by the name of an image."""
+    if "pixel_values" in names and "pixel_values_videos" not in names:
+        channels, _, side = image_of(model)
+        yield {"pixel_values": floats(model, BATCH, 4, channels, side, side)}
+
+
 #: The likeliest first: a model that takes patches takes their grid.
 IMAGES: tuple[Form, ...] = (
     _grid_of_patches, _packed_patches, _placed_patches, _strip_of_patches, _tiles, _many_images, plain_images,
@@ -295,4 +302,4 @@ def _coded_sound(model: nn.Module, names: frozenset[str]) -> Iterator[Arguments]
 
 
 SOUNDS: tuple[Form, ...] = (_sound, _coded_sound)
-VIDEOS: tuple[Form, ...] = (_grid_of_patches, _video)
+VIDEOS: tuple[Form, ...] = (_grid_of_patches, _video, _frames)

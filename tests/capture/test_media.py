@@ -765,3 +765,135 @@ class Cut(nn.Module):
 def test_images_come_in_as_many_parts_as_the_listed_grids_have() -> None:
     captured = capture(Cut())
     assert captured.unused == () and arguments(captured)["pixel_values"] == (2, 7, 3, 8, 8)
+
+
+class Sampled(nn.Module):
+    """A waveform without channels goes through a filter bank, as in the recognisers that people write themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.window = nn.Buffer(torch.hann_window(64))
+        self.embed = nn.Linear(33, 6)
+
+    def forward(self, wav: Tensor) -> Tensor:
+        assert wav.ndim == 2
+        spectrum = torch.stft(wav, 64, 32, window=self.window, return_complex=True).abs()
+        return self.embed(spectrum.transpose(1, 2)).relu()
+
+
+class Filtered(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.filters = nn.Conv1d(1, 6, 400, 160)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.ndim == 2
+        return self.filters(x[:, None]).relu()
+
+
+class Mels(nn.Module):
+    """What goes by the name of a waveform is a spectrogram."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Conv1d(20, 6, 3)
+
+    def forward(self, audio: Tensor) -> Tensor:
+        return self.embed(audio)
+
+
+def test_a_waveform_by_its_name_or_by_the_first_filters() -> None:
+    named = capture(Sampled())
+    assert named.inputs.finder == "waveforms" and named.inputs.args[0].shape == (2, 9600)
+    assert capture(Filtered()).inputs.args[0].shape == (2, 1024)
+    assert capture(Mels()).inputs.args[0].shape == (2, 20, 32)
+
+
+class Seen(nn.Module):
+    """A video and its sound, with or without a text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(image_size=8, vocab_size=11)
+        self.words, self.sight, self.sound = nn.Embedding(11, 6), nn.Linear(192, 6), nn.Conv1d(1, 6, 400, 400)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        pixel_values_videos: Tensor | None = None,
+        input_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        assert pixel_values_videos is not None and input_values is not None and attention_mask is not None
+        words = (self.words(input_ids) * attention_mask[..., None]).mean(1)
+        return words + self.sight(pixel_values_videos.flatten(2)).mean(1) + self.sound(input_values).mean(2)
+
+
+def test_a_video_comes_with_its_sound() -> None:
+    captured = capture(Seen())
+    assert captured.inputs.finder == "sound with video" and not captured.unused
+    assert arguments(captured)["pixel_values_videos"] == (2, 2, 3, 8, 8)
+    assert arguments(captured)["input_values"] == (2, 1, 9600)
+
+
+class Open(nn.Module):
+    """Classes are named by texts, and so is what is asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(image_size=8, vocab_size=11, num_channels=3)
+        self.words, self.sight = nn.Embedding(11, 6), nn.Linear(192, 6)
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        classes_input_ids: Tensor,
+        classes_attention_mask: Tensor,
+        tasks_input_ids: Tensor,
+        tasks_attention_mask: Tensor,
+        classes_structure: Tensor,
+    ) -> Tensor:
+        assert classes_input_ids.shape == classes_attention_mask.shape
+        sizes = classes_structure.tolist()
+        assert sum(sizes) == classes_input_ids.shape[0] and len(sizes) == pixel_values.shape[0]
+        classes = torch.stack([part.mean(0) for part in self.words(classes_input_ids).mean(1).split(sizes)])
+        return classes * self.sight(pixel_values.flatten(1)) + self.words(tasks_input_ids).mean(1)
+
+
+def test_classes_are_texts_and_their_number_is_told() -> None:
+    captured = capture(Open())
+    assert captured.inputs.finder == "classes"
+    assert arguments(captured)["classes_input_ids"] == (6, 19)
+
+
+class Asked(nn.Module):
+    """A text reads an image before the features are put into another; the images may be the frames of a video."""
+
+    def __init__(self, medium: str) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(image_size=8, vocab_size=11, num_channels=3, **{f"{medium}_token_id": 10})
+        self.words, self.sight, self.medium = nn.Embedding(11, 6), nn.Linear(192, 6), medium
+        if medium == "image":
+            self.get_image_features = self.features
+        else:
+            self.get_video_features = self.features
+
+    def features(self, pixel_values: Tensor, qformer_input_ids: Tensor) -> Tensor:
+        assert pixel_values.ndim == (4 if self.medium == "image" else 5)
+        seen = self.sight(pixel_values.reshape(pixel_values.shape[0], -1, 192))
+        return seen * self.words(qformer_input_ids).mean(1, keepdim=True)
+
+    def forward(self, pixel_values: Tensor, qformer_input_ids: Tensor, input_ids: Tensor | None = None) -> Tensor:
+        assert input_ids is not None
+        seen, places = self.features(pixel_values, qformer_input_ids), input_ids == 10
+        assert int(places.sum()) == seen.shape[0] * seen.shape[1]
+        words = self.words(input_ids)
+        return words.masked_scatter(places[..., None].expand_as(words), seen)
+
+
+@pytest.mark.parametrize("medium", ["image", "video"])
+def test_a_second_text_asks_what_is_to_be_seen(medium: str) -> None:
+    captured = capture(Asked(medium))
+    assert captured.inputs.finder == "text with media" and not captured.unused
+    frames = () if medium == "image" else (4,)
+    assert arguments(captured)["pixel_values"] == (2, *frames, 3, 8, 8)
