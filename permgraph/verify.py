@@ -28,6 +28,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 from permgraph.capture import capture
@@ -422,6 +423,13 @@ def _in_double(tensor: Tensor) -> Tensor:
     return tensor.detach().to(device="cpu", dtype=dtype, copy=True)
 
 
+SINGLE_ONLY = (
+    torch.ops.aten.fake_quantize_per_channel_affine_cachemask,
+    torch.ops.aten._fused_moving_avg_obs_fq_helper,
+)
+"""Operators that know no float64. Both round to few values, which are the same for float32."""
+
+
 class _InDoublePrecision(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Reads every request for a lower precision as one for float64, so that what remains is rounding of that kind.
 
@@ -444,7 +452,12 @@ class _InDoublePrecision(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if is_higher_order(func):
             with self:
                 return run_plainly(func, args, kwargs)
-        return func(*(self._stand_in(a) for a in args), **{k: self._stand_in(v) for k, v in kwargs.items()})
+        args = tuple(self._stand_in(a) for a in args)
+        kwargs = {k: self._stand_in(v) for k, v in kwargs.items()}
+        if func.overloadpacket in SINGLE_ONLY:
+            args, kwargs = _floating_to(torch.float32, (args, kwargs))
+            return _floating_to(torch.float64, func(*args, **kwargs))
+        return func(*args, **kwargs)
 
     def _stand_in(self, value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -452,6 +465,10 @@ class _InDoublePrecision(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if isinstance(value, (list, tuple)) and any(isinstance(item, Tensor) for item in value):
             return [self._stand_in(item) for item in value]
         return value
+
+
+def _floating_to(dtype: torch.dtype, values: Any) -> Any:
+    return pytree.tree_map_only(Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, values)
 
 
 @contextmanager

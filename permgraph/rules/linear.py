@@ -42,6 +42,21 @@ def baddbmm(call: Call) -> None:
     )  # fmt: skip
 
 
+@rule("aten.addbmm")
+def addbmm(call: Call) -> None:
+    """``self`` and the sum over b of ``batch1 @ batch2``."""
+    call.link(
+        (call["batch1"], "b m k"), (call["batch2"], "b k o"), (call["self"], _last("m o", call["self"])),
+        (call.out, "m o"),
+    )  # fmt: skip
+
+
+@rule("aten.addr")
+def addr(call: Call) -> None:
+    """``self`` and every product of two vectors' elements."""
+    call.link((call["vec1"], "m"), (call["vec2"], "n"), (call["self"], _last("m n", call["self"])), (call.out, "m n"))
+
+
 @rule("aten.mv")
 def mv(call: Call) -> None:
     """(m, k) times (k)."""

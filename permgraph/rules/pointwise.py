@@ -6,18 +6,19 @@ from permgraph.rules.call import Call
 from permgraph.rules.registry import rule
 
 ARITHMETIC = """
-    abs acos acosh add addcdiv addcmul __and__ angle arccos arcsin arctan asin asinh atan atan2 atanh
-    bitwise_and bitwise_left_shift bitwise_not bitwise_or bitwise_right_shift bitwise_xor ceil celu clamp
-    clamp_max clamp_min clip complex conj _conj conj_physical copysign cos cosh deg2rad dequantize digamma div
-    divide elu erf erfc erfinv exp exp2 expm1 fake_quantize_per_tensor_affine float_power floor floor_divide
-    fmax fmin fmod frac ge gelu greater gt hardshrink hardsigmoid hardswish hardtanh heaviside hypot i0 __iand__
-    __ilshift__ imag int_repr __ior__ __irshift__ isfinite isinf isnan isneginf isposinf __ixor__ le leaky_relu
-    lerp less lgamma log log10 log1p log2 log_sigmoid log_sigmoid_forward logaddexp logaddexp2 logical_and
-    logical_not logical_or logical_xor logit __lshift__ lt maximum minimum mish mul multiply nan_to_num neg
-    negative nextafter __or__ polar polygamma pow quantize_per_tensor rad2deg real reciprocal relu relu6
-    remainder resolve_conj resolve_neg round rrelu __rshift__ rsqrt rsub selu sgn sigmoid sign signbit silu sin
-    sinc sinh softplus softshrink special_expit special_expm1 special_log1p special_ndtr special_xlog1py sqrt
-    square sub subtract tan tanh threshold true_divide trunc xlogy __xor__
+    abs acos acosh add addcdiv addcmul __and__ angle arccos arcsin arctan asin asinh atan atan2 atanh bitwise_and
+    bitwise_left_shift bitwise_not bitwise_or bitwise_right_shift bitwise_xor ceil celu clamp clamp_max clamp_min clip
+    complex conj _conj conj_physical copysign cos cosh deg2rad dequantize digamma div divide elu erf erfc erfinv exp
+    exp2 expm1 fake_quantize_per_tensor_affine fake_quantize_per_tensor_affine_cachemask
+    _fake_quantize_per_tensor_affine_cachemask_tensor_qparams float_power floor floor_divide fmax fmin fmod frac frexp
+    ge gelu greater gt hardshrink hardsigmoid hardswish hardtanh heaviside hypot i0 __iand__ igamma igammac __ilshift__
+    imag int_repr __ior__ __irshift__ isfinite isinf isnan isneginf isposinf __ixor__ le leaky_relu lerp less lgamma log
+    log10 log1p log2 log_sigmoid log_sigmoid_forward logaddexp logaddexp2 logical_and logical_not logical_or logical_xor
+    logit __lshift__ lt maximum minimum mish mul multiply nan_to_num neg negative nextafter __or__ polar polygamma pow
+    quantize_per_tensor rad2deg real reciprocal relu relu6 remainder resolve_conj resolve_neg round __rshift__
+    rsqrt rsub selu sgn sigmoid sign signbit silu sin sinc sinh softplus softshrink special_expit special_expm1
+    special_log1p special_ndtr special_xlog1py sqrt square sub subtract tan tanh threshold true_divide trunc xlogy
+    __xor__
 """
 
 COPIES = """
@@ -117,6 +118,15 @@ def dropout(call: Call) -> None:
         call.pin_all([x], "random values")
 
 
+@rule("aten.rrelu", "aten.rrelu_with_noise")
+def rrelu(call: Call) -> None:
+    """The mean slope at inference; while training, noise that no numbering survives."""
+    call.pointwise(call["self"], call.out)
+    call.ignore_values(*call.tensors[1:])
+    if call["training"]:
+        call.pin_all([call["self"]], "random values")
+
+
 @rule("aten.bernoulli", "aten.normal", "aten.multinomial")
 def random(call: Call) -> None:
     """Random values have an order of their own, and which element they belong to matters."""
@@ -134,7 +144,7 @@ def noise(call: Call) -> None:
 
 
 @rule("aten._assert_tensor_metadata", "aten._assert_async", "aten._assert_scalar", "aten.sym_size", "aten.is_pinned",
-      "aten.is_same_size", "aten._has_same_storage_numel")  # fmt: skip
+      "aten.is_same_size", "aten._has_same_storage_numel", "aten._linalg_check_errors")  # fmt: skip
 def no_data(call: Call) -> None:
     """Reads no element, or gives nothing back."""
     call.ignore_values(*call.tensors)

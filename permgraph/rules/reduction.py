@@ -116,7 +116,7 @@ def softmax(call: Call) -> None:
 
 @rule(
     "aten.cumsum", "aten.cumprod", "aten.logcumsumexp", "aten.cummax", "aten.cummin", "aten.diff", "aten.flip",
-    "aten.roll",
+    "aten.roll", "aten.rot90",
 )  # fmt: skip
 def ordered(call: Call) -> None:
     """Neighbours along a dimension matter: it stays put, the others pass."""
@@ -128,7 +128,7 @@ def ordered(call: Call) -> None:
     call.link(*((tensor, pattern) for tensor in everything))
     for tensor in everything:
         call.pin(tensor, dims, "its order matters")
-    if name == "dims":  # flip and roll only move values about
+    if name == "dims":  # flips, rolls and rotations only move values about
         call.carry_values(x, call.out)
     else:
         call.pin_values(x, "arithmetic on an index")

@@ -103,6 +103,13 @@ class Case:
         return args[:-1] if kwargs else args, kwargs
 
 
+def fused(x: torch.Tensor, low: torch.Tensor, high: torch.Tensor, scale: torch.Tensor, channels: int, by: bool) -> Any:
+    """What training for quantised inference runs: observe, then round, here by the channels of the first dimension."""
+    on, zero = torch.ones(1, dtype=torch.int64), torch.zeros(channels, dtype=torch.int32)
+    seen = [tensor.float() for tensor in (low, high, scale)]
+    return aten._fused_moving_avg_obs_fq_helper(x.float(), on, on, *seen, zero, 0.01, -8, 7, 0, by, True)[0]
+
+
 def op(name: str) -> Any:
     """``"add.Tensor"``, or ``"mm"`` for the default overload."""
     base, _, overload = name.partition(".")
@@ -141,7 +148,7 @@ POINTWISE = [
         isinf isnan isneginf isposinf leaky_relu lgamma log log10 log1p log2 log_sigmoid logical_not logit mish
         nan_to_num neg negative positive rad2deg real reciprocal relu relu6 round rsqrt selu sgn sigmoid sign signbit
         silu sin sinc sinh softplus softshrink special_expit special_expm1 special_log1p special_ndtr sqrt square tan
-        tanh trunc rrelu resolve_conj resolve_neg alias clone contiguous detach lift lift_fresh lift_fresh_copy _to_copy
+        tanh trunc resolve_conj resolve_neg alias clone contiguous detach lift lift_fresh lift_fresh_copy _to_copy
         relu_ sigmoid_ neg_ detach_ exp_ square_ silu_ hardswish_ leaky_relu_ tanh_""",
         N(2, 3), PAIR,
     ),
@@ -189,6 +196,29 @@ POINTWISE = [
          lambda x: aten.dequantize(aten.quantize_per_tensor(x.float(), 0.1, 0, torch.qint8)), F(2, 3), PAIR),
         ("int_repr", lambda x: aten.int_repr(aten.quantize_per_tensor(x.float(), 0.1, 0, torch.qint8)), F(2, 3), PAIR),
         ("fake_quantize_per_tensor_affine", F(2, 3), 0.1, 0, -8, 7, PAIR),
+        ("fake_quantize_per_tensor_affine_cachemask", F(2, 3), 0.1, 0, -8, 7, "(a b) -> (a b), (a b) where b per a"),
+        ("_fake_quantize_per_tensor_affine_cachemask_tensor_qparams",
+         lambda x: aten._fake_quantize_per_tensor_affine_cachemask_tensor_qparams(
+             x, torch.full((1,), 0.1), torch.zeros(1, dtype=torch.int32), torch.ones(1, dtype=torch.int64), -8, 7)[0],
+         F(2, 3), PAIR),
+        ("fake_quantize_per_channel_affine_cachemask",
+         lambda x, scale: aten.fake_quantize_per_channel_affine_cachemask(
+             x.float(), scale.float(), torch.zeros(5, dtype=torch.int32), 1, -8, 7),
+         F(2, 5, 3), F(5), "(a b c), (b) -> (a b c), (a b c) where a per b, c per a b"),
+        ("_fused_moving_avg_obs_fq_helper, by channel", lambda x, low, high, scale: fused(x, low, high, scale, 5, True),
+         F(5, 2, 3), F(5), F(5), F(5), "(a b c), (a), (a), (a) -> (a b c) where b per a, c per a b ~ the old scale is not read, and rounding hides others"),
+        ("_fused_moving_avg_obs_fq_helper", lambda x, low: fused(x, low, low, low, 1, False),
+         F(2, 5, 3), F(1), "(a b c), (1) -> (a b c) where b per a c, c per a"),
+        ("rrelu", N(2, 3), PAIR),
+        ("rrelu_with_noise", lambda x: aten.rrelu_with_noise(x, torch.zeros_like(x)), N(2, 3), PAIR),
+        ("rrelu_with_noise, training", lambda x: aten.rrelu_with_noise(x, torch.zeros_like(x), training=True), N(2, 3),
+         "(. .) -> (. .)"),
+        ("frexp.Tensor", F(2, 3), "(a b) -> (a b), (a b) where b per a"),
+        ("igamma", F(2, 3), F(3), "(a b), (b) -> (a b) where a per b"),
+        ("igammac", F(2, 3), F(3), "(a b), (b) -> (a b) where a per b"),
+        ("_linalg_check_errors",
+         lambda x: (aten._linalg_check_errors(torch.zeros((), dtype=torch.int32), "inv", is_matrix=True), x * 2)[1],
+         F(2, 3), PAIR),
         ("to.dtype", F(2, 3), torch.float32, PAIR),
         ("copy_", F(2, 3), F(3), "(a b), (b) -> (a b) where a per b ~ as above"),
         ("where.self", B(2, 3), F(2, 3), F(3), "(a b), (a b), (b) -> (a b) where a per b"),
@@ -269,6 +299,10 @@ LINEAR = rows(
     ("vdot", F(3), F(3), "(k), (k) -> ()"),
     ("ger", F(2), F(3), "(m), (n) -> (m n)"),
     ("outer", F(2), F(3), "(m), (n) -> (m n)"),
+    ("addr", F(2, 3), F(2), F(3), "(m n), (m), (n) -> (m n)"),
+    ("addr", F(3), F(2), F(3), "(n), (m), (n) -> (m n)"),
+    ("addbmm", F(2, 5), F(7, 2, 3), F(7, 3, 5), "(m o), (b m k), (b k o) -> (m o) where b per k"),
+    ("addbmm", F(5), F(7, 2, 3), F(7, 3, 5), "(o), (b m k), (b k o) -> (m o) where b per k"),
     ("linear", F(7, 2, 3), F(5, 3), F(5), "(b m k), (o k), (o) -> (b m o) where b per m"),
     ("linear", F(2, 3), F(5, 3), None, "(m k), (o k) -> (m o)"),
     ("bilinear", lambda x, y, w: torch.nn.functional.bilinear(x, y, w), F(2, 3), F(2, 5), F(7, 3, 5),
@@ -561,6 +595,8 @@ REDUCTION = [
         ("flip", F(2, 5), [1], "(a .) -> (a .) ~ a reversal is not the same axis"),
         ("roll", F(2, 5), [2], [-1], "(a .) -> (a .) ~ as above"),
         ("roll", F(2, 5), [2], "(. .) -> (. .) ~ as above"),
+        ("rot90", F(2, 5, 3), 1, [1, 2], "(a . .) -> (a . .) ~ as above"),
+        ("rot90", F(2, 5), 2, [0, 1], "(. .) -> (. .) ~ as above"),
         ("cosine_similarity", F(2, 5), F(2, 5), "(a b), (a b) -> (a) where b per a"),
         ("cosine_similarity", F(2, 5), F(1, 5), "(a b), (1 b) -> (a)"),
         ("trace", F(5, 5), "(a a) -> ()"),

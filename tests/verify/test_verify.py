@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -346,3 +347,32 @@ def test_a_parameter_without_elements_moves_nothing() -> None:
     assert "tokens" not in spec.moving
     assert spec.log_order() == pg.auto_spec(network(), X).log_order()
     assert pg.verify(model, spec, X)
+
+
+def test_networks_trained_for_quantised_inference_keep_their_symmetries():
+    """Fake quantisation knows no float64, and observes while the network runs."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)
+
+        def forward(self, x):
+            return self.second(self.first(x).relu())
+
+    quantisation = torch.ao.quantization
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = Net().train()
+        model.qconfig = quantisation.get_default_qat_qconfig("qnnpack")
+        quantisation.prepare_qat(model, inplace=True)
+        model(torch.randn(4, 3, 8, 8))
+    kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    x = torch.randn(2, 3, 8, 8)
+    spec = pg.auto_spec(model.eval(), example_inputs=(x,))
+    assert [group.size for group in spec.moving.values()] == [8]
+    assert not spec.unknown_ops
+    found = pg.verify(model, spec, example_inputs=(x,))
+    assert found.passed
+    assert len(found.controls) == 1
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in model.state_dict().items())
