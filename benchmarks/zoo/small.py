@@ -52,6 +52,8 @@ MAIN_WIDTH = (
 )  # fmt: skip
 #: Lists of those layers that are of some kind; and of layers from which something is taken.
 LISTED = re.compile(r"_layers$|_layer_ids$|_layer_idx$")
+#: Lists that repeat the widths of a backbone.
+FROM_BACKBONE = re.compile(r"^backbone_|_in_channels$")
 INDICES = re.compile(r"_(indices|indexes)$")
 #: Widths inside one block, which nothing else depends on.
 INNER = re.compile(r"^(\w+_)?(intermediate_size|ffn_hidden_size|ffn_dim|mlp_dim|d_ff|encoder_ffn_dim|decoder_ffn_dim)$")
@@ -62,6 +64,8 @@ EXPERTS = re.compile(r"^(num_experts|n_routed_experts|num_local_experts|moe_num_
 CHOSEN = re.compile(r"^(num_experts_per_tok(en)?|moe_top_?k|top_k|moe_k|experts_per_token|top_k_experts)$")
 #: How many of the earlier positions attention picks: fewer than there are, or what picks them has no influence.
 PICKED = re.compile(r"^index_topk$|^indexer_budget$|^sliding_window$")
+#: Of how many places in an image something is asked: no more than a small image has.
+QUERIES = re.compile(r"^num_(object_)?queries$")
 CHOSEN_GROUPS = re.compile(r"^(n_group|topk_group|num_expert_group|moe_n_group)$")
 
 
@@ -126,11 +130,13 @@ def _build(cls: Any, config: Any) -> nn.Module:
 def configs(config_class: Any) -> Iterator[Any]:
     """Small configurations, the smallest first."""
     default = filled(_default(config_class))
+    declared = filled(declared_parts(default, config_class))
     for shrink in SHRINKS:
         others = (
             (half_turned(default), sectioned(default, config_class), looked_at_once(default)) if shrink.heads else ()
         )
-        for start in (*backbones(default), *(other for other in (*others, staged(default)) if other)):
+        others = (*others, staged(default), *((declared, staged(declared)) if declared != default else ()))
+        for start in (*backbones(default), *(other for other in others if other)):
             for pictures in (smaller_images(start), start):
                 if pictures is not None:
                     with contextlib.suppress(Exception):
@@ -254,6 +260,19 @@ def _default(config_class: Any) -> dict[str, Any]:
             with contextlib.suppress(Exception):
                 config[name] = _default(inner)
     return config
+
+
+def declared_parts(config: dict[str, Any], config_class: Any) -> dict[str, Any]:
+    """The configuration with the parts that its class declares as defaults, where it takes others by default."""
+    from transformers import AutoConfig
+
+    found = dict(config)
+    for name, part in getattr(config_class, "sub_configs_defaults", {}).items():
+        present, declared = config.get(name), getattr(part, "model_type", None)
+        if _is_nested(present) and isinstance(declared, str) and present.get("model_type") != declared:
+            with contextlib.suppress(Exception):
+                found[name] = AutoConfig.for_model(declared, **(getattr(part, "init_kwargs", None) or {})).to_dict()
+    return found
 
 
 #: What a tower calls the width in which it hands on to the text; the last only where the whole has none of that name.
@@ -389,15 +408,17 @@ def shrunk(config: dict[str, Any], shrink: Shrink, widths: Mapping[int, int] | N
     found = dict(config)
     kept = kept_layers(config, shrink.depth)
     layers = _layer_count(config)
-    ready_made = any(_is_nested(part) and "architecture" in part for part in config.values())
+    ready_made = any(_is_nested(part) and _is_ready_made(part) for part in config.values())
     by_stage = _by_stage(config)
     for name, value in config.items():
         if _is_by_layer(value, layers):
             found[name] = _by_layer(value, kept, config, shrink, widths)
-        elif _is_nested(value):  # what another library builds, from its own name for it, keeps its widths
-            found[name] = dict(value) if "architecture" in value else shrunk(value, shrink, widths)
-        elif isinstance(value, list) and ((name.startswith("backbone_") and ready_made) or _members(value) in by_stage):
+        elif _is_nested(value):
+            found[name] = dict(value) if _is_ready_made(value) else shrunk(value, shrink, widths)
+        elif isinstance(value, list) and ((FROM_BACKBONE.search(name) and ready_made) or _members(value) in by_stage):
             found[name] = value
+        elif PICKED.search(name) and any("lookahead" in key for key in config):
+            found[name] = value  # a window that is shorter than what it looks ahead leaves rows with nothing to see
         elif name == "num_filters" and "depths" in config and shrink.heads:  # doubled from stage to stage
             found[name] = _divided(value, replace(shrink, least=4))
         elif TAKEN.search(name):
@@ -432,12 +453,17 @@ def shrunk(config: dict[str, Any], shrink: Shrink, widths: Mapping[int, int] | N
     return found
 
 
+def _is_ready_made(part: Mapping[str, Any]) -> bool:
+    """Whether a part keeps its widths: another library builds it, from its name for it, or a table of all blocks."""
+    return bool({"architecture", "block_configs"} & part.keys()) or str(part.get("model_type")).startswith("timm")
+
+
 def _by_stage(config: Mapping[str, Any]) -> set[tuple[str, ...]]:
     """The members of lists that say something for each stage of a part, and which are left as they are."""
     inner = [part for part in _all(config) if part is not config]
     named = {_members(value) for part in inner for name, value in part.items() if name.endswith("_per_stage")}
     # What a table of blocks says already is derived from it.
-    return named | {_members(part.get("stage_out_channels")) for part in inner if "block_configs" in part}
+    return named | {_members(part.get("stage_out_channels")) for part in inner if _is_ready_made(part)}
 
 
 def _members(value: Any) -> tuple[str, ...]:
@@ -589,9 +615,14 @@ def _smaller(name: str, value: Any, shrink: Shrink, factor: Fraction, widths: Ma
         if DEPTHS.search(name):
             return type(value)(min(v, 1 if shrink.depth < 100 else v) if _is_size(v) else v for v in value)
         if all(map(_is_size, value)) and WIDTH.search(name) and not KEPT.search(name):
+            if shrink.heads and set(value) <= widths.keys() and len(set(value)) == 1:
+                return type(value)(widths[v] for v in value)
             if shrink.heads:
-                common = math.gcd(*value, 8) if value else 1
-                return type(value)(v // common for v in value)
+                seen = (
+                    1 if len(value) > 1 and value[0] == 3 else 0
+                )  # the channels of an image, and what is made of them
+                common = math.gcd(*value[seen:], 8) if value else 1
+                return type(value)([*value[:seen], *(v // common for v in value[seen:])])
             return type(value)(_divided(v, shrink) for v in value)
         if not shrink.heads and name.endswith("_section") and all(_is_size(v) and v % shrink.width == 0 for v in value):
             return type(value)(v // shrink.width for v in value)  # of a head's channels
@@ -610,6 +641,8 @@ def _smaller(name: str, value: Any, shrink: Shrink, factor: Fraction, widths: Ma
         return min(value, 2)
     if PICKED.search(name) and shrink.heads:
         return min(value, 8)
+    if QUERIES.search(name) and shrink.heads:
+        return min(value, 30)
     if CHOSEN_GROUPS.search(name) and shrink.experts:
         return min(value, 2 if name.endswith("n_group") else 1)
     if value in widths and (WIDTH.search(name) or name.endswith(("_size", "_groups"))):

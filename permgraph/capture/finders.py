@@ -104,6 +104,8 @@ def _token_ids(model: nn.Module) -> Iterator[Tensor]:
     books = setting(config, "num_codebooks", "n_codebooks", "num_quantizers", "delay_pattern")
     count = len(books) if isinstance(books, list) else whole(books, 0)
     end = setting(config, "eos_token_id")
+    told = vars(config).items() if hasattr(config, "__dict__") else ()
+    starts = [v for k, v in told if k.endswith("_bos_token_id") and isinstance(v, int) and 0 < v < bound and v != end]
     # Then multiple choice; and sound as tokens of several codebooks, with or without those of a text beside them, or
     # with those of each codebook in a row of their own.
     coded = ((BATCH, LENGTH, count), (BATCH, LENGTH, count + 1), (BATCH * count, LENGTH)) if count else ()
@@ -114,6 +116,9 @@ def _token_ids(model: nn.Module) -> Iterator[Tensor]:
         if isinstance(end, int) and 0 < end < bound:  # once, and last: some heads read what stands there
             ids[ids == end] = end - 1
             ids[..., -1] = end
+        if len(shape) == 2:  # in whose places some models put what they have learnt
+            for at, start in enumerate(starts[:4]):
+                ids[..., shape[-1] // 2 + at] = start
         yield ids
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -67,6 +68,20 @@ def test_token_ids_stay_within_the_vocabulary():
     (ids,) = captured.inputs.args
     assert ids.dtype == torch.int64
     assert 0 <= int(ids.min()) <= int(ids.max()) < 3
+
+
+def test_a_text_has_the_tokens_with_which_other_media_begin():
+    class Spoken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.config = SimpleNamespace(vocab_size=13, audio_bos_token_id=11, image_bos_token_id=99, eos_token_id=12)
+            self.words, self.first = nn.Embedding(13, 5), nn.Parameter(torch.zeros(5))
+
+        def forward(self, input_ids):
+            return torch.where((input_ids == 11)[..., None], self.first, self.words(input_ids))
+
+    ids = capture(Spoken()).inputs.args[0]
+    assert (ids == 11).any(1).all() and ids.max() == 12 and (ids[:, -1] == 12).all()
 
 
 def test_arguments_by_name_and_by_layer():

@@ -12,7 +12,7 @@ import permgraph as pg
 from benchmarks.zoo import report
 from benchmarks.zoo.measure import measure
 from benchmarks.zoo.names import ZOOS
-from benchmarks.zoo.small import Shrink, agreed, backbones, filled, half_turned, shrunk, smaller_images
+from benchmarks.zoo.small import Shrink, agreed, backbones, filled, half_turned, looked_at_once, shrunk, smaller_images
 from benchmarks.zoo.sweep import in_process, read, sweep, warm_up
 
 torchvision = pytest.importorskip("torchvision")
@@ -222,3 +222,29 @@ def test_a_schedule_of_depths_becomes_short_and_channels_by_stage_stay() -> None
     )
     assert small["num_block_repeats"] == [1, 1, 1] and small["depth_coefficient"] == 1.0
     assert small["backbone_channel_list"] == [64, 32]
+
+
+def test_a_backbone_that_keeps_its_widths_is_followed_by_what_reads_it() -> None:
+    table = {"block_configs": [[[3, 96, 96, 1, True]], [[3, 96, 192, 2, False]]], "stage_out_channels": [96, 192]}
+    config = {"backbone_config": table, "layer_list_out_channels": [192, 96], "neck_out_channels": 96}
+    small = shrunk(config, Shrink(8, 2, heads=True))
+    assert small["backbone_config"] == table and small["layer_list_out_channels"] == [192, 96]
+    assert small["neck_out_channels"] == 12
+    other = {"backbone_config": {"model_type": "timm_backbone"}, "encoder_in_channels": [192, 384]}
+    assert shrunk(other, Shrink(8, 2, heads=True)) == other
+    alone = shrunk({"stem_channels": [3, 32, 48], "encoder_in_channels": [192, 384]}, Shrink(8, 2, heads=True))
+    assert alone == {"stem_channels": [3, 4, 6], "encoder_in_channels": [24, 48]}, "an image keeps its channels"
+
+
+def test_features_are_taken_from_as_many_stages_as_before() -> None:
+    config = {
+        "num_hidden_layers": 24, "stage_names": ["stem", *(f"stage{i}" for i in range(1, 25))],
+        "out_indices": [6, 12, 18, 24], "out_features": ["stage6", "stage12", "stage18", "stage24"],
+        "num_queries": 300, "sliding_window": 70, "num_lookahead_tokens": 13,
+    }  # fmt: skip
+    small = shrunk(config, Shrink(8, 4, heads=True))
+    assert small["num_hidden_layers"] == 4
+    assert small["out_indices"] == [1, 2, 3, 4] and small["out_features"] is None
+    assert small["num_queries"] == 30 and small["sliding_window"] == 70
+    assert looked_at_once({"num_cross_attention_heads": 8}) == {"num_cross_attention_heads": 1}
+    assert looked_at_once({"num_attention_heads": 8}) is None
