@@ -417,8 +417,6 @@ def shrunk(config: dict[str, Any], shrink: Shrink, widths: Mapping[int, int] | N
             found[name] = dict(value) if _is_ready_made(value) else shrunk(value, shrink, widths)
         elif isinstance(value, list) and ((FROM_BACKBONE.search(name) and ready_made) or _members(value) in by_stage):
             found[name] = value
-        elif PICKED.search(name) and any("lookahead" in key for key in config):
-            found[name] = value  # a window that is shorter than what it looks ahead leaves rows with nothing to see
         elif name == "num_filters" and "depths" in config and shrink.heads:  # doubled from stage to stage
             found[name] = _divided(value, replace(shrink, least=4))
         elif TAKEN.search(name):

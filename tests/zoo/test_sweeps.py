@@ -240,11 +240,11 @@ def test_features_are_taken_from_as_many_stages_as_before() -> None:
     config = {
         "num_hidden_layers": 24, "stage_names": ["stem", *(f"stage{i}" for i in range(1, 25))],
         "out_indices": [6, 12, 18, 24], "out_features": ["stage6", "stage12", "stage18", "stage24"],
-        "num_queries": 300, "sliding_window": 70, "num_lookahead_tokens": 13,
+        "num_queries": 300,
     }  # fmt: skip
     small = shrunk(config, Shrink(8, 4, heads=True))
     assert small["num_hidden_layers"] == 4
     assert small["out_indices"] == [1, 2, 3, 4] and small["out_features"] is None
-    assert small["num_queries"] == 30 and small["sliding_window"] == 70
+    assert small["num_queries"] == 30
     assert looked_at_once({"num_cross_attention_heads": 8}) == {"num_cross_attention_heads": 1}
     assert looked_at_once({"num_attention_heads": 8}) is None
