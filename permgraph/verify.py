@@ -269,7 +269,7 @@ class _Trial:
         seeds = torch.randint(2**62, (len(self._floating),), generator=_generator(seed)).tolist()
         self._seeds = dict(zip(self._floating, seeds, strict=True))
         originals = {id(t): made for e, made in self._twin.tensors for t in e.objects}
-        self._mode = _InDoublePrecision(originals)
+        self._mode = InDoublePrecision(originals)
         self._memory = {name: tensor.data for name, (_, tensor) in self._floating.items()}
         self._constants = [(t, t.detach().clone()) for e, t in self._twin.tensors if not _is_weight(e, t)]
         given = (args,) if isinstance(args, Tensor) else tuple(args or ())
@@ -430,7 +430,7 @@ SINGLE_ONLY = (
 """Operators that know no float64. Both round to few values, which are the same for float32."""
 
 
-class _InDoublePrecision(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class InDoublePrecision(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Reads every request for a lower precision as one for float64, so that what remains is rounding of that kind.
 
     `originals` gives the stand-in for each tensor of the caller's model: a function that closes over the model meets
@@ -515,7 +515,7 @@ def _double_by_default() -> Iterator[None]:
 @contextmanager
 def in_double_precision() -> Iterator[None]:
     """Run a model whose weights are float64 in that precision throughout, also where it asks for less."""
-    with calm(torch.device("cpu")), _double_by_default(), torch.no_grad(), _InDoublePrecision({}):
+    with calm(torch.device("cpu")), _double_by_default(), torch.no_grad(), InDoublePrecision({}):
         yield
 
 

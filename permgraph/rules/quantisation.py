@@ -19,8 +19,6 @@ def observe_and_fake_quantize(call: Call) -> None:
         _by_channel(call, call["ch_axis"], "running_min", "running_max", "scale", "zero_point")
     else:
         call.pointwise(call["self"], *(out for out in call.results if out.shape == call["self"].shape))
-        for tensor in call.tensors:
-            call.pin_values(tensor, "arithmetic on an index")
 
 
 def _by_channel(call: Call, axis: int, *names: str) -> None:
@@ -29,5 +27,3 @@ def _by_channel(call: Call, axis: int, *names: str) -> None:
     channel = every[axis % x.ndim]
     call.link((x, " ".join(every)), *((call[name], channel) for name in names if call[name].shape == (x.shape[axis],)))
     call.link((x, " ".join(every)), *((out, " ".join(every)) for out in call.results if out.shape == x.shape))
-    for tensor in call.tensors:
-        call.pin_values(tensor, "arithmetic on an index")

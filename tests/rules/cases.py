@@ -107,7 +107,7 @@ def fused(x: torch.Tensor, low: torch.Tensor, high: torch.Tensor, scale: torch.T
     """What training for quantised inference runs: observe, then round, here by the channels of the first dimension."""
     on, zero = torch.ones(1, dtype=torch.int64), torch.zeros(channels, dtype=torch.int32)
     seen = [tensor.float() for tensor in (low, high, scale)]
-    return aten._fused_moving_avg_obs_fq_helper(x.float(), on, on, *seen, zero, 0.01, -8, 7, 0, by, True)[0]
+    return aten._fused_moving_avg_obs_fq_helper(x.float(), on, on, *seen, zero, 0.01, -8, 7, 0, by, True)
 
 
 def op(name: str) -> Any:
@@ -199,16 +199,16 @@ POINTWISE = [
         ("fake_quantize_per_tensor_affine_cachemask", F(2, 3), 0.1, 0, -8, 7, "(a b) -> (a b), (a b) where b per a"),
         ("_fake_quantize_per_tensor_affine_cachemask_tensor_qparams",
          lambda x: aten._fake_quantize_per_tensor_affine_cachemask_tensor_qparams(
-             x, torch.full((1,), 0.1), torch.zeros(1, dtype=torch.int32), torch.ones(1, dtype=torch.int64), -8, 7)[0],
-         F(2, 3), PAIR),
+             x, torch.full((1,), 0.1), torch.zeros(1, dtype=torch.int32), torch.ones(1, dtype=torch.int64), -8, 7),
+         F(2, 3), "(a b) -> (a b), (a b) where b per a"),
         ("fake_quantize_per_channel_affine_cachemask",
-         lambda x, scale: aten.fake_quantize_per_channel_affine_cachemask(
-             x.float(), scale.float(), torch.zeros(5, dtype=torch.int32), 1, -8, 7),
-         F(2, 5, 3), F(5), "(a b c), (b) -> (a b c), (a b c) where a per b, c per a b"),
+         lambda x, scale, zero: aten.fake_quantize_per_channel_affine_cachemask(
+             x.float(), scale.float() / 9, zero.int(), 1, -8, 7),
+         F(2, 5, 3), F(5), Z(4, 5), "(a b c), (b), (b) -> (a b c), (a b c) where a per b, c per a b"),
         ("_fused_moving_avg_obs_fq_helper, by channel", lambda x, low, high, scale: fused(x, low, high, scale, 5, True),
-         F(5, 2, 3), F(5), F(5), F(5), "(a b c), (a), (a), (a) -> (a b c) where b per a, c per a b ~ the old scale is not read, and rounding hides others"),
+         F(5, 2, 3), F(5), F(5), F(5), "(a b c), (a), (a), (a) -> (a b c), (a b c) where b per a, c per a b ~ the old scale is not read, and rounding hides others"),
         ("_fused_moving_avg_obs_fq_helper", lambda x, low: fused(x, low, low, low, 1, False),
-         F(2, 5, 3), F(1), "(a b c), (1) -> (a b c) where b per a c, c per a"),
+         F(2, 5, 3), F(1), "(a b c), (1) -> (a b c), (a b c) where b per a c, c per a"),
         ("rrelu", N(2, 3), PAIR),
         ("rrelu_with_noise", lambda x: aten.rrelu_with_noise(x, torch.zeros_like(x)), N(2, 3), PAIR),
         ("rrelu_with_noise, training", lambda x: aten.rrelu_with_noise(x, torch.zeros_like(x), training=True), N(2, 3),
