@@ -156,16 +156,17 @@ def from_text_with_media(model: nn.Module) -> Iterator[Candidate]:
     short: list[tuple[Arguments, Tensor]] = []
     for method, tokens, forms in MEDIA:
         token = setting(config, *tokens)
-        own = accepted(model, method)
         if not isinstance(token, int):
             continue
+        owner = _owner(model, method)
+        own = accepted(owner, method)
         if not own:  # it does not say how many, and puts in as many as there are where it finds one
             given = [arguments for form in forms for arguments in form(model, names)]
             short += [(arguments, torch.full((BATCH, 1), token, device="cpu")) for arguments in given]
             continue
-        opaque = any(p.kind is p.VAR_POSITIONAL for p in inspect.signature(getattr(model, method)).parameters.values())
+        opaque = any(p.kind is p.VAR_POSITIONAL for p in inspect.signature(getattr(owner, method)).parameters.values())
         for form in forms:
-            made = next(_that_run(model, method, form, names if opaque else own & names), None)
+            made = next(_that_run(owner, method, form, names if opaque else own & names), None)
             if made is not None:
                 found.append((made[0], torch.full((BATCH, made[1]), token, device="cpu")))
                 break
@@ -174,6 +175,13 @@ def from_text_with_media(model: nn.Module) -> Iterator[Candidate]:
     for chosen in choices:
         if chosen:
             yield from _texts(model, names, chosen)
+
+
+def _owner(model: nn.Module, method: str) -> nn.Module:
+    """The model, or the part below its heads that has the method."""
+    near = [model, *model.children()]
+    near += [inner for part in near[1:] for inner in part.children()]
+    return next((part for part in near if accepted(part, method)), model)
 
 
 def _that_run(model: nn.Module, method: str, form: Form, names: frozenset[str]) -> Iterator[tuple[Arguments, int]]:
@@ -187,7 +195,7 @@ def _that_run(model: nn.Module, method: str, form: Form, names: frozenset[str]) 
     for arguments in itertools.islice(whole_ones, 16):
         count = count_features(model, method, arguments)
         if count is not None:
-            yield arguments, count
+            yield {name: value for name, value in arguments.items() if name != "input_ids"}, count
 
 
 def _texts(model: nn.Module, names: frozenset[str], media: list[tuple[Arguments, Tensor]]) -> Iterator[Candidate]:

@@ -897,3 +897,22 @@ def test_a_second_text_asks_what_is_to_be_seen(medium: str) -> None:
     assert captured.inputs.finder == "text with media" and not captured.unused
     frames = () if medium == "image" else (4,)
     assert arguments(captured)["pixel_values"] == (2, *frames, 3, 8, 8)
+
+
+class Headed(nn.Module):
+    """Puts a head on a model that sees, and does not hand its method on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = Speaking()
+        self.config, self.out = self.model.config, nn.Linear(5, 3)
+
+    def forward(self, input_ids: Tensor, pixel_values: Tensor | None = None) -> Tensor:
+        return self.out(self.model(input_ids, pixel_values))
+
+
+def test_the_part_below_a_head_says_how_many_features_there_are() -> None:
+    captured = capture(Headed())
+    assert captured.inputs.finder == "text with media"
+    assert int((captured.inputs.kwargs["input_ids"] == 29).sum()) == 8
+    assert "model.sees.weight" not in captured.unused
