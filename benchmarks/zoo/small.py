@@ -301,6 +301,9 @@ def agreed(config: dict[str, Any], side: int | None) -> dict[str, Any]:
     for name, tower in config.items():
         if name == "text_config" or not _is_nested(tower):
             continue
+        if "text_config" in tower:  # a model of its own
+            found[name] = agreed(tower, side)
+            continue
         handed_on = [key for key in HANDED_ON if _is_size(tower.get(key)) and not _is_size(config.get(key))]
         changed = {key: width for key in handed_on if _is_size(width)}
         projected = tower.get("projector_output_dim")  # what a projector makes is what the tower gives
@@ -428,6 +431,8 @@ def shrunk(config: dict[str, Any], shrink: Shrink, widths: Mapping[int, int] | N
         elif name in ("out_indices", "out_features") and len(config.get("stage_names") or ()) == layers + 1 > 2:
             stages = [i for i in config.get("out_indices") or () if 0 < i <= layers]  # as many, spread as they were
             kept_stages = [max(1, i * len(kept) // layers) for i in stages]
+            if len(set(kept_stages)) < len(stages) <= len(kept):
+                kept_stages = list(range(len(kept) - len(stages) + 1, len(kept) + 1))
             found[name] = kept_stages if name == "out_indices" and kept_stages else None
         elif INDICES.search(name) and _is_rising(value, layers):
             found[name] = [i * len(kept) // layers for i in value]  # as many, since what they give may be concatenated

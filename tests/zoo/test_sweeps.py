@@ -246,5 +246,7 @@ def test_features_are_taken_from_as_many_stages_as_before() -> None:
     assert small["num_hidden_layers"] == 4
     assert small["out_indices"] == [1, 2, 3, 4] and small["out_features"] is None
     assert small["num_queries"] == 30
+    late = shrunk({**config, "out_indices": [21, 22, 23, 24]}, Shrink(8, 5, heads=True))
+    assert late["out_indices"] == [2, 3, 4, 5], "and they differ"
     assert looked_at_once({"num_cross_attention_heads": 8}) == {"num_cross_attention_heads": 1}
     assert looked_at_once({"num_attention_heads": 8}) is None
