@@ -148,7 +148,7 @@ class FrankWolfe:
             runs = found.runs
             if found.outcome != "interrupted":
                 # Cheap next to the relaxation, and on some networks coordinate ascent does end higher.
-                plain = how.match(a, b, spec, seed)
+                plain = how.match_again(a, b, spec, seed, None, None, relax=False)  # which this was
                 runs = (*runs, *plain.runs)
                 if plain.objective > found.objective or plain.outcome == "interrupted":
                     kept = max(found, plain, key=lambda result: result.objective)

@@ -33,6 +33,15 @@ WORTH = 0.15
 LANES = 16
 """The most ascents that go side by side."""
 
+RELAXING = 2.0
+"""Seconds that a relaxation may take, likewise."""
+
+LONG = 5
+"""Sweeps of an ascent that had optima to choose from: on wide networks of random weights it takes two or three."""
+
+_STEPS = 27
+"""Sweeps of one ascent in the time of a relaxation, on average."""
+
 _SWEEPS = 14
 """Sweeps of one lane in two rounds, on average."""
 
@@ -266,11 +275,27 @@ def lanes(plan: Plan) -> int:
     """
     if not Several.fits(plan) or not any(plan.neighbours):
         return 0
-    each = 1e-12
+    return max(0, min(LANES, int((WORTH / _SWEEPS - _CALLS * len(plan.moves)) / _sweep_seconds(plan))))
+
+
+def worth_relaxing(plan: Plan, sweeps: int) -> bool:
+    """Whether an ascent that took so many sweeps should be followed by one from where `FrankWolfe` ends.
+
+    That is where many sweeps say that there are local optima, where `explore` has few ascents to look for better ones,
+    and where the relaxation takes no more than some two seconds.
+    """
+    if sweeps < LONG or not Several.fits(plan) or not any(plan.neighbours):
+        return False
+    return lanes(plan) < LANES // 2 and _STEPS * _sweep_seconds(plan) < RELAXING
+
+
+def _sweep_seconds(plan: Plan) -> float:
+    """What a sweep of one ascent can be expected to take, without what is called."""
+    seconds = 1e-12
     for move in plan.moves:
         n = plan.spec.groups[move.name].size
-        each += _CUBE * n**3 + _PRODUCT * n * sum(place.block.size for place in move.root.places)
-    return max(0, min(LANES, int((WORTH / _SWEEPS - _CALLS * len(plan.moves)) / each)))
+        seconds += _CUBE * n**3 + _PRODUCT * n * sum(place.block.size for place in move.root.places)
+    return seconds
 
 
 def explore(

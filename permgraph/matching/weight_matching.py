@@ -27,7 +27,7 @@ from permgraph.matching.paired import paired_values
 from permgraph.matching.parallel import workers
 from permgraph.matching.renumber import PORTION, Arrays, act, compose
 from permgraph.matching.result import MatchResult, Outcome, Progress, Sweep
-from permgraph.matching.several import Ascended, Several, explore, lanes
+from permgraph.matching.several import Ascended, Several, explore, lanes, worth_relaxing
 from permgraph.matching.step import Scene, choose, choose_each, gram, outer_values
 from permgraph.matching.working import Working
 from permgraph.permutation import Permutation
@@ -57,7 +57,9 @@ class WeightMatching:
             permutations or, every other one if `init` is the barycentre, there with the groups in random order. If it
             is not given, one run is made; where `init` is the barycentre, no group is fibred or limited, and the
             network is so small that they take some tenth of a second, up to 32 more follow, from random
-            permutations and from the best so far with some indices shuffled.
+            permutations and from the best so far with some indices shuffled. Where there is no time for many of them,
+            the first took five sweeps or more, and it takes no more than some two seconds, one follows that begins
+            where `FrankWolfe` ends.
         init: where to begin: "barycentre", the mean over the whole group, where a group is first matched as if every
             permutation of those not yet matched were equally likely; "identity"; or a `Permutation` of the spec. The
             barycentre mostly takes fewer sweeps and ends higher than the identity, on random pairs and on trained
@@ -135,6 +137,8 @@ class WeightMatching:
         seed: int,
         progress: Progress | None,
         prices: dict[str, np.ndarray] | None,
+        *,
+        relax: bool = True,
     ) -> MatchResult:
         """`match`, for who matches much the same pair many times, each time from where the last ended.
 
@@ -142,6 +146,7 @@ class WeightMatching:
             a, b, spec, seed, progress: as there.
             prices: those of the last time's assignments, by group, which are replaced by this time's; empty at first.
                 They save time and change nothing.
+            relax: whether a run may also begin where `FrankWolfe` ends.
         """
         started = time.perf_counter()
         if isinstance(self.init, Permutation) and self.init.spec != spec:
@@ -181,12 +186,20 @@ class WeightMatching:
                 runs.append(best.objective)
             if self.restarts is None and self.init == "barycentre" and not limits and best is not None:
                 (stream,) = seeds.spawn(1)
+                sweeps = len(best.history) if best.outcome == "converged" else 0
                 for ascended in self._more(best, compared, plan, np.random.default_rng(stream), progress, started):
                     better = ascended.objective - best.objective > 1e-6 * abs(best.objective)  # and not by rounding
                     if better:
                         best.adopt(ascended)
                     runs.append(best.objective if better else min(ascended.objective, best.objective))
                     interrupted = interrupted or ascended.interrupted
+                if relax and not (frozen or interrupted) and worth_relaxing(plan, sweeps):
+                    ascent = start(*seeds.spawn(1))
+                    ascent.go(self._relaxed(a, b, spec, seed))
+                    ascent.climb(progress)
+                    runs.append(ascent.objective)
+                    best = max(best, ascent, key=lambda run: run.objective)
+                    interrupted = ascent.outcome == "interrupted"
         except KeyboardInterrupt:
             interrupted = True
         # Interrupted before anything better was found.
@@ -223,6 +236,15 @@ class WeightMatching:
             return ()
         several, stand = Several(plan, compared, self.solver), best.permutation.arrays
         return explore(several, stand, best.objective, count, rng, self.max_sweeps, progress, started)
+
+
+    def _relaxed(self, a: StateDict, b: StateDict, spec: PermutationSpec, seed: int) -> Permutation:
+        from permgraph.matching.frank_wolfe import FrankWolfe  # which itself ends with weight matching
+
+        found = FrankWolfe(polish=False, ascent=replace(self, restarts=1)).match(a, b, spec, seed)
+        if found.outcome == "interrupted":
+            raise KeyboardInterrupt
+        return found.permutation
 
 
 class _Ascent:
@@ -280,11 +302,11 @@ class _Ascent:
         self.order = "random" if run > 0 and self.how.order == "informed" else self.how.order
         again = run > 0 and not any(limits.home is not None for limits in self.limits.values())
         if again and (self.how.init != "barycentre" or run % 2 == 0):
-            self._go(self._random())
+            self.go(self._random())
         elif self.how.init == "barycentre":
             self.free = {name for move in self.plan.moves for name in move.groups}
         elif isinstance(self.how.init, Permutation):
-            self._go(self.how.init)
+            self.go(self.how.init)
 
     def _random(self) -> Permutation:
         """A random permutation, with what is frozen as `init` has it."""
@@ -301,14 +323,15 @@ class _Ascent:
                 drawn[name][others] = self.rng.permutation(start[name][others])
         return Permutation(self.spec, drawn)
 
-    def _go(self, permutation: Permutation) -> None:
+    def go(self, permutation: Permutation) -> None:
+        """Begin, or go on, there."""
         self.b.go(dict(permutation.arrays))
         self.inner = {}
         self.objective = self._objective()
 
     def adopt(self, ascended: Ascended) -> None:
         """Be the run that ended there instead."""
-        self._go(Permutation(self.spec, {**self.spec.identity().arrays, **ascended.arrays}))
+        self.go(Permutation(self.spec, {**self.spec.identity().arrays, **ascended.arrays}))
         self.history = list(ascended.history)
         self.outcome = "converged" if ascended.converged else "sweep limit"
 
@@ -340,7 +363,7 @@ class _Ascent:
             self.objective = self._objective()
         except KeyboardInterrupt:
             self.outcome = "interrupted"
-            self._go(self.permutation)
+            self.go(self.permutation)
         finally:  # what it took to get here is no longer needed
             self.b.go(self.arrays)
             self.grams = Kept(0)

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from permgraph.matching import WeightMatching
+from permgraph.matching import FrankWolfe, WeightMatching, frank_wolfe
 from permgraph.matching import several as module
 from permgraph.matching.moves import Plan
 from permgraph.matching.objective import pair
-from permgraph.matching.several import LANES, Several, lanes
+from permgraph.matching.several import LANES, LONG, Several, lanes, worth_relaxing
 from permgraph.permutation import Permutation
 from permgraph.spec import PermutationSpec
 from tests.matching.examples import SPECS, inner, planted, state
@@ -174,3 +174,63 @@ def test_a_planted_permutation_is_found() -> None:
     for seed in range(5):
         a, b, secret = planted(SPECS["mlp"], seed)
         assert WeightMatching().match(a, b, SPECS["mlp"], seed).permutation == secret
+
+
+MIDDLING = PermutationSpec.parse("l1 96x8 h . | l2 96x96 k h | l3 4x96 . k | groups: h 96 · k 96".replace(" | ", "\n"))
+"""So wide that few ascents go side by side."""
+
+
+def related(spec: PermutationSpec, seed: int) -> tuple[Any, Any]:
+    """Two models that are noisy copies of one, renumbered, so that there are optima to choose from."""
+    a, noise = state(spec, seed), state(spec, 50 + seed)
+    b = spec.random(seed).apply({name: a[name] + 4 * noise[name] for name in a})
+    return a, b
+
+
+def test_a_long_ascent_of_a_middling_network_is_followed_by_a_relaxed_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "WORTH", 0.0)  # no time for others
+    monkeypatch.setattr(module, "LONG", 2)
+    better = 0
+    for seed in range(4):
+        a, b = related(MIDDLING, seed)
+        one = WeightMatching(restarts=1).match(a, b, MIDDLING, seed)
+        assert one.sweeps >= 2
+        found = WeightMatching().match(a, b, MIDDLING, seed)
+        relaxed = FrankWolfe(polish=False).match(a, b, MIDDLING, seed)
+        polished = WeightMatching(init=relaxed.permutation).match(a, b, MIDDLING, seed)
+        assert found.runs == (one.objective, pytest.approx(polished.objective, rel=1e-6))
+        assert found.objective == max(found.runs)
+        assert found.objective == pytest.approx(inner(a, found.permutation.apply(b)), rel=1e-5)
+        better += found.objective > 1.0001 * one.objective
+        # FrankWolfe compares with weight matching, but does not relax twice.
+        assert FrankWolfe().match(a, b, MIDDLING, seed).runs[1:] == (one.objective,)
+        assert len(WeightMatching(frozen=["h"]).match(a, b, MIDDLING, seed).runs) == 1
+    assert better
+
+
+def test_where_a_relaxation_is_worth_its_time() -> None:
+    middling, small, wide = (Plan(spec, spec.axes) for spec in (MIDDLING, SPECS["mlp"], WIDE))
+    assert not worth_relaxing(small, LONG)  # many ascents find as much
+    assert not worth_relaxing(wide, LONG)  # too slow
+    broad = PermutationSpec.parse(
+        "l1 512x8 h . | l2 512x512 k h | l3 4x512 . k | groups: h 512 · k 512".replace(" | ", "\n")
+    )
+    assert worth_relaxing(Plan(broad, broad.axes), LONG)
+    assert not worth_relaxing(Plan(broad, broad.axes), LONG - 1)
+    assert worth_relaxing(middling, LONG) == (lanes(middling) < LANES // 2)
+
+
+def test_an_interrupted_relaxation_keeps_the_ascent_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "WORTH", 0.0)  # no time for others
+    monkeypatch.setattr(module, "LONG", 1)
+    a, b = related(MIDDLING, 1)
+    one = WeightMatching(restarts=1).match(a, b, MIDDLING)
+
+    def interrupt(*arguments: Any, **keywords: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(frank_wolfe.Relaxation, "value_and_slope", interrupt)
+    found = WeightMatching().match(a, b, MIDDLING)
+    assert found.outcome == "interrupted"
+    assert found.permutation == one.permutation
+    assert found.runs == (one.objective,)
