@@ -326,6 +326,7 @@ def filled(config: dict[str, Any]) -> dict[str, Any]:
     """A copy with numbers where a configuration has none, which some leave to their checkpoints."""
     heads, width = config.get("num_attention_heads"), config.get("hidden_size")
     size = width // heads if isinstance(width, int) and isinstance(heads, int) and heads else None
+    labels = max(2, len(config.get("id2label") or ()))
     layers = config.get("num_hidden_layers")
     depth = layers if _is_size(layers) else 0
     missing = {
@@ -340,9 +341,10 @@ def filled(config: dict[str, Any]) -> dict[str, Any]:
         "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": size, "indexer_budget": 8,
         "indexer_compress_ratio": 4,
         "downsample_rate": "1/2",
-        "scale_factor_list": [1, 2, 4, 8],
+        "scale_factor_list": [1, 2, 4, 8], "kernel_list": [3, 2, 2],
         "upsample_out_channels": [64, 32], "conv_out_channels": [32],
         "intraclass_block_config": dict(_convolutions()),
+        "class_thresholds": [0.5] * labels, "class_order": list(range(labels)),
         "deepstack_layer_map": [[-1, 0]],  # layers of a tower, and those of the text to which each is added
         "vocabulary_map": {name: token for token, name in enumerate(_picture_tokens())} | {"<image>": VOCABULARY - 70},
     }  # fmt: skip
