@@ -290,10 +290,15 @@ def agreed(config: dict[str, Any], side: int | None) -> dict[str, Any]:
     """
     found = dict(config)
     writes, reads = (config.get(name) for name in ("decoder_config", "speech_config"))
-    if (
-        _is_nested(writes) and _is_nested(reads) and _is_size(writes.get("vocab_size"))
-    ):  # the one hears what the other says
+    # What the one writes the other reads.
+    if _is_nested(writes) and _is_nested(reads) and _is_size(writes.get("vocab_size")):
         config = found = {**config, "speech_config": {**reads, "vocab_size": writes["vocab_size"]}}
+    heard = _main_width(config["encoder_config"]) if _is_nested(config.get("encoder_config")) else None
+    if heard is not None:  # and what reads an encoder is as wide as that
+        for name, part in config.items():
+            if _is_nested(part) and _is_size(part.get("encoder_hidden_size")):
+                found[name] = {**part, "encoder_hidden_size": heard}
+        config = found = dict(found)
     text = config.get("text_config")
     width = text.get("hidden_size") if isinstance(text, dict) else None
     if _is_size(width) and _is_size(config.get("hidden_size")):

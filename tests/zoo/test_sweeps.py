@@ -179,6 +179,12 @@ def test_parts_of_a_model_agree() -> None:
     same = agreed(config, None)
     assert same["hidden_size"] == same["vision_config"]["projection_dim"] == 4096
     assert same["vision_config"]["vision_output_dim"] == 512
+    heard = agreed({"encoder_config": {"hidden_dim": 64}, "projector_config": {"encoder_hidden_size": 99}}, None)
+    assert heard["projector_config"] == {"encoder_hidden_size": 64}
+    nested = agreed({"thinker_config": {"text_config": {"hidden_size": 8}, "tower": {"out_hidden_size": 9}}}, None)
+    assert nested["thinker_config"]["tower"] == {"out_hidden_size": 8}
+    spoken = agreed({"decoder_config": {"vocab_size": 9}, "speech_config": {"vocab_size": 5}}, None)
+    assert spoken["speech_config"] == {"vocab_size": 9}
     small = shrunk(same, Shrink(8, 2))
     assert small["vision_feature_layers"] == [-2, -2, 2]
     assert small["vision_config"]["intermediate_size"] == 4 * small["vision_config"]["hidden_size"]
