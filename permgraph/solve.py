@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import operator
+import re
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,7 +31,8 @@ from permgraph.ties import tied_dims
 from permgraph.uniform import NONE, Uniform, known_values, uniform_dims, viewed_nodes, written_nodes, zero_nodes
 
 UNREAD = "no output depends on it"
-UNSEEN = "it met only zeros, as in the first step of a sequence, so that what it goes with is not known"
+UNSEEN = "its weight met only zeros"
+ONE_STEP = "a weight met only zeros, as in the first step of a sequence: one of this size may meet it in the second"
 UNSORTED = "it was searched for its largest elements, whose order was left open"
 MAX_RUNS = 6
 MAX_VISITS = 12
@@ -291,15 +293,16 @@ class _Run:
     def pin_unseen(self, live: Collection[fx.Node], zeros: Collection[fx.Node]) -> None:
         """Pin what a weight may meet in a longer sequence, where this one only multiplied it with zeros.
 
-        The recurrent weight of a layer meets its own state from the second step on: an axis of the size that it sums
-        over, which one, no tensor shows.
+        What the weight sums over stays put in any case. If the inputs may be one step of a sequence, the weight of a
+        recurrent layer meets that layer's own state from the second step on: an axis of the same size, which one, no
+        tensor shows.
         """
         if not any(met_zeros(node, zeros) for node in live):
             return
         seen = live_nodes(self.nodes, list(self.facts.results), zeros)
         unseen = set()  # what comes from a weight of which nothing is seen
         sizes = set()
-        for node in self.nodes:
+        for number, node in enumerate(self.nodes):
             if node in live and node not in seen:
                 weight = node.op == "placeholder" and node.meta["kind"] in ("parameter", "buffer")
                 if weight or any(source in unseen for source in node.all_input_nodes):
@@ -307,14 +310,29 @@ class _Run:
             for factor, dim in met_zeros(node, zeros).items() if node in live else ():
                 if factor in unseen:
                     sizes.add(self.values[factor].shape[dim])
-        if not sizes:
+                    self._pin_dim(number, self.values[factor], dim, UNSEEN)
+        if not self._may_be_one_step(sizes):
             return
         for number, node in enumerate(self.nodes):
             for tensor in self._tensors_in(self.values.get(node)):
                 for dim, size in enumerate(tensor.shape):
-                    if size > 1 and size in sizes and any(a.pinned is None for a in self.axes.atoms(tensor.dims[dim])):
-                        self.axes.pin(tensor.dims[dim], Pinned(UNSEEN, number))
-                        self.ends.pins.append((tensor, dim, UNSEEN, number))
+                    if size in sizes:
+                        self._pin_dim(number, tensor, dim, ONE_STEP)
+
+    def _pin_dim(self, number: int, tensor: TypedTensor, dim: int, reason: str) -> None:
+        if tensor.shape[dim] > 1 and any(a.pinned is None for a in self.axes.atoms(tensor.dims[dim])):
+            self.axes.pin(tensor.dims[dim], Pinned(reason, number))
+            self.ends.pins.append((tensor, dim, reason, number))
+
+    def _may_be_one_step(self, sizes: Collection[int]) -> bool:
+        """Whether a state of one of these sizes is kept on the model, or inputs have one element along something."""
+        kept = [size for node in self.nodes for left in node.meta.get("left", ()) for size in left.meta["val"].shape]
+        inputs = [node for node in self.nodes if node.op == "placeholder" and node.meta["kind"] == "input"]
+        names = [name for node in inputs for name in node.meta["names"]]
+        lists = {name[: found.start()] for name in names for found in re.finditer(r"\[0\]", name)} - {"args"}
+        alone = any(not any(name.startswith(f"{place}[1]") for name in names) for place in lists)
+        single = any(1 in tensor.shape for node in inputs for tensor in self._tensors_in(self.values.get(node)))
+        return bool(sizes) and (alone or single or not set(sizes).isdisjoint(kept))
 
     def _pin_mirrored(self) -> None:
         """Pin axes that meet themselves where a largest element is looked for: (i, j) and (j, i) may be the same."""

@@ -225,11 +225,20 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         node = self.graph.create_node("call_function", SAME_MEMORY, arguments)
         node.meta.update(val=None, module="", source=None)
 
-    def finish(self, outputs: list[Tensor]) -> fx.Graph:
-        """Adds the output node and checks the graph."""
+    def replaced(self, before: Tensor | None, after: Tensor) -> None:
+        """Notes that where the model held a tensor which the pass read, it now holds another for the next pass."""
+        if before is None or before is after or before.shape != after.shape or id(after) not in self._nodes:
+            return
+        read = self._nodes.get(id(before))
+        if read is not None and read.users:
+            self.same_memory(before, after, range(after.ndim))
+
+    def finish(self, outputs: list[Tensor], left: Sequence[Tensor]) -> fx.Graph:
+        """Adds the output node, with those tensors that the pass left on the model, and checks the graph."""
         nodes = [self.node_of(tensor) for tensor in outputs]
+        kept = [self._nodes[id(tensor)] for tensor in left if id(tensor) in self._nodes]
         output = self.graph.output(nodes)
-        output.meta.update(val=[node.meta["val"] for node in nodes], module="", source=None)
+        output.meta.update(val=[node.meta["val"] for node in nodes], left=kept, module="", source=None)
         self.graph.lint()
         return self.graph
 

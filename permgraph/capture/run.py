@@ -6,7 +6,7 @@ import inspect
 import logging
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -191,6 +191,16 @@ def _needs_values(error: BaseException | None) -> bool:
     return False
 
 
+def _named_tensors(modules: Sequence[nn.Module]) -> dict[tuple[int, str], torch.Tensor]:
+    """The tensors that modules hold by themselves, by the number of the module and the name."""
+    return {
+        (at, name): value
+        for at, module in enumerate(modules)
+        for name, value in (*vars(module).items(), *module._buffers.items())
+        if isinstance(value, torch.Tensor)
+    }
+
+
 def _pass(subject: Subject, inputs: ExampleInputs, limits: Limits, mode: Mode, reason: str | None) -> Captured:
     state = state_tensors(subject.outer)
     device = _CPU if mode == "fake" else _real_device(state)
@@ -222,13 +232,17 @@ def _pass(subject: Subject, inputs: ExampleInputs, limits: Limits, mode: Mode, r
             recorder.escape(shared)
         for tensor, turned, dims in twin.turned:
             recorder.same_memory(tensor, turned, dims)
+        held, named = {id(tensor): tensor for tensor in tensor_leaves(twin.module)}, _named_tensors(twin.modules)
         watch = fake_mode if mode == "fake" else WatchEscapes(recorder.escape)
         with caches_emptied(twin.modules), watch, recorder:
             result = _run(twin.module, args, kwargs)
         outputs = list(tensor_leaves(result))
+        left = [tensor for tensor in tensor_leaves(twin.module) if id(tensor) not in held]
+        for place, tensor in _named_tensors(twin.modules).items():
+            recorder.replaced(named.get(place), tensor)
     if not outputs:
         raise CaptureError(f"{type(subject.core).__name__} returned no tensor, but a {type(result).__name__}")
-    graph = recorder.finish(outputs)
+    graph = recorder.finish(outputs, left)
     unused = tuple(
         name
         for node in graph.nodes

@@ -237,7 +237,6 @@ class WeightMatching:
         several, stand = Several(plan, compared, self.solver), best.permutation.arrays
         return explore(several, stand, best.objective, count, rng, self.max_sweeps, progress, started)
 
-
     def _relaxed(self, a: StateDict, b: StateDict, spec: PermutationSpec, seed: int) -> Permutation:
         from permgraph.matching.frank_wolfe import FrankWolfe  # which itself ends with weight matching
 

@@ -61,6 +61,83 @@ def test_one_step_of_a_sequence_says_nothing_that_more_steps_refute(kind: Callab
     assert list(spec.moving) == ["embed"]  # what comes before the state moves as ever
 
 
+class Queries(nn.Module):
+    """A decoder that begins with zeros and learnt positions, as in DETR: the first values are of zeros alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.value, self.query, self.mix = (nn.Linear(n, 8) for n in (3, 8, 8, 8))
+        self.places = nn.Parameter(torch.randn(4, 8))
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        memory, target = self.embed(x), torch.zeros(x.shape[0], 4, 8, dtype=x.dtype)
+        target = target + self.value(target)
+        scores = self.query(target + self.places) @ self.query(memory).transpose(1, 2)
+        found = target + self.places + scores.softmax(-1) @ memory
+        return self.head(self.mix(found).relu())  # type: ignore[no-any-return]
+
+
+def test_zeros_that_every_pass_begins_with_hold_nothing_else_back() -> None:
+    torch.manual_seed(0)
+    model = Queries()
+    error, spec = error_of(model, torch.randn(2, 5, 3), torch.randn(2, 5, 3), torch.randn(3, 7, 3))
+    assert error < 1e-9, spec
+    assert list(spec.moving) == ["embed", "query", "mix"]
+    assert str(spec.axes["value.weight"][1]) == "8"
+    # A single step cannot be told from the first of several.
+    assert list(pg.auto_spec(model, (torch.randn(2, 1, 3),)).moving) == []
+
+
+class Keeps(nn.Module):
+    """A recurrent cell whose state stays on the model from one call to the next."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.state, self.states = how, None, []
+        self.cell, self.head = nn.RNNCell(5, 6), nn.Linear(6, 2)
+        self.table = torch.randn(3, 6, dtype=torch.float64)
+        self.register_buffer("kept", torch.randn(3, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "attribute":
+            before = self.table
+        elif self.how in ("buffer", "buffer in place"):
+            before = self.kept
+        else:
+            before = self.states[-1] if self.states else self.state
+        after = self.cell(x, torch.zeros(len(x), 6, dtype=x.dtype) if before is None else before.to(x.dtype))
+        if self.how == "attribute":
+            self.table = after
+        elif self.how == "buffer":
+            self.kept = after
+        elif self.how == "buffer in place":
+            self.kept.copy_(after)
+        elif self.how == "list":
+            self.states.append(after)
+        else:
+            self.state = after.detach()
+        return self.head(after)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("how", "moving"), [("attribute", 0), ("buffer", 1), ("buffer in place", 1), ("list", 0), ("nothing at first", 0)]
+)
+def test_a_state_kept_on_the_model_is_what_the_next_call_meets(how: str, moving: int) -> None:
+    torch.manual_seed(0)
+    model, x = Keeps(how), torch.randn(3, 5)
+    spec = pg.auto_spec(model, (x,))
+    assert len(spec.moving) == moving, spec
+    before = model.double().state_dict()
+    one, other = Keeps(how).double(), Keeps(how).double()
+    other.table = one.table.clone()
+    one.load_state_dict(before)
+    other.load_state_dict(spec.random(0, every_group=True).apply(copy.deepcopy(before)))
+    with torch.no_grad():
+        for _ in range(3):
+            assert torch.allclose(one(x.double()), other(x.double()), rtol=0, atol=1e-9)
+
+
 def _masked(m: Any, x: Tensor) -> Tensor:
     kept = m.a(x) * (x.sum(-1, keepdim=True) > 0).to(x.dtype)
     return m.o(m.t[m.r(kept).argmax(-1)].tanh() + kept)
