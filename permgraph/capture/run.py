@@ -6,7 +6,7 @@ import inspect
 import logging
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -28,6 +28,7 @@ from permgraph.capture.inputs import ExampleInputs, find_inputs
 from permgraph.capture.known import KnownValues
 from permgraph.capture.outputs import tensor_leaves
 from permgraph.capture.record import Limits, Recorder
+from permgraph.capture.remains import MAX_LENGTH
 from permgraph.capture.state import StateTensor, state_tensors, strided_like
 from permgraph.capture.subject import Subject, unwrap
 from permgraph.capture.surroundings import calm, make_transparent
@@ -58,6 +59,7 @@ _MATERIALISE_LIMIT = 8 * 2**30
 _MATERIALISE_LIMIT_GUESSED = 2 * 2**30
 #: No new candidate for the inputs is tried after this many seconds.
 _GUESS_SECONDS = 60.0
+_OF_MODULES = frozenset(vars(nn.Module()))  # what every module has: its parameters, buffers, parts and hooks
 
 
 def capture(
@@ -201,6 +203,17 @@ def _named_tensors(modules: Sequence[nn.Module]) -> dict[tuple[int, str], torch.
     }
 
 
+def _held_tensors(modules: Sequence[nn.Module]) -> Iterator[torch.Tensor]:
+    """These, and those in lists and mappings that modules hold; other objects, such as configurations, are let be."""
+    yield from _named_tensors(modules).values()
+    waiting = [(value, 0) for module in modules for name, value in vars(module).items() if name not in _OF_MODULES]
+    for value, depth in waiting:
+        if isinstance(value, (list, tuple, dict)) and len(value) <= MAX_LENGTH and depth < 3:
+            waiting += [(inner, depth + 1) for inner in (value.values() if isinstance(value, dict) else value)]
+        elif depth and isinstance(value, torch.Tensor):
+            yield value
+
+
 def _pass(subject: Subject, inputs: ExampleInputs, limits: Limits, mode: Mode, reason: str | None) -> Captured:
     state = state_tensors(subject.outer)
     device = _CPU if mode == "fake" else _real_device(state)
@@ -232,12 +245,12 @@ def _pass(subject: Subject, inputs: ExampleInputs, limits: Limits, mode: Mode, r
             recorder.escape(shared)
         for tensor, turned, dims in twin.turned:
             recorder.same_memory(tensor, turned, dims)
-        held, named = {id(tensor): tensor for tensor in tensor_leaves(twin.module)}, _named_tensors(twin.modules)
+        held, named = {id(tensor): tensor for tensor in _held_tensors(twin.modules)}, _named_tensors(twin.modules)
         watch = fake_mode if mode == "fake" else WatchEscapes(recorder.escape)
         with caches_emptied(twin.modules), watch, recorder:
             result = _run(twin.module, args, kwargs)
         outputs = list(tensor_leaves(result))
-        left = [tensor for tensor in tensor_leaves(twin.module) if id(tensor) not in held]
+        left = [tensor for tensor in _held_tensors(twin.modules) if id(tensor) not in held]
         for place, tensor in _named_tensors(twin.modules).items():
             recorder.replaced(named.get(place), tensor)
     if not outputs:

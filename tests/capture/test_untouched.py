@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import random
 import threading
 from typing import Any
@@ -248,3 +249,19 @@ def test_a_closure_over_the_original_does_not_write_to_it():
     captured = capture(Outer(), (torch.zeros(2, 3),))
     assert captured.mode == "real"
     assert torch.equal(model.weight, before)
+
+
+def test_objects_that_a_model_holds_are_not_asked_for_anything() -> None:
+    @dataclasses.dataclass
+    class Layered:
+        size: int = 3
+
+        def __getattribute__(self, name: str) -> Any:
+            if name == "size":
+                raise ValueError("differs from layer to layer")
+            return super().__getattribute__(name)
+
+    model = nn.Sequential(nn.Linear(3, 5), nn.ReLU())
+    model.layered = Layered()
+    model.things = [Layered(), {"a": Layered()}]
+    assert len(capture(model, (torch.zeros(2, 3),)).graph.nodes) == 6
