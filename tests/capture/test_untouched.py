@@ -264,4 +264,4 @@ def test_objects_that_a_model_holds_are_not_asked_for_anything() -> None:
     model = nn.Sequential(nn.Linear(3, 5), nn.ReLU())
     model.layered = Layered()
     model.things = [Layered(), {"a": Layered()}]
-    assert len(capture(model, (torch.zeros(2, 3),)).graph.nodes) == 6
+    assert len(capture(model, (torch.zeros(2, 3),)).graph.nodes) == 7
