@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 import operator
 import re
-from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,12 +21,12 @@ from torch import fx
 from permgraph.axes import Axes, Axis, BirthKey, Kind, Pinned
 from permgraph.errors import ConflictError
 from permgraph.foresight import PLACEHOLDER, foreseen_cuts
-from permgraph.liveness import live_nodes, met_zeros
+from permgraph.liveness import VALUELESS, live_nodes, met_zeros
 from permgraph.rules import find_rule
 from permgraph.rules.call import EQUAL, Call, Ledger, TypedTensor, loose_families, provides
 from permgraph.rules.registry import Rule
 from permgraph.signature import signature
-from permgraph.ties import tied_dims
+from permgraph.ties import AS_IT_WAS, tied_dims
 from permgraph.uniform import NONE, Uniform, known_values, uniform_dims, viewed_nodes, written_nodes, zero_nodes
 
 UNREAD = "no output depends on it"
@@ -278,28 +277,69 @@ class _Run:
                         self._pin(number, self.values[end], "output of the model")
 
     def pin_unobserved(self, live: Collection[fx.Node]) -> None:
-        """Pin the axes that only parameters without any effect have. What the rules have said stands."""
-        places: dict[Axis, list[tuple[int, fx.Node, TypedTensor, int]]] = defaultdict(list)
-        for number, node in enumerate(self.nodes):
-            if node.op == "placeholder" and node.meta["kind"] in ("parameter", "buffer") and node.users:
-                for dim, axis in enumerate(self.values[node].dims):
-                    for atom in {a for a in self.axes.atoms(axis) if a.pinned is None}:
-                        places[atom].append((number, node, self.values[node], dim))
-        for atom, found in places.items():
-            if not any(node in live for _, node, _, _ in found):
-                self.axes.pin(atom, Pinned(UNREAD, found[0][0]))
-                self.ends.pins.extend((tensor, dim, UNREAD, number) for number, _, tensor, dim in found)
+        """Settle what of parameters has no effect in this pass: whole ones, or the rows beyond those that were sliced.
+
+        On other inputs the other rows of a table may be read, so they go with these as far as that is one axis; what is
+        left stays put. What the rules have said stands.
+        """
+        unread = self._unread(live)
+        while self._join_all_unread(unread):
+            self.until_stable()
+            unread = self._unread(live)
+        for node in self._parameters_read() if unread else ():
+            number = self.nodes.index(node)
+            for dim, axis in enumerate(self.values[node].dims):
+                found = unread.intersection(self.axes.atoms(axis))
+                for atom in found:
+                    self.axes.pin(atom, Pinned(UNREAD, number))
+                if found:
+                    self.ends.pins.append((self.values[node], dim, UNREAD, number))
+
+    def _join_all_unread(self, unread: set[Axis]) -> bool:
+        """Tie the members of families that were not read to the one that was, where all that were are one."""
+        before = self.axes.changes
+        for node in self._parameters_read() if self.axes.has_families else ():
+            for axis in self.values[node].dims:
+                for family in reversed(list(loose_families(self.axes, axis))):  # inner ones first
+                    members = {self.axes.resolve(member) for member in family.find().children}
+                    idle = {m for m in members if unread.issuperset(self.axes.atoms(m))}
+                    if idle and len(members - idle) == 1:
+                        self.axes.collapse(family)
+        return self.axes.changes != before
+
+    def _parameters_read(self) -> list[fx.Node]:
+        """The parameters and buffers that some operator takes."""
+        kinds = ("parameter", "buffer")
+        return [n for n in self.nodes if n.op == "placeholder" and n.meta["kind"] in kinds and n.users]
+
+    def _unread(self, live: Collection[fx.Node]) -> set[Axis]:
+        """The atoms of parameters which no operator has met but those that only move elements about, or drop some."""
+        read: set[Axis] = set()
+        ends = [node for node in self.nodes if node.op == "output"]
+        seen = [self.values[node] for end in ends for node in end.all_input_nodes]
+        seen += [self.values[node] for node in self.facts.results]
+        for call in self.calls:
+            name = getattr(call.node.target, "_opname", "")
+            if call.node in live and not call.ledger.rearrangements and name not in AS_IT_WAS:
+                seen += [*(() if name in VALUELESS else call.tensors), *call.results]
+        for tensor in self._tensors_in(seen):
+            for axis in tensor.dims:
+                read.update(self.axes.atoms(axis))
+        parameters = (axis for node in self._parameters_read() for axis in self.values[node].dims)
+        return {atom for axis in parameters for atom in self.axes.atoms(axis) if atom.pinned is None} - read
 
     def pin_unseen(self, live: Collection[fx.Node], zeros: Collection[fx.Node]) -> None:
         """Pin what a weight may meet in a longer sequence, where this one only multiplied it with zeros.
 
-        What the weight sums over stays put in any case. If the inputs may be one step of a sequence, the weight of a
-        recurrent layer meets that layer's own state from the second step on: an axis of the same size, which one, no
-        tensor shows.
+        What the weight sums over stays put in any case, unless it stands elsewhere too. If the inputs may be one step
+        of a sequence, the weight of a recurrent layer meets that layer's own state from the second step on: an axis of
+        the same size, which one, no tensor shows.
         """
         if not any(met_zeros(node, zeros) for node in live):
             return
         seen = live_nodes(self.nodes, list(self.facts.results), zeros)
+        elsewhere = {atom for node in seen for tensor in self._tensors_in(self.values.get(node))
+                     for axis in tensor.dims for atom in self.axes.atoms(axis)}  # fmt: skip
         unseen = set()  # what comes from a weight of which nothing is seen
         sizes = set()
         for number, node in enumerate(self.nodes):
@@ -308,7 +348,7 @@ class _Run:
                 if weight or any(source in unseen for source in node.all_input_nodes):
                     unseen.add(node)
             for factor, dim in met_zeros(node, zeros).items() if node in live else ():
-                if factor in unseen:
+                if factor in unseen and elsewhere.isdisjoint(self.axes.atoms(self.values[factor].dims[dim])):
                     sizes.add(self.values[factor].shape[dim])
                     self._pin_dim(number, self.values[factor], dim, UNSEEN)
         if not self._may_be_one_step(sizes):

@@ -50,7 +50,7 @@ _COMPARISONS, _PLACED = frozenset(COMPARISONS.split()), frozenset(PLACED.split()
 _HOLLOW, _JOINED, _MIXED = frozenset(HOLLOW.split()), frozenset(JOINED.split()), frozenset(MIXED.split())
 _BY_ELEMENT = frozenset([*ARITHMETIC.split(), *COPIES.split(), "where", "masked_fill"])
 _ZEROING = frozenset(ZEROING.split())
-_AS_IT_WAS = frozenset([*COPIES.split(), *PLACED.split(), *VIEWS.split()])
+AS_IT_WAS = frozenset([*COPIES.split(), *PLACED.split(), *VIEWS.split()])
 _COPIED = frozenset(COPIES.split())
 _LOOKUPS = frozenset(["gather", "index", "index_select", "embedding"])
 
@@ -170,7 +170,7 @@ class _Search:
         name = _name(node)
         if name in _ZEROING:
             return True
-        passing = name in _AS_IT_WAS or name in _SCALING or node.target is operator.getitem
+        passing = name in AS_IT_WAS or name in _SCALING or node.target is operator.getitem
         return passing and any(source in self._zeroed for source in node.all_input_nodes)
 
     def _is_one_number(self, source: fx.Node) -> bool:

@@ -138,6 +138,55 @@ def test_a_state_kept_on_the_model_is_what_the_next_call_meets(how: str, moving:
             assert torch.allclose(one(x.double()), other(x.double()), rtol=0, atol=1e-9)
 
 
+class Places(nn.Module):
+    """Adds as many rows of a table as the sequence is long, from the first or from the second on."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.embed, self.mix, self.head = nn.Linear(3, 8), nn.Linear(8, 6), nn.Linear(6, 2)
+        self.table, self.decay = nn.Parameter(torch.randn(1, 16, 8)), nn.Parameter(torch.rand(4, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        (batch, steps), y = x.shape[:2], self.embed(x)
+        if self.how == "sliced":
+            y = y + self.table[:, :steps]
+        elif self.how == "from the second":
+            y = y + self.table.squeeze(0).to(y.dtype)[1:][:steps]
+        else:  # heads in front of the steps
+            y = y.view(batch, steps, 4, 2).transpose(1, 2) * self.decay[:, :steps, None]
+            y = y.transpose(1, 2).reshape(batch, steps, 8)
+        return self.head(self.mix(y).relu())  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("how", ["sliced", "from the second", "heads"])
+def test_rows_that_only_longer_sequences_read_go_with_those_that_were_read(how: str) -> None:
+    torch.manual_seed(0)
+    model = Places(how)
+    error, spec = error_of(model, torch.randn(2, 5, 3), torch.randn(2, 5, 3), torch.randn(2, 14, 3))
+    assert error < 1e-9, spec
+    assert list(spec.moving) == (["embed#0", "mix", "embed#1"] if how == "heads" else ["embed", "mix"])
+    if how != "heads":
+        assert [str(axis) for axis in spec.axes["table"]] == ["1", "16", "embed"]
+
+
+def test_rows_left_out_say_nothing_where_those_read_differ() -> None:
+    """Three layers' gates in one table, of which two are read."""
+
+    class Gates(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Parameter(torch.randn(3, 6))
+            self.first, self.second, self.head = nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.second(self.first(x).relu() * self.table[0]).relu() * self.table[1])  # type: ignore[no-any-return]
+
+    error, spec = error_of(Gates(), X, X, -X)
+    assert error < 1e-9, spec
+    assert list(spec.moving) == ["first", "second"] or sorted(g.size for g in spec.moving.values()) == [6, 6]
+
+
 def _masked(m: Any, x: Tensor) -> Tensor:
     kept = m.a(x) * (x.sum(-1, keepdim=True) > 0).to(x.dtype)
     return m.o(m.t[m.r(kept).argmax(-1)].tanh() + kept)
