@@ -603,6 +603,7 @@ def _factor(config: Mapping[str, Any], widths: Mapping[int, int]) -> Fraction:
 def _fewer_heads(name: str, count: int, config: Mapping[str, Any], factor: Fraction) -> int:
     queries = [v for k, v in config.items() if HEADS.search(k) and _is_size(v) and not SHARED_HEADS.search(k)]
     if not SHARED_HEADS.search(name) or not queries or count >= max(queries):
+        count = min(count, max(queries)) if SHARED_HEADS.search(name) and queries else count  # never more than ask
         return _quotient(count, factor) or count
     left = _quotient(max(queries), factor) or max(queries)
     return 2 if count > 1 and left % 2 == 0 and left > 2 else 1
