@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from benchmarks.zoo import operators
-from permgraph.verify import InDoublePrecision
+from permgraph.verify import in_double_precision
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
 
@@ -181,7 +181,7 @@ def function_error(network: Network, permute: Callable[[State], State], *, stati
     outputs = []
     for state in (drawn, permute(drawn)):
         model.load_state_dict(state)
-        with InDoublePrecision({}):  # where code asks for float32, as in Llama's norms
+        with in_double_precision():  # where code asks for float32, as in Llama's norms
             y = model(x)
         outputs.append(y if isinstance(y, torch.Tensor) else y.logits)
     return float((outputs[1] - outputs[0]).abs().max() / outputs[0].abs().max())
