@@ -12,13 +12,13 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 from benchmarks._networks import Network, State
-from permgraph.expressions import Fixed, Ref
 from permgraph.matching import FrankWolfe, WeightMatching
-from permgraph.matching.blocks import blocks_of
-from permgraph.matching.objective import pair
-from permgraph.matching.renumber import act
-from permgraph.permutation import Permutation
+from permgraph.matching.problem.blocks import blocks_of
+from permgraph.matching.problem.objective import pair
+from permgraph.matching.problem.renumber import act
 from permgraph.spec import PermutationSpec
+from permgraph.spec.expressions import Fixed, Ref
+from permgraph.spec.permutation import Permutation
 
 
 @dataclass(frozen=True)

@@ -44,8 +44,8 @@ operators.declare()
 from torchvision import models  # noqa: E402
 
 from permgraph.capture import capture  # noqa: E402
-from permgraph.capture.surroundings import mkldnn  # noqa: E402
-from permgraph.infer import spec_of  # noqa: E402
+from permgraph.capture.environment import mkldnn  # noqa: E402
+from permgraph.inference.auto_spec import spec_of  # noqa: E402
 
 MODELS = ("resnet50", "densenet121", "vit_b_16", "swin_t")
 SIZE = (2, 3, 224, 224)

@@ -4,7 +4,7 @@
     python benchmarks/scale.py check           # smaller ones, each estimate beside what a run took
     python benchmarks/scale.py check resnet18  # of some
 
-The large models are built without weights. Counts come from `permgraph.planning`; seconds from this machine's
+The large models are built without weights. Counts come from `permgraph.matching.cost`; seconds from this machine's
 calibration with one thread, and from a machine on paper whose figures are stated. A check aligns two random networks of
 an architecture in a process of its own, for one sweep of `WeightMatching`, and measures that process's processor time
 and how much its peak of resident memory lies above what it held before there were networks.
@@ -29,7 +29,7 @@ from torch import nn
 import permgraph as pg
 from benchmarks.zoo import operators
 from benchmarks.zoo.sizes import SIZES
-from permgraph.planning import Estimate, calibrate, estimate
+from permgraph.matching.cost import Estimate, calibrate, estimate
 
 ON_PAPER = {"flops": 50e12, "read": 5e9, "network": 25e9}  # bytes and operations a second; assignments as on this one
 WORKERS = (1, 2, 8, 64)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from permgraph import errors
-from permgraph.branches import BranchCheck, check_branches
 from permgraph.capture import Captured, ExampleInputs, capture, input_finder
 from permgraph.connectivity import (
     AlignedCurve,
@@ -36,7 +35,8 @@ from permgraph.connectivity import (
     strong_connectivity,
     weak_connectivity,
 )
-from permgraph.infer import auto_spec
+from permgraph.inference.auto_spec import auto_spec
+from permgraph.inference.branches import BranchCheck, check_branches
 from permgraph.matching import (
     ActivationMatching,
     Alignment,
@@ -52,6 +52,7 @@ from permgraph.matching import (
     align,
     match_widths,
 )
+from permgraph.matching.cost import Estimate, calibrate, estimate
 from permgraph.merging import (
     CycleConsistent,
     FrankWolfeMany,
@@ -64,14 +65,13 @@ from permgraph.merging import (
     fit_star,
     merge,
 )
-from permgraph.permutation import Permutation
 from permgraph.pictures import Report, layer_similarity, report
-from permgraph.planning import Estimate, calibrate, estimate
 from permgraph.rules import rule
-from permgraph.rules.check import RuleReport, check_rule
-from permgraph.spec import Group, PermutationSpec
+from permgraph.spec.permutation import Permutation
+from permgraph.spec.spec import Group, PermutationSpec
 from permgraph.studies import StudyPlan, StudyResult, study
-from permgraph.verify import Verification, verify
+from permgraph.verification.model import Verification, verify
+from permgraph.verification.rule import RuleReport, check_rule
 
 __version__ = "0.1.0"
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import permgraph as pg
-from permgraph.planning import Rates, calibrate, estimate
+from permgraph.matching.cost import Rates, calibrate, estimate
 
 RATES = Rates(flops=1e9, assignment=(1e-9, 3.0), read=1e6, network=1e6)
 

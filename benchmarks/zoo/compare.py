@@ -31,8 +31,8 @@ import permgraph as pg
 from benchmarks.zoo.names import ZOOS
 from benchmarks.zoo.sweep import RESULTS, warm_up
 from permgraph.capture import capture
-from permgraph.infer import spec_of
-from permgraph.verify import left_as_found
+from permgraph.inference.auto_spec import spec_of
+from permgraph.verification.model import left_as_found
 
 MODELS = {
     "torchvision": (

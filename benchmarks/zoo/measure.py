@@ -19,7 +19,7 @@ import permgraph as pg
 from benchmarks.zoo.names import ZOOS
 from permgraph.capture import capture
 from permgraph.errors import CaptureError
-from permgraph.infer import spec_of
+from permgraph.inference.auto_spec import spec_of
 
 Tell = Callable[[dict[str, Any]], object]
 

@@ -127,7 +127,7 @@ def measure(name: str) -> dict[str, Any]:
 def _work(sender: Connection, name: str) -> None:
     from benchmarks.zoo import operators
     from permgraph.capture import capture
-    from permgraph.infer import spec_of
+    from permgraph.inference.auto_spec import spec_of
 
     operators.provide()
     torch.set_num_threads(1)

@@ -14,14 +14,14 @@ from typing import Any
 
 from torch import nn
 
-from permgraph.capture.remains import Remains, defining_modules
+from permgraph.capture.python_state import Remains, defining_modules
 
 
 @contextlib.contextmanager
 def caches_emptied(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Forgets, before and after, what is cached by the functions of the Python modules that define these modules.
 
-    What the pass keeps in these modules by other means is taken away again, see `permgraph.capture.remains`.
+    What the pass keeps in these modules by other means is taken away again, see `permgraph.capture.python_state`.
     """
     modules = list(modules)
     found = list(function_caches(modules))

@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from permgraph.capture.inputs import ExampleInputs
+from permgraph.capture.inputs.registry import ExampleInputs
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,11 @@ from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from permgraph.capture.control import is_composite, is_higher_order, run_plainly
-from permgraph.capture.escape import SAME_MEMORY, VALUES_LEAVE_TORCH
+from permgraph.capture.environment import mkldnn
 from permgraph.capture.frames import locate
 from permgraph.capture.known import KnownValues
 from permgraph.capture.state import strided_like, tensor_key
-from permgraph.capture.surroundings import mkldnn
+from permgraph.capture.untracked import SAME_MEMORY, VALUES_LEAVE_TORCH
 from permgraph.errors import CaptureError
 
 _DEVICE = torch.ops.prim.device.default

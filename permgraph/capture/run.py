@@ -23,18 +23,18 @@ from torch.utils import _pytree as pytree
 
 from permgraph.capture.caches import caches_emptied
 from permgraph.capture.captured import Captured
-from permgraph.capture.escape import WatchEscapes
-from permgraph.capture.inputs import ExampleInputs, find_inputs
+from permgraph.capture.environment import calm, make_transparent
+from permgraph.capture.inputs.registry import ExampleInputs, find_inputs
 from permgraph.capture.known import KnownValues
+from permgraph.capture.module_copy import as_parameter_like, copy_with, make_twin
 from permgraph.capture.outputs import tensor_leaves
+from permgraph.capture.python_state import MAX_LENGTH
 from permgraph.capture.record import Limits, Recorder
-from permgraph.capture.remains import MAX_LENGTH
 from permgraph.capture.state import StateTensor, state_tensors, strided_like
 from permgraph.capture.subject import Subject, unwrap
-from permgraph.capture.surroundings import calm, make_transparent
-from permgraph.capture.twin import as_parameter_like, copy_with, make_twin
-from permgraph.elsewhere import fully_sharded
+from permgraph.capture.untracked import WatchEscapes
 from permgraph.errors import CaptureError, NoInputsError
+from permgraph.weights.distributed import fully_sharded
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from permgraph.capture.inputs import ExampleInputs
+from permgraph.capture.inputs.registry import ExampleInputs
 from permgraph.errors import CaptureError
 
 

@@ -14,8 +14,8 @@ from permgraph.cli.joined import Conversions, Joined, joined, names_on_disk
 from permgraph.cli.screen import Screen
 from permgraph.errors import MismatchError, NonFiniteError
 from permgraph.io import Checkpoint, Renamed, match_names
-from permgraph.permutation import Permutation
-from permgraph.spec import PermutationSpec
+from permgraph.spec.permutation import Permutation
+from permgraph.spec.spec import PermutationSpec
 
 
 def fitted(

@@ -16,7 +16,7 @@ import permgraph
 from permgraph.cli.options import Shown
 from permgraph.cli.screen import SAYS_NO, Screen, table
 from permgraph.matching import align
-from permgraph.verify import verify
+from permgraph.verification.model import verify
 
 NEEDED = ("torch", "numpy", "scipy", "networkx", "safetensors", "lapx")
 OPTIONAL = {

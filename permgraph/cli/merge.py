@@ -26,8 +26,8 @@ from permgraph.matching.streamed import StreamedWeightMatching
 from permgraph.merging import CycleConsistent, MergeMany, MergeMethod, Models
 from permgraph.merging.compared import Compared
 from permgraph.merging.streamed import StreamedRounds
-from permgraph.permutation import Permutation
-from permgraph.spec import PermutationSpec
+from permgraph.spec.permutation import Permutation
+from permgraph.spec.spec import PermutationSpec
 
 
 class Method(str, enum.Enum):

@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from permgraph.errors import CaptureError, MissingExtraError, NoInputsError
-from permgraph.infer import auto_spec
-from permgraph.spec import PermutationSpec
+from permgraph.inference.auto_spec import auto_spec
+from permgraph.spec.spec import PermutationSpec
 
 FORMS = (
     "timm:NAME, torchvision:NAME, hf:FOLDER, package.module:factory or file.py:Class; all but hf: take literal "

@@ -12,7 +12,7 @@ from permgraph.cli.models import spec_of
 from permgraph.cli.options import Inputs, Shown
 from permgraph.cli.screen import Screen, table
 from permgraph.cli.structure import Model
-from permgraph.planning import Estimate, calibrate, estimate
+from permgraph.matching.cost import Estimate, calibrate, estimate
 
 
 def plan(

@@ -9,8 +9,8 @@ from typing import Any
 
 from permgraph.errors import CheckpointError
 from permgraph.matching import MatchResult, Sweep
-from permgraph.permutation import Permutation
 from permgraph.pictures.figures import pyplot
+from permgraph.spec.permutation import Permutation
 
 PAGE = "Write a page to click through (.html): what is tied to what, and why."
 

@@ -9,8 +9,8 @@ import torch
 import typer
 
 from permgraph.capture import capture
+from permgraph.capture.environment import make_transparent
 from permgraph.capture.outputs import tensor_leaves
-from permgraph.capture.surroundings import make_transparent
 from permgraph.cli.checkpoints import fitted, require_finite, whole_state
 from permgraph.cli.models import FORMS, build, parse_inputs, spec_of
 from permgraph.cli.options import Inputs, Shown, complete_model
@@ -19,9 +19,9 @@ from permgraph.cli.screen import SAYS_NO, Screen, table
 from permgraph.errors import CaptureError
 from permgraph.io import open_checkpoint
 from permgraph.pictures import report
-from permgraph.spec import PermutationSpec
-from permgraph.verify import in_double_precision
-from permgraph.verify import verify as verify_spec
+from permgraph.spec.spec import PermutationSpec
+from permgraph.verification.model import in_double_precision
+from permgraph.verification.model import verify as verify_spec
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help=f"{FORMS}. Or a saved spec.", autocompletion=complete_model)

@@ -19,8 +19,8 @@ import torch.distributed as dist
 
 from permgraph.errors import MismatchError
 from permgraph.matching import MatchResult, StreamedWeightMatching, Workers
-from permgraph.permutation import Permutation
-from permgraph.spec import PermutationSpec
+from permgraph.spec.permutation import Permutation
+from permgraph.spec.spec import PermutationSpec
 
 Tensors = Mapping[str, torch.Tensor]
 PATIENCE = timedelta(hours=12)  # that the others wait while the first one writes

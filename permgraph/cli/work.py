@@ -27,8 +27,8 @@ from permgraph.io.write import check_target
 from permgraph.matching import Matcher, MatchResult, NeedsModels, Sweep, WeightMatching
 from permgraph.matching.streamed import StreamedWeightMatching
 from permgraph.merging.compared import Compared
-from permgraph.permutation import Permutation
-from permgraph.spec import PermutationSpec
+from permgraph.spec.permutation import Permutation
+from permgraph.spec.spec import PermutationSpec
 
 
 @dataclass(frozen=True)

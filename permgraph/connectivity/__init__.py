@@ -8,13 +8,9 @@ from __future__ import annotations
 from permgraph.connectivity.barriers import Barrier, barrier, barrier_along
 from permgraph.connectivity.curve_alignment import AlignedCurve, fit_aligned_curve
 from permgraph.connectivity.curves import Curve, fit_curve
-from permgraph.connectivity.evaluation import evaluate_on
 from permgraph.connectivity.features import FeatureAgreement, FeatureConnectivity, feature_connectivity
-from permgraph.connectivity.interpolation import interpolate
 from permgraph.connectivity.landscape import LossSurface, loss_surface
 from permgraph.connectivity.layers import LayerwiseBarriers, layerwise_barriers
-from permgraph.connectivity.normalisation import recalibrate_batchnorm
-from permgraph.connectivity.renormalisation import ChannelStatistics, channel_statistics, repair
 from permgraph.connectivity.simultaneous import (
     Claim,
     permute_masks,
@@ -24,6 +20,10 @@ from permgraph.connectivity.simultaneous import (
     weak_connectivity,
 )
 from permgraph.connectivity.spectra import LayerSpectra, SpectralComparison, compare_spectra
+from permgraph.networks.evaluate import evaluate_on
+from permgraph.networks.repair import ChannelStatistics, channel_statistics, repair
+from permgraph.networks.statistics import recalibrate_batchnorm
+from permgraph.weights.combine import interpolate
 
 __all__ = [
     "AlignedCurve",

@@ -30,9 +30,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from permgraph.connectivity.evaluation import template_of, undisturbed
-from permgraph.connectivity.interpolation import as_state_dict, check_same_keys, interpolate
 from permgraph.errors import EvaluationError, in_one_line
+from permgraph.networks.evaluate import template_of, undisturbed
+from permgraph.weights.combine import as_state_dict, check_same_keys, interpolate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

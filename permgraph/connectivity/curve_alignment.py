@@ -27,7 +27,9 @@ import torch
 from torch import Tensor, nn
 
 from permgraph.connectivity.curves import Curve, Network, Shape
-from permgraph.connectivity.descent import (
+from permgraph.errors import EvaluationError
+from permgraph.matching import WeightMatching
+from permgraph.networks.descend import (
     Ending,
     Loss,
     MakeOptimizer,
@@ -40,12 +42,10 @@ from permgraph.connectivity.descent import (
     first_batches,
     mean_loss,
 )
-from permgraph.connectivity.evaluation import Loader, template_of
-from permgraph.connectivity.interpolation import as_state_dict, check_same_keys
-from permgraph.errors import EvaluationError
-from permgraph.matching import WeightMatching
-from permgraph.permutation import Permutation
-from permgraph.spec import PermutationSpec
+from permgraph.networks.evaluate import Loader, template_of
+from permgraph.spec.permutation import Permutation
+from permgraph.spec.spec import PermutationSpec
+from permgraph.weights.combine import as_state_dict, check_same_keys
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,8 @@ import torch
 from torch import nn
 
 from permgraph.connectivity.barriers import Barrier, Evaluate, Prepare, barrier_along
-from permgraph.connectivity.descent import (
+from permgraph.errors import EvaluationError
+from permgraph.networks.descend import (
     Ending,
     Loss,
     MakeOptimizer,
@@ -32,9 +33,8 @@ from permgraph.connectivity.descent import (
     mean_loss,
     require_rereadable,
 )
-from permgraph.connectivity.evaluation import Loader, template_of
-from permgraph.connectivity.interpolation import as_state_dict, blend, check_same_keys, interpolate
-from permgraph.errors import EvaluationError
+from permgraph.networks.evaluate import Loader, template_of
+from permgraph.weights.combine import as_state_dict, blend, check_same_keys, interpolate
 
 log = logging.getLogger(__name__)
 

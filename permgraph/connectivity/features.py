@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from permgraph.connectivity.evaluation import (
+from permgraph.errors import EvaluationError
+from permgraph.networks.evaluate import (
     Loader,
     batches,
     device_of,
@@ -31,8 +32,7 @@ from permgraph.connectivity.evaluation import (
     template_of,
     undisturbed,
 )
-from permgraph.connectivity.interpolation import as_state_dict, check_same_keys, interpolate
-from permgraph.errors import EvaluationError
+from permgraph.weights.combine import as_state_dict, check_same_keys, interpolate
 
 Prepare = Callable[[nn.Module, float], nn.Module]
 

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from permgraph.connectivity.barriers import Evaluate, Prepare, measure
-from permgraph.connectivity.evaluation import template_of, undisturbed
-from permgraph.connectivity.interpolation import as_state_dict, blend, check_same_keys
 from permgraph.errors import EvaluationError, NonFiniteError
-from permgraph.matching.objective import STATISTICS
+from permgraph.networks.evaluate import template_of, undisturbed
+from permgraph.weights.combine import as_state_dict, blend, check_same_keys
+from permgraph.weights.statistics import STATISTICS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

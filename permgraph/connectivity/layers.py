@@ -21,9 +21,9 @@ from types import MappingProxyType
 from torch import Tensor, nn
 
 from permgraph.connectivity.barriers import Barrier, Evaluate, Prepare, barrier
-from permgraph.connectivity.evaluation import template_of
-from permgraph.connectivity.interpolation import as_state_dict, check_same_keys
 from permgraph.errors import EvaluationError
+from permgraph.networks.evaluate import template_of
+from permgraph.weights.combine import as_state_dict, check_same_keys
 
 
 @dataclass(frozen=True)

@@ -26,12 +26,12 @@ from typing import TYPE_CHECKING, Literal
 from torch import Tensor, nn
 
 from permgraph.connectivity.barriers import Barrier, Evaluate, Prepare, barrier
-from permgraph.connectivity.evaluation import template_of
-from permgraph.connectivity.interpolation import as_state_dict
 from permgraph.errors import EvaluationError, MismatchError
+from permgraph.networks.evaluate import template_of
+from permgraph.weights.combine import as_state_dict
 
 if TYPE_CHECKING:
-    from permgraph.permutation import Permutation
+    from permgraph.spec.permutation import Permutation
 
 Network = nn.Module | Mapping[str, Tensor]
 Kind = Literal["weak", "simultaneous", "strong", "star"]

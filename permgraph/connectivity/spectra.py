@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from permgraph.connectivity.interpolation import as_state_dict, check_same_keys
 from permgraph.errors import EvaluationError, MismatchError, NonFiniteError
+from permgraph.weights.combine import as_state_dict, check_same_keys
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,14 @@
 """Matching: finding the element of a spec's group that brings one network to another."""
 
+from permgraph.assignment import Assignment, assign, assign_limited, assign_wide, certify
 from permgraph.matching.activation_matching import ActivationMatching
 from permgraph.matching.alignment import Alignment, align
-from permgraph.matching.assignment import Assignment, assign, assign_limited, certify
 from permgraph.matching.frank_wolfe import FrankWolfe
-from permgraph.matching.result import Matcher, MatchResult, NeedsModels, Sweep
+from permgraph.matching.matcher import Matcher, MatchResult, NeedsModels, Sweep
 from permgraph.matching.sinkhorn import Sinkhorn
 from permgraph.matching.straight_through import StraightThrough
 from permgraph.matching.streamed import StreamedWeightMatching
 from permgraph.matching.weight_matching import WeightMatching
-from permgraph.matching.wide import assign_wide
 from permgraph.matching.widths import PartialMatch, match_widths
 from permgraph.matching.workers import Workers
 

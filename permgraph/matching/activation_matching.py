@@ -18,15 +18,15 @@ import torch
 from torch import nn
 
 from permgraph.errors import MismatchError, NonFiniteError, PermgraphError, SpecError
-from permgraph.expressions import Axis, Fixed, refs, size_of
-from permgraph.matching.batches import seeded, to
-from permgraph.matching.objective import StateDict
+from permgraph.matching.matcher import MatchResult, Progress
+from permgraph.matching.problem.objective import StateDict
 from permgraph.matching.replay import Replay, Site
-from permgraph.matching.result import MatchResult, Progress
 from permgraph.matching.weight_matching import WeightMatching
 from permgraph.matching.workers import Workers, require_each_once
-from permgraph.permutation import Permutation
-from permgraph.spec import PermutationSpec
+from permgraph.networks.batches import seeded, to
+from permgraph.spec.expressions import Axis, Fixed, refs, size_of
+from permgraph.spec.permutation import Permutation
+from permgraph.spec.spec import PermutationSpec
 
 log = logging.getLogger(__name__)
 

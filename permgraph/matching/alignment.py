@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from permgraph.elsewhere import module_state, taken_apart, whole_state
 from permgraph.errors import MismatchError
-from permgraph.matching.result import Matcher, MatchResult, NeedsModels, Outcome, Progress, Sweep
+from permgraph.matching.matcher import Matcher, MatchResult, NeedsModels, Outcome, Progress, Sweep
 from permgraph.matching.weight_matching import WeightMatching
-from permgraph.spec import PermutationSpec
+from permgraph.spec.spec import PermutationSpec
+from permgraph.weights.distributed import module_state, taken_apart, whole_state
 
 if TYPE_CHECKING:
-    from permgraph.permutation import Permutation
+    from permgraph.spec.permutation import Permutation
 
 log = logging.getLogger(__name__)
 
@@ -155,7 +155,7 @@ def align(
     if spec is None:
         if not isinstance(model_a, nn.Module):
             raise MismatchError("state dicts do not say what their model computes: give align() a spec= with them")
-        from permgraph.infer import auto_spec
+        from permgraph.inference.auto_spec import auto_spec
 
         spec = auto_spec(model_a)
     spec.check(a)

@@ -17,15 +17,15 @@ import numpy as np
 import torch
 
 from permgraph.errors import MismatchError, PermgraphError
-from permgraph.matching.blocks import Block
-from permgraph.matching.moves import Plan
-from permgraph.matching.objective import Pair, StateDict, pair
-from permgraph.matching.renumber import Arrays
-from permgraph.matching.result import MatchResult, Progress, Sweep
-from permgraph.matching.step import choose, choose_each
+from permgraph.matching.ascent.step import choose, choose_each
+from permgraph.matching.matcher import MatchResult, Progress, Sweep
+from permgraph.matching.problem.blocks import Block
+from permgraph.matching.problem.moves import Plan
+from permgraph.matching.problem.objective import Pair, StateDict, pair
+from permgraph.matching.problem.renumber import Arrays
 from permgraph.matching.weight_matching import WeightMatching
-from permgraph.permutation import Permutation
-from permgraph.spec import PermutationSpec
+from permgraph.spec.permutation import Permutation
+from permgraph.spec.spec import PermutationSpec
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from torch.utils.flop_counter import FlopCounterMode
 
-from permgraph.spec import PermutationSpec
+from permgraph.spec.spec import PermutationSpec
 
 LEAST = 16
 SHARE = 0.25  # of training, that projections may take
@@ -45,7 +45,7 @@ def steps_between(spec: PermutationSpec, operations: int, weights: int) -> int:
     Returns:
         `LEAST` or more.
     """
-    from permgraph.planning import estimate  # which needs the matchers
+    from permgraph.matching.cost import estimate  # which needs the matchers
 
     projection = estimate(spec)
     solving: float = sum(count * SOLVING * size**2.5 for size, count in projection.problems.items())

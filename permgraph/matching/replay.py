@@ -18,9 +18,9 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from permgraph.errors import MismatchError, SpecError
-from permgraph.expressions import Axis, Label, Product, Ref, normalise, refs, rename, size_of, walk
-from permgraph.matching.objective import StateDict
-from permgraph.spec import PermutationSpec
+from permgraph.matching.problem.objective import StateDict
+from permgraph.spec.expressions import Axis, Label, Product, Ref, normalise, refs, rename, size_of, walk
+from permgraph.spec.spec import PermutationSpec
 
 if TYPE_CHECKING:
     from permgraph.capture import Captured
@@ -102,8 +102,8 @@ class Replay:
         return captured
 
     def _find_sites(self, captured: Captured) -> Iterator[tuple[int, Site]]:
-        from permgraph.solve import solve
-        from permgraph.write import Writer
+        from permgraph.inference.describe import Writer
+        from permgraph.inference.fixpoint import solve
 
         solution = solve(captured.graph)
         nodes = list(captured.graph.nodes)

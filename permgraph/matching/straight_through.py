@@ -23,14 +23,14 @@ from torch.utils.data import DataLoader
 
 from permgraph.errors import CheckpointError, MismatchError, NonFiniteError, PermgraphError
 from permgraph.files import write_atomically
-from permgraph.matching.batches import batches, require_rereadable, seeded
-from permgraph.matching.between import Between, Loss, MakeOptimizer
 from permgraph.matching.interval import counted, steps_between
-from permgraph.matching.objective import StateDict
-from permgraph.matching.result import MatchResult, Outcome, Progress, Sweep, moved_between
+from permgraph.matching.matcher import MatchResult, Outcome, Progress, Sweep, moved_between
+from permgraph.matching.problem.objective import StateDict
 from permgraph.matching.weight_matching import WeightMatching
-from permgraph.permutation import Permutation
-from permgraph.spec import PermutationSpec
+from permgraph.networks.batches import batches, require_rereadable, seeded
+from permgraph.networks.blended import Between, Loss, MakeOptimizer
+from permgraph.spec.permutation import Permutation
+from permgraph.spec.spec import PermutationSpec
 
 log = logging.getLogger(__name__)
 

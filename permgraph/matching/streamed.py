@@ -22,19 +22,20 @@ from typing import Literal
 import numpy as np
 import torch
 
+from permgraph.assignment.solve import Solver
 from permgraph.errors import MismatchError, NonFiniteError, PermgraphError
-from permgraph.matching.assignment import Solver
-from permgraph.matching.limits import Frozen, choose_limited, limits_of
-from permgraph.matching.moves import Move, Place, Plan
-from permgraph.matching.objective import STATISTICS, StateDict
-from permgraph.matching.order import informed_order
-from permgraph.matching.paired import paired_values
-from permgraph.matching.renumber import Arrays, act, compose
-from permgraph.matching.result import MatchResult, Outcome, Progress, Sweep
-from permgraph.matching.step import Scene, choose, outer_values
+from permgraph.matching.ascent.paired import paired_values
+from permgraph.matching.ascent.step import Scene, choose, outer_values
+from permgraph.matching.matcher import MatchResult, Outcome, Progress, Sweep
+from permgraph.matching.problem.limits import Frozen, choose_limited, limits_of
+from permgraph.matching.problem.moves import Move, Place, Plan
+from permgraph.matching.problem.objective import StateDict
+from permgraph.matching.problem.order import informed_order
+from permgraph.matching.problem.renumber import Arrays, act, compose
 from permgraph.matching.workers import Share, Workers
-from permgraph.permutation import Permutation
-from permgraph.spec import PermutationSpec
+from permgraph.spec.permutation import Permutation
+from permgraph.spec.spec import PermutationSpec
+from permgraph.weights.statistics import STATISTICS
 
 log = logging.getLogger(__name__)
 

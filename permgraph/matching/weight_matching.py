@@ -16,22 +16,23 @@ from typing import Literal, TypeAlias, cast
 import numpy as np
 import torch
 
+from permgraph.assignment.parallel import workers
+from permgraph.assignment.solve import Solver
 from permgraph.errors import MismatchError, PermgraphError
-from permgraph.matching.assignment import Solver
-from permgraph.matching.kept import Kept
-from permgraph.matching.limits import Frozen, Limits, choose_limited, limits_of
-from permgraph.matching.moves import Move, Place, Plan
-from permgraph.matching.objective import STATISTICS, Objective, Pair, StateDict, Weights, pair, variance
-from permgraph.matching.order import informed_order, ranks
-from permgraph.matching.paired import paired_values
-from permgraph.matching.parallel import workers
-from permgraph.matching.renumber import PORTION, Arrays, act, compose
-from permgraph.matching.result import MatchResult, Outcome, Progress, Sweep
-from permgraph.matching.several import Ascended, Several, explore, lanes, worth_relaxing
-from permgraph.matching.step import Scene, choose, choose_each, gram, outer_values
-from permgraph.matching.working import Working
-from permgraph.permutation import Permutation
-from permgraph.spec import PermutationSpec
+from permgraph.matching.ascent.gram_cache import Kept
+from permgraph.matching.ascent.paired import paired_values
+from permgraph.matching.ascent.permuted_model import Working
+from permgraph.matching.ascent.restarts import Ascended, Several, explore, lanes, worth_relaxing
+from permgraph.matching.ascent.step import Scene, choose, choose_each, gram, outer_values
+from permgraph.matching.matcher import MatchResult, Outcome, Progress, Sweep
+from permgraph.matching.problem.limits import Frozen, Limits, choose_limited, limits_of
+from permgraph.matching.problem.moves import Move, Place, Plan
+from permgraph.matching.problem.objective import Objective, Pair, StateDict, Weights, pair, variance
+from permgraph.matching.problem.order import informed_order, ranks
+from permgraph.matching.problem.renumber import PORTION, Arrays, act, compose
+from permgraph.spec.permutation import Permutation
+from permgraph.spec.spec import PermutationSpec
+from permgraph.weights.statistics import STATISTICS
 
 log = logging.getLogger(__name__)
 

@@ -13,13 +13,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from permgraph.binding import IntArray
 from permgraph.errors import MismatchError
-from permgraph.expressions import Axis, Family, Fixed, Label, Product, Ref, Sum, size_of
-from permgraph.matching.result import Matcher, MatchResult, Progress
+from permgraph.matching.matcher import Matcher, MatchResult, Progress
 from permgraph.matching.weight_matching import WeightMatching
-from permgraph.permutation import Permutation
-from permgraph.spec import PermutationSpec
+from permgraph.spec.binding import IntArray
+from permgraph.spec.expressions import Axis, Family, Fixed, Label, Product, Ref, Sum, size_of
+from permgraph.spec.permutation import Permutation
+from permgraph.spec.spec import PermutationSpec
 
 
 @dataclass(frozen=True)

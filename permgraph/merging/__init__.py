@@ -10,8 +10,8 @@ from permgraph.merging.frank_wolfe import FrankWolfeMany
 from permgraph.merging.merge import merge
 from permgraph.merging.methods import CycleConsistent, MergeMany, ToReference
 from permgraph.merging.result import Found, Merge, MergeMethod, Models, Round
-from permgraph.merging.soup import average
 from permgraph.merging.star import Star, fit_star
+from permgraph.weights.average import average
 
 __all__ = [
     "CycleConsistent",

@@ -17,11 +17,11 @@ from torch import nn
 
 from permgraph.errors import MismatchError
 from permgraph.matching import Matcher, MatchResult, NeedsModels
-from permgraph.matching.result import Outcome
+from permgraph.matching.matcher import Outcome
 from permgraph.merging.compared import Compared
 from permgraph.merging.result import Models, Progress, Round
-from permgraph.merging.soup import average
-from permgraph.permutation import Permutation
+from permgraph.spec.permutation import Permutation
+from permgraph.weights.average import average
 
 log = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ import torch
 
 from permgraph.errors import NonFiniteError
 from permgraph.matching import Matcher, WeightMatching
-from permgraph.matching.objective import STATISTICS
-from permgraph.spec import PermutationSpec
+from permgraph.spec.spec import PermutationSpec
+from permgraph.weights.statistics import STATISTICS
 
 _ROUNDING = 1e-12
 """What is lost in float64 when the inner products of a model are added up, as a share of their magnitude."""

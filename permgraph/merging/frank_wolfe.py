@@ -18,11 +18,11 @@ import torch
 from permgraph.errors import PermgraphError
 from permgraph.matching import WeightMatching
 from permgraph.matching.frank_wolfe import Matrices, Relaxation
-from permgraph.matching.objective import pair
-from permgraph.matching.result import Outcome
+from permgraph.matching.matcher import Outcome
+from permgraph.matching.problem.objective import pair
 from permgraph.merging.ascent import Ascent
 from permgraph.merging.result import Found, Models, Progress, Round
-from permgraph.permutation import Permutation
+from permgraph.spec.permutation import Permutation
 
 log = logging.getLogger(__name__)
 

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from permgraph.connectivity.interpolation import check_same_keys
 from permgraph.errors import MismatchError
 from permgraph.matching import Matcher
 from permgraph.merging.compared import Compared, require_finite
 from permgraph.merging.methods import CycleConsistent
 from permgraph.merging.result import Merge, MergeMethod, Models, Progress
-from permgraph.merging.soup import Network, average, shares_of
-from permgraph.spec import PermutationSpec
+from permgraph.spec.spec import PermutationSpec
+from permgraph.weights.average import Network, average, shares_of
+from permgraph.weights.combine import check_same_keys
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ def merge(
     if spec is None:
         if not modules:
             raise MismatchError("state dicts do not say what their model computes: give merge() a spec= with them")
-        from permgraph.infer import auto_spec
+        from permgraph.inference.auto_spec import auto_spec
 
         spec = auto_spec(modules[0])
     for number, state in enumerate(states):

@@ -10,10 +10,10 @@ import numpy as np
 
 from permgraph.errors import MismatchError, PermgraphError
 from permgraph.matching import Matcher, NeedsModels, WeightMatching
-from permgraph.matching.result import Outcome
+from permgraph.matching.matcher import Outcome
 from permgraph.merging.ascent import Ascent, require_modules
 from permgraph.merging.result import Found, Models, Progress, Round
-from permgraph.merging.soup import average
+from permgraph.weights.average import average
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from typing import Any, Protocol, runtime_checkable
 from torch import nn
 
 from permgraph.errors import MismatchError
-from permgraph.matching.result import Outcome
-from permgraph.permutation import Permutation
-from permgraph.spec import PermutationSpec
+from permgraph.matching.matcher import Outcome
+from permgraph.spec.permutation import Permutation
+from permgraph.spec.spec import PermutationSpec
 
 
 @dataclass(frozen=True)

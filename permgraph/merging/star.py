@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from permgraph.connectivity.descent import Ending, Loss, MakeOptimizer, State, Workbench, adam, descend
-from permgraph.connectivity.evaluation import Loader, template_of
-from permgraph.connectivity.interpolation import as_state_dict, check_same_keys
 from permgraph.errors import MismatchError
-from permgraph.merging.soup import Network, average
+from permgraph.networks.descend import Ending, Loss, MakeOptimizer, State, Workbench, adam, descend
+from permgraph.networks.evaluate import Loader, template_of
+from permgraph.weights.average import Network, average
+from permgraph.weights.combine import as_state_dict, check_same_keys
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 
 from permgraph.errors import PermgraphError
-from permgraph.matching.result import Outcome
+from permgraph.matching.matcher import Outcome
 from permgraph.matching.streamed import PORTION, StreamedWeightMatching
 from permgraph.merging.compared import Compared
 from permgraph.merging.result import Found, Models, Progress, Round
-from permgraph.permutation import Permutation
-from permgraph.spec import PermutationSpec
+from permgraph.spec.permutation import Permutation
+from permgraph.spec.spec import PermutationSpec
 
 log = logging.getLogger(__name__)
 

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from permgraph.expressions import Axis, Family, Fixed, Label, Product, Ref, Sum
 from permgraph.pictures.lanes import lay_out
 from permgraph.pictures.palette import COLOURS
 from permgraph.pictures.tree import Module, Repeated, module_tree, short_names
+from permgraph.spec.expressions import Axis, Family, Fixed, Label, Product, Ref, Sum
 
 if TYPE_CHECKING:
-    from permgraph.binding import Group
-    from permgraph.provenance import SlotPin, Tie
-    from permgraph.spec import PermutationSpec, Pin
+    from permgraph.spec.binding import Group
+    from permgraph.spec.provenance import SlotPin, Tie
+    from permgraph.spec.spec import PermutationSpec, Pin
 
 
 def content(spec: PermutationSpec) -> dict[str, Any]:

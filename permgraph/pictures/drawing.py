@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.text import Annotation
 
-    from permgraph.spec import PermutationSpec
+    from permgraph.spec.spec import PermutationSpec
 
 # In inches, at a type size of 7 points.
 _ROW, _COLUMN, _LETTER, _MARGIN = 0.17, 0.16, 0.062, 0.12

@@ -9,7 +9,7 @@ from permgraph.errors import SpecError
 from permgraph.pictures.tree import Module, Repeated, module_tree, short_names, uses_of, walk
 
 if TYPE_CHECKING:
-    from permgraph.spec import PermutationSpec
+    from permgraph.spec.spec import PermutationSpec
 
 
 @dataclass(frozen=True)

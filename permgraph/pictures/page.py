@@ -16,21 +16,20 @@ from importlib import resources
 from typing import TYPE_CHECKING
 
 from permgraph.errors import MismatchError
-from permgraph.expressions import Fixed
 from permgraph.files import write_atomically
 from permgraph.pictures.charts import line_chart, similarity_rows
 from permgraph.pictures.content import content
 from permgraph.pictures.similarity import layer_similarity
 from permgraph.pictures.tables import as_lines, table, text
-from permgraph.spec import PermutationSpec
+from permgraph.spec.expressions import Fixed
+from permgraph.spec.spec import PermutationSpec
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from permgraph.connectivity import Barrier
-    from permgraph.matching import Alignment, MatchResult
-    from permgraph.permutation import Permutation
+    from permgraph.pictures.shown import ShownLine, ShownMatch
+    from permgraph.spec.permutation import Permutation
 
 
 @dataclass(frozen=True)
@@ -61,9 +60,9 @@ def report(
     spec: PermutationSpec,
     path: str | os.PathLike[str] | None = None,
     *,
-    alignment: Alignment | MatchResult | None = None,
+    alignment: ShownMatch | None = None,
     models: tuple[nn.Module | Mapping[str, torch.Tensor], nn.Module | Mapping[str, torch.Tensor]] | None = None,
-    barrier: Barrier | Mapping[str, Barrier] | None = None,
+    barrier: ShownLine | Mapping[str, ShownLine] | None = None,
     title: str | None = None,
     about: Mapping[str, str] | None = None,
 ) -> Report:
@@ -125,7 +124,7 @@ def _facts(spec: PermutationSpec) -> list[tuple[str, str]]:
     ]
 
 
-def _alignment_panel(alignment: Alignment | MatchResult | None) -> str:
+def _alignment_panel(alignment: ShownMatch | None) -> str:
     if alignment is None:
         return ""
     facts = _list_of_facts(
@@ -170,7 +169,7 @@ def _similarity_panel(
     )
 
 
-def _line_panel(lines: Mapping[str, Barrier]) -> str:
+def _line_panel(lines: Mapping[str, ShownLine]) -> str:
     metrics = list(dict.fromkeys(metric for line in lines.values() for metric in line.curves))
     charts = []
     for metric in metrics:

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from permgraph.errors import MismatchError
+from permgraph.weights.statistics import STATISTICS
 
 if TYPE_CHECKING:
     import torch
 
-    from permgraph.permutation import Permutation
-    from permgraph.spec import PermutationSpec
+    from permgraph.spec.permutation import Permutation
+    from permgraph.spec.spec import PermutationSpec
 
 _PIECE = 1 << 22
 
@@ -55,8 +56,6 @@ def layer_similarity(
         >>> layer_similarity(spec, a, b)
         (Similarity(layer='fc', before=0.0, after=None),)
     """
-    from permgraph.matching.objective import STATISTICS
-
     sums: dict[str, list[float]] = {}
     for name, shape in spec.shapes.items():
         if any(fnmatch.fnmatchcase(name, pattern) for pattern in STATISTICS):

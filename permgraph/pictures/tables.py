@@ -9,14 +9,13 @@ import html
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from permgraph.expressions import Fixed
 from permgraph.pictures.palette import COLOURS
 from permgraph.pictures.tree import uses_of
+from permgraph.spec.expressions import Fixed
 
 if TYPE_CHECKING:
-    from permgraph.connectivity import Barrier
-    from permgraph.matching import Alignment, MatchResult
-    from permgraph.spec import PermutationSpec
+    from permgraph.pictures.shown import ShownLine, ShownMatch
+    from permgraph.spec.spec import PermutationSpec
 
 _GROUPS = 24
 _CELL = "text-align:left;padding:.15em .8em .15em 0"
@@ -46,7 +45,7 @@ def spec_table(spec: PermutationSpec) -> str:
     return f"<div>{top}{table(head, rows)}{more}{_notes(spec.notes)}</div>"
 
 
-def alignment_table(result: Alignment | MatchResult) -> str:
+def alignment_table(result: ShownMatch) -> str:
     """How a matcher fared: the objective, sweep by sweep."""
     said = [
         f"{result.outcome} after {result.sweeps} {'sweep' if result.sweeps == 1 else 'sweeps'}",
@@ -63,7 +62,7 @@ def alignment_table(result: Alignment | MatchResult) -> str:
     return f"<div>{caption(type(result).__name__, said)}{body}{_notes(result.notes)}</div>"
 
 
-def barrier_table(line: Barrier) -> str:
+def barrier_table(line: ShownLine) -> str:
     """The barrier in each metric, with the ends and the highest place."""
     rows = [
         [
@@ -98,7 +97,7 @@ def text(raw: object) -> str:
     return html.escape(str(raw), quote=True)
 
 
-def as_lines(line: Barrier | Mapping[str, Barrier]) -> Mapping[str, Barrier]:
+def as_lines(line: ShownLine | Mapping[str, ShownLine]) -> Mapping[str, ShownLine]:
     """One barrier, or several by title."""
     return line if isinstance(line, Mapping) else {"the line": line}
 

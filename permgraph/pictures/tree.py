@@ -13,10 +13,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
-from permgraph.expressions import rename
+from permgraph.spec.expressions import rename
 
 if TYPE_CHECKING:
-    from permgraph.spec import PermutationSpec
+    from permgraph.spec.spec import PermutationSpec
 
 _DEEPEST = 32  # names from a damaged checkpoint may have any number of dots
 _REPEATS = 3

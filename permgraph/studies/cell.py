@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from permgraph.connectivity.barriers import Evaluate, Prepare, barrier
-from permgraph.connectivity.evaluation import undisturbed
 from permgraph.errors import in_one_line
 from permgraph.matching import Matcher, align
-from permgraph.spec import PermutationSpec
+from permgraph.networks.evaluate import undisturbed
+from permgraph.spec.spec import PermutationSpec
 from permgraph.studies.store import Store, UnwritableError
 
 

@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from permgraph.connectivity.barriers import Evaluate, Prepare
-from permgraph.connectivity.interpolation import as_state_dict, check_same_keys
 from permgraph.errors import MismatchError, PermgraphError, StudyError
 from permgraph.matching import Matcher
-from permgraph.spec import PermutationSpec
+from permgraph.spec.spec import PermutationSpec
 from permgraph.studies.fingerprint import fingerprint
+from permgraph.weights.combine import as_state_dict, check_same_keys
 
 UNALIGNED = "none"
 """The matcher that leaves every network as it is."""
@@ -126,7 +126,7 @@ class StudyPlan:
         if self.matchers and not self.seeds:
             raise StudyError("give at least one seed")
         if self.spec is None:
-            from permgraph.infer import auto_spec
+            from permgraph.inference.auto_spec import auto_spec
 
             object.__setattr__(self, "spec", auto_spec(self.model))
         first, *others = self.networks

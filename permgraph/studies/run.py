@@ -16,12 +16,12 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from permgraph.connectivity.interpolation import as_state_dict
 from permgraph.errors import MissingExtraError, StudyError, in_one_line
 from permgraph.studies.cell import Task, run, versions
 from permgraph.studies.plan import Cell, StudyPlan
 from permgraph.studies.store import SMALLEST, Store, UnwritableError
 from permgraph.studies.table import StudyResult
+from permgraph.weights.combine import as_state_dict
 
 log = logging.getLogger(__name__)
 

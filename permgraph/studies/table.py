@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from permgraph.errors import MissingExtraError, StudyError
 from permgraph.files import write_atomically
-from permgraph.permutation import Permutation
+from permgraph.spec.permutation import Permutation
 from permgraph.studies.plan import Cell, StudyPlan
 from permgraph.studies.store import Store
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from hypothesis import strategies as st
 
-from permgraph.axes import Axes, Axis, Index, Kind, Pinned
+from permgraph.algebra.store import Axes, Axis, Index, Kind, Pinned
 from permgraph.rules.call import loose_families
 
 Perm = tuple[int, ...]

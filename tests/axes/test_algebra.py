@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from permgraph.axes import Axes, Kind, Pinned
+from permgraph.algebra.store import Axes, Kind, Pinned
 from permgraph.errors import ConflictError
 from tests.axes.systems import Constraint, Join, Pin, Slice, Tie, View, brute_force, solve, systems
 

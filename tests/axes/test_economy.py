@@ -12,13 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from permgraph.axes import Axes, Axis
+from permgraph.algebra.store import Axes, Axis
 from permgraph.capture import capture
+from permgraph.capture.environment import gc_paused
+from permgraph.capture.schema import signature
 from permgraph.errors import ConflictError
-from permgraph.garbage import no_collection
+from permgraph.inference.fixpoint import solve
 from permgraph.rules.call import Call, TypedTensor, matching_dims
-from permgraph.signature import signature
-from permgraph.solve import solve
 
 SIZES = st.lists(st.integers(1, 6), min_size=1, max_size=5)
 
@@ -66,7 +66,7 @@ def test_collection_is_put_off_and_comes_back(enabled: bool) -> None:
     before = gc.isenabled()
     try:
         (gc.enable if enabled else gc.disable)()
-        with contextlib.suppress(KeyError), no_collection():
+        with contextlib.suppress(KeyError), gc_paused():
             assert not gc.isenabled()
             raise KeyError
         assert gc.isenabled() is enabled
@@ -80,7 +80,7 @@ def test_a_solution_goes_when_nobody_holds_it() -> None:
     """A cycle in it would leave thousands of objects to the collector, which takes longer than to infer anew."""
     layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True).eval()
     captured = capture(layer, (torch.zeros(2, 3, 8),))
-    with no_collection():
+    with gc_paused():
         before = _made()
         solution = solve(captured.graph)
         assert _made() > before + 100

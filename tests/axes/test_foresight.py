@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import permgraph as pg
-from permgraph import solve as solving
 from permgraph.capture import capture
-from permgraph.foresight import foreseen_cuts
-from permgraph.infer import spec_of
-from permgraph.spec_json import to_json
+from permgraph.inference import fixpoint as solving
+from permgraph.inference.auto_spec import spec_of
+from permgraph.inference.predicted_cuts import foreseen_cuts
+from permgraph.spec.json import to_json
 from tests.groups.random_models import RandomNetwork
 from tests.groups.test_layouts import Net, lin, par
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import permgraph as pg
-from permgraph.branches import check_branches, other_values
 from permgraph.capture import ExampleInputs
 from permgraph.errors import CaptureError
+from permgraph.inference.branches import check_branches, other_values
 
 
 class Halting(nn.Module):

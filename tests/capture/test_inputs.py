@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from permgraph.capture import capture, find_inputs, input_finder
-from permgraph.capture.inputs import Candidate, _finders
+from permgraph.capture.inputs.registry import Candidate, _finders
 from permgraph.errors import CaptureError
 
 

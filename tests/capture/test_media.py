@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from permgraph.capture import Captured, capture
-from permgraph.capture.finders_media import count_features
+from permgraph.capture.inputs.media import count_features
 
 
 def arguments(captured: Captured) -> dict[str, tuple[int, ...]]:

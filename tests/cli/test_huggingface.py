@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 from permgraph import PermutationSpec
 from permgraph.cli.app import app
 from permgraph.cli.models import spec_of
-from permgraph.expressions import Fixed
 from permgraph.io import Staging, open_checkpoint, write_checkpoint
+from permgraph.spec.expressions import Fixed
 
 transformers = pytest.importorskip("transformers")
 

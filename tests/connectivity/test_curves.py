@@ -13,11 +13,11 @@ from torch import nn
 
 from permgraph.connectivity import Curve, evaluate_on, fit_aligned_curve, fit_curve, recalibrate_batchnorm
 from permgraph.connectivity.barriers import barrier
-from permgraph.connectivity.descent import falling
 from permgraph.errors import EvaluationError, MismatchError, NonFiniteError
 from permgraph.matching import align, step
-from permgraph.permutation import Permutation
+from permgraph.networks.descend import falling
 from permgraph.spec import PermutationSpec
+from permgraph.spec.permutation import Permutation
 
 SPEC = PermutationSpec.parse("0.weight 16x2 h .\n0.bias 16 h\n2.weight 2x16 . h\n2.bias 2 .\ngroups: h 16")
 

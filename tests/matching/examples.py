@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from permgraph.permutation import Permutation
 from permgraph.spec import PermutationSpec
+from permgraph.spec.permutation import Permutation
 
 State = dict[str, torch.Tensor]
 

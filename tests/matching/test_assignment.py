@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
+from permgraph.assignment import solve as assignment
+from permgraph.assignment.solve import assign, assign_limited, certify, prices_of
 from permgraph.errors import NonFiniteError, PermgraphError
-from permgraph.matching import assignment
-from permgraph.matching.assignment import assign, assign_limited, certify, prices_of
 
 SOLVERS = ["auto", "scipy", "lapx", lambda cost: linear_sum_assignment(cost)[1]]
 
@@ -203,7 +203,7 @@ def test_limited_moves_refuse_what_they_cannot_mean():
 @pytest.mark.parametrize("maximise", [False, True])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_rows_that_want_the_same_columns_are_priced_first(monkeypatch, maximise, dtype):
-    import permgraph.matching.wide as wide
+    import permgraph.assignment.wide as wide
 
     cost = costs(3, assignment.CROWDED, assignment.CROWDED, kind="gram").astype(dtype)
     best = assign(cost, maximise=maximise, solver="lapx").value

@@ -9,7 +9,7 @@ import torch
 
 from permgraph.errors import MismatchError, NonFiniteError
 from permgraph.matching import FrankWolfe, Sinkhorn, WeightMatching
-from permgraph.matching.result import Matcher
+from permgraph.matching.matcher import Matcher
 from tests.matching.examples import SPECS, best_of_all, inner, planted, state
 
 MATCHERS = {

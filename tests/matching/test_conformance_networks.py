@@ -11,7 +11,7 @@ from torch import nn
 import permgraph
 from permgraph.errors import MismatchError, NonFiniteError
 from permgraph.matching import ActivationMatching, FrankWolfe, Sinkhorn, StraightThrough, WeightMatching, align
-from permgraph.matching.result import MatchResult
+from permgraph.matching.matcher import MatchResult
 
 
 class Heads(nn.Module):

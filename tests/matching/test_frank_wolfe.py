@@ -11,7 +11,7 @@ import torch
 from permgraph.errors import MismatchError, PermgraphError
 from permgraph.matching import FrankWolfe, WeightMatching
 from permgraph.matching.frank_wolfe import Relaxation
-from permgraph.matching.objective import pair
+from permgraph.matching.problem.objective import pair
 from tests.matching.examples import SPECS, inner, planted, state
 
 

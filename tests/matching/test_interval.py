@@ -8,9 +8,9 @@ from torch import nn
 
 from permgraph import auto_spec
 from permgraph.matching import StraightThrough, align
+from permgraph.matching.cost import estimate
 from permgraph.matching.interval import LEAST, SHARE, counted, steps_between
 from permgraph.matching.straight_through import _Run
-from permgraph.planning import estimate
 
 
 def net(width):

@@ -7,7 +7,7 @@ import pytest
 
 from permgraph.errors import PermgraphError
 from permgraph.matching import StreamedWeightMatching, WeightMatching
-from permgraph.permutation import Permutation
+from permgraph.spec.permutation import Permutation
 from tests.matching.examples import SPECS, every, inner, planted, state
 
 BOTH = pytest.mark.parametrize("matcher", [WeightMatching, StreamedWeightMatching])

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from permgraph.matching import WeightMatching, renumber, weight_matching
-from permgraph.matching.blocks import blocks_of
-from permgraph.matching.objective import Pair
-from permgraph.matching.renumber import act, compose
-from permgraph.matching.working import Working
+from permgraph.matching.ascent.permuted_model import Working
+from permgraph.matching.problem.blocks import blocks_of
+from permgraph.matching.problem.objective import Pair
+from permgraph.matching.problem.renumber import act, compose
 from permgraph.spec import PermutationSpec
 from tests.matching.examples import SPECS, state
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from permgraph import PermutationSpec
-from permgraph.matching.moves import Plan
-from permgraph.matching.order import informed_order
+from permgraph.matching.problem.moves import Plan
+from permgraph.matching.problem.order import informed_order
 
 
 def test_the_informed_order_is_a_good_one():

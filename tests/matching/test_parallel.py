@@ -15,11 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
+from permgraph.assignment.solve import assign
 from permgraph.errors import NonFiniteError
 from permgraph.matching import FrankWolfe, WeightMatching, assignment, parallel, step
-from permgraph.matching.assignment import assign
-from permgraph.matching.moves import Plan
-from permgraph.matching.order import ranks
+from permgraph.matching.problem.moves import Plan
+from permgraph.matching.problem.order import ranks
 from permgraph.spec import PermutationSpec
 from tests.matching.examples import SPECS, state
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from permgraph.matching import FrankWolfe, WeightMatching, frank_wolfe
-from permgraph.matching import several as module
-from permgraph.matching.moves import Plan
-from permgraph.matching.objective import pair
-from permgraph.matching.several import LANES, LONG, Several, lanes, worth_relaxing
-from permgraph.permutation import Permutation
+from permgraph.matching.ascent import restarts as module
+from permgraph.matching.ascent.restarts import LANES, LONG, Several, lanes, worth_relaxing
+from permgraph.matching.problem.moves import Plan
+from permgraph.matching.problem.objective import pair
 from permgraph.spec import PermutationSpec
+from permgraph.spec.permutation import Permutation
 from tests.matching.examples import SPECS, inner, planted, state
 
 SIMPLE = ("mlp", "residual without a square")

@@ -14,7 +14,7 @@ import permgraph
 from permgraph.errors import MismatchError, NonFiniteError, PermgraphError
 from permgraph.matching import Sinkhorn, WeightMatching, align
 from permgraph.matching.frank_wolfe import Relaxation
-from permgraph.matching.objective import pair
+from permgraph.matching.problem.objective import pair
 from permgraph.matching.sinkhorn import balance
 from tests.matching.examples import SPECS, Tied, planted, state
 from tests.matching.test_straight_through import batches, data, midpoint_loss, trained

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from permgraph.matching.assignment import crowded
-from permgraph.matching.step import choose, choose_each, cycles
+from permgraph.assignment.solve import crowded
+from permgraph.matching.ascent.step import choose, choose_each, cycles
 
 
 @settings(deadline=None, max_examples=60)

@@ -11,8 +11,8 @@ from permgraph.errors import MismatchError, NonFiniteError, PermgraphError
 from permgraph.matching import WeightMatching
 from permgraph.matching import streamed as module
 from permgraph.matching.streamed import StreamedWeightMatching
-from permgraph.permutation import Permutation
 from permgraph.spec import PermutationSpec
+from permgraph.spec.permutation import Permutation
 from tests.matching.examples import SPECS, State, inner, planted, state
 
 MOVING = [name for name in SPECS if name not in ("one index", "nothing")]

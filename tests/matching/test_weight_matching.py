@@ -8,13 +8,13 @@ import torch
 
 from permgraph.errors import MismatchError, PermgraphError
 from permgraph.matching import WeightMatching
-from permgraph.matching.kept import Kept
-from permgraph.matching.moves import Plan
-from permgraph.matching.objective import pair
-from permgraph.matching.renumber import act, compose
-from permgraph.matching.step import Scene, outer_values
-from permgraph.permutation import Permutation
+from permgraph.matching.ascent.gram_cache import Kept
+from permgraph.matching.ascent.step import Scene, outer_values
+from permgraph.matching.problem.moves import Plan
+from permgraph.matching.problem.objective import pair
+from permgraph.matching.problem.renumber import act, compose
 from permgraph.spec import PermutationSpec
+from permgraph.spec.permutation import Permutation
 from tests.matching.examples import SPECS, inner, planted, state
 
 

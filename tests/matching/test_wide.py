@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
+from permgraph.assignment.wide import assign_wide
 from permgraph.errors import NonFiniteError, PermgraphError
-from permgraph.matching.wide import assign_wide
 from tests.matching.test_assignment import costs, optimum
 
 

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 import permgraph as pg
 from permgraph.errors import NonFiniteError, PermgraphError
-from permgraph.matching import paired
+from permgraph.matching.ascent import paired
 from permgraph.matching.streamed import StreamedWeightMatching
 from permgraph.matching.workers import Workers
 from tests.matching.processes import run_two

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from permgraph.matching import step
+from permgraph.matching.ascent import step
 from permgraph.merging import CycleConsistent, FrankWolfeMany, MergeMany, MergeMethod, Models, ToReference, merge
 from permgraph.merging.ascent import Ascent
 from permgraph.merging.result import Found
 from permgraph.merging.streamed import StreamedRounds
-from permgraph.permutation import Permutation
+from permgraph.spec.permutation import Permutation
 from tests.matching.examples import SPECS, inner, state
 
 METHODS: dict[str, MergeMethod] = {

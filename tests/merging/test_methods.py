@@ -11,7 +11,7 @@ from torch import nn
 
 from permgraph.errors import MismatchError, PermgraphError
 from permgraph.matching import ActivationMatching, WeightMatching
-from permgraph.matching.result import MatchResult
+from permgraph.matching.matcher import MatchResult
 from permgraph.merging import (
     CycleConsistent,
     FrankWolfeMany,

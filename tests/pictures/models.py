@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from permgraph.expressions import Fixed, Ref
 from permgraph.spec import Constraints, Group, PermutationSpec, Pin, SlotPin, Tie, UnknownOp
+from permgraph.spec.expressions import Fixed, Ref
 
 HOSTILE = "<img src=x onerror=alert(1)>"
 ENDING = '</script><script>window.harmed="script"</script>'

@@ -18,9 +18,9 @@ import torch
 from torch.utils._pytree import tree_map
 
 from permgraph.rules import rule
-from permgraph.rules.check import RuleReport, check_rule
 from permgraph.rules.recurrent import gru_cell, lstm_cell
-from permgraph.rules.trial import attempt, undivided
+from permgraph.verification.rule import RuleReport, check_rule
+from permgraph.verification.trial_of_rule import attempt, undivided
 
 aten = torch.ops.aten
 

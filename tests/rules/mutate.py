@@ -21,10 +21,10 @@ from unittest.mock import patch
 import torch
 from torch._ops import OpOverload
 
-from permgraph.axes import Axes
-from permgraph.rules import check
+from permgraph.algebra.store import Axes
 from permgraph.rules.call import Call, TypedTensor
-from permgraph.rules.witness import denied
+from permgraph.verification import rule as check
+from permgraph.verification.witness import denied
 from tests.rules.cases import CASES, Case
 
 WORDS = ("pin", "pin_all", "pin_values", "carry_values", "share_values", "take", "move", "regroup", "concatenate")
@@ -64,7 +64,7 @@ def caller() -> tuple[str, str, int] | None:
         name = frame.f_globals.get("__name__", "")
         if name.startswith("permgraph.rules.") and name.rpartition(".")[2] not in ("call", "trial", "check", "witness"):
             return name.rpartition(".")[2] + ".py", frame.f_code.co_name, frame.f_lineno
-        if name in ("permgraph.solve",):
+        if name in ("permgraph.inference.fixpoint",):
             return None
         frame = frame.f_back  # type: ignore[assignment]
     return None

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import permgraph as pg
 from permgraph.rules import Call, registry, rule
-from permgraph.rules.trial import canonical
+from permgraph.verification.trial_of_rule import canonical
 
 aten = torch.ops.aten
 

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 import permgraph as pg
 from permgraph.rules import rule
-from permgraph.rules.check import check_rule
 from permgraph.rules.vision import regions
+from permgraph.verification.rule import check_rule
 
 
 @pytest.mark.parametrize("left", [True, False])

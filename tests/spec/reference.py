@@ -7,8 +7,8 @@ import math
 
 import torch
 
-from permgraph.expressions import Family, Fixed, Label, Product, Ref, Sum, size_of
-from permgraph.permutation import Permutation
+from permgraph.spec.expressions import Family, Fixed, Label, Product, Ref, Sum, size_of
+from permgraph.spec.permutation import Permutation
 
 
 def brute_force(p: Permutation, axes, tensor: torch.Tensor) -> torch.Tensor:

@@ -8,8 +8,8 @@ from hypothesis import assume
 from hypothesis import strategies as st
 
 from permgraph.errors import SpecError
-from permgraph.expressions import Axis, Family, Fixed, Label, Product, Ref, Sum, parse_axis, size_of
 from permgraph.spec import Group, PermutationSpec
+from permgraph.spec.expressions import Axis, Family, Fixed, Label, Product, Ref, Sum, parse_axis, size_of
 
 names = st.text(alphabet="abcxyz0189._-/#é", min_size=1, max_size=8).filter(
     lambda name: name != "." and not name.isdecimal()

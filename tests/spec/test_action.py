@@ -7,11 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from permgraph import action
-from permgraph.action import blocks, select
-from permgraph.expressions import parse_axes
-from permgraph.permutation import Permutation
-from permgraph.spec import PermutationSpec
+from permgraph.spec import PermutationSpec, action
+from permgraph.spec.action import blocks, select
+from permgraph.spec.expressions import parse_axes
+from permgraph.spec.permutation import Permutation
 from tests.spec.reference import brute_force
 from tests.spec.strategies import GROUPS, KITS, tensors
 

@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 
-from permgraph.binding import bind, check_groups, coordinates
 from permgraph.errors import SpecError
-from permgraph.expressions import parse_axes, parse_axis
 from permgraph.spec import Group
+from permgraph.spec.binding import bind, check_groups, coordinates
+from permgraph.spec.expressions import parse_axes, parse_axis
 
 GROUPS = {
     group.name: group

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given, settings
 
 from permgraph.errors import SpecError
-from permgraph.expressions import (
+from permgraph.spec import Group
+from permgraph.spec.expressions import (
     Family,
     Fixed,
     Label,
@@ -22,7 +23,6 @@ from permgraph.expressions import (
     size_of,
     walk,
 )
-from permgraph.spec import Group
 from tests.spec.strategies import expressions
 
 a, b = Ref("a"), Ref("b")

@@ -9,9 +9,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from permgraph.errors import MismatchError, SpecError
-from permgraph.expressions import parse_axes
-from permgraph.permutation import Permutation
 from permgraph.spec import PermutationSpec
+from permgraph.spec.expressions import parse_axes
+from permgraph.spec.permutation import Permutation
 
 SPEC = PermutationSpec.parse(
     """

@@ -4,8 +4,8 @@ import networkx as nx
 import pytest
 
 from permgraph.errors import SpecError
-from permgraph.expressions import parse_axes
 from permgraph.spec import Constraints, Group, PermutationSpec, Pin, SlotPin, Tie
+from permgraph.spec.expressions import parse_axes
 
 RESNET = "torchvision/models/resnet.py"
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from permgraph.errors import MismatchError, PermgraphError, SpecError
-from permgraph.expressions import Fixed, Ref, parse_axes
 from permgraph.spec import Constraints, Group, PermutationSpec, Pin, SlotPin, Tie, UnknownOp
+from permgraph.spec.expressions import Fixed, Ref, parse_axes
 
 h, d = Group("h", 2), Group("d", 3, ("h",))
 GROUPS = {"h": h, "d": d}
@@ -378,7 +378,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
 def changed(spec: PermutationSpec, *keys, to):
     import json
 
-    from permgraph.spec_json import to_json
+    from permgraph.spec.json import to_json
 
     content = json.loads(json.dumps(to_json(spec)))
     inside = content

@@ -10,8 +10,8 @@ import torch
 from sympy.combinatorics import Permutation as Oracle
 from sympy.combinatorics import PermutationGroup
 
-from permgraph.expressions import size_of
 from permgraph.spec import PermutationSpec
+from permgraph.spec.expressions import size_of
 from tests.spec.reference import every_element
 
 

@@ -18,7 +18,7 @@ from torch import nn
 
 import permgraph as pg
 from permgraph.errors import MismatchError, MissingExtraError, StudyError
-from permgraph.matching import step
+from permgraph.matching.ascent import step
 from permgraph.studies import Named, backends
 from permgraph.studies.cell import versions
 from permgraph.studies.run import missing

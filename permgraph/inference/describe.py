@@ -1,0 +1,258 @@
+"""From axis types to a `PermutationSpec`: name the groups and write each parameter's axes as expressions."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+
+from torch import fx
+
+from permgraph.algebra.store import Axes, Axis, Index, Kind
+from permgraph.inference.fibres import Dependence
+from permgraph.inference.fixpoint import Solution
+from permgraph.rules.call import TypedTensor
+from permgraph.spec.binding import Group
+from permgraph.spec.expressions import Axis as Expression
+from permgraph.spec.expressions import Family, Fixed, Label, Product, Ref, Sum
+from permgraph.spec.provenance import Constraints, SlotPin, Tie
+from permgraph.spec.spec import Pin, UnknownOp
+
+
+class Writer:
+    """Turns a solution into the parts of a spec."""
+
+    def __init__(self, solution: Solution, used: Sequence[str], unused: frozenset[str]) -> None:
+        """`used`: parameter names in the order in which the forward pass first reads them."""
+        self.solution = solution
+        self.axes: Axes = solution.axes
+        weights = solution.parameters.items()
+        self.parameters = {n: t for n, t in weights if t.dtype.is_floating_point or t.dtype.is_complex}
+        self.order = [name for name in used if name in self.parameters]
+        self.unused = unused
+        moving = self._moving()
+        dependence = Dependence(solution)
+        self.parents = dependence.parents(moving)
+        self.inner: set[Axis] = set()  # the atoms of joined factors but the first of each
+        self.fused = self._fuse(dependence.mutual)
+        moving = list(dict.fromkeys(self.fused.get(atom, atom) for atom in moving))
+        fibred_over = {h for parents in self.parents.values() for h in parents}
+        self.names = self._names([*moving, *(h for h in fibred_over if h.pinned is not None)])
+
+    def groups(self) -> dict[str, Group]:
+        """Every group, parents before children."""
+        atoms = sorted(self.names, key=lambda atom: len(self.parents.get(atom, ())))
+        return {
+            self.names[atom]: Group(
+                self.names[atom],
+                atom.size,
+                tuple(self.names[h] for h in self.parents.get(atom, ())),
+                fixed=atom.pinned is not None,
+            )
+            for atom in atoms
+        }
+
+    def expressions(self) -> dict[str, tuple[Expression, ...]]:
+        """For each parameter the expression of each of its dimensions."""
+        return {name: self._parameter(name, tensor) for name, tensor in self.parameters.items()}
+
+    def pins(self) -> tuple[Pin, ...]:
+        """Every parameter axis, or factor of one, that stays put."""
+        found = []
+        for name, tensor in self.parameters.items():
+            for dim in range(tensor.ndim):
+                if name in self.unused:
+                    found.append(Pin(name, dim, tensor.shape[dim], "never read by the forward pass"))
+                    continue
+                seen = set()
+                for atom in self.axes.atoms(tensor.dims[dim]):
+                    if atom.pinned is not None and atom not in seen:
+                        seen.add(atom)
+                        found.append(Pin(name, dim, atom.size, atom.pinned.reason, *self._place(atom.pinned.node)))
+        return tuple(found)
+
+    def unknown_ops(self) -> tuple[UnknownOp, ...]:
+        """Operators without a rule, with the place of the first call of each."""
+        numbers: dict[str, list[int]] = {}
+        for number in self.solution.ledger.unknown:
+            numbers.setdefault(str(self.solution.nodes[number].target), []).append(number)
+        return tuple(UnknownOp(name, len(found), *self._place(found[0])[1:]) for name, found in numbers.items())
+
+    def constraints(self) -> Constraints:
+        """What tied which slots, and where pins were put."""
+        ledger = self.solution.ledger
+        ties = {
+            (a.name, i, b.name, j): Tie(slot(a, i), slot(b, j), *self._place(n))
+            for a, i, b, j, n in ledger.ties
+            if (a, i) != (b, j)
+        }
+        pins = {(t.name, d, why): SlotPin(slot(t, d), why, *self._place(n)) for t, d, why, n in ledger.pins}
+        return Constraints(tuple(ties.values()), tuple(pins.values()))
+
+    # -- inside ------------------------------------------------------------------------------------------------------
+
+    def _moving(self) -> list[Axis]:
+        """The unpinned atoms of parameters that are read, in the order in which they are met."""
+        found: dict[Axis, None] = {}
+        for name in self.order:
+            for axis in self.parameters[name].dims:
+                found.update(dict.fromkeys(a for a in self.axes.atoms(axis) if a.pinned is None))
+        return list(found)
+
+    # -- factors that are one axis -------------------------------------------------------------------------------------
+
+    def _fuse(self, mutual: Collection[tuple[Axis, Axis]]) -> dict[Axis, Axis]:
+        """Join factors which a view has split and nothing tells apart: ``(h d)`` is one axis then, no wreath product.
+
+        That is so where each may depend on the other, and possible where they always stand side by side. Returns for
+        each atom of such a run the atom that takes the place of all.
+        """
+        after: dict[Axis, set[Axis | None]] = defaultdict(set)
+        before: dict[Axis, set[Axis | None]] = defaultdict(set)
+        if mutual:
+            for tensor in self.parameters.values():
+                for axis in tensor.dims:
+                    for factors in self._runs(axis):
+                        for left, right in itertools.pairwise([None, *factors, None]):
+                            if left is not None:
+                                after[left].add(right)
+                            if right is not None:
+                                before[right].add(left)
+        fused: dict[Axis, Axis] = {}
+        for first in {h: None for pair in mutual for h in pair}:
+            run = [first]
+            while first not in fused and len(after[run[-1]]) == 1:
+                (following,) = after[run[-1]]
+                if following is None or len(before[following]) != 1 or following in fused:
+                    break
+                if not all({(atom, following), (following, atom)} <= set(mutual) for atom in run):
+                    break
+                run.append(following)
+            if len(run) > 1 and self._alike_outside(run) and not self._continues(run[0], before, mutual):
+                whole = self.axes.atom(math.prod(atom.size for atom in run))
+                fused.update(dict.fromkeys(run, whole))
+                self.inner.update(run[1:])
+                self.parents[whole] = tuple(p for p in self.parents.get(run[0], ()) if p not in run)
+        for atom, parents in list(self.parents.items()):
+            self.parents[atom] = tuple(dict.fromkeys(fused.get(p, p) for p in parents))
+        return fused
+
+    @staticmethod
+    def _continues(first: Axis, before: Mapping[Axis, set[Axis | None]], mutual: Collection[tuple[Axis, Axis]]) -> bool:
+        """Whether a run that starts earlier could hold this one."""
+        earlier = before[first]
+        return len(earlier) == 1 and (first, next(iter(earlier))) in mutual
+
+    def _alike_outside(self, run: Sequence[Axis]) -> bool:
+        """Whether the atoms of a run have the same parents beside one another, and are parents of the same atoms."""
+        own = {frozenset(p for p in self.parents.get(atom, ()) if p not in run) for atom in run}
+        over = {frozenset(a for a, parents in self.parents.items() if atom in parents and a not in run) for atom in run}
+        return len(own) == 1 and len(over) == 1
+
+    def _runs(self, axis: Axis) -> Iterator[list[Axis | None]]:
+        """The factors of each product in an axis, in order; None for one that is no atom."""
+        axis = self.axes.resolve(axis)
+        factors = self.axes.factors(axis)
+        if axis.kind in (Kind.ATOM, Kind.PRODUCT):
+            yield [factor if factor.kind is Kind.ATOM else None for factor in factors]
+        for child in factors if axis.kind is Kind.PRODUCT else axis.children:
+            if child.kind is not Kind.ATOM or axis.kind is not Kind.PRODUCT:
+                yield from self._runs(child)
+
+    # -- names ---------------------------------------------------------------------------------------------------------
+
+    def _names(self, atoms: Sequence[Axis]) -> dict[Axis, str]:
+        """Each atom by the module that makes it: the first whose parameter has the atom where results come out."""
+        wanted = set(atoms)
+        origin: dict[Axis, str] = {}
+        for produced in (True, False):
+            for name in self.order:
+                tensor = self.parameters[name]
+                for dim in range(tensor.ndim):
+                    if produced and not self._is_output(tensor, dim):
+                        continue
+                    for atom in (self.fused.get(a, a) for a in self.axes.atoms(tensor.dims[dim])):
+                        if atom in wanted:
+                            module = name.rpartition(".")[0] or name
+                            origin.setdefault(atom, name if module.isdecimal() else module)
+        count = Counter(origin.values())
+        seen: Counter[str] = Counter()
+        names = {}
+        for atom, module in origin.items():
+            names[atom] = module if count[module] == 1 else f"{module}#{seen[module]}"
+            seen[module] += 1
+        return names
+
+    def _is_output(self, tensor: TypedTensor, dim: int) -> bool:
+        """A weight's first dimension, a vector's only one, or any behind a pinned one (the table of an embedding)."""
+        return dim == 0 or all(a.pinned is not None for axis in tensor.dims[:dim] for a in self.axes.atoms(axis))
+
+    def _parameter(self, name: str, tensor: TypedTensor) -> tuple[Expression, ...]:
+        return tuple(Fixed(size) for size in tensor.shape) if name in self.unused else self.axes_of(tensor)
+
+    def axes_of(self, tensor: TypedTensor) -> tuple[Expression, ...]:
+        """The expression of each dimension of any tensor of the graph, parameter or not."""
+        labels: dict[Index, str] = {}
+        for axis in tensor.dims:
+            for index in self._indices(axis):
+                labels.setdefault(index, f"s{len(labels)}")
+        return tuple(self._expression(axis, labels) for axis in tensor.dims)
+
+    def _indices(self, axis: Axis) -> list[Index]:
+        """The sums to which the families in an axis refer."""
+        axis = self.axes.resolve(axis)
+        found = [index for child in axis.children for index in self._indices(child)]
+        if axis.kind is Kind.FAMILY and axis.index is not None:
+            found.insert(0, axis.index.find())
+        return found
+
+    def _expression(self, axis: Axis, labels: Mapping[Index, str]) -> Expression:
+        axis = self.axes.resolve(axis)
+        if axis.kind is Kind.ATOM:
+            return Ref(self.names[axis]) if axis in self.names else Fixed(axis.size)
+        if axis.kind is Kind.FAMILY:
+            assert axis.index is not None
+            return Family(labels[axis.index.find()], tuple(self._expression(c, labels) for c in axis.children))
+        if axis.kind is Kind.PRODUCT:
+            starts = [factor for factor in self.axes.factors(axis) if factor not in self.inner]
+            return _product([self._expression(self.fused.get(factor, factor), labels) for factor in starts])
+        assert axis.index is not None
+        name = labels.get(axis.index.find())
+        if name is not None:
+            return Label(name, Sum(tuple(self._expression(child, labels) for child in axis.children)))
+        return _sum([self._expression(part, labels) for part in self.axes.parts(axis)])
+
+    def _place(self, number: int) -> tuple[str | None, str | None, str | None]:
+        if number < 0:
+            return None, None, None
+        node: fx.Node = self.solution.nodes[number]
+        operator = str(node.target) if node.op == "call_function" else None
+        return operator, node.meta.get("module"), node.meta.get("source")
+
+
+def slot(tensor: TypedTensor, dim: int) -> str:
+    """The name of one dimension of one tensor in the graph of constraints."""
+    return f"{tensor.name}[{dim}]" if dim >= 0 else f"{tensor.name}[values]"
+
+
+def _product(factors: Sequence[Expression]) -> Expression:
+    """A product in which neighbouring fixed factors are one."""
+    merged: list[Expression] = []
+    for factor in factors:
+        if isinstance(factor, Fixed) and merged and isinstance(merged[-1], Fixed):
+            merged[-1] = Fixed(merged[-1].size * factor.size)
+        elif factor != Fixed(1):
+            merged.append(factor)
+    return merged[0] if len(merged) == 1 else Product(tuple(merged)) if merged else Fixed(1)
+
+
+def _sum(parts: Sequence[Expression]) -> Expression:
+    """A sum in which neighbouring fixed parts are one."""
+    merged: list[Expression] = []
+    for part in parts:
+        if isinstance(part, Fixed) and merged and isinstance(merged[-1], Fixed):
+            merged[-1] = Fixed(merged[-1].size + part.size)
+        else:
+            merged.append(part)
+    return merged[0] if len(merged) == 1 else Sum(tuple(merged))

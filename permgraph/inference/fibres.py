@@ -1,0 +1,297 @@
+"""Which axes may be permuted differently at each index of which others.
+
+Axis d may depend on axis h exactly when every tensor that has d has h too, and every operator pairs them alike. The
+solver's ledger holds what is needed: each link lists its tensors by label (those inside an operator included), so the
+question is answered link by link:
+
+- in a tensor, an occurrence of d obeys the h that is a factor of the same product, or else the only h in another
+  dimension; where there are several, none;
+- in a link, all tensors that bear d's label must bear the label of the h that d obeys.
+
+What was looked up by an index still has the axis that was looked up, in disguise: row t of ``w[index]`` is row
+``index[t]`` of w, so the expert whose hidden units a routed token has follows from the token. Dimensions that the
+index runs over stand for the axis that its values number, as long as no other index relates the two.
+
+With x of (h d) in two operands of a contraction over d whose h are *different* labels (a Gram matrix between heads),
+the second test fails, although every tensor has both axes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+
+from permgraph.algebra.store import Axis, Index, Kind
+from permgraph.inference.fixpoint import Solution
+from permgraph.rules.call import VALUE, Labelled, Relation, TypedTensor
+
+Choice = Mapping[Index, int]  # the part that was taken of each sum on the way to an occurrence
+Giver = frozenset[str]  # the labels that together tell which index of a parent an occurrence stands at
+INTERNAL: Giver = frozenset()  # a factor of the same product tells
+
+
+class Dependence:
+    """Decides the parents of axes over a solution."""
+
+    def __init__(self, solution: Solution) -> None:
+        self.axes = solution.axes
+        self.solution = solution
+        self._known_atoms: dict[Axis, tuple[Axis, ...]] = {}
+        self._relations: dict[Axis, list[Relation]] = defaultdict(list)
+        for relation in solution.ledger.relations:
+            axes = (axis for labelled in relation.tensors for axis in labelled.axes.values())
+            for atom in dict.fromkeys(atom for axis in axes for atom in self._atoms(axis)):
+                self._relations[atom].append(relation)
+        self._disguises = self._find_disguises()
+        self.mutual: set[tuple[Axis, Axis]] = set()  # pairs of which each may depend on the other, both ways round
+        self._tensors: dict[Axis, list[tuple[TypedTensor, frozenset[Axis]]]] = defaultdict(list)
+        self._rank: dict[Axis, int] = {}  # in the order in which atoms are met, so that results do not depend on chance
+        for tensor in solution.tensors:
+            dims = [*tensor.dims, tensor.value] if tensor.value is not None else tensor.dims
+            seen = dict.fromkeys(atom for axis in dims for atom in self._atoms(axis))
+            atoms = self._unmasked(frozenset(seen))
+            for atom in seen:
+                self._rank.setdefault(atom, len(self._rank))
+                self._tensors[atom].append((tensor, atoms))
+        self._written = {id(tensor) for tensor in solution.parameters.values()}
+        self._rearranged = {id(t) for moved in solution.ledger.rearrangements for t in moved.tensors}
+
+    def _atoms(self, axis: Axis) -> tuple[Axis, ...]:
+        """The atoms in an axis, looked up once: nothing is refined any more."""
+        axis = self.axes.resolve(axis)
+        if axis not in self._known_atoms:
+            self._known_atoms[axis] = tuple(self.axes.atoms(axis))
+        return self._known_atoms[axis]
+
+    def parents(self, moving: Sequence[Axis]) -> dict[Axis, tuple[Axis, ...]]:
+        """For each atom in `moving`, the atoms (pinned ones among them) over which it is fibred, outermost first."""
+        found = {d: [h for h in self._candidates(d) if self._obeys(d, h)] for d in moving}
+        found = {d: parents for d, parents in found.items() if parents}
+        self.mutual = {(d, h) for d, parents in found.items() for h in parents if d in found.get(h, ())}
+        self._break_cycles(found)
+        self._close(found)
+        return {d: tuple(sorted(p, key=lambda h: len(found.get(h, ())))) for d, p in found.items() if p}
+
+    # -- lookups -------------------------------------------------------------------------------------------------------
+
+    def _find_disguises(self) -> dict[Axis, dict[frozenset[Axis], TypedTensor]]:
+        """For each axis that is looked up, the axes that an index runs over, and the index, if there is only one."""
+        found: dict[Axis, dict[frozenset[Axis], set[TypedTensor]]] = defaultdict(lambda: defaultdict(set))
+        for relation in self.solution.ledger.relations:
+            for labelled in relation.tensors:
+                value = self._value_label(labelled)
+                if value is None or labelled.tensor is None:
+                    continue
+                over = Counter(a for label, t in labelled.axes.items() if label != value for a in self._atoms(t))
+                for axis in self._numbered(labelled.axes[value]):
+                    if over and max(over.values()) == 1 and axis not in over:
+                        found[axis][frozenset(over)].add(labelled.tensor.origin)
+        return {
+            axis: {over: next(iter(indices)) for over, indices in by_axes.items() if len(indices) == 1}
+            for axis, by_axes in found.items()
+        }
+
+    def _numbered(self, value: Axis) -> Sequence[Axis]:
+        """The atoms whose indices an index gives: of the axis of its values, or of each factor of that."""
+        factors = self.axes.factors(value)
+        plain = all(factor.kind is Kind.ATOM for factor in factors) and len(set(factors)) == len(factors)
+        return factors if plain else []
+
+    @staticmethod
+    def _value_label(labelled: Labelled) -> str | None:
+        return next((label for label, dim in labelled.where.items() if dim == VALUE), None)
+
+    def _unmasked(self, atoms: frozenset[Axis]) -> frozenset[Axis]:
+        """These atoms, and those that they stand for."""
+        hidden = [axis for axis, ways in self._disguises.items() if any(over <= atoms for over in ways)]
+        return atoms | frozenset(hidden) if hidden else atoms
+
+    # -- candidates ----------------------------------------------------------------------------------------------------
+
+    def _candidates(self, d: Axis) -> list[Axis]:
+        """The axes that every tensor with d has."""
+        common: set[Axis] | None = None
+        for _, atoms in self._tensors[d]:
+            common = set(atoms) if common is None else common & atoms
+            if len(common) == 1:
+                return []
+        for relation in self._relations[d]:
+            for labelled in relation.tensors:
+                seen = frozenset(a for axis in labelled.axes.values() for a in self._atoms(axis))
+                if d in seen:
+                    atoms = self._unmasked(seen)
+                    common = set(atoms) if common is None else common & atoms
+        return [] if common is None else sorted(common - {d}, key=self._rank.__getitem__)
+
+    # -- the test ------------------------------------------------------------------------------------------------------
+
+    def _obeys(self, d: Axis, h: Axis) -> bool:
+        for tensor, _ in self._tensors[d]:
+            if self._bound_in_tensor(tensor, d, h, strict=id(tensor) in self._written) is None:
+                return False
+            if id(tensor) in self._rearranged and self._count(tensor.dims, h, {})[1] > 1:
+                return False
+        return all(self._coherent(relation, d, h) for relation in self._relations[d])
+
+    def _bound_in_tensor(self, tensor: TypedTensor, d: Axis, h: Axis, strict: bool) -> list[Giver] | None:
+        named = {str(i): axis for i, axis in enumerate(tensor.dims)}
+        where = {str(i): i for i in range(tensor.ndim)}
+        if tensor.value is not None:
+            named["value"], where["value"] = tensor.value, VALUE
+        return self._bindings(named, where, d, h, strict=strict)
+
+    def _coherent(self, relation: Relation, d: Axis, h: Axis) -> bool:
+        obeyed: dict[str, set[Giver]] = defaultdict(set)
+        for labelled in relation.tensors:
+            for label, axis in labelled.axes.items():
+                if d in self._atoms(axis):
+                    bound = self._bindings(self._with_unlabelled(labelled), labelled.where, d, h, only=label)
+                    if bound is None:
+                        return False
+                    obeyed[label].update(bound)
+        same = self._index_labels(relation, h)
+        for label, givers in obeyed.items():
+            if len(givers) != 1 and not givers <= same:
+                return False
+            allowed = same if givers <= same else givers
+            if INTERNAL not in givers:
+                for labelled in relation.tensors:
+                    if label in labelled.axes and not any(giver <= labelled.axes.keys() for giver in allowed):
+                        return False
+        return True
+
+    def _index_labels(self, relation: Relation, h: Axis) -> set[Giver]:
+        """The labels that mean h in a lookup: that of its own dimension, and those over which the index runs."""
+        for labelled in relation.tensors:
+            value = self._value_label(labelled)
+            if value is not None and len(labelled.axes) > 1 and h in self._numbered(labelled.axes[value]):
+                return {frozenset({value}), frozenset(labelled.axes.keys() - {value})}
+        return set()
+
+    def _with_unlabelled(self, labelled: Labelled) -> Mapping[str, Axis]:
+        if labelled.tensor is None:
+            return labelled.axes
+        missing = set(range(labelled.tensor.ndim)) - set(labelled.where.values())
+        return {**labelled.axes, **{f"_{d}": labelled.tensor.dims[d] for d in missing}}
+
+    def _bindings(
+        self,
+        named: Mapping[str, Axis],
+        where: Mapping[str, int],
+        d: Axis,
+        h: Axis,
+        only: str | None = None,
+        strict: bool = False,
+    ) -> list[Giver] | None:
+        """For each occurrence of d (under the label `only`, if given) the labels that bear the h it obeys, or None.
+
+        If `strict`, as the spec's expressions can say it: with an h that is there as such, and at one place, not at
+        another in each part of a sum.
+        """
+        found: list[Giver] = []
+        for label, axis in named.items():
+            if only is not None and label != only:
+                continue
+            for choice, siblings in self._occurrences(axis, d):
+                low, high = self._count(siblings, h, choice, strict)
+                if high:
+                    if (low, high) != (1, 1):
+                        return None
+                    found.append(INTERNAL)
+                    continue
+                givers = {m: self._count([other], h, choice, strict) for m, other in named.items() if m != label}
+                givers = {m: count for m, count in givers.items() if count[1]}
+                near = {m: c for m, c in givers.items() if where.get(m, m) == where.get(label, label)}
+                chosen = near or givers
+                if not chosen and not strict:
+                    disguised = self._disguised(named, label, siblings, h, choice)
+                    if len(disguised) != 1:
+                        return None
+                    found.extend(disguised)
+                elif len(chosen) != 1 or next(iter(chosen.values())) != (1, 1):
+                    return None
+                else:
+                    found.append(frozenset(chosen))
+        return found
+
+    def _disguised(
+        self, named: Mapping[str, Axis], label: str, siblings: Sequence[Axis], h: Axis, choice: Choice
+    ) -> set[Giver]:
+        """The labels whose axes are those that an index into h runs over; each way in which they are."""
+        found = set()
+        for over in self._disguises.get(h, {}):
+            bearing = []
+            for atom in over:
+                counts = {"": self._count(siblings, atom, choice)}
+                if not counts[""][1]:
+                    counts = {m: self._count([axis], atom, choice) for m, axis in named.items() if m != label}
+                bearing.append({m: count for m, count in counts.items() if count[1]})
+            if all(list(labels.values()) == [(1, 1)] for labels in bearing):
+                found.add(frozenset(m for labels in bearing for m in labels if m))
+        return found
+
+    def _occurrences(self, axis: Axis, d: Axis) -> Iterator[tuple[Choice, list[Axis]]]:
+        """Each place of d in an axis: the parts chosen on the way to it, and the other factors of its products."""
+        axis = self.axes.resolve(axis)
+        if axis is d:
+            yield {}, []
+        elif axis.kind is Kind.PRODUCT:
+            factors = self.axes.factors(axis)
+            for i, factor in enumerate(factors):
+                for choice, siblings in self._occurrences(factor, d):
+                    yield choice, [*siblings, *factors[:i], *factors[i + 1 :]]
+        elif axis.kind is not Kind.ATOM:
+            assert axis.index is not None
+            for i, child in enumerate(axis.children):
+                for choice, siblings in self._occurrences(child, d):
+                    yield {axis.index.find(): i, **choice}, siblings
+
+    def _count(self, axes: Sequence[Axis], h: Axis, choice: Choice, strict: bool = False) -> tuple[int, int]:
+        """The fewest and the most times that h stands in a product of these axes, over the parts not yet chosen.
+
+        If `strict`, once in each of several parts is not once: it is at several places.
+        """
+        low = high = 0
+        for axis in axes:
+            axis = self.axes.resolve(axis)
+            if axis is h:
+                low, high = low + 1, high + 1
+            elif axis.kind is Kind.PRODUCT:
+                a, b = self._count(axis.children, h, choice, strict)
+                low, high = low + a, high + b
+            elif axis.kind is not Kind.ATOM:
+                assert axis.index is not None
+                part = choice.get(axis.index.find())
+                chosen = axis.children if part is None else axis.children[part : part + 1]
+                counts = [self._count([child], h, choice, strict) for child in chosen]
+                low += 0 if strict and len(counts) > 1 else min(a for a, _ in counts)
+                high += max(b for _, b in counts)
+        return low, high
+
+    # -- making it an order --------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _break_cycles(found: dict[Axis, list[Axis]]) -> None:
+        """Of two axes that may each depend on the other keep the direction with the larger group."""
+        for d in list(found):
+            for h in list(found[d]):
+                if h.pinned is None and d in found.get(h, ()) and h in found[d]:
+                    under_h = math.lgamma(h.size + 1) + h.size * math.lgamma(d.size + 1)
+                    under_d = math.lgamma(d.size + 1) + d.size * math.lgamma(h.size + 1)
+                    if under_h >= under_d:
+                        found[h].remove(d)
+                    else:
+                        found[d].remove(h)
+
+    @staticmethod
+    def _close(found: dict[Axis, list[Axis]]) -> None:
+        """Drop parents whose own parents are not parents too: the result would not be closed under composition."""
+        changed = True
+        while changed:
+            changed = False
+            for d, parents in found.items():
+                for h in list(parents):
+                    if d in found.get(h, ()) or any(p not in parents for p in found.get(h, ())):
+                        parents.remove(h)
+                        changed = True

@@ -1,0 +1,63 @@
+"""Which nodes of a captured graph anything outside it can see the effect of.
+
+A model may compute what it then drops: the last layer of an image tower whose features are taken one layer earlier, a
+head that another mode returns. Nothing can tell how its units are numbered, and a test least of all.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import defaultdict
+from collections.abc import Collection, Sequence
+
+from torch import fx
+
+from permgraph.capture.outputs import tensor_leaves
+from permgraph.capture.schema import signature
+from permgraph.inference.constancy import CREATED, Memory, contracted_with
+
+#: Operators that read the shape of their argument, and none of its values.
+VALUELESS = CREATED | {"empty_like", "new_empty"}
+
+
+def live_nodes(
+    nodes: Sequence[fx.Node], results: Sequence[fx.Node] = (), zeros: Collection[fx.Node] = ()
+) -> set[fx.Node]:
+    """The nodes on which a result depends, what the forward pass leaves in buffers, or what left torch as a number.
+
+    `results` are those of a graph that has no output node. On what is multiplied with one of `zeros` nothing depends.
+    """
+    memory = Memory(nodes)
+    writers: dict[fx.Node, list[fx.Node]] = defaultdict(list)
+    roots = list(results)
+    for node in nodes:
+        written = [memory.owner(source) for source in memory.written_by(node)]
+        for owner in written:
+            writers[owner].append(node)
+        if node.op == "output" or any(owner.op == "placeholder" for owner in written) or _has_effect(node):
+            roots.append(node)
+    found: set[fx.Node] = set()
+    while roots:
+        node = roots.pop()
+        if node not in found:
+            found.add(node)
+            if getattr(node.target, "_opname", "") not in VALUELESS:
+                factors = met_zeros(node, zeros)
+                roots.extend(source for source in node.all_input_nodes if source not in factors)
+            roots.extend(writers[memory.owner(node)])
+    return found
+
+
+def met_zeros(node: fx.Node, zeros: Collection[fx.Node]) -> dict[fx.Node, int]:
+    """The factors of a product of which one is zero, each with the dimension over which the product sums."""
+    product = contracted_with(node) if zeros else None
+    if product is None or (product[0] not in zeros and product[2] not in zeros):
+        return {}
+    return {product[0]: product[1], product[2]: product[3]}
+
+
+def _has_effect(node: fx.Node) -> bool:
+    """Whether a call may do more than return tensors: it returns none, or nothing is known of it."""
+    if node.op != "call_function" or node.target is operator.getitem:
+        return False
+    return signature(node.target) is None or next(tensor_leaves(node.meta.get("val")), None) is None

@@ -1,0 +1,1 @@
+"""Coordinate ascent over the groups: its steps, its restarts, and what it keeps between them."""

@@ -1,0 +1,1 @@
+"""Running networks on data: batches, losses, descent, BatchNorm statistics and REPAIR."""

@@ -1,0 +1,167 @@
+"""A spec as JSON: everything that it holds, with its axes in text form."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from permgraph.errors import SpecError
+from permgraph.spec.binding import Group
+from permgraph.spec.expressions import parse_axis
+from permgraph.spec.provenance import Constraints, SlotPin, Tie
+
+if TYPE_CHECKING:
+    from permgraph.spec.spec import PermutationSpec
+
+FORMAT = "permgraph.spec"
+VERSION = 1
+
+T = TypeVar("T")
+
+
+def to_json(spec: PermutationSpec) -> dict[str, Any]:
+    """``spec`` as plain lists and dictionaries; records without names are lists, in the order of their fields."""
+    constraints = spec.constraints
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "model_class": spec.model_class,
+        "groups": {
+            name: {"size": group.size, "parents": list(group.parents), "fixed": group.fixed}
+            for name, group in spec.groups.items()
+        },
+        "parameters": {
+            name: {"shape": list(spec.shapes[name]), "axes": list(map(str, axes))} for name, axes in spec.axes.items()
+        },
+        "aliases": dict(spec.aliases),
+        "pins": list(map(_record, spec.pins)),
+        "unknown_ops": list(map(_record, spec.unknown_ops)),
+        "unused": list(spec.unused),
+        "notes": list(spec.notes),
+        "constraints": None
+        if constraints is None
+        else {"ties": list(map(_record, constraints.ties)), "pins": list(map(_record, constraints.pins))},
+    }
+
+
+def _record(value: Any) -> list[Any]:
+    return [getattr(value, field.name) for field in fields(value)]
+
+
+def write_json(content: dict[str, Any]) -> str:
+    """``content`` as JSON with a line for each group, parameter, pin or tie, so that files compare line by line."""
+
+    def dump(value: Any) -> str:
+        return json.dumps(value, ensure_ascii=False)
+
+    def block(value: Any, indent: str) -> str:
+        if not value or not isinstance(value, dict | list):
+            return dump(value)
+        inner = f"{indent} "
+        if isinstance(value, list):
+            return "[\n" + ",\n".join(f"{inner}{dump(item)}" for item in value) + f"\n{indent}]"
+        # Of the constraints, each kind is a block of its own; any other entry fits on a line.
+        nested = all(isinstance(item, list) for item in value.values())
+        show = block if nested else lambda item, _: dump(item)
+        lines = (f"{inner}{dump(key)}: {show(item, inner)}" for key, item in value.items())
+        return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
+
+    return "{\n" + ",\n".join(f" {dump(key)}: {block(value, ' ')}" for key, value in content.items()) + "\n}\n"
+
+
+def from_json(content: Any) -> PermutationSpec:
+    """The spec that `to_json` described.
+
+    Raises SpecError, naming the place, if the content is malformed, or of another format or version.
+    """
+    from permgraph.spec.spec import PermutationSpec, Pin, UnknownOp
+
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise SpecError(f"not a spec: the field 'format' should be {FORMAT!r}")
+    if content.get("version") != VERSION:
+        raise SpecError(
+            f"version {content.get('version')!r} of the format; this permgraph reads version {VERSION}: "
+            f"infer the spec again, or use the release that wrote it"
+        )
+
+    groups = {}
+    for name, entry in _get(content, "groups", dict).items():
+        with _at(f"groups.{name}"):
+            groups[name] = Group(name, _get(entry, "size", int), _names(entry, "parents"), _get(entry, "fixed", bool))
+    axes, shapes = {}, {}
+    for name, entry in _get(content, "parameters", dict).items():
+        where = f"parameters.{name}"
+        texts = _get(entry, "axes", list, where)
+        shape = _get(entry, "shape", list, where)
+        if not all(isinstance(size, int) for size in shape) or not all(isinstance(text, str) for text in texts):
+            raise SpecError(f"{where}: 'shape' should be a list of integers and 'axes' a list of texts")
+        with _at(f"{where}.axes"):
+            axes[name] = tuple(map(parse_axis, texts))
+        shapes[name] = tuple(shape)
+    aliases = _get(content, "aliases", dict)
+    if not all(isinstance(canonical, str) for canonical in aliases.values()):
+        raise SpecError("aliases: should be names to names")
+    constraints = content.get("constraints")
+    return PermutationSpec(
+        groups=groups,
+        axes=axes,
+        shapes=shapes,
+        aliases=aliases,
+        pins=_records(content, "pins", Pin, (str, int, int, str)),
+        unknown_ops=_records(content, "unknown_ops", UnknownOp, (str, int)),
+        unused=_names(content, "unused"),
+        model_class=_get(content, "model_class", str),
+        notes=_names(content, "notes"),
+        constraints=None
+        if constraints is None
+        else Constraints(
+            _records(constraints, "ties", Tie, (str, str), "constraints"),
+            _records(constraints, "pins", SlotPin, (str, str), "constraints"),
+        ),
+    )
+
+
+@contextmanager
+def _at(where: str) -> Iterator[None]:
+    """Say where in the file an error was found."""
+    try:
+        yield
+    except SpecError as error:
+        raise SpecError(f"{where}: {error}") from None
+
+
+def _get(content: Any, key: str, kind: type[T], where: str = "") -> T:
+    place = f"{where}.{key}" if where else key
+    if not isinstance(content, Mapping) or key not in content:
+        raise SpecError(f"{place}: missing")
+    value = content[key]
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise SpecError(f"{place}: should be of type {kind.__name__}, found {value!r}")
+    return value
+
+
+def _names(content: Any, key: str) -> tuple[str, ...]:
+    values: list[Any] = _get(content, key, list)
+    if not all(isinstance(value, str) for value in values):
+        raise SpecError(f"{key}: should be a list of texts")
+    return tuple(values)
+
+
+def _records(content: Any, key: str, record: type[T], required: tuple[type, ...], where: str = "") -> tuple[T, ...]:
+    """The records under ``key``: first the required fields, of these types, then texts or nulls."""
+    place = f"{where}.{key}" if where else key
+    rows: list[Any] = _get(content, key, list, where)
+    optional = len(fields(record)) - len(required)  # type: ignore[arg-type]
+    for at, row in enumerate(rows):
+        if (
+            not isinstance(row, list)
+            or len(row) != len(required) + optional
+            or not all(isinstance(value, kind) for value, kind in zip(row, required, strict=False))
+            or not all(value is None or isinstance(value, str) for value in row[len(required) :])
+        ):
+            names = ", ".join(field.name for field in fields(record))  # type: ignore[arg-type]
+            raise SpecError(f"{place}[{at}]: should be [{names}], found {row!r}")
+    return tuple(record(*row) for row in rows)

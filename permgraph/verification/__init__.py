@@ -1,0 +1,1 @@
+"""Proofs: that a specification preserves a model's function (`verify`), and that a rule is right (`check_rule`)."""

@@ -1,0 +1,1 @@
+"""State dicts as values: sharded and offloaded tensors, averages and interpolations."""
