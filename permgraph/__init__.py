@@ -1,157 +1,22 @@
-"""Every permutation symmetry of an arbitrary PyTorch module, and the alignment of trained networks over it."""
+"""Every permutation symmetry of an arbitrary PyTorch module, and the alignment of trained networks over it.
 
-from __future__ import annotations
+The public names stand in ``__init__.pyi``, each with the package it comes from, and are imported when they are first
+used: ``import permgraph`` by itself imports neither torch nor anything else of weight.
+"""
 
-from permgraph import errors
-from permgraph.capture import Captured, ExampleInputs, capture, input_finder
-from permgraph.connectivity import (
-    AlignedCurve,
-    Barrier,
-    ChannelStatistics,
-    Claim,
-    Curve,
-    FeatureAgreement,
-    FeatureConnectivity,
-    LayerSpectra,
-    LayerwiseBarriers,
-    LossSurface,
-    SpectralComparison,
-    barrier,
-    barrier_along,
-    channel_statistics,
-    compare_spectra,
-    evaluate_on,
-    feature_connectivity,
-    fit_aligned_curve,
-    fit_curve,
-    interpolate,
-    layerwise_barriers,
-    loss_surface,
-    permute_masks,
-    recalibrate_batchnorm,
-    repair,
-    simultaneous_connectivity,
-    star_connectivity,
-    strong_connectivity,
-    weak_connectivity,
-)
-from permgraph.inference.auto_spec import auto_spec
-from permgraph.inference.branches import BranchCheck, check_branches
-from permgraph.matching import (
-    ActivationMatching,
-    Alignment,
-    FrankWolfe,
-    Matcher,
-    MatchResult,
-    PartialMatch,
-    Sinkhorn,
-    StraightThrough,
-    StreamedWeightMatching,
-    WeightMatching,
-    Workers,
-    align,
-    match_widths,
-)
-from permgraph.matching.cost import Estimate, calibrate, estimate
-from permgraph.merging import (
-    CycleConsistent,
-    FrankWolfeMany,
-    Merge,
-    MergeMany,
-    MergeMethod,
-    Star,
-    ToReference,
-    average,
-    fit_star,
-    merge,
-)
-from permgraph.pictures import Report, layer_similarity, report
-from permgraph.rules import rule
-from permgraph.spec.permutation import Permutation
-from permgraph.spec.spec import Group, PermutationSpec
-from permgraph.studies import StudyPlan, StudyResult, study
-from permgraph.verification.model import Verification, verify
-from permgraph.verification.rule import RuleReport, check_rule
+import importlib
+
+import lazy_loader
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "ActivationMatching",
-    "AlignedCurve",
-    "Alignment",
-    "Barrier",
-    "BranchCheck",
-    "Captured",
-    "ChannelStatistics",
-    "Claim",
-    "Curve",
-    "CycleConsistent",
-    "Estimate",
-    "ExampleInputs",
-    "FeatureAgreement",
-    "FeatureConnectivity",
-    "FrankWolfe",
-    "FrankWolfeMany",
-    "Group",
-    "LayerSpectra",
-    "LayerwiseBarriers",
-    "LossSurface",
-    "MatchResult",
-    "Matcher",
-    "Merge",
-    "MergeMany",
-    "MergeMethod",
-    "PartialMatch",
-    "Permutation",
-    "PermutationSpec",
-    "Report",
-    "RuleReport",
-    "Sinkhorn",
-    "SpectralComparison",
-    "Star",
-    "StraightThrough",
-    "StreamedWeightMatching",
-    "StudyPlan",
-    "StudyResult",
-    "ToReference",
-    "Verification",
-    "WeightMatching",
-    "Workers",
-    "__version__",
-    "align",
-    "auto_spec",
-    "average",
-    "barrier",
-    "barrier_along",
-    "calibrate",
-    "capture",
-    "channel_statistics",
-    "check_branches",
-    "check_rule",
-    "compare_spectra",
-    "errors",
-    "estimate",
-    "evaluate_on",
-    "feature_connectivity",
-    "fit_aligned_curve",
-    "fit_curve",
-    "fit_star",
-    "input_finder",
-    "interpolate",
-    "layer_similarity",
-    "layerwise_barriers",
-    "loss_surface",
-    "match_widths",
-    "merge",
-    "permute_masks",
-    "recalibrate_batchnorm",
-    "repair",
-    "report",
-    "rule",
-    "simultaneous_connectivity",
-    "star_connectivity",
-    "strong_connectivity",
-    "study",
-    "verify",
-    "weak_connectivity",
-]
+_public, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__all__ = [*__all__, "__version__"]
+
+_PACKAGES = frozenset(
+    ("assignment", "connectivity", "inference", "io", "matching", "merging", "pictures", "rules", "spec", "studies")
+)
+
+
+def __getattr__(name: str) -> object:
+    return importlib.import_module(f"{__name__}.{name}") if name in _PACKAGES else _public(name)

@@ -19,7 +19,7 @@ from permgraph.cli.work import Work
 from permgraph.connectivity import Barrier, evaluate_on, recalibrate_batchnorm
 from permgraph.connectivity import barrier as measure
 from permgraph.errors import EvaluationError, MismatchError
-from permgraph.files import write_atomically
+from permgraph.io.files import write_atomically
 from permgraph.matching import MatchResult
 from permgraph.pictures import report
 

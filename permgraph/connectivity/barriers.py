@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from permgraph.errors import EvaluationError, in_one_line
 from permgraph.networks.evaluate import template_of, undisturbed
+from permgraph.pictures.tables import barrier_table
 from permgraph.weights.combine import as_state_dict, check_same_keys, interpolate
 
 if TYPE_CHECKING:
@@ -140,8 +141,6 @@ class Barrier:
         return text
 
     def _repr_html_(self) -> str:
-        from permgraph.pictures.tables import barrier_table
-
         return barrier_table(self)
 
     def _as_loss(self, metric: str) -> tuple[float, ...]:

@@ -24,7 +24,7 @@ from permgraph.connectivity.barriers import Evaluate, Prepare, measure
 from permgraph.errors import EvaluationError, NonFiniteError
 from permgraph.networks.evaluate import template_of, undisturbed
 from permgraph.weights.combine import as_state_dict, blend, check_same_keys
-from permgraph.weights.statistics import STATISTICS
+from permgraph.weights.state_dict import STATISTICS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

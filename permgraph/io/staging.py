@@ -17,8 +17,8 @@ from types import TracebackType
 from typing import IO, Any
 
 from permgraph.errors import CheckpointError
-from permgraph.files import write_atomically
 from permgraph.io.distributed_folder import METADATA
+from permgraph.io.files import write_atomically
 
 JOURNAL = "journal.json"
 RESULT = "out"

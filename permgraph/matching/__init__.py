@@ -3,6 +3,7 @@
 from permgraph.assignment import Assignment, assign, assign_limited, assign_wide, certify
 from permgraph.matching.activation_matching import ActivationMatching
 from permgraph.matching.alignment import Alignment, align
+from permgraph.matching.cost import Estimate, calibrate, estimate
 from permgraph.matching.frank_wolfe import FrankWolfe
 from permgraph.matching.matcher import Matcher, MatchResult, NeedsModels, Sweep
 from permgraph.matching.sinkhorn import Sinkhorn
@@ -16,6 +17,7 @@ __all__ = [
     "ActivationMatching",
     "Alignment",
     "Assignment",
+    "Estimate",
     "FrankWolfe",
     "MatchResult",
     "Matcher",
@@ -31,6 +33,8 @@ __all__ = [
     "assign",
     "assign_limited",
     "assign_wide",
+    "calibrate",
     "certify",
+    "estimate",
     "match_widths",
 ]

@@ -19,7 +19,6 @@ from torch import nn
 
 from permgraph.errors import MismatchError, NonFiniteError, PermgraphError, SpecError
 from permgraph.matching.matcher import MatchResult, Progress
-from permgraph.matching.problem.objective import StateDict
 from permgraph.matching.replay import Replay, Site
 from permgraph.matching.weight_matching import WeightMatching
 from permgraph.matching.workers import Workers, require_each_once
@@ -27,6 +26,7 @@ from permgraph.networks.batches import seeded, to
 from permgraph.spec.expressions import Axis, Fixed, refs, size_of
 from permgraph.spec.permutation import Permutation
 from permgraph.spec.spec import PermutationSpec
+from permgraph.weights.state_dict import StateDict
 
 log = logging.getLogger(__name__)
 

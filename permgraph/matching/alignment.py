@@ -14,6 +14,7 @@ from torch import nn
 from permgraph.errors import MismatchError
 from permgraph.matching.matcher import Matcher, MatchResult, NeedsModels, Outcome, Progress, Sweep
 from permgraph.matching.weight_matching import WeightMatching
+from permgraph.pictures.tables import alignment_table
 from permgraph.spec.spec import PermutationSpec
 from permgraph.weights.distributed import module_state, taken_apart, whole_state
 
@@ -102,8 +103,6 @@ class Alignment:
         return model
 
     def _repr_html_(self) -> str:
-        from permgraph.pictures.tables import alignment_table
-
         return alignment_table(self)
 
     def __str__(self) -> str:

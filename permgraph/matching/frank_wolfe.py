@@ -21,11 +21,12 @@ from permgraph.matching.ascent.step import choose, choose_each
 from permgraph.matching.matcher import MatchResult, Progress, Sweep
 from permgraph.matching.problem.blocks import Block
 from permgraph.matching.problem.moves import Plan
-from permgraph.matching.problem.objective import Pair, StateDict, pair
+from permgraph.matching.problem.objective import Pair, pair
 from permgraph.matching.problem.renumber import Arrays
 from permgraph.matching.weight_matching import WeightMatching
 from permgraph.spec.permutation import Permutation
 from permgraph.spec.spec import PermutationSpec
+from permgraph.weights.state_dict import StateDict
 
 log = logging.getLogger(__name__)
 

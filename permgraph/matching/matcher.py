@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from permgraph.pictures.tables import alignment_table
 from permgraph.spec.spec import PermutationSpec
 
 if TYPE_CHECKING:
@@ -83,8 +84,6 @@ class MatchResult:
         return len(self.history)
 
     def _repr_html_(self) -> str:
-        from permgraph.pictures.tables import alignment_table
-
         return alignment_table(self)
 
 

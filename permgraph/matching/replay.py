@@ -18,9 +18,9 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from permgraph.errors import MismatchError, SpecError
-from permgraph.matching.problem.objective import StateDict
 from permgraph.spec.expressions import Axis, Label, Product, Ref, normalise, refs, rename, size_of, walk
 from permgraph.spec.spec import PermutationSpec
+from permgraph.weights.state_dict import StateDict
 
 if TYPE_CHECKING:
     from permgraph.capture import Captured

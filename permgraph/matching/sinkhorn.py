@@ -22,13 +22,13 @@ from torch import nn
 from permgraph.errors import MismatchError, NonFiniteError, PermgraphError
 from permgraph.matching.frank_wolfe import Matrices, Relaxation
 from permgraph.matching.matcher import MatchResult, Outcome, Progress, Sweep, moved_between
-from permgraph.matching.problem.objective import Pair, StateDict, pair
+from permgraph.matching.problem.objective import Pair, pair
 from permgraph.matching.weight_matching import WeightMatching
 from permgraph.networks.batches import batches, require_rereadable, seeded
 from permgraph.networks.blended import MIDPOINT, Between, Loss, MakeOptimizer
 from permgraph.spec.permutation import Permutation
 from permgraph.spec.spec import PermutationSpec
-from permgraph.weights.statistics import STATISTICS
+from permgraph.weights.state_dict import STATISTICS, StateDict
 
 log = logging.getLogger(__name__)
 

@@ -22,15 +22,15 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from permgraph.errors import CheckpointError, MismatchError, NonFiniteError, PermgraphError
-from permgraph.files import write_atomically
+from permgraph.io.files import write_atomically
 from permgraph.matching.interval import counted, steps_between
 from permgraph.matching.matcher import MatchResult, Outcome, Progress, Sweep, moved_between
-from permgraph.matching.problem.objective import StateDict
 from permgraph.matching.weight_matching import WeightMatching
 from permgraph.networks.batches import batches, require_rereadable, seeded
 from permgraph.networks.blended import Between, Loss, MakeOptimizer
 from permgraph.spec.permutation import Permutation
 from permgraph.spec.spec import PermutationSpec
+from permgraph.weights.state_dict import StateDict
 
 log = logging.getLogger(__name__)
 

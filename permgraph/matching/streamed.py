@@ -29,13 +29,12 @@ from permgraph.matching.ascent.step import Scene, choose, outer_values
 from permgraph.matching.matcher import MatchResult, Outcome, Progress, Sweep
 from permgraph.matching.problem.limits import Frozen, choose_limited, limits_of
 from permgraph.matching.problem.moves import Move, Place, Plan
-from permgraph.matching.problem.objective import StateDict
 from permgraph.matching.problem.order import informed_order
 from permgraph.matching.problem.renumber import Arrays, act, compose
 from permgraph.matching.workers import Share, Workers
 from permgraph.spec.permutation import Permutation
 from permgraph.spec.spec import PermutationSpec
-from permgraph.weights.statistics import STATISTICS
+from permgraph.weights.state_dict import STATISTICS, StateDict
 
 log = logging.getLogger(__name__)
 

@@ -27,12 +27,12 @@ from permgraph.matching.ascent.step import Scene, choose, choose_each, gram, out
 from permgraph.matching.matcher import MatchResult, Outcome, Progress, Sweep
 from permgraph.matching.problem.limits import Frozen, Limits, choose_limited, limits_of
 from permgraph.matching.problem.moves import Move, Place, Plan
-from permgraph.matching.problem.objective import Objective, Pair, StateDict, Weights, pair, variance
+from permgraph.matching.problem.objective import Objective, Pair, Weights, pair, variance
 from permgraph.matching.problem.order import informed_order, ranks
 from permgraph.matching.problem.renumber import PORTION, Arrays, act, compose
 from permgraph.spec.permutation import Permutation
 from permgraph.spec.spec import PermutationSpec
-from permgraph.weights.statistics import STATISTICS
+from permgraph.weights.state_dict import STATISTICS, StateDict
 
 log = logging.getLogger(__name__)
 

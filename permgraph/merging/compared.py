@@ -12,7 +12,7 @@ import torch
 from permgraph.errors import NonFiniteError
 from permgraph.matching import Matcher, WeightMatching
 from permgraph.spec.spec import PermutationSpec
-from permgraph.weights.statistics import STATISTICS
+from permgraph.weights.state_dict import STATISTICS
 
 _ROUNDING = 1e-12
 """What is lost in float64 when the inner products of a model are added up, as a share of their magnitude."""

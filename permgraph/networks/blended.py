@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from permgraph.errors import MismatchError, NonFiniteError, PermgraphError
-from permgraph.matching.problem.objective import StateDict
 from permgraph.networks.batches import batches, size, split
 from permgraph.spec.permutation import Permutation
 from permgraph.spec.spec import PermutationSpec
+from permgraph.weights.state_dict import StateDict
 
 Loss: TypeAlias = Callable[[Any, Any], torch.Tensor]
 MakeOptimizer: TypeAlias = Callable[[list[torch.Tensor]], torch.optim.Optimizer]

@@ -16,7 +16,7 @@ from importlib import resources
 from typing import TYPE_CHECKING
 
 from permgraph.errors import MismatchError
-from permgraph.files import write_atomically
+from permgraph.io.files import write_atomically
 from permgraph.pictures.charts import line_chart, similarity_rows
 from permgraph.pictures.content import content
 from permgraph.pictures.similarity import layer_similarity

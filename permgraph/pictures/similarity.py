@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from permgraph.errors import MismatchError
-from permgraph.weights.statistics import STATISTICS
+from permgraph.weights.state_dict import STATISTICS
 
 if TYPE_CHECKING:
     import torch

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from permgraph.errors import MismatchError, SpecError
-from permgraph.files import write_atomically
+from permgraph.io.files import write_atomically
 from permgraph.spec.action import Block, blocks, gather
 from permgraph.spec.binding import Group, IntArray
 from permgraph.spec.expressions import Axis, size_of

@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING, Any
 import networkx as nx
 from torch.nn.parameter import is_lazy
 
+from permgraph.display import display
 from permgraph.errors import MismatchError, SpecError
-from permgraph.files import write_atomically
+from permgraph.io.files import write_atomically
 from permgraph.spec.binding import Group, Layout, Occurrence, bind, check_groups
 from permgraph.spec.expressions import (
     Axis,
@@ -444,14 +445,11 @@ class PermutationSpec:
             MissingExtraError: matplotlib is not installed.
             SpecError: no module `within` holds a parameter.
         """
-        from permgraph.pictures.drawing import plot_spec
-
-        return plot_spec(self, rows=rows, collapse=collapse, within=within, ax=ax)
+        axes: Axes = display("spec", self, rows=rows, collapse=collapse, within=within, ax=ax)
+        return axes
 
     def _repr_html_(self) -> str:
-        from permgraph.pictures.tables import spec_table
-
-        return spec_table(self)
+        return str(display("spec table", self))
 
     # --- text and files -----------------------------------------------------------------------------------------------
 

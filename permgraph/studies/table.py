@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from permgraph.errors import MissingExtraError, StudyError
-from permgraph.files import write_atomically
+from permgraph.io.files import write_atomically
 from permgraph.spec.permutation import Permutation
 from permgraph.studies.plan import Cell, StudyPlan
 from permgraph.studies.store import Store

@@ -1,1 +1,6 @@
 """Proofs: that a specification preserves a model's function (`verify`), and that a rule is right (`check_rule`)."""
+
+from permgraph.verification.model import Verification, verify
+from permgraph.verification.rule import RuleReport, check_rule
+
+__all__ = ["RuleReport", "Verification", "check_rule", "verify"]

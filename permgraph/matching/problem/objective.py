@@ -11,9 +11,8 @@ import torch
 
 from permgraph.errors import MismatchError, NonFiniteError, PermgraphError
 from permgraph.spec.spec import PermutationSpec
-from permgraph.weights.statistics import STATISTICS
+from permgraph.weights.state_dict import STATISTICS, StateDict
 
-StateDict: TypeAlias = Mapping[str, torch.Tensor]
 Objective: TypeAlias = Literal["inner", "cosine", "l2"]
 Weight: TypeAlias = float | torch.Tensor
 Weights: TypeAlias = Mapping[str, Weight] | Callable[[str, torch.Tensor], Weight]
