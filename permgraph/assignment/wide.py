@@ -19,6 +19,7 @@ import numpy as np
 from lap import lapmod
 
 from permgraph.assignment.solve import Assignment
+from permgraph.deprecated import renamed
 from permgraph.errors import NonFiniteError, PermgraphError
 
 _BLOCK = 1 << 22
@@ -27,13 +28,14 @@ _CACHED = 1 << 18
 """Elements of which several passes are made."""
 
 
+@renamed(start="init")
 def assign_wide(
     matrix: np.ndarray,
     *,
     maximise: bool = False,
     candidates: int = 12,
     rounds: int = 50,
-    start: np.ndarray | None = None,
+    init: np.ndarray | None = None,
     name: str = "the cost matrix",
 ) -> Assignment:
     """Choose one column for each row of a square matrix, no column twice, without a second matrix.
@@ -44,7 +46,7 @@ def assign_wide(
         candidates: about how many columns each row has to begin with, and may add in a round,
             twice as many every five rounds.
         rounds: stop after so many solutions.
-        start: integers (n,), an assignment that is known, which makes sure that there is one among the candidates;
+        init: integers (n,), an assignment that is known, which makes sure that there is one among the candidates;
             row i with column i by default.
         name: what an error calls the matrix.
 
@@ -53,7 +55,7 @@ def assign_wide(
 
     Raises:
         NonFiniteError: the matrix holds NaN or infinity.
-        PermgraphError: the matrix is not square, or `start` is no permutation.
+        PermgraphError: the matrix is not square, or `init` is no permutation.
 
     Takes O(n^2) for each temperature and each round to look at the matrix, and memory for the candidates.
 
@@ -62,9 +64,9 @@ def assign_wide(
         array([1, 0])
     """
     n = len(matrix)
-    columns = np.arange(n) if start is None else np.asarray(start)
+    columns = np.arange(n) if init is None else np.asarray(init)
     if matrix.shape != (n, n) or not np.array_equal(np.sort(columns), np.arange(n)):
-        raise PermgraphError(f"{name} must be square, and start a permutation, not {matrix.shape} and {columns.shape}")
+        raise PermgraphError(f"{name} must be square, and init a permutation, not {matrix.shape} and {columns.shape}")
     step = max(1, _BLOCK // max(1, n))
     if not all(np.isfinite(matrix[first : first + step]).all() for first in range(0, n, step)):
         raise NonFiniteError(f"{name} holds NaN or infinity; an assignment needs finite costs")

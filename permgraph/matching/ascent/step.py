@@ -139,10 +139,14 @@ def choose_each(
     return {name: (columns, gain) for name, (columns, gain, _) in zip(worths, found, strict=True)}
 
 
+def rounding_of(values: torch.Tensor) -> float:
+    """The share of what was added up below which a difference is taken for rounding."""
+    return 16 * torch.finfo(values.dtype).eps
+
+
 def _task(worth: torch.Tensor, solver: Solver, name: str) -> tuple[np.ndarray, float, Solver, str]:
-    rounding = 16 * torch.finfo(worth.dtype).eps
     exact = worth.dtype in (torch.float32, torch.float64)
-    return (worth if exact else worth.double()).detach().cpu().numpy(), rounding, solver, name
+    return (worth if exact else worth.double()).detach().cpu().numpy(), rounding_of(worth), solver, name
 
 
 def _choose(table: np.ndarray, rounding: float, solver: Solver, name: str) -> tuple[np.ndarray, float]:
