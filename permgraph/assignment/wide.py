@@ -15,12 +15,21 @@ are taken: at either end, many rows seem to want what they would not get. With t
 
 from __future__ import annotations
 
-import numpy as np
-from lap import lapmod
+from collections.abc import Callable
+from typing import Any
 
-from permgraph.assignment.solve import Assignment
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+
+from permgraph.assignment.certificate import Assignment, certify
 from permgraph.deprecated import renamed
 from permgraph.errors import NonFiniteError, PermgraphError
+
+lapmod: Callable[..., Any] | None
+try:
+    from lap import lapmod
+except ImportError:  # scipy's dense solver is exact too, with a second matrix
+    lapmod = None
 
 _BLOCK = 1 << 22
 """Elements that are looked at in one piece."""
@@ -57,6 +66,8 @@ def assign_wide(
         NonFiniteError: the matrix holds NaN or infinity.
         PermgraphError: the matrix is not square, or `init` is no permutation.
 
+    Without lapx it is a dense solver's, with a second matrix.
+
     Takes O(n^2) for each temperature and each round to look at the matrix, and memory for the candidates.
 
     Example:
@@ -72,6 +83,10 @@ def assign_wide(
         raise NonFiniteError(f"{name} holds NaN or infinity; an assignment needs finite costs")
     sign = -1.0 if maximise else 1.0
     rows = np.arange(n)
+    if lapmod is None:
+        columns = linear_sum_assignment(matrix, maximize=maximise)[1]
+        gap = certify(matrix, columns, maximise=maximise)
+        return Assignment(columns, np.asarray(matrix[rows, columns].astype(np.float64).sum()), gap)
     prices = _cooled(matrix, sign)
     wanted, _, _ = _wanted(matrix, sign, prices, np.full(n, np.inf), candidates)
     edges = np.unique(np.concatenate([rows * n + columns, wanted]))
@@ -199,6 +214,7 @@ def _sparse(edges: np.ndarray, costs: np.ndarray, n: int) -> np.ndarray:
     reduced = costs - np.repeat(np.minimum.reduceat(costs, starts[:-1]), np.diff(starts))
     # A million is infinite to it; no path through numbers of at most 1 is as long. A power of two rounds nothing.
     reduced = np.ldexp(reduced, -int(np.frexp(reduced.max())[1]))
+    assert lapmod is not None
     columns, _ = lapmod(n, reduced, starts.astype(np.int32), (edges % n).astype(np.int32), return_cost=False)
     return np.asarray(columns, dtype=np.int64)
 

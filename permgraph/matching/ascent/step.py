@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from permgraph.assignment.certificate import prices_of
 from permgraph.assignment.parallel import side_by_side
-from permgraph.assignment.solve import Solver, assign, crowded, prices_of
+from permgraph.assignment.solve import Solver, assign, crowded
 from permgraph.matching.problem.moves import Node
 from permgraph.matching.workers import Share
 from permgraph.spec.spec import PermutationSpec
