@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import doctest
+import graphlib
 import importlib
 import inspect
 import pkgutil
@@ -17,16 +18,37 @@ import pytest
 import torch
 
 import permgraph as pg
+from permgraph import display
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "permgraph"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
-LEFT = (
-    "capture", "axes", "rules", "foresight", "liveness", "ties", "solve", "uniform", "dependence", "write", "infer",
-)  # fmt: skip
-RIGHT = ("permutation", "matching", "connectivity", "merging", "planning")
-GLUE = ("__init__", "verify", "branches", "cli", "studies")  # may join the two sides
+#: The packages in the order in which data walks through them, and what each may import besides itself, `errors`,
+#: `display`, `outcomes` and `deprecated`. An import counts wherever it stands: at the top, in a function, or for types
+#: alone.
+ARROWS = {
+    "algebra": "",
+    "assignment": "",
+    "io": "",
+    "weights": "",
+    "rules": "algebra",
+    "capture": "weights",
+    "spec": "io weights",
+    "inference": "algebra rules capture spec",
+    "networks": "spec weights",
+    "pictures": "spec weights io",
+    "matching": "assignment io weights spec networks pictures capture inference",
+    "merging": "weights spec networks inference matching",
+    "connectivity": "weights spec networks pictures matching",
+    "verification": "capture rules spec inference",
+    "verify": "verification",
+    "studies": "io weights spec networks pictures inference matching connectivity",
+    "cli": "io spec capture inference pictures matching merging connectivity verification studies",
+    "__main__": "cli",
+}
+FOR_ALL = {"errors", "display", "outcomes", "deprecated"}
+TOP = {"__init__", "__main__", "verify"} | FOR_ALL  # the only modules outside a package
 
 
 def _module_name(source: Path) -> str:
@@ -38,8 +60,8 @@ def _room(source: Path) -> str:
     return source.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
-def _imports(tree: ast.AST, *, inside_functions: bool) -> Iterator[str]:
-    """Yield the modules that a file imports when it is run, so not those under ``if TYPE_CHECKING``."""
+def _imports(tree: ast.AST, *, inside_functions: bool, for_types: bool = False) -> Iterator[str]:
+    """Yield the modules that a file imports, by their full names; under ``if TYPE_CHECKING`` only `for_types`."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -47,13 +69,15 @@ def _imports(tree: ast.AST, *, inside_functions: bool) -> Iterator[str]:
             assert node.level == 0, "imports are absolute"
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            yield from _imports(ast.Module(node.orelse, []), inside_functions=inside_functions)
+            branches = [*(node.body if for_types else []), *node.orelse]
+            yield from _imports(ast.Module(branches, []), inside_functions=inside_functions, for_types=for_types)
         elif inside_functions or not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
-            yield from _imports(node, inside_functions=inside_functions)
+            yield from _imports(node, inside_functions=inside_functions, for_types=for_types)
 
 
-def _imports_of(source: Path, *, inside_functions: bool) -> list[str]:
-    return list(_imports(ast.parse(source.read_text()), inside_functions=inside_functions))
+def _imports_of(source: Path, *, inside_functions: bool, for_types: bool = False) -> list[str]:
+    tree = ast.parse(source.read_text())
+    return list(_imports(tree, inside_functions=inside_functions, for_types=for_types))
 
 
 def _is_one_of(name: str, modules: tuple[str, ...]) -> bool:
@@ -78,20 +102,47 @@ class I:
 """
     assert list(_imports(ast.parse(text), inside_functions=False)) == ["b", "c.d", "e.f"]
     assert list(_imports(ast.parse(text), inside_functions=True)) == ["b", "c.d", "e.f", "h", "k.l"]
+    both = list(_imports(ast.parse(text), inside_functions=True, for_types=True))
+    assert both == ["a", "b", "c.d", "e.f", "h", "k.l"]
+
+
+def _packages_of(source: Path) -> set[str]:
+    """The packages that a file imports, aside from those that all may."""
+    names = _imports_of(source, inside_functions=True, for_types=True)
+    packages = {name.split(".")[1] for name in names if name.startswith("permgraph.")}
+    return packages - FOR_ALL - {"__version__", _room(source)}
+
+
+def test_no_module_is_outside_a_package() -> None:
+    assert {_room(source) for source in SOURCES if source.parent == PACKAGE} == TOP
+    assert {_room(source) for source in SOURCES} - TOP == set(ARROWS) - TOP
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=_module_name)
-def test_symbols_and_numbers_stay_apart(source: Path) -> None:
-    room = _room(source)
-    if room in LEFT:
-        numeric = ("scipy", *(f"permgraph.{right}" for right in RIGHT))
-        assert not [name for name in _imports_of(source, inside_functions=True) if _is_one_of(name, numeric)]
-    elif room in RIGHT:
-        symbolic = tuple(f"permgraph.{left}" for left in LEFT)
-        assert not [name for name in _imports_of(source, inside_functions=False) if _is_one_of(name, symbolic)]
-    elif room not in GLUE:  # the waist: data that both sides share
-        both = ("scipy", *(f"permgraph.{side}" for side in LEFT + RIGHT))
-        assert not [name for name in _imports_of(source, inside_functions=False) if _is_one_of(name, both)]
+def test_packages_import_only_what_the_table_allows(source: Path) -> None:
+    assert _packages_of(source) <= set(ARROWS.get(_room(source), "").split())
+
+
+def test_the_table_has_no_cycle_and_no_arrow_that_is_not_used() -> None:
+    table = {package: set(allowed.split()) for package, allowed in ARROWS.items()}
+    list(graphlib.TopologicalSorter(table).static_order())  # which raises CycleError
+    used: dict[str, set[str]] = {package: set() for package in ARROWS}
+    for source in SOURCES:
+        used.get(_room(source), set()).update(_packages_of(source))
+    assert used == table
+
+
+def test_pictures_that_are_drawn_by_name_are_there() -> None:
+    for picture in display.PICTURES.values():
+        module, _, function = picture.partition(":")
+        assert callable(getattr(importlib.import_module(module), function))
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=_module_name)
+def test_symbols_know_no_numbers(source: Path) -> None:
+    """What infers a specification reads no weights, so it needs no solver of scipy."""
+    if _room(source) in ("algebra", "rules", "capture", "inference"):
+        assert not [n for n in _imports_of(source, inside_functions=True, for_types=True) if _is_one_of(n, ("scipy",))]
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=_module_name)

@@ -87,7 +87,7 @@ def prices_of(
 
     Example:
         >>> costs = np.array([[4.0, 1.0], [2.0, 0.0]])
-        >>> prices_of(costs, assign(costs).columns)
+        >>> prices_of(costs, np.array([1, 0]))
         array([ 0., -2.])
     """
     begin = np.zeros(len(matrix)) if start is None else start

@@ -141,7 +141,7 @@ def _from_first(permutations: Sequence[Permutation]) -> list[Permutation]:
     if permutations[0].is_identity:
         return list(permutations)
     back = permutations[0].inverse()
-    return [back.spec.identity(), *(back @ permutation for permutation in permutations[1:])]
+    return [Permutation.identity(back.spec), *(back @ permutation for permutation in permutations[1:])]
 
 
 def _together(work: Work, staging: Staging, method: Method) -> tuple[Sequence[Permutation], dict[str, Any]]:

@@ -13,11 +13,11 @@ from permgraph.algebra.store import Axes, Axis, Index, Kind
 from permgraph.inference.fibres import Dependence
 from permgraph.inference.fixpoint import Solution
 from permgraph.rules.call import TypedTensor
+from permgraph.spec import Pin, UnknownOp
 from permgraph.spec.binding import Group
 from permgraph.spec.expressions import Axis as Expression
 from permgraph.spec.expressions import Family, Fixed, Label, Product, Ref, Sum
 from permgraph.spec.provenance import Constraints, SlotPin, Tie
-from permgraph.spec.spec import Pin, UnknownOp
 
 
 class Writer:

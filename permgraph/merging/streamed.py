@@ -17,7 +17,6 @@ from permgraph.merging.compared import Compared
 from permgraph.merging.result import Found, Models, Progress, Round
 from permgraph.outcomes import Outcome
 from permgraph.spec.permutation import Permutation
-from permgraph.spec.spec import PermutationSpec
 from permgraph.weights.state_dict import as_real, is_continuous
 
 log = logging.getLogger(__name__)
@@ -42,7 +41,7 @@ class StreamedRounds:
         remember: keeps the permutation of each step, so that a run which was stopped goes on after its last step.
 
     Example:
-        >>> spec = PermutationSpec.parse('''
+        >>> spec = pg.PermutationSpec.parse('''
         ... 0.weight  3x1  hidden .
         ... 2.weight  1x3  . hidden
         ... groups: hidden 3
@@ -182,7 +181,7 @@ class _Moved(LoadedOnAccess):
 
     def _renumbered(self, name: str) -> torch.Tensor:
         tensor: torch.Tensor = self.state[name].detach()
-        spec: PermutationSpec = self.permutation.spec
+        spec = self.permutation.spec
         if tensor.dtype.itemsize == 1 and tensor.is_floating_point():
             tensor = tensor.to(torch.bfloat16)  # exact, and eight-bit floats cannot be indexed everywhere
         known = spec.aliases.get(name, name)

@@ -14,9 +14,9 @@ from permgraph.pictures.tree import Module, Repeated, module_tree, short_names
 from permgraph.spec.expressions import Axis, Family, Fixed, Label, Product, Ref, Sum
 
 if TYPE_CHECKING:
+    from permgraph.spec import PermutationSpec, Pin
     from permgraph.spec.binding import Group
     from permgraph.spec.provenance import SlotPin, Tie
-    from permgraph.spec.spec import PermutationSpec, Pin
 
 
 def content(spec: PermutationSpec) -> dict[str, Any]:

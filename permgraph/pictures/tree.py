@@ -70,11 +70,7 @@ Uses: TypeAlias = Mapping[str, tuple[tuple[str, int], ...]]
 
 def uses_of(spec: PermutationSpec) -> Uses:
     """For each group that stands somewhere, the parameters and dimensions where it does, in their order."""
-    found: dict[str, dict[tuple[str, int], None]] = {}
-    for name in spec.axes:
-        for occurrence in spec.occurrences(name):
-            found.setdefault(occurrence.group, {})[name, occurrence.dim] = None
-    return {group: tuple(places) for group, places in found.items()}
+    return {group: places for group, places in spec.uses_of_groups.items() if places}
 
 
 def module_tree(spec: PermutationSpec, *, collapse: bool = True) -> Module:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from permgraph.spec.binding import Group, Occurrence
+from permgraph.spec.data import SpecData
+from permgraph.spec.explain import Explanation
 from permgraph.spec.expressions import Axis, Family, Fixed, Label, Product, Ref, Sum, parse_axes, parse_axis
 from permgraph.spec.permutation import Permutation
-from permgraph.spec.provenance import Constraints, Explanation, SlotPin, Tie
-from permgraph.spec.spec import PermutationSpec, Pin, UnknownOp
+from permgraph.spec.provenance import Constraints, Pin, SlotPin, Tie, UnknownOp
+from permgraph.spec.spec import PermutationSpec
 
 __all__ = [
     "Axis",
@@ -23,6 +25,7 @@ __all__ = [
     "Product",
     "Ref",
     "SlotPin",
+    "SpecData",
     "Sum",
     "Tie",
     "UnknownOp",

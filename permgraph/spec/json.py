@@ -6,15 +6,13 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from permgraph.errors import SpecError
 from permgraph.spec.binding import Group
+from permgraph.spec.data import SpecData
 from permgraph.spec.expressions import parse_axis
-from permgraph.spec.provenance import Constraints, SlotPin, Tie
-
-if TYPE_CHECKING:
-    from permgraph.spec.spec import PermutationSpec
+from permgraph.spec.provenance import Constraints, Pin, SlotPin, Tie, UnknownOp
 
 FORMAT = "permgraph.spec"
 VERSION = 1
@@ -22,7 +20,7 @@ VERSION = 1
 T = TypeVar("T")
 
 
-def to_json(spec: PermutationSpec) -> dict[str, Any]:
+def to_json(spec: SpecData) -> dict[str, Any]:
     """``spec`` as plain lists and dictionaries; records without names are lists, in the order of their fields."""
     constraints = spec.constraints
     return {
@@ -72,13 +70,11 @@ def write_json(content: dict[str, Any]) -> str:
     return "{\n" + ",\n".join(f" {dump(key)}: {block(value, ' ')}" for key, value in content.items()) + "\n}\n"
 
 
-def from_json(content: Any) -> PermutationSpec:
-    """The spec that `to_json` described.
+def from_json(content: Any) -> dict[str, Any]:
+    """The fields of the spec that `to_json` described.
 
     Raises SpecError, naming the place, if the content is malformed, or of another format or version.
     """
-    from permgraph.spec.spec import PermutationSpec, Pin, UnknownOp
-
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise SpecError(f"not a spec: the field 'format' should be {FORMAT!r}")
     if content.get("version") != VERSION:
@@ -105,7 +101,7 @@ def from_json(content: Any) -> PermutationSpec:
     if not all(isinstance(canonical, str) for canonical in aliases.values()):
         raise SpecError("aliases: should be names to names")
     constraints = content.get("constraints")
-    return PermutationSpec(
+    return dict(
         groups=groups,
         axes=axes,
         shapes=shapes,

@@ -24,8 +24,8 @@ from permgraph.errors import MismatchError, SpecError
 from permgraph.io.files import write_atomically
 from permgraph.spec.action import Block, blocks, gather
 from permgraph.spec.binding import Group, IntArray
+from permgraph.spec.data import SpecData
 from permgraph.spec.expressions import Axis, size_of
-from permgraph.spec.spec import PermutationSpec
 from permgraph.weights.distributed import gathered, redistributed_like
 from permgraph.weights.identity import SameTensor
 
@@ -59,7 +59,7 @@ class Permutation:
         True
     """
 
-    spec: PermutationSpec
+    spec: SpecData
     arrays: Mapping[str, IntArray]
     _plans: dict[Any, tuple[Block, ...]] = field(default_factory=dict, init=False, repr=False)
 
@@ -83,14 +83,14 @@ class Permutation:
     # --- making -------------------------------------------------------------------------------------------------------
 
     @classmethod
-    def identity(cls, spec: PermutationSpec) -> Permutation:
+    def identity(cls, spec: SpecData) -> Permutation:
         """The permutation of ``spec`` that moves nothing."""
         return cls(spec, {})
 
     @classmethod
     def random(
         cls,
-        spec: PermutationSpec,
+        spec: SpecData,
         seed: int | np.random.Generator | torch.Generator,
         *,
         every_group: bool = False,
@@ -290,7 +290,7 @@ class Permutation:
         write_atomically(path, content)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], spec: PermutationSpec) -> Permutation:
+    def load(cls, path: str | os.PathLike[str], spec: SpecData) -> Permutation:
         """Read a permutation of ``spec`` that `save` wrote.
 
         Raises SpecError if the file is malformed or of another version, and MismatchError if it belongs to another
@@ -314,7 +314,7 @@ class Permutation:
             raise MismatchError(f"{where}: this permutation belongs to another spec than the one given")
         return cls(spec, arrays)
 
-    def _require_same_spec(self, other: PermutationSpec) -> None:
+    def _require_same_spec(self, other: SpecData) -> None:
         if self.spec.fingerprint != other.fingerprint:
             differences = self.spec.diff(other)
             raise MismatchError(f"the permutations belong to different specs: {differences[0]}")
@@ -338,17 +338,17 @@ def old_parents(
     return old
 
 
-def _sizes(spec: PermutationSpec, name: str) -> tuple[int, ...]:
+def _sizes(spec: SpecData, name: str) -> tuple[int, ...]:
     group: Group = spec.groups[name]
     return (*(spec.groups[parent].size for parent in group.parents), group.size)
 
 
-def _rest(spec: PermutationSpec, name: str) -> IntArray:
+def _rest(spec: SpecData, name: str) -> IntArray:
     sizes = _sizes(spec, name)
     return np.broadcast_to(np.arange(sizes[-1], dtype=np.int64), sizes).copy()
 
 
-def _checked(spec: PermutationSpec, name: str, given: Any) -> IntArray:
+def _checked(spec: SpecData, name: str, given: Any) -> IntArray:
     array = np.asarray(given.detach().cpu() if isinstance(given, torch.Tensor) else given)
     group, sizes = spec.groups[name], _sizes(spec, name)
     if array.dtype.kind not in "iu":

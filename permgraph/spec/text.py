@@ -21,14 +21,12 @@ import re
 import textwrap
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import Any
 
 from permgraph.errors import SpecError
 from permgraph.spec.binding import Group
+from permgraph.spec.data import SpecData
 from permgraph.spec.expressions import Axis, Fixed, is_name, parse_axes
-
-if TYPE_CHECKING:
-    from permgraph.spec.spec import PermutationSpec
 
 _WIDTH = 118
 _NOTHING = "Nothing to permute:"
@@ -41,7 +39,7 @@ def _quote(name: str) -> str:
     return name if is_name(name) and not name.startswith("#") else json.dumps(name, ensure_ascii=False)
 
 
-def write_spec(spec: PermutationSpec) -> str:
+def write_spec(spec: SpecData) -> str:
     """The text form of ``spec``."""
     lines: list[str] = []
     if not spec.moving:
@@ -76,7 +74,7 @@ def _group(group: Group) -> str:
     return f"{group.name} {group.size}{' fixed' if group.fixed else ''}{over}"
 
 
-def _pinned(spec: PermutationSpec) -> list[str]:
+def _pinned(spec: SpecData) -> list[str]:
     axes = sum(isinstance(axis, Fixed) and axis.size > 1 for axes in spec.axes.values() for axis in axes)
     if not axes:
         return []
@@ -95,10 +93,8 @@ def _wrapped(title: str, items: Iterable[str]) -> list[str]:
     return textwrap.wrap(text, _WIDTH, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
 
 
-def read_spec(text: str) -> PermutationSpec:
-    """The spec that ``text`` describes; see `PermutationSpec.parse`."""
-    from permgraph.spec.spec import PermutationSpec
-
+def read_spec(text: str) -> dict[str, Any]:
+    """The fields of the spec that ``text`` describes; see `PermutationSpec.parse`."""
     rows: list[tuple[int, str]] = []
     entries: list[tuple[int, str]] = []
     section = ""
@@ -144,7 +140,7 @@ def read_spec(text: str) -> PermutationSpec:
             axes[name] = parse_axes(words[1] if len(words) == 2 else "", shapes[name])
         except SpecError as error:
             raise SpecError(f"line {number}, parameter {name!r}: {error}") from None
-    return PermutationSpec(groups=groups, axes=axes, shapes=shapes, aliases=aliases)
+    return {"groups": groups, "axes": axes, "shapes": shapes, "aliases": aliases}
 
 
 def _read_name(number: int, line: str) -> tuple[str, str]:

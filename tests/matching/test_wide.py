@@ -76,7 +76,7 @@ def test_nothing_is_changed():
 def test_refuses_bad_input():
     with pytest.raises(PermgraphError, match="must be square"):
         assign_wide(np.zeros((2, 3)))
-    with pytest.raises(PermgraphError, match="start a permutation"):
+    with pytest.raises(PermgraphError, match="init a permutation"):
         assign_wide(np.zeros((2, 2)), init=np.array([0, 0]))
     for bad in (np.nan, np.inf, -np.inf):
         cost = costs(2, 9, 9)

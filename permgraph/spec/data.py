@@ -1,0 +1,311 @@
+"""`SpecData`: the groups of a model, and where they act on its parameters, as checked, immutable data."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import hashlib
+import itertools
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from torch.nn.parameter import is_lazy
+
+from permgraph.errors import MismatchError, SpecError
+from permgraph.spec.binding import Group, Layout, Occurrence, bind, check_groups
+from permgraph.spec.expressions import Axis, normalise, rename, size_of
+from permgraph.spec.provenance import Constraints, Pin, UnknownOp
+
+if TYPE_CHECKING:
+    import networkx as nx
+    from typing_extensions import Self
+
+
+@dataclass(frozen=True)
+class SpecData:
+    """The data of a specification, without permutations, explanations, pictures or files; see `PermutationSpec`."""
+
+
+    groups: Mapping[str, Group]
+    axes: Mapping[str, tuple[Axis, ...]]
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    pins: tuple[Pin, ...] = ()
+    unknown_ops: tuple[UnknownOp, ...] = ()
+    unused: tuple[str, ...] = ()
+    model_class: str = ""
+    notes: tuple[str, ...] = ()
+    constraints: Constraints | None = field(default=None, repr=False)
+    _layouts: dict[tuple[Axis, ...], Layout] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for what, given_map in (("groups", self.groups), ("axes", self.axes)):
+            if not isinstance(given_map, Mapping):
+                raise SpecError(f"{what} must be a mapping from names, not a {type(given_map).__name__}")
+        check_groups(self.groups)
+        axes: dict[str, tuple[Axis, ...]] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name, given in self.axes.items():
+            where = f"parameter {name!r}"
+            if not name:
+                raise SpecError("a parameter has no name")
+            if not isinstance(given, tuple):
+                raise SpecError(f"{where}: its axes must be a tuple of expressions, not {type(given).__name__}")
+            axes[name] = tuple(map(normalise, given))
+            shapes[name] = self._shape(name, axes[name])
+            self.layout(axes[name], where)
+        for name in self.shapes:
+            if name not in axes:
+                raise SpecError(f"there is a shape for {name!r}, but there are no axes for it")
+        for alias, canonical in self.aliases.items():
+            if alias in axes:
+                raise SpecError(f"{alias!r} is an alias of {canonical!r}, so it cannot have axes of its own")
+            if canonical not in axes:
+                raise SpecError(f"{alias!r} is an alias of {canonical!r}, for which there are no axes")
+        freeze = functools.partial(object.__setattr__, self)
+        freeze("groups", MappingProxyType(dict(self.groups)))
+        freeze("axes", MappingProxyType(axes))
+        freeze("shapes", MappingProxyType(shapes))
+        freeze("aliases", MappingProxyType(dict(self.aliases)))
+
+    def _shape(self, name: str, axes: tuple[Axis, ...]) -> tuple[int, ...]:
+        try:
+            sizes = tuple(size_of(axis, self.groups) for axis in axes)
+        except SpecError as error:
+            raise SpecError(f"parameter {name!r}: {error}") from None
+        shape = tuple(self.shapes.get(name, sizes))
+        if len(shape) != len(axes):
+            raise SpecError(
+                f"parameter {name!r} has shape {shape}, of {len(shape)} dimensions, but {len(axes)} axes: "
+                f"{' '.join(map(str, axes))}"
+            )
+        for dim, (size, expected) in enumerate(zip(sizes, shape, strict=True)):
+            if size != expected:
+                raise SpecError(
+                    f"parameter {name!r}, dimension {dim}: the axis {axes[dim]} has size {size}, "
+                    f"but the shape is {shape}, so {expected} is due"
+                )
+        return shape
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Mapping proxies cannot be pickled or deep-copied; plain dictionaries can.
+        values = [getattr(self, f.name) for f in fields(self) if f.init]
+        return type(self), tuple(dict(value) if isinstance(value, MappingProxyType) else value for value in values)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A digest of the groups, with their names, and of the axes in their normal form.
+
+        Two specs share it when they call the same permutations by the same names; what was pinned why, notes and
+        shapes of what no group acts on do not count. Renaming a group or a parameter changes it.
+        """
+        content = {
+            "groups": {name: [g.size, list(g.parents), g.fixed] for name, g in self.groups.items()},
+            "axes": {name: list(map(str, axes)) for name, axes in self.axes.items()},
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    # --- groups and where they stand ----------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def moving(self) -> Mapping[str, Group]:
+        """The groups that really move something: not fixed, of more than one index, and standing in a parameter.
+
+        A parameter without elements, such as the weights of no extra tokens, holds nothing to move.
+        """
+        held = [axes for name, axes in self.axes.items() if 0 not in self.shapes[name]]
+        standing = {o.group for axes in held for o in self.layout(axes).occurrences}
+        return MappingProxyType(
+            {name: g for name, g in self.groups.items() if not g.fixed and g.size > 1 and name in standing}
+        )
+
+    def canonical(self, name: str) -> str:
+        """The canonical name of a parameter or buffer.
+
+        Raises SpecError if the spec does not know it.
+        """
+        name = self.aliases.get(name, name)
+        if name not in self.axes:
+            near = difflib.get_close_matches(name, [*self.axes, *self.aliases], n=3)
+            raise SpecError(f"no parameter {name!r} in this spec" + (f"; near: {', '.join(near)}" if near else ""))
+        return name
+
+    def occurrences(self, name: str) -> tuple[Occurrence, ...]:
+        """Where groups act on the parameter ``name``, in the order of its text, and which parents each one obeys."""
+        return self.layout(self.axes[self.canonical(name)]).occurrences
+
+    def layout(self, axes: tuple[Axis, ...], where: str = "this tensor") -> Layout:
+        """Where groups act on any tensor whose dimensions are ``axes``; worked out once and kept.
+
+        Raises SpecError, naming ``where``, if the axes do not make sense in this spec.
+        """
+        if axes not in self._layouts:
+            self._layouts[axes] = bind(axes, self.groups, where)
+        return self._layouts[axes]
+
+    def uses(self, group: str) -> tuple[tuple[str, int], ...]:
+        """Each parameter and dimension where ``group`` stands, in the order of the parameters, without repeats.
+
+        Raises SpecError if the spec does not know the group.
+        """
+        if group not in self.groups:
+            raise SpecError(f"no group {group!r} in this spec; it has {', '.join(self.groups) or 'none'}")
+        return self.uses_of_groups[group]
+
+    @functools.cached_property
+    def uses_of_groups(self) -> Mapping[str, tuple[tuple[str, int], ...]]:
+        """For each group, what `uses` says of it; all are worked out in one walk over the parameters."""
+        found: dict[str, dict[tuple[str, int], None]] = {name: {} for name in self.groups}
+        for name, axes in self.axes.items():
+            for occurrence in self.layout(axes).occurrences:
+                found[occurrence.group][name, occurrence.dim] = None
+        return MappingProxyType({group: tuple(places) for group, places in found.items()})
+
+    def multiplicity(self, group: str) -> int:
+        """The number of independent permutations that ``group`` has: the product of its parents' sizes."""
+        return math.prod(self.groups[parent].size for parent in self.groups[group].parents)
+
+    def log_order(self) -> float:
+        """The natural logarithm of the number of permutations; groups that stand in no parameter do not count."""
+        return math.fsum(self.multiplicity(name) * math.lgamma(group.size + 1) for name, group in self.moving.items())
+
+    def coupling(self) -> nx.Graph:
+        """Which groups share a parameter: an undirected graph of the moving groups.
+
+        Each edge has ``parameters``, the names shared, and ``meeting``, those of them in which some element lies on
+        both groups; two parts of a concatenation share a parameter without meeting. A group that stands more than
+        once in a parameter has an edge to itself. Where no parameter is in ``meeting``, the matching objective is
+        linear in the one while the other moves.
+        """
+        shared: dict[tuple[str, str], tuple[list[str], list[str]]] = {}
+        for name, axes in self.axes.items():
+            standing = [o for o in self.layout(axes).occurrences if o.group in self.moving]
+            pairs: dict[tuple[str, str], bool] = {}
+            for one, other in itertools.combinations(standing, 2):
+                key = (one.group, other.group) if one.group <= other.group else (other.group, one.group)
+                pairs[key] = pairs.get(key, False) or one.meets(other)
+            for key, meet in pairs.items():
+                parameters, meeting = shared.setdefault(key, ([], []))
+                parameters.append(name)
+                if meet:
+                    meeting.append(name)
+        import networkx as nx
+
+        graph = nx.Graph()
+        graph.add_nodes_from(self.moving)
+        for (one_name, other_name), (parameters, meeting) in shared.items():
+            graph.add_edge(one_name, other_name, parameters=tuple(parameters), meeting=tuple(meeting))
+        return graph
+
+    # --- fit ----------------------------------------------------------------------------------------------------------
+
+    def check(self, state_dict: Mapping[str, Any]) -> None:
+        """Raise MismatchError, naming the first key at fault and both shapes, unless ``state_dict`` fits this spec.
+
+        Of tied names one is enough. Keys that the spec does not know are let pass if they are not floating point (a
+        step counter, say), or are among `unused`.
+        """
+        hint = self._prefix_hint(state_dict)
+        others: dict[str, list[str]] = {}
+        for alias, canonical in self.aliases.items():
+            others.setdefault(canonical, []).append(alias)
+        for name in self.axes:
+            if name not in state_dict and not any(alias in state_dict for alias in others.get(name, ())):
+                raise MismatchError(
+                    f"the state dict has no {name!r}, of shape {self.shapes[name]}; it has {len(state_dict)} "
+                    f"keys, the spec {len(self.axes)}{hint}"
+                )
+        for key, value in state_dict.items():
+            self.check_entry(key, value, hint)
+
+    def check_entry(self, key: str, value: Any, hint: str = "") -> None:
+        """Raise MismatchError unless one entry of a state dict fits this spec."""
+        name = self.aliases.get(key, key)
+        if is_lazy(value):
+            raise MismatchError(f"{key!r} is not initialised yet: run the model once")
+        shape = getattr(value, "shape", None)
+        if name in self.axes:
+            if shape is None or tuple(shape) != self.shapes[name]:
+                got = f"is a {type(value).__name__}" if shape is None else f"has shape {tuple(shape)}"
+                raise MismatchError(f"{key!r} {got}, but the spec says {self.shapes[name]}")
+        elif key not in self.unused and shape is not None and (value.is_floating_point() or value.is_complex()):
+            raise MismatchError(
+                f"the state dict has {key!r}, of shape {tuple(shape)}, which the spec does not know{hint}"
+            )
+
+    def _prefix_hint(self, state_dict: Mapping[str, Any]) -> str:
+        mine, its = set(self.axes), set(state_dict)
+        if not mine or not its or mine & its:
+            return ""
+        name, key = next(iter(self.axes)), next(iter(state_dict))
+        for longer in its:
+            if longer.endswith(f".{name}"):
+                prefix = longer.removesuffix(name)
+                if {prefix + other for other in mine} <= its:
+                    return f"; its keys are the spec's with the prefix {prefix!r}: strip that"
+        for longer in mine:
+            if longer.endswith(f".{key}"):
+                prefix = longer.removesuffix(key)
+                if mine <= {prefix + other for other in its}:
+                    return f"; its keys are the spec's without the prefix {prefix!r}: add that"
+        return ""
+
+    def diff(self, other: SpecData) -> tuple[str, ...]:
+        """How ``other`` differs from this spec, one sentence each: groups first, then axes, shapes and aliases.
+
+        Empty where the groups, axes, shapes and aliases are the same.
+        """
+        lines: list[str] = []
+
+        def compare(kind: str, mine: Mapping[str, Any], its: Mapping[str, Any], show: Any) -> None:
+            for name in dict.fromkeys([*mine, *its]):
+                if name not in its:
+                    lines.append(f"{kind} {name}: {show(mine[name])}, only in the first")
+                elif name not in mine:
+                    lines.append(f"{kind} {name}: {show(its[name])}, only in the second")
+                elif mine[name] != its[name]:
+                    lines.append(f"{kind} {name}: {show(mine[name])} in the first, {show(its[name])} in the second")
+
+        def show_group(group: Group) -> str:
+            over = f" over {' '.join(group.parents)}" if group.parents else ""
+            return f"{group.size}{' fixed' if group.fixed else ''}{over}"
+
+        compare("group", self.groups, other.groups, show_group)
+        compare("axes of", self.axes, other.axes, lambda axes: " ".join(map(str, axes)) or "scalar")
+        same = [name for name in self.axes if name in other.axes]
+        compare("shape of", {n: self.shapes[n] for n in same}, {n: other.shapes[n] for n in same}, str)
+        compare("alias", self.aliases, other.aliases, str)
+        return tuple(lines)
+
+    def rename(self, names: Mapping[str, str]) -> Self:
+        """The same spec with groups named by ``names``; a group not in it keeps its name.
+
+        Raises SpecError if a group is unknown, or if two would have one name.
+        """
+        for name in names:
+            if name not in self.groups:
+                raise SpecError(f"cannot rename {name!r}: no such group in this spec")
+
+        def new(name: str) -> str:
+            return names.get(name, name)
+
+        clashes = [name for name, count in Counter(map(new, self.groups)).items() if count > 1]
+        if clashes:
+            raise SpecError(f"cannot rename: more than one group would be named {clashes[0]!r}")
+        return replace(
+            self,
+            groups={new(n): Group(new(n), g.size, tuple(map(new, g.parents)), g.fixed) for n, g in self.groups.items()},
+            axes={name: tuple(rename(axis, new) for axis in axes) for name, axes in self.axes.items()},
+        )
+
+    def __repr__(self) -> str:
+        of = f" of {self.model_class}" if self.model_class else ""
+        return f"<PermutationSpec{of}: {len(self.moving)} groups on {len(self.axes)} parameters and buffers>"
