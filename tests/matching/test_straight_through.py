@@ -320,6 +320,38 @@ def test_refuses_the_checkpoint_of_another_run(pair, tmp_path):
         align(*pair, how, seed=1)
 
 
+def gentle(parameters):
+    return torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
+
+
+def smoothed(amount):
+    return lambda output, targets: nn.functional.cross_entropy(output, targets, label_smoothing=amount)
+
+
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [
+        (dict(optimizer=gentle), "optimizer's settings"),
+        (dict(loss=smoothed(0.2)), "loss"),
+        (dict(loss=nn.functional.multi_margin_loss), "loss"),
+        (dict(loader=batches(32)), "loader"),
+        (dict(matcher=WeightMatching(ignore=["*bias"])), "matcher"),
+        (dict(init="random"), "init"),
+    ],
+)
+def test_a_run_with_other_settings_does_not_go_on(pair, tmp_path, other, named):
+    settings = dict(loader=batches(), loss=smoothed(0.1), optimizer=sgd, checkpoint=tmp_path / "run.pt", max_batches=1)
+    if "init" in other:
+        other = dict(init=permgraph.auto_spec(pair[0]).random(0))
+    first = align(*pair, StraightThrough(**settings, epochs=1))
+    again = align(
+        *pair, StraightThrough(**{**settings, "loss": smoothed(0.1)}, epochs=1)
+    )  # as another process makes it
+    assert again.history == first.history
+    with pytest.raises(CheckpointError, match=f"belongs to another run, with other {named}:"):
+        align(*pair, StraightThrough(**{**settings, **other}, epochs=2))
+
+
 def test_measures_no_permutation_twice_in_a_row(pair):
     """Where training has settled, an epoch needs no pass over the loader to measure what was measured already."""
     read = []

@@ -161,7 +161,10 @@ def test_an_ignored_tensor_may_hold_anything():
     a, b = state(spec, 1), state(spec, 2)
     a["l1.bias"][0] = float("nan")
     b["l1.bias"] = b["l1.bias"].to(torch.int32)
-    WeightMatching(ignore=["l1.bias"]).match(a, b, spec, 0)
+    found = WeightMatching(ignore=["l1.bias"]).match(a, b, spec, 0)
+    without = [{name: tensor for name, tensor in x.items() if name != "l1.bias"} for x in (a, b)]
+    assert found.objective == pytest.approx(inner(without[0], found.permutation.apply(b)), rel=1e-5)
+    assert found.objective > found.objective_before and found.objective == found.objective  # nor is it NaN
 
 
 def test_tied_names_count_once():

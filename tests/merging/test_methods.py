@@ -249,7 +249,7 @@ def test_what_a_method_refuses() -> None:
             make(max_rounds=0)
     with pytest.raises(PermgraphError, match="restarts=0"):
         CycleConsistent(restarts=0)
-    with pytest.raises(PermgraphError, match="unknown start 'here'"):
+    with pytest.raises(PermgraphError, match="unknown init 'here'"):
         CycleConsistent(init="here")  # type: ignore[arg-type]
     for ascent in (WeightMatching(objective="cosine"), WeightMatching(weights={"w": 2.0})):
         with pytest.raises(PermgraphError, match="plain inner products"):
