@@ -173,7 +173,7 @@ def fit_aligned_curve(
                 part=(number, rounds),
                 penalty=penalty if free else None,
             )
-            if training.outcome == "interrupted":  # it has caught what was meant for the whole run
+            if training.outcome == "interrupted":  # it swallowed Ctrl-C, which was for the whole run
                 raise KeyboardInterrupt
             losses.append(search.loss(curve, start, free, now))
             reached = now, _copies(free)
@@ -250,12 +250,12 @@ class _Search:
         end = bench.parameters_of(moved, free=True)
         if not end:
             return now
-        still = [{name: tensor.detach() for name, tensor in state.items()} for state in free]
-        here = self.loss(curve, start, still, now)
+        fixed = [{name: tensor.detach() for name, tensor in state.items()} for state in free]
+        here = self.loss(curve, start, fixed, now)
         descent = optimizer(list(end.values()))
         for _ in range(steps):
             descent.zero_grad(set_to_none=True)
-            self._mean(curve, start, still, end, backward=True)
+            self._mean(curve, start, fixed, end, backward=True)
             descent.step()
         for beyond in _BEYOND:
             target = dict(moved)
@@ -265,13 +265,13 @@ class _Search:
                     travelled = end[first].detach().to(tensor.device) - tensor
                     target[name] = (tensor + beyond * travelled).to(tensor.dtype)
             turn = replace(self.matcher, init="identity", restarts=1).match(target, moved, self.spec, self.seed)
-            if turn.outcome == "interrupted":  # it has caught what was meant for the whole run
+            if turn.outcome == "interrupted":  # it swallowed Ctrl-C, which was for the whole run
                 raise KeyboardInterrupt
             if turn.permutation.is_identity:
                 break
             new = turn.permutation @ now
             there = new.apply(self.given)
             gap = sum(float((there[name] - moved[name]).double().square().sum()) for name in bench.names)
-            if self.loss(curve, start, still, new) + gap / (2 * proximity) < here:
+            if self.loss(curve, start, fixed, new) + gap / (2 * proximity) < here:
                 return new
         return now

@@ -123,18 +123,18 @@ class LossSurface:
         ax.patch.set_edgecolor("0.8")
         grid = torch.tensor(self.grids[metric], dtype=torch.float64)
         values = torch.where(torch.isfinite(grid), grid, torch.nan).numpy()
-        how: dict[str, Any] = {}
+        bounded: dict[str, Any] = {}
         if not isinstance(levels, int):
             from matplotlib.colors import BoundaryNorm
 
-            how = {"extend": "both", "norm": BoundaryNorm(levels, 256, extend="both")}
-        drawn = ax.contourf(self.x, self.y, values, levels=levels, cmap="cividis", **how)
+            bounded = {"extend": "both", "norm": BoundaryNorm(levels, 256, extend="both")}
+        drawn = ax.contourf(self.x, self.y, values, levels=levels, cmap="cividis", **bounded)
         ax.figure.colorbar(drawn, ax=ax, label=metric, format="%.3g", shrink=0.85)
         ax.contour(self.x, self.y, values, levels=drawn.levels, colors="white", linewidths=0.4)
         around = [*self.corners, self.corners[0]]
-        for how_wide, colour in ((2.5, "black"), (1.2, "white")):  # seen on both the darkest and the lightest colours
+        for width, colour in ((2.5, "black"), (1.2, "white")):  # seen on both the darkest and the lightest colours
             sides = [c[0] for c in around], [c[1] for c in around]
-            ax.plot(*sides, color=colour, linestyle=(0, (2, 2)), linewidth=how_wide)
+            ax.plot(*sides, color=colour, linestyle=(0, (2, 2)), linewidth=width)
         for (x, y), name, marker in zip(self.corners, names, "os^", strict=False):
             ax.plot(x, y, marker=marker, color="#D55E00", markeredgecolor="white", markersize=8, linestyle="none")
             behind = {"boxstyle": "round,pad=0.15", "facecolor": "black", "alpha": 0.5, "linewidth": 0}

@@ -21,14 +21,11 @@ import torch
 
 from permgraph.assignment.solve import ROUGH, WIDE, assign
 from permgraph.errors import MismatchError, PermgraphError
-from permgraph.matching.ascent.in_memory import ROOM
-from permgraph.matching.problem import renumber
+from permgraph.matching import tuned
 from permgraph.matching.problem.moves import Move, Plan
-from permgraph.matching.streamed import DEPTH, PORTION
 from permgraph.spec.spec import PermutationSpec
 
 WORKING = 4  # bytes of a float32
-FEW = 3  # products in each cost between experts before the axes around are in order: one for each of their matrices
 
 
 @dataclass(frozen=True)
@@ -160,12 +157,12 @@ class Estimate:
         if not streamed:
             model = WORKING * self.elements
             widest = WORKING * max((move.size for move in self.moves), default=0) ** 2
-            room = max(ROOM, model - 2 * widest - 8 * WORKING * renumber.PORTION)
+            room = max(tuned.ROOM, model - 2 * widest - 8 * WORKING * tuned.PORTION)
             kept = min(room, model + sum(move.kept for move in self.moves))
-            views = 2 * WORKING * min(largest, 4 * renumber.PORTION)
+            views = 2 * WORKING * min(largest, 4 * tuned.PORTION)
             return 2 * model + kept + 2 * self.gram + self.solving + views
         widest = max((move.size for move in self.moves), default=0)
-        portion = min(max(PORTION, DEPTH * widest), largest)
+        portion = min(max(tuned.STREAMED_PORTION, tuned.STREAMED_DEPTH * widest), largest)
         return 3 * width * largest + 4 * WORKING * portion + self.gram + self.solving + cache
 
     def read(self, width: int = WORKING) -> int:
@@ -256,7 +253,7 @@ def calibrate(seconds: float = 2.0) -> Rates:
         times[size] = _repeat(solve, seconds / 4, time.thread_time)
     blunt = []
     for size in (128, small, large):
-        solve = functools.partial(assign, _costs(size, FEW), maximise=True)
+        solve = functools.partial(assign, _costs(size, tuned.FEW_PRODUCTS), maximise=True)
         blunt.append((size, _repeat(solve, seconds / 12, time.thread_time)))
     power = min(3.0, max(2.0, math.log(times[large] / times[small]) / math.log(large / small)))
     rate = 2 * side**3 / product

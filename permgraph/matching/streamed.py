@@ -22,6 +22,7 @@ import torch
 
 from permgraph.assignment.solve import Solver
 from permgraph.errors import MismatchError, PermgraphError
+from permgraph.matching import tuned
 from permgraph.matching.ascent.climb import Climb, Trial, differing
 from permgraph.matching.ascent.step import Scene
 from permgraph.matching.matcher import NOTHING_TO_PERMUTE, Matcher, MatchResult, Progress
@@ -34,10 +35,6 @@ from permgraph.matching.workers import Share, Workers
 from permgraph.spec.permutation import Permutation
 from permgraph.spec.spec import PermutationSpec
 from permgraph.weights.state_dict import STATISTICS, StateDict, require_finite
-
-PORTION = 1 << 22  # elements that are in working precision at a time
-RETURNED = 1 << 25  # bytes that are read between two times that free memory is given back
-DEPTH = 1024  # products that are summed at a time, at least: fewer, and adding them to a large matrix takes over
 
 
 @dataclass(frozen=True)
@@ -165,7 +162,7 @@ class _Store:
             raise MismatchError(f"{side} has no {name!r}, of shape {self.spec.shapes[name]}")
         tensor = state[known]
         self.read += tensor.nbytes
-        if self.read >= RETURNED:
+        if self.read >= tuned.RETURNED:
             self.read = 0
             _return_free_memory()
         self.spec.check_entry(name, tensor)
@@ -298,7 +295,7 @@ class _Models:
 
     def _parts(self, a: torch.Tensor, b: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Both tensors a portion at a time, in working precision."""
-        both = (torch.split(tensor.reshape(-1), PORTION) for tensor in (a, b))
+        both = (torch.split(tensor.reshape(-1), tuned.STREAMED_PORTION) for tensor in (a, b))
         for x, y in zip(*both, strict=True):
             yield self.placed(x), self.placed(y)
 
@@ -432,7 +429,8 @@ def _portions(
         if axis not in place.own and axis not in place.batch and leaves[axis].group not in free
     ]
     longest = max(summed, key=lambda axis: a.shape[axis], default=None)
-    size = max(PORTION, DEPTH * math.prod(a.shape[axis] for axis in (*place.batch, *place.own)))
+    gram = math.prod(a.shape[axis] for axis in (*place.batch, *place.own))
+    size = max(tuned.STREAMED_PORTION, tuned.STREAMED_DEPTH * gram)
     if longest is None or a.numel() <= size:
         yield a, b
         return

@@ -1,4 +1,4 @@
-"""What a method of merging is, and what comes of it."""
+"""The protocol of merging methods, their results, and the result of `merge`."""
 
 from __future__ import annotations
 

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from permgraph.errors import PermgraphError
-from permgraph.matching.streamed import PORTION, LoadedOnAccess, StreamedWeightMatching
+from permgraph.matching import tuned
+from permgraph.matching.streamed import LoadedOnAccess, StreamedWeightMatching
 from permgraph.merging.compared import Compared
 from permgraph.merging.result import Found, Models, Progress, Round
 from permgraph.outcomes import Outcome
@@ -165,8 +166,8 @@ class _Run:
         total = 0.0
         for name in self.names:
             whole = [as_real(self._moved(number)[name]).reshape(-1) for number in range(len(self.models))]
-            for start in range(0, whole[0].numel(), PORTION):
-                parts = [tensor[start : start + PORTION].double() for tensor in whole]
+            for start in range(0, whole[0].numel(), tuned.STREAMED_PORTION):
+                parts = [tensor[start : start + tuned.STREAMED_PORTION].double() for tensor in whole]
                 added = torch.stack(parts).sum(0)
                 total += (float(added.square().sum()) - sum(float(part.square().sum()) for part in parts)) / 2
         return total

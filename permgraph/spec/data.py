@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 class SpecData:
     """The data of a specification, without permutations, explanations, pictures or files; see `PermutationSpec`."""
 
-
     groups: Mapping[str, Group]
     axes: Mapping[str, tuple[Axis, ...]]
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)

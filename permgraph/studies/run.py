@@ -13,10 +13,11 @@ import logging
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from permgraph.errors import MissingExtraError, StudyError, in_one_line
+from permgraph.outcomes import StepProgress
 from permgraph.studies.cell import Task, run, versions
 from permgraph.studies.plan import Cell, StudyPlan
 from permgraph.studies.store import SMALLEST, Store, UnwritableError
@@ -24,9 +25,6 @@ from permgraph.studies.table import StudyResult
 from permgraph.weights.state_dict import as_state_dict
 
 log = logging.getLogger(__name__)
-
-Progress = Callable[[int, int], object]
-"""Called with how many cells are done, and of how many; from another thread."""
 
 POLL = 0.5  # seconds between two looks at the store
 
@@ -37,7 +35,7 @@ def study(
     *,
     jobs: int | None = None,
     retry_failed: bool = True,
-    progress: Progress | None = None,
+    progress: StepProgress | None = None,
 ) -> StudyResult:
     """Run every cell of a plan that the store has no result of, and return the whole table.
 
@@ -50,7 +48,7 @@ def study(
         store: a folder or fsspec URL that every worker reaches.
         jobs: how many workers; by default what `joblib.parallel_config` says, or one per core.
         retry_failed: run cells that failed before once more.
-        progress: called with how many cells are done and how many there are.
+        progress: called with how many cells are done and how many there are; from another thread.
 
     Raises:
         StudyError: before any work: the plan names a cell twice, the store cannot be written to or has no room for the
@@ -195,7 +193,7 @@ def _require_same_versions(joblib: Any, parallel: Any) -> None:
 
 
 @contextlib.contextmanager
-def _watched(store: Store, cells: Sequence[Cell], progress: Progress | None) -> Iterator[None]:
+def _watched(store: Store, cells: Sequence[Cell], progress: StepProgress | None) -> Iterator[None]:
     """Look at the store now and then: the one place where every backend's workers tell how far they are."""
     if progress is None:
         yield

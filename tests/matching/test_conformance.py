@@ -135,9 +135,7 @@ def test_complex_weights_are_matched_by_the_real_part_of_their_inner_product(mat
     """Which is what the distance of two networks depends on."""
     spec = tiny(name)
     for seed in range(2):
-        a, b = (
-            {n: torch.complex(t, state(spec, at + 7)[n]) for n, t in state(spec, at).items()} for at in (seed, 50)
-        )
+        a, b = ({n: torch.complex(t, state(spec, at + 7)[n]) for n, t in state(spec, at).items()} for at in (seed, 50))
         if getattr(matcher, "objective", "inner") == "cosine":
             a = {n: t / (t.norm() * b[n].norm()) for n, t in a.items()}
         found = matcher.match(a, b, spec, seed)

@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from permgraph.matching import WeightMatching
+from permgraph.matching import WeightMatching, tuned
 from permgraph.matching.ascent import in_memory
 from permgraph.matching.ascent.permuted_model import PermutedModel
-from permgraph.matching.problem import renumber
 from permgraph.matching.problem.blocks import blocks_of
 from permgraph.matching.problem.objective import Pair
 from permgraph.matching.problem.renumber import act, compose
@@ -129,7 +128,7 @@ def test_a_tensor_is_the_same_whichever_way_it_is_permuted(name: str, monkeypatc
     spec = SPECS[name]
     tensors, arrays = state(spec, 1), dict(spec.random(2).arrays)
     whole = {key: act(spec, arrays, key, tensor) for key, tensor in tensors.items()}
-    monkeypatch.setattr(renumber, "PORTION", 7)
+    monkeypatch.setattr(tuned, "PORTION", 7)
     for key, tensor in tensors.items():
         part = act(spec, arrays, key, tensor)
         assert torch.equal(part, whole[key])

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from permgraph.matching import FrankWolfe, WeightMatching, frank_wolfe
+from permgraph.matching import FrankWolfe, WeightMatching, frank_wolfe, tuned
 from permgraph.matching.ascent import restarts as module
-from permgraph.matching.ascent.restarts import LONG, WIDTH, BatchedAscent, batch_width, worth_relaxing
+from permgraph.matching.ascent.restarts import BatchedAscent, batch_width, worth_relaxing
 from permgraph.matching.problem.moves import Plan
 from permgraph.matching.problem.objective import pair
+from permgraph.matching.tuned import LONG, WIDTH
 from permgraph.spec import PermutationSpec
 from permgraph.spec.permutation import Permutation
 from tests.matching.examples import SPECS, inner, planted, state
@@ -188,8 +189,8 @@ def related(spec: PermutationSpec, seed: int) -> tuple[Any, Any]:
 
 
 def test_a_long_ascent_of_a_middling_network_is_followed_by_a_relaxed_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "WORTH", 0.0)  # no time for others
-    monkeypatch.setattr(module, "LONG", 2)
+    monkeypatch.setattr(tuned, "WORTH", 0.0)  # no time for others
+    monkeypatch.setattr(tuned, "LONG", 2)
     better = 0
     for seed in range(4):
         a, b = related(MIDDLING, seed)
@@ -221,8 +222,8 @@ def test_where_a_relaxation_is_worth_its_time() -> None:
 
 
 def test_an_interrupted_relaxation_keeps_the_ascent_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "WORTH", 0.0)  # no time for others
-    monkeypatch.setattr(module, "LONG", 1)
+    monkeypatch.setattr(tuned, "WORTH", 0.0)  # no time for others
+    monkeypatch.setattr(tuned, "LONG", 1)
     a, b = related(MIDDLING, 1)
     one = WeightMatching(restarts=1).match(a, b, MIDDLING)
 

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from permgraph.assignment.solve import Solver
+from permgraph.matching import tuned
 from permgraph.matching.ascent.paired import paired_values
 from permgraph.matching.ascent.step import Scene, choose, outer_values, rounding_of
 from permgraph.matching.matcher import Progress, Sweep
@@ -32,9 +33,6 @@ from permgraph.matching.problem.renumber import Arrays, compose
 from permgraph.outcomes import Outcome
 
 log = logging.getLogger(__name__)
-
-TRIALS = 8
-"""How often a quadratic move is tried, each time with twice the weight on staying."""
 
 
 @dataclass(frozen=True)
@@ -212,7 +210,7 @@ class Climb(ABC):
             return self._follow(move, move, columns, Trial()), promised
         diagonal = values.diagonal(dim1=-2, dim2=-1)
         damping = 0.0
-        for _ in range(TRIALS if move.quadratic else 1):
+        for _ in range(tuned.QUADRATIC_TRIALS if move.quadratic else 1):
             columns, promised = self.choose(values, move)
             trial = self._follow(move, move, columns, Trial())
             if not trial.step:

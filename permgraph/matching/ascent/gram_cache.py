@@ -13,9 +13,9 @@ from collections.abc import Collection, Iterable
 import numpy as np
 import torch
 
+from permgraph.matching import tuned
 from permgraph.matching.problem.blocks import Block
 from permgraph.matching.problem.moves import Move, Place, Tensors
-from permgraph.matching.problem.renumber import PORTION
 
 
 class GramCache:
@@ -53,7 +53,7 @@ class GramCache:
             if index.ndim > 1:
                 gram = gram.gather(-1, index.unsqueeze(-2).expand_as(gram))
             else:  # a few rows at a time, which needs no second matrix
-                for rows in torch.split(gram, max(1, PORTION // gram.shape[-1])):
+                for rows in torch.split(gram, max(1, tuned.PORTION // gram.shape[-1])):
                     rows.copy_(rows.index_select(-1, index))
         self.grams[move.name] = gram
         self.missing[move.name] = tuple(missing)

@@ -12,6 +12,7 @@ import torch
 
 from permgraph.assignment.parallel import workers
 from permgraph.assignment.solve import Solver
+from permgraph.matching import tuned
 from permgraph.matching.ascent.climb import Climb, Trial
 from permgraph.matching.ascent.gram_cache import GramCache
 from permgraph.matching.ascent.permuted_model import PermutedModel
@@ -22,10 +23,7 @@ from permgraph.matching.problem.limits import Limits
 from permgraph.matching.problem.moves import Move, Place, Plan
 from permgraph.matching.problem.objective import Pair, variance
 from permgraph.matching.problem.order import informed_order
-from permgraph.matching.problem.renumber import PORTION, Arrays, act, compose
-
-ROOM = 1 << 25
-"""Bytes that a run may keep between steps, however small the models are."""
+from permgraph.matching.problem.renumber import Arrays, act, compose
 
 Order: TypeAlias = Literal["informed", "random", "given"]
 
@@ -79,13 +77,13 @@ class InMemoryClimb(Climb):
             return given, model
         # With what a step needs at a time, as much as one model and the largest Gram matrix: its own Gram matrix, one
         # beside that, and the solver's; and a few portions of both models.
-        total = max(ROOM, model + self.largest - 3 * self.largest - 8 * PORTION * self.itemsize)
+        total = max(tuned.ROOM, model + self.largest - 3 * self.largest - 8 * tuned.PORTION * self.itemsize)
         sizes = {move.name: self.plan.entries(move) for move in self.plan.moves if len(move.groups) == 1}
         grams = self.itemsize * sum(sizes.values())
         if grams + model > total:
             # A tensor of B that cannot be held is gathered as a whole; and what comes and goes leaves holes behind.
             largest = max(tensor.nbytes for tensor in self.compared.b.values())
-            total = max(ROOM, total - largest - 8 * PORTION * self.itemsize)
+            total = max(tuned.ROOM, total - largest - 8 * tuned.PORTION * self.itemsize)
         grams = min(total, grams)
         return grams, total - grams
 
@@ -256,7 +254,7 @@ class InMemoryClimb(Climb):
             there = here if new else torch.from_numpy(columns[moves]).to(here)
             if block in updates:
                 a = block.view(self.compared.a[name])
-                some = max(1, PORTION * a.shape[axis] // a.numel())
+                some = max(1, tuned.PORTION * a.shape[axis] // a.numel())
                 for to, of in zip(torch.split(here, some), torch.split(there, some), strict=True):
                     after = block.view(new[name]).index_select(axis, of) if new else self.b.select(block, axis, of)
                     difference = after.sub_(self.b.select(block, axis, to))
@@ -267,7 +265,7 @@ class InMemoryClimb(Climb):
                 view = block.view(held)
                 source = block.view(new[name]) if new else view
                 across = max((x for x in range(view.ndim) if x != axis), key=lambda x: view.shape[x], default=0)
-                some = max(1, PORTION * view.shape[across] // view.numel()) if view.ndim > 1 else view.numel()
+                some = max(1, tuned.PORTION * view.shape[across] // view.numel()) if view.ndim > 1 else view.numel()
                 for to, of in zip(torch.split(view, some, across), torch.split(source, some, across), strict=True):
                     to.index_copy_(axis, here, of.index_select(axis, there))
         self._record(step, dict.fromkeys(move.parameters))

@@ -21,32 +21,12 @@ import numpy as np
 import torch
 
 from permgraph.assignment.solve import Solver
+from permgraph.matching import tuned
 from permgraph.matching.ascent.step import choose
 from permgraph.matching.matcher import Progress, Sweep
 from permgraph.matching.problem.moves import Move, Plan
 from permgraph.matching.problem.objective import Pair
 from permgraph.matching.problem.renumber import Arrays
-
-WORTH = 0.15
-"""Seconds that `explore` may take by what a sweep can be expected to take."""
-
-WIDTH = 16
-"""The most ascents that go side by side."""
-
-RELAXING = 2.0
-"""Seconds that a relaxation may take, likewise."""
-
-LONG = 5
-"""Sweeps of an ascent that had optima to choose from: on wide networks of random weights it takes two or three."""
-
-_STEPS = 27
-"""Sweeps of one ascent in the time of a relaxation, on average."""
-
-_SWEEPS = 14
-"""Sweeps of one ascent in two rounds, on average."""
-
-_CALLS, _CUBE, _PRODUCT = 2e-4, 1e-10, 4e-11
-"""Seconds for what is called in a step; by entry of a group's cube for its assignment, and by product for its Gram."""
 
 
 @dataclass(frozen=True)
@@ -275,7 +255,8 @@ def batch_width(plan: Plan) -> int:
     """
     if not BatchedAscent.fits(plan) or not any(plan.neighbours):
         return 0
-    return max(0, min(WIDTH, int((WORTH / _SWEEPS - _CALLS * len(plan.moves)) / _sweep_seconds(plan))))
+    seconds = tuned.WORTH / tuned.EXPLORING_SWEEPS - tuned.CALL_SECONDS * len(plan.moves)
+    return max(0, min(tuned.WIDTH, int(seconds / _sweep_seconds(plan))))
 
 
 def worth_relaxing(plan: Plan, sweeps: int) -> bool:
@@ -284,9 +265,9 @@ def worth_relaxing(plan: Plan, sweeps: int) -> bool:
     That is where many sweeps say that there are local optima, where `explore` has few ascents to look for better ones,
     and where the relaxation takes no more than some two seconds.
     """
-    if sweeps < LONG or not BatchedAscent.fits(plan) or not any(plan.neighbours):
+    if sweeps < tuned.LONG or not BatchedAscent.fits(plan) or not any(plan.neighbours):
         return False
-    return batch_width(plan) < WIDTH // 2 and _STEPS * _sweep_seconds(plan) < RELAXING
+    return batch_width(plan) < tuned.WIDTH // 2 and tuned.RELAXATION_SWEEPS * _sweep_seconds(plan) < tuned.RELAXING
 
 
 def _sweep_seconds(plan: Plan) -> float:
@@ -294,7 +275,8 @@ def _sweep_seconds(plan: Plan) -> float:
     seconds = 1e-12
     for move in plan.moves:
         n = plan.spec.groups[move.name].size
-        seconds += _CUBE * n**3 + _PRODUCT * n * sum(place.block.size for place in move.root.places)
+        products = n * sum(place.block.size for place in move.root.places)
+        seconds += tuned.CUBE_SECONDS * n**3 + tuned.PRODUCT_SECONDS * products
     return seconds
 
 

@@ -12,6 +12,7 @@ import torch
 from permgraph.assignment.certificate import prices_of
 from permgraph.assignment.parallel import side_by_side
 from permgraph.assignment.solve import Solver, assign, crowded
+from permgraph.matching import tuned
 from permgraph.matching.problem.moves import Node
 from permgraph.matching.workers import Share
 from permgraph.spec.spec import PermutationSpec
@@ -156,10 +157,6 @@ def _choose(table: np.ndarray, rounding: float, solver: Solver, name: str) -> tu
     return _settled(table, columns, rounding)
 
 
-PRICED = 128
-"""The width from which on making prices costs less than it saves the next time."""
-
-
 def _choose_priced(
     table: np.ndarray, rounding: float, solver: Solver, name: str, prices: np.ndarray | None, wanted: bool
 ) -> tuple[np.ndarray, float, np.ndarray | None]:
@@ -167,7 +164,7 @@ def _choose_priced(
     what = f"the Gram matrix of {name}"
     columns = assign(table, maximise=True, solver=solver, precise=False, prices=prices, name=what).columns
     settled, gain = _settled(table, columns, rounding)
-    hard = prices is not None or (table.ndim == 2 and len(table) >= PRICED and crowded(table, maximise=True))
+    hard = prices is not None or (table.ndim == 2 and len(table) >= tuned.PRICED and crowded(table, maximise=True))
     if not wanted or not hard:
         return settled, gain, None
     return settled, gain, prices_of(table, columns, prices, maximise=True)[settled]

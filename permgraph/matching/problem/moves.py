@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from permgraph.matching import tuned
 from permgraph.matching.problem.blocks import Block, blocks_of
-from permgraph.matching.problem.renumber import PORTION
 from permgraph.spec.spec import PermutationSpec
 
 Tensors = Mapping[str, torch.Tensor]
@@ -59,9 +59,9 @@ class Place:
         if unknown:
             a, b = a.sum(unknown, keepdim=True), b.mean(unknown, keepdim=True)
         longest = max(rest, key=lambda axis: a.shape[axis], default=None)
-        if len(self.own) == 1 and longest is not None and a.numel() > PORTION and not _is_matrix(a, self.own[0]):
+        if len(self.own) == 1 and longest is not None and a.numel() > tuned.PORTION and not _is_matrix(a, self.own[0]):
             # Both sides are copied for the product: not all of them at a time.
-            step = max(1, a.shape[longest] * PORTION // a.numel())
+            step = max(1, a.shape[longest] * tuned.PORTION // a.numel())
             for x, y in zip(torch.split(a, step, longest), torch.split(b, step, longest), strict=True):
                 into = self._product(x, y, rest, into)
             assert into is not None

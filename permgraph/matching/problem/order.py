@@ -22,9 +22,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from permgraph.matching import tuned
 from permgraph.matching.problem.moves import Plan
-
-PASSES = 20
 
 
 def informed_order(plan: Plan, spread: Mapping[str, float], rng: np.random.Generator) -> list[int]:
@@ -103,7 +102,7 @@ class _Evidence:
 def _improved(start: np.ndarray, evidence: _Evidence, rng: np.random.Generator) -> np.ndarray:
     """The order in which moving no single move to another place helps any more."""
     position = np.argsort(start)
-    for _ in range(PASSES):
+    for _ in range(tuned.ORDER_PASSES):
         known = evidence.known(position)
         moved = False
         for one in rng.permutation(len(position)).tolist():
