@@ -13,7 +13,6 @@ import torch
 import typer
 
 from permgraph.cli.checkpoints import permuted, require_finite, tensor_of, whole_state
-from permgraph.cli.matchers import runs_networks
 from permgraph.cli.models import build
 from permgraph.cli.options import Data, Matching, Shown, Subject, Writing
 from permgraph.cli.screen import Screen
@@ -22,6 +21,7 @@ from permgraph.connectivity import recalibrate_batchnorm
 from permgraph.errors import EvaluationError, MismatchError
 from permgraph.io import Renamed, Staging, write_checkpoint
 from permgraph.matching import WeightMatching
+from permgraph.matching.matcher import runs_networks
 from permgraph.matching.streamed import StreamedWeightMatching
 from permgraph.merging import CycleConsistent, MergeMany, MergeMethod, Models
 from permgraph.merging.compared import Compared
@@ -165,9 +165,9 @@ def _together(work: Work, staging: Staging, method: Method) -> tuple[Sequence[Pe
             if not isinstance(matcher, WeightMatching):
                 raise MismatchError("--method cycle-consistent matches by weights: take merge-many or reference")
             if matcher.restarts is None:
-                finder = CycleConsistent(ascent=matcher)
+                finder = CycleConsistent(matcher=matcher)
             else:  # of the whole, not of each match in it
-                finder = CycleConsistent(restarts=matcher.restarts, ascent=dataclasses.replace(matcher, restarts=1))
+                finder = CycleConsistent(restarts=matcher.restarts, matcher=dataclasses.replace(matcher, restarts=1))
         else:
             if isinstance(matcher, WeightMatching) and not work.from_barycentre:
                 matcher = dataclasses.replace(matcher, init="identity")

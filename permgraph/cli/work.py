@@ -15,7 +15,7 @@ from torch import nn
 import permgraph
 from permgraph.cli.checkpoints import fitted, identity_of, require_finite, whole_state
 from permgraph.cli.data import class_dim_of, identity_of_data, load_data
-from permgraph.cli.matchers import describe, matcher_of, runs_networks
+from permgraph.cli.matchers import describe, matcher_of
 from permgraph.cli.models import FORMS, build, spec_of
 from permgraph.cli.options import Data, Init, Matching, Split, Subject
 from permgraph.cli.screen import Screen
@@ -24,7 +24,8 @@ from permgraph.errors import CheckpointError, MismatchError, NonFiniteError
 from permgraph.io import Checkpoint, Renamed, Staging, open_checkpoint
 from permgraph.io.torch_file import TorchFile
 from permgraph.io.write import check_target
-from permgraph.matching import Matcher, MatchResult, NeedsModels, Sweep, WeightMatching
+from permgraph.matching import MatchResult, SupportsMatch, Sweep, WeightMatching
+from permgraph.matching.matcher import runs_networks
 from permgraph.matching.streamed import StreamedWeightMatching
 from permgraph.merging.compared import Compared
 from permgraph.spec.permutation import Permutation
@@ -54,7 +55,7 @@ class Work:
     weights: tuple[Renamed, ...]
     spec: PermutationSpec
     model: str
-    matcher: Matcher
+    matcher: SupportsMatch
     loader: Iterable[Any] | None
     data: Data
     seed: int
@@ -169,7 +170,6 @@ class Work:
                 if staging is not None:
                     matcher = resumed(matcher, staging, f".matching-{number}-", self.spec)
             if runs_networks(matcher):
-                assert isinstance(matcher, NeedsModels)
                 modules = self.module(reference), self.module(number)
                 matcher, (a, b) = matcher.with_models(*modules), (module.state_dict() for module in modules)
             try:

@@ -21,10 +21,10 @@ import torch
 
 from permgraph.assignment.solve import ROUGH, WIDE, assign
 from permgraph.errors import MismatchError, PermgraphError
+from permgraph.matching.ascent.in_memory import ROOM
 from permgraph.matching.problem import renumber
 from permgraph.matching.problem.moves import Move, Plan
 from permgraph.matching.streamed import DEPTH, PORTION
-from permgraph.matching.weight_matching import ROOM
 from permgraph.spec.spec import PermutationSpec
 
 WORKING = 4  # bytes of a float32
@@ -297,7 +297,7 @@ def _cost(spec: PermutationSpec, move: Move, elements: dict[str, int]) -> MoveCo
         if len(node.chain) > 1:
             nested.append(problems[-1])
     standing = [elements[name] for name in move.parameters]
-    kept = gram if len(move.groups) == 1 and not move.bent else 0
+    kept = gram if len(move.groups) == 1 and not move.quadratic else 0
     whole, largest = sum(standing), max(standing, default=0)
     return MoveCost(move.name, size(move.name), flops, gram, tuple(problems), whole, largest, kept, tuple(nested))
 

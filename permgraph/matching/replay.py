@@ -18,6 +18,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from permgraph.errors import MismatchError, SpecError
+from permgraph.networks.batches import fitting
 from permgraph.spec.expressions import Axis, Label, Product, Ref, normalise, refs, rename, size_of, walk
 from permgraph.spec.spec import PermutationSpec
 from permgraph.weights.state_dict import StateDict
@@ -164,7 +165,8 @@ class Replay:
         """Run both networks on a batch, and show each wanted tensor of A with that of B, as (units, samples).
 
         Raises:
-            MismatchError: the batch takes another path through the network than the first, or cannot be run.
+            MismatchError: the batch takes another path through the network than the first.
+        EvaluationError: it cannot be run.
         """
         signature = _signature(batch)
         if signature not in self.passes:
@@ -187,16 +189,10 @@ class Replay:
         for index, node in enumerate(graph.nodes):
             if node.op == "output":
                 break
-            try:
+            where = f"{node.target} in module {node.meta.get('module', '')!r}"
+            with fitting(*batch, what=f"{where} cannot run on batch {number} of the loader,"):
                 for run in runs:
                     run.compute(node)
-            except MismatchError:
-                raise
-            except Exception as error:
-                raise MismatchError(
-                    f"{node.target} in module {node.meta.get('module', '')!r} cannot run on batch {number} of the "
-                    f"loader: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-                ) from error
             if index in wanted:
                 x, y = (run.values[node] for run in runs)
                 see(sites[index], sites[index].view(x), sites[index].view(y))
@@ -243,15 +239,15 @@ class _Values:
 
 def _names(implied: PermutationSpec, given: PermutationSpec) -> dict[str, str] | None:
     """What `given` calls the groups of `implied`, if they stand in the same places."""
-    found: dict[str, str] = {}
+    names: dict[str, str] = {}
     for name, axes in implied.axes.items():
         ours = [group for axis in axes for group in refs(axis)]
         theirs = [group for axis in given.axes.get(name, ()) for group in refs(axis)]
         if len(ours) != len(theirs) or any(
-            found.setdefault(one, other) != other for one, other in zip(ours, theirs, strict=True)
+            names.setdefault(own, its) != its for own, its in zip(ours, theirs, strict=True)
         ):
             return None
-    return found if len(set(found.values())) == len(found) else None
+    return names if len(set(names.values())) == len(names) else None
 
 
 def _is_evidence(node: fx.Node) -> bool:

@@ -17,7 +17,7 @@ from torch import nn
 from permgraph.connectivity.barriers import Evaluate, Prepare, barrier
 from permgraph.errors import in_one_line
 from permgraph.matching import Matcher, align
-from permgraph.networks.evaluate import undisturbed
+from permgraph.networks.batches import undisturbed
 from permgraph.spec.spec import PermutationSpec
 from permgraph.studies.store import Store, UnwritableError
 

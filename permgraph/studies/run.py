@@ -21,7 +21,7 @@ from permgraph.studies.cell import Task, run, versions
 from permgraph.studies.plan import Cell, StudyPlan
 from permgraph.studies.store import SMALLEST, Store, UnwritableError
 from permgraph.studies.table import StudyResult
-from permgraph.weights.combine import as_state_dict
+from permgraph.weights.state_dict import as_state_dict
 
 log = logging.getLogger(__name__)
 

@@ -1,7 +1,7 @@
 """Several ascents side by side, for networks so small that a step costs less than calling what makes it.
 
 A small trained network has many local optima, within a percent of each other, and which of them an ascent ends in is
-chance: what raises the objective is to try several. Here they all take the same group at a time, so that their Gram
+chance: what raises the objective is to try batched. Here they all take the same group at a time, so that their Gram
 matrices are one batched product and their assignments one call. Nothing is kept between steps.
 
 `explore` spends on this what is little next to anything else that one does with a network. It starts from random
@@ -30,7 +30,7 @@ from permgraph.matching.problem.renumber import Arrays
 WORTH = 0.15
 """Seconds that `explore` may take by what a sweep can be expected to take."""
 
-LANES = 16
+WIDTH = 16
 """The most ascents that go side by side."""
 
 RELAXING = 2.0
@@ -43,7 +43,7 @@ _STEPS = 27
 """Sweeps of one ascent in the time of a relaxation, on average."""
 
 _SWEEPS = 14
-"""Sweeps of one lane in two rounds, on average."""
+"""Sweeps of one ascent in two rounds, on average."""
 
 _CALLS, _CUBE, _PRODUCT = 2e-4, 1e-10, 4e-11
 """Seconds for what is called in a step; by entry of a group's cube for its assignment, and by product for its Gram."""
@@ -91,7 +91,7 @@ class Ascended:
     interrupted: bool
 
 
-class Several:
+class BatchedAscent:
     """The Gram matrices of all groups, for many permutations at a time."""
 
     def __init__(self, plan: Plan, compared: Pair, solver: Solver = "auto") -> None:
@@ -137,7 +137,7 @@ class Several:
         moving = {move.name for move in plan.moves}
         return bool(plan.moves) and all(
             len(move.groups) == 1
-            and not move.bent
+            and not move.quadratic
             and not move.root.batch
             and not move.carried
             and all(sum(leaf.group in moving for leaf in place.block.leaves) <= 2 for place in move.root.places)
@@ -267,15 +267,15 @@ class Several:
         return np.asarray(np.sum(found, axis=0))
 
 
-def lanes(plan: Plan) -> int:
+def batch_width(plan: Plan) -> int:
     """How many ascents `explore` runs side by side.
 
     None where a network is too large for any, where groups are fibred or meet themselves, or where none meets another,
     so that one step for each finds the best there is.
     """
-    if not Several.fits(plan) or not any(plan.neighbours):
+    if not BatchedAscent.fits(plan) or not any(plan.neighbours):
         return 0
-    return max(0, min(LANES, int((WORTH / _SWEEPS - _CALLS * len(plan.moves)) / _sweep_seconds(plan))))
+    return max(0, min(WIDTH, int((WORTH / _SWEEPS - _CALLS * len(plan.moves)) / _sweep_seconds(plan))))
 
 
 def worth_relaxing(plan: Plan, sweeps: int) -> bool:
@@ -284,9 +284,9 @@ def worth_relaxing(plan: Plan, sweeps: int) -> bool:
     That is where many sweeps say that there are local optima, where `explore` has few ascents to look for better ones,
     and where the relaxation takes no more than some two seconds.
     """
-    if sweeps < LONG or not Several.fits(plan) or not any(plan.neighbours):
+    if sweeps < LONG or not BatchedAscent.fits(plan) or not any(plan.neighbours):
         return False
-    return lanes(plan) < LANES // 2 and _STEPS * _sweep_seconds(plan) < RELAXING
+    return batch_width(plan) < WIDTH // 2 and _STEPS * _sweep_seconds(plan) < RELAXING
 
 
 def _sweep_seconds(plan: Plan) -> float:
@@ -299,7 +299,7 @@ def _sweep_seconds(plan: Plan) -> float:
 
 
 def explore(
-    several: Several,
+    batched: BatchedAscent,
     best: Mapping[str, np.ndarray],
     objective: float,
     count: int,
@@ -314,18 +314,18 @@ def explore(
     the second where the best so far is, with a quarter of them shuffled.
 
     Args:
-        several: the two models.
+        batched: the two models.
         best: where the groups stand in the best optimum so far.
         objective: what it is worth.
-        count: of ascents side by side, see `lanes`.
+        count: of ascents side by side, see `batch_width`.
         rng: for where they begin, and the order of the groups.
-        max_sweeps, progress, started: as in `Several.climb`.
+        max_sweeps, progress, started: as in `BatchedAscent.climb`.
     """
-    stand = {name: best[name] for name in several.sizes}
+    stand = {name: best[name] for name in batched.sizes}
     found: list[Ascended] = []
     for parts in ([1.0] * (count // 2) + [0.5] * (count - count // 2), [0.25] * count):
-        starts = [several.shuffled(stand, part, rng) for part in parts]
-        ascents = several.climb(starts, rng, max_sweeps, progress, started)
+        starts = [batched.shuffled(stand, part, rng) for part in parts]
+        ascents = batched.climb(starts, rng, max_sweeps, progress, started)
         found += ascents
         top = max(ascents, key=lambda ascent: ascent.objective)
         if top.objective > objective:

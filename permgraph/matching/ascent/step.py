@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from permgraph.assignment.certificate import prices_of
 from permgraph.assignment.parallel import side_by_side
-from permgraph.assignment.solve import Solver, assign, crowded, prices_of
+from permgraph.assignment.solve import Solver, assign, crowded
 from permgraph.matching.problem.moves import Node
 from permgraph.matching.workers import Share
 from permgraph.spec.spec import PermutationSpec
@@ -139,10 +140,14 @@ def choose_each(
     return {name: (columns, gain) for name, (columns, gain, _) in zip(worths, found, strict=True)}
 
 
+def rounding_of(values: torch.Tensor) -> float:
+    """The share of what was added up below which a difference is taken for rounding."""
+    return 16 * torch.finfo(values.dtype).eps
+
+
 def _task(worth: torch.Tensor, solver: Solver, name: str) -> tuple[np.ndarray, float, Solver, str]:
-    rounding = 16 * torch.finfo(worth.dtype).eps
     exact = worth.dtype in (torch.float32, torch.float64)
-    return (worth if exact else worth.double()).detach().cpu().numpy(), rounding, solver, name
+    return (worth if exact else worth.double()).detach().cpu().numpy(), rounding_of(worth), solver, name
 
 
 def _choose(table: np.ndarray, rounding: float, solver: Solver, name: str) -> tuple[np.ndarray, float]:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from permgraph.spec.action import blocks, gather
+from permgraph.spec.permutation import old_parents
 from permgraph.spec.spec import PermutationSpec
 
 PORTION = 1 << 20
@@ -40,14 +41,7 @@ def compose(spec: PermutationSpec, after: Mapping[str, np.ndarray], before: Mapp
         if name not in after and (name not in before or not any(parent in after for parent in group.parents)):
             continue
         sizes = tuple(spec.groups[parent].size for parent in group.parents)
-        new = dict(zip(group.parents, np.indices(sizes, sparse=True), strict=True))
-        old = [
-            after[parent][(*(new[above] for above in spec.groups[parent].parents), new[parent])]
-            if parent in after
-            else new[parent]
-            for parent in group.parents
-        ]
         rest = np.broadcast_to(np.arange(group.size), (*sizes, group.size))
-        index = (*(np.broadcast_to(parent, sizes)[..., None] for parent in old), after.get(name, rest))
-        out[name] = before.get(name, rest)[index]
+        old = (index[..., None] for index in old_parents(spec.groups, after, name))
+        out[name] = before.get(name, rest)[(*old, after.get(name, rest))]
     return out

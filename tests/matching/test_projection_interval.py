@@ -9,7 +9,7 @@ from torch import nn
 from permgraph import auto_spec
 from permgraph.matching import StraightThrough, align
 from permgraph.matching.cost import estimate
-from permgraph.matching.interval import LEAST, SHARE, counted, steps_between
+from permgraph.matching.projection_interval import LEAST, SHARE, counted, steps_between
 from permgraph.matching.straight_through import _Run
 
 
@@ -54,20 +54,20 @@ def test_projects_less_often_where_a_step_is_cheap_next_to_it(batch, rarer, monk
 
     monkeypatch.setattr(_Run, "_project", noted)
     pair = net(128), net(128)
-    how = StraightThrough(loader(batch), epochs=1, measured_batches=1)
+    how = StraightThrough(loader(batch), epochs=1, max_batches=1)
     fit = align(*pair, how)
     every = steps[0][1]
     assert (every > LEAST) is rarer
     assert [number for number, _ in steps] == [*range(every, 40, every), 40]
     # To count changes nothing: the same interval, given, leads to the same.
-    given = align(*pair, StraightThrough(loader(batch), epochs=1, measured_batches=1, project_every=every))
+    given = align(*pair, StraightThrough(loader(batch), epochs=1, max_batches=1, project_every=every))
     assert given.permutation == fit.permutation
     assert given.objective == fit.objective
 
 
 def test_a_resumed_run_keeps_its_interval(tmp_path, monkeypatch):
     pair = net(128), net(128)
-    settings = dict(measured_batches=1, checkpoint=tmp_path / "run.pt")
+    settings = dict(max_batches=1, checkpoint=tmp_path / "run.pt")
     align(*pair, StraightThrough(loader(4), epochs=1, **settings))
     every = torch.load(tmp_path / "run.pt", weights_only=True)["every"]
     assert every > LEAST
