@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from permgraph.rules.call import Call, TypedTensor
-from permgraph.rules.registry import rule
+from permgraph.rules.registry import aten, rule
+
+KERNELS = """
+    scaled_dot_product_attention _scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention
+    _scaled_dot_product_efficient_attention _scaled_dot_product_attention_math _scaled_dot_product_cudnn_attention
+    _scaled_dot_product_attention_math_for_mps _scaled_dot_product_fused_attention_overrideable
+"""
 
 
-@rule(
-    "aten.scaled_dot_product_attention", "aten._scaled_dot_product_flash_attention_for_cpu",
-    "aten._scaled_dot_product_flash_attention", "aten._scaled_dot_product_efficient_attention",
-    "aten._scaled_dot_product_attention_math", "aten._scaled_dot_product_cudnn_attention",
-    "aten._scaled_dot_product_attention_math_for_mps", "aten._scaled_dot_product_fused_attention_overrideable",
-)  # fmt: skip
+@rule(*aten(KERNELS), values="mixed")
 def scaled_dot_product_attention(call: Call) -> None:
     """q is (.., h, s, d), k is (.., h, t, d), v is (.., h, t, e): softmax(q kᵀ) v, with a mask that is added to q kᵀ.
 

@@ -38,7 +38,9 @@ VALUE = -1  # the dimension number by which the axis of an integer tensor's valu
 class TypedTensor:
     """A tensor of the graph with an axis for each dimension, and one for its values where they index something."""
 
-    __slots__ = ("_origin", "dims", "dtype", "known", "name", "read", "shape", "tied", "uniform", "value", "viewed")
+    __slots__ = (
+        "_origin", "dims", "dtype", "known", "may_repeat", "name", "read", "shape", "uniform", "value", "viewed",
+    )  # fmt: skip
 
     def __init__(self, name: str, shape: Sequence[int], dtype: torch.dtype, axes: Axes) -> None:
         self.name = name
@@ -49,7 +51,8 @@ class TypedTensor:
         self._origin: TypedTensor | None = None  # no cycle: thousands of them go as soon as nobody holds them
         # Dimensions along which it does not vary: no link ties them, as if they were broadcast.
         self.uniform: frozenset[int] = frozenset()
-        self.tied: frozenset[int] = frozenset()  # dimensions along which elements may be equal by more than chance
+        # Dimensions along which elements may be equal by more than chance.
+        self.may_repeat: frozenset[int] = frozenset()
         self.read = True  # whether anything depends on it
         self.viewed = False  # whether its memory is seen through other tensors as well
         # The values of a short vector of integers that the model's code has.

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from permgraph.rules.call import Call, TypedTensor
-from permgraph.rules.registry import rule
+from permgraph.rules.registry import aten, rule
 
 LOOKED_UP = "looked up by values from outside"
 LAST_WINS = "of several values written to one place the last one wins"
@@ -32,7 +32,7 @@ def _mark(call: Call, tensor: TypedTensor, dim: int, index: TypedTensor) -> str:
     return "_"
 
 
-@rule("aten.embedding")
+@rule("aten.embedding", values="looked up")
 def embedding(call: Call) -> None:
     """The rows of a table (v, c) at given positions."""
     weight, indices = call["weight"], call["indices"]
@@ -40,7 +40,7 @@ def embedding(call: Call) -> None:
     call.link((weight, f"{row} c"), (indices, "... ; e0"), (call.out, "... c"))
 
 
-@rule("aten._embedding_bag", "aten._embedding_bag_forward_only", "aten.embedding_bag")
+@rule(*aten("_embedding_bag _embedding_bag_forward_only embedding_bag"))
 def embedding_bag(call: Call) -> None:
     """Sums of rows of a table (v, c)."""
     weight = call["weight"]
@@ -51,7 +51,7 @@ def embedding_bag(call: Call) -> None:
     call.pin(call.out, 0, LOOKED_UP)
 
 
-@rule("aten.index_select")
+@rule("aten.index_select", values="looked up", zeros="all")
 def index_select(call: Call) -> None:
     """Given indices of one dimension."""
     x, index = call["self"], call["index"]
@@ -66,7 +66,7 @@ def index_select(call: Call) -> None:
     call.carry_values(x, call.out)
 
 
-@rule("aten.gather")
+@rule("aten.gather", values="looked up", zeros="all")
 def gather(call: Call) -> None:
     """For each position of the index, one element along a dimension; the other dimensions run along."""
     x, index, dim = call["self"], call["index"], call.dim(call["self"])
@@ -74,7 +74,7 @@ def gather(call: Call) -> None:
     call.carry_values(x, call.out)
 
 
-@rule("aten.nll_loss_forward", "aten.nll_loss2d_forward")
+@rule(*aten("nll_loss_forward nll_loss2d_forward"), values="derived")
 def class_loss(call: Call) -> None:
     """Of x (class), (sample, class) or (sample, class, ...) the element at each sample's class, times its weight."""
     x, target, weight = call["self"], call["target"], call.get("weight")
@@ -94,7 +94,7 @@ def class_loss(call: Call) -> None:
     )  # fmt: skip
 
 
-@rule("aten.scatter", "aten.scatter_add", "aten.scatter_reduce")
+@rule(*aten("scatter scatter_add scatter_reduce"), values="joined")
 def scatter(call: Call) -> None:
     """Write at positions along a dimension; the other dimensions run along."""
     x, index, dim = call["self"], call["index"], call.dim(call["self"])
@@ -136,7 +136,7 @@ def _along(
     )  # fmt: skip
 
 
-@rule("aten.index", "aten._unsafe_index")
+@rule(*aten("index _unsafe_index"), values="looked up", zeros="all")
 def index(call: Call) -> None:
     """``x[i, :, j]``: index tensors, broadcast together, take the place of the dimensions that they look up."""
     x = call["self"]
@@ -149,7 +149,7 @@ def index(call: Call) -> None:
     call.carry_values(x, call.out)
 
 
-@rule("aten.index_put", "aten._index_put_impl", "aten._unsafe_index_put")
+@rule(*aten("index_put _index_put_impl _unsafe_index_put"), values="joined")
 def index_put(call: Call) -> None:
     """``x[i, :, j] = values``."""
     x, values = call["self"], call["values"]
@@ -208,7 +208,7 @@ def _masked(
     return " ".join("_" if d in covered else label for d, label in enumerate(looked)), " ".join(found), []
 
 
-@rule("aten.index_add", "aten.index_copy", "aten.index_reduce")
+@rule(*aten("index_add index_copy index_reduce"), values="joined")
 def index_add(call: Call) -> None:
     """Add or write slices at given indices of one dimension."""
     x, index, source = call["self"], call["index"], call["source"]
@@ -224,7 +224,7 @@ def index_add(call: Call) -> None:
         call.pin_values(tensor, "indices are mixed with other integers")
 
 
-@rule("aten.index_fill")
+@rule("aten.index_fill", values="padded")
 def index_fill(call: Call) -> None:
     """Write one value at given indices of one dimension."""
     x, index = call["self"], call["index"]
@@ -246,7 +246,7 @@ def one_hot(call: Call) -> None:
         call.link((x, "..."), (out, "... _"))
 
 
-@rule("aten.bincount", "aten.histc")
+@rule(*aten("bincount histc"))
 def count(call: Call) -> None:
     """How often each value occurs, whatever the order: the axis that the index numbers becomes that of the counts."""
     x, out, weights = call["self"], call.out, call.get("weights")
@@ -260,7 +260,7 @@ def count(call: Call) -> None:
         call.pin(out, 0, "counts of values from outside")
 
 
-@rule("aten.masked_scatter")
+@rule("aten.masked_scatter", values="derived")
 def masked_scatter(call: Call) -> None:
     """Elements of a source, one after the other, go where a mask is set.
 
@@ -291,7 +291,7 @@ def _is_constant(mask: TypedTensor, dim: int) -> bool:
     return dim < 0 or mask.shape[dim] == 1 or dim in mask.uniform
 
 
-@rule("aten.bucketize", "aten.searchsorted")
+@rule(*aten("bucketize searchsorted"))
 def bucketize(call: Call) -> None:
     """Elementwise: between which two of the boundaries, whose order is fixed."""
     x = call.get("self")
@@ -325,10 +325,12 @@ def isin(call: Call) -> None:
         call.link((others, " ".join(f"t{i}" for i in range(others.ndim))))
 
 
-@rule(
-    "aten.nonzero", "aten.masked_select", "aten._unique2", "aten.unique_dim", "aten.unique_consecutive",
-    "aten.put", "aten.nonzero_static", "aten.repeat_interleave.Tensor",
-)  # fmt: skip
+VALUE_DEPENDENT = """
+    nonzero masked_select _unique2 unique_dim unique_consecutive put nonzero_static repeat_interleave.Tensor
+"""
+
+
+@rule(*aten(VALUE_DEPENDENT))
 def value_dependent(call: Call) -> None:
     """Which elements are meant depends on values: all that takes part stays put."""
     call.pin_all([*call.tensors, *call.results], f"{call.node.target} depends on values")

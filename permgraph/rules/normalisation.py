@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from permgraph.rules.call import Call
-from permgraph.rules.registry import rule
+from permgraph.rules.registry import aten, rule
+
+BATCH_NORMS = """
+    native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training _native_batch_norm_legit_functional
+    cudnn_batch_norm batch_norm _batch_norm_with_update _batch_norm_no_update miopen_batch_norm
+"""
 
 
-@rule(
-    "aten.native_batch_norm", "aten._native_batch_norm_legit", "aten._native_batch_norm_legit_no_training",
-    "aten._native_batch_norm_legit_functional", "aten.cudnn_batch_norm", "aten.batch_norm",
-    "aten._batch_norm_with_update", "aten._batch_norm_no_update", "aten.miopen_batch_norm",
-)  # fmt: skip
+@rule(*aten(BATCH_NORMS), values="derived")
 def batch_norm(call: Call) -> None:
     """x is (b, c, space); weight, bias and running statistics are (c). Statistics are over all but c."""
     x = call["input"]
@@ -20,7 +21,8 @@ def batch_norm(call: Call) -> None:
     call.link((x, rest), *((t, "c") for t in (*parameters, *saved)), (call.out, rest))
 
 
-@rule("aten.native_layer_norm", "aten._fused_rms_norm", "aten.rms_norm", "aten.layer_norm")
+@rule(*aten("_fused_rms_norm rms_norm"), values="derived", zeros="any")
+@rule(*aten("native_layer_norm layer_norm"), values="derived")
 def layer_norm(call: Call) -> None:
     """Statistics over the last dimensions, those of the weight; each leading index has its own."""
     x = call["input"]
@@ -39,7 +41,7 @@ def layer_norm_labels(call: Call) -> tuple[str, str]:
     return lead, " ".join(f"n{i}" for i in range(count))
 
 
-@rule("aten.native_group_norm", "aten.group_norm")
+@rule(*aten("native_group_norm group_norm"), values="derived")
 def group_norm(call: Call) -> None:
     """x is (n, g·i, space); statistics for each n and g."""
     x = call["input"]
@@ -52,7 +54,7 @@ def group_norm(call: Call) -> None:
     )  # fmt: skip
 
 
-@rule("aten._weight_norm_interface", "aten._weight_norm")
+@rule(*aten("_weight_norm_interface _weight_norm"), values="derived")
 def weight_norm(call: Call) -> None:
     """``g · v / |v|``, the norm over every dimension of v but one; g keeps the others at size one."""
     v, dim = call["v"], call.dim(call["v"], default=0)
@@ -63,7 +65,7 @@ def weight_norm(call: Call) -> None:
     call.link((v, every), (g, norm if g.ndim == v.ndim else f"d{dim}"), (call.out, every), *norms)
 
 
-@rule("aten.renorm")
+@rule("aten.renorm", values="derived", zeros="all")
 def renorm(call: Call) -> None:
     """Each part along a dimension, shortened to a norm of its own."""
     x = call["self"]

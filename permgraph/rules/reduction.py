@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 
 from permgraph.rules.call import EQUAL, Call, TypedTensor
-from permgraph.rules.registry import rule
+from permgraph.rules.registry import aten, rule
 
-REDUCTIONS = """
-    sum mean amax amin aminmax prod var std var_mean std_mean norm linalg_vector_norm logsumexp any all nansum
-    count_nonzero frobenius_norm _is_all_true
-"""
+REDUCTIONS = "sum mean amax amin aminmax prod var std var_mean std_mean nansum"
 
 
 def _names(tensor: TypedTensor) -> list[str]:
@@ -34,7 +31,10 @@ def _reduced(x: TypedTensor, out: TypedTensor, dims: Collection[int]) -> str:
     return _blank(x, dims) if out.ndim == x.ndim else _without(x, dims)
 
 
-@rule(*(f"aten.{name}" for name in REDUCTIONS.split()))
+@rule(*aten(REDUCTIONS), values="reduced", zeros="all")
+@rule(*aten("norm linalg_vector_norm frobenius_norm"), values="reduced", zeros="all", repeats_if_zero=("p", "ord"))
+@rule("aten.logsumexp", values="reduced")
+@rule(*aten("any all count_nonzero _is_all_true"))
 def reduction(call: Call) -> None:
     """The result has every dimension of the input but those that are reduced."""
     x = call.tensors[0]
@@ -43,7 +43,7 @@ def reduction(call: Call) -> None:
     call.pin_values(x, "arithmetic on an index")
 
 
-@rule("aten.max", "aten.min", "aten.median", "aten.nanmedian", "aten.mode", "aten.kthvalue")
+@rule(*aten("max min median nanmedian mode kthvalue"), values="reduced", zeros="all")
 def extremum(call: Call) -> None:
     """Of one tensor along a dimension, values and their positions; of two tensors, elementwise."""
     if len(call.tensors) == 2 and len(call.results) == 1:
@@ -56,7 +56,7 @@ def extremum(call: Call) -> None:
         _positions(call, call.tensors[0], call.dim(call.tensors[0], default=-1), call.results[0], call.results[1])
 
 
-@rule("aten.argmax", "aten.argmin")
+@rule(*aten("argmax argmin"), values="reduced")
 def argmax(call: Call) -> None:
     """The position of the extreme value: an index of the dimension that was searched, or of all of them flattened."""
     x = call["self"]
@@ -72,7 +72,7 @@ def argmax(call: Call) -> None:
 def _tell_equals_apart(call: Call, x: TypedTensor, dims: Iterable[int], indices: TypedTensor) -> None:
     """Pin what is searched where elements may be equal, and somebody reads which of them was found."""
     if indices.read:
-        call.pin(x, [dim for dim in dims if dim in x.uniform or dim in x.tied], EQUAL)
+        call.pin(x, [dim for dim in dims if dim in x.uniform or dim in x.may_repeat], EQUAL)
         call.ledger.searched.append((x, tuple(dims), call.number))
 
 
@@ -84,7 +84,7 @@ def _positions(call: Call, x: TypedTensor, dim: int, values: TypedTensor | None,
     call.pin_values(x, "arithmetic on an index")
 
 
-@rule("aten.topk", "aten.sort", "aten.argsort")
+@rule(*aten("topk sort argsort"), values="derived", zeros="all")
 def ranking(call: Call) -> None:
     """Values in order, and where they stood: an index of the dimension that was searched. The ranks stay put.
 
@@ -106,7 +106,7 @@ def ranking(call: Call) -> None:
     call.pin_values(x, "indices are put in order of their numbers")
 
 
-@rule("aten._softmax", "aten._log_softmax", "aten.softmax", "aten.log_softmax", "aten._safe_softmax")
+@rule(*aten("_softmax _log_softmax softmax log_softmax _safe_softmax"), values="derived")
 def softmax(call: Call) -> None:
     """Elementwise, but for a sum along one dimension."""
     x = call["self"]
@@ -114,10 +114,10 @@ def softmax(call: Call) -> None:
     call.link((x, every), (call.out, every), via=[_without(x, [call.dim(x)])])
 
 
-@rule(
-    "aten.cumsum", "aten.cumprod", "aten.logcumsumexp", "aten.cummax", "aten.cummin", "aten.diff", "aten.flip",
-    "aten.roll", "aten.rot90",
-)  # fmt: skip
+@rule(*aten("cumsum cumprod logcumsumexp"), values="reduced")
+@rule(*aten("cummax cummin"))
+@rule("aten.diff", values="derived")
+@rule(*aten("flip roll rot90"), values="moved", zeros="all")
 def ordered(call: Call) -> None:
     """Neighbours along a dimension matter: it stays put, the others pass."""
     x = call.tensors[0]
@@ -134,7 +134,7 @@ def ordered(call: Call) -> None:
         call.pin_values(x, "arithmetic on an index")
 
 
-@rule("aten.linalg_norm")
+@rule("aten.linalg_norm", values="reduced", zeros="all", repeats_if_zero=("ord",))
 def linalg_norm(call: Call) -> None:
     """Of vectors elementwise, of matrices a function that renumbering rows and columns leaves alone."""
     x = call["self"]
@@ -146,7 +146,7 @@ def linalg_norm(call: Call) -> None:
     call.link((x, every), *((out, _reduced(x, out, dims)) for out in call.results), via=via)
 
 
-@rule("aten.cosine_similarity")
+@rule("aten.cosine_similarity", values="derived")
 def cosine_similarity(call: Call) -> None:
     """A normalised inner product along one dimension of tensors that are broadcast to each other."""
     a, b = call.tensors
@@ -156,7 +156,7 @@ def cosine_similarity(call: Call) -> None:
     call.link(*slots, (call.out, " ".join(n for i, n in enumerate(names) if i != dim)))
 
 
-@rule("aten._fft_r2c", "aten._fft_c2r", "aten._fft_c2c")
+@rule(*aten("_fft_r2c _fft_c2r _fft_c2c"), values="derived", zeros="all")
 def fourier(call: Call) -> None:
     """Fourier transforms along some dimensions, which have an order; the others pass."""
     x, out, dims = call["self"], call.out, call.dim_list(call["self"])
