@@ -21,7 +21,7 @@ def overwritten(call: Call) -> None:
     call.pin_values(call["self"], "an index was overwritten with a number")
 
 
-@rule("aten.arange", values="distinct")
+@rule("aten.arange", values="derived")
 def arange(call: Call) -> None:
     """0, 1, 2, …: the value at each index is that index. Anything else is an order of its own."""
     out = call.out
@@ -31,7 +31,7 @@ def arange(call: Call) -> None:
         call.pin(out, 0, "a sequence of numbers")
 
 
-@rule(*aten("linspace logspace"), values="distinct")
+@rule(*aten("linspace logspace"), values="derived")
 @rule(*aten("tril_indices triu_indices hann_window hamming_window bartlett_window blackman_window"))
 def sequence(call: Call) -> None:
     """Values in an order of their own."""

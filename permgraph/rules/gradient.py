@@ -7,10 +7,10 @@ from permgraph.rules.convolution import SPACE, convolution_slots
 from permgraph.rules.normalisation import layer_norm_labels
 from permgraph.rules.registry import aten, rule
 
-SMOOTH = "gelu_backward log_sigmoid_backward logit_backward mish_backward sigmoid_backward silu_backward tanh_backward"
+SMOOTH = "gelu_backward log_sigmoid_backward mish_backward sigmoid_backward silu_backward tanh_backward"
 BROKEN = """
     elu_backward hardshrink_backward hardsigmoid_backward hardswish_backward hardtanh_backward leaky_relu_backward
-    softplus_backward softshrink_backward threshold_backward
+    logit_backward softplus_backward softshrink_backward threshold_backward
 """  # with a constant slope somewhere
 
 

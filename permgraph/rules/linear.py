@@ -70,7 +70,8 @@ def addmv(call: Call) -> None:
     call.link((call["mat"], "m k"), (call["vec"], "k"), (call["self"], _last("m", call["self"])), (call.out, "m"))
 
 
-@rule(*aten("dot vdot"), values="mixed", zeros="any", factors=(("self", -1), ("tensor", -1)))
+@rule("aten.dot", values="mixed", zeros="any", factors=(("self", -1), ("tensor", -1)))
+@rule("aten.vdot", values="mixed", zeros="any", factors=(("self", -1), ("other", -1)))
 def dot(call: Call) -> None:
     """The sum of products."""
     call.link((call.tensors[0], "k"), (call.tensors[1], "k"))
@@ -101,7 +102,8 @@ def trilinear(call: Call) -> None:
     call.link(*slots, (call.out, " ".join(kept)))
 
 
-@rule(*aten("_cdist_forward _euclidean_dist cdist"), values="derived", repeats_if_zero=("p",))
+@rule(*aten("_cdist_forward cdist"), values="derived", repeats_if_zero=("p",))
+@rule("aten._euclidean_dist", values="derived")
 def cdist(call: Call) -> None:
     """Distances between the rows of two matrices, in each batch."""
     call.link((call["x1"], "... m k"), (call["x2"], "... n k"), (call.out, "... m n"))

@@ -6,9 +6,9 @@ from permgraph.rules.call import Call
 from permgraph.rules.registry import aten, rule
 
 DISTINCT = """
-    acos acosh add arccos cos cosh digamma dequantize erfc exp exp2 frexp i0 lgamma log log10 log2
-    log_sigmoid log_sigmoid_forward logaddexp logaddexp2 polygamma reciprocal rsqrt rsub sigmoid sinc softplus
-    special_expit special_ndtr sub subtract
+    acos acosh arccos cos cosh digamma dequantize erfc exp exp2 frexp i0 lgamma log log10 log2
+    log_sigmoid log_sigmoid_forward logaddexp logaddexp2 polygamma reciprocal rsqrt sigmoid sinc softplus
+    special_expit special_ndtr
 """
 DISTINCT_AND_ZERO_AT_ZERO = """
     abs arcsin arctan asin asinh atan atanh celu conj _conj conj_physical deg2rad erf erfinv expm1 frac gelu hypot log1p
@@ -23,17 +23,19 @@ REPEATING = """
     quantize_per_tensor real remainder __rshift__ signbit threshold __xor__
 """
 REPEATING_AND_ZERO_AT_ZERO = "hardshrink hardswish relu relu6 round sgn sign softshrink trunc"
-PRODUCTS = "addcdiv addcmul div divide lerp special_xlog1py true_divide xlogy"
+PRODUCTS = "addcdiv addcmul div divide lerp true_divide"
 
 
 # Forward-mode derivatives are written in torch's own primitive operators.
-@rule(*aten(DISTINCT), "prims.add", "prims.sub", values="distinct")
+@rule(*aten(DISTINCT), values="distinct")
+@rule(*aten("add rsub sub subtract"), "prims.add", "prims.sub", values="distinct", repeats_if_zero=("alpha",))
 @rule(*aten(DISTINCT_AND_ZERO_AT_ZERO), "prims.neg", values="distinct", zeros="all")
 @rule(*aten("leaky_relu"), values="distinct", zeros="all", repeats_if_zero=("negative_slope",))
 @rule(*aten("elu"), values="distinct", zeros="all", repeats_if_zero=("alpha", "scale", "input_scale"))
 @rule(*aten("pow float_power"), values="product", repeats_if_zero=("self", "exponent"))
 @rule(*aten("mul multiply"), "prims.mul", values="product", zeros="any", repeats_if_zero=("other",))
 @rule(*aten(PRODUCTS), "prims.div", values="product", repeats_if_zero=("self",))
+@rule(*aten("special_xlog1py xlogy"), values="product", repeats_if_zero=("self", "other"))
 @rule(*aten(REPEATING), values="repeat")
 @rule(*aten(REPEATING_AND_ZERO_AT_ZERO), values="repeat", zeros="all")
 @rule(*aten("ge greater gt le less lt"), values="repeat", compares=True)

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable
 from permgraph.rules.call import EQUAL, Call, TypedTensor
 from permgraph.rules.registry import aten, rule
 
-REDUCTIONS = "sum mean amax amin aminmax prod var std var_mean std_mean nansum"
+REDUCTIONS = "sum mean amax amin aminmax prod var std var_mean std_mean nansum frobenius_norm"
 
 
 def _names(tensor: TypedTensor) -> list[str]:
@@ -32,7 +32,7 @@ def _reduced(x: TypedTensor, out: TypedTensor, dims: Collection[int]) -> str:
 
 
 @rule(*aten(REDUCTIONS), values="reduced", zeros="all")
-@rule(*aten("norm linalg_vector_norm frobenius_norm"), values="reduced", zeros="all", repeats_if_zero=("p", "ord"))
+@rule(*aten("norm linalg_vector_norm"), values="reduced", zeros="all", repeats_if_zero=("p", "ord"))
 @rule("aten.logsumexp", values="reduced")
 @rule(*aten("any all count_nonzero _is_all_true"))
 def reduction(call: Call) -> None:
