@@ -27,8 +27,10 @@ from permgraph.inference.liveness import met_zeros
 from permgraph.inference.predicted_cuts import PLACEHOLDER, foreseen_cuts
 from permgraph.inference.repeats import UNREAD as PASSED_ON
 from permgraph.rules import find_rule
-from permgraph.rules.call import EQUAL, Call, Ledger, TypedTensor, loose_families, provides
+from permgraph.rules.call import EQUAL, Call
+from permgraph.rules.ledger import Ledger
 from permgraph.rules.registry import Rule
+from permgraph.rules.typed_tensor import TypedTensor, loose_families, provides
 
 UNREAD = "no output depends on it"
 UNSEEN = "its weight met only zeros"

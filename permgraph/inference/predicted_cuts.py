@@ -17,7 +17,7 @@ from torch import fx
 
 from permgraph.algebra.store import BirthKey
 from permgraph.inference.operators import Operators, arguments_of, dimensions_kept, name_of
-from permgraph.rules.call import matching_dims
+from permgraph.rules.typed_tensor import matching_dims
 
 PLACEHOLDER = "placeholder"
 

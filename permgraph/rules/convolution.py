@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from permgraph.rules.call import Call, TypedTensor
+from permgraph.rules.call import Call
 from permgraph.rules.registry import aten, rule
+from permgraph.rules.typed_tensor import TypedTensor
 
 SPACE = "a spatial dimension"
 
@@ -57,10 +58,10 @@ def convolution_slots(
             outs.append(f"t{s}!")
     channels = "(g i) o" if transposed else "(g o) i"
     return (
-        (x, " ".join(["n (g i)", *ins])),
-        (weight, " ".join([channels, *kernels])),
+        (x, f"n (g i) {' '.join(ins)}"),
+        (weight, f"{channels} {' '.join(kernels)}"),
         (None, "(g o)"),
-        (out, " ".join(["n (g o)", *outs])),
+        (out, f"n (g o) {' '.join(outs)}"),
     )
 
 
@@ -90,14 +91,14 @@ def over_space(call: Call) -> None:
 
 def _over_space(call: Call, space: int) -> None:
     x, *others = call.tensors
-    lead = " ".join(f"c{i}" for i in range(x.ndim - space))
+    lead = call.names(x.ndim - space)
     # the mean over the whole of a dimension singles nothing out
     whole = ["adaptive_avg" in str(call.node.target) and call.out.shape[d] == 1 for d in range(x.ndim - space, x.ndim)]
     ins = [f"s{i}" if whole[i] else f"s{i}!" for i in range(space)]
     outs = ["_" if whole[i] else f"t{i}!" for i in range(space)]
-    slots = [(out, " ".join([lead, *outs])) for out in call.results]
-    indices = [(other, " ".join([lead, *ins])) for other in others]  # of max_unpool
-    call.link((x, " ".join([lead, *ins])), *indices, *slots, why=SPACE)
+    before, after = (" ".join([lead, *space]) for space in (ins, outs))
+    indices = [(other, before) for other in others]  # of max_unpool
+    call.link((x, before), *indices, *((out, after) for out in call.results), why=SPACE)
 
 
 @rule(*aten("fractional_max_pool2d fractional_max_pool3d"), values="derived", zeros="all")
@@ -105,7 +106,7 @@ def fractional_max_pool(call: Call) -> None:
     """Each channel by itself, with random samples (n, c, 2 or 3) that say where its windows lie."""
     x, samples = call.tensors
     space = samples.shape[-1]
-    lead = " ".join(f"c{i}" for i in range(x.ndim - space))
+    lead = call.names(x.ndim - space)
     if samples.ndim != x.ndim - space + 1:
         call.pin_all([*call.tensors, *call.results], "windows that are drawn at random")
         return
@@ -126,23 +127,9 @@ def pad(call: Call) -> None:
 def constant_pad(call: Call) -> None:
     """Constants before and after: they have no order of their own, the padded axis is a sum."""
     x, out, pad = call["self"], call.out, call["pad"]
-    for d in range(x.ndim):
-        pair = 2 * (x.ndim - 1 - d)
-        before, after = (pad[pair], pad[pair + 1]) if pair < len(pad) else (0, 0)
-        axis = x.dims[d]
-        axis, _ = call.axes.slice(axis, max(-before, 0), x.shape[d] - max(-after, 0))
-        if before > 0 or after > 0:
-            margin = call.remember(f"margin {d}", lambda b=before, a=after: _margins(call, b, a))
-            axis = call.remember(f"padded {d}", lambda m=margin, inner=axis: call.axes.sum([m[0], inner, m[1]]))
-        call.axes.unify(out.dims[d], axis)
-        call.note_tie(x, d, out, d)
-    call.note_rearrangement(x, out)
+    pairs = [pad[i : i + 2] for i in range(0, len(pad), 2)]  # of the last dimension first
+    call.pad(x, out, [(0, 0)] * (x.ndim - len(pairs)) + [(before, after) for before, after in reversed(pairs)])
     call.pin_values(x, "indices are padded with a constant")
-
-
-def _margins(call: Call, before: int, after: int) -> tuple[object, object]:
-    zero = call.axes.sum([])
-    return (call.axes.atom(before) if before > 0 else zero, call.axes.atom(after) if after > 0 else zero)
 
 
 @rule("aten.pixel_shuffle", values="moved", zeros="all")

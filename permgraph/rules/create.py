@@ -43,6 +43,6 @@ def eye(call: Call) -> None:
     """The identity matrix stays itself if rows and columns are renumbered alike."""
     out = call.out
     if out.shape[0] == out.shape[1]:
-        call.axes.unify(out.dims[0], out.dims[1])
+        call.unify(out, 0, out, 1)
     else:
         call.pin_all([out], "an identity matrix that is not square")

@@ -26,9 +26,8 @@ def softmax(call: Call) -> None:
     """Elementwise, but for a sum along the dimension of the softmax."""
     gradient, y = call["grad_output"], call["output"]
     dim = call.dim(y)
-    names = [f"d{i}" for i in range(y.ndim)]
-    every = " ".join(names)
-    call.link((gradient, every), (y, every), (call.out, every), via=[" ".join(names[:dim] + names[dim + 1 :])])
+    every = call.names(y)
+    call.link((gradient, every), (y, every), (call.out, every), via=[call.names(y, skip=[dim])])
 
 
 @rule("aten.native_layer_norm_backward", values="derived")

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 
 import torch
 
-from permgraph.rules.call import Call, TypedTensor
+from permgraph.rules.call import Call
 from permgraph.rules.registry import aten, rule
+from permgraph.rules.typed_tensor import TypedTensor
 
 LOOKED_UP = "looked up by values from outside"
 LAST_WINS = "of several values written to one place the last one wins"
@@ -59,10 +60,8 @@ def index_select(call: Call) -> None:
     if index.known is not None and x.ndim:
         call.take_known(x, call.out, dim, index.known)
         return
-    names = [f"d{d}" for d in range(x.ndim)]
-    looked = [_mark(call, x, dim, index) if d == dim else name for d, name in enumerate(names)]
-    found = ["k" if d == dim else name for d, name in enumerate(names)]
-    call.link((x, " ".join(looked)), (index, f"k ; e{dim}"), (call.out, " ".join(found)))
+    looked = call.names(x, named={dim: _mark(call, x, dim, index)} if x.ndim else {})
+    call.link((x, looked), (index, f"k ; e{dim}"), (call.out, call.names(x, named={dim: "k"} if x.ndim else {})))
     call.carry_values(x, call.out)
 
 
@@ -87,9 +86,9 @@ def class_loss(call: Call) -> None:
     looked = _mark(call, x, dim, target)
     if looked == "_":
         call.pin(weight, 0, LOOKED_UP)
-    samples = " ".join(f"d{d}" for d in range(x.ndim) if d != dim)
+    samples = call.names(x, skip=[dim])
     call.link(
-        (x, " ".join(looked if d == dim else f"d{d}" for d in range(x.ndim))), (weight, looked),
+        (x, call.names(x, named={dim: looked})), (weight, looked),
         (target, f"{samples} ; e{dim}"), (out, samples if call["reduction"] == 0 else ""), (total, ""),
     )  # fmt: skip
 
@@ -214,10 +213,8 @@ def index_add(call: Call) -> None:
     x, index, source = call["self"], call["index"], call["source"]
     dim = call.dim(x)
     call.pointwise(x, call.out)
-    names = [f"d{d}" for d in range(x.ndim)]
-    looked = [_mark(call, call.out, dim, index) if d == dim else name for d, name in enumerate(names)]
-    written = ["k" if d == dim else name for d, name in enumerate(names)]
-    call.link((call.out, " ".join(looked)), (index, f"k ; e{dim}"), (source, " ".join(written)))
+    looked = call.names(x, named={dim: _mark(call, call.out, dim, index)})
+    call.link((call.out, looked), (index, f"k ; e{dim}"), (source, call.names(x, named={dim: "k"})))
     if "index_copy" in str(call.node.target):
         call.pin(source, dim, LAST_WINS)
     for tensor in (x, source):
@@ -230,8 +227,7 @@ def index_fill(call: Call) -> None:
     x, index = call["self"], call["index"]
     dim = call.dim(x)
     call.pointwise(x, call.out)
-    looked = [_mark(call, call.out, dim, index) if d == dim else f"d{d}" for d in range(x.ndim)]
-    call.link((call.out, " ".join(looked)), (index, f"k ; e{dim}"))
+    call.link((call.out, call.names(x, named={dim: _mark(call, call.out, dim, index)})), (index, f"k ; e{dim}"))
 
 
 @rule("aten.one_hot")
@@ -251,7 +247,7 @@ def count(call: Call) -> None:
     """How often each value occurs, whatever the order: the axis that the index numbers becomes that of the counts."""
     x, out, weights = call["self"], call.out, call.get("weights")
     whole = call.get("bins") is None or (call.get("min") in (0, None) and call.get("max") in (out.shape[0] - 1, None))
-    every = " ".join(f"d{d}" for d in range(x.ndim))
+    every = call.names(x)
     if _follows(x, out.shape[0]) and whole:
         call.link((x, f"{every} ; e"), (weights, every), (out, "e"))
     else:
@@ -322,7 +318,7 @@ def isin(call: Call) -> None:
     for tensor in call.tensors:
         call.pin_values(tensor, "compared with other integers")
     if isinstance(others, TypedTensor):
-        call.link((others, " ".join(f"t{i}" for i in range(others.ndim))))
+        call.link((others, call.names(others)))
 
 
 VALUE_DEPENDENT = """

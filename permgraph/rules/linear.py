@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from permgraph.rules.call import Call, TypedTensor
+from permgraph.rules.call import Call
+from permgraph.rules.pattern import last_labels
 from permgraph.rules.registry import aten, rule
+from permgraph.rules.typed_tensor import TypedTensor
 
 
 @rule("aten.addmm", values="mixed", factors=(("mat1", -1), ("mat2", -2)), bias=("self", -1))
@@ -12,14 +14,8 @@ def addmm(call: Call) -> None:
     """``self + mat1 @ mat2``: x is (m, k), w is (k, o); the bias spans the last dimensions of the result."""
     bias: TypedTensor = call["self"]
     call.link(
-        (call["mat1"], "m k"), (call["mat2"], "k o"), (bias, _last("m o", bias)), (call.out, "m o")
+        (call["mat1"], "m k"), (call["mat2"], "k o"), (bias, last_labels("m o", bias)), (call.out, "m o")
     )  # fmt: skip
-
-
-def _last(pattern: str, tensor: TypedTensor) -> str:
-    """The last labels of a pattern, as many as the tensor has dimensions."""
-    labels = pattern.split()
-    return " ".join(labels[len(labels) - tensor.ndim :])
 
 
 @rule("aten.mm", values="mixed", zeros="any", factors=(("self", -1), ("mat2", -2)))
@@ -38,7 +34,7 @@ def bmm(call: Call) -> None:
 def baddbmm(call: Call) -> None:
     """``self + batch1 @ batch2`` for each b."""
     call.link(
-        (call["batch1"], "b m k"), (call["batch2"], "b k o"), (call["self"], _last("b m o", call["self"])),
+        (call["batch1"], "b m k"), (call["batch2"], "b k o"), (call["self"], last_labels("b m o", call["self"])),
         (call.out, "b m o"),
     )  # fmt: skip
 
@@ -47,7 +43,7 @@ def baddbmm(call: Call) -> None:
 def addbmm(call: Call) -> None:
     """``self`` and the sum over b of ``batch1 @ batch2``."""
     call.link(
-        (call["batch1"], "b m k"), (call["batch2"], "b k o"), (call["self"], _last("m o", call["self"])),
+        (call["batch1"], "b m k"), (call["batch2"], "b k o"), (call["self"], last_labels("m o", call["self"])),
         (call.out, "m o"),
     )  # fmt: skip
 
@@ -55,7 +51,9 @@ def addbmm(call: Call) -> None:
 @rule("aten.addr", values="derived")
 def addr(call: Call) -> None:
     """``self`` and every product of two vectors' elements."""
-    call.link((call["vec1"], "m"), (call["vec2"], "n"), (call["self"], _last("m n", call["self"])), (call.out, "m n"))
+    call.link(
+        (call["vec1"], "m"), (call["vec2"], "n"), (call["self"], last_labels("m n", call["self"])), (call.out, "m n")
+    )
 
 
 @rule("aten.mv", values="mixed", zeros="any", factors=(("self", -1), ("vec", -1)))
@@ -67,7 +65,7 @@ def mv(call: Call) -> None:
 @rule("aten.addmv", values="mixed", factors=(("mat", -1), ("vec", -1)), bias=("self", -1))
 def addmv(call: Call) -> None:
     """``self + mat @ vec``."""
-    call.link((call["mat"], "m k"), (call["vec"], "k"), (call["self"], _last("m", call["self"])), (call.out, "m"))
+    call.link((call["mat"], "m k"), (call["vec"], "k"), (call["self"], last_labels("m", call["self"])), (call.out, "m"))
 
 
 @rule("aten.dot", values="mixed", zeros="any", factors=(("self", -1), ("tensor", -1)))
@@ -93,13 +91,8 @@ def linear(call: Call) -> None:
 def trilinear(call: Call) -> None:
     """What `bilinear` runs: a product of three tensors, each broadcast along some dimensions, summed over others."""
     total = call.out.ndim + len(call["sumdim"])
-    names = [f"d{i}" for i in range(total)]
-    slots: list[tuple[TypedTensor | None, str]] = []
-    for name, expand in (("i1", "expand1"), ("i2", "expand2"), ("i3", "expand3")):
-        own = [label for i, label in enumerate(names) if i not in call[expand]]
-        slots.append((call[name], " ".join(own)))
-    kept = [label for i, label in enumerate(names) if i not in call["sumdim"]]
-    call.link(*slots, (call.out, " ".join(kept)))
+    factors = ((call[f"i{k}"], call.names(total, skip=call[f"expand{k}"])) for k in (1, 2, 3))
+    call.link(*factors, (call.out, call.names(total, skip=call["sumdim"])))
 
 
 @rule(*aten("_cdist_forward cdist"), values="derived", repeats_if_zero=("p",))
@@ -114,10 +107,10 @@ def square_matrix(call: Call) -> None:
     """A function of square matrices that commutes with renumbering rows and columns alike."""
     x = call.tensors[0]
     matrices = [t for t in (x, call.out) if t.ndim >= 2]
-    call.axes.unify(x.dims[-2], x.dims[-1])
+    call.unify(x, -2, x, -1)
     for tensor in matrices[1:]:
-        call.axes.unify(x.dims[-1], tensor.dims[-1])
-        call.axes.unify(x.dims[-2], tensor.dims[-2])
+        call.unify(x, -1, tensor, -1)
+        call.unify(x, -2, tensor, -2)
     call.link((x, "... _ _"), (call.out, "... _ _"))
 
 
@@ -143,7 +136,7 @@ def cross(call: Call) -> None:
     """The product of vectors in space, whose three components stay put; the other dimensions are broadcast."""
     out = call.out
     dim = out.shape.index(3) if call.get("dim") is None else call["dim"] % out.ndim
-    names = ["_" if d == dim else f"d{d}" for d in range(out.ndim)]
-    call.link(*((tensor, " ".join(names[out.ndim - tensor.ndim :])) for tensor in (*call.tensors, out)))
+    every = call.names(out, blank=[dim])
+    call.link(*((tensor, last_labels(every, tensor)) for tensor in (*call.tensors, out)))
     for tensor in (*call.tensors, out):
         call.pin(tensor, dim - out.ndim + tensor.ndim, "its order matters")

@@ -15,10 +15,10 @@ BATCH_NORMS = """
 def batch_norm(call: Call) -> None:
     """x is (b, c, space); weight, bias and running statistics are (c). Statistics are over all but c."""
     x = call["input"]
-    rest = " ".join(["b", "c", *(f"s{i}" for i in range(x.ndim - 2))])
+    every = call.names(x, named={1: "c"})
     parameters = [t for t in call.tensors if t is not x and t.shape == (x.shape[1],)]
     saved = [t for t in call.results if t.shape == (x.shape[1],) and t.ndim == 1]
-    call.link((x, rest), *((t, "c") for t in (*parameters, *saved)), (call.out, rest))
+    call.link((x, every), *((t, "c") for t in (*parameters, *saved)), (call.out, every))
 
 
 @rule(*aten("_fused_rms_norm rms_norm"), values="derived", zeros="any")
@@ -46,11 +46,11 @@ def group_norm(call: Call) -> None:
     """x is (n, g·i, space); statistics for each n and g."""
     x = call["input"]
     groups = call.get("group", call.get("num_groups"))
-    every = " ".join(["n", "(g i)", *(f"s{i}" for i in range(x.ndim - 2))])
-    statistics = [(out, "n g") for out in call.results[1:]]
+    every = call.names(x, named={1: "(g i)"})
+    statistics = [(out, "d0 g") for out in call.results[1:]]
     call.link(
         (x, every), (call["weight"], "(g i)"), (call["bias"], "(g i)"), (call.out, every), *statistics,
-        via=["n g"], g=groups,
+        via=["d0 g"], g=groups,
     )  # fmt: skip
 
 
@@ -58,8 +58,7 @@ def group_norm(call: Call) -> None:
 def weight_norm(call: Call) -> None:
     """``g · v / |v|``, the norm over every dimension of v but one; g keeps the others at size one."""
     v, dim = call["v"], call.dim(call["v"], default=0)
-    every = " ".join(f"d{i}" for i in range(v.ndim))
-    norm = " ".join(f"d{i}" if i == dim else "_" for i in range(v.ndim))
+    every, norm = call.names(v), call.names(v, blank=[d for d in range(v.ndim) if d != dim])
     norms = [(out, norm if out.ndim == v.ndim else f"d{dim}") for out in call.results[1:]]
     g = call["g"]
     call.link((v, every), (g, norm if g.ndim == v.ndim else f"d{dim}"), (call.out, every), *norms)
@@ -69,5 +68,5 @@ def weight_norm(call: Call) -> None:
 def renorm(call: Call) -> None:
     """Each part along a dimension, shortened to a norm of its own."""
     x = call["self"]
-    every = " ".join(f"d{d}" for d in range(x.ndim))
+    every = call.names(x)
     call.link((x, every), (call.out, every), via=[f"d{call.dim(x)}"])

@@ -188,5 +188,4 @@ def leave(call: Call) -> None:
 def same_memory(call: Call) -> None:
     """Two parameters are one, the second with the dimensions of the first in another order."""
     tensor, turned, dims = call["tensor"], call["turned"], call["dims"]
-    names = [f"d{d}" for d in range(tensor.ndim)]
-    call.link((tensor, " ".join(names)), (turned, " ".join(names[d] for d in dims)))
+    call.link((tensor, call.names(tensor)), (turned, " ".join(f"d{d}" for d in dims)))

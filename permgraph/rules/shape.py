@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from permgraph.rules.call import Call, TypedTensor
+from permgraph.rules.call import Call
 from permgraph.rules.registry import aten, rule
+from permgraph.rules.typed_tensor import TypedTensor
 
 VIEWS = """
     view _unsafe_view reshape _reshape_alias flatten unflatten view_as reshape_as _reshape_copy view_copy ravel
@@ -90,14 +91,14 @@ def repeat(call: Call) -> None:
     """Each dimension several times over: (copies, dimension)."""
     x, out = call["self"], call.out
     lead = out.ndim - x.ndim
-    inner = " ".join(f"d{d}" for d in range(x.ndim))
     sizes: dict[str, int] = {}
     pattern = ["_"] * lead
-    for d in range(x.ndim):
-        sizes[f"d{d}"] = x.shape[d]
-        sizes[f"r{d}"] = out.shape[lead + d] // max(x.shape[d], 1)
-        pattern.append(f"d{d}" if sizes[f"r{d}"] == 1 else "_" if x.shape[d] == 1 else f"(r{d} d{d})")
-    call.link((x, inner), (out, " ".join(pattern)), via=(), why="", **sizes)
+    for d, size in enumerate(x.shape):
+        copies = out.shape[lead + d] // max(size, 1)
+        pattern.append(f"d{d}" if copies == 1 else "_" if size == 1 else f"(r{d} d{d})")
+        if copies != 1 and size != 1:
+            sizes[f"r{d}"] = copies
+    call.link((x, call.names(x)), (out, " ".join(pattern)), via=(), why="", **sizes)
     call.carry_values(x, out)
 
 
@@ -109,9 +110,8 @@ def repeat_interleave(call: Call) -> None:
         call.pin_all([x, out], "flattened and repeated")
         return
     dim = call.dim(x)
-    names = [f"d{d}" for d in range(x.ndim)]
-    repeated = [f"(d{dim} r)" if d == dim else name for d, name in enumerate(names)]
-    call.link((x, " ".join(names)), (out, " ".join(repeated)), r=out.shape[dim] // max(x.shape[dim], 1))
+    repeated = call.names(x, named={dim: f"(d{dim} r)"})
+    call.link((x, call.names(x)), (out, repeated), r=out.shape[dim] // max(x.shape[dim], 1))
     call.carry_values(x, out)
 
 
@@ -125,16 +125,9 @@ def slice_(call: Call) -> None:
     if step == 1:
         call.take(x, out, dim, start, start + out.shape[dim])
     elif size % step == 0 and start < step and out.shape[dim] == size // step:
-        rows, columns = call.axes.split(x.dims[dim], [size // step, step])
-        _, restriction = call.axes.slice(columns, start, start + 1)
-        for d in range(x.ndim):
-            axis = rows if d == dim else x.dims[d]
-            call.axes.unify(out.dims[d], call.axes.restrict(axis, restriction))
-            call.note_tie(x, d, out, d)
-        call.note_rearrangement(x, out)
-        call.carry_values(x, out)
+        call.take_every(x, out, dim, start, step)
     else:
-        others = " ".join("_" if d == dim else f"d{d}" for d in range(x.ndim))
+        others = call.names(x, blank=[dim])
         call.link((x, others), (out, others))
         for tensor in (x, out):
             call.pin(tensor, dim, f"every {step}th index of {size} was taken from {start}")
@@ -216,13 +209,11 @@ def unfold(call: Call) -> None:
     x, out = call["self"], call.out
     dim = call.dim(x, "dimension")
     size, step = call["size"], call["step"]
-    names = [f"d{d}" for d in range(x.ndim)]
     if size == step and out.shape[dim] * size == x.shape[dim]:
-        whole = [f"(d{dim} w)" if d == dim else name for d, name in enumerate(names)]
-        call.link((x, " ".join(whole)), (out, " ".join([*names, "w"])), w=size)
+        call.link((x, call.names(x, named={dim: f"(d{dim} w)"})), (out, f"{call.names(x)} w"), w=size)
     else:
-        blank = ["_" if d == dim else name for d, name in enumerate(names)]
-        call.link((x, " ".join(blank)), (out, " ".join([*blank, "_"])))
+        blank = call.names(x, blank=[dim])
+        call.link((x, blank), (out, f"{blank} _"))
         call.pin(x, dim, "cut into windows")
         call.pin(out, [dim, out.ndim - 1], "cut into windows")
     call.carry_values(x, out)
@@ -232,8 +223,7 @@ def unfold(call: Call) -> None:
 def triangle(call: Call) -> None:
     """Part of a matrix is set to zero: rows and columns stay put."""
     x = call["self"]
-    pattern = " ".join([*(f"d{d}" for d in range(x.ndim - 2)), "r!", "c!"])
-    call.link((x, pattern), (call.out, pattern), why="a triangle of a matrix")
+    call.link((x, "... r! c!"), (call.out, "... r! c!"), why="a triangle of a matrix")
 
 
 @rule(*aten("diagonal diagonal_copy"), values="moved", zeros="all")
@@ -247,11 +237,8 @@ def diagonal(call: Call) -> None:
     if call.get("offset", call.get("diagonal", 0)) != 0 or matrix.shape[i] != matrix.shape[j]:
         call.pin_all([x, out], "an off-diagonal")
         return
-    others = [d for d in range(matrix.ndim) if d not in (i, j)]
-    names = {d: f"d{d}" for d in others}
-    rows = " ".join(names.get(d, "v" if d == i else "_") for d in range(matrix.ndim))
-    call.axes.unify(matrix.dims[i], matrix.dims[j])
-    call.link((matrix, rows), (line, " ".join([*names.values(), "v"])))
+    call.unify(matrix, i, matrix, j)
+    call.link((matrix, call.names(matrix, named={i: "v", j: "_"})), (line, f"{call.names(matrix, skip=(i, j))} v"))
 
 
 @rule("aten.trace", values="reduced", zeros="all")
@@ -261,11 +248,11 @@ def trace(call: Call) -> None:
     if x.shape[0] != x.shape[1]:
         call.pin(x, (0, 1), "the diagonal of a matrix that is not square")
     else:
-        call.axes.unify(x.dims[0], x.dims[1])
+        call.unify(x, 0, x, 1)
         call.link((x, "v _"), (call.out, ""))
 
 
-@rule(*aten("as_strided as_strided_copy"), values="moved", zeros="all")
+@rule(*aten("as_strided as_strided_copy"), values="derived", zeros="all")
 def as_strided(call: Call) -> None:
     """Memory read in another pattern: understood where that only moves dimensions, recognised by their strides."""
     x, out = call["self"], call.out
@@ -291,16 +278,14 @@ def replace_storage(call: Call) -> None:
 def view_as_complex(call: Call) -> None:
     """The last dimension holds real and imaginary parts."""
     x = call["self"]
-    lead = " ".join(f"d{d}" for d in range(x.ndim - 1))
-    call.link((x, f"{lead} p!"), (call.out, lead), why="real and imaginary part")
+    call.link((x, "... p!"), (call.out, "..."), why="real and imaginary part")
 
 
 @rule(*aten("view_as_real view_as_real_copy"), zeros="all")
 def view_as_real(call: Call) -> None:
     """A new last dimension holds real and imaginary parts."""
     x = call["self"]
-    lead = " ".join(f"d{d}" for d in range(x.ndim))
-    call.link((x, lead), (call.out, f"{lead} p!"), why="real and imaginary part")
+    call.link((x, "..."), (call.out, "... p!"), why="real and imaginary part")
 
 
 @rule("aten.meshgrid", zeros="all")
@@ -312,5 +297,5 @@ def meshgrid(call: Call) -> None:
         order[:2] = [1, 0]
     for vector, out, at in zip(vectors, call.results, order, strict=True):
         if vector.ndim == 1:
-            call.link((vector, "v"), (out, " ".join("v" if d == at else "_" for d in range(out.ndim))))
+            call.link((vector, "v"), (out, call.names(0, blank=range(out.ndim), named={at: "v"})))
         call.pin_values(vector, "arithmetic on an index")

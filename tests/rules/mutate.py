@@ -22,7 +22,8 @@ import torch
 from torch._ops import OpOverload
 
 from permgraph.algebra.store import Axes
-from permgraph.rules.call import Call, TypedTensor
+from permgraph.rules.call import Call
+from permgraph.rules.typed_tensor import TypedTensor
 from permgraph.verification import rule as check
 from permgraph.verification.witness import denied
 from tests.rules.cases import CASES, Case
