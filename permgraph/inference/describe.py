@@ -12,7 +12,7 @@ from torch import fx
 from permgraph.algebra.store import Axes, Axis, Index, Kind
 from permgraph.inference.fibres import Dependence
 from permgraph.inference.fixpoint import Solution
-from permgraph.rules.call import TypedTensor
+from permgraph.rules.typed_tensor import TypedTensor
 from permgraph.spec import Pin, UnknownOp
 from permgraph.spec.binding import Group
 from permgraph.spec.expressions import Axis as Expression

@@ -24,7 +24,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from permgraph.algebra.store import Axis, Index, Kind
 from permgraph.inference.fixpoint import Solution
-from permgraph.rules.call import VALUE, Labelled, Relation, TypedTensor
+from permgraph.rules.ledger import Labelled, Relation
+from permgraph.rules.typed_tensor import VALUE, TypedTensor
 
 Choice = Mapping[Index, int]  # the part that was taken of each sum on the way to an occurrence
 Giver = frozenset[str]  # the labels that together tell which index of a parent an occurrence stands at

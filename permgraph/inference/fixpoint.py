@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import operator
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,21 +21,16 @@ from torch import fx
 from permgraph.algebra.store import Axes, Axis, BirthKey, Kind, Pinned
 from permgraph.capture.schema import signature
 from permgraph.errors import ConflictError
-from permgraph.inference.constancy import (
-    NONE,
-    Uniform,
-    known_values,
-    uniform_dims,
-    viewed_nodes,
-    written_nodes,
-    zero_nodes,
-)
-from permgraph.inference.liveness import VALUELESS, live_nodes, met_zeros
+from permgraph.inference.constancy import NONE, constant_along
+from permgraph.inference.facts import GraphFacts
+from permgraph.inference.liveness import met_zeros
 from permgraph.inference.predicted_cuts import PLACEHOLDER, foreseen_cuts
-from permgraph.inference.repeats import AS_IT_WAS, tied_dims
+from permgraph.inference.repeats import UNREAD as PASSED_ON
 from permgraph.rules import find_rule
-from permgraph.rules.call import EQUAL, Call, Ledger, TypedTensor, loose_families, provides
+from permgraph.rules.call import EQUAL, Call
+from permgraph.rules.ledger import Ledger
 from permgraph.rules.registry import Rule
+from permgraph.rules.typed_tensor import TypedTensor, loose_families, provides
 
 UNREAD = "no output depends on it"
 UNSEEN = "its weight met only zeros"
@@ -63,15 +58,8 @@ def solve(graph: fx.Graph, results: Sequence[fx.Node] = ()) -> Solution:
     Raises `ConflictError`, naming the operator and its place in the source, where a rule ties axes of different sizes.
     """
     nodes = list(graph.nodes)
-    cuts = foreseen_cuts(nodes)
-    constants = [n for n in nodes if n.op == "placeholder" and n.meta["kind"] == "constant"]
-    written = written_nodes(nodes)
-    uniform = uniform_dims(nodes, written, {node: _constant_along(node.meta.get("real")) for node in constants})
-    live = live_nodes(nodes, results)
-    facts = _Facts(
-        uniform, tied_dims(nodes, written, uniform), known_values(nodes, written), viewed_nodes(nodes),
-        live, results,
-    )  # fmt: skip
+    facts = GraphFacts(nodes, results)
+    cuts = foreseen_cuts(nodes, facts.operators)
     for number in range(MAX_RUNS):
         run = _Run(nodes, Axes(cuts), facts)
         run.until_stable()
@@ -80,32 +68,15 @@ def solve(graph: fx.Graph, results: Sequence[fx.Node] = ()) -> Solution:
         if seen == cuts:
             break
         cuts = seen
-    run.pin_unobserved(live)
-    run.pin_unseen(live, zero_nodes(nodes, written))
+    run.pin_unobserved(facts.live)
+    run.pin_unseen(facts.live, facts.zeros)
     return run.solution()
-
-
-@dataclass(frozen=True)
-class _Facts:
-    """What the graph says of tensors' values before any rule runs; see `constancy` and `repeats`."""
-
-    uniform: Mapping[fx.Node, Uniform]
-    tied: Mapping[fx.Node, Uniform]
-    known: Mapping[fx.Node, tuple[int, ...]]
-    viewed: Collection[fx.Node]
-    live: Collection[fx.Node]
-    results: Collection[fx.Node]
 
 
 class _Run:
     """One attempt: fresh axes for every tensor, then the rules over and over."""
 
-    def __init__(
-        self,
-        nodes: Sequence[fx.Node],
-        axes: Axes,
-        facts: _Facts,
-    ) -> None:
+    def __init__(self, nodes: Sequence[fx.Node], axes: Axes, facts: GraphFacts) -> None:
         self.axes = axes
         self.facts = facts
         self.ends = Ledger()
@@ -129,7 +100,9 @@ class _Run:
                 if node.target is operator.getitem:
                     source, item = node.args
                     assert isinstance(source, fx.Node)
-                    self.values[node] = self.values[source][item]
+                    self.values[node] = part = self.values[source][item]
+                    if isinstance(part, TypedTensor):
+                        part.may_repeat |= facts.repeats.get(node, NONE)
                     continue
                 arguments = self._arguments(node)
                 self.values[node] = result = self._result(node, arguments)
@@ -143,8 +116,8 @@ class _Run:
     def _typed(self, node: fx.Node, val: Any, suffix: str = "") -> Any:
         if isinstance(val, torch.Tensor):
             tensor = TypedTensor(node.name + suffix, val.shape, val.dtype, self.axes)
-            tensor.tied = self.facts.tied.get(node, NONE)
-            tensor.viewed = node in self.facts.viewed
+            tensor.may_repeat = self.facts.repeats.get(node, NONE)
+            tensor.viewed = node in self.facts.memory.viewed
             return tensor
         if isinstance(val, (list, tuple)):
             items = [self._typed(node, item, f"{suffix}.{i}") for i, item in enumerate(val)]
@@ -165,7 +138,7 @@ class _Run:
         used = TypedTensor(f"{value.name} in {user.name}", value.shape, value.dtype, self.axes)
         used.dims = [used.dims[d] if d in dims else axis for d, axis in enumerate(value.dims)]
         used.uniform = dims
-        used.tied = value.tied
+        used.may_repeat = value.may_repeat
         return used
 
     def _argument(self, value: Any, node: fx.Node) -> Any:
@@ -327,9 +300,9 @@ class _Run:
         seen = [self.values[node] for end in ends for node in end.all_input_nodes]
         seen += [self.values[node] for node in self.facts.results]
         for call in self.calls:
-            name = getattr(call.node.target, "_opname", "")
-            if call.node in live and not call.ledger.rearrangements and name not in AS_IT_WAS:
-                seen += [*(() if name in VALUELESS else call.tensors), *call.results]
+            properties = self.facts.operators.of(call.node)
+            if call.node in live and not call.ledger.rearrangements and properties.values not in PASSED_ON:
+                seen += [*(call.tensors if properties.reads_values else ()), *call.results]
         for tensor in self._tensors_in(seen):
             for axis in tensor.dims:
                 read.update(self.axes.atoms(axis))
@@ -343,9 +316,9 @@ class _Run:
         of a sequence, the weight of a recurrent layer meets that layer's own state from the second step on: an axis of
         the same size, which one, no tensor shows.
         """
-        if not any(met_zeros(node, zeros) for node in live):
+        if not any(met_zeros(node, self.facts.operators, zeros) for node in live):
             return
-        seen = live_nodes(self.nodes, list(self.facts.results), zeros)
+        seen = self.facts.live_but_for(zeros)
         elsewhere = {atom for node in seen for tensor in self._tensors_in(self.values.get(node))
                      for axis in tensor.dims for atom in self.axes.atoms(axis)}  # fmt: skip
         unseen = set()  # what comes from a weight of which nothing is seen
@@ -355,7 +328,7 @@ class _Run:
                 weight = node.op == "placeholder" and node.meta["kind"] in ("parameter", "buffer")
                 if weight or any(source in unseen for source in node.all_input_nodes):
                     unseen.add(node)
-            for factor, dim in met_zeros(node, zeros).items() if node in live else ():
+            for factor, dim in met_zeros(node, self.facts.operators, zeros).items() if node in live else ():
                 if factor in unseen and elsewhere.isdisjoint(self.axes.atoms(self.values[factor].dims[dim])):
                     sizes.add(self.values[factor].shape[dim])
                     self._pin_dim(number, self.values[factor], dim, UNSEEN)
@@ -419,7 +392,7 @@ class _Run:
         if kind == "input":
             self._pin(number, tensor, "input of the model")
         elif kind == "constant":
-            self._pin(number, tensor, "constant", free=_constant_along(node.meta.get("real")))
+            self._pin(number, tensor, "constant", free=constant_along(node.meta.get("real")))
         elif kind != "free" and not (tensor.dtype.is_floating_point or tensor.dtype.is_complex):
             self._pin(number, tensor, f"{kind} of type {tensor.dtype}")
 
@@ -475,11 +448,3 @@ class _Run:
     def solution(self) -> Solution:
         ledger = Ledger.joined([self.ends, *(call.ledger for call in self.calls)])
         return Solution(self.axes, ledger, self.nodes, self.parameters, self._all_tensors(), self.values)
-
-
-def _constant_along(real: torch.Tensor | None) -> frozenset[int]:
-    """The dimensions along which a constant does not vary, where its values are known."""
-    if real is None or real.numel() == 0 or real.is_meta:
-        return frozenset()
-    same = [real] if real.is_complex() else [real, real.signbit()]  # a zero may be less than nothing
-    return frozenset(d for d in range(real.ndim) if all(bool((x == x.narrow(d, 0, 1)).all()) for x in same))

@@ -18,7 +18,8 @@ from permgraph.capture.environment import gc_paused
 from permgraph.capture.schema import signature
 from permgraph.errors import ConflictError
 from permgraph.inference.fixpoint import solve
-from permgraph.rules.call import Call, TypedTensor, matching_dims
+from permgraph.rules.call import Call
+from permgraph.rules.typed_tensor import TypedTensor, matching_dims
 
 SIZES = st.lists(st.integers(1, 6), min_size=1, max_size=5)
 
