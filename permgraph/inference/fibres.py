@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from permgraph.algebra.store import Axis, Index, Kind
 from permgraph.inference.fixpoint import Solution
@@ -39,7 +40,8 @@ class Dependence:
         self.solution = solution
         self._known_atoms: dict[Axis, tuple[Axis, ...]] = {}
         self._relations: dict[Axis, list[Relation]] = defaultdict(list)
-        for relation in solution.ledger.relations:
+        self._links = [_without_empty(relation) for relation in solution.ledger.relations]
+        for relation in self._links:
             axes = (axis for labelled in relation.tensors for axis in labelled.axes.values())
             for atom in dict.fromkeys(atom for axis in axes for atom in self._atoms(axis)):
                 self._relations[atom].append(relation)
@@ -47,14 +49,15 @@ class Dependence:
         self.mutual: set[tuple[Axis, Axis]] = set()  # pairs of which each may depend on the other, both ways round
         self._tensors: dict[Axis, list[tuple[TypedTensor, frozenset[Axis]]]] = defaultdict(list)
         self._rank: dict[Axis, int] = {}  # in the order in which atoms are met, so that results do not depend on chance
+        self._written = {id(tensor) for tensor in solution.parameters.values()}
         for tensor in solution.tensors:
             dims = [*tensor.dims, tensor.value] if tensor.value is not None else tensor.dims
             seen = dict.fromkeys(atom for axis in dims for atom in self._atoms(axis))
             atoms = self._unmasked(frozenset(seen))
             for atom in seen:
                 self._rank.setdefault(atom, len(self._rank))
-                self._tensors[atom].append((tensor, atoms))
-        self._written = {id(tensor) for tensor in solution.parameters.values()}
+                if 0 not in tensor.shape or id(tensor) in self._written:
+                    self._tensors[atom].append((tensor, atoms))
         self._rearranged = {id(t) for moved in solution.ledger.rearrangements for t in moved.tensors}
 
     def _atoms(self, axis: Axis) -> tuple[Axis, ...]:
@@ -78,7 +81,7 @@ class Dependence:
     def _find_disguises(self) -> dict[Axis, dict[frozenset[Axis], TypedTensor]]:
         """For each axis that is looked up, the axes that an index runs over, and the index, if there is only one."""
         found: dict[Axis, dict[frozenset[Axis], set[TypedTensor]]] = defaultdict(lambda: defaultdict(set))
-        for relation in self.solution.ledger.relations:
+        for relation in self._links:
             for labelled in relation.tensors:
                 value = self._value_label(labelled)
                 if value is None or labelled.tensor is None:
@@ -295,3 +298,14 @@ class Dependence:
                     if d in found.get(h, ()) or any(p not in parents for p in found.get(h, ())):
                         parents.remove(h)
                         changed = True
+
+
+def _without_empty(relation: Relation) -> Relation:
+    """What a link says of the tensors that have elements: one without any tells nothing of its axes."""
+    empty = [labelled for labelled in relation.tensors if _is_empty(labelled)]
+    return replace(relation, tensors=tuple(t for t in relation.tensors if t not in empty)) if empty else relation
+
+
+def _is_empty(labelled: Labelled) -> bool:
+    shape = (axis.size for axis in labelled.axes.values()) if labelled.tensor is None else labelled.tensor.shape
+    return 0 in shape

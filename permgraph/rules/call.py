@@ -532,6 +532,8 @@ class Call:
         if not self.axes.has_families:
             return
         for labelled in tensors:
+            if labelled.tensor is not None and 0 in labelled.tensor.shape:
+                continue  # no element shows which member is meant
             for label, axis in labelled.axes.items():
                 for family in list(loose_families(self.axes, axis)):
                     assert family.index is not None
