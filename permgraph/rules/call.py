@@ -348,7 +348,7 @@ class Call:
             self.note_tie(source, d, out, at)
             at += 1
         self.note_rearrangement(source, out)
-        self.carry_values(source, out)
+        self.carry_values(source, out, all_of_them=True)
 
     def take_known(self, source: TypedTensor, out: TypedTensor, dim: int, indices: Sequence[int]) -> None:
         """``out`` is these indices of one dimension of `source`, put one after the other."""
