@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from permgraph.algebra.store import Axes, Axis, BirthKey, Kind, Pinned
+from permgraph.algebra.store import TOO_INTRICATE, Axes, Axis, BirthKey, Kind, Pinned, TooIntricateError
 from permgraph.capture.schema import signature
 from permgraph.errors import ConflictError
 from permgraph.inference.constancy import NONE, constant_along
@@ -181,17 +181,20 @@ class _Run:
     def until_stable(self) -> None:
         self._pin_ends()
         settled: dict[Call, tuple[Axis, ...] | None] = {}
-        idle = 0
+        forms: list[list[object]] = []
         for visit in itertools.count():
             # An axis that is a shifted copy of itself would be cut once more on every visit, index by index. Once it is
             # pinned, copies of its parts are still made and tied to one another, which goes on for ever.
             self.axes.may_cut = visit < MAX_VISITS
-            before, ties = self.axes.changes, self.axes.ties
+            before = self.axes.changes
             for call in self.calls:
                 if visit == 0 or not self._is_settled(settled.get(call)):
                     if visit > 0:
                         call.ledger.clear()
+                    said = self.axes.changes
                     self._apply(call)
+                    if visit > 2 * MAX_VISITS and self.axes.changes != said:
+                        call.pin_all([*call.tensors, *call.results], "cut at ever new places")
                     if self.axes.has_families:  # else there may be no second visit
                         settled[call] = self._atoms_of(call)
             self._pin_ends()  # once more: only the rules have said which axes the values of tensors number
@@ -200,9 +203,12 @@ class _Run:
             if not self.axes.has_families:  # then what was said once holds for good
                 return
             self._collapse_families()
-            idle = idle + 1 if self.axes.changes - before == self.axes.ties - ties else 0
-            if self.axes.changes == before or (idle > 1 and not self.axes.may_cut):
+            if self.axes.changes == before:
                 return
+            if visit > 1:
+                forms.append(self.axes.form(axis for tensor in self._all_tensors() for axis in _axes_of(tensor)))
+                if len(forms) > 2 and forms[-1] == forms[-2] == forms[-3]:
+                    return
 
     @staticmethod
     def _is_settled(seen: tuple[Axis, ...] | None) -> bool:
@@ -213,7 +219,7 @@ class _Run:
         """The axes of a call's tensors with the atoms in them; None if any has a family, which may have to collapse."""
         found: list[Axis] = []
         for tensor in (*call.tensors, *call.results):
-            for axis in tensor.dims if tensor.value is None else (*tensor.dims, tensor.value):
+            for axis in _axes_of(tensor):
                 axis = self.axes.resolve(axis)
                 found.append(axis)
                 if axis.kind is not Kind.ATOM:
@@ -234,8 +240,8 @@ class _Run:
             else:
                 rule(call)
             call.pin_unfollowed_values()
-        except RecursionError:  # an axis that is cut again and again, as by a view that skews a padded matrix
-            call.pin_all([*call.tensors, *call.results], "its axes are cut in too intricate a way to follow")
+        except TooIntricateError:  # an axis that is cut again and again, as by a view that skews a padded matrix
+            call.pin_all([*call.tensors, *call.results], TOO_INTRICATE)
         except Exception as error:
             place = call.node.meta.get("source") or "an unknown line"
             shapes = ", ".join(str(t.shape) for t in call.tensors)
@@ -264,11 +270,13 @@ class _Run:
         left stays put. What the rules have said stands.
         """
         unread = self._unread(live)
-        while self._join_all_unread(unread):
+        # Each round ties an axis that was not read to one that was. What is left when they are over is pinned.
+        for _ in range(len(unread)):
+            if not self._join_all_unread(unread):
+                break
             self.until_stable()
             unread = self._unread(live)
-        for node in self._parameters_read() if unread else ():
-            number = self.nodes.index(node)
+        for number, node in self._parameters_read() if unread else ():
             for dim, axis in enumerate(self.values[node].dims):
                 found = unread.intersection(self.axes.atoms(axis))
                 for atom in found:
@@ -279,7 +287,7 @@ class _Run:
     def _join_all_unread(self, unread: set[Axis]) -> bool:
         """Tie the members of families that were not read to the one that was, where all that were are one."""
         before = self.axes.changes
-        for node in self._parameters_read() if self.axes.has_families else ():
+        for _, node in self._parameters_read() if self.axes.has_families else ():
             for axis in self.values[node].dims:
                 for family in reversed(list(loose_families(self.axes, axis))):  # inner ones first
                     members = {self.axes.resolve(member) for member in family.find().children}
@@ -288,10 +296,10 @@ class _Run:
                         self.axes.collapse(family)
         return self.axes.changes != before
 
-    def _parameters_read(self) -> list[fx.Node]:
-        """The parameters and buffers that some operator takes."""
-        kinds = ("parameter", "buffer")
-        return [n for n in self.nodes if n.op == "placeholder" and n.meta["kind"] in kinds and n.users]
+    def _parameters_read(self) -> list[tuple[int, fx.Node]]:
+        """The parameters and buffers that some operator takes, with their numbers."""
+        nodes = ((number, node) for number, node in enumerate(self.nodes) if node.op == "placeholder" and node.users)
+        return [(number, node) for number, node in nodes if node.meta["kind"] in ("parameter", "buffer")]
 
     def _unread(self, live: Collection[fx.Node]) -> set[Axis]:
         """The atoms of parameters which no operator has met but those that only move elements about, or drop some."""
@@ -306,7 +314,7 @@ class _Run:
         for tensor in self._tensors_in(seen):
             for axis in tensor.dims:
                 read.update(self.axes.atoms(axis))
-        parameters = (axis for node in self._parameters_read() for axis in self.values[node].dims)
+        parameters = (axis for _, node in self._parameters_read() for axis in self.values[node].dims)
         return {atom for axis in parameters for atom in self.axes.atoms(axis) if atom.pinned is None} - read
 
     def pin_unseen(self, live: Collection[fx.Node], zeros: Collection[fx.Node]) -> None:
@@ -413,7 +421,7 @@ class _Run:
         if not self.axes.has_families:
             return
         for tensor in self._all_tensors():
-            for d, axis in enumerate(tensor.dims):
+            for d, axis in enumerate(tensor.dims) if 0 not in tensor.shape else ():
                 for family in list(loose_families(self.axes, axis)):
                     assert family.index is not None
                     index = family.index.find()
@@ -448,3 +456,7 @@ class _Run:
     def solution(self) -> Solution:
         ledger = Ledger.joined([self.ends, *(call.ledger for call in self.calls)])
         return Solution(self.axes, ledger, self.nodes, self.parameters, self._all_tensors(), self.values)
+
+
+def _axes_of(tensor: TypedTensor) -> list[Axis]:
+    return tensor.dims if tensor.value is None else [*tensor.dims, tensor.value]

@@ -176,7 +176,7 @@ class Call:
             self.note_tie(source, d, out, at)
             at += 1
         self.note_rearrangement(source, out)
-        self.carry_values(source, out)
+        self.carry_values(source, out, all_of_them=True)
 
     def take_every(self, source: TypedTensor, out: TypedTensor, dim: int, start: int, step: int) -> None:
         """``out`` is every `step`-th index of one dimension from `start`: one column of (steps, step)."""
@@ -382,6 +382,8 @@ class Call:
         if not self.axes.has_families:
             return
         for labelled in tensors:
+            if labelled.tensor is not None and 0 in labelled.tensor.shape:
+                continue  # no element shows which member is meant
             for label, axis in labelled.axes.items():
                 for family in list(loose_families(self.axes, axis)):
                     assert family.index is not None
