@@ -22,15 +22,31 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 
 from permgraph.errors import ConflictError
 
+TOO_INTRICATE = "its axes are cut in too intricate a way to follow"
+
+MAX_DEPTH = 64
+"""How many refinements may need one another: in a network that skews nothing up to 23 do (in Longformer)."""
+
+MAX_NESTING = 160
+"""How deep types may be: each concatenation of one with something else adds to that."""
+
 MAX_SKEW = 8
 """How often rows may be cut off the joints of a concatenation within one another: a matrix that is padded and viewed
 with longer rows, so that each is shifted against the one before, would be cut once more for every row."""
+
+
+class TooIntricateError(ConflictError):
+    """Types would be nested, or refinements need one another, beyond a limit: a padded matrix was skewed too often.
+
+    The limits are counted here rather than left to Python's own, which is met the sooner the deeper the caller's stack.
+    """
 
 
 class Kind(Enum):
@@ -72,7 +88,7 @@ class Pinned:
 class Axis:
     """A node of the type graph. Read it through `Axes.resolve`, never directly: it may have been bound since."""
 
-    __slots__ = ("children", "index", "kind", "link", "pinned", "size", "stamp")
+    __slots__ = ("children", "index", "kind", "link", "nesting", "pinned", "size", "stamp")
 
     def __init__(
         self,
@@ -86,6 +102,7 @@ class Axis:
         self.size = size
         self.children = children
         self.index = index
+        self.nesting: int = 1 + max([child.nesting for child in children]) if children else 0
         self.pinned = pinned
         self.link: Axis | None = None
         self.stamp = -1
@@ -132,13 +149,14 @@ class Axes:
     def __init__(self, cuts: Mapping[BirthKey, tuple[int, ...]] | None = None) -> None:
         self.cuts = dict(cuts or {})
         self.changes = 0
-        self.ties = 0  # those of the changes that were between axes which both stay put, and so tell nothing new
         self.scope: int = -1  # the graph node whose rule is running
         self.has_families = False
         self.may_cut = True  # False: axes are pinned where they would be cut, so that a run comes to an end
         self.one = Axis(Kind.ATOM, 1)
+        self.empty = Axis(Kind.ATOM, 0)
         self._births: list[tuple[BirthKey, Axis]] = []
         self._born_in_scope: dict[BirthKey, int] = {}
+        self._depth = 0  # how many refinements are being made, each for the sake of the one before
         self._skew = 0  # how many concatenations are being split, each off its joints, within one another
         self._splits: dict[tuple[object, ...], list[Axis]] = {}
         self._slices: dict[tuple[Axis, int, int], tuple[Axis, Restriction]] = {}
@@ -146,33 +164,36 @@ class Axes:
         self._opaque: set[Axis] = set()  # pinned atoms that were seen as products which have no common refinement
         self._pinned_sums: dict[Axis, Axis] = {}
         self._contains: dict[Axis, tuple[int, bool]] = {}
+        self._family_indices: set[Index] = set()
 
     # -- making axes ---------------------------------------------------------------------------------------------
 
     def atom(self, size: int) -> Axis:
-        """A new axis of interchangeable indices."""
-        return self.one if size == 1 else Axis(Kind.ATOM, size)
+        """A new axis of interchangeable indices; that of one index and that of none are always the same."""
+        return Axis(Kind.ATOM, size) if size > 1 else self.one if size else self.empty
 
     def pinned(self, size: int, reason: Pinned) -> Axis:
         """A new axis that stays put."""
-        return self.one if size == 1 else Axis(Kind.ATOM, size, pinned=reason)
+        return Axis(Kind.ATOM, size, pinned=reason) if size > 1 else self.atom(size)
 
     def product(self, factors: Sequence[Axis]) -> Axis:
         """The row-major flattening of `factors`, outermost first."""
-        return self.resolve(self._intern(Kind.PRODUCT, math.prod(f.size for f in factors), factors))
+        size = math.prod(f.size for f in factors)
+        return self.resolve(self._intern(Kind.PRODUCT, size, factors)) if size else self.empty
 
     def sum(self, parts: Sequence[Axis], index: Index | None = None) -> Axis:
         """The concatenation of `parts`, empty ones dropped; without an index, the same one for the same parts."""
         parts = tuple(part for part in parts if part.size)
-        if len(parts) == 1:
-            return self.resolve(parts[0])
+        if len(parts) < 2:
+            return self.resolve(parts[0]) if parts else self.empty
         return self._intern(Kind.SUM, sum(part.size for part in parts), parts, index)
 
     def family(self, index: Index, members: Sequence[Axis]) -> Axis:
         """The axis that is ``members[i]`` at part i of the sum known by `index`; all members have one size."""
-        if members[0].size == 1:
-            return self.one
+        if members[0].size < 2:
+            return self.atom(members[0].size)
         self.has_families = True
+        self._family_indices.add(index)
         return self.resolve(self._intern(Kind.FAMILY, members[0].size, members, index))
 
     def _intern(self, kind: Kind, size: int, children: Sequence[Axis], index: Index | None = None) -> Axis:
@@ -182,6 +203,8 @@ class Axes:
         found = self._interned.get(key)
         if found is None:
             found = Axis(kind, size, key[2], Index() if kind is Kind.SUM and root is None else root)
+            if found.nesting > MAX_NESTING:
+                raise TooIntricateError(f"types nested in one another {found.nesting} times")
             self._interned[key] = found
         return found.find()
 
@@ -205,14 +228,21 @@ class Axes:
                 self._link(axis, members[0])
                 return self.resolve(members[0])
         if axis.kind is Kind.SUM:
-            parts = [self.resolve(child) for child in axis.children]
+            parts: list[Axis] = []
+            for child in axis.children:  # a comprehension would take one more frame of Python's stack at each level
+                parts.append(self.resolve(child))
             still = all(p.kind is Kind.ATOM and (p.pinned or p.size == 1) for p in parts)
-            if still and (axis.size > len(parts) or not self.may_cut):
+            if still and (axis.size > len(parts) or not (self.may_cut or self._tells_members(axis))):
                 why = next((p.pinned for p in parts if p.pinned), Pinned("cut at ever new places", self.scope))
                 self._link(axis, self._pinned_sums.setdefault(axis, self.pinned(axis.size, why)))
                 return axis.find()
         axis.stamp = self.changes
         return axis
+
+    def _tells_members(self, total: Axis) -> bool:
+        """Whether there is a family over a sum."""
+        assert total.index is not None
+        return total.index.find() in {index.find() for index in self._family_indices}
 
     def factors(self, axis: Axis) -> list[Axis]:
         """The factors of an axis in normal form, outermost first; an axis that is no product is its own factor."""
@@ -223,10 +253,15 @@ class Axes:
 
     def parts(self, axis: Axis) -> list[Axis]:
         """The parts of an axis in normal form, flattened; an axis that is no sum is its own part."""
-        axis = self.resolve(axis)
-        if axis.kind is Kind.SUM:
-            return [part for child in axis.children for part in self.parts(child)]
-        return [axis]
+        found: list[Axis] = []
+        stack = [axis]
+        while stack:
+            axis = self.resolve(stack.pop())
+            if axis.kind is Kind.SUM:
+                stack.extend(reversed(axis.children))
+            else:
+                found.append(axis)
+        return found
 
     def atoms(self, axis: Axis) -> Iterator[Axis]:
         """Every atom in an axis, in order, with repetitions; axes of one index are left out."""
@@ -241,6 +276,21 @@ class Axes:
     def still(self, axis: Axis) -> bool:
         """Whether every atom in an axis stays put."""
         return all(atom.pinned for atom in self.atoms(axis))
+
+    def form(self, axes: Iterable[Axis]) -> list[object]:
+        """What these axes say: equal for two lists that differ only in names and in how what stays put is made up."""
+        numbers: dict[Axis | Index, int] = {}
+
+        def said(axis: Axis) -> object:
+            axis = self.resolve(axis)
+            if self.still(axis):
+                return axis.size
+            if axis.kind is Kind.ATOM:
+                return axis.kind, numbers.setdefault(axis, len(numbers))
+            index = None if axis.index is None else numbers.setdefault(axis.index.find(), len(numbers))
+            return axis.kind, index, tuple(said(child) for child in axis.children)
+
+        return [said(axis) for axis in axes]
 
     def contains_family(self, axis: Axis) -> bool:
         """Whether there is a family anywhere in an axis."""
@@ -322,20 +372,17 @@ class Axes:
 
     def pin(self, axis: Axis, why: Pinned) -> None:
         """Say that the axis must stay put."""
-        axis = self.resolve(axis)
-        if axis.kind is not Kind.ATOM:
-            for child in axis.children:
-                self.pin(child, why)
-        elif axis.pinned is None and axis.size > 1:
-            axis.pinned = why
-            self.changes += 1
+        for atom in list(self.atoms(axis)):
+            if atom.pinned is None:
+                atom.pinned = why
+                self.changes += 1
 
     def collapse(self, family: Axis) -> None:
         """Tie the members of a family together: it stands where nothing says which member is meant."""
         members = family.find().children
         if len({member.size for member in members}) > 1:  # rows of a skewed matrix were taken for parts of one axis
             for member in members:
-                self.pin(member, Pinned("its axes are cut in too intricate a way to follow", self.scope))
+                self.pin(member, self._too_intricate())
             return
         for member in members[1:]:
             self.unify(members[0], member)
@@ -346,7 +393,7 @@ class Axes:
         Raises `ConflictError` when the sizes differ.
         """
         a, b = self.resolve(a), self.resolve(b)
-        if a is b or (a.size == 1 and b.size == 1):
+        if a is b or a.size == b.size < 2:
             return
         if a.size != b.size:
             raise ConflictError(f"cannot tie an axis of {a.size} {show(a)} to one of {b.size} {show(b)}")
@@ -358,7 +405,14 @@ class Axes:
         if a.kind is Kind.SUM and b.kind is Kind.SUM and [c.size for c in a.children] == [c.size for c in b.children]:
             self._merge_indices(a, b)
         if not self.same(a, b):
-            self._unify_composites(a, b)
+            try:
+                with self._deeper():
+                    self._unify_composites(a, b)
+            except TooIntricateError:
+                if self._depth:
+                    raise
+                self.pin(a, self._too_intricate())
+                self.pin(b, self._too_intricate())
         a, b = self.resolve(a), self.resolve(b)
         if a is not b and a.kind is b.kind and len(a.children) == len(b.children) and self.same(a, b):
             self._link(a, b)
@@ -366,7 +420,6 @@ class Axes:
     def _bind(self, atom: Axis, other: Axis) -> None:
         if atom.pinned is not None:
             self.pin(other, atom.pinned)
-        still = self.still(atom) and self.still(other)
         if atom in self._opaque:
             if other.kind is not Kind.ATOM:
                 return
@@ -376,7 +429,6 @@ class Axes:
             return
         self._link(atom, other)
         self.changes += 1
-        self.ties += still
 
     @staticmethod
     def _link(axis: Axis, other: Axis) -> None:
@@ -417,6 +469,20 @@ class Axes:
             self.unify(outer, head)
             self.unify(inner, self.product(tail))
 
+    @contextmanager
+    def _deeper(self) -> Iterator[None]:
+        """One refinement within another; the outermost pins its axes where this refuses."""
+        if self._depth == MAX_DEPTH:
+            raise TooIntricateError(f"{MAX_DEPTH} refinements for the sake of one another")
+        self._depth += 1
+        try:
+            yield
+        finally:
+            self._depth -= 1
+
+    def _too_intricate(self) -> Pinned:
+        return Pinned(TOO_INTRICATE, self.scope)
+
     def _unify_each(self, left: Sequence[Axis], right: Sequence[Axis]) -> None:
         for x, y in zip(left, right, strict=True):
             self.unify(x, y)
@@ -439,7 +505,6 @@ class Axes:
         if older is not younger:
             younger.link = older
             self.changes += 1
-            self.ties += self.still(a) and self.still(b)
 
     # -- refinement ----------------------------------------------------------------------------------------------
 
@@ -451,12 +516,20 @@ class Axes:
         if math.prod(sizes) != axis.size:
             raise ConflictError(f"cannot view an axis of {axis.size} {show(axis)} as {'x'.join(map(str, sizes))}")
         wanted = [size for size in sizes if size != 1]
+        if axis.size == 0:  # nothing is known of factors beside one without an index
+            return self._splits.setdefault((self.scope, *sizes), [self.atom(size) for size in sizes])
         if axis.size == 1:
             found: list[Axis] = []
         elif len(wanted) == 1:
             found = [self.resolve(axis)]
         else:
-            found = self._split(self.resolve(axis), wanted)
+            try:
+                with self._deeper():
+                    found = self._split(self.resolve(axis), wanted)
+            except TooIntricateError:
+                if self._depth:
+                    raise
+                found = self._split(self._made_opaque(axis, self._too_intricate()), wanted)
         remaining = iter(found)
         return [self.one if size == 1 else next(remaining) for size in sizes]
 
@@ -537,13 +610,16 @@ class Axes:
         """Pin an axis that is viewed in a way which these types cannot express."""
         shape = "x".join(map(str, sizes))
         why = Pinned(f"{show(axis)[:80]} was viewed as {shape}, which no product refines", self.scope)
-        self.ties += self.still(axis)
+        return self._split(self._made_opaque(axis, why), sizes)
+
+    def _made_opaque(self, axis: Axis, why: Pinned) -> Axis:
+        """Pin an axis, and forget what it was made of."""
         self.pin(axis, why)
         opaque = self.pinned(axis.size, why)
         self._opaque.add(opaque)
         self._link(axis, opaque)
         self.changes += 1
-        return self._split(opaque, sizes)
+        return opaque
 
     def _split_sum(self, axis: Axis, outer: int, inner: int) -> list[Axis]:
         """Rows and columns of a concatenation: rows are cut at its joints, and columns differ from row to row."""
@@ -557,15 +633,17 @@ class Axes:
         aligned = all(joint % inner == 0 for joint in joints)
         if not aligned and self._skew >= MAX_SKEW:
             return self._unsplittable(axis, [outer, inner])
-        self._skew += not aligned
         rows = sorted({0, outer} | {row for j in joints for row in (j // inner, -(-j // inner))})
         heads, columns = [], []
-        for start, end in itertools.pairwise(rows):
-            piece, _ = self.slice(axis, start * inner, end * inner)
-            head, column = self.split(piece, [end - start, inner])
-            heads.append(head)
-            columns.append(column)
-        self._skew -= not aligned
+        self._skew += not aligned
+        try:
+            for start, end in itertools.pairwise(rows):
+                piece, _ = self.slice(axis, start * inner, end * inner)
+                head, column = self.split(piece, [end - start, inner])
+                heads.append(head)
+                columns.append(column)
+        finally:
+            self._skew -= not aligned
         total = self.resolve(self.sum(heads, axis.index if aligned else None))
         if total.index is None:  # all of it is pinned: nothing tells the rows apart any more
             for column in columns[1:]:
@@ -582,7 +660,7 @@ class Axes:
         if not 0 <= start <= end <= axis.size:
             raise ConflictError(f"cannot take {start}:{end} of an axis of {axis.size} {show(axis)}")
         if start == end:
-            return Axis(Kind.ATOM, 0), {}
+            return self.empty, {}
         if (start, end) == (0, axis.size):
             return axis, {}
         if axis.kind is Kind.ATOM:
@@ -597,12 +675,18 @@ class Axes:
             self._link(axis, self.sum(parts))
             self.changes += 1
             return self.slice(axis, start, end)
-        if axis.kind is Kind.SUM:
-            return self._slice_sum(axis, start, end)
-        if axis.kind is Kind.PRODUCT:
-            return self._slice_product(axis, start, end)
-        assert axis.index is not None
-        return self.family(axis.index, [self.slice(member, start, end)[0] for member in axis.children]), {}
+        try:
+            with self._deeper():
+                if axis.kind is Kind.SUM:
+                    return self._slice_sum(axis, start, end)
+                if axis.kind is Kind.PRODUCT:
+                    return self._slice_product(axis, start, end)
+                assert axis.index is not None
+                return self.family(axis.index, [self.slice(member, start, end)[0] for member in axis.children]), {}
+        except TooIntricateError:
+            if self._depth:
+                raise
+            return self.slice(self._made_opaque(axis, self._too_intricate()), start, end)
 
     def _slice_sum(self, axis: Axis, start: int, end: int) -> tuple[Axis, Restriction]:
         assert axis.index is not None

@@ -233,10 +233,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if read is not None and read.users:
             self.same_memory(before, after, range(after.ndim))
 
-    def finish(self, outputs: list[Tensor], left: Sequence[Tensor]) -> fx.Graph:
+    def finish(self, outputs: list[Tensor], left: Sequence[tuple[str, Tensor]]) -> fx.Graph:
         """Adds the output node, with those tensors that the pass left on the model, and checks the graph."""
         nodes = [self.node_of(tensor) for tensor in outputs]
-        kept = [self._nodes[id(tensor)] for tensor in left if id(tensor) in self._nodes]
+        kept = {self._nodes[id(tensor)]: name for name, tensor in left if id(tensor) in self._nodes}
         output = self.graph.output(nodes)
         output.meta.update(val=[node.meta["val"] for node in nodes], left=kept, module="", source=None)
         self.graph.lint()

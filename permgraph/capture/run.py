@@ -27,7 +27,7 @@ from permgraph.capture.environment import calm, make_transparent
 from permgraph.capture.inputs.registry import ExampleInputs, find_inputs
 from permgraph.capture.known import KnownValues
 from permgraph.capture.module_copy import as_parameter_like, copy_with, make_twin
-from permgraph.capture.outputs import tensor_leaves
+from permgraph.capture.outputs import returned_tensors, tensor_leaves
 from permgraph.capture.python_state import MAX_LENGTH
 from permgraph.capture.record import Limits, Recorder
 from permgraph.capture.state import StateTensor, state_tensors, strided_like
@@ -203,15 +203,24 @@ def _named_tensors(modules: Sequence[nn.Module]) -> dict[tuple[int, str], torch.
     }
 
 
-def _held_tensors(modules: Sequence[nn.Module]) -> Iterator[torch.Tensor]:
-    """These, and those in lists and mappings that modules hold; other objects, such as configurations, are let be."""
-    yield from _named_tensors(modules).values()
-    waiting = [(value, 0) for module in modules for name, value in vars(module).items() if name not in _OF_MODULES]
-    for value, depth in waiting:
+def _held_tensors(modules: Sequence[nn.Module]) -> Iterator[tuple[int, str, torch.Tensor]]:
+    """These, and those in lists and mappings that modules hold; other objects, such as configurations, are let be.
+
+    With the number of the module and the name of the attribute.
+    """
+    yield from ((at, name, value) for (at, name), value in _named_tensors(modules).items())
+    waiting = [
+        (at, name, value, 0)
+        for at, module in enumerate(modules)
+        for name, value in vars(module).items()
+        if name not in _OF_MODULES
+    ]
+    for at, name, value, depth in waiting:
         if isinstance(value, (list, tuple, dict)) and len(value) <= MAX_LENGTH and depth < 3:
-            waiting += [(inner, depth + 1) for inner in (value.values() if isinstance(value, dict) else value)]
+            inner = value.values() if isinstance(value, dict) else value
+            waiting += [(at, name, item, depth + 1) for item in inner]
         elif depth and isinstance(value, torch.Tensor):
-            yield value
+            yield at, name, value
 
 
 def _pass(subject: Subject, inputs: ExampleInputs, limits: Limits, mode: Mode, reason: str | None) -> Captured:
@@ -245,12 +254,17 @@ def _pass(subject: Subject, inputs: ExampleInputs, limits: Limits, mode: Mode, r
             recorder.escape(shared)
         for tensor, turned, dims in twin.turned:
             recorder.same_memory(tensor, turned, dims)
-        held, named = {id(tensor): tensor for tensor in _held_tensors(twin.modules)}, _named_tensors(twin.modules)
+        held = {id(tensor): tensor for _, _, tensor in _held_tensors(twin.modules)}
+        named = _named_tensors(twin.modules)
         watch = fake_mode if mode == "fake" else WatchEscapes(recorder.escape)
         with caches_emptied(twin.modules), watch, recorder:
             result = _run(twin.module, args, kwargs)
-        outputs = list(tensor_leaves(result))
-        left = [tensor for tensor in _held_tensors(twin.modules) if id(tensor) not in held]
+        outputs, opaque = returned_tensors(result)
+        left = [
+            (".".join(filter(None, (twin.paths.get(id(twin.modules[at])), name))), tensor)
+            for at, name, tensor in _held_tensors(twin.modules)
+            if id(tensor) not in held
+        ]
         for place, tensor in _named_tensors(twin.modules).items():
             recorder.replaced(named.get(place), tensor)
     if not outputs:
@@ -262,7 +276,7 @@ def _pass(subject: Subject, inputs: ExampleInputs, limits: Limits, mode: Mode, r
         if node.op == "placeholder" and node.meta["kind"] in ("parameter", "buffer") and not node.users
         for name in node.meta["names"]
     )
-    return Captured(graph, type(subject.core).__name__, mode, reason, inputs, unused)
+    return Captured(graph, type(subject.core).__name__, mode, reason, inputs, unused, opaque)
 
 
 def _run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

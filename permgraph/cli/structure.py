@@ -10,7 +10,7 @@ import typer
 
 from permgraph.capture import capture
 from permgraph.capture.environment import make_transparent
-from permgraph.capture.outputs import tensor_leaves
+from permgraph.capture.outputs import returned_tensors
 from permgraph.cli.checkpoints import fitted, require_finite, whole_state
 from permgraph.cli.models import FORMS, build, parse_inputs, spec_of
 from permgraph.cli.options import Inputs, Shown, complete_model
@@ -234,7 +234,7 @@ def _error_on(
         for permutation in (spec.identity(), spec.random(seed, every_group=True)):
             module.load_state_dict(permutation.apply(state))
             result = module(*map(_double, args), **{name: _double(value) for name, value in kwargs.items()})
-            outputs.append([tensor.double() for tensor in tensor_leaves(result) if tensor.is_floating_point()])
+            outputs.append([tensor.double() for tensor in returned_tensors(result)[0] if tensor.is_floating_point()])
     if not outputs[0]:
         raise CaptureError(f"{model} gives no floating-point output to compare")
     return max(

@@ -12,7 +12,7 @@ from torch import nn
 from permgraph.capture import Captured, capture
 from permgraph.capture.environment import gc_paused
 from permgraph.inference.describe import Writer
-from permgraph.inference.fixpoint import solve
+from permgraph.inference.fixpoint import Solution, solve
 from permgraph.spec.spec import PermutationSpec
 
 log = logging.getLogger(__name__)
@@ -68,6 +68,12 @@ def _spec_of(captured: Captured) -> PermutationSpec:
     notes = []
     if captured.mode == "real":
         notes.append(f"inferred on real tensors, for the branch that they took, because {captured.fallback_reason}")
+    if captured.opaque:
+        notes.append(
+            f"what objects of these types that the model returns hold was not seen: {', '.join(captured.opaque)}"
+        )
+    if kept := _kept_and_moving(captured, solution):
+        notes.append(f"the forward pass keeps tensors whose units move, as the attributes {', '.join(kept)}")
     spec = PermutationSpec(
         groups=writer.groups(),
         axes=writer.expressions(),
@@ -82,6 +88,16 @@ def _spec_of(captured: Captured) -> PermutationSpec:
     )
     log.info("%s: %d groups in %d operators", captured.model_class, len(spec.moving), len(number))
     return spec
+
+
+def _kept_and_moving(captured: Captured, solution: Solution) -> list[str]:
+    """The attributes in which the forward pass leaves tensors on the model that a permutation renumbers."""
+    left = {node: name for end in captured.graph.nodes for node, name in end.meta.get("left", {}).items()}
+    return sorted({
+        name
+        for node, name in left.items()
+        if any(a.pinned is None for axis in solution.values[node].dims for a in solution.axes.atoms(axis))
+    })  # fmt: skip
 
 
 def _is_weight(node: torch.fx.Node) -> bool:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 
 from torch import fx
 
 from permgraph.algebra.store import Axes, Axis, Index, Kind
 from permgraph.inference.fibres import Dependence
 from permgraph.inference.fixpoint import Solution
-from permgraph.rules.call import TypedTensor
+from permgraph.rules.typed_tensor import TypedTensor
 from permgraph.spec import Pin, UnknownOp
 from permgraph.spec.binding import Group
 from permgraph.spec.expressions import Axis as Expression
@@ -102,7 +102,7 @@ class Writer:
 
     # -- factors that are one axis -------------------------------------------------------------------------------------
 
-    def _fuse(self, mutual: Collection[tuple[Axis, Axis]]) -> dict[Axis, Axis]:
+    def _fuse(self, mutual: Set[tuple[Axis, Axis]]) -> dict[Axis, Axis]:
         """Join factors which a view has split and nothing tells apart: ``(h d)`` is one axis then, no wreath product.
 
         That is so where each may depend on the other, and possible where they always stand side by side. Returns for
@@ -126,7 +126,7 @@ class Writer:
                 (following,) = after[run[-1]]
                 if following is None or len(before[following]) != 1 or following in fused:
                     break
-                if not all({(atom, following), (following, atom)} <= set(mutual) for atom in run):
+                if not all({(atom, following), (following, atom)} <= mutual for atom in run):
                     break
                 run.append(following)
             if len(run) > 1 and self._alike_outside(run) and not self._continues(run[0], before, mutual):
@@ -139,7 +139,7 @@ class Writer:
         return fused
 
     @staticmethod
-    def _continues(first: Axis, before: Mapping[Axis, set[Axis | None]], mutual: Collection[tuple[Axis, Axis]]) -> bool:
+    def _continues(first: Axis, before: Mapping[Axis, set[Axis | None]], mutual: Set[tuple[Axis, Axis]]) -> bool:
         """Whether a run that starts earlier could hold this one."""
         earlier = before[first]
         return len(earlier) == 1 and (first, next(iter(earlier))) in mutual

@@ -11,31 +11,26 @@ from __future__ import annotations
 import itertools
 import operator
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx
 
-from permgraph.algebra.store import Axes, Axis, BirthKey, Kind, Pinned
+from permgraph.algebra.store import TOO_INTRICATE, Axes, Axis, BirthKey, Kind, Pinned, TooIntricateError
 from permgraph.capture.schema import signature
 from permgraph.errors import ConflictError
-from permgraph.inference.constancy import (
-    NONE,
-    Uniform,
-    known_values,
-    uniform_dims,
-    viewed_nodes,
-    written_nodes,
-    zero_nodes,
-)
-from permgraph.inference.liveness import VALUELESS, live_nodes, met_zeros
+from permgraph.inference.constancy import NONE, constant_along
+from permgraph.inference.facts import GraphFacts
+from permgraph.inference.liveness import met_zeros
 from permgraph.inference.predicted_cuts import PLACEHOLDER, foreseen_cuts
-from permgraph.inference.repeats import AS_IT_WAS, tied_dims
+from permgraph.inference.repeats import UNREAD as PASSED_ON
 from permgraph.rules import find_rule
-from permgraph.rules.call import EQUAL, Call, Ledger, TypedTensor, loose_families, provides
+from permgraph.rules.call import EQUAL, Call
+from permgraph.rules.ledger import Ledger
 from permgraph.rules.registry import Rule
+from permgraph.rules.typed_tensor import TypedTensor, loose_families, provides
 
 UNREAD = "no output depends on it"
 UNSEEN = "its weight met only zeros"
@@ -63,15 +58,8 @@ def solve(graph: fx.Graph, results: Sequence[fx.Node] = ()) -> Solution:
     Raises `ConflictError`, naming the operator and its place in the source, where a rule ties axes of different sizes.
     """
     nodes = list(graph.nodes)
-    cuts = foreseen_cuts(nodes)
-    constants = [n for n in nodes if n.op == "placeholder" and n.meta["kind"] == "constant"]
-    written = written_nodes(nodes)
-    uniform = uniform_dims(nodes, written, {node: _constant_along(node.meta.get("real")) for node in constants})
-    live = live_nodes(nodes, results)
-    facts = _Facts(
-        uniform, tied_dims(nodes, written, uniform), known_values(nodes, written), viewed_nodes(nodes),
-        live, results,
-    )  # fmt: skip
+    facts = GraphFacts(nodes, results)
+    cuts = foreseen_cuts(nodes, facts.operators)
     for number in range(MAX_RUNS):
         run = _Run(nodes, Axes(cuts), facts)
         run.until_stable()
@@ -80,32 +68,15 @@ def solve(graph: fx.Graph, results: Sequence[fx.Node] = ()) -> Solution:
         if seen == cuts:
             break
         cuts = seen
-    run.pin_unobserved(live)
-    run.pin_unseen(live, zero_nodes(nodes, written))
+    run.pin_unobserved(facts.live)
+    run.pin_unseen(facts.live, facts.zeros)
     return run.solution()
-
-
-@dataclass(frozen=True)
-class _Facts:
-    """What the graph says of tensors' values before any rule runs; see `constancy` and `repeats`."""
-
-    uniform: Mapping[fx.Node, Uniform]
-    tied: Mapping[fx.Node, Uniform]
-    known: Mapping[fx.Node, tuple[int, ...]]
-    viewed: Collection[fx.Node]
-    live: Collection[fx.Node]
-    results: Collection[fx.Node]
 
 
 class _Run:
     """One attempt: fresh axes for every tensor, then the rules over and over."""
 
-    def __init__(
-        self,
-        nodes: Sequence[fx.Node],
-        axes: Axes,
-        facts: _Facts,
-    ) -> None:
+    def __init__(self, nodes: Sequence[fx.Node], axes: Axes, facts: GraphFacts) -> None:
         self.axes = axes
         self.facts = facts
         self.ends = Ledger()
@@ -129,7 +100,9 @@ class _Run:
                 if node.target is operator.getitem:
                     source, item = node.args
                     assert isinstance(source, fx.Node)
-                    self.values[node] = self.values[source][item]
+                    self.values[node] = part = self.values[source][item]
+                    if isinstance(part, TypedTensor):
+                        part.may_repeat |= facts.repeats.get(node, NONE)
                     continue
                 arguments = self._arguments(node)
                 self.values[node] = result = self._result(node, arguments)
@@ -143,8 +116,8 @@ class _Run:
     def _typed(self, node: fx.Node, val: Any, suffix: str = "") -> Any:
         if isinstance(val, torch.Tensor):
             tensor = TypedTensor(node.name + suffix, val.shape, val.dtype, self.axes)
-            tensor.tied = self.facts.tied.get(node, NONE)
-            tensor.viewed = node in self.facts.viewed
+            tensor.may_repeat = self.facts.repeats.get(node, NONE)
+            tensor.viewed = node in self.facts.memory.viewed
             return tensor
         if isinstance(val, (list, tuple)):
             items = [self._typed(node, item, f"{suffix}.{i}") for i, item in enumerate(val)]
@@ -165,7 +138,7 @@ class _Run:
         used = TypedTensor(f"{value.name} in {user.name}", value.shape, value.dtype, self.axes)
         used.dims = [used.dims[d] if d in dims else axis for d, axis in enumerate(value.dims)]
         used.uniform = dims
-        used.tied = value.tied
+        used.may_repeat = value.may_repeat
         return used
 
     def _argument(self, value: Any, node: fx.Node) -> Any:
@@ -208,17 +181,20 @@ class _Run:
     def until_stable(self) -> None:
         self._pin_ends()
         settled: dict[Call, tuple[Axis, ...] | None] = {}
-        idle = 0
+        forms: list[list[object]] = []
         for visit in itertools.count():
             # An axis that is a shifted copy of itself would be cut once more on every visit, index by index. Once it is
             # pinned, copies of its parts are still made and tied to one another, which goes on for ever.
             self.axes.may_cut = visit < MAX_VISITS
-            before, ties = self.axes.changes, self.axes.ties
+            before = self.axes.changes
             for call in self.calls:
                 if visit == 0 or not self._is_settled(settled.get(call)):
                     if visit > 0:
                         call.ledger.clear()
+                    said = self.axes.changes
                     self._apply(call)
+                    if visit > 2 * MAX_VISITS and self.axes.changes != said:
+                        call.pin_all([*call.tensors, *call.results], "cut at ever new places")
                     if self.axes.has_families:  # else there may be no second visit
                         settled[call] = self._atoms_of(call)
             self._pin_ends()  # once more: only the rules have said which axes the values of tensors number
@@ -227,9 +203,12 @@ class _Run:
             if not self.axes.has_families:  # then what was said once holds for good
                 return
             self._collapse_families()
-            idle = idle + 1 if self.axes.changes - before == self.axes.ties - ties else 0
-            if self.axes.changes == before or (idle > 1 and not self.axes.may_cut):
+            if self.axes.changes == before:
                 return
+            if visit > 1:
+                forms.append(self.axes.form(axis for tensor in self._all_tensors() for axis in _axes_of(tensor)))
+                if len(forms) > 2 and forms[-1] == forms[-2] == forms[-3]:
+                    return
 
     @staticmethod
     def _is_settled(seen: tuple[Axis, ...] | None) -> bool:
@@ -240,7 +219,7 @@ class _Run:
         """The axes of a call's tensors with the atoms in them; None if any has a family, which may have to collapse."""
         found: list[Axis] = []
         for tensor in (*call.tensors, *call.results):
-            for axis in tensor.dims if tensor.value is None else (*tensor.dims, tensor.value):
+            for axis in _axes_of(tensor):
                 axis = self.axes.resolve(axis)
                 found.append(axis)
                 if axis.kind is not Kind.ATOM:
@@ -261,8 +240,8 @@ class _Run:
             else:
                 rule(call)
             call.pin_unfollowed_values()
-        except RecursionError:  # an axis that is cut again and again, as by a view that skews a padded matrix
-            call.pin_all([*call.tensors, *call.results], "its axes are cut in too intricate a way to follow")
+        except TooIntricateError:  # an axis that is cut again and again, as by a view that skews a padded matrix
+            call.pin_all([*call.tensors, *call.results], TOO_INTRICATE)
         except Exception as error:
             place = call.node.meta.get("source") or "an unknown line"
             shapes = ", ".join(str(t.shape) for t in call.tensors)
@@ -291,11 +270,13 @@ class _Run:
         left stays put. What the rules have said stands.
         """
         unread = self._unread(live)
-        while self._join_all_unread(unread):
+        # Each round ties an axis that was not read to one that was. What is left when they are over is pinned.
+        for _ in range(len(unread)):
+            if not self._join_all_unread(unread):
+                break
             self.until_stable()
             unread = self._unread(live)
-        for node in self._parameters_read() if unread else ():
-            number = self.nodes.index(node)
+        for number, node in self._parameters_read() if unread else ():
             for dim, axis in enumerate(self.values[node].dims):
                 found = unread.intersection(self.axes.atoms(axis))
                 for atom in found:
@@ -306,7 +287,7 @@ class _Run:
     def _join_all_unread(self, unread: set[Axis]) -> bool:
         """Tie the members of families that were not read to the one that was, where all that were are one."""
         before = self.axes.changes
-        for node in self._parameters_read() if self.axes.has_families else ():
+        for _, node in self._parameters_read() if self.axes.has_families else ():
             for axis in self.values[node].dims:
                 for family in reversed(list(loose_families(self.axes, axis))):  # inner ones first
                     members = {self.axes.resolve(member) for member in family.find().children}
@@ -315,10 +296,10 @@ class _Run:
                         self.axes.collapse(family)
         return self.axes.changes != before
 
-    def _parameters_read(self) -> list[fx.Node]:
-        """The parameters and buffers that some operator takes."""
-        kinds = ("parameter", "buffer")
-        return [n for n in self.nodes if n.op == "placeholder" and n.meta["kind"] in kinds and n.users]
+    def _parameters_read(self) -> list[tuple[int, fx.Node]]:
+        """The parameters and buffers that some operator takes, with their numbers."""
+        nodes = ((number, node) for number, node in enumerate(self.nodes) if node.op == "placeholder" and node.users)
+        return [(number, node) for number, node in nodes if node.meta["kind"] in ("parameter", "buffer")]
 
     def _unread(self, live: Collection[fx.Node]) -> set[Axis]:
         """The atoms of parameters which no operator has met but those that only move elements about, or drop some."""
@@ -327,13 +308,13 @@ class _Run:
         seen = [self.values[node] for end in ends for node in end.all_input_nodes]
         seen += [self.values[node] for node in self.facts.results]
         for call in self.calls:
-            name = getattr(call.node.target, "_opname", "")
-            if call.node in live and not call.ledger.rearrangements and name not in AS_IT_WAS:
-                seen += [*(() if name in VALUELESS else call.tensors), *call.results]
+            properties = self.facts.operators.of(call.node)
+            if call.node in live and not call.ledger.rearrangements and properties.values not in PASSED_ON:
+                seen += [*(call.tensors if properties.reads_values else ()), *call.results]
         for tensor in self._tensors_in(seen):
             for axis in tensor.dims:
                 read.update(self.axes.atoms(axis))
-        parameters = (axis for node in self._parameters_read() for axis in self.values[node].dims)
+        parameters = (axis for _, node in self._parameters_read() for axis in self.values[node].dims)
         return {atom for axis in parameters for atom in self.axes.atoms(axis) if atom.pinned is None} - read
 
     def pin_unseen(self, live: Collection[fx.Node], zeros: Collection[fx.Node]) -> None:
@@ -343,9 +324,9 @@ class _Run:
         of a sequence, the weight of a recurrent layer meets that layer's own state from the second step on: an axis of
         the same size, which one, no tensor shows.
         """
-        if not any(met_zeros(node, zeros) for node in live):
+        if not any(met_zeros(node, self.facts.operators, zeros) for node in live):
             return
-        seen = live_nodes(self.nodes, list(self.facts.results), zeros)
+        seen = self.facts.live_but_for(zeros)
         elsewhere = {atom for node in seen for tensor in self._tensors_in(self.values.get(node))
                      for axis in tensor.dims for atom in self.axes.atoms(axis)}  # fmt: skip
         unseen = set()  # what comes from a weight of which nothing is seen
@@ -355,7 +336,7 @@ class _Run:
                 weight = node.op == "placeholder" and node.meta["kind"] in ("parameter", "buffer")
                 if weight or any(source in unseen for source in node.all_input_nodes):
                     unseen.add(node)
-            for factor, dim in met_zeros(node, zeros).items() if node in live else ():
+            for factor, dim in met_zeros(node, self.facts.operators, zeros).items() if node in live else ():
                 if factor in unseen and elsewhere.isdisjoint(self.axes.atoms(self.values[factor].dims[dim])):
                     sizes.add(self.values[factor].shape[dim])
                     self._pin_dim(number, self.values[factor], dim, UNSEEN)
@@ -419,7 +400,7 @@ class _Run:
         if kind == "input":
             self._pin(number, tensor, "input of the model")
         elif kind == "constant":
-            self._pin(number, tensor, "constant", free=_constant_along(node.meta.get("real")))
+            self._pin(number, tensor, "constant", free=constant_along(node.meta.get("real")))
         elif kind != "free" and not (tensor.dtype.is_floating_point or tensor.dtype.is_complex):
             self._pin(number, tensor, f"{kind} of type {tensor.dtype}")
 
@@ -440,7 +421,7 @@ class _Run:
         if not self.axes.has_families:
             return
         for tensor in self._all_tensors():
-            for d, axis in enumerate(tensor.dims):
+            for d, axis in enumerate(tensor.dims) if 0 not in tensor.shape else ():
                 for family in list(loose_families(self.axes, axis)):
                     assert family.index is not None
                     index = family.index.find()
@@ -477,9 +458,5 @@ class _Run:
         return Solution(self.axes, ledger, self.nodes, self.parameters, self._all_tensors(), self.values)
 
 
-def _constant_along(real: torch.Tensor | None) -> frozenset[int]:
-    """The dimensions along which a constant does not vary, where its values are known."""
-    if real is None or real.numel() == 0 or real.is_meta:
-        return frozenset()
-    same = [real] if real.is_complex() else [real, real.signbit()]  # a zero may be less than nothing
-    return frozenset(d for d in range(real.ndim) if all(bool((x == x.narrow(d, 0, 1)).all()) for x in same))
+def _axes_of(tensor: TypedTensor) -> list[Axis]:
+    return tensor.dims if tensor.value is None else [*tensor.dims, tensor.value]

@@ -36,7 +36,7 @@ from permgraph.capture.caches import caches_emptied
 from permgraph.capture.control import is_higher_order, run_plainly
 from permgraph.capture.environment import calm, make_transparent
 from permgraph.capture.module_copy import as_parameter_like, copy_with, make_twin
-from permgraph.capture.outputs import tensor_leaves
+from permgraph.capture.outputs import returned_tensors, tensor_leaves
 from permgraph.capture.state import StateTensor, state_tensors
 from permgraph.capture.subject import unwrap
 from permgraph.errors import CaptureError, EvaluationError, MismatchError
@@ -351,7 +351,7 @@ class _Trial:
                     f"{type(self._twin.module).__name__} cannot be run on random weights in float64 with tensors of "
                     f"shape {shapes}: {error}; pass example_inputs or example_kwargs that its forward takes"
                 ) from error
-        outputs = [tensor.detach().clone() for tensor in tensor_leaves(result)]
+        outputs = [tensor.detach().clone() for tensor in returned_tensors(result)[0]]
         # A model that writes to its own weights, or gives them other memory, finds them as they were the next time.
         for name, (_, tensor) in self._floating.items():
             if tensor.data_ptr() != self._memory[name].data_ptr():

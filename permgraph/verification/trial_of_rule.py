@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 from permgraph.inference.describe import Writer
 from permgraph.inference.fixpoint import Solution, solve
-from permgraph.rules.call import TypedTensor
+from permgraph.rules.typed_tensor import TypedTensor
 from permgraph.spec.expressions import Axis, Fixed, refs, rename
 from permgraph.spec.spec import PermutationSpec
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from hypothesis import strategies as st
 
 from permgraph.algebra.store import Axes, Axis, Index, Kind, Pinned
-from permgraph.rules.call import loose_families
+from permgraph.rules.typed_tensor import loose_families
 
 Perm = tuple[int, ...]
 Element = tuple[Perm, ...]
