@@ -48,7 +48,7 @@ class Permutation:
         MismatchError: an array has another shape than the group asks for, or a row of it is not a permutation.
 
     Example:
-        >>> spec = PermutationSpec.parse('''
+        >>> spec = pg.PermutationSpec.parse('''
         ... weight  3x2  hidden .
         ... groups: hidden 3
         ... ''')
