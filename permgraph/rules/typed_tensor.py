@@ -17,7 +17,8 @@ class TypedTensor:
     """A tensor of the graph with an axis for each dimension, and one for its values where they index something."""
 
     __slots__ = (
-        "_origin", "asked_for_repeats", "dims", "dtype", "known", "name", "read", "shape", "uniform", "value", "viewed",
+        "_origin", "asked_for_repeats", "dims", "dtype", "known", "name", "permutes", "read", "shape", "uniform",
+        "value", "viewed",
     )  # fmt: skip
 
     def __init__(self, name: str, shape: Sequence[int], dtype: torch.dtype, axes: Axes) -> None:
@@ -34,6 +35,8 @@ class TypedTensor:
         self.viewed = False  # whether its memory is seen through other tensors as well
         # The values of a short vector of integers that the model's code has.
         self.known: tuple[int, ...] | None = None
+        # The dimension along which its values are a permutation, as sorting gives it.
+        self.permutes: int | None = None
 
     @property
     def ndim(self) -> int:
