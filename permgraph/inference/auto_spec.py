@@ -73,7 +73,8 @@ def _spec_of(captured: Captured) -> PermutationSpec:
             f"what objects of these types that the model returns hold was not seen: {', '.join(captured.opaque)}"
         )
     if kept := _kept_and_moving(captured, solution):
-        notes.append(f"the forward pass keeps tensors whose units move, as the attributes {', '.join(kept)}")
+        more = f" and {len(kept) - 3} more" if len(kept) > 3 else ""
+        notes.append(f"the forward pass keeps tensors whose units move, as {', '.join(kept[:3])}{more}")
     spec = PermutationSpec(
         groups=writer.groups(),
         axes=writer.expressions(),

@@ -13,6 +13,7 @@ import operator
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch import fx
 from permgraph.algebra.store import TOO_INTRICATE, Axes, Axis, BirthKey, Kind, Pinned, TooIntricateError
 from permgraph.capture.schema import signature
 from permgraph.errors import ConflictError
-from permgraph.inference.constancy import NONE, constant_along
+from permgraph.inference.constancy import constant_along
 from permgraph.inference.facts import GraphFacts
 from permgraph.inference.liveness import met_zeros
 from permgraph.inference.predicted_cuts import PLACEHOLDER, foreseen_cuts
@@ -102,7 +103,7 @@ class _Run:
                     assert isinstance(source, fx.Node)
                     self.values[node] = part = self.values[source][item]
                     if isinstance(part, TypedTensor):
-                        part.may_repeat |= facts.repeats.get(node, NONE)
+                        part.asked_for_repeats += (partial(facts.repeats_of, node),)
                     continue
                 arguments = self._arguments(node)
                 self.values[node] = result = self._result(node, arguments)
@@ -116,7 +117,7 @@ class _Run:
     def _typed(self, node: fx.Node, val: Any, suffix: str = "") -> Any:
         if isinstance(val, torch.Tensor):
             tensor = TypedTensor(node.name + suffix, val.shape, val.dtype, self.axes)
-            tensor.may_repeat = self.facts.repeats.get(node, NONE)
+            tensor.asked_for_repeats = (partial(self.facts.repeats_of, node),)
             tensor.viewed = node in self.facts.memory.viewed
             return tensor
         if isinstance(val, (list, tuple)):
@@ -138,7 +139,7 @@ class _Run:
         used = TypedTensor(f"{value.name} in {user.name}", value.shape, value.dtype, self.axes)
         used.dims = [used.dims[d] if d in dims else axis for d, axis in enumerate(value.dims)]
         used.uniform = dims
-        used.may_repeat = value.may_repeat
+        used.asked_for_repeats = value.asked_for_repeats
         return used
 
     def _argument(self, value: Any, node: fx.Node) -> Any:

@@ -26,9 +26,8 @@ from permgraph.weights.state_dict import StateDict
 if TYPE_CHECKING:
     from permgraph.capture import Captured
 
-_COPIES = ("_to_copy", "_unsafe_view", "cat", "clone", "constant_pad_nd", "contiguous", "copy", "expand_copy", "flip")
-_REARRANGES = frozenset((*_COPIES, "repeat", "roll", "stack", "view_copy"))
-"""Operators that are no views, but whose results say nothing that their arguments did not."""
+_REARRANGED = frozenset(("same", "kept", "moved", "joined", "padded"))
+"""What operators declare whose results, views or not, say nothing that their arguments did not."""
 
 
 @dataclass(frozen=True)
@@ -261,8 +260,10 @@ def _is_evidence(node: fx.Node) -> bool:
 
 
 def _is_evidence_of(target: Any) -> bool:
+    from permgraph.rules.registry import properties_of
+
     schema = getattr(target, "_schema", None)
-    if schema is None or schema.name.split("::")[-1] in _REARRANGES:
+    if schema is None or properties_of(str(target)).values in _REARRANGED:
         return False
     alias = schema.returns[0].alias_info if schema.returns else None
     return alias is None or alias.is_write

@@ -74,7 +74,7 @@ def equality(call: Call) -> None:
     arithmetic(call)
 
 
-@rule("aten.copy", values="derived")
+@rule("aten.copy", values="joined")
 def copy(call: Call) -> None:
     """Overwrite a tensor with another, broadcast to it: what it held before no longer matters."""
     call.pointwise(call["src"], call.out)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+import operator
+from collections.abc import Collection, Iterable, Sequence
+
+from torch import fx
 
 from permgraph.rules.call import EQUAL, Call
 from permgraph.rules.pattern import last_labels
@@ -81,6 +84,10 @@ def ranking(call: Call) -> None:
     x = call["self"]
     dim = call.dim(x, default=-1)
     *values, indices = call.results
+    indices.permutes = dim if x.ndim and indices.shape == x.shape else None
+    if x.permutes == dim and indices.permutes == dim and _is_as_sorted(call, x):
+        _invert(call, x, dim, values, indices)
+        return
     _tell_equals_apart(call, x, [dim], indices)
     call.number_dims(indices, x, [dim])
     ordered = call.get("sorted", True) or indices.shape[dim : dim + 1] == (1,)
@@ -92,6 +99,22 @@ def ranking(call: Call) -> None:
         why="an order of rank",
     )  # fmt: skip
     call.pin_values(x, "indices are put in order of their numbers")
+
+
+def _is_as_sorted(call: Call, x: TypedTensor) -> bool:
+    """Whether the places that sorting gave are sorted upwards, and nothing can have been written over them since."""
+    source = call.node.args[0]
+    unwritten = isinstance(source, fx.Node) and source.target is operator.getitem and not x.viewed
+    return unwritten and x.value is not None and call.get("descending", True) is False
+
+
+def _invert(call: Call, x: TypedTensor, dim: int, values: Sequence[TypedTensor], indices: TypedTensor) -> None:
+    """Where a permutation is sorted, the places are its inverse: in the one-hot code both axes change places."""
+    call.number_dims(indices, x, [dim])
+    at, number = (f"{call.names(x, named={dim: label})} ; {other}" for label, other in (("p", "v"), ("v", "p")))
+    call.link((x, at), (indices, number))
+    for ranked in values:  # 0, 1, 2, and so on
+        call.pin(ranked, dim, "an order of rank")
 
 
 @rule(*aten("_softmax _log_softmax softmax log_softmax _safe_softmax"), values="derived")

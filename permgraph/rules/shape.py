@@ -203,7 +203,7 @@ def scatter_into_range(call: Call) -> None:
     call.share_values([x, src, out])
 
 
-@rule(*aten("unfold unfold_copy"), values="moved", zeros="all")
+@rule(*aten("unfold unfold_copy"), values="derived", zeros="all")
 def unfold(call: Call) -> None:
     """Windows of one dimension, in a new last dimension. Windows that do not overlap are a view."""
     x, out = call["self"], call.out

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 
 import torch
@@ -17,7 +17,8 @@ class TypedTensor:
     """A tensor of the graph with an axis for each dimension, and one for its values where they index something."""
 
     __slots__ = (
-        "_origin", "dims", "dtype", "known", "may_repeat", "name", "read", "shape", "uniform", "value", "viewed",
+        "_origin", "asked_for_repeats", "dims", "dtype", "known", "name", "permutes", "read", "shape", "uniform",
+        "value", "viewed",
     )  # fmt: skip
 
     def __init__(self, name: str, shape: Sequence[int], dtype: torch.dtype, axes: Axes) -> None:
@@ -29,12 +30,13 @@ class TypedTensor:
         self._origin: TypedTensor | None = None  # no cycle: thousands of them go as soon as nobody holds them
         # Dimensions along which it does not vary: no link ties them, as if they were broadcast.
         self.uniform: frozenset[int] = frozenset()
-        # Dimensions along which elements may be equal by more than chance.
-        self.may_repeat: frozenset[int] = frozenset()
+        self.asked_for_repeats: tuple[Callable[[], frozenset[int]], ...] = ()  # see `may_repeat`
         self.read = True  # whether anything depends on it
         self.viewed = False  # whether its memory is seen through other tensors as well
         # The values of a short vector of integers that the model's code has.
         self.known: tuple[int, ...] | None = None
+        # The dimension along which its values are a permutation, as sorting gives it.
+        self.permutes: int | None = None
 
     @property
     def ndim(self) -> int:
@@ -44,6 +46,11 @@ class TypedTensor:
     def origin(self) -> TypedTensor:
         """The tensor of which this one is a view of all elements: an index and its views are the same function."""
         return self._origin or self
+
+    @property
+    def may_repeat(self) -> frozenset[int]:
+        """The dimensions along which elements may be equal by more than chance; found when a rule first asks."""
+        return frozenset[int]().union(*(ask() for ask in self.asked_for_repeats))
 
     def follow(self, source: TypedTensor) -> None:
         """Say that this tensor holds the elements of `source`, all of them in the same order."""

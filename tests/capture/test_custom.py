@@ -269,7 +269,7 @@ def test_what_returns_no_tensor_is_refused() -> None:
         def forward(self, x: Tensor) -> Iterator[Tensor]:
             yield super().forward(x)
 
-    with pytest.raises(CaptureError, match="returned no tensor, but a generator"):
+    with pytest.raises(CaptureError, match="returns a generator, whose tensors can be read only once"):
         pg.auto_spec(Lazy(), (X,))
 
 

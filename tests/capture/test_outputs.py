@@ -139,7 +139,7 @@ def test_attributes_that_forward_leaves_are_named_where_they_move() -> None:
         return y
 
     spec = pg.auto_spec(Returning(keep), X)
-    assert spec.notes == ("the forward pass keeps tensors whose units move, as the attributes b.features",)
+    assert spec.notes == ("the forward pass keeps tensors whose units move, as b.features",)
     assert [group.size for group in spec.moving.values()] == [5]
 
 

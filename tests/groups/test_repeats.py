@@ -117,3 +117,34 @@ def test_a_custom_operator_may_say_that_it_keeps_numbers_apart() -> None:
     model = Ranked(lambda m, h: torch.ops.permgraph_repeats.half_steps(h))
     spec = pg.auto_spec(model, (torch.randn(2, 3),))
     assert [group.size for group in spec.moving.values()] == [8]
+
+
+def _overwritten(m: Ranked, h: Tensor) -> Tensor:
+    places = h.argsort(-1)
+    places.copy_(places.clamp(max=2))
+    return m.scale[places.argsort(-1)] + h
+
+
+def _overwritten_through_a_view(m: Ranked, h: Tensor) -> Tensor:
+    places = h.argsort(-1)
+    places[..., :4].fill_(3)
+    return m.scale[places.argsort(-1)] + h
+
+
+RANKS: dict[str, tuple[Callable[[Ranked, Tensor], Tensor], bool]] = {
+    "of distinct numbers": (lambda m, h: m.scale[h.argsort(-1).argsort(-1)] + h, True),
+    "of the largest first": (lambda m, h: m.scale[h.argsort(-1, descending=True).argsort(-1)] + h, True),
+    "by the largest of all": (lambda m, h: m.scale[h.argsort(-1).topk(8, -1).indices] + h, False),
+    "of zeros": (lambda m, h: m.scale[h.relu().argsort(-1).argsort(-1)] + h, False),
+    "overwritten": (_overwritten, False),
+    "overwritten through a view": (_overwritten_through_a_view, False),
+}
+
+
+@pytest.mark.parametrize(("between", "free"), RANKS.values(), ids=RANKS)
+def test_a_weight_for_each_rank(between: Callable[[Ranked, Tensor], Tensor], free: bool) -> None:
+    torch.manual_seed(0)
+    model = Ranked(between).double()
+    spec = pg.auto_spec(model, (torch.randn(2, 3).double(),))
+    assert any("a.weight" in {name for name, _ in spec.uses(group)} for group in spec.moving) == free
+    assert _changed_rows(model, spec) == 0
