@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 
 from torch import fx
 
-from permgraph.algebra.store import Axes, Axis, Index, Kind
+from permgraph.algebra import Axes, Axis, Index, Kind
 from permgraph.inference.fibres import Dependence
 from permgraph.inference.fixpoint import Solution
 from permgraph.rules.call import TypedTensor

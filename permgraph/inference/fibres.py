@@ -25,7 +25,7 @@ from dataclasses import replace
 
 import networkx as nx
 
-from permgraph.algebra.store import Axis, Index, Kind
+from permgraph.algebra import Axis, Index, Kind
 from permgraph.inference.fixpoint import Solution
 from permgraph.rules.call import VALUE, Labelled, Rearrangement, Relation, TypedTensor
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from permgraph.algebra.store import TOO_INTRICATE, Axes, Axis, BirthKey, Kind, Pinned, TooIntricateError
+from permgraph.algebra import TOO_INTRICATE, Axes, Axis, FactorKey, Kind, Pinned, TooIntricateError
 from permgraph.capture.schema import signature
 from permgraph.errors import ConflictError
 from permgraph.inference.constancy import (
@@ -119,7 +119,7 @@ class _Run:
             if node.op == "placeholder":
                 self.values[node] = tensor = self._typed(node, node.meta["val"])
                 if isinstance(tensor, TypedTensor) and node.meta["kind"] != "input":
-                    tensor.dims = axes.born((PLACEHOLDER, number), tensor.shape)
+                    tensor.dims = axes.make_factors((PLACEHOLDER, number), tensor.shape)
                     tensor.known = facts.known.get(node)
                 if node.meta["kind"] in ("parameter", "buffer") and isinstance(self.values[node], TypedTensor):
                     name = node.meta["names"][0]
@@ -256,7 +256,7 @@ class _Run:
         return tuple(found)
 
     def _apply(self, call: Call) -> None:
-        self.axes.begin(call.number)
+        self.axes.start_node(call.number)
         target = call.node.target
         if target not in self._rules:
             self._rules[target] = find_rule(str(target))
@@ -459,7 +459,7 @@ class _Run:
                 for family in list(loose_families(self.axes, tensor.value)):
                     self.axes.collapse(family)
 
-    def cuts_seen(self, *, within: bool) -> dict[BirthKey, tuple[int, ...]]:
+    def cuts_seen(self, *, within: bool) -> dict[FactorKey, tuple[int, ...]]:
         """Where axes were cut, see `Axes.cuts_seen`; of a placeholder's, those of which a part was taken."""
         taken = {id(tensor) for call in self.calls for tensor in call.ledger.taken}
         numbers = {n for n, node in enumerate(self.nodes) if id(self.values.get(node)) in taken}

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from permgraph.algebra.store import BirthKey
+from permgraph.algebra import FactorKey
 from permgraph.capture.schema import signature
 from permgraph.rules.call import matching_dims
 from permgraph.rules.pointwise import COPIES
@@ -27,13 +27,13 @@ _VIEWS = frozenset(["view", "_unsafe_view", "reshape", "_reshape_alias", "unflat
 _SAME = frozenset(COPIES.split())
 _TAKING = frozenset(["select", "unbind", "split", "split_with_sizes", "chunk", "slice", "narrow"])
 
-Born = dict[int, BirthKey]  # the dimensions of a tensor that are factors as they were made, and the names of these
+Born = dict[int, FactorKey]  # the dimensions of a tensor that are factors as they were made, and the names of these
 
 
-def foreseen_cuts(nodes: Sequence[fx.Node]) -> dict[BirthKey, tuple[int, ...]]:
+def foreseen_cuts(nodes: Sequence[fx.Node]) -> dict[FactorKey, tuple[int, ...]]:
     """The points at which the factors that views make, and the dimensions of parameters, are cut by taking parts."""
     born: dict[fx.Node, Born] = {}
-    cuts: dict[BirthKey, set[int]] = {}
+    cuts: dict[FactorKey, set[int]] = {}
     for number, node in enumerate(nodes):
         val = node.meta.get("val")
         if node.op == "placeholder" and isinstance(val, torch.Tensor) and node.meta["kind"] != "input":

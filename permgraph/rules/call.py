@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from permgraph.algebra.store import Axes, Axis, Index, Kind, Pinned
+from permgraph.algebra import Axes, Axis, Index, Kind, Pinned
 from permgraph.errors import ConflictError
 
 EQUAL = "equal values are told apart by their place"

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from permgraph.algebra.store import MAX_NESTING, TOO_INTRICATE, Axes, Axis
+from permgraph.algebra import TOO_INTRICATE, Axes, Axis
+from permgraph.algebra.limits import MAX_NESTING
 from permgraph.capture import capture
 from permgraph.capture.environment import gc_paused
 from permgraph.capture.schema import signature

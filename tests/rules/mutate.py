@@ -21,7 +21,7 @@ from unittest.mock import patch
 import torch
 from torch._ops import OpOverload
 
-from permgraph.algebra.store import Axes
+from permgraph.algebra import Axes
 from permgraph.rules.call import Call, TypedTensor
 from permgraph.verification import rule as check
 from permgraph.verification.witness import denied
