@@ -51,10 +51,10 @@ def split(axes: Axes, axis: Axis, sizes: Sequence[int]) -> list[Axis]:
         found = [axes.resolve(axis)]
     else:
         try:
-            with axes.deeper():
+            with axes.depth:
                 found = _split(axes, axes.resolve(axis), wanted)
         except TooIntricateError:
-            if axes.depth:
+            if axes.depth.now:
                 raise
             found = _split(axes, _made_opaque(axes, axis, axes.too_intricate()), wanted)
     remaining = iter(found)
@@ -182,7 +182,7 @@ def slice_(axes: Axes, axis: Axis, start: int, end: int) -> tuple[Axis, Restrict
         axes.changes += 1
         return axes.slice(axis, start, end)
     try:
-        with axes.deeper():
+        with axes.depth:
             if axis.kind is Kind.SUM:
                 return _slice_sum(axes, axis, start, end)
             if axis.kind is Kind.PRODUCT:
@@ -190,7 +190,7 @@ def slice_(axes: Axes, axis: Axis, start: int, end: int) -> tuple[Axis, Restrict
             assert axis.index is not None
             return axes.family(axis.index, [axes.slice(member, start, end)[0] for member in axis.children]), {}
     except TooIntricateError:
-        if axes.depth:
+        if axes.depth.now:
             raise
         return axes.slice(_made_opaque(axes, axis, axes.too_intricate()), start, end)
 

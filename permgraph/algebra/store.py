@@ -9,12 +9,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 
 from permgraph.algebra import refine, unify
 from permgraph.algebra.axis import TOO_INTRICATE, Axis, FactorKey, Index, Kind, Pinned, Restriction, TooIntricateError
 from permgraph.algebra.factors import Factors
 from permgraph.algebra.limits import MAX_DEPTH, MAX_NESTING
+
+
+class Depth:
+    """How many refinements are being made, each for the sake of the one before: entered by each."""
+
+    __slots__ = ("now",)
+
+    def __init__(self) -> None:
+        self.now = 0
+
+    def __enter__(self) -> None:
+        if self.now == MAX_DEPTH:
+            raise TooIntricateError(f"{MAX_DEPTH} refinements for the sake of one another")
+        self.now += 1
+
+    def __exit__(self, *error: object) -> None:
+        self.now -= 1
 
 
 class Axes:
@@ -31,7 +47,7 @@ class Axes:
         self.one = Axis(Kind.ATOM, 1)
         self.empty = Axis(Kind.ATOM, 0)
         self.named = Factors(cuts)
-        self.depth = 0  # how many refinements are being made, each for the sake of the one before
+        self.depth = Depth()
         self.skew = 0  # how many concatenations are being split, each off its joints, within one another
         self.splits: dict[tuple[object, ...], list[Axis]] = {}
         self.slices: dict[tuple[Axis, int, int], tuple[Axis, Restriction]] = {}
@@ -141,6 +157,9 @@ class Axes:
 
     def parts(self, axis: Axis) -> list[Axis]:
         """The parts of an axis in normal form, flattened; an axis that is no sum is its own part."""
+        axis = self.resolve(axis)
+        if axis.kind is not Kind.SUM:
+            return [axis]
         found: list[Axis] = []
         stack = [axis]
         while stack:
@@ -240,17 +259,6 @@ class Axes:
         a, b = axis.find(), other.find()
         if a is not b:
             a.link = b
-
-    @contextmanager
-    def deeper(self) -> Iterator[None]:
-        """One refinement within another; the outermost pins its axes where this refuses."""
-        if self.depth == MAX_DEPTH:
-            raise TooIntricateError(f"{MAX_DEPTH} refinements for the sake of one another")
-        self.depth += 1
-        try:
-            yield
-        finally:
-            self.depth -= 1
 
     def too_intricate(self) -> Pinned:
         return Pinned(TOO_INTRICATE, self.scope)

@@ -47,10 +47,10 @@ def unify(axes: Axes, a: Axis, b: Axis) -> None:
         _merge_indices(axes, a, b)
     if not axes.same(a, b):
         try:
-            with axes.deeper():
+            with axes.depth:
                 _unify_composites(axes, a, b)
         except TooIntricateError:
-            if axes.depth:
+            if axes.depth.now:
                 raise
             axes.pin(a, axes.too_intricate())
             axes.pin(b, axes.too_intricate())
