@@ -31,9 +31,9 @@ start, and beside it the families {h0 | h1 | h2} over s and {d0 | d1 | d2} over 
 product with v makes h0 one with h2. What the projection's weight has in the end is ``(s {h | h | h} {d0 | d0 | d2})``,
 the first family being h by its normal form: as a sum, ``[(h d0) + (h d0) + (h d2)]``. That d0 and d2 may be permuted
 differently at each of the 4 indices of h is not said by types; `permgraph.inference.fibres` reads it off the
-constraints, and the group is 4! (5!)^4 (5!)^4. """
+constraints, and the group is 4! (5!)^4 (5!)^4."""
 
-from permgraph.algebra.axis import TOO_INTRICATE, Axis, FactorKey, Index, Kind, Pinned, TooIntricateError, show
+from permgraph.algebra.axis import Axis, FactorKey, Index, Kind, Pinned, TooIntricateError, show
 from permgraph.algebra.store import Axes
 
-__all__ = ["TOO_INTRICATE", "Axes", "Axis", "FactorKey", "Index", "Kind", "Pinned", "TooIntricateError", "show"]
+__all__ = ["Axes", "Axis", "FactorKey", "Index", "Kind", "Pinned", "TooIntricateError", "show"]

@@ -9,8 +9,6 @@ from enum import Enum
 
 from permgraph.errors import ConflictError
 
-TOO_INTRICATE = "its axes are cut in too intricate a way to follow"
-
 
 class TooIntricateError(ConflictError):
     """Types would be nested, or refinements need one another, beyond a limit: a padded matrix was skewed too often.

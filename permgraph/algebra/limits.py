@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+RESTLESS = "cut at ever new places"
+TOO_INTRICATE = "its axes are cut in too intricate a way to follow"
+
 MAX_DEPTH = 64
 """How many refinements may need one another: in networks that skew no matrix up to 23 do (in Longformer)."""
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from permgraph.algebra.axis import Axis, Kind, Pinned, Restriction, TooIntricateError, show
-from permgraph.algebra.limits import MAX_SKEW
+from permgraph.algebra.limits import MAX_SKEW, RESTLESS
 from permgraph.errors import ConflictError
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ def slice_(axes: Axes, axis: Axis, start: int, end: int) -> tuple[Axis, Restrict
         return axis, {}
     if axis.kind is Kind.ATOM:
         if not axes.may_cut:
-            axes.pin(axis, Pinned("cut at ever new places", axes.scope))
+            axes.pin(axis, Pinned(RESTLESS, axes.scope))
         if axis.pinned is not None:
             if (axis, start, end) not in axes.slices:
                 axes.slices[axis, start, end] = axes.pinned(end - start, axis.pinned), {}

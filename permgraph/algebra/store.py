@@ -11,9 +11,9 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from permgraph.algebra import refine, unify
-from permgraph.algebra.axis import TOO_INTRICATE, Axis, FactorKey, Index, Kind, Pinned, Restriction, TooIntricateError
+from permgraph.algebra.axis import Axis, FactorKey, Index, Kind, Pinned, Restriction, TooIntricateError
 from permgraph.algebra.factors import Factors
-from permgraph.algebra.limits import MAX_DEPTH, MAX_NESTING
+from permgraph.algebra.limits import MAX_DEPTH, MAX_NESTING, RESTLESS, TOO_INTRICATE
 
 
 class Depth:
@@ -137,7 +137,7 @@ class Axes:
                 parts.append(self.resolve(child))
             still = all(p.kind is Kind.ATOM and (p.pinned or p.size == 1) for p in parts)
             if still and (axis.size > len(parts) or not (self.may_cut or self._tells_members(axis))):
-                why = next((p.pinned for p in parts if p.pinned), Pinned("cut at ever new places", self.scope))
+                why = next((p.pinned for p in parts if p.pinned), Pinned(RESTLESS, self.scope))
                 self.link(axis, self._pinned_sums.setdefault(axis, self.pinned(axis.size, why)))
                 return axis.find()
         axis.stamp = self.changes

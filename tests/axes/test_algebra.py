@@ -9,8 +9,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from permgraph.algebra import TOO_INTRICATE, Axes, Index, Kind, Pinned
-from permgraph.algebra.limits import MAX_DEPTH
+from permgraph.algebra import Axes, Index, Kind, Pinned
+from permgraph.algebra.limits import MAX_DEPTH, TOO_INTRICATE
 from permgraph.errors import ConflictError
 from tests.axes.systems import Constraint, Join, Pin, Slice, Tie, View, brute_force, solve, systems
 
