@@ -32,6 +32,7 @@ one only knows most.
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from typing import Any
 
 from permgraph.algebra import Axes, Axis, FactorKey, Kind, TooIntricateError
@@ -70,7 +71,7 @@ def run_until_stable(solution: Solution) -> None:
     axes = solution.axes
     rules: dict[Any, Rule | None] = {}
     settled: dict[Call, tuple[Axis, ...] | None] = {}
-    forms: list[list[object]] = []
+    forms: deque[list[object]] = deque(maxlen=SAME_VISITS)
     pin_ends(solution)
     for visit in itertools.count():
         axes.may_cut = visit < MAX_VISITS
@@ -95,7 +96,7 @@ def run_until_stable(solution: Solution) -> None:
             return
         if visit > 1:
             forms.append(axes.form(axis for tensor in solution.tensors() for axis in axes_of(tensor)))
-            if len(forms) >= SAME_VISITS and all(form == forms[-1] for form in forms[-SAME_VISITS:]):
+            if len(forms) == SAME_VISITS and all(form == forms[0] for form in forms):
                 return
 
 
