@@ -39,7 +39,7 @@ from permgraph.algebra import Axes, Axis, FactorKey, Kind, TooIntricateError
 from permgraph.algebra.limits import RESTLESS, TOO_INTRICATE
 from permgraph.errors import ConflictError
 from permgraph.inference.ends import pin_ends
-from permgraph.inference.limits import MAX_RUNS, MAX_VISITS, SAME_VISITS
+from permgraph.inference.limits import MAX_RUNS, MAX_VISITS, QUICK_VISITS, SAME_VISITS
 from permgraph.inference.predicted_cuts import PLACEHOLDER, foreseen_cuts
 from permgraph.inference.ranked import pin_mirrored, pin_unsorted
 from permgraph.inference.solution import GraphFacts, Solution, axes_of
@@ -94,7 +94,7 @@ def run_until_stable(solution: Solution) -> None:
         _collapse_families(solution)
         if axes.changes == before:
             return
-        if visit > 1:
+        if visit >= QUICK_VISITS:
             forms.append(axes.form(axis for tensor in solution.tensors() for axis in axes_of(tensor)))
             if len(forms) == SAME_VISITS and all(form == forms[0] for form in forms):
                 return

@@ -9,6 +9,9 @@ MAX_VISITS = 12
 """How often all rules are run with leave to cut axes; most networks need two. As often again without, and then what has
 still not come to rest is pinned."""
 
+QUICK_VISITS = 4
+"""So many visits are mostly enough, and before them it is not worth while to compare forms."""
+
 SAME_VISITS = 3
 """How many visits in a row must leave types of the same form to count as rest."""
 
