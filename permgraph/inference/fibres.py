@@ -4,29 +4,38 @@ Axis d may depend on axis h exactly when every tensor that has d has h too, and 
 solver's ledger holds what is needed: each link lists its tensors by label (those inside an operator included), so the
 question is answered link by link:
 
-- in a tensor, an occurrence of d obeys the h that is a factor of the same product, or else the only h in another
+- in a tensor, an occurrence of d goes with the h that is a factor of the same product, or else the only h in another
   dimension; where there are several, none;
-- in a link, all tensors that bear d's label must bear the label of the h that d obeys.
+- in a link, all tensors that bear d's label must bear the label of the h that d goes with.
 
-What was looked up by an index still has the axis that was looked up, in disguise: row t of ``w[index]`` is row
-``index[t]`` of w, so the expert whose hidden units a routed token has follows from the token. Dimensions that the
-index runs over stand for the axis that its values number, as long as no other index relates the two.
+Example: attention with q and k of shape (b, h, s, d). The scores are a link
 
-With x of (h d) in two operands of a contraction over d whose h are *different* labels (a Gram matrix between heads),
-the second test fails, although every tensor has both axes.
+    (q, "b h s d"), (k, "b h t d"), (scores, "b h s t")
+
+Both tensors with d have h, and under the same label. So at each head the channels may be permuted in another way, and
+the group of d is fibred over h: h! (d!)^h. In a matrix of all heads against all,
+
+    (q, "b h s d"), (k, "b g s d"), (out, "b h g")
+
+the labels h and g stand for one axis, and both tensors with d have that axis; but q's channels go with the label h and
+k's with g. Head 0 of q meets every head of k, so that one permutation of d serves all: h! d!.
+
+What was looked up by an index still has the axis that was looked up: row t of ``w[index]`` is row ``index[t]`` of w, so
+the expert whose hidden units a routed token has follows from the token. Dimensions that the index runs over stand for
+the axis that its values number, as long as what was looked up by one index does not meet what another looked up.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 
 import networkx as nx
 
-from permgraph.algebra.store import Axis, Index, Kind
-from permgraph.inference.fixpoint import Solution
+from permgraph.algebra import Axis, Index, Kind
+from permgraph.inference.solution import Solution
 from permgraph.rules.ledger import Labelled, Rearrangement, Relation
 from permgraph.rules.typed_tensor import VALUE, TypedTensor
 
@@ -35,15 +44,42 @@ IndexSource = frozenset[str]  # the labels that together tell which index of a p
 SAME_PRODUCT: IndexSource = frozenset()  # a factor of the same product tells
 
 
-class Dependence:
+@dataclass(frozen=True)
+class Fibres:
+    """Which axes are permuted differently at each index of which others.
+
+    Attributes:
+        moving: the unpinned atoms of parameters that are read, in the order in which they are met.
+        parents: for each of them that has any, the atoms (pinned ones among them) over which it is fibred, outermost
+            first.
+        mutual: pairs of which each might depend on the other; `parents` has one of the two ways.
+    """
+
+    moving: tuple[Axis, ...]
+    parents: Mapping[Axis, tuple[Axis, ...]]
+    mutual: Set[tuple[Axis, Axis]]
+
+
+def find_fibres(solution: Solution) -> Fibres:
+    """The stage between types and their description: what may depend on what."""
+    found: dict[Axis, None] = {}
+    for name in solution.order:
+        for axis in solution.parameters[name].dims:
+            found.update(dict.fromkeys(a for a in solution.axes.atoms(axis) if a.pinned is None))
+    dependence = _Dependence(solution)
+    parents = dependence.parents(list(found))
+    return Fibres(tuple(found), parents, dependence.mutual)
+
+
+class _Dependence:
     """Decides the parents of axes over a solution."""
 
     def __init__(self, solution: Solution) -> None:
         self.axes = solution.axes
-        self.solution = solution
         self._known_atoms: dict[Axis, tuple[Axis, ...]] = {}
         self._relations: dict[Axis, list[Relation]] = defaultdict(list)
-        self._links = [_without_empty(relation) for relation in solution.ledger.relations]
+        ledger = solution.ledger()
+        self._links = [_without_empty(relation) for relation in ledger.relations]
         for relation in self._links:
             axes = (axis for labelled in relation.tensors for axis in labelled.axes.values())
             for atom in dict.fromkeys(atom for axis in axes for atom in self._atoms(axis)):
@@ -53,7 +89,7 @@ class Dependence:
         self._tensors: dict[Axis, list[tuple[TypedTensor, frozenset[Axis]]]] = defaultdict(list)
         self._rank: dict[Axis, int] = {}  # in the order in which atoms are met, so that results do not depend on chance
         self._written = {id(tensor) for tensor in solution.parameters.values()}
-        for tensor in solution.tensors:
+        for tensor in solution.tensors():
             dims = [*tensor.dims, tensor.value] if tensor.value is not None else tensor.dims
             seen = dict.fromkeys(atom for axis in dims for atom in self._atoms(axis))
             atoms = self._with_lookups(frozenset(seen))
@@ -61,9 +97,9 @@ class Dependence:
                 self._rank.setdefault(atom, len(self._rank))
                 if 0 not in tensor.shape or id(tensor) in self._written:
                     self._tensors[atom].append((tensor, atoms))
-        self._rearranged = {id(t) for moved in solution.ledger.rearrangements for t in moved.tensors}
+        self._rearranged = {id(t) for moved in ledger.rearrangements for t in moved.tensors}
         self._rearrangements: dict[Axis, list[Rearrangement]] = defaultdict(list)
-        for moved in solution.ledger.rearrangements if self._lookups else ():
+        for moved in ledger.rearrangements if self._lookups else ():
             axes = (axis for tensor in moved.tensors for axis in tensor.dims)
             for atom in dict.fromkeys(atom for axis in axes for atom in self._atoms(axis)):
                 self._rearrangements[atom].append(moved)
@@ -201,16 +237,16 @@ class Dependence:
         return self._bindings(named, where, d, h, strict=strict)
 
     def _coherent(self, relation: Relation, d: Axis, h: Axis) -> bool:
-        obeyed: dict[str, set[IndexSource]] = defaultdict(set)
+        bound_by: dict[str, set[IndexSource]] = defaultdict(set)
         for labelled in relation.tensors:
             for label, axis in labelled.axes.items():
                 if d in self._atoms(axis):
                     bound = self._bindings(self._with_unlabelled(labelled), labelled.where, d, h, only=label)
                     if bound is None:
                         return False
-                    obeyed[label].update(bound)
+                    bound_by[label].update(bound)
         same = self._index_labels(relation, h)
-        for label, sources in obeyed.items():
+        for label, sources in bound_by.items():
             if len(sources) != 1 and not sources <= same:
                 return False
             allowed = same if sources <= same else sources
@@ -243,7 +279,7 @@ class Dependence:
         only: str | None = None,
         strict: bool = False,
     ) -> list[IndexSource] | None:
-        """For each occurrence of d (under the label `only`, if given) the labels that bear the h it obeys, or None.
+        """For each occurrence of d (under the label `only`, if given) the labels that bear the h it goes with, or None.
 
         If `strict`, as the spec's expressions can say it: with an h that is there as such, and at one place, not at
         another in each part of a sum.
@@ -264,10 +300,10 @@ class Dependence:
                 near = {m: c for m, c in sources.items() if where.get(m, m) == where.get(label, label)}
                 chosen = near or sources
                 if not chosen and not strict:
-                    disguised = self._via_lookup(named, label, siblings, h, choice)
-                    if len(disguised) != 1:
+                    looked_up = self._via_lookup(named, label, siblings, h, choice)
+                    if len(looked_up) != 1:
                         return None
-                    found.extend(disguised)
+                    found.extend(looked_up)
                 elif len(chosen) != 1 or next(iter(chosen.values())) != (1, 1):
                     return None
                 else:

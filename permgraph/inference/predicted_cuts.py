@@ -1,7 +1,7 @@
 """Where factors will be cut, read off the graph before any rule runs.
 
 A fused projection is viewed as ``(3, H, D)`` and its three parts are taken some operators later. The solver learns of
-that by running into it, and then starts anew (see `Axes.cuts`). What can be seen beforehand spares it the first run:
+that by running into it, and then starts anew (see `Factors`). What can be seen beforehand spares it the first run:
 a view that makes a factor of one dimension, and a part of that factor taken after nothing but changes of place.
 What is overlooked here costs one more run, and nothing else.
 """
@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import fx
 
-from permgraph.algebra.store import BirthKey
+from permgraph.algebra import FactorKey
 from permgraph.inference.operators import Operators, arguments_of, dimensions_kept, name_of
 from permgraph.rules.typed_tensor import matching_dims
 
@@ -24,17 +24,17 @@ PLACEHOLDER = "placeholder"
 _VIEWS = frozenset(["view", "_unsafe_view", "reshape", "_reshape_alias", "unflatten", "flatten"])
 _TAKING = frozenset(["select", "unbind", "split", "split_with_sizes", "chunk", "slice", "narrow"])
 
-Born = dict[int, BirthKey]  # the dimensions of a tensor that are factors as they were made, and the names of these
+MadeFactors = dict[int, FactorKey]  # the dimensions of a tensor that are factors as they were made, and their names
 
 
-def foreseen_cuts(nodes: Sequence[fx.Node], operators: Operators) -> dict[BirthKey, tuple[int, ...]]:
+def foreseen_cuts(nodes: Sequence[fx.Node], operators: Operators) -> dict[FactorKey, tuple[int, ...]]:
     """The points at which the factors that views make, and the dimensions of parameters, are cut by taking parts."""
-    born: dict[fx.Node, Born] = {}
-    cuts: dict[BirthKey, set[int]] = {}
+    made: dict[fx.Node, MadeFactors] = {}
+    cuts: dict[FactorKey, set[int]] = {}
     for number, node in enumerate(nodes):
         val = node.meta.get("val")
         if node.op == "placeholder" and isinstance(val, torch.Tensor) and node.meta["kind"] != "input":
-            born[node] = {d: (PLACEHOLDER, number, d) for d in range(val.ndim)}
+            made[node] = {d: (PLACEHOLDER, number, d) for d in range(val.ndim)}
         if node.op != "call_function" or node.target is operator.getitem or not node.args:
             continue
         source = node.args[0]
@@ -42,7 +42,7 @@ def foreseen_cuts(nodes: Sequence[fx.Node], operators: Operators) -> dict[BirthK
         if not isinstance(source, fx.Node) or not isinstance(x, torch.Tensor):
             continue
         name = name_of(node)
-        known = born.get(source, {})
+        known = made.get(source, {})
         if known:
             for dim, points in _taken(name, node, x):
                 if dim in known:
@@ -53,11 +53,11 @@ def foreseen_cuts(nodes: Sequence[fx.Node], operators: Operators) -> dict[BirthK
                 order = range(x.ndim) if operators.of(node).values == "same" else dimensions_kept(node, x.shape)
                 factors = {at: known[d] for at, d in enumerate(order or ()) if d is not None and d in known}
             if factors:
-                born[node] = factors
+                made[node] = factors
     return {key: tuple(sorted(points)) for key, points in cuts.items() if points}
 
 
-def _made(number: int, x: torch.Tensor, out: torch.Tensor) -> Born:
+def _made(number: int, x: torch.Tensor, out: torch.Tensor) -> MadeFactors:
     """The factors that a view makes of one dimension, by the names under which the solver will make them."""
     if x.dtype.itemsize != out.dtype.itemsize or 0 in x.shape:
         return {}

@@ -102,17 +102,12 @@ class Replay:
         return captured
 
     def _find_sites(self, captured: Captured) -> Iterator[tuple[int, Site]]:
+        from permgraph.inference.auto_spec import solve
         from permgraph.inference.describe import Writer
-        from permgraph.inference.fixpoint import solve
+        from permgraph.inference.fibres import find_fibres
 
         solution = solve(captured.graph)
-        nodes = list(captured.graph.nodes)
-        weights = [n for n in nodes if n.op == "placeholder" and n.meta["kind"] in ("parameter", "buffer")]
-        # As inference orders them, so that groups get the names that it gives.
-        number = {node: i for i, node in enumerate(nodes)}
-        used = sorted((n for n in weights if n.users), key=lambda n: min(number[user] for user in n.users))
-        unread = frozenset(n.meta["names"][0] for n in weights if not n.users)
-        writer = Writer(solution, [n.meta["names"][0] for n in used], unread)
+        writer = Writer(solution, find_fibres(solution))
         implied = PermutationSpec(writer.groups(), writer.expressions())
         names = _names(implied, self.spec)
         if names is None or implied.rename(names).fingerprint != self.spec.fingerprint:
@@ -122,7 +117,7 @@ class Replay:
                 f"acts on the tensors inside is not known: {difference}"
             )
         fed: set[fx.Node] = set()
-        for index, node in enumerate(nodes):
+        for index, node in enumerate(solution.nodes):
             if node.op == "placeholder" and node.meta["kind"] == "input":
                 fed.add(node)
             elif node.op == "call_function" and any(source in fed for source in node.all_input_nodes):

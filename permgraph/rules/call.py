@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import fx
 
-from permgraph.algebra.store import Axes, Axis, Index, Kind, Pinned
+from permgraph.algebra import Axes, Axis, Index, Kind, Pinned
 from permgraph.errors import ConflictError
 from permgraph.rules.ledger import Labelled, Ledger, Rearrangement, Relation
 from permgraph.rules.pattern import Fitted, expand_via, fit

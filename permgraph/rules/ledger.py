@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from permgraph.algebra.store import Axis
+from permgraph.algebra import Axis
 from permgraph.rules.typed_tensor import TypedTensor
 
 

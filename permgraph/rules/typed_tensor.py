@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import torch
 
-from permgraph.algebra.store import Axes, Axis, Index, Kind
+from permgraph.algebra import Axes, Axis, Index, Kind
 from permgraph.errors import ConflictError
 
 VALUE = -1  # the dimension number by which the axis of an integer tensor's values goes

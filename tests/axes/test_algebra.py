@@ -9,7 +9,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from permgraph.algebra.store import MAX_DEPTH, TOO_INTRICATE, Axes, Index, Kind, Pinned
+from permgraph.algebra import Axes, Index, Kind, Pinned
+from permgraph.algebra.limits import MAX_DEPTH, TOO_INTRICATE
 from permgraph.errors import ConflictError
 from tests.axes.systems import Constraint, Join, Pin, Slice, Tie, View, brute_force, solve, systems
 
@@ -138,12 +139,12 @@ def test_an_axis_of_families_may_be_one_of_its_members() -> None:
 
 def test_what_was_cut_is_made_cut_the_next_time() -> None:
     first = Axes()
-    first.begin(7)
+    first.start_node(7)
     whole = first.atom(12)
     three, four = first.split(whole, [3, 4])
     first.slice(three, 0, 1)
     second = Axes(first.cuts_seen())
-    second.begin(7)
+    second.start_node(7)
     rows, columns = second.split(second.atom(12), [3, 4])
     assert [part.size for part in second.parts(rows)] == [1, 2]
     assert columns.kind is Kind.FAMILY

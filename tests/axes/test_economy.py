@@ -13,13 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from permgraph.algebra.store import MAX_NESTING, TOO_INTRICATE, Axes, Axis
+from permgraph.algebra import Axes, Axis
+from permgraph.algebra.limits import MAX_NESTING, TOO_INTRICATE
 from permgraph.capture import capture
 from permgraph.capture.environment import gc_paused
 from permgraph.capture.schema import signature
 from permgraph.errors import ConflictError
-from permgraph.inference.auto_spec import spec_of
-from permgraph.inference.fixpoint import solve
+from permgraph.inference.auto_spec import solve, spec_of
 from permgraph.rules.call import Call
 from permgraph.rules.typed_tensor import TypedTensor, matching_dims
 from permgraph.spec.json import to_json
