@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 import re
@@ -21,18 +22,17 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils import _pytree as pytree
 
-from permgraph.capture.caches import caches_emptied
 from permgraph.capture.captured import Captured
-from permgraph.capture.environment import calm, make_transparent
+from permgraph.capture.environment import make_transparent, reference_kernels
 from permgraph.capture.inputs.registry import ExampleInputs, find_inputs
 from permgraph.capture.known import KnownValues
-from permgraph.capture.module_copy import as_parameter_like, copy_with, make_twin
+from permgraph.capture.module_copy import as_parameter_like, copy_module, copy_with
 from permgraph.capture.outputs import tensor_leaves
-from permgraph.capture.python_state import MAX_LENGTH
+from permgraph.capture.python_state import MAX_LENGTH, python_state_restored
 from permgraph.capture.record import Limits, Recorder
 from permgraph.capture.state import StateTensor, state_tensors, strided_like
 from permgraph.capture.subject import Subject, unwrap
-from permgraph.capture.untracked import WatchEscapes
+from permgraph.capture.untracked import WatchUntrackedReads, memory_readers_refuse_fakes
 from permgraph.errors import CaptureError, NoInputsError
 from permgraph.weights.distributed import fully_sharded
 
@@ -51,7 +51,9 @@ _NEEDS_VALUES = (
     UnsupportedOperatorException,
     NotImplementedError,
 )
-_NEEDS_VALUES_WORDS = ("fake", "data pointer", "data_ptr", "numpy", "meta tensor", "data-dependent", "shape_env")
+_NEEDS_VALUES_WORDS = (
+    "fake", "data pointer", "data_ptr", "numpy", "meta tensor", "data-dependent", "shape_env", "pickle"
+)  # fmt: skip
 
 #: Weights on the meta device are made up for a pass on real tensors, up to this many bytes: where the caller gave the
 #: inputs, and where they are guessed, so that a pass may well fail and be tried again.
@@ -98,9 +100,9 @@ def capture(
         )
     if example_inputs is not None or example_kwargs is not None:
         inputs = ExampleInputs(_as_args(example_inputs), dict(example_kwargs or {}), "given")
-        return _attempt(subject, inputs, limits)
+        return _attempt_with_given(subject, inputs, limits)
     if subject.inputs is not None:
-        return _attempt(subject, subject.inputs, limits)
+        return _attempt_with_given(subject, subject.inputs, limits)
 
     tried: list[tuple[str, BaseException | None]] = []
     first: BaseException | None = None
@@ -174,6 +176,14 @@ def _attempt(subject: Subject, inputs: ExampleInputs, limits: Limits) -> Capture
         raise _failure(name, inputs, error) from error
 
 
+def _attempt_with_given(subject: Subject, inputs: ExampleInputs, limits: Limits) -> Captured:
+    """`_attempt`, where there are no other inputs to try."""
+    try:
+        return _attempt(subject, inputs, limits)
+    except _PassError as failure:
+        raise CaptureError(str(failure)) from failure.cause
+
+
 def _failure(name: str, inputs: ExampleInputs, error: Exception) -> _PassError:
     whose = "the inputs given" if inputs.finder == "given" else f"the inputs of finder {inputs.finder!r}"
     return _PassError(
@@ -220,20 +230,20 @@ def _pass(subject: Subject, inputs: ExampleInputs, limits: Limits, mode: Mode, r
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
     stand_in = _Fakes(fake_mode) if mode == "fake" else _Reals(state, device, inputs)
     kernels = torch._C._get_mkldnn_enabled()
-    with calm(device):
-        twin = make_twin(subject.outer, subject.core, state, stand_in.of_state, stand_in.of_attribute)
-        make_transparent(twin.modules)
+    with reference_kernels(device):
+        copied = copy_module(subject.outer, subject.core, state, stand_in.of_state, stand_in.of_attribute)
+        make_transparent(copied.modules)
         memo: dict[int, Any] = {}
         recorder = Recorder(
             device=device,
-            paths=twin.paths,
+            paths=copied.paths,
             stop=_run.__code__,
-            adopt=lambda tensor: (twin.attribute_name(tensor), stand_in.of_stranger(tensor)),
+            adopt=lambda tensor: (copied.attribute_name(tensor), stand_in.of_stranger(tensor)),
             limits=limits,
             known=KnownValues(stand_in.of_input) if mode == "fake" else None,
             kernels=kernels,
         )
-        for entry, made in twin.tensors:
+        for entry, made in copied.tensors:
             known = entry.kind == "constant" and not entry.objects[0].is_meta
             real = entry.objects[0] if known else None
             recorder.placeholder(entry.kind, entry.names, made, aliases=entry.objects, real=real)
@@ -241,17 +251,18 @@ def _pass(subject: Subject, inputs: ExampleInputs, limits: Limits, mode: Mode, r
         kwargs = copy_with(inputs.kwargs, stand_in.of_input, memo)
         for path, made in _named_leaves(args, kwargs):
             recorder.placeholder("input", (path,), made)
-        for shared in twin.overlapped:
+        for shared in copied.overlapping:
             recorder.escape(shared)
-        for tensor, turned, dims in twin.turned:
-            recorder.same_memory(tensor, turned, dims)
-        held, named = {id(tensor): tensor for tensor in _held_tensors(twin.modules)}, _named_tensors(twin.modules)
-        watch = fake_mode if mode == "fake" else WatchEscapes(recorder.escape)
-        with caches_emptied(twin.modules), watch, recorder:
-            result = _run(twin.module, args, kwargs)
+        for tensor, alias, dims in copied.transposed_aliases:
+            recorder.same_memory(tensor, alias, dims)
+        held, named = {id(tensor): tensor for tensor in _held_tensors(copied.modules)}, _named_tensors(copied.modules)
+        watch = fake_mode if mode == "fake" else WatchUntrackedReads(recorder.escape)
+        guard = memory_readers_refuse_fakes() if mode == "fake" else contextlib.nullcontext()
+        with python_state_restored(copied.modules), guard, watch, recorder:
+            result = _run(copied.module, args, kwargs)
         outputs = list(tensor_leaves(result))
-        left = [tensor for tensor in _held_tensors(twin.modules) if id(tensor) not in held]
-        for place, tensor in _named_tensors(twin.modules).items():
+        left = [tensor for tensor in _held_tensors(copied.modules) if id(tensor) not in held]
+        for place, tensor in _named_tensors(copied.modules).items():
             recorder.replaced(named.get(place), tensor)
     if not outputs:
         raise CaptureError(f"{type(subject.core).__name__} returned no tensor, but a {type(result).__name__}")

@@ -3,29 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 
-from permgraph.capture import capture
-from permgraph.capture.environment import make_transparent
-from permgraph.capture.outputs import tensor_leaves
-from permgraph.cli.checkpoints import fitted, require_finite, whole_state
-from permgraph.cli.models import FORMS, build, parse_inputs, spec_of
-from permgraph.cli.options import Inputs, Shown, complete_model
+from permgraph.cli.options import FORMS, Inputs, Model, Shown, complete_model
 from permgraph.cli.report import PAGE, PAGES, check_file
 from permgraph.cli.screen import SAYS_NO, Screen, table
 from permgraph.errors import CaptureError
-from permgraph.io import open_checkpoint
-from permgraph.pictures import report
-from permgraph.spec.spec import PermutationSpec
-from permgraph.verification.model import in_double_precision
-from permgraph.verification.model import verify as verify_spec
 
-Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help=f"{FORMS}. Or a saved spec.", autocompletion=complete_model)
-]
+if TYPE_CHECKING:
+    from permgraph.spec.spec import PermutationSpec
 
 
 def spec(
@@ -47,6 +35,9 @@ def spec(
 
         permgraph spec timm:convnext_atto --report convnext.html
     """
+    from permgraph.cli.models import spec_of
+    from permgraph.pictures import report
+
     with Screen(shown) as screen:
         check_file(output, "--output", ())
         check_file(page, "--report", PAGES)
@@ -106,6 +97,8 @@ def explain(
 
         permgraph explain torchvision:resnet18 layer1.0.conv2.weight 0
     """
+    from permgraph.cli.models import spec_of
+
     with Screen(shown) as screen:
         with screen.stage("finding symmetries"):
             found = spec_of(model, inputs)
@@ -138,6 +131,8 @@ def diff(
 
         permgraph diff resnet18.json timm:resnet18
     """
+    from permgraph.cli.models import spec_of
+
     with Screen(shown) as screen:
         with screen.stage("finding symmetries"):
             one, other = spec_of(spec_a, inputs), spec_of(spec_b, inputs)
@@ -176,6 +171,10 @@ def verify(
 
         permgraph verify hf:./my-bert --checkpoint ./my-bert
     """
+    from permgraph.cli.models import build, parse_inputs, spec_of
+    from permgraph.spec.spec import PermutationSpec
+    from permgraph.verification import verify as verify_spec
+
     with Screen(shown) as screen:
         module = build(model)
         args, kwargs = parse_inputs(inputs or [])
@@ -217,6 +216,16 @@ def _error_on(
     path: Path, model: str, spec: PermutationSpec, given: tuple[Any, Any], seed: int, screen: Screen
 ) -> float:
     """The relative change of the outputs when the checkpoint's own weights are permuted, in float64."""
+    import torch
+
+    from permgraph.capture import capture
+    from permgraph.capture.environment import make_transparent
+    from permgraph.capture.outputs import tensor_leaves
+    from permgraph.cli.checkpoints import fitted, require_finite, whole_state
+    from permgraph.cli.models import build
+    from permgraph.io import open_checkpoint
+    from permgraph.verification.double_precision import floating_to, in_double_precision
+
     checkpoint = open_checkpoint(path)
     weights = fitted(checkpoint, spec, screen, model=model)
     module = build(model, device=None)
@@ -229,11 +238,12 @@ def _error_on(
         require_finite(name, tensor, path)
     module = module.double()
     make_transparent(module.modules())  # caches of keys and values are outputs that do move
+    args, kwargs = floating_to(torch.float64, (args, kwargs))
     outputs = []
     with in_double_precision():
         for permutation in (spec.identity(), spec.random(seed, every_group=True)):
             module.load_state_dict(permutation.apply(state))
-            result = module(*map(_double, args), **{name: _double(value) for name, value in kwargs.items()})
+            result = module(*args, **kwargs)
             outputs.append([tensor.double() for tensor in tensor_leaves(result) if tensor.is_floating_point()])
     if not outputs[0]:
         raise CaptureError(f"{model} gives no floating-point output to compare")
@@ -242,7 +252,3 @@ def _error_on(
         for one, other in zip(*outputs, strict=True)
         if one.numel()
     )
-
-
-def _double(value: Any) -> Any:
-    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value

@@ -9,12 +9,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
-import networkx as nx
-
 from permgraph.errors import SpecError
 from permgraph.spec.expressions import Axis, Fixed, Ref, children, size_of
 
 if TYPE_CHECKING:
+    import networkx as nx
+
     from permgraph.spec.spec import PermutationSpec
 
 Slot: TypeAlias = str
@@ -220,6 +220,8 @@ def _rests(spec: PermutationSpec, name: str, dim: int) -> bool:
 
 def slot_graph(spec: PermutationSpec) -> nx.MultiGraph:
     """See `PermutationSpec.to_networkx`."""
+    import networkx as nx  # as in `PermutationSpec.coupling`
+
     graph = nx.MultiGraph()
     for name, axes in spec.axes.items():
         for dim, axis in enumerate(axes):

@@ -20,7 +20,6 @@ from pathlib import Path as FilePath
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-import networkx as nx
 from torch.nn.parameter import is_lazy
 
 from permgraph.display import display
@@ -44,6 +43,7 @@ from permgraph.spec.expressions import (
 from permgraph.spec.provenance import Constraints, Explanation, SlotPin, Tie, explain, slot_graph
 
 if TYPE_CHECKING:
+    import networkx as nx
     import numpy as np
     import torch
     from matplotlib.axes import Axes
@@ -249,8 +249,15 @@ class PermutationSpec:
         """
         if group not in self.groups:
             raise SpecError(f"no group {group!r} in this spec; it has {', '.join(self.groups) or 'none'}")
-        standing = ((name, o) for name, axes in self.axes.items() for o in self.layout(axes).occurrences)
-        return tuple(dict.fromkeys((name, o.dim) for name, o in standing if o.group == group))
+        return self._uses.get(group, ())
+
+    @functools.cached_property
+    def _uses(self) -> Mapping[str, tuple[tuple[str, int], ...]]:
+        found: dict[str, dict[tuple[str, int], None]] = {}
+        for name, axes in self.axes.items():
+            for occurrence in self.layout(axes).occurrences:
+                found.setdefault(occurrence.group, {})[name, occurrence.dim] = None
+        return {group: tuple(places) for group, places in found.items()}
 
     def multiplicity(self, group: str) -> int:
         """The number of independent permutations that ``group`` has: the product of its parents' sizes."""
@@ -280,6 +287,8 @@ class PermutationSpec:
                 parameters.append(name)
                 if meet:
                     meeting.append(name)
+        import networkx as nx  # half a second that no other use of a spec should take
+
         graph = nx.Graph()
         graph.add_nodes_from(self.moving)
         for (one_name, other_name), (parameters, meeting) in shared.items():

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ def average(networks: Sequence[Network], weights: Sequence[float] | None = None)
             continue
         earlier = seen.setdefault(_identity(name, value), name)
         if earlier == name:
-            result[name] = _mean([state[name] for state in states], shares)
+            result[name] = mean([state[name] for state in states], shares)
             continue
         for number, state in enumerate(states):
             one, other = state[earlier], state[name]
@@ -84,16 +85,18 @@ def _identity(name: str, tensor: Tensor) -> tuple[object, ...]:
     return (tensor.device, tensor.dtype, tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
 
 
-def _mean(tensors: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
-    first = tensors[0].detach()
+def mean(tensors: Iterable[Tensor], shares: Sequence[float]) -> Tensor:
+    """The weighted mean of tensors of one shape, in the first one's dtype; of integers, the first.
+
+    Sums are taken in float32 or better, and no more than one tensor is held at a time.
+    """
+    tensors = iter(tensors)
+    first = next(tensors).detach()
     if not (first.is_floating_point() or first.is_complex()):
         return first.clone()
-    work = first.dtype
-    for tensor in tensors:
-        work = torch.promote_types(work, tensor.dtype)
-    work = torch.promote_types(work, torch.float32)
-    total = torch.zeros_like(first, dtype=work)
-    for tensor, share in zip(tensors, shares, strict=True):
+    total = torch.zeros_like(first, dtype=torch.promote_types(first.dtype, torch.float32))
+    for tensor, share in zip(itertools.chain((first,), tensors), shares, strict=True):
+        total = total.to(torch.promote_types(total.dtype, tensor.dtype))
         if share:  # what does not count may be NaN
-            total.add_(tensor.detach().to(device=first.device, dtype=work), alpha=share)
+            total.add_(tensor.detach().to(device=first.device, dtype=total.dtype), alpha=share)
     return total.to(first.dtype)

@@ -9,8 +9,11 @@ from __future__ import annotations
 import collections
 import dataclasses
 import importlib.util
+import math
+import pickle
 import threading
 import time
+import types
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -618,3 +621,67 @@ def test_a_pass_without_end_stops() -> None:
     with pytest.raises(CaptureError, match="longer than max_seconds=0.2"):
         capture(Endless(), (X,), max_seconds=0.2)
     assert time.monotonic() - started < 30
+
+
+READS_MEMORY = {
+    "apply_": lambda h: h.apply_(lambda value: 2 * value),
+    "apply_ unbound": lambda h: torch.Tensor.apply_(h, lambda value: 2 * value),
+    "map_": lambda h: h.map_(h.clone(), lambda a, b: a + b),
+    "map2_": lambda h: h.map2_(h.clone(), h.clone(), lambda a, b, c: a + b + c),
+    "dlpack": lambda h: torch.from_dlpack(h) + 1,
+    "pickle": lambda h: pickle.loads(pickle.dumps(h)),
+}
+
+
+@pytest.mark.parametrize("name", READS_MEMORY)
+def test_what_reads_memory_is_run_on_real_tensors(name: str) -> None:
+    """On fake ones it would end the process."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 6), nn.Linear(6, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.last(READS_MEMORY[name](self.first(x).detach().clone()))
+
+    model, inputs = Model(), (torch.randn(4, 3),)
+    assert pg.capture(model, inputs).mode == "real"
+    assert pg.verify(model, example_inputs=inputs)
+
+
+class RaisesOnEveryAttribute:
+    """What a package puts in the place of an extension that is not installed."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise ImportError(f"the extension is not installed ({name})")
+
+
+EXTENSION = RaisesOnEveryAttribute()
+TABLE = {"extension": RaisesOnEveryAttribute()}
+
+
+@pytest.mark.parametrize("where", ["global", "attribute", "config", "default"])
+def test_objects_that_raise_on_every_attribute(where: str) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 16), nn.Linear(16, 3)
+            if where == "attribute":
+                self.extension = RaisesOnEveryAttribute()
+            if where == "config":
+                self.config = types.SimpleNamespace(use_cache=True, extension=RaisesOnEveryAttribute())
+
+        def forward(self, x: torch.Tensor, fast: Any = EXTENSION if where == "default" else None) -> torch.Tensor:
+            if x.is_cuda:
+                return EXTENSION.run(x, TABLE, fast)
+            return self.last(torch.relu(self.first(x)))
+
+    assert pg.auto_spec(Model()).log_order() == pytest.approx(math.lgamma(17))
+
+
+def test_inputs_that_do_not_fit_raise_a_public_error() -> None:
+    with pytest.raises(pg.errors.CaptureError) as caught:
+        pg.auto_spec(nn.Linear(3, 4), (torch.zeros(2, 5),))
+    assert type(caught.value) is pg.errors.CaptureError
+    assert "does not run on the inputs given" in str(caught.value)

@@ -454,11 +454,25 @@ def test_merge_speaks_of_batchnorm_and_of_counters(run: Run) -> None:
 
 @pytest.mark.parametrize(
     ("weights", "said"),
-    [("1", "give 2 numbers"), ("a,b", "give numbers"), ("0.5,0.6", "sum to 1.1"), ("0,0", "positive")],
+    [
+        ("1", "1 numbers for 2 networks"),
+        ("a,b", "give numbers"),
+        ("1.5,-0.5", "not negative"),
+        ("0.5,inf", "finite"),
+        ("0,0", "all 0"),
+    ],
 )
 def test_merge_refuses_odd_weights(run: Run, pair: Any, weights: str, said: str) -> None:
     args = ("merge", "a.safetensors", "b.safetensors", "-m", NET, "-o", "m.safetensors", "--weights", weights)
     assert said in run(*args, code=2).stderr
+
+
+def test_merge_scales_weights_as_the_library_does(run: Run, pair: Any) -> None:
+    run("merge", "a.safetensors", "b.safetensors", "-m", NET, "-o", "m.safetensors", "--no-align", "--weights", "1,3")
+    states = [load_file(name) for name in ("a.safetensors", "b.safetensors")]
+    merged = load_file("m.safetensors")
+    for name, tensor in states[0].items():
+        torch.testing.assert_close(merged[name], 0.25 * tensor + 0.75 * states[1][name])
 
 
 def test_merge_takes_two_or_more(run: Run, pair: Any) -> None:

@@ -316,7 +316,7 @@ def test_a_model_that_writes_to_its_weights_is_run_on_the_same_ones_each_time() 
 
 def test_what_does_not_fit_to_be_kept_is_drawn_again(monkeypatch: pytest.MonkeyPatch) -> None:
     kept = pg.verify(network(), text(), X, controls="all")
-    monkeypatch.setattr(sys.modules["permgraph.verification.model"], "KEEP_BYTES", 0)
+    monkeypatch.setattr(sys.modules["permgraph.verification.trial"], "KEEP_BYTES", 0)
     assert pg.verify(network(), text(), X, controls="all") == kept
 
 
