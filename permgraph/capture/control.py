@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch._C import DispatchKey
 from torch._ops import HigherOrderOperator, OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from permgraph.errors import CaptureError
 
@@ -16,6 +18,21 @@ from permgraph.errors import CaptureError
 def is_higher_order(func: Any) -> bool:
     """Whether an operator takes functions, as `torch.cond` and `flex_attention` do."""
     return isinstance(func, HigherOrderOperator)
+
+
+def show_higher_order(mode: type[TorchDispatchMode]) -> None:
+    """Let a kind of dispatch mode see operators that take functions.
+
+    Newer versions of torch ask the mode whether it wants to; older ones (2.7 is one) have a table in each operator.
+    """
+    if hasattr(TorchDispatchMode, "supports_higher_order_operators"):
+        return
+    for operator in torch._ops._higher_order_ops.values():
+        operator.python_key_table.setdefault(mode, functools.partial(_given_to_mode, operator))
+
+
+def _given_to_mode(operator: HigherOrderOperator, mode: Any, *args: Any, **kwargs: Any) -> Any:
+    return mode.__torch_dispatch__(operator, (), args, kwargs)
 
 
 def is_composite(func: OpOverload) -> bool:

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from permgraph.capture.control import is_composite, is_higher_order, run_plainly
+from permgraph.capture.control import is_composite, is_higher_order, run_plainly, show_higher_order
 from permgraph.capture.environment import mkldnn
 from permgraph.capture.frames import locate
 from permgraph.capture.known import KnownValues
@@ -81,6 +81,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kernels: bool = True,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        show_higher_order(type(self))
         self.graph = fx.Graph()
         self._device = device
         self._paths = paths

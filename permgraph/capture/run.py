@@ -7,6 +7,7 @@ import inspect
 import logging
 import re
 import time
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ from torch._subclasses.fake_tensor import (
     UnsupportedOperatorException,
 )
 from torch.utils import _pytree as pytree
+from torch.utils._mode_utils import no_dispatch
 
 from permgraph.capture.captured import Captured
 from permgraph.capture.environment import make_transparent, reference_kernels
@@ -52,7 +54,7 @@ _NEEDS_VALUES = (
     NotImplementedError,
 )
 _NEEDS_VALUES_WORDS = (
-    "fake", "data pointer", "data_ptr", "numpy", "meta tensor", "data-dependent", "shape_env", "pickle"
+    "fake", "data pointer", "data_ptr", "numpy", "meta tensor", "data-dependent", "shape_env", "local object"
 )  # fmt: skip
 
 #: Weights on the meta device are made up for a pass on real tensors, up to this many bytes: where the caller gave the
@@ -197,10 +199,18 @@ def _needs_values(error: BaseException | None) -> bool:
     while error is not None:
         if isinstance(error, _NEEDS_VALUES):
             return True
-        if any(word in str(error).lower() for word in _NEEDS_VALUES_WORDS):
+        if any(word in str(error).lower() for word in _NEEDS_VALUES_WORDS) or _is_assertion_of_fake_mode(error):
             return True
         error = error.__cause__
     return False
+
+
+def _is_assertion_of_fake_mode(error: BaseException) -> bool:
+    """Whether the fake mode itself, which in older versions of torch knows no nested tensors, did not expect this."""
+    if not isinstance(error, AssertionError):
+        return False
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_globals.get("__name__") == FakeTensorMode.__module__
 
 
 def _named_tensors(modules: Sequence[nn.Module]) -> dict[tuple[int, str], torch.Tensor]:
@@ -313,7 +323,8 @@ class _Fakes:
 
     def _strided(self, tensor: Tensor) -> Tensor:
         # Made directly and not by `torch.empty` under the mode: a model has hundreds, and a dispatch costs more.
-        shape = strided_like(tensor, _META)
+        with no_dispatch():  # a tensor that is met in the middle of a pass would give a fake one
+            shape = strided_like(tensor, _META)
         is_parameter = isinstance(tensor, nn.Parameter)
         if is_parameter and (shape.is_floating_point() or shape.is_complex()):
             # Also for frozen ones: `matmul` folds its batch, or does not, by this flag, and one graph is enough.

@@ -69,6 +69,7 @@ _OF_MEMORY: tuple[tuple[Any, str], ...] = (
     (torch._C, "_to_dlpack"),
     (torch._C, "_to_dlpack_versioned"),
     (torch.utils.dlpack, "to_dlpack"),
+    (torch, "to_dlpack"),
 )
 
 

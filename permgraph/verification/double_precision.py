@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
-from permgraph.capture.control import is_higher_order, run_plainly
+from permgraph.capture.control import is_higher_order, run_plainly, show_higher_order
 from permgraph.capture.environment import reference_kernels
 
 LOW_PRECISION = (torch.float32, torch.float16, torch.bfloat16)
@@ -33,6 +33,7 @@ class InDoublePrecision(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self, originals: Mapping[int, Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        show_higher_order(type(self))
         self._originals = originals
 
     def __torch_dispatch__(

@@ -23,6 +23,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import permgraph as pg
 from permgraph.capture import capture
@@ -358,20 +359,24 @@ def test_loops_as_operators() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
+@pytest.mark.skipif(
+    not hasattr(TorchDispatchMode, "supports_higher_order_operators"),
+    reason="older versions lay flex attention's result out with as_strided, which pins it",
+)
 def test_flex_attention() -> None:
     from torch.nn.attention.flex_attention import flex_attention
 
     class Flex(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.qkv, self.out = nn.Linear(3, 30), nn.Linear(10, 2)
+            self.qkv, self.out = nn.Linear(3, 24), nn.Linear(8, 2)
 
         def forward(self, x: Tensor) -> Tensor:
-            q, k, v = self.qkv(x).view(2, 5, 3, 2, 5).permute(2, 0, 3, 1, 4)
+            q, k, v = self.qkv(x).view(2, 5, 3, 2, 4).permute(2, 0, 3, 1, 4)
             mixed = flex_attention(q, k, v, score_mod=lambda score, b, h, i, j: score + (i - j) * 0.1)
             return self.out(mixed.transpose(1, 2).flatten(2))
 
-    assert sizes(Flex(), (T,)) == [2, 5, 5]
+    assert sizes(Flex(), (T,)) == [2, 4, 4]
 
 
 # -- wrappers -----------------------------------------------------------------------------------------------------

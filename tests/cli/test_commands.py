@@ -361,7 +361,7 @@ def test_files_that_cannot_be_written_are_refused_before_any_work(
     def work(*arguments: object) -> None:
         raise AssertionError("it should have been refused")
 
-    for module in ("structure", "work"):
+    for module in ("models", "matching_run"):
         monkeypatch.setattr(f"permgraph.cli.{module}.spec_of", work)
     ending = ".safetensors" if command[0] == "align" else ".json"
     Path(f"folder{ending}").mkdir()
