@@ -64,6 +64,7 @@ def _cond(condition: Any, if_true: Callable[..., Any], if_false: Callable[..., A
     return if_true(*operands) if condition else if_false(*operands)
 
 
-def _scan(step: Callable[..., Any], init: Any, xs: Any, additional_inputs: Any) -> Any:
+def _scan(step: Callable[..., Any], init: Any, xs: Any, *more: Any) -> Any:
+    *course, additional_inputs = more  # torch 2.6 also says along which dimension, and in which direction
     module: Any = importlib.import_module("torch._higher_order_ops.scan")  # its package has a function of that name
-    return module.generic_scan(step, init, xs, additional_inputs=additional_inputs)
+    return module.generic_scan(step, init, xs, *course, additional_inputs=additional_inputs)

@@ -248,7 +248,7 @@ def _pass(subject: Subject, inputs: ExampleInputs, limits: Limits, mode: Mode, r
             device=device,
             paths=copied.paths,
             stop=_run.__code__,
-            adopt=lambda tensor: (copied.attribute_name(tensor), stand_in.of_stranger(tensor)),
+            adopt=lambda tensor: (copied.attribute_name(tensor), stand_in.of_unseen(tensor)),
             limits=limits,
             known=KnownValues(stand_in.of_input) if mode == "fake" else None,
             kernels=kernels,
@@ -262,11 +262,11 @@ def _pass(subject: Subject, inputs: ExampleInputs, limits: Limits, mode: Mode, r
         for path, made in _named_leaves(args, kwargs):
             recorder.placeholder("input", (path,), made)
         for shared in copied.overlapping:
-            recorder.escape(shared)
+            recorder.untracked_read(shared)
         for tensor, alias, dims in copied.transposed_aliases:
             recorder.same_memory(tensor, alias, dims)
         held, named = {id(tensor): tensor for tensor in _held_tensors(copied.modules)}, _named_tensors(copied.modules)
-        watch = fake_mode if mode == "fake" else WatchUntrackedReads(recorder.escape)
+        watch = fake_mode if mode == "fake" else WatchUntrackedReads(recorder.untracked_read)
         guard = memory_readers_refuse_fakes() if mode == "fake" else contextlib.nullcontext()
         with python_state_restored(copied.modules), guard, watch, recorder:
             result = _run(copied.module, args, kwargs)
@@ -305,7 +305,7 @@ class _Fakes:
         # Itself, where it can be: Python may read its values, and an operator that meets it gets a fake.
         return tensor if tensor.device == _CPU else self._fake(tensor)
 
-    def of_stranger(self, tensor: Tensor) -> Tensor:
+    def of_unseen(self, tensor: Tensor) -> Tensor:
         if isinstance(tensor, FakeTensor) and tensor.fake_mode is self._mode and id(tensor) not in self._made:
             raise CaptureError(
                 f"a tensor of shape {tuple(tensor.shape)} was computed where operators cannot be observed, such as "
@@ -358,7 +358,7 @@ class _Reals:
 
     of_input = of_attribute
 
-    def of_stranger(self, tensor: Tensor) -> Tensor:
+    def of_unseen(self, tensor: Tensor) -> Tensor:
         return self._real(tensor) if tensor.device != self._device else tensor
 
     def _real(self, tensor: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -58,23 +59,18 @@ def spec(
 
 def summary(spec: PermutationSpec, *, pins: bool = False) -> dict[str, Any]:
     """A spec as plain data."""
+    from permgraph.spec.json import to_json
+
+    stored = to_json(spec)
     data: dict[str, Any] = {
         "model": spec.model_class,
         "fingerprint": spec.fingerprint,
         "log_order": spec.log_order(),
-        "groups": {
-            name: {"size": group.size, "parents": list(group.parents), "fixed": group.fixed}
-            for name, group in spec.groups.items()
-        },
-        "axes": {
-            name: {"shape": list(spec.shapes[name]), "axes": list(map(str, axes))} for name, axes in spec.axes.items()
-        },
-        "aliases": dict(spec.aliases),
-        "unknown_operators": [
-            {"operator": op.operator, "count": op.count, "module": op.module, "source": op.source}
-            for op in spec.unknown_ops
-        ],
-        "unused": list(spec.unused),
+        "groups": stored["groups"],
+        "axes": stored["parameters"],
+        "aliases": stored["aliases"],
+        "unknown_operators": list(map(dataclasses.asdict, spec.unknown_ops)),
+        "unused": stored["unused"],
     }
     if pins:
         data["pins"] = [
