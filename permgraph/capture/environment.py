@@ -110,6 +110,11 @@ class _Process:
 _process = _Process()
 
 
+def one_at_a_time() -> contextlib.AbstractContextManager[bool]:
+    """A context in which no other thread's pass runs."""
+    return _process.lock
+
+
 @contextlib.contextmanager
 def reference_kernels(device: torch.device) -> Iterator[None]:
     """Fused kernels off, gradients off, new tensors on `device`; restored at the end, and the random generators too.

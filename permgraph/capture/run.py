@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._mode_utils import no_dispatch
 
 from permgraph.capture.captured import Captured
-from permgraph.capture.environment import make_transparent, reference_kernels
+from permgraph.capture.environment import make_transparent, one_at_a_time, reference_kernels
 from permgraph.capture.inputs.registry import ExampleInputs, find_inputs
 from permgraph.capture.known import KnownValues
 from permgraph.capture.module_copy import as_parameter_like, copy_module, copy_with
@@ -92,7 +92,16 @@ def capture(
     >>> [str(node.target) for node in captured.graph.nodes if node.op == "call_function"]
     ['aten.t.default', 'aten.addmm.default']
     """
-    limits = Limits(max_nodes, max_seconds, time.monotonic())
+    with one_at_a_time():  # the time that another thread's capture takes is not this one's
+        return _capture(model, example_inputs, example_kwargs, Limits(max_nodes, max_seconds, time.monotonic()))
+
+
+def _capture(
+    model: nn.Module | torch.export.ExportedProgram,
+    example_inputs: Any,
+    example_kwargs: Mapping[str, Any] | None,
+    limits: Limits,
+) -> Captured:
     subject = unwrap(model)
     name = type(subject.core).__name__
     if (layer := fully_sharded(subject.core)) is not None:

@@ -6,6 +6,7 @@ import gc
 import itertools
 import random
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -125,6 +126,25 @@ def test_captures_in_many_threads_at_once() -> None:
     for thread in threads:
         thread.join()
     assert found == {(at, turn): expected[at] for at in range(4) for turn in range(5)}
+
+
+def test_waiting_for_another_thread_costs_a_capture_no_time() -> None:
+    entered, errors = threading.Event(), []
+
+    def other() -> None:
+        entered.set()
+        try:
+            pg.capture(nn.ReLU(), (torch.zeros(2, 3),), max_seconds=1.0)
+        except pg.errors.CaptureError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=other)
+    with reference_kernels(CPU):
+        thread.start()
+        entered.wait()
+        time.sleep(1.1)
+    thread.join()
+    assert not errors
 
 
 def test_another_thread_waits_until_the_pass_ends() -> None:
