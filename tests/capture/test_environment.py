@@ -163,3 +163,21 @@ def test_another_thread_waits_until_the_pass_ends() -> None:
         assert not seen
     thread.join()
     assert seen == ["inside"]
+
+
+def test_a_config_that_refuses_a_value_is_named_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    class Config:
+        def __init__(self) -> None:
+            vars(self)["use_cache"] = True
+
+        def __setattr__(self, name: str, value: object) -> None:
+            raise TypeError("this configuration is final")
+
+    class Model(nn.ReLU):
+        def __init__(self) -> None:
+            super().__init__()
+            self.config = Config()
+
+    with caplog.at_level("INFO", "permgraph.capture.environment"):
+        pg.auto_spec(Model(), (torch.zeros(2),))
+    assert "Config keeps its use_cache: TypeError: this configuration is final" in caplog.text

@@ -17,6 +17,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import permgraph as pg
+from permgraph.cli import models, options
 from permgraph.cli.app import app
 from permgraph.cli.models import spec_of
 from tests.cli.networks import Net, Normed, Waves, loader
@@ -556,3 +557,36 @@ def test_the_library_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     a = nn.Linear(3, 4)
     pg.auto_spec(nn.Sequential(a, nn.ReLU(), nn.Linear(4, 2)))
     assert capsys.readouterr() == ("", "")
+
+
+# --- what is declined is said -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError("an operator is absent"), "\npermgraph: timm cannot be imported: an operator is absent\n"),
+        (ModuleNotFoundError(), ""),
+    ],
+)
+def test_completion_says_what_is_wrong_with_a_package(
+    error: Exception, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(name: str) -> Any:
+        raise error
+
+    monkeypatch.setattr(options.importlib, "import_module", fail)
+    assert options.complete_model("timm:resnet") == []
+    assert capsys.readouterr().err == said
+
+
+def test_a_constructor_that_needs_values_is_built_on_the_cpu_and_the_log_says_why(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "model.py").write_text(
+        "import torch\ndef make():\n    width = int(torch.tensor([3]).sum())\n    return torch.nn.Linear(width, 2)\n"
+    )
+    with caplog.at_level("INFO", "permgraph.cli.models"):
+        built = models.build(f"{tmp_path / 'model.py'}:make")
+    assert built.weight.device.type == "cpu"
+    assert "cannot be built on meta" in caplog.text

@@ -376,3 +376,15 @@ def test_networks_trained_for_quantised_inference_keep_their_symmetries():
     assert found.passed
     assert len(found.controls) == 1
     assert all(torch.equal(tensor, kept[name]) for name, tensor in model.state_dict().items())
+
+
+def test_where_groups_stand_is_found_by_one_look_at_each_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = [layer for _ in range(30) for layer in (nn.Linear(5, 5), nn.ReLU())]
+    spec = pg.auto_spec(nn.Sequential(*layers, nn.Linear(5, 2)))
+    spec = pg.PermutationSpec.parse(str(spec))
+    groups = list(spec.moving)
+    looked: list[object] = []
+    layout = pg.PermutationSpec.layout
+    monkeypatch.setattr(pg.PermutationSpec, "layout", lambda self, axes: looked.append(axes) or layout(self, axes))
+    assert len([spec.uses(group) for group in groups]) == 30
+    assert len(looked) == len(spec.axes)
