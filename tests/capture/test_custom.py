@@ -359,10 +359,6 @@ def test_loops_as_operators() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
-@pytest.mark.skipif(
-    not hasattr(TorchDispatchMode, "supports_higher_order_operators"),
-    reason="older versions lay flex attention's result out with as_strided, which pins it",
-)
 def test_flex_attention() -> None:
     from torch.nn.attention.flex_attention import flex_attention
 
@@ -376,7 +372,9 @@ def test_flex_attention() -> None:
             mixed = flex_attention(q, k, v, score_mod=lambda score, b, h, i, j: score + (i - j) * 0.1)
             return self.out(mixed.transpose(1, 2).flatten(2))
 
-    assert sizes(Flex(), (T,)) == [2, 4, 4]
+    # Older versions lay the result out with `as_strided`, which pins the heads and the values' channels.
+    newer = hasattr(TorchDispatchMode, "supports_higher_order_operators")
+    assert sizes(Flex(), (T,)) == ([2, 4, 4] if newer else [4])
 
 
 # -- wrappers -----------------------------------------------------------------------------------------------------
