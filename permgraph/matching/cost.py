@@ -15,7 +15,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
-import networkx as nx
 import numpy as np
 import torch
 
@@ -315,6 +314,8 @@ def _together(one: MoveCost, other: MoveCost) -> MoveCost:
 
 def _rounds(spec: PermutationSpec, roots: list[str]) -> tuple[tuple[str, ...], ...]:
     """Steps that may run side by side: colours of the graph whose edges join groups that meet in some parameter."""
+    import networkx as nx  # as in `PermutationSpec.coupling`
+
     graph = nx.Graph()
     graph.add_nodes_from(roots)
     root_of = {name: next((p for p in group.parents if p in graph), name) for name, group in spec.groups.items()}

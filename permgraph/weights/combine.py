@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ def average(networks: Sequence[Network], weights: Sequence[float] | None = None)
     names = [f"network {number}" for number in range(len(states))]
     for state, name in zip(states[1:], names[1:], strict=True):
         check_same_keys(states[0], state, (names[0], name))
-    return redistributed_state(_combined(states, lambda tensors: _mean(tensors, shares), names), given)
+    return redistributed_state(_combined(states, lambda tensors: mean(tensors, shares), names), given)
 
 
 def blend(states: Sequence[Mapping[str, Any]], shares: Sequence[float]) -> dict[str, Any]:
@@ -79,7 +80,7 @@ def blend(states: Sequence[Mapping[str, Any]], shares: Sequence[float]) -> dict[
     whole = next((state for state, share in zip(states, shares, strict=True) if share == 1), None)
     if whole is not None:
         return interpolate(states[0], whole, 1.0 if whole is not states[0] else 0.0)
-    return _combined(states, lambda tensors: _mean(tensors, shares))
+    return _combined(states, lambda tensors: mean(tensors, shares))
 
 
 def shares_of(weights: Sequence[float] | None, count: int) -> tuple[float, ...]:
@@ -147,13 +148,16 @@ def _lerp(x: Tensor, y: Tensor, t: float) -> Tensor:
     return torch.lerp(x.to(work), y.to(device=x.device, dtype=work), t).to(x.dtype)
 
 
-def _mean(tensors: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
-    first = tensors[0].detach()
-    work = torch.float32
-    for tensor in tensors:
-        work = torch.promote_types(work, tensor.dtype)
-    total = torch.zeros_like(first, dtype=work)
-    for tensor, share in zip(tensors, shares, strict=True):
+def mean(tensors: Iterable[Tensor], shares: Sequence[float]) -> Tensor:
+    """The weighted mean of tensors of one shape, in the first one's dtype and on its device.
+
+    Sums are taken in float32 or better, and no more than one tensor is held at a time.
+    """
+    tensors = iter(tensors)
+    first = next(tensors).detach()
+    total = torch.zeros_like(first, dtype=torch.promote_types(first.dtype, torch.float32))
+    for tensor, share in zip(itertools.chain((first,), tensors), shares, strict=True):
+        total = total.to(torch.promote_types(total.dtype, tensor.dtype))
         if share:  # what does not count may be NaN
-            total.add_(tensor.detach().to(device=first.device, dtype=work), alpha=share)
+            total.add_(tensor.detach().to(device=first.device, dtype=total.dtype), alpha=share)
     return total.to(first.dtype)
