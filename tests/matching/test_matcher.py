@@ -117,7 +117,7 @@ FORMER = [
 ]
 
 
-@pytest.mark.parametrize(("make", "old", "new", "value"), FORMER, ids=lambda value: str(value)[:30])
+@pytest.mark.parametrize(("make", "old", "new", "value"), FORMER, ids=[f"{at}-{row[1]}" for at, row in enumerate(FORMER)])
 def test_former_names_are_taken_with_a_warning(make: Any, old: str, new: str, value: Any) -> None:
     with pytest.warns(DeprecationWarning, match=f"'{old}' is now called '{new}'"):
         made = make(**{old: value})
