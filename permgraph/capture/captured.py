@@ -22,6 +22,7 @@ class Captured:
 
     `mode` is `"real"` where the model asked for a tensor's value; the graph then holds for the branch that it took,
     and `fallback_reason` says what it asked. `unused` names the parameters and buffers that no operator read.
+    `keeps_state` says whether the pass changed something on the module, so that a second call may do something else.
     """
 
     graph: torch.fx.Graph
@@ -30,6 +31,7 @@ class Captured:
     fallback_reason: str | None
     inputs: ExampleInputs
     unused: tuple[str, ...]
+    keeps_state: bool = False
 
     def placeholders(self, kind: str | None = None) -> list[torch.fx.Node]:
         """The placeholder nodes, or those of one kind: `"parameter"`, `"buffer"`, `"constant"` or `"input"`."""

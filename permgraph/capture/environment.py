@@ -40,6 +40,12 @@ def make_transparent(modules: Iterable[nn.Module]) -> None:
             _make_config_transparent(value, seen)
 
 
+def train_without_dropout(modules: Iterable[nn.Module]) -> None:
+    """Chooses training mode, but for dropout, which would only hide that it is the identity on average."""
+    for module in modules:
+        vars(module)["training"] = not isinstance(module, nn.modules.dropout._DropoutNd)
+
+
 def _drop_sharding(module: nn.Module) -> None:
     """Removes the hooks by which `fully_shard` gathers parameters: the copy has whole ones."""
     for registry in (module._forward_pre_hooks, module._forward_hooks):

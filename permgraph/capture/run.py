@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import inspect
 import logging
 import re
@@ -23,13 +24,15 @@ from torch.utils import _pytree as pytree
 
 from permgraph.capture.caches import caches_emptied
 from permgraph.capture.captured import Captured
-from permgraph.capture.environment import calm, make_transparent
+from permgraph.capture.environment import calm, make_transparent, train_without_dropout
 from permgraph.capture.inputs.registry import ExampleInputs, find_inputs
 from permgraph.capture.known import KnownValues
 from permgraph.capture.module_copy import as_parameter_like, copy_with, make_twin
 from permgraph.capture.outputs import tensor_leaves
+from permgraph.capture.passes import Variation
 from permgraph.capture.python_state import MAX_LENGTH
 from permgraph.capture.record import Limits, Recorder
+from permgraph.capture.schema import signature
 from permgraph.capture.state import StateTensor, state_tensors, strided_like
 from permgraph.capture.subject import Subject, unwrap
 from permgraph.capture.untracked import WatchEscapes
@@ -214,7 +217,23 @@ def _held_tensors(modules: Sequence[nn.Module]) -> Iterator[torch.Tensor]:
             yield value
 
 
-def _pass(subject: Subject, inputs: ExampleInputs, limits: Limits, mode: Mode, reason: str | None) -> Captured:
+def capture_again(model: Any, captured: Captured, variation: Variation, limits: Limits) -> Captured:
+    """A further pass of a module, on the kind of tensors that the first one needed.
+
+    Raises whatever the module raises on inputs that it does not take, and `CaptureError` beyond the limits.
+    """
+    subject = unwrap(model)
+    return _pass(subject, variation.inputs, limits, captured.mode, captured.fallback_reason, variation)
+
+
+def _pass(
+    subject: Subject,
+    inputs: ExampleInputs,
+    limits: Limits,
+    mode: Mode,
+    reason: str | None,
+    variation: Variation | None = None,
+) -> Captured:
     state = state_tensors(subject.outer)
     device = _CPU if mode == "fake" else _real_device(state)
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -223,6 +242,8 @@ def _pass(subject: Subject, inputs: ExampleInputs, limits: Limits, mode: Mode, r
     with calm(device):
         twin = make_twin(subject.outer, subject.core, state, stand_in.of_state, stand_in.of_attribute)
         make_transparent(twin.modules)
+        if variation is not None and variation.training:
+            train_without_dropout(twin.modules)
         memo: dict[int, Any] = {}
         recorder = Recorder(
             device=device,
@@ -247,9 +268,13 @@ def _pass(subject: Subject, inputs: ExampleInputs, limits: Limits, mode: Mode, r
             recorder.same_memory(tensor, turned, dims)
         held, named = {id(tensor): tensor for tensor in _held_tensors(twin.modules)}, _named_tensors(twin.modules)
         watch = fake_mode if mode == "fake" else WatchEscapes(recorder.escape)
+        before = _attributes(twin.modules)
         with caches_emptied(twin.modules), watch, recorder:
             result = _run(twin.module, args, kwargs)
+            for _ in range(1, 1 if variation is None else variation.calls):
+                result = [result, _run(twin.module, args, kwargs)]
         outputs = list(tensor_leaves(result))
+        keeps_state = _attributes(twin.modules) != before
         left = [tensor for tensor in _held_tensors(twin.modules) if id(tensor) not in held]
         for place, tensor in _named_tensors(twin.modules).items():
             recorder.replaced(named.get(place), tensor)
@@ -262,7 +287,38 @@ def _pass(subject: Subject, inputs: ExampleInputs, limits: Limits, mode: Mode, r
         if node.op == "placeholder" and node.meta["kind"] in ("parameter", "buffer") and not node.users
         for name in node.meta["names"]
     )
-    return Captured(graph, type(subject.core).__name__, mode, reason, inputs, unused)
+    keeps_state |= any(node.op == "call_function" and _writes_to_buffer(node) for node in graph.nodes)
+    return Captured(graph, type(subject.core).__name__, mode, reason, inputs, unused, keeps_state)
+
+
+def _attributes(modules: Sequence[nn.Module]) -> dict[tuple[int, str], Any]:
+    """What modules hold beside their tensors and parts, in a form that shows whether it was changed."""
+    return {
+        (at, name): _shown(value)
+        for at, module in enumerate(modules)
+        for name, value in vars(module).items()
+        if name not in _OF_MODULES
+    }
+
+
+def _shown(value: Any) -> Any:
+    if isinstance(value, (bool, int, float, str, bytes, type(None))):
+        return value
+    if isinstance(value, Mapping):
+        return [(key, id(inner)) for key, inner in value.items()]
+    if isinstance(value, (list, tuple, set, frozenset, collections.deque)):
+        return [id(inner) for inner in value]
+    return id(value)
+
+
+def _writes_to_buffer(node: torch.fx.Node) -> bool:
+    """Whether an operator writes into a buffer of the module."""
+    known = signature(node.target)
+    pairs = zip(known.arguments, node.args, strict=False) if known is not None else ()
+    written = [value for argument, value in pairs if argument.writes]
+    return any(
+        isinstance(value, torch.fx.Node) and value.meta.get("kind") in ("buffer", "constant") for value in written
+    )
 
 
 def _run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
