@@ -8,6 +8,7 @@ import logging
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -24,7 +25,7 @@ from torch.utils import _pytree as pytree
 
 from permgraph.capture.caches import caches_emptied
 from permgraph.capture.captured import Captured
-from permgraph.capture.environment import calm, make_transparent, train_without_dropout
+from permgraph.capture.environment import WithoutDropout, calm, make_transparent, train
 from permgraph.capture.inputs.registry import ExampleInputs, find_inputs
 from permgraph.capture.known import KnownValues
 from permgraph.capture.module_copy import as_parameter_like, copy_with, make_twin
@@ -242,8 +243,9 @@ def _pass(
     with calm(device):
         twin = make_twin(subject.outer, subject.core, state, stand_in.of_state, stand_in.of_attribute)
         make_transparent(twin.modules)
-        if variation is not None and variation.training:
-            train_without_dropout(twin.modules)
+        training = variation is not None and variation.training
+        if training:
+            train(twin.modules)
         memo: dict[int, Any] = {}
         recorder = Recorder(
             device=device,
@@ -269,7 +271,7 @@ def _pass(
         held, named = {id(tensor): tensor for tensor in _held_tensors(twin.modules)}, _named_tensors(twin.modules)
         watch = fake_mode if mode == "fake" else WatchEscapes(recorder.escape)
         before = _attributes(twin.modules)
-        with caches_emptied(twin.modules), watch, recorder:
+        with caches_emptied(twin.modules), watch, recorder, WithoutDropout() if training else nullcontext():
             result = _run(twin.module, args, kwargs)
             for _ in range(1, 1 if variation is None else variation.calls):
                 result = [result, _run(twin.module, args, kwargs)]
