@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
 
 from permgraph.capture.captured import Captured
 from permgraph.capture.inputs.registry import ExampleInputs
@@ -47,7 +48,8 @@ def variations(model: nn.Module, inputs: ExampleInputs) -> Iterator[tuple[Variat
     then whole numbers that forward takes, one more than they are.
     """
     rounds: dict[str, Callable[[Tensor], Tensor]] = {}
-    every, batch = _larger(inputs, batch_only=False), _larger(inputs, batch_only=True)
+    held = {size for tensor in (*model.parameters(), *model.buffers()) for size in _shape(tensor)}
+    every, batch = _larger(inputs, held, batch_only=False), _larger(inputs, held, batch_only=True)
     if every:
         rounds["larger sizes"] = lambda tensor: resized(tensor, every)
     if batch and batch != every:
@@ -110,13 +112,18 @@ def _places(tensor: Tensor) -> range:
     )
 
 
-def _larger(inputs: ExampleInputs, *, batch_only: bool) -> dict[int, int]:
-    """New sizes for those that a user may vary; no two become one, and none becomes one that is there already."""
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    """The shape; of a parameter that is not initialised yet, none."""
+    return () if is_lazy(tensor) else tuple(tensor.shape)
+
+
+def _larger(inputs: ExampleInputs, held: Collection[int], *, batch_only: bool) -> dict[int, int]:
+    """New sizes for those that a user may vary; no two become one, and none becomes one of the inputs or weights."""
     tensors = _tensors(inputs)
     varied = dict.fromkeys(tensor.shape[0] for tensor in tensors if tensor.ndim)
     if not batch_only:
         varied.update(dict.fromkeys(tensor.shape[d] for tensor in tensors for d in _places(tensor)))
-    taken = {size for tensor in tensors for size in tensor.shape}
+    taken = {size for tensor in tensors for size in tensor.shape}.union(held)
     sizes: dict[int, int] = {}
     for size in varied:
         sizes[size] = next(n for n in _above(size) if n not in taken)
@@ -172,8 +179,8 @@ def alike(first: Captured, second: Captured) -> bool:
             return isinstance(b, fx.Node) and number[a] == other_number[b]
         if isinstance(a, (list, tuple)):
             return isinstance(b, (list, tuple)) and len(a) == len(b) and all(map(same, a, b))
-        if type(a) is int and type(b) is int and (a > 1 or b > 1):
-            return same_size(a, b)
+        if type(a) is int and type(b) is int:  # a number of a dimension stays; a size goes with the shapes' sizes
+            return a == b or same_size(a, b)
         return type(a) is type(b) and (a == b or a != a)
 
     def same_value(a: Any, b: Any) -> bool:
