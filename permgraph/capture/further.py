@@ -39,25 +39,25 @@ class FurtherPasses:
         self.failed: dict[str, str] = {}
         self.untried: list[str] = []
         limits = Limits(max_nodes, max_seconds, time.monotonic())
-        for rounds in variations(unwrap(model).core, captured.inputs):
-            for variation in rounds:
-                if variation.calls > 1 and not captured.keeps_state:
-                    continue
-                if len(self.passes) + len(self.alike) >= max_passes:
-                    self.untried.append(variation.name)
-                    break
-                try:
-                    again = capture_again(model, captured, variation, limits)
-                except Exception as error:  # the module's own, on inputs that it was not written for
-                    self.failed[variation.name] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
-                    log.debug("a pass with %s failed: %s", variation.name, self.failed[variation.name])
-                    continue
-                if any(alike(one, again) for one in self.passes):
-                    self.alike.append(variation.name)
-                else:
-                    self.passes.append(again)
-                    self.names.append(variation.name)
-                break
+        shown: set[str] = set() if captured.keeps_state else {"calls"}  # else a second call is like the first
+        for variation in variations(unwrap(model).core, captured.inputs):
+            if variation.shows <= shown:
+                continue
+            if len(self.passes) + len(self.alike) >= max_passes:
+                self.untried.append(variation.name)
+                continue
+            try:
+                again = capture_again(model, captured, variation, limits)
+            except Exception as error:  # the module's own, on inputs that it was not written for
+                self.failed[variation.name] = f"{type(error).__name__}: {_first_line(error)}"
+                log.debug("a pass with %s failed: %s", variation.name, self.failed[variation.name])
+                continue
+            shown |= variation.shows
+            if any(alike(one, again) for one in self.passes):
+                self.alike.append(variation.name)
+            else:
+                self.passes.append(again)
+                self.names.append(variation.name)
 
     def joined(self) -> Captured:
         """The passes as one graph over shared parameters."""
@@ -73,3 +73,7 @@ class FurtherPasses:
         if self.untried:
             said.append(f"not tried, for max_passes: {', '.join(self.untried)}")
         return tuple(said)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), "")[:120]

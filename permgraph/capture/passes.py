@@ -7,6 +7,7 @@ are the nodes that they share. A pass that differs from an earlier one in its si
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -30,34 +31,36 @@ class Variation:
 
     Attributes:
         name: in words, for people.
+        shows: what of that which a user may vary it shows; a pass of which an earlier one showed all is not run.
         inputs: what the module is called on.
         training: in training mode, with dropout as identity.
         calls: how often it is called on them, one time after the other.
     """
 
     name: str
+    shows: frozenset[str]
     inputs: ExampleInputs
     training: bool = False
     calls: int = 1
 
 
-def variations(model: nn.Module, inputs: ExampleInputs) -> Iterator[tuple[Variation, ...]]:
-    """What to vary, in rounds; of each round the first that runs is enough.
-
-    Sizes come first, all of them and then the batch alone; then training mode, on the first inputs; then a second call;
-    then whole numbers that forward takes, one more than they are.
-    """
-    rounds: dict[str, Callable[[Tensor], Tensor]] = {}
+def variations(model: nn.Module, inputs: ExampleInputs) -> Iterator[Variation]:
+    """What to vary, the passes that show most first: sizes and training mode, a second call, larger whole numbers."""
     held = {size for tensor in (*model.parameters(), *model.buffers()) for size in _shape(tensor)}
     every, batch = _larger(inputs, held, batch_only=False), _larger(inputs, held, batch_only=True)
+    larger: list[tuple[str, set[str], Sizes]] = []
     if every:
-        rounds["larger sizes"] = lambda tensor: resized(tensor, every)
+        larger.append(("larger sizes", {"batch", "sizes"}, every))
     if batch and batch != every:
-        rounds["a larger batch"] = lambda tensor: resized(tensor, batch)
-    yield tuple(Variation(name, _mapped(inputs, change)) for name, change in rounds.items())
-    yield (Variation("training mode", inputs, training=True),)
-    yield (Variation("two calls", inputs, calls=2),)
-    yield tuple(_larger_numbers(model, inputs))
+        larger.append(("a larger batch", {"batch"}, batch))
+    for name, shows, sizes in larger:
+        resize = functools.partial(resized, sizes=sizes)
+        yield Variation(f"{name} in training mode", frozenset(shows | {"training"}), _mapped(inputs, resize), True)
+    for name, shows, sizes in larger:
+        yield Variation(name, frozenset(shows), _mapped(inputs, functools.partial(resized, sizes=sizes)))
+    yield Variation("training mode", frozenset({"training"}), inputs, training=True)
+    yield Variation("two calls", frozenset({"calls"}), inputs, calls=2)
+    yield from _larger_numbers(model, inputs)
 
 
 def _mapped(inputs: ExampleInputs, change: Callable[[Tensor], Tensor]) -> ExampleInputs:
@@ -79,7 +82,7 @@ def _larger_numbers(model: nn.Module, inputs: ExampleInputs) -> Iterator[Variati
             kwargs[parameter.name] = value + 1
             names.append(parameter.name)
     if names:
-        yield Variation(f"larger {', '.join(names)}", replace(inputs, kwargs=kwargs))
+        yield Variation(f"larger {', '.join(names)}", frozenset({"numbers"}), replace(inputs, kwargs=kwargs))
 
 
 # -- sizes -------------------------------------------------------------------------------------------------------------
