@@ -10,11 +10,12 @@ PYTEST_ARGS ?=
 test zoo: export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format docs bench zoo clean
+.PHONY: help demo test browser lint format docs bench zoo clean
 
 help:
 	@echo "make demo    train six small networks, align each pair, print the table, draw demo/report.png"
 	@echo "make test    the test suite (a few minutes on two cores)"
+	@echo "make browser install what the tests of the report and of Ray clusters need besides; they skip without it"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  let ruff rewrite what it can"
 	@echo "make docs    build the documentation into site/, strictly"
@@ -43,6 +44,16 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+
+# The machine's own browser, else Debian's where root may install it, else Playwright's; and Ray. Whatever cannot be had
+# here is said, and the tests that need it skip with that reason at the end of the run.
+browser: $(VENV)/.dev
+	@if command -v chromium || command -v chromium-browser || command -v google-chrome; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq \
+		&& DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null; then :; \
+	elif $(BIN)/python -m playwright install chromium-headless-shell; then :; \
+	else echo "no browser can be installed here"; fi
+	@$(PIP) install --quiet -c constraints.txt -e '.[ray]' || echo "Ray cannot be installed here"
 
 # Resumes where it stopped, and writes docs/coverage.md; then the tests that are marked as zoo.
 zoo: $(VENV)/.dev

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from benchmarks.zoo import operators
-from permgraph.verification.model import in_double_precision
+from permgraph.verification.double_precision import in_double_precision
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
 

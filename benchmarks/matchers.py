@@ -42,7 +42,7 @@ def matchers(loader: list[Batch]) -> dict[str, pg.Matcher | None]:
         "`WeightMatching()`": pg.WeightMatching(),
         "`WeightMatching(restarts=10)`": pg.WeightMatching(restarts=10),
         "`FrankWolfe()`": pg.FrankWolfe(),
-        "`Sinkhorn(ascent=None)`": pg.Sinkhorn(ascent=None),
+        "`Sinkhorn(matcher=None)`": pg.Sinkhorn(matcher=None),
         "`Sinkhorn()`": pg.Sinkhorn(),
         "`ActivationMatching(loader)`": pg.ActivationMatching(loader),
         "`ActivationMatching(loader, tensors='graph')`": pg.ActivationMatching(loader, tensors="graph"),

@@ -5,7 +5,7 @@
 The first table has processor time of one thread: runs of plain training and of matching, over the same batches with the
 same optimizer, alternate, and the median of their ratios is shown. Matching here includes its projections, the one at
 the end of each epoch too, but not the measuring of candidates, of which there is one pass for each epoch over at most
-`measured_batches`. The second has the training loss at the midpoint that is reached from the same pair.
+`max_batches`. The second has the training loss at the midpoint that is reached from the same pair.
 """
 
 from __future__ import annotations
@@ -88,13 +88,13 @@ def main() -> None:
         for _ in range(options.rounds):
             for k in options.every:
                 before = plain(a, loader)
-                how = pg.StraightThrough(loader, epochs=3, project_every=k, measured_batches=1, optimizer=adam)
+                how = pg.StraightThrough(loader, epochs=3, project_every=k, max_batches=1, optimizer=adam)
                 ours, _ = matching(a, b, spec, how)
                 ratios[k].append(2 * ours / (before + plain(a, loader)))
         print(f"{name:10} " + " ".join(f"{statistics.median(r):9.2f}" for r in ratios.values()) + "  time", flush=True)
         losses = []
         for k in options.every:
-            how = pg.StraightThrough(loader, epochs=4, project_every=k, measured_batches=None, optimizer=adam)
+            how = pg.StraightThrough(loader, epochs=4, project_every=k, max_batches=None, optimizer=adam)
             losses.append(-matching(a, b, spec, how)[1])
         print(f"{'':10} " + " ".join(f"{loss:9.4f}" for loss in losses) + "  loss", flush=True)
 

@@ -197,6 +197,9 @@ from .pictures import (
     report as report,
 )
 from .rules import (
+    list_rules as list_rules,
+)
+from .rules import (
     rule as rule,
 )
 from .spec import (

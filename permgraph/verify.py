@@ -1,5 +1,5 @@
 """The old home of `verify`, so that ``from permgraph.verify import verify`` goes on working."""
 
-from permgraph.verification.model import Verification, verify
+from permgraph.verification import Verification, verify
 
 __all__ = ["Verification", "verify"]

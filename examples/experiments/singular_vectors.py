@@ -59,7 +59,7 @@ def run(setting: Setting, seeds: Sequence[int], points: int, epochs: int, where:
     matchers = {
         "WM": pg.WeightMatching(),
         "STE": pg.StraightThrough(setting.batches(64), epochs=epochs, optimizer=fast),
-        "STE from B": pg.StraightThrough(setting.batches(64), epochs=epochs, optimizer=fast, start="b"),
+        "STE from B": pg.StraightThrough(setting.batches(64), epochs=epochs, optimizer=fast, free_weights="b"),
     }
     first, second, *_ = networks
     spectra = {"naive": pg.compare_spectra(first, second)}

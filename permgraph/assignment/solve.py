@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -23,42 +23,32 @@ from scipy.optimize import linear_sum_assignment
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from permgraph.assignment.certificate import Assignment, certify
 from permgraph.assignment.parallel import side_by_side, workers
+from permgraph.assignment.wide import assign_wide
 from permgraph.errors import NonFiniteError, PermgraphError
 
 lapjvr_batch: Callable[..., Any] | None
 try:
     from lap import lapjvr_batch
-except ImportError:  # an older lapx, or none: scipy's solver is exact too, only slower
+except ImportError:  # scipy's solver is exact too, only slower
     lapjvr_batch = None
 
 Solver: TypeAlias = Literal["auto", "scipy", "lapx"] | Callable[[np.ndarray], Any]
 """A solver by name, or a function from a cost matrix (n, m) with n <= m to the column of each row (n,)."""
 
+# Measured by `benchmarks/assignment.py` on two cores.
 SMALL = 16
+"""The width below which scipy has less to set up than lapx."""
+
 WIDE = 8192
+"""The width from which float32 costs are never copied to float64."""
+
 ROUGH = 1024
+"""The same, where float32 is precise enough for the caller."""
+
 CROWDED = 1024
-
-
-@dataclass(frozen=True)
-class Assignment:
-    """The best partner of each row.
-
-    Attributes:
-        columns: integers (*batch, rows); the column of each row, -1 for a row left over in a tall matrix.
-        value: float64 (*batch,); the total of the chosen entries, summed in float64 over the matrix as given.
-        gap: how far `value` can be from the optimum, where `certify` has bounded it; None where nobody asked.
-    """
-
-    columns: np.ndarray
-    value: np.ndarray
-    gap: float | None = None
-
-    @property
-    def proven(self) -> bool:
-        """Whether a dual certificate shows that no assignment is better, but for float64 rounding."""
-        return self.gap == 0.0
+"""The width from which a matrix whose rows want the same columns is priced first."""
 
 
 def assign(
@@ -203,93 +193,6 @@ def _filled(values: np.ndarray, stay: np.ndarray, most: int, inside: np.ndarray,
     return np.where(taken[cycle], outside, inside)
 
 
-def certify(matrix: np.ndarray, columns: np.ndarray, *, maximise: bool = False, passes: int = 1000) -> float:
-    """Bound how much better than this assignment any other can be, by linear programming duality.
-
-    Potentials v with c[i, columns[i]] - v[columns[i]] <= c[i, j] - v[j] for all i, j prove the assignment optimal.
-    They are shortest paths in the residual graph, found here by passes of Bellman and Ford over those rows whose
-    own potential fell. Whatever v is reached, sum_i min_j (c[i, j] - v[j]) + sum_j v[j] is a bound, so that stopping
-    early is safe. Costs O(n^2) for a pass over all rows, in blocks, and no second matrix.
-
-    Args:
-        matrix: real numbers (n, n) as given to `assign`, square.
-        columns: integers (n,), the assignment.
-        maximise: whether the assignment was to maximise.
-        passes: stop after so many.
-
-    Returns:
-        The gap in the units of the matrix; 0.0 where it is within float64 rounding of the total, thus proven optimal.
-
-    Raises:
-        PermgraphError: the matrix is not square, or `columns` is not a permutation.
-    """
-    n = len(matrix)
-    if matrix.shape != (n, n) or not np.array_equal(np.sort(columns), np.arange(n)):
-        raise PermgraphError(f"a certificate needs a square matrix and a permutation, not {matrix.shape}")
-    sign = -1.0 if maximise else 1.0
-    block = max(1, (1 << 22) // n)
-    matched = sign * matrix[np.arange(n), columns].astype(np.float64)
-    v = _potentials(matrix, columns, np.zeros(n), sign, passes)
-    # Rows that are stale no longer obey their own inequality: the minimum over j repairs that, at the bound's cost.
-    lowest = np.concatenate(
-        [(sign * matrix[s : s + block].astype(np.float64) - v).min(axis=1) for s in range(0, n, block)]
-    )
-    gap = float(np.sum(matched - v[columns] - lowest))
-    scale = float(np.abs(matched).sum() + np.abs(v).sum()) + float(np.abs(lowest).sum())
-    return 0.0 if gap <= 8 * np.finfo(np.float64).eps * np.sqrt(n) * scale else gap
-
-
-def prices_of(
-    matrix: np.ndarray,
-    columns: np.ndarray,
-    start: np.ndarray | None = None,
-    *,
-    maximise: bool = False,
-    passes: int = 10,
-) -> np.ndarray:
-    """What to give `assign` as `prices` for a matrix that is much like this one, whose assignment is known.
-
-    They are nearly the dual prices: the paths that `certify` follows to their ends are followed for a few passes only,
-    in the precision of the matrix, which makes nine tenths of the difference.
-
-    Args:
-        matrix: real numbers (n, n) as given to `assign`.
-        columns: integers (n,), the assignment.
-        start: prices to begin with, of another matrix that was like this one.
-        maximise: whether the assignment was to maximise.
-        passes: how many.
-
-    Example:
-        >>> costs = np.array([[4.0, 1.0], [2.0, 0.0]])
-        >>> prices_of(costs, assign(costs).columns)
-        array([ 0., -2.])
-    """
-    begin = np.zeros(len(matrix)) if start is None else start
-    return _potentials(matrix, columns, begin.astype(matrix.dtype), -1.0 if maximise else 1.0, passes)
-
-
-def _potentials(matrix: np.ndarray, columns: np.ndarray, start: np.ndarray, sign: float, passes: int) -> np.ndarray:
-    """The potentials v of `certify`, or such as so many passes from `start` come to, in the precision of `start`."""
-    n = len(matrix)
-    block = max(1, (1 << 22) // n)
-    v = start.copy()
-    matched = sign * matrix[np.arange(n), columns].astype(v.dtype)
-    stale = np.arange(n)
-    for _ in range(passes):
-        before = v.copy()
-        for first in range(0, len(stale), block):
-            rows = stale[first : first + block]
-            reach = matrix[rows].astype(v.dtype, copy=False)
-            if sign < 0:
-                np.negative(reach, out=reach)
-            reach -= (matched[rows] - before[columns[rows]])[:, None]
-            np.minimum(v, reach.min(axis=0), out=v)
-        stale = np.flatnonzero((v < before)[columns])
-        if len(stale) == 0:
-            break
-    return v
-
-
 def _solve(
     rows: np.ndarray, maximise: bool, solver: Solver, name: str, wide: int, prices: np.ndarray | None = None
 ) -> np.ndarray:
@@ -300,7 +203,7 @@ def _solve(
         columns = np.full(rows.shape[:2], -1, dtype=np.int64)
         np.put_along_axis(columns, across, np.arange(m)[None], axis=1)
         return columns
-    if solver == "auto" and n == m >= CROWDED and any(crowded(one, maximise, prices) for one in rows):
+    if solver == "auto" and lapjvr_batch and n == m >= CROWDED and any(crowded(one, maximise, prices) for one in rows):
         return np.stack([_priced(one, maximise, name, wide) for one in rows])
     if solver == "auto":
         solver = "scipy" if (m < SMALL and count < 4) or lapjvr_batch is None else "lapx"
@@ -330,8 +233,6 @@ def crowded(matrix: np.ndarray, maximise: bool, prices: np.ndarray | None = None
 
 def _priced(matrix: np.ndarray, maximise: bool, name: str, wide: int) -> np.ndarray:
     """The columns for a crowded square matrix."""
-    from permgraph.assignment.wide import assign_wide  # which needs `Assignment`
-
     found = assign_wide(matrix, maximise=maximise, rounds=10, name=name)
     return found.columns if found.proven else _solve(matrix[None], maximise, "lapx", name, wide)[0]
 

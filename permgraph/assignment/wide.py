@@ -15,11 +15,21 @@ are taken: at either end, many rows seem to want what they would not get. With t
 
 from __future__ import annotations
 
-import numpy as np
-from lap import lapmod
+from collections.abc import Callable
+from typing import Any
 
-from permgraph.assignment.solve import Assignment
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+
+from permgraph.assignment.certificate import Assignment, certify
+from permgraph.deprecated import renamed
 from permgraph.errors import NonFiniteError, PermgraphError
+
+lapmod: Callable[..., Any] | None
+try:
+    from lap import lapmod
+except ImportError:  # scipy's dense solver is exact too, with a second matrix
+    lapmod = None
 
 _BLOCK = 1 << 22
 """Elements that are looked at in one piece."""
@@ -27,13 +37,14 @@ _CACHED = 1 << 18
 """Elements of which several passes are made."""
 
 
+@renamed(start="init")
 def assign_wide(
     matrix: np.ndarray,
     *,
     maximise: bool = False,
     candidates: int = 12,
     rounds: int = 50,
-    start: np.ndarray | None = None,
+    init: np.ndarray | None = None,
     name: str = "the cost matrix",
 ) -> Assignment:
     """Choose one column for each row of a square matrix, no column twice, without a second matrix.
@@ -44,7 +55,7 @@ def assign_wide(
         candidates: about how many columns each row has to begin with, and may add in a round,
             twice as many every five rounds.
         rounds: stop after so many solutions.
-        start: integers (n,), an assignment that is known, which makes sure that there is one among the candidates;
+        init: integers (n,), an assignment that is known, which makes sure that there is one among the candidates;
             row i with column i by default.
         name: what an error calls the matrix.
 
@@ -53,7 +64,9 @@ def assign_wide(
 
     Raises:
         NonFiniteError: the matrix holds NaN or infinity.
-        PermgraphError: the matrix is not square, or `start` is no permutation.
+        PermgraphError: the matrix is not square, or `init` is no permutation.
+
+    Without lapx it is a dense solver's, with a second matrix.
 
     Takes O(n^2) for each temperature and each round to look at the matrix, and memory for the candidates.
 
@@ -62,14 +75,18 @@ def assign_wide(
         array([1, 0])
     """
     n = len(matrix)
-    columns = np.arange(n) if start is None else np.asarray(start)
+    columns = np.arange(n) if init is None else np.asarray(init)
     if matrix.shape != (n, n) or not np.array_equal(np.sort(columns), np.arange(n)):
-        raise PermgraphError(f"{name} must be square, and start a permutation, not {matrix.shape} and {columns.shape}")
+        raise PermgraphError(f"{name} must be square, and init a permutation, not {matrix.shape} and {columns.shape}")
     step = max(1, _BLOCK // max(1, n))
     if not all(np.isfinite(matrix[first : first + step]).all() for first in range(0, n, step)):
         raise NonFiniteError(f"{name} holds NaN or infinity; an assignment needs finite costs")
     sign = -1.0 if maximise else 1.0
     rows = np.arange(n)
+    if lapmod is None:
+        columns = linear_sum_assignment(matrix, maximize=maximise)[1]
+        gap = certify(matrix, columns, maximise=maximise)
+        return Assignment(columns, np.asarray(matrix[rows, columns].astype(np.float64).sum()), gap)
     prices = _cooled(matrix, sign)
     wanted, _, _ = _wanted(matrix, sign, prices, np.full(n, np.inf), candidates)
     edges = np.unique(np.concatenate([rows * n + columns, wanted]))
@@ -197,6 +214,7 @@ def _sparse(edges: np.ndarray, costs: np.ndarray, n: int) -> np.ndarray:
     reduced = costs - np.repeat(np.minimum.reduceat(costs, starts[:-1]), np.diff(starts))
     # A million is infinite to it; no path through numbers of at most 1 is as long. A power of two rounds nothing.
     reduced = np.ldexp(reduced, -int(np.frexp(reduced.max())[1]))
+    assert lapmod is not None
     columns, _ = lapmod(n, reduced, starts.astype(np.int32), (edges % n).astype(np.int32), return_cost=False)
     return np.asarray(columns, dtype=np.int64)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch._C import DispatchKey
 from torch._ops import HigherOrderOperator, OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from permgraph.errors import CaptureError
 
@@ -16,6 +18,21 @@ from permgraph.errors import CaptureError
 def is_higher_order(func: Any) -> bool:
     """Whether an operator takes functions, as `torch.cond` and `flex_attention` do."""
     return isinstance(func, HigherOrderOperator)
+
+
+def show_higher_order(mode: type[TorchDispatchMode]) -> None:
+    """Let a kind of dispatch mode see operators that take functions.
+
+    Newer versions of torch ask the mode whether it wants to; older ones (2.7 is one) have a table in each operator.
+    """
+    if hasattr(TorchDispatchMode, "supports_higher_order_operators"):
+        return
+    for operator in torch._ops._higher_order_ops.values():
+        operator.python_key_table.setdefault(mode, functools.partial(_given_to_mode, operator))
+
+
+def _given_to_mode(operator: HigherOrderOperator, mode: Any, *args: Any, **kwargs: Any) -> Any:
+    return mode.__torch_dispatch__(operator, (), args, kwargs)
 
 
 def is_composite(func: OpOverload) -> bool:
@@ -47,6 +64,7 @@ def _cond(condition: Any, if_true: Callable[..., Any], if_false: Callable[..., A
     return if_true(*operands) if condition else if_false(*operands)
 
 
-def _scan(step: Callable[..., Any], init: Any, xs: Any, additional_inputs: Any) -> Any:
+def _scan(step: Callable[..., Any], init: Any, xs: Any, *more: Any) -> Any:
+    *course, additional_inputs = more  # torch 2.6 also says along which dimension, and in which direction
     module: Any = importlib.import_module("torch._higher_order_ops.scan")  # its package has a function of that name
-    return module.generic_scan(step, init, xs, additional_inputs=additional_inputs)
+    return module.generic_scan(step, init, xs, *course, additional_inputs=additional_inputs)

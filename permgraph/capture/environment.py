@@ -7,6 +7,7 @@ import gc
 import logging
 import random
 import sys
+import threading
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -14,6 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+
+from permgraph.capture.python_state import attributes_of
+
+logger = logging.getLogger(__name__)
 
 #: Attributes of a config object (Hugging Face's convention) and the value under which the model shows most.
 TRANSPARENT_CONFIG: dict[str, Any] = {
@@ -79,7 +84,7 @@ def _drop_sharding(module: nn.Module) -> None:
 
 
 def _make_config_transparent(value: Any, seen: set[int]) -> None:
-    attributes = getattr(value, "__dict__", None)
+    attributes = attributes_of(value)
     if attributes is None or isinstance(value, (type, nn.Module, Tensor)) or id(value) in seen:
         return
     if not any(name in attributes or f"{name}_internal" in attributes for name in TRANSPARENT_CONFIG):
@@ -87,9 +92,10 @@ def _make_config_transparent(value: Any, seen: set[int]) -> None:
     seen.add(id(value))
     for name, choice in TRANSPARENT_CONFIG.items():
         if name in attributes or f"{name}_internal" in attributes:
-            # A config may refuse a value; it then keeps its own, and the pass shows what it shows.
-            with contextlib.suppress(Exception):
+            try:
                 setattr(value, name, choice)
+            except Exception as error:  # a config may refuse a value: it keeps its own, and the pass shows less
+                logger.info("%s keeps its %s: %s: %s", type(value).__name__, name, type(error).__name__, error)
     for inner in list(attributes.values()):
         _make_config_transparent(inner, seen)
 
@@ -110,43 +116,77 @@ def _silence(record: logging.LogRecord) -> bool:
     return False
 
 
+class _Process:
+    """The flags of this process that a pass changes; one thread at a time may, however deeply its passes are nested."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.inside: set[object] = set()
+        self.restore = contextlib.ExitStack()
+
+    def enter(self, token: object) -> None:
+        """Set the flags, unless somebody is inside already."""
+        self.inside.add(token)
+        if len(self.inside) == 1:
+            _set_flags(self.restore)
+
+    def leave(self, token: object) -> None:
+        """Restore the flags, unless somebody else is still inside."""
+        self.inside.discard(token)
+        if not self.inside:
+            self.restore.close()
+
+
+_process = _Process()
+
+
+def one_at_a_time() -> contextlib.AbstractContextManager[bool]:
+    """A context in which no other thread's pass runs."""
+    return _process.lock
+
+
 @contextlib.contextmanager
-def calm(device: torch.device) -> Iterator[None]:
+def reference_kernels(device: torch.device) -> Iterator[None]:
     """Fused kernels off, gradients off, new tensors on `device`; restored at the end, and the random generators too.
 
-    Fast paths would show one opaque operator in place of attention or a recurrent layer.
+    Fast paths would show one opaque operator in place of attention or a recurrent layer. Other threads that want this
+    wait until it ends. Within one thread, the first to enter sets the flags and the last to leave restores them, in
+    whatever order they leave.
     """
-    numpy_random = sys.modules.get("numpy.random")
-    python_state = random.getstate()
-    numpy_state = None if numpy_random is None else numpy_random.get_state()
-    fake_log = logging.getLogger("torch._subclasses.fake_tensor")
-    fast = torch.backends.mha.get_fastpath_enabled()
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
-        # Not `torch.backends.*.flags`: those set unrelated switches as well, and warn about them.
-        stack.callback(torch._C._set_cudnn_enabled, torch._C._get_cudnn_enabled())
-        torch._C._set_cudnn_enabled(False)
-        stack.enter_context(mkldnn(False))
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.autocast("cpu", enabled=False))
-        dynamo = sys.modules.get("torch._dynamo")
-        if dynamo is not None:  # only then can anything in the model be compiled
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+    with _process.lock, contextlib.ExitStack() as stack:
+        token = object()
+        stack.callback(_process.leave, token)  # first, so that an interruption inside `enter` is undone as well
+        _process.enter(token)
+        if device.type == "cuda":
+            stack.enter_context(torch.random.fork_rng(devices=[device]))
         if torch.get_default_device() != device:  # a function mode, and not free: only where it is needed
             stack.enter_context(device)
-        stack.enter_context(gc_paused())  # the recorder keeps alive all that a pass makes
-        fake_log.addFilter(_silence)
-        torch.backends.mha.set_fastpath_enabled(False)
-        try:
-            yield
-        finally:
-            fake_log.removeFilter(_silence)
-            torch.backends.mha.set_fastpath_enabled(fast)
-            random.setstate(python_state)
-            if numpy_random is not None:
-                numpy_random.set_state(numpy_state)
+        yield
+
+
+def _set_flags(restore: contextlib.ExitStack) -> None:
+    """Set what does not depend on the device; `restore` learns how each was, so that a failure half way is undone."""
+    restore.callback(random.setstate, random.getstate())
+    numpy_random = sys.modules.get("numpy.random")
+    if numpy_random is not None:
+        restore.callback(numpy_random.set_state, numpy_random.get_state())
+    restore.enter_context(torch.random.fork_rng(devices=[]))
+    # Not `torch.backends.*.flags`: those set unrelated switches as well, and warn about them.
+    restore.callback(torch._C._set_cudnn_enabled, torch._C._get_cudnn_enabled())
+    torch._C._set_cudnn_enabled(False)
+    restore.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+    torch.backends.mha.set_fastpath_enabled(False)
+    restore.enter_context(mkldnn(False))
+    restore.enter_context(sdpa_kernel(SDPBackend.MATH))
+    restore.enter_context(torch.inference_mode(False))
+    restore.enter_context(torch.no_grad())
+    restore.enter_context(torch.autocast("cpu", enabled=False))
+    if "torch._dynamo" in sys.modules:  # only then can anything in the model be compiled
+        restore.enter_context(torch.compiler.set_stance("force_eager"))
+    restore.enter_context(gc_paused())  # the recorder keeps alive all that a pass makes
+    fake_log = logging.getLogger("torch._subclasses.fake_tensor")
+    restore.callback(fake_log.removeFilter, _silence)
+    fake_log.addFilter(_silence)
 
 
 @contextlib.contextmanager

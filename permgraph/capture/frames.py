@@ -38,7 +38,7 @@ def _traced_place(frame: FrameType, paths: Mapping[int, str]) -> tuple[str | Non
     path = paths.get(id(graph_module))
     if path is None or not isinstance(graph_module, torch.fx.GraphModule):
         return None, None
-    number = getattr(graph_module, "_lineno_map", {}).get(frame.f_lineno - getattr(graph_module, "_prologue_start", 0))
+    number = getattr(graph_module, "_lineno_map", {}).get(frame.f_lineno - frame.f_code.co_firstlineno)
     if number is None:
         return path, None
     node = next(itertools.islice(graph_module.graph.nodes, number, None))

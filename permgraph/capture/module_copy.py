@@ -21,21 +21,22 @@ StandIn = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
-class Twin:
+class ModuleCopy:
     """`module` runs in place of the original: its flags, attributes and configs may be changed at will.
 
     `tensors` pairs each tensor of the state with what stands in for it. `paths` gives the path of a module by the `id`
-    of the copy or of the original, since a closure may still hold the latter. `overlapped` holds stand-ins for state of
-    which a plain attribute or other state is another view, such as `self.decoder = self.encoder.weight.t()`. `turned`
-    holds pairs of which the second is the first with its dimensions in another order, and that order.
+    of the copy or of the original, since a closure may still hold the latter. `overlapping` holds stand-ins for state
+    of which a plain attribute or other state is another view, such as `self.decoder = self.encoder.weight.t()`.
+    `transposed_aliases` holds pairs of which the second is the first with its dimensions in another order, and that
+    order.
     """
 
     module: nn.Module
     modules: list[nn.Module]
     tensors: list[tuple[StateTensor, Tensor]]
     paths: dict[int, str]
-    overlapped: list[Tensor]
-    turned: list[tuple[Tensor, Tensor, tuple[int, ...]]]
+    overlapping: list[Tensor]
+    transposed_aliases: list[tuple[Tensor, Tensor, tuple[int, ...]]]
 
     def attribute_name(self, tensor: Tensor) -> tuple[str, ...]:
         """The dotted name of a plain tensor attribute, such as a table of rotary angles; empty for other tensors."""
@@ -74,13 +75,13 @@ def copy_with(value: Any, stand_in: StandIn, memo: dict[int, Any]) -> Any:
         return copy.deepcopy(value, memo)
 
 
-def make_twin(
+def copy_module(
     outer: nn.Module,
     core: nn.Module,
     state: Iterable[StateTensor],
     stand_in_for_state: Callable[[StateTensor], Tensor],
     stand_in: StandIn,
-) -> Twin:
+) -> ModuleCopy:
     """Copies `core`, the module that runs; `outer` is the module whose state dict and paths name things.
 
     A deep copy reaches what a walk over submodules does not: modules in plain lists, bound methods, shared configs.
@@ -99,7 +100,7 @@ def make_twin(
         key = tensor_key(entry.objects[0])
         if isinstance(key, tuple):
             by_memory.setdefault(key[0], []).append((entry.objects[0], made))
-    overlapped: dict[int, Tensor] = {}
+    overlapping: dict[int, Tensor] = {}
 
     def stand_in_for_attribute(tensor: Tensor) -> Tensor:
         key = tensor_key(tensor)
@@ -107,7 +108,7 @@ def make_twin(
             return by_key[key]
         for held, made in by_memory.get(key[0], ()) if isinstance(key, tuple) else ():
             if have_common_elements(held, tensor):
-                overlapped[id(made)] = made
+                overlapping[id(made)] = made
         return stand_in(tensor)
 
     try:
@@ -118,24 +119,24 @@ def make_twin(
         module = _copy_modules(core, memo)
     copies = {id(value): value for value in memo.values() if isinstance(value, nn.Module)}
     for copied in copies.values():
-        _undispatch(copied)
+        _remove_offload_hook(copied)
     paths: dict[int, str] = {}
     for path, original in outer.named_modules():
         paths[id(original)] = path
         if id(original) in memo:
             paths[id(memo[id(original)])] = path
-    turned = []
+    transposed_aliases = []
     for found in by_memory.values():
         for i, j, order in shared_memory([held for held, _ in found]):
-            one, other = found[i][1], found[j][1]
+            first, second = found[i][1], found[j][1]
             if order is None:
-                overlapped.update({id(one): one, id(other): other})
+                overlapping.update({id(first): first, id(second): second})
             else:
-                turned.append((one, other, order))
-    return Twin(module, list(copies.values()), tensors, paths, list(overlapped.values()), turned)
+                transposed_aliases.append((first, second, order))
+    return ModuleCopy(module, list(copies.values()), tensors, paths, list(overlapping.values()), transposed_aliases)
 
 
-def _undispatch(module: nn.Module) -> None:
+def _remove_offload_hook(module: nn.Module) -> None:
     """Take off accelerate's hook, which would put weights fetched from elsewhere in the place of the stand-ins."""
     own = vars(module)
     if type(own.get("_hf_hook")).__module__.startswith("accelerate.") and "_old_forward" in own:
@@ -151,8 +152,8 @@ def _copy_modules(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     if id(module) in memo:
         found: nn.Module = memo[id(module)]
         return found
-    twin: nn.Module = module.__class__.__new__(module.__class__)
-    memo[id(module)] = twin
+    copied: nn.Module = module.__class__.__new__(module.__class__)
+    memo[id(module)] = copied
     shared = dict(vars(module))
     for name, value in shared.items():
         if isinstance(value, dict) and name.startswith("_"):
@@ -165,8 +166,8 @@ def _copy_modules(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     for registry in ("_parameters", "_buffers"):
         shared[registry] = {k: memo.get(id(v), v) for k, v in shared[registry].items()}
     shared["_modules"] = {k: None if m is None else _copy_modules(m, memo) for k, m in shared["_modules"].items()}
-    vars(twin).update(shared)
-    return twin
+    vars(copied).update(shared)
+    return copied
 
 
 def as_parameter_like(original: Tensor, made: Tensor) -> Tensor:

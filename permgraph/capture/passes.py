@@ -237,7 +237,7 @@ def joined(passes: Sequence[Captured]) -> Captured:
                 outputs.extend(node.args[0])
                 ends.append(node)
     output = graph.output([copies[node] for node in outputs])
-    left = [copies[node] for end in ends for node in end.meta.get("left", ())]
+    left = {copies[node]: name for end in ends for node, name in end.meta.get("left", {}).items()}
     output.meta.update(ends[0].meta, val=[value for end in ends for value in end.meta["val"]], left=left)
     graph.lint()
     unused = tuple(name for name in passes[0].unused if all(name in one.unused for one in passes))

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from permgraph.capture.control import is_composite, is_higher_order, run_plainly
+from permgraph.capture.control import is_composite, is_higher_order, run_plainly, show_higher_order
 from permgraph.capture.environment import mkldnn
 from permgraph.capture.frames import locate
 from permgraph.capture.known import KnownValues
@@ -81,6 +81,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kernels: bool = True,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        show_higher_order(type(self))
         self.graph = fx.Graph()
         self._device = device
         self._paths = paths
@@ -137,8 +138,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         moved = node is not None and self._keys[id(tensor)] != tensor_key(tensor)
         if moved and id(tensor) in self._state:
             node = None  # `parameter.data = ...` gave this object another tensor's memory
-        if (moved or node is None) and (twin := self._same_memory(tensor)) is not None:
-            node = self._nodes[id(twin)]
+        if (moved or node is None) and (seen := self._same_memory(tensor)) is not None:
+            node = self._nodes[id(seen)]
             self._bind(tensor, node)
             self._state.discard(id(tensor))
         if node is None:
@@ -213,15 +214,15 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._bind_result(result, node, module, source)
         return result
 
-    def escape(self, tensor: Tensor) -> None:
+    def untracked_read(self, tensor: Tensor) -> None:
         """Notes that a tensor's values were read by something that is not torch."""
         module, source = locate(self._paths, self._stop)
         node = self.graph.create_node("call_function", VALUES_LEAVE_TORCH, (self.node_of(tensor),))
         node.meta.update(val=None, module=module, source=source)
 
-    def same_memory(self, tensor: Tensor, turned: Tensor, dims: Sequence[int]) -> None:
+    def same_memory(self, tensor: Tensor, alias: Tensor, dims: Sequence[int]) -> None:
         """Notes that a tensor of the state is another one with its dimensions in another order."""
-        arguments = (self.node_of(tensor), self.node_of(turned), list(dims))
+        arguments = (self.node_of(tensor), self.node_of(alias), list(dims))
         node = self.graph.create_node("call_function", SAME_MEMORY, arguments)
         node.meta.update(val=None, module="", source=None)
 
@@ -233,10 +234,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if read is not None and read.users:
             self.same_memory(before, after, range(after.ndim))
 
-    def finish(self, outputs: list[Tensor], left: Sequence[Tensor]) -> fx.Graph:
+    def finish(self, outputs: list[Tensor], left: Sequence[tuple[str, Tensor]]) -> fx.Graph:
         """Adds the output node, with those tensors that the pass left on the model, and checks the graph."""
         nodes = [self.node_of(tensor) for tensor in outputs]
-        kept = [self._nodes[id(tensor)] for tensor in left if id(tensor) in self._nodes]
+        kept = {self._nodes[id(tensor)]: name for name, tensor in left if id(tensor) in self._nodes}
         output = self.graph.output(nodes)
         output.meta.update(val=[node.meta["val"] for node in nodes], left=kept, module="", source=None)
         self.graph.lint()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import inspect
 import logging
 import re
 import time
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -22,21 +23,21 @@ from torch._subclasses.fake_tensor import (
     UnsupportedOperatorException,
 )
 from torch.utils import _pytree as pytree
+from torch.utils._mode_utils import no_dispatch
 
-from permgraph.capture.caches import caches_emptied
 from permgraph.capture.captured import Captured
-from permgraph.capture.environment import WithoutDropout, calm, make_transparent, train
+from permgraph.capture.environment import WithoutDropout, make_transparent, one_at_a_time, reference_kernels, train
 from permgraph.capture.inputs.registry import ExampleInputs, find_inputs
 from permgraph.capture.known import KnownValues
-from permgraph.capture.module_copy import as_parameter_like, copy_with, make_twin
-from permgraph.capture.outputs import tensor_leaves
+from permgraph.capture.module_copy import as_parameter_like, copy_module, copy_with
+from permgraph.capture.outputs import returned_tensors, tensor_leaves
 from permgraph.capture.passes import Variation
-from permgraph.capture.python_state import MAX_LENGTH
+from permgraph.capture.python_state import MAX_LENGTH, python_state_restored
 from permgraph.capture.record import Limits, Recorder
 from permgraph.capture.schema import signature
 from permgraph.capture.state import StateTensor, state_tensors, strided_like
 from permgraph.capture.subject import Subject, unwrap
-from permgraph.capture.untracked import WatchEscapes
+from permgraph.capture.untracked import WatchUntrackedReads, memory_readers_refuse_fakes
 from permgraph.errors import CaptureError, NoInputsError
 from permgraph.weights.distributed import fully_sharded
 
@@ -55,7 +56,9 @@ _NEEDS_VALUES = (
     UnsupportedOperatorException,
     NotImplementedError,
 )
-_NEEDS_VALUES_WORDS = ("fake", "data pointer", "data_ptr", "numpy", "meta tensor", "data-dependent", "shape_env")
+_NEEDS_VALUES_WORDS = (
+    "fake", "data pointer", "data_ptr", "numpy", "meta tensor", "data-dependent", "shape_env", "local object"
+)  # fmt: skip
 
 #: Weights on the meta device are made up for a pass on real tensors, up to this many bytes: where the caller gave the
 #: inputs, and where they are guessed, so that a pass may well fail and be tried again.
@@ -92,7 +95,16 @@ def capture(
     >>> [str(node.target) for node in captured.graph.nodes if node.op == "call_function"]
     ['aten.t.default', 'aten.addmm.default']
     """
-    limits = Limits(max_nodes, max_seconds, time.monotonic())
+    with one_at_a_time():  # the time that another thread's capture takes is not this one's
+        return _capture(model, example_inputs, example_kwargs, Limits(max_nodes, max_seconds, time.monotonic()))
+
+
+def _capture(
+    model: nn.Module | torch.export.ExportedProgram,
+    example_inputs: Any,
+    example_kwargs: Mapping[str, Any] | None,
+    limits: Limits,
+) -> Captured:
     subject = unwrap(model)
     name = type(subject.core).__name__
     if (layer := fully_sharded(subject.core)) is not None:
@@ -102,9 +114,9 @@ def capture(
         )
     if example_inputs is not None or example_kwargs is not None:
         inputs = ExampleInputs(_as_args(example_inputs), dict(example_kwargs or {}), "given")
-        return _attempt(subject, inputs, limits)
+        return _attempt_with_given(subject, inputs, limits)
     if subject.inputs is not None:
-        return _attempt(subject, subject.inputs, limits)
+        return _attempt_with_given(subject, subject.inputs, limits)
 
     tried: list[tuple[str, BaseException | None]] = []
     first: BaseException | None = None
@@ -178,6 +190,14 @@ def _attempt(subject: Subject, inputs: ExampleInputs, limits: Limits) -> Capture
         raise _failure(name, inputs, error) from error
 
 
+def _attempt_with_given(subject: Subject, inputs: ExampleInputs, limits: Limits) -> Captured:
+    """`_attempt`, where there are no other inputs to try."""
+    try:
+        return _attempt(subject, inputs, limits)
+    except _PassError as failure:
+        raise CaptureError(str(failure)) from failure.cause
+
+
 def _failure(name: str, inputs: ExampleInputs, error: Exception) -> _PassError:
     whose = "the inputs given" if inputs.finder == "given" else f"the inputs of finder {inputs.finder!r}"
     return _PassError(
@@ -191,10 +211,18 @@ def _needs_values(error: BaseException | None) -> bool:
     while error is not None:
         if isinstance(error, _NEEDS_VALUES):
             return True
-        if any(word in str(error).lower() for word in _NEEDS_VALUES_WORDS):
+        if any(word in str(error).lower() for word in _NEEDS_VALUES_WORDS) or _is_assertion_of_fake_mode(error):
             return True
         error = error.__cause__
     return False
+
+
+def _is_assertion_of_fake_mode(error: BaseException) -> bool:
+    """Whether the fake mode itself, which in older versions of torch knows no nested tensors, did not expect this."""
+    if not isinstance(error, AssertionError):
+        return False
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_globals.get("__name__") == FakeTensorMode.__module__
 
 
 def _named_tensors(modules: Sequence[nn.Module]) -> dict[tuple[int, str], torch.Tensor]:
@@ -207,15 +235,24 @@ def _named_tensors(modules: Sequence[nn.Module]) -> dict[tuple[int, str], torch.
     }
 
 
-def _held_tensors(modules: Sequence[nn.Module]) -> Iterator[torch.Tensor]:
-    """These, and those in lists and mappings that modules hold; other objects, such as configurations, are let be."""
-    yield from _named_tensors(modules).values()
-    waiting = [(value, 0) for module in modules for name, value in vars(module).items() if name not in _OF_MODULES]
-    for value, depth in waiting:
+def _held_tensors(modules: Sequence[nn.Module]) -> Iterator[tuple[int, str, torch.Tensor]]:
+    """These, and those in lists and mappings that modules hold; other objects, such as configurations, are let be.
+
+    With the number of the module and the name of the attribute.
+    """
+    yield from ((at, name, value) for (at, name), value in _named_tensors(modules).items())
+    waiting = [
+        (at, name, value, 0)
+        for at, module in enumerate(modules)
+        for name, value in vars(module).items()
+        if name not in _OF_MODULES
+    ]
+    for at, name, value, depth in waiting:
         if isinstance(value, (list, tuple, dict)) and len(value) <= MAX_LENGTH and depth < 3:
-            waiting += [(inner, depth + 1) for inner in (value.values() if isinstance(value, dict) else value)]
+            inner = value.values() if isinstance(value, dict) else value
+            waiting += [(at, name, item, depth + 1) for item in inner]
         elif depth and isinstance(value, torch.Tensor):
-            yield value
+            yield at, name, value
 
 
 def capture_again(model: Any, captured: Captured, variation: Variation, limits: Limits) -> Captured:
@@ -223,8 +260,8 @@ def capture_again(model: Any, captured: Captured, variation: Variation, limits: 
 
     Raises whatever the module raises on inputs that it does not take, and `CaptureError` beyond the limits.
     """
-    subject = unwrap(model)
-    return _pass(subject, variation.inputs, limits, captured.mode, captured.fallback_reason, variation)
+    with one_at_a_time():
+        return _pass(unwrap(model), variation.inputs, limits, captured.mode, captured.fallback_reason, variation)
 
 
 def _pass(
@@ -240,23 +277,23 @@ def _pass(
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
     stand_in = _Fakes(fake_mode) if mode == "fake" else _Reals(state, device, inputs)
     kernels = torch._C._get_mkldnn_enabled()
-    with calm(device):
-        twin = make_twin(subject.outer, subject.core, state, stand_in.of_state, stand_in.of_attribute)
-        make_transparent(twin.modules)
+    with reference_kernels(device):
+        copied = copy_module(subject.outer, subject.core, state, stand_in.of_state, stand_in.of_attribute)
+        make_transparent(copied.modules)
         training = variation is not None and variation.training
         if training:
-            train(twin.modules)
+            train(copied.modules)
         memo: dict[int, Any] = {}
         recorder = Recorder(
             device=device,
-            paths=twin.paths,
+            paths=copied.paths,
             stop=_run.__code__,
-            adopt=lambda tensor: (twin.attribute_name(tensor), stand_in.of_stranger(tensor)),
+            adopt=lambda tensor: (copied.attribute_name(tensor), stand_in.of_unseen(tensor)),
             limits=limits,
             known=KnownValues(stand_in.of_input) if mode == "fake" else None,
             kernels=kernels,
         )
-        for entry, made in twin.tensors:
+        for entry, made in copied.tensors:
             known = entry.kind == "constant" and not entry.objects[0].is_meta
             real = entry.objects[0] if known else None
             recorder.placeholder(entry.kind, entry.names, made, aliases=entry.objects, real=real)
@@ -264,21 +301,28 @@ def _pass(
         kwargs = copy_with(inputs.kwargs, stand_in.of_input, memo)
         for path, made in _named_leaves(args, kwargs):
             recorder.placeholder("input", (path,), made)
-        for shared in twin.overlapped:
-            recorder.escape(shared)
-        for tensor, turned, dims in twin.turned:
-            recorder.same_memory(tensor, turned, dims)
-        held, named = {id(tensor): tensor for tensor in _held_tensors(twin.modules)}, _named_tensors(twin.modules)
-        watch = fake_mode if mode == "fake" else WatchEscapes(recorder.escape)
-        before = _attributes(twin.modules)
-        with caches_emptied(twin.modules), watch, recorder, WithoutDropout() if training else nullcontext():
-            result = _run(twin.module, args, kwargs)
+        for shared in copied.overlapping:
+            recorder.untracked_read(shared)
+        for tensor, alias, dims in copied.transposed_aliases:
+            recorder.same_memory(tensor, alias, dims)
+        held = {id(tensor): tensor for _, _, tensor in _held_tensors(copied.modules)}
+        named = _named_tensors(copied.modules)
+        watch = fake_mode if mode == "fake" else WatchUntrackedReads(recorder.untracked_read)
+        guard = memory_readers_refuse_fakes() if mode == "fake" else contextlib.nullcontext()
+        before = _attributes(copied.modules)
+        dropout = WithoutDropout() if training else contextlib.nullcontext()
+        with python_state_restored(copied.modules), guard, watch, recorder, dropout:
+            result = _run(copied.module, args, kwargs)
             for _ in range(1, 1 if variation is None else variation.calls):
-                result = [result, _run(twin.module, args, kwargs)]
-        outputs = list(tensor_leaves(result))
-        keeps_state = _attributes(twin.modules) != before
-        left = [tensor for tensor in _held_tensors(twin.modules) if id(tensor) not in held]
-        for place, tensor in _named_tensors(twin.modules).items():
+                result = [result, _run(copied.module, args, kwargs)]
+            keeps_state = _attributes(copied.modules) != before
+        outputs, opaque = returned_tensors(result)
+        left = [
+            (".".join(filter(None, (copied.paths.get(id(copied.modules[at])), name))), tensor)
+            for at, name, tensor in _held_tensors(copied.modules)
+            if id(tensor) not in held
+        ]
+        for place, tensor in _named_tensors(copied.modules).items():
             recorder.replaced(named.get(place), tensor)
     if not outputs:
         raise CaptureError(f"{type(subject.core).__name__} returned no tensor, but a {type(result).__name__}")
@@ -290,7 +334,7 @@ def _pass(
         for name in node.meta["names"]
     )
     keeps_state |= any(node.op == "call_function" and _writes_to_buffer(node) for node in graph.nodes)
-    return Captured(graph, type(subject.core).__name__, mode, reason, inputs, unused, keeps_state)
+    return Captured(graph, type(subject.core).__name__, mode, reason, inputs, unused, opaque, keeps_state)
 
 
 def _attributes(modules: Sequence[nn.Module]) -> dict[tuple[int, str], Any]:
@@ -318,9 +362,8 @@ def _writes_to_buffer(node: torch.fx.Node) -> bool:
     known = signature(node.target)
     pairs = zip(known.arguments, node.args, strict=False) if known is not None else ()
     written = [value for argument, value in pairs if argument.writes]
-    return any(
-        isinstance(value, torch.fx.Node) and value.meta.get("kind") in ("buffer", "constant") for value in written
-    )
+    nodes = [value for value in written if isinstance(value, torch.fx.Node)]
+    return any(node.meta.get("kind") in ("buffer", "constant") for node in nodes)
 
 
 def _run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -342,7 +385,7 @@ class _Fakes:
         # Itself, where it can be: Python may read its values, and an operator that meets it gets a fake.
         return tensor if tensor.device == _CPU else self._fake(tensor)
 
-    def of_stranger(self, tensor: Tensor) -> Tensor:
+    def of_unseen(self, tensor: Tensor) -> Tensor:
         if isinstance(tensor, FakeTensor) and tensor.fake_mode is self._mode and id(tensor) not in self._made:
             raise CaptureError(
                 f"a tensor of shape {tuple(tensor.shape)} was computed where operators cannot be observed, such as "
@@ -360,7 +403,8 @@ class _Fakes:
 
     def _strided(self, tensor: Tensor) -> Tensor:
         # Made directly and not by `torch.empty` under the mode: a model has hundreds, and a dispatch costs more.
-        shape = strided_like(tensor, _META)
+        with no_dispatch():  # a tensor that is met in the middle of a pass would give a fake one
+            shape = strided_like(tensor, _META)
         is_parameter = isinstance(tensor, nn.Parameter)
         if is_parameter and (shape.is_floating_point() or shape.is_complex()):
             # Also for frozen ones: `matmul` folds its batch, or does not, by this flag, and one graph is enough.
@@ -394,7 +438,7 @@ class _Reals:
 
     of_input = of_attribute
 
-    def of_stranger(self, tensor: Tensor) -> Tensor:
+    def of_unseen(self, tensor: Tensor) -> Tensor:
         return self._real(tensor) if tensor.device != self._device else tensor
 
     def _real(self, tensor: Tensor) -> Tensor:

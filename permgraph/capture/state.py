@@ -50,7 +50,7 @@ def shared_memory(tensors: Sequence[Tensor]) -> Iterator[tuple[int, int, tuple[i
         for j in by_start[at + 1 :]:
             if spans[j][0] >= spans[i][1]:
                 break
-            order = _turned(tensors[i], tensors[j])
+            order = _order_of_dims(tensors[i], tensors[j])
             if order is not None or have_common_elements(tensors[i], tensors[j]):
                 yield i, j, order
 
@@ -68,7 +68,7 @@ def have_common_elements(a: Tensor, b: Tensor) -> bool:
     return bool(taken.as_strided(b.shape, b.stride(), b.storage_offset() - start).any())
 
 
-def _turned(a: Tensor, b: Tensor) -> tuple[int, ...] | None:
+def _order_of_dims(a: Tensor, b: Tensor) -> tuple[int, ...] | None:
     """The order of a's dimensions that gives b, if there is one."""
     if a.storage_offset() != b.storage_offset() or a.ndim != b.ndim or a.dtype != b.dtype:
         return None

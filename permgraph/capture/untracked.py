@@ -1,12 +1,16 @@
-"""Values that leave torch during a pass on real tensors: what is computed from them outside cannot be followed."""
+"""Values that are read without an operator: what is computed from them outside of torch cannot be followed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.utils.dlpack
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
 _library = torch.library.Library("permgraph", "DEF")  # type: ignore[no-untyped-call]
@@ -22,11 +26,11 @@ SAME_MEMORY = torch.ops.permgraph.same_memory.default
 
 _READERS = frozenset({
     Tensor.numpy, Tensor.tolist, Tensor.data_ptr, Tensor.__array__, Tensor.__dlpack__, Tensor.__deepcopy__,
-    Tensor.__reduce_ex__, Tensor.untyped_storage, Tensor.storage, Tensor.apply_, Tensor.map_,
+    Tensor.__reduce_ex__, Tensor.untyped_storage, Tensor.storage, Tensor.apply_, Tensor.map_, Tensor.map2_,
 })  # fmt: skip
 
 
-class WatchEscapes(TorchFunctionMode):
+class WatchUntrackedReads(TorchFunctionMode):
     """Calls `report` with each tensor whose values are read without an operator (`.item()` is one)."""
 
     def __init__(self, report: Callable[[Tensor], None]) -> None:
@@ -39,3 +43,41 @@ class WatchEscapes(TorchFunctionMode):
         if func in _READERS:
             self._report(args[0])
         return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def memory_readers_refuse_fakes() -> Iterator[None]:
+    """Make those functions of torch refuse fake tensors that would read the memory which these have not got.
+
+    Each ends the process otherwise; whatever else reads values raises by itself.
+    """
+    with contextlib.ExitStack() as restore:
+        for owner, name in _OF_MEMORY:
+            if hasattr(owner, name):  # not in every version
+                if name in vars(owner):
+                    restore.callback(setattr, owner, name, vars(owner)[name])
+                else:  # inherited
+                    restore.callback(delattr, owner, name)
+                setattr(owner, name, _refusing_fakes(getattr(owner, name)))
+        yield
+
+
+_OF_MEMORY: tuple[tuple[Any, str], ...] = (
+    (Tensor, "apply_"),
+    (Tensor, "map_"),
+    (Tensor, "map2_"),
+    (torch._C, "_to_dlpack"),
+    (torch._C, "_to_dlpack_versioned"),
+    (torch.utils.dlpack, "to_dlpack"),
+    (torch, "to_dlpack"),
+)
+
+
+def _refusing_fakes(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def guarded(tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(tensor, FakeTensor):
+            raise NotImplementedError(f"{function.__name__} reads a tensor's memory, and a fake tensor has none")
+        return function(tensor, *args, **kwargs)
+
+    return guarded

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
 
-from permgraph.cli.checkpoints import permuted, require_finite
 from permgraph.cli.options import Data, Matching, Shown, Subject, Writing
-from permgraph.cli.report import PAGE, PAGES, check_file, match_of
+from permgraph.cli.report import PAGE, PAGES, check_file
 from permgraph.cli.screen import Screen
-from permgraph.cli.together import together
-from permgraph.cli.work import Work, said
-from permgraph.io import Staging, write_checkpoint
-from permgraph.pictures import report as write_page
+
+if TYPE_CHECKING:
+    import torch
 
 
 def align(
@@ -46,16 +43,22 @@ def align(
 
         torchrun --nproc-per-node 2 -m permgraph align ./model-a ./model-b -o ./out --stream
     """
-    with Screen(shown, resumes=True) as screen, together() as others:
+    from permgraph.cli.checkpoints import permuted, require_finite
+    from permgraph.cli.distributed import distributed_run
+    from permgraph.cli.matching_run import MatchingRun, in_words, match_of
+    from permgraph.io import Staging, write_checkpoint
+    from permgraph.pictures import report as write_page
+
+    with Screen(shown, resumes=True) as screen, distributed_run() as others:
         check_file(permutation_file, "--permutation", (".safetensors",))
         check_file(page, "--report", PAGES)
-        work = Work.prepare((a, b), subject, matching, data, screen, output=writing.output, like=1, others=others)
+        run = MatchingRun.prepare((a, b), subject, matching, data, screen, output=writing.output, like=1, others=others)
         if others is not None and not others.leads:
-            work.follow(1)
+            run.follow(1)
             return
-        other = work.checkpoints[1]
-        names = {key: name for name, key in work.weights[1].keys_of.items()}
-        with Staging(writing.output, work.job("align"), overwrite=writing.overwrite) as staging:
+        other = run.checkpoints[1]
+        names = {key: name for name, key in run.weights[1].keys_of.items()}
+        with Staging(writing.output, run.job("align"), overwrite=writing.overwrite) as staging:
             if staging.complete:
                 write_checkpoint(other, staging, lambda key, tensor: tensor)
                 if page is not None:
@@ -64,7 +67,7 @@ def align(
                 return
             if staging.resumed:
                 screen.note("going on where an earlier run stopped")
-            permutation, report = work.match(staging, 1)
+            permutation, report = run.match(staging, 1)
             if permutation_file is not None:
                 permutation.save(permutation_file)
 
@@ -75,9 +78,9 @@ def align(
             with screen.stage("writing", other.nbytes) as update:
                 write_checkpoint(other, staging, moved, progress=lambda done, whole: update(done))
         if page is not None:
-            about = {"A": str(a), "B": str(b), "weights of": work.model or str(subject.spec_file)}
+            about = {"A": str(a), "B": str(b), "weights of": run.model or str(subject.spec_file)}
             with screen.stage("comparing layers"):
                 fit = match_of(report, permutation)
-                write_page(work.spec, page, alignment=fit, models=(work.weights[0], work.weights[1]), about=about)
+                write_page(run.spec, page, alignment=fit, models=(run.weights[0], run.weights[1]), about=about)
             screen.note(f"report written to {page}")
-        screen.result({"output": str(writing.output), **report}, f"{said(report)}\nwritten to {writing.output}")
+        screen.result({"output": str(writing.output), **report}, f"{in_words(report)}\nwritten to {writing.output}")

@@ -13,6 +13,7 @@ from permgraph.cli.doctor import doctor
 from permgraph.cli.merge import merge
 from permgraph.cli.options import spread
 from permgraph.cli.plan import plan
+from permgraph.cli.rules import rules
 from permgraph.cli.structure import diff, explain, spec, verify
 from permgraph.cli.study import study
 
@@ -45,3 +46,4 @@ def permgraph(
 
 for command in (spec, explain, diff, verify, align, merge, barrier, study, plan, doctor):
     app.command()(spread(command))
+app.add_typer(rules, name="rules")

@@ -5,23 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from permgraph.cli.checkpoints import require_finite
-from permgraph.cli.data import class_dim_of
-from permgraph.cli.models import FORMS
-from permgraph.cli.options import Data, Matching, Shown, Split, Subject
+from permgraph.cli.options import FORMS, Data, Matching, Shown, Split, Subject
 from permgraph.cli.report import FIGURES, PAGES, check_file
 from permgraph.cli.screen import Screen
-from permgraph.cli.work import Work
-from permgraph.connectivity import Barrier, evaluate_on, recalibrate_batchnorm
-from permgraph.connectivity import barrier as measure
 from permgraph.errors import EvaluationError, MismatchError
-from permgraph.io.files import write_atomically
-from permgraph.matching import MatchResult
-from permgraph.pictures import report
+
+if TYPE_CHECKING:
+    from permgraph.connectivity import Barrier
+    from permgraph.matching import MatchResult
 
 
 def barrier(
@@ -50,24 +45,31 @@ def barrier(
 
         permgraph barrier a.pt b.pt -m torchvision:resnet18 --data ./images --recalibrate
     """
+    from permgraph.cli.checkpoints import require_finite
+    from permgraph.cli.data import class_dim_of
+    from permgraph.cli.matching_run import MatchingRun
+    from permgraph.connectivity import barrier as measure
+    from permgraph.connectivity import evaluate_on, recalibrate_batchnorm
+    from permgraph.pictures import report
+
     with Screen(shown) as screen:
         check_file(output, "--output", (*PAGES, ".json", *FIGURES))
         if data.data is None:
             raise EvaluationError("the networks are measured on data: say --data")
-        work = Work.prepare((a, b), subject, matching, data, screen, split=Split.test)
-        if not work.model:
+        run = MatchingRun.prepare((a, b), subject, matching, data, screen, split=Split.test)
+        if not run.model:
             raise MismatchError(f"the networks are run: say --model {FORMS}, not --spec")
-        modules = [work.module(number) for number in (0, 1)]
+        modules = [run.module(number) for number in (0, 1)]
         states = [module.state_dict() for module in modules]
-        for checkpoint, state in zip(work.checkpoints, states, strict=True):
+        for checkpoint, state in zip(run.checkpoints, states, strict=True):
             for name, tensor in state.items():
                 require_finite(name, tensor, checkpoint.path)
         lines = {"as given": states[1]}
         fit: MatchResult | None = None
         if aligned:
-            fit = work.find(1)
+            fit = run.find(1)
             lines["aligned"] = fit.permutation.apply(states[1])
-        loader, module = work.loader, modules[0]
+        loader, module = run.loader, modules[0]
         assert loader is not None
         evaluate = evaluate_on(loader, class_dim=class_dim_of(data))
         found: dict[str, Barrier] = {}
@@ -91,11 +93,11 @@ def barrier(
             }
             for title, line in found.items()
         }
-        result = {"a": str(a), "b": str(b), "model": work.model, "lines": figures}
+        result = {"a": str(a), "b": str(b), "model": run.model, "lines": figures}
         if output is not None and output.suffix in PAGES:
-            about = {"A": str(a), "B": str(b), "weights of": work.model}
+            about = {"A": str(a), "B": str(b), "weights of": run.model}
             models = (states[0], states[1])
-            report(work.spec, output, alignment=fit, models=models, barrier=found, about=about)
+            report(run.spec, output, alignment=fit, models=models, barrier=found, about=about)
         elif output is not None:
             _write(output, found, result)
         if output is not None:
@@ -105,6 +107,8 @@ def barrier(
 
 def _write(output: Path, found: Mapping[str, Barrier], result: Mapping[str, Any]) -> None:
     if output.suffix == ".json":
+        from permgraph.io.files import write_atomically
+
         write_atomically(output, json.dumps(result, indent=2).encode())
     else:
         axes = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from permgraph.cli.joined import Conversions, Joined, joined, names_on_disk
+from permgraph.cli.models import build
 from permgraph.cli.screen import Screen
-from permgraph.errors import MismatchError, NonFiniteError
+from permgraph.errors import MismatchError, NonFiniteError, PermgraphError
 from permgraph.io import Checkpoint, Renamed, match_names
+from permgraph.io.converted import Conversions, ConvertedCheckpoint, converted, names_on_disk
 from permgraph.spec.permutation import Permutation
 from permgraph.spec.spec import PermutationSpec
+
+log = logging.getLogger(__name__)
 
 
 def fitted(
@@ -34,9 +38,9 @@ def fitted(
         MismatchError: it does not fit; the message names the file and the first key at fault.
     """
     try:
-        conversions = Conversions.of(model)
-        checkpoint = joined(checkpoint, conversions)
-        made = checkpoint.units if isinstance(checkpoint, Joined) else {}  # these have the model's names
+        conversions = conversions_of(model)
+        checkpoint = converted(checkpoint, conversions)
+        made = checkpoint.units if isinstance(checkpoint, ConvertedCheckpoint) else {}  # these have the model's names
         plain = [key for key in checkpoint if key not in made]
         today = {**names_on_disk(conversions, plain), **{key: key for key in made}}
         matched, note = match_names(list(today.values()), [*spec.axes, *spec.aliases, *spec.unused])
@@ -53,6 +57,17 @@ def fitted(
     except MismatchError as error:
         raise MismatchError(f"{checkpoint.path}: {error}") from None
     return renamed
+
+
+def conversions_of(model: str) -> Conversions | None:
+    """What transformers does to checkpoints of a model as it is named on the command line; None if it is not one."""
+    if not model.startswith("hf:"):
+        return None
+    try:
+        return Conversions.of(build(model))
+    except PermgraphError as error:  # whatever is missing, the spec that a checkpoint must fit is known already
+        log.info("%s: no conversions: %s", model, error)
+        return None
 
 
 def _left(key: str, name: str, leave: Sequence[str]) -> bool:

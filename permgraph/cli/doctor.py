@@ -9,14 +9,11 @@ import shutil
 import sys
 from typing import Any
 
-import torch
 import typer
 
 import permgraph
 from permgraph.cli.options import Shown
 from permgraph.cli.screen import SAYS_NO, Screen, table
-from permgraph.matching import align
-from permgraph.verification.model import verify
 
 NEEDED = ("torch", "numpy", "scipy", "networkx", "safetensors", "lapx")
 OPTIONAL = {
@@ -37,6 +34,8 @@ def doctor(shown: Shown) -> None:
 
         permgraph doctor --json
     """
+    import torch
+
     with Screen(shown) as screen:
         versions = {name: _version(name) for name in (*NEEDED, *OPTIONAL)}
         with screen.stage("trying it out"):
@@ -71,6 +70,8 @@ def _version(name: str) -> str | None:
 
 
 def _devices() -> list[str]:
+    import torch
+
     found = ["cpu"]
     found += [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
     return found + (["mps"] if torch.backends.mps.is_available() else [])
@@ -90,14 +91,17 @@ def _shown(value: Any) -> str:
 
 def _trial() -> str:
     """Scramble a small network, bring it back, and prove its spec."""
+    import torch
+
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             network = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
         spec = permgraph.auto_spec(network)
         state = network.state_dict()
-        fit = align(state, spec.random(0, every_group=True).apply(state), spec=spec)
+        fit = permgraph.align(state, spec.random(0, every_group=True).apply(state), spec=spec)
         back = all(torch.equal(fit.state_dict[name], tensor) for name, tensor in state.items())
-        return "works" if back and verify(network, spec).passed else "FAILED: a scrambled network was not brought back"
+        proved = back and permgraph.verify(network, spec).passed
+        return "works" if proved else "FAILED: a scrambled network was not brought back"
     except Exception as error:
         return f"FAILED: {type(error).__name__}: {error}"

@@ -13,23 +13,17 @@ from typing import Any, TypeVar, get_args, get_type_hints
 from permgraph import matching
 from permgraph.cli.data import loss_on
 from permgraph.cli.options import MatcherName, Matching
+from permgraph.deprecated import former_names
 from permgraph.errors import MismatchError
 from permgraph.io import Checkpoint
-from permgraph.matching import Matcher, NeedsModels, WeightMatching
-from permgraph.matching.streamed import StreamedWeightMatching
+from permgraph.matching import Matcher, StreamedWeightMatching, WeightMatching
 
 M = TypeVar("M")
 
-OPTIONAL = ("measured_batches", "max_batches", "memory")
+OPTIONAL = ("max_batches", "memory")
 """Settings that may be None, for no limit."""
 
-MATCHERS: dict[MatcherName, Callable[..., Matcher]] = {
-    MatcherName.weight: WeightMatching,
-    MatcherName.activation: matching.ActivationMatching,
-    MatcherName.frank_wolfe: matching.FrankWolfe,
-    MatcherName.straight_through: matching.StraightThrough,
-    MatcherName.sinkhorn: matching.Sinkhorn,
-}
+MATCHERS: dict[MatcherName, Callable[..., Matcher]] = {name: matching.MATCHERS[name.value] for name in MatcherName}
 
 
 def matcher_of(asked: Matching, checkpoint: Checkpoint, loader: Iterable[Any] | None, class_dim: int = 1) -> Matcher:
@@ -85,11 +79,6 @@ def matcher_of(asked: Matching, checkpoint: Checkpoint, loader: Iterable[Any] | 
     return _changed(made, settings)
 
 
-def runs_networks(matcher: Matcher) -> bool:
-    """Whether it needs modules, not just weights."""
-    return isinstance(matcher, NeedsModels) and bool(getattr(matcher, "needs_models", True))
-
-
 def describe(value: Any) -> Any:
     """A matcher as plain data that is the same in every run, without loaders and modules."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -129,6 +118,8 @@ def _setting(text: str) -> tuple[str, Any]:
 def _changed(matcher: M, settings: Mapping[str, Any]) -> M:
     """The matcher with other values in fields that hold plain ones, its own or those of the weight matching in it."""
 
+    former = former_names(type(matcher))
+    settings = {former.get(name, name): value for name, value in settings.items()}
     inner = _ascent(matcher)
     own = _plain(matcher)
     nested = _plain(getattr(matcher, inner)) if inner else {}

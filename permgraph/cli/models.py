@@ -8,6 +8,7 @@ import difflib
 import importlib
 import importlib.util
 import inspect
+import logging
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -17,14 +18,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from permgraph.errors import CaptureError, MissingExtraError, NoInputsError
+from permgraph.cli.options import FORMS
+from permgraph.errors import CaptureError, MissingExtraError, NoInputsError, in_one_line
 from permgraph.inference.auto_spec import auto_spec
 from permgraph.spec.spec import PermutationSpec
 
-FORMS = (
-    "timm:NAME, torchvision:NAME, hf:FOLDER, package.module:factory or file.py:Class; all but hf: take literal "
-    "arguments, as in timm:resnet18(num_classes=10)"
-)
+log = logging.getLogger(__name__)
+
 SPEC_SUFFIXES = (".json", ".txt", ".spec")
 
 
@@ -56,8 +56,8 @@ def build(model: str, device: str | None = "meta") -> nn.Module:
             try:
                 with torch.device(device):
                     return _checked(make(), model)
-            except Exception:
-                pass
+            except Exception as error:  # many constructors compute with values: these have none on "meta"
+                log.info("%s cannot be built on %s (%s): on the CPU instead", model, device, in_one_line(error))
         try:
             return _checked(make(), model)
         except CaptureError:

@@ -7,6 +7,7 @@ import enum
 import functools
 import importlib
 import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,13 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from permgraph.cli.models import FORMS
+from permgraph.errors import in_one_line
+
+FORMS = (
+    "timm:NAME, torchvision:NAME, hf:FOLDER, package.module:factory or file.py:Class; all but hf: take literal "
+    "arguments, as in timm:resnet18(num_classes=10)"
+)
+"""How a model is named."""
 
 MATCHING = "How to match"
 DATA = "Data"
@@ -70,8 +77,10 @@ def complete_model(incomplete: str) -> list[str]:
         if kind == "torchvision":
             names = importlib.import_module("torchvision").models.list_models(include=f"{rest}*")
             return [f"torchvision:{name}" for name in names]
-    except Exception:  # whatever is amiss with the package, a completion is no place to say so
+    except ModuleNotFoundError:  # not installed: there is nothing to offer
         return []
+    except Exception as error:  # whatever an installed package raises on import: say so, and leave the prompt usable
+        print(f"\npermgraph: {kind} cannot be imported: {in_one_line(error)}", file=sys.stderr)
     return []
 
 
@@ -100,11 +109,24 @@ class MatcherName(str, enum.Enum):
     sinkhorn = "sinkhorn"
 
 
+class Method(str, enum.Enum):
+    """How several checkpoints are brought together."""
+
+    reference = "reference"
+    merge_many = "merge-many"
+    cycle_consistent = "cycle-consistent"
+
+
 class Split(str, enum.Enum):
     """Which part of a data set to read, where its folder holds both."""
 
     train = "train"
     test = "test"
+
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help=f"{FORMS}. Or a saved spec.", autocompletion=complete_model)
+]
 
 
 @dataclass(frozen=True)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from permgraph.cli.models import spec_of
-from permgraph.cli.options import Inputs, Shown
+from permgraph.cli.options import Inputs, Model, Shown
 from permgraph.cli.screen import Screen, table
-from permgraph.cli.structure import Model
-from permgraph.matching.cost import Estimate, calibrate, estimate
+
+if TYPE_CHECKING:
+    from permgraph.matching.cost import Estimate
 
 
 def plan(
@@ -31,6 +31,9 @@ def plan(
 
         permgraph plan hf:./Llama-3-70B --dtype-bytes 2 --workers 1 --workers 8
     """
+    from permgraph.cli.models import spec_of
+    from permgraph.matching.cost import calibrate, estimate
+
     with Screen(shown) as screen:
         with screen.stage("finding symmetries"):
             cost = estimate(spec_of(model, inputs))

@@ -1,20 +1,14 @@
-"""What the commands write beside checkpoints: checks of where, and the outcome of matching for a report."""
+"""What the commands write beside checkpoints: which endings a file may have, and whether it can be written."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from permgraph.errors import CheckpointError
-from permgraph.matching import MatchResult, Sweep
-from permgraph.pictures.figures import pyplot
-from permgraph.spec.permutation import Permutation
 
 PAGE = "Write a page to click through (.html): what is tied to what, and why."
-
-
 PAGES = (".html", ".htm")
 FIGURES = (".png", ".svg", ".pdf")
 
@@ -42,21 +36,6 @@ def check_file(path: Path | None, option: str, endings: Sequence[str]) -> None:
     if not os.access(path.parent, os.W_OK):
         raise CheckpointError(f"{option} {path}: the folder {path.parent} cannot be written to")
     if path.suffix in FIGURES:
+        from permgraph.pictures.figures import pyplot
+
         pyplot()
-
-
-def match_of(kept: Mapping[str, Any], permutation: Permutation) -> MatchResult:
-    """The outcome of matching, from what `Work.report` made of it; of each sweep only totals are known."""
-    history = tuple(
-        Sweep(sweep["sweep"], sweep["objective"], {"all groups": sweep["moved"]}, {}, sweep["seconds"])
-        for sweep in kept.get("history", ())
-    )
-    return MatchResult(
-        permutation,
-        kept["objective"],
-        kept["objective_before"],
-        kept["outcome"],
-        history,
-        seed=kept["seed"],
-        seconds=kept.get("seconds", 0.0),
-    )

@@ -66,7 +66,7 @@ class Screen:
     ) -> None:
         if error is None or isinstance(error, typer.Exit):
             return
-        if isinstance(error, BrokenPipeError):  # whoever reads us has had enough, as head has
+        if isinstance(error, BrokenPipeError):  # stdout was closed, as by head
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(SAYS_NO) from None
         code, said = _verdict(error)

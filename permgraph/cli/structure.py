@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 
-from permgraph.capture import capture
-from permgraph.capture.environment import make_transparent
-from permgraph.capture.outputs import tensor_leaves
-from permgraph.cli.checkpoints import fitted, require_finite, whole_state
-from permgraph.cli.models import FORMS, build, parse_inputs, spec_of
-from permgraph.cli.options import Inputs, Shown, complete_model
+from permgraph.cli.options import FORMS, Inputs, Model, Shown, complete_model
 from permgraph.cli.report import PAGE, PAGES, check_file
 from permgraph.cli.screen import SAYS_NO, Screen, table
 from permgraph.errors import CaptureError
-from permgraph.io import open_checkpoint
-from permgraph.pictures import report
-from permgraph.spec.spec import PermutationSpec
-from permgraph.verification.model import in_double_precision
-from permgraph.verification.model import verify as verify_spec
 
-Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help=f"{FORMS}. Or a saved spec.", autocompletion=complete_model)
-]
+if TYPE_CHECKING:
+    from permgraph.spec.spec import PermutationSpec
 
 
 def spec(
@@ -47,6 +36,9 @@ def spec(
 
         permgraph spec timm:convnext_atto --report convnext.html
     """
+    from permgraph.cli.models import spec_of
+    from permgraph.pictures import report
+
     with Screen(shown) as screen:
         check_file(output, "--output", ())
         check_file(page, "--report", PAGES)
@@ -67,23 +59,18 @@ def spec(
 
 def summary(spec: PermutationSpec, *, pins: bool = False) -> dict[str, Any]:
     """A spec as plain data."""
+    from permgraph.spec.json import to_json
+
+    stored = to_json(spec)
     data: dict[str, Any] = {
         "model": spec.model_class,
         "fingerprint": spec.fingerprint,
         "log_order": spec.log_order(),
-        "groups": {
-            name: {"size": group.size, "parents": list(group.parents), "fixed": group.fixed}
-            for name, group in spec.groups.items()
-        },
-        "axes": {
-            name: {"shape": list(spec.shapes[name]), "axes": list(map(str, axes))} for name, axes in spec.axes.items()
-        },
-        "aliases": dict(spec.aliases),
-        "unknown_operators": [
-            {"operator": op.operator, "count": op.count, "module": op.module, "source": op.source}
-            for op in spec.unknown_ops
-        ],
-        "unused": list(spec.unused),
+        "groups": stored["groups"],
+        "axes": stored["parameters"],
+        "aliases": stored["aliases"],
+        "unknown_operators": list(map(dataclasses.asdict, spec.unknown_ops)),
+        "unused": stored["unused"],
     }
     if pins:
         data["pins"] = [
@@ -106,6 +93,8 @@ def explain(
 
         permgraph explain torchvision:resnet18 layer1.0.conv2.weight 0
     """
+    from permgraph.cli.models import spec_of
+
     with Screen(shown) as screen:
         with screen.stage("finding symmetries"):
             found = spec_of(model, inputs)
@@ -138,6 +127,8 @@ def diff(
 
         permgraph diff resnet18.json timm:resnet18
     """
+    from permgraph.cli.models import spec_of
+
     with Screen(shown) as screen:
         with screen.stage("finding symmetries"):
             one, other = spec_of(spec_a, inputs), spec_of(spec_b, inputs)
@@ -176,6 +167,10 @@ def verify(
 
         permgraph verify hf:./my-bert --checkpoint ./my-bert
     """
+    from permgraph.cli.models import build, parse_inputs, spec_of
+    from permgraph.spec.spec import PermutationSpec
+    from permgraph.verification import verify as verify_spec
+
     with Screen(shown) as screen:
         module = build(model)
         args, kwargs = parse_inputs(inputs or [])
@@ -217,6 +212,16 @@ def _error_on(
     path: Path, model: str, spec: PermutationSpec, given: tuple[Any, Any], seed: int, screen: Screen
 ) -> float:
     """The relative change of the outputs when the checkpoint's own weights are permuted, in float64."""
+    import torch
+
+    from permgraph.capture import capture
+    from permgraph.capture.environment import make_transparent
+    from permgraph.capture.outputs import returned_tensors
+    from permgraph.cli.checkpoints import fitted, require_finite, whole_state
+    from permgraph.cli.models import build
+    from permgraph.io import open_checkpoint
+    from permgraph.verification.double_precision import floating_to, in_double_precision
+
     checkpoint = open_checkpoint(path)
     weights = fitted(checkpoint, spec, screen, model=model)
     module = build(model, device=None)
@@ -229,12 +234,13 @@ def _error_on(
         require_finite(name, tensor, path)
     module = module.double()
     make_transparent(module.modules())  # caches of keys and values are outputs that do move
+    args, kwargs = floating_to(torch.float64, (args, kwargs))
     outputs = []
     with in_double_precision():
         for permutation in (spec.identity(), spec.random(seed, every_group=True)):
             module.load_state_dict(permutation.apply(state))
-            result = module(*map(_double, args), **{name: _double(value) for name, value in kwargs.items()})
-            outputs.append([tensor.double() for tensor in tensor_leaves(result) if tensor.is_floating_point()])
+            result = module(*args, **kwargs)
+            outputs.append([tensor.double() for tensor in returned_tensors(result)[0] if tensor.is_floating_point()])
     if not outputs[0]:
         raise CaptureError(f"{model} gives no floating-point output to compare")
     return max(
@@ -242,7 +248,3 @@ def _error_on(
         for one, other in zip(*outputs, strict=True)
         if one.numel()
     )
-
-
-def _double(value: Any) -> Any:
-    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from permgraph.cli.options import Shown
-from permgraph.cli.planfile import read_plan
 from permgraph.cli.report import FIGURES, check_file
 from permgraph.cli.screen import SAYS_NO, Screen, table
-from permgraph.studies import StudyResult, backends
-from permgraph.studies import study as run_study
-from permgraph.studies.run import missing
+
+if TYPE_CHECKING:
+    from permgraph.studies import StudyResult
 
 
 class Backend(str, enum.Enum):
@@ -49,6 +48,11 @@ def study(
 
         permgraph study plan.yaml --store s3://bucket/study --backend dask --address tcp://head:8786
     """
+    from permgraph.cli.planfile import read_plan
+    from permgraph.studies import backends
+    from permgraph.studies import study as run_study
+    from permgraph.studies.run import missing
+
     with Screen(shown, resumes=True) as screen:
         check_file(output, "--output", (".csv", ".parquet"))
         check_file(figure, "--figure", FIGURES)

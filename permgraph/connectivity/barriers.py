@@ -31,9 +31,13 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from permgraph.errors import EvaluationError, in_one_line
-from permgraph.networks.evaluate import template_of, undisturbed
+from permgraph.networks.batches import undisturbed
+from permgraph.networks.evaluate import template_of
+from permgraph.outcomes import StepProgress
 from permgraph.pictures.tables import barrier_table
-from permgraph.weights.combine import as_state_dict, check_same_keys, interpolate
+from permgraph.weights.combine import interpolate
+from permgraph.weights.distributed import redistributed_state
+from permgraph.weights.state_dict import Network, as_state_dict, check_same_keys
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 Evaluate = Callable[[nn.Module], float | Mapping[str, float]]
 Prepare = Callable[[nn.Module, float], nn.Module]
-Progress = Callable[[int, int], None]
+"""Called with the network at a point and the point, returns the network to evaluate there."""
 
 
 @dataclass(frozen=True)
@@ -151,15 +155,15 @@ class Barrier:
 
 
 def barrier(
-    a: nn.Module | Mapping[str, Tensor],
-    b: nn.Module | Mapping[str, Tensor],
+    a: Network,
+    b: Network,
     evaluate: Evaluate,
     points: int | Sequence[float] = 25,
     *,
     model: nn.Module | None = None,
     prepare: Prepare | None = None,
     higher_is_better: Collection[str] = ("accuracy",),
-    progress: Progress | None = None,
+    progress: StepProgress | None = None,
 ) -> Barrier:
     """Evaluate the networks on the line from ``a`` to ``b``, and return the height of the barrier between them.
 
@@ -190,11 +194,12 @@ def barrier(
     """
     alphas = _alphas(points)
     template = template_of(model, a=a, b=b)
-    check_same_keys(as_state_dict(a), as_state_dict(b))
+    first, last = as_state_dict(a), as_state_dict(b)
+    check_same_keys(first, last)
     if model is not None:
-        check_same_keys(as_state_dict(a), model.state_dict(), ("a", "model"))
+        check_same_keys(first, model.state_dict(), ("a", "model"))
     return barrier_along(
-        lambda t: interpolate(a, b, t),
+        lambda t: interpolate(first, last, t),
         evaluate,
         alphas,
         model=template,
@@ -212,7 +217,7 @@ def barrier_along(
     model: nn.Module,
     prepare: Prepare | None = None,
     higher_is_better: Collection[str] = ("accuracy",),
-    progress: Progress | None = None,
+    progress: StepProgress | None = None,
 ) -> Barrier:
     """Evaluate the networks on any path, and return its barrier over the line between the losses of its ends.
 
@@ -237,8 +242,9 @@ def barrier_along(
     curves: dict[str, list[float]] = {}
     with undisturbed():
         scratch = copy.deepcopy(template)
+        own = scratch.state_dict()
         for done, t in enumerate(alphas, start=1):
-            scratch.load_state_dict(path(t))
+            scratch.load_state_dict(redistributed_state(dict(path(t)), own))
             network = scratch
             if prepare is not None:
                 network = prepare(copy.deepcopy(scratch), t)

@@ -19,33 +19,24 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from permgraph.connectivity.curves import Curve, Network, Shape
+from permgraph.connectivity.curves import Curve, Shape
 from permgraph.errors import EvaluationError
 from permgraph.matching import WeightMatching
-from permgraph.networks.descend import (
-    Ending,
-    Loss,
-    MakeOptimizer,
-    Parts,
-    Perturb,
-    State,
-    Workbench,
-    adam,
-    descend,
-    first_batches,
-    mean_loss,
-)
-from permgraph.networks.evaluate import Loader, template_of
+from permgraph.networks.batches import Loader, Loss, MakeOptimizer
+from permgraph.networks.blended import Parts, Perturb, State, Workbench
+from permgraph.networks.descend import adam, descend, first_batches, mean_loss
+from permgraph.networks.evaluate import template_of
+from permgraph.outcomes import StepProgress, TrainingOutcome
 from permgraph.spec.permutation import Permutation
 from permgraph.spec.spec import PermutationSpec
-from permgraph.weights.combine import as_state_dict, check_same_keys
+from permgraph.weights.state_dict import Network, as_state_dict, check_same_keys
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +61,7 @@ class AlignedCurve:
     losses: tuple[float, ...]
     moved: tuple[bool, ...]
     seconds: float = field(default=0.0, compare=False)
-    outcome: Ending = field(default="done", compare=False)
+    outcome: TrainingOutcome = field(default="done", compare=False)
 
     def __str__(self) -> str:
         return (
@@ -99,7 +90,7 @@ def fit_aligned_curve(
     matcher: WeightMatching | None = None,
     model: nn.Module | None = None,
     seed: int = 0,
-    progress: Callable[[int, int], object] | None = None,
+    progress: StepProgress | None = None,
 ) -> AlignedCurve:
     """Fit a curve from ``a`` to the permuted ``b``, and the permutation, in turn (proximal alternating minimisation).
 
@@ -154,7 +145,7 @@ def fit_aligned_curve(
         {name: torch.zeros_like(tensor).requires_grad_() for name, tensor in start.items()} for _ in curve.points[1:-1]
     ]
     losses, moved = [search.loss(curve, start, free, now)], []
-    outcome: Ending = "done"
+    outcome: TrainingOutcome = "done"
     reached = now, _copies(free)
     try:
         for number in range(rounds):
@@ -182,7 +173,7 @@ def fit_aligned_curve(
                 part=(number, rounds),
                 penalty=penalty if free else None,
             )
-            if training.outcome == "interrupted":  # it has caught what was meant for the whole run
+            if training.outcome == "interrupted":  # it swallowed Ctrl-C, which was for the whole run
                 raise KeyboardInterrupt
             losses.append(search.loss(curve, start, free, now))
             reached = now, _copies(free)
@@ -259,12 +250,12 @@ class _Search:
         end = bench.parameters_of(moved, free=True)
         if not end:
             return now
-        still = [{name: tensor.detach() for name, tensor in state.items()} for state in free]
-        here = self.loss(curve, start, still, now)
+        fixed = [{name: tensor.detach() for name, tensor in state.items()} for state in free]
+        here = self.loss(curve, start, fixed, now)
         descent = optimizer(list(end.values()))
         for _ in range(steps):
             descent.zero_grad(set_to_none=True)
-            self._mean(curve, start, still, end, backward=True)
+            self._mean(curve, start, fixed, end, backward=True)
             descent.step()
         for beyond in _BEYOND:
             target = dict(moved)
@@ -274,13 +265,13 @@ class _Search:
                     travelled = end[first].detach().to(tensor.device) - tensor
                     target[name] = (tensor + beyond * travelled).to(tensor.dtype)
             turn = replace(self.matcher, init="identity", restarts=1).match(target, moved, self.spec, self.seed)
-            if turn.outcome == "interrupted":  # it has caught what was meant for the whole run
+            if turn.outcome == "interrupted":  # it swallowed Ctrl-C, which was for the whole run
                 raise KeyboardInterrupt
             if turn.permutation.is_identity:
                 break
             new = turn.permutation @ now
             there = new.apply(self.given)
             gap = sum(float((there[name] - moved[name]).double().square().sum()) for name in bench.names)
-            if self.loss(curve, start, still, new) + gap / (2 * proximity) < here:
+            if self.loss(curve, start, fixed, new) + gap / (2 * proximity) < here:
                 return new
         return now

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -19,26 +19,18 @@ import torch
 from torch import nn
 
 from permgraph.connectivity.barriers import Barrier, Evaluate, Prepare, barrier_along
+from permgraph.deprecated import renamed
 from permgraph.errors import EvaluationError
-from permgraph.networks.descend import (
-    Ending,
-    Loss,
-    MakeOptimizer,
-    Parts,
-    Perturb,
-    Workbench,
-    adam,
-    descend,
-    first_batches,
-    mean_loss,
-    require_rereadable,
-)
-from permgraph.networks.evaluate import Loader, template_of
-from permgraph.weights.combine import as_state_dict, blend, check_same_keys, interpolate
+from permgraph.networks.batches import Loader, Loss, MakeOptimizer, require_rereadable
+from permgraph.networks.blended import Parts, Perturb, Workbench
+from permgraph.networks.descend import adam, descend, first_batches, mean_loss
+from permgraph.networks.evaluate import template_of
+from permgraph.outcomes import StepProgress, TrainingOutcome
+from permgraph.weights.combine import blend, interpolate
+from permgraph.weights.state_dict import Network, as_state_dict, check_same_keys
 
 log = logging.getLogger(__name__)
 
-Network: TypeAlias = nn.Module | Mapping[str, Any]
 Shape: TypeAlias = Literal["bezier", "polygon"]
 
 
@@ -69,7 +61,7 @@ class Curve:
     history: tuple[float, ...] = field(default=(), compare=False)
     losses: tuple[float, ...] = field(default=(), compare=False)
     seconds: float = field(default=0.0, compare=False)
-    outcome: Ending = field(default="done", compare=False)
+    outcome: TrainingOutcome = field(default="done", compare=False)
 
     def __post_init__(self) -> None:
         if self.shape not in ("bezier", "polygon"):
@@ -126,6 +118,7 @@ class Curve:
         return barrier_along(self, evaluate, points, model=model, prepare=prepare)
 
 
+@renamed(start="init")
 def fit_curve(
     a: Network,
     b: Network,
@@ -133,7 +126,7 @@ def fit_curve(
     *,
     shape: Shape = "bezier",
     bends: int = 1,
-    start: Curve | None = None,
+    init: Curve | None = None,
     epochs: int = 10,
     measured_batches: int = 4,
     loss: Loss = nn.functional.cross_entropy,
@@ -141,7 +134,7 @@ def fit_curve(
     perturb: Perturb | None = None,
     model: nn.Module | None = None,
     seed: int = 0,
-    progress: Callable[[int, int], object] | None = None,
+    progress: StepProgress | None = None,
 ) -> Curve:
     """Train the bends of a curve from ``a`` to ``b`` so that the loss is low all along it.
 
@@ -160,7 +153,7 @@ def fit_curve(
         loader: batches with targets, as for ``evaluate_on``, that can be read once for each epoch.
         shape: "bezier" or "polygon".
         bends: how many points between the ends are trained; one makes a parabola, or a chain of two.
-        start: a curve whose bends to go on with, in place of ``shape`` and ``bends``; its ends are not used.
+        init: a curve whose bends to go on with, in place of ``shape`` and ``bends``; its ends are not used.
         epochs: how often to go through the loader.
         measured_batches: on how many batches, at five places of the curve each, it is compared with its start.
         loss: called with the network's output (or its ``.logits``) and the targets, gives the mean.
@@ -174,7 +167,7 @@ def fit_curve(
     Nothing of the networks is changed, nor torch's random state.
 
     Raises:
-        MismatchError: ``a``, ``b`` and ``start`` differ in a key or a shape.
+        MismatchError: ``a``, ``b`` and ``init`` differ in a key or a shape.
         EvaluationError: there is no module, or it is in training mode; the loader is empty, or a generator;
             ``measured_batches`` is below 1.
         NonFiniteError: the loss became NaN or infinite.
@@ -195,8 +188,8 @@ def fit_curve(
     template = template_of(model, a=a, b=b)
     first, last = as_state_dict(a), as_state_dict(b)
     curve = Curve.straight(a, b, bends=bends, shape=shape)
-    if start is not None:
-        curve = Curve((curve.points[0], *start.points[1:-1], curve.points[-1]), start.shape)
+    if init is not None:
+        curve = Curve((curve.points[0], *init.points[1:-1], curve.points[-1]), init.shape)
     bench = Workbench(template, first, loss, perturb)
     ends = bench.parameters_of(first), bench.parameters_of(last)
     free = [bench.parameters_of(point, free=True) for point in curve.points[1:-1]]

@@ -22,19 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from permgraph.connectivity.barriers import Prepare
 from permgraph.errors import EvaluationError
-from permgraph.networks.evaluate import (
-    Loader,
-    batches,
-    device_of,
-    fitting,
-    split_batch,
-    template_of,
-    undisturbed,
-)
-from permgraph.weights.combine import as_state_dict, check_same_keys, interpolate
-
-Prepare = Callable[[nn.Module, float], nn.Module]
+from permgraph.networks.batches import Loader, batches, device_of, fitting, split_batch, undisturbed
+from permgraph.networks.evaluate import template_of
+from permgraph.weights.combine import interpolate
+from permgraph.weights.state_dict import Network, as_state_dict, check_same_keys
 
 
 @dataclass(frozen=True)
@@ -84,8 +77,8 @@ class FeatureConnectivity:
 
 
 def feature_connectivity(
-    a: nn.Module | Mapping[str, Tensor],
-    b: nn.Module | Mapping[str, Tensor],
+    a: Network,
+    b: Network,
     loader: Loader,
     t: float = 0.5,
     *,

@@ -12,7 +12,7 @@ import copy
 import fnmatch
 import math
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -21,15 +21,23 @@ import torch
 from torch import Tensor, nn
 
 from permgraph.connectivity.barriers import Evaluate, Prepare, measure
-from permgraph.errors import EvaluationError, NonFiniteError
-from permgraph.networks.evaluate import template_of, undisturbed
-from permgraph.weights.combine import as_state_dict, blend, check_same_keys
-from permgraph.weights.state_dict import STATISTICS
+from permgraph.errors import EvaluationError
+from permgraph.networks.batches import undisturbed
+from permgraph.networks.evaluate import template_of
+from permgraph.outcomes import StepProgress
+from permgraph.weights.combine import blend
+from permgraph.weights.identity import SameTensor
+from permgraph.weights.state_dict import (
+    STATISTICS,
+    Network,
+    as_state_dict,
+    check_same_keys,
+    is_continuous,
+    require_finite,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-Network = nn.Module | Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -115,18 +123,18 @@ class LossSurface:
         ax.patch.set_edgecolor("0.8")
         grid = torch.tensor(self.grids[metric], dtype=torch.float64)
         values = torch.where(torch.isfinite(grid), grid, torch.nan).numpy()
-        how: dict[str, Any] = {}
+        bounded: dict[str, Any] = {}
         if not isinstance(levels, int):
             from matplotlib.colors import BoundaryNorm
 
-            how = {"extend": "both", "norm": BoundaryNorm(levels, 256, extend="both")}
-        drawn = ax.contourf(self.x, self.y, values, levels=levels, cmap="cividis", **how)
+            bounded = {"extend": "both", "norm": BoundaryNorm(levels, 256, extend="both")}
+        drawn = ax.contourf(self.x, self.y, values, levels=levels, cmap="cividis", **bounded)
         ax.figure.colorbar(drawn, ax=ax, label=metric, format="%.3g", shrink=0.85)
         ax.contour(self.x, self.y, values, levels=drawn.levels, colors="white", linewidths=0.4)
         around = [*self.corners, self.corners[0]]
-        for how_wide, colour in ((2.5, "black"), (1.2, "white")):  # seen on both the darkest and the lightest colours
+        for width, colour in ((2.5, "black"), (1.2, "white")):  # seen on both the darkest and the lightest colours
             sides = [c[0] for c in around], [c[1] for c in around]
-            ax.plot(*sides, color=colour, linestyle=(0, (2, 2)), linewidth=how_wide)
+            ax.plot(*sides, color=colour, linestyle=(0, (2, 2)), linewidth=width)
         for (x, y), name, marker in zip(self.corners, names, "os^", strict=False):
             ax.plot(x, y, marker=marker, color="#D55E00", markeredgecolor="white", markersize=8, linestyle="none")
             behind = {"boxstyle": "round,pad=0.15", "facecolor": "black", "alpha": 0.5, "linewidth": 0}
@@ -146,7 +154,7 @@ def loss_surface(
     model: nn.Module | None = None,
     prepare: Prepare | None = None,
     higher_is_better: Collection[str] = ("accuracy",),
-    progress: Callable[[int, int], object] | None = None,
+    progress: StepProgress | None = None,
 ) -> LossSurface:
     """Evaluate the networks on a grid over the plane through three.
 
@@ -236,18 +244,16 @@ def barycentric(corners: Corners, x: float, y: float) -> tuple[float, float, flo
 def _corners(states: Sequence[Mapping[str, Any]]) -> Corners:
     """Coordinates of the three in their plane: the first at the origin, the second on the x axis."""
     bb, cc, bc = 0.0, 0.0, 0.0
-    seen: set[int] = set()
+    same = SameTensor()
     for name, x in states[0].items():
-        if not isinstance(x, Tensor) or not (x.is_floating_point() or x.is_complex()):
+        if not isinstance(x, Tensor) or not is_continuous(x):
             continue
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in STATISTICS) or (x.numel() and x.data_ptr() in seen):
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in STATISTICS) or same.first_name(name, x) != name:
             continue
-        seen.add(x.data_ptr())
         origin = x.detach().to("cpu", torch.complex128 if x.is_complex() else torch.float64)
         b, c = (state[name].detach().to(origin) - origin for state in states[1:])
         for which, tensor in zip("abc", (origin, b, c), strict=True):
-            if not bool(torch.isfinite(tensor).all()):
-                raise NonFiniteError(f"{name!r} of {which} holds NaN or infinity: no plane goes through that network")
+            require_finite(tensor, name, which, ": no plane goes through that network")
         bb += float(torch.linalg.vector_norm(b)) ** 2
         cc += float(torch.linalg.vector_norm(c)) ** 2
         bc += float((b.conj() * c).sum().real)

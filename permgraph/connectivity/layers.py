@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -23,7 +23,9 @@ from torch import Tensor, nn
 from permgraph.connectivity.barriers import Barrier, Evaluate, Prepare, barrier
 from permgraph.errors import EvaluationError
 from permgraph.networks.evaluate import template_of
-from permgraph.weights.combine import as_state_dict, check_same_keys
+from permgraph.outcomes import StepProgress
+from permgraph.weights.identity import SameTensor
+from permgraph.weights.state_dict import Network, as_state_dict, check_same_keys
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,8 @@ class LayerwiseBarriers:
 
 
 def layerwise_barriers(
-    a: nn.Module | Mapping[str, Tensor],
-    b: nn.Module | Mapping[str, Tensor],
+    a: Network,
+    b: Network,
     evaluate: Evaluate,
     points: int | Sequence[float] = 11,
     *,
@@ -84,7 +86,7 @@ def layerwise_barriers(
     model: nn.Module | None = None,
     prepare: Prepare | None = None,
     higher_is_better: Collection[str] = ("accuracy",),
-    progress: Callable[[int, int], None] | None = None,
+    progress: StepProgress | None = None,
 ) -> LayerwiseBarriers:
     """Measure the barrier of each layer by itself: it goes from ``a`` to ``b`` while the others stay at ``a``.
 
@@ -120,7 +122,7 @@ def layerwise_barriers(
         if progress is not None:
             progress(done, every)
 
-    def along(end: Mapping[str, Tensor] | nn.Module, start: Mapping[str, Tensor] | nn.Module) -> Barrier:
+    def along(end: Network, start: Network) -> Barrier:
         return barrier(
             start,
             end,
@@ -141,10 +143,11 @@ def layerwise_barriers(
 
 def _layers(state: Mapping[str, Tensor], layers: Mapping[str, str | Sequence[str]] | None) -> dict[str, frozenset[str]]:
     """For each layer, the names that move with it."""
-    tied: dict[int, set[str]] = {}
+    tied: dict[str, set[str]] = {}
+    same = SameTensor()
     for name, tensor in state.items():
         if isinstance(tensor, Tensor):
-            tied.setdefault(tensor.data_ptr() if tensor.numel() else id(tensor), set()).add(name)
+            tied.setdefault(same.first_name(name, tensor), set()).add(name)
     found: dict[str, set[str]] = {}
     if layers is None:
         for names in tied.values():

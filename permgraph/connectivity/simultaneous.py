@@ -28,12 +28,11 @@ from torch import Tensor, nn
 from permgraph.connectivity.barriers import Barrier, Evaluate, Prepare, barrier
 from permgraph.errors import EvaluationError, MismatchError
 from permgraph.networks.evaluate import template_of
-from permgraph.weights.combine import as_state_dict
+from permgraph.weights.state_dict import Network, as_state_dict
 
 if TYPE_CHECKING:
     from permgraph.spec.permutation import Permutation
 
-Network = nn.Module | Mapping[str, Tensor]
 Kind = Literal["weak", "simultaneous", "strong", "star"]
 End = Callable[[], Network]
 Pairs = dict[tuple[int, ...], tuple[End, End]]

@@ -16,13 +16,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from permgraph.errors import EvaluationError, MismatchError, NonFiniteError
-from permgraph.weights.combine import as_state_dict, check_same_keys
+from permgraph.errors import EvaluationError, MismatchError
+from permgraph.weights.identity import SameTensor
+from permgraph.weights.state_dict import Network, as_state_dict, check_same_keys, require_finite
 
 
 @dataclass(frozen=True)
@@ -106,9 +106,7 @@ class SpectralComparison:
         return "\n".join(lines)
 
 
-def compare_spectra(
-    a: nn.Module | Mapping[str, Any], b: nn.Module | Mapping[str, Any], *, names: Sequence[str] | None = None
-) -> SpectralComparison:
+def compare_spectra(a: Network, b: Network, *, names: Sequence[str] | None = None) -> SpectralComparison:
     """Compare the singular values and vectors of two networks' weights, and measure their distance.
 
     A weight of more than two dimensions is a matrix of ``(first dimension, all others)``: for a convolution one row for
@@ -141,7 +139,7 @@ def compare_spectra(
     """
     first, second = as_state_dict(a), as_state_dict(b)
     check_same_keys(first, second)
-    seen: set[int] = set()
+    same = SameTensor()
     layers: dict[str, LayerSpectra] = {}
     square = 0.0
     for name in names or ():
@@ -151,13 +149,11 @@ def compare_spectra(
         y = second[name]
         if not isinstance(x, Tensor) or not x.is_floating_point() or "running_" in name:
             continue
-        if x.numel() and x.data_ptr() in seen:  # a tied name
+        if same.first_name(name, x) != name:  # a tied name
             continue
-        seen.add(x.data_ptr())
         one, other = (tensor.detach().to("cpu", torch.float64) for tensor in (x, y))
         for network, tensor in (("a", one), ("b", other)):
-            if not bool(torch.isfinite(tensor).all()):
-                raise NonFiniteError(f"{name!r} of {network} holds NaN or infinity, and has no singular values")
+            require_finite(tensor, name, network, ", and has no singular values")
         distance = float(torch.linalg.vector_norm(one - other))
         square += distance**2
         if one.ndim >= 2 and one.numel() and (names is None or name in names):

@@ -8,13 +8,17 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from permgraph.capture import Captured, capture
 from permgraph.capture.environment import gc_paused
 from permgraph.capture.further import FurtherPasses
-from permgraph.inference.describe import Writer
-from permgraph.inference.fixpoint import solve
+from permgraph.inference.describe import describe
+from permgraph.inference.ends import pin_unread, pin_unseen
+from permgraph.inference.facts import GraphFacts
+from permgraph.inference.fibres import find_fibres
+from permgraph.inference.fixpoint import run_until_stable, settle
+from permgraph.inference.solution import Solution
 from permgraph.spec.spec import PermutationSpec
 
 log = logging.getLogger(__name__)
@@ -65,35 +69,19 @@ def auto_spec(
 def spec_of(captured: Captured) -> PermutationSpec:
     """The spec of a captured graph."""
     with gc_paused():
-        return _spec_of(captured)
-
-
-def _spec_of(captured: Captured) -> PermutationSpec:
-    solution = solve(captured.graph)
-    placeholders = {node.meta["names"][0]: node for node in captured.graph.nodes if _is_weight(node)}
-    number = {node: i for i, node in enumerate(captured.graph.nodes)}
-    first_use = {name: min((number[user] for user in node.users), default=None) for name, node in placeholders.items()}
-    used = sorted((name for name, at in first_use.items() if at is not None), key=lambda name: first_use[name] or 0)
-    unread = frozenset(name for name, at in first_use.items() if at is None)
-    writer = Writer(solution, used, unread)
-    notes = []
-    if captured.mode == "real":
-        notes.append(f"inferred on real tensors, for the branch that they took, because {captured.fallback_reason}")
-    spec = PermutationSpec(
-        groups=writer.groups(),
-        axes=writer.expressions(),
-        shapes={name: tensor.shape for name, tensor in writer.parameters.items()},
-        aliases={alias: node.meta["names"][0] for node in placeholders.values() for alias in node.meta["names"][1:]},
-        pins=writer.pins(),
-        unknown_ops=writer.unknown_ops(),
-        unused=tuple(dict.fromkeys((*captured.unused, *unread))),
-        model_class=captured.model_class,
-        notes=tuple(notes),
-        constraints=writer.constraints(),
-    )
-    log.info("%s: %d groups in %d operators", captured.model_class, len(spec.moving), len(number))
+        solution = solve(captured.graph)
+        fibres = find_fibres(solution)
+        spec = describe(captured, solution, fibres)
+    log.info("%s: %d groups in %d operators", captured.model_class, len(spec.moving), len(solution.nodes))
     return spec
 
 
-def _is_weight(node: torch.fx.Node) -> bool:
-    return node.op == "placeholder" and node.meta["kind"] in ("parameter", "buffer")
+def solve(graph: fx.Graph, results: Sequence[fx.Node] = ()) -> Solution:
+    """Type every tensor of a captured graph; of one without an output node, `results` are the results.
+
+    Raises `ConflictError`, naming the operator and its place in the source, where a rule ties axes of different sizes.
+    """
+    solution = settle(GraphFacts(list(graph.nodes), results))
+    pin_unread(solution, run_until_stable)
+    pin_unseen(solution)
+    return solution

@@ -20,13 +20,11 @@ from permgraph.capture import Captured, ExampleInputs, capture
 from permgraph.capture.module_copy import copy_with
 from permgraph.errors import CaptureError
 from permgraph.inference.auto_spec import spec_of
+from permgraph.inference.limits import SHORTEST_TEXT
 from permgraph.spec.expressions import is_name
 from permgraph.spec.spec import PermutationSpec
 
 log = logging.getLogger(__name__)
-
-#: Rows shorter than this are sizes or coordinates rather than tokens: their order means something.
-SHORTEST_TEXT = 8
 
 
 @dataclass(frozen=True)

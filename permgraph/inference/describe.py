@@ -5,38 +5,74 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 
 from torch import fx
 
-from permgraph.algebra.store import Axes, Axis, Index, Kind
-from permgraph.inference.fibres import Dependence
-from permgraph.inference.fixpoint import Solution
-from permgraph.rules.call import TypedTensor
-from permgraph.spec import Pin, UnknownOp
+from permgraph.algebra import Axes, Axis, Index, Kind
+from permgraph.capture import Captured
+from permgraph.inference.fibres import Fibres
+from permgraph.inference.solution import Solution, is_weight
+from permgraph.rules.typed_tensor import TypedTensor
+from permgraph.spec import PermutationSpec, Pin, UnknownOp
 from permgraph.spec.binding import Group
 from permgraph.spec.expressions import Axis as Expression
 from permgraph.spec.expressions import Family, Fixed, Label, Product, Ref, Sum
 from permgraph.spec.provenance import Constraints, SlotPin, Tie
 
 
+def describe(captured: Captured, solution: Solution, fibres: Fibres) -> PermutationSpec:
+    """The last stage: the spec of a captured graph, its groups named and its axes written as expressions."""
+    writer = Writer(solution, fibres)
+    notes = []
+    if captured.mode == "real":
+        notes.append(f"inferred on real tensors, for the branch that they took, because {captured.fallback_reason}")
+    if captured.opaque:
+        notes.append(
+            f"what objects of these types that the model returns hold was not seen: {', '.join(captured.opaque)}"
+        )
+    if kept := _kept_and_moving(captured, solution):
+        more = f" and {len(kept) - 3} more" if len(kept) > 3 else ""
+        notes.append(f"the forward pass keeps tensors whose units move, as {', '.join(kept[:3])}{more}")
+    names = [node.meta["names"] for node in solution.nodes if is_weight(node)]
+    return PermutationSpec(
+        groups=writer.groups(),
+        axes=writer.expressions(),
+        shapes={name: tensor.shape for name, tensor in writer.parameters.items()},
+        aliases={alias: first for first, *aliases in names for alias in aliases},
+        pins=writer.pins(),
+        unknown_ops=writer.unknown_ops(),
+        unused=tuple(dict.fromkeys((*captured.unused, *solution.unread))),
+        model_class=captured.model_class,
+        notes=tuple(notes),
+        constraints=writer.constraints(),
+    )
+
+
+def _kept_and_moving(captured: Captured, solution: Solution) -> list[str]:
+    """The attributes in which the forward pass leaves tensors on the model that a permutation renumbers."""
+    left = {node: name for end in captured.graph.nodes for node, name in end.meta.get("left", {}).items()}
+    return sorted({
+        name
+        for node, name in left.items()
+        if any(a.pinned is None for axis in solution.values[node].dims for a in solution.axes.atoms(axis))
+    })  # fmt: skip
+
+
 class Writer:
     """Turns a solution into the parts of a spec."""
 
-    def __init__(self, solution: Solution, used: Sequence[str], unused: frozenset[str]) -> None:
-        """`used`: parameter names in the order in which the forward pass first reads them."""
+    def __init__(self, solution: Solution, fibres: Fibres) -> None:
         self.solution = solution
         self.axes: Axes = solution.axes
+        self.ledger = solution.ledger()
         weights = solution.parameters.items()
         self.parameters = {n: t for n, t in weights if t.dtype.is_floating_point or t.dtype.is_complex}
-        self.order = [name for name in used if name in self.parameters]
-        self.unused = unused
-        moving = self._moving()
-        dependence = Dependence(solution)
-        self.parents = dependence.parents(moving)
+        self.unread = frozenset(solution.unread)
+        self.parents = dict(fibres.parents)
         self.inner: set[Axis] = set()  # the atoms of joined factors but the first of each
-        self.fused = self._fuse(dependence.mutual)
-        moving = list(dict.fromkeys(self.fused.get(atom, atom) for atom in moving))
+        self.fused = self._fuse(fibres.mutual)
+        moving = list(dict.fromkeys(self.fused.get(atom, atom) for atom in fibres.moving))
         fibred_over = {h for parents in self.parents.values() for h in parents}
         self.names = self._names([*moving, *(h for h in fibred_over if h.pinned is not None)])
 
@@ -62,7 +98,7 @@ class Writer:
         found = []
         for name, tensor in self.parameters.items():
             for dim in range(tensor.ndim):
-                if name in self.unused:
+                if name in self.unread:
                     found.append(Pin(name, dim, tensor.shape[dim], "never read by the forward pass"))
                     continue
                 seen = set()
@@ -75,34 +111,23 @@ class Writer:
     def unknown_ops(self) -> tuple[UnknownOp, ...]:
         """Operators without a rule, with the place of the first call of each."""
         numbers: dict[str, list[int]] = {}
-        for number in self.solution.ledger.unknown:
+        for number in self.ledger.unknown:
             numbers.setdefault(str(self.solution.nodes[number].target), []).append(number)
         return tuple(UnknownOp(name, len(found), *self._place(found[0])[1:]) for name, found in numbers.items())
 
     def constraints(self) -> Constraints:
         """What tied which slots, and where pins were put."""
-        ledger = self.solution.ledger
         ties = {
             (a.name, i, b.name, j): Tie(slot(a, i), slot(b, j), *self._place(n))
-            for a, i, b, j, n in ledger.ties
+            for a, i, b, j, n in self.ledger.ties
             if (a, i) != (b, j)
         }
-        pins = {(t.name, d, why): SlotPin(slot(t, d), why, *self._place(n)) for t, d, why, n in ledger.pins}
+        pins = {(t.name, d, why): SlotPin(slot(t, d), why, *self._place(n)) for t, d, why, n in self.ledger.pins}
         return Constraints(tuple(ties.values()), tuple(pins.values()))
-
-    # -- inside ------------------------------------------------------------------------------------------------------
-
-    def _moving(self) -> list[Axis]:
-        """The unpinned atoms of parameters that are read, in the order in which they are met."""
-        found: dict[Axis, None] = {}
-        for name in self.order:
-            for axis in self.parameters[name].dims:
-                found.update(dict.fromkeys(a for a in self.axes.atoms(axis) if a.pinned is None))
-        return list(found)
 
     # -- factors that are one axis -------------------------------------------------------------------------------------
 
-    def _fuse(self, mutual: Collection[tuple[Axis, Axis]]) -> dict[Axis, Axis]:
+    def _fuse(self, mutual: Set[tuple[Axis, Axis]]) -> dict[Axis, Axis]:
         """Join factors which a view has split and nothing tells apart: ``(h d)`` is one axis then, no wreath product.
 
         That is so where each may depend on the other, and possible where they always stand side by side. Returns for
@@ -126,7 +151,7 @@ class Writer:
                 (following,) = after[run[-1]]
                 if following is None or len(before[following]) != 1 or following in fused:
                     break
-                if not all({(atom, following), (following, atom)} <= set(mutual) for atom in run):
+                if not all({(atom, following), (following, atom)} <= mutual for atom in run):
                     break
                 run.append(following)
             if len(run) > 1 and self._alike_outside(run) and not self._continues(run[0], before, mutual):
@@ -139,7 +164,7 @@ class Writer:
         return fused
 
     @staticmethod
-    def _continues(first: Axis, before: Mapping[Axis, set[Axis | None]], mutual: Collection[tuple[Axis, Axis]]) -> bool:
+    def _continues(first: Axis, before: Mapping[Axis, set[Axis | None]], mutual: Set[tuple[Axis, Axis]]) -> bool:
         """Whether a run that starts earlier could hold this one."""
         earlier = before[first]
         return len(earlier) == 1 and (first, next(iter(earlier))) in mutual
@@ -167,7 +192,7 @@ class Writer:
         wanted = set(atoms)
         origin: dict[Axis, str] = {}
         for produced in (True, False):
-            for name in self.order:
+            for name in self.solution.order:
                 tensor = self.parameters[name]
                 for dim in range(tensor.ndim):
                     if produced and not self._is_output(tensor, dim):
@@ -189,7 +214,7 @@ class Writer:
         return dim == 0 or all(a.pinned is not None for axis in tensor.dims[:dim] for a in self.axes.atoms(axis))
 
     def _parameter(self, name: str, tensor: TypedTensor) -> tuple[Expression, ...]:
-        return tuple(Fixed(size) for size in tensor.shape) if name in self.unused else self.axes_of(tensor)
+        return tuple(Fixed(size) for size in tensor.shape) if name in self.unread else self.axes_of(tensor)
 
     def axes_of(self, tensor: TypedTensor) -> tuple[Expression, ...]:
         """The expression of each dimension of any tensor of the graph, parameter or not."""

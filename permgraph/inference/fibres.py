@@ -4,58 +4,105 @@ Axis d may depend on axis h exactly when every tensor that has d has h too, and 
 solver's ledger holds what is needed: each link lists its tensors by label (those inside an operator included), so the
 question is answered link by link:
 
-- in a tensor, an occurrence of d obeys the h that is a factor of the same product, or else the only h in another
+- in a tensor, an occurrence of d goes with the h that is a factor of the same product, or else the only h in another
   dimension; where there are several, none;
-- in a link, all tensors that bear d's label must bear the label of the h that d obeys.
+- in a link, all tensors that bear d's label must bear the label of the h that d goes with.
 
-What was looked up by an index still has the axis that was looked up, in disguise: row t of ``w[index]`` is row
-``index[t]`` of w, so the expert whose hidden units a routed token has follows from the token. Dimensions that the
-index runs over stand for the axis that its values number, as long as no other index relates the two.
+Example: attention with q and k of shape (b, h, s, d). The scores are a link
 
-With x of (h d) in two operands of a contraction over d whose h are *different* labels (a Gram matrix between heads),
-the second test fails, although every tensor has both axes.
+    (q, "b h s d"), (k, "b h t d"), (scores, "b h s t")
+
+Both tensors with d have h, and under the same label. So at each head the channels may be permuted in another way, and
+the group of d is fibred over h: h! (d!)^h. In a matrix of all heads against all,
+
+    (q, "b h s d"), (k, "b g s d"), (out, "b h g")
+
+the labels h and g stand for one axis, and both tensors with d have that axis; but q's channels go with the label h and
+k's with g. Head 0 of q meets every head of k, so that one permutation of d serves all: h! d!.
+
+What was looked up by an index still has the axis that was looked up: row t of ``w[index]`` is row ``index[t]`` of w, so
+the expert whose hidden units a routed token has follows from the token. Dimensions that the index runs over stand for
+the axis that its values number, as long as what was looked up by one index does not meet what another looked up.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 
-from permgraph.algebra.store import Axis, Index, Kind
-from permgraph.inference.fixpoint import Solution
-from permgraph.rules.call import VALUE, Labelled, Relation, TypedTensor
+import networkx as nx
+
+from permgraph.algebra import Axis, Index, Kind
+from permgraph.inference.solution import Solution
+from permgraph.rules.ledger import Labelled, Rearrangement, Relation
+from permgraph.rules.typed_tensor import VALUE, TypedTensor
 
 Choice = Mapping[Index, int]  # the part that was taken of each sum on the way to an occurrence
-Giver = frozenset[str]  # the labels that together tell which index of a parent an occurrence stands at
-INTERNAL: Giver = frozenset()  # a factor of the same product tells
+IndexSource = frozenset[str]  # the labels that together tell which index of a parent an occurrence stands at
+SAME_PRODUCT: IndexSource = frozenset()  # a factor of the same product tells
 
 
-class Dependence:
+@dataclass(frozen=True)
+class Fibres:
+    """Which axes are permuted differently at each index of which others.
+
+    Attributes:
+        moving: the unpinned atoms of parameters that are read, in the order in which they are met.
+        parents: for each of them that has any, the atoms (pinned ones among them) over which it is fibred, outermost
+            first.
+        mutual: pairs of which each might depend on the other; `parents` has one of the two ways.
+    """
+
+    moving: tuple[Axis, ...]
+    parents: Mapping[Axis, tuple[Axis, ...]]
+    mutual: Set[tuple[Axis, Axis]]
+
+
+def find_fibres(solution: Solution) -> Fibres:
+    """The stage between types and their description: what may depend on what."""
+    found: dict[Axis, None] = {}
+    for name in solution.order:
+        for axis in solution.parameters[name].dims:
+            found.update(dict.fromkeys(a for a in solution.axes.atoms(axis) if a.pinned is None))
+    dependence = _Dependence(solution)
+    parents = dependence.parents(list(found))
+    return Fibres(tuple(found), parents, dependence.mutual)
+
+
+class _Dependence:
     """Decides the parents of axes over a solution."""
 
     def __init__(self, solution: Solution) -> None:
         self.axes = solution.axes
-        self.solution = solution
         self._known_atoms: dict[Axis, tuple[Axis, ...]] = {}
         self._relations: dict[Axis, list[Relation]] = defaultdict(list)
-        for relation in solution.ledger.relations:
+        ledger = solution.ledger()
+        self._links = [_without_empty(relation) for relation in ledger.relations]
+        for relation in self._links:
             axes = (axis for labelled in relation.tensors for axis in labelled.axes.values())
             for atom in dict.fromkeys(atom for axis in axes for atom in self._atoms(axis)):
                 self._relations[atom].append(relation)
-        self._disguises = self._find_disguises()
+        self._lookups = self._find_lookups()
         self.mutual: set[tuple[Axis, Axis]] = set()  # pairs of which each may depend on the other, both ways round
         self._tensors: dict[Axis, list[tuple[TypedTensor, frozenset[Axis]]]] = defaultdict(list)
         self._rank: dict[Axis, int] = {}  # in the order in which atoms are met, so that results do not depend on chance
-        for tensor in solution.tensors:
+        self._written = {id(tensor) for tensor in solution.parameters.values()}
+        for tensor in solution.tensors():
             dims = [*tensor.dims, tensor.value] if tensor.value is not None else tensor.dims
             seen = dict.fromkeys(atom for axis in dims for atom in self._atoms(axis))
-            atoms = self._unmasked(frozenset(seen))
+            atoms = self._with_lookups(frozenset(seen))
             for atom in seen:
                 self._rank.setdefault(atom, len(self._rank))
-                self._tensors[atom].append((tensor, atoms))
-        self._written = {id(tensor) for tensor in solution.parameters.values()}
-        self._rearranged = {id(t) for moved in solution.ledger.rearrangements for t in moved.tensors}
+                if 0 not in tensor.shape or id(tensor) in self._written:
+                    self._tensors[atom].append((tensor, atoms))
+        self._rearranged = {id(t) for moved in ledger.rearrangements for t in moved.tensors}
+        self._rearrangements: dict[Axis, list[Rearrangement]] = defaultdict(list)
+        for moved in ledger.rearrangements if self._lookups else ():
+            axes = (axis for tensor in moved.tensors for axis in tensor.dims)
+            for atom in dict.fromkeys(atom for axis in axes for atom in self._atoms(axis)):
+                self._rearrangements[atom].append(moved)
 
     def _atoms(self, axis: Axis) -> tuple[Axis, ...]:
         """The atoms in an axis, looked up once: nothing is refined any more."""
@@ -66,7 +113,7 @@ class Dependence:
 
     def parents(self, moving: Sequence[Axis]) -> dict[Axis, tuple[Axis, ...]]:
         """For each atom in `moving`, the atoms (pinned ones among them) over which it is fibred, outermost first."""
-        found = {d: [h for h in self._candidates(d) if self._obeys(d, h)] for d in moving}
+        found = {d: [h for h in self._candidates(d) if self._is_fibred_over(d, h)] for d in moving}
         found = {d: parents for d, parents in found.items() if parents}
         self.mutual = {(d, h) for d, parents in found.items() for h in parents if d in found.get(h, ())}
         self._break_cycles(found)
@@ -75,10 +122,10 @@ class Dependence:
 
     # -- lookups -------------------------------------------------------------------------------------------------------
 
-    def _find_disguises(self) -> dict[Axis, dict[frozenset[Axis], TypedTensor]]:
-        """For each axis that is looked up, the axes that an index runs over, and the index, if there is only one."""
+    def _find_lookups(self) -> dict[Axis, dict[frozenset[Axis], set[TypedTensor]]]:
+        """For each axis that is looked up, the axes that indices run over, and those indices."""
         found: dict[Axis, dict[frozenset[Axis], set[TypedTensor]]] = defaultdict(lambda: defaultdict(set))
-        for relation in self.solution.ledger.relations:
+        for relation in self._links:
             for labelled in relation.tensors:
                 value = self._value_label(labelled)
                 if value is None or labelled.tensor is None:
@@ -87,10 +134,7 @@ class Dependence:
                 for axis in self._numbered(labelled.axes[value]):
                     if over and max(over.values()) == 1 and axis not in over:
                         found[axis][frozenset(over)].add(labelled.tensor.origin)
-        return {
-            axis: {over: next(iter(indices)) for over, indices in by_axes.items() if len(indices) == 1}
-            for axis, by_axes in found.items()
-        }
+        return found
 
     def _numbered(self, value: Axis) -> Sequence[Axis]:
         """The atoms whose indices an index gives: of the axis of its values, or of each factor of that."""
@@ -102,9 +146,9 @@ class Dependence:
     def _value_label(labelled: Labelled) -> str | None:
         return next((label for label, dim in labelled.where.items() if dim == VALUE), None)
 
-    def _unmasked(self, atoms: frozenset[Axis]) -> frozenset[Axis]:
+    def _with_lookups(self, atoms: frozenset[Axis]) -> frozenset[Axis]:
         """These atoms, and those that they stand for."""
-        hidden = [axis for axis, ways in self._disguises.items() if any(over <= atoms for over in ways)]
+        hidden = [axis for axis, ways in self._lookups.items() if any(over <= atoms for over in ways)]
         return atoms | frozenset(hidden) if hidden else atoms
 
     # -- candidates ----------------------------------------------------------------------------------------------------
@@ -120,21 +164,72 @@ class Dependence:
             for labelled in relation.tensors:
                 seen = frozenset(a for axis in labelled.axes.values() for a in self._atoms(axis))
                 if d in seen:
-                    atoms = self._unmasked(seen)
+                    atoms = self._with_lookups(seen)
                     common = set(atoms) if common is None else common & atoms
         return [] if common is None else sorted(common - {d}, key=self._rank.__getitem__)
 
     # -- the test ------------------------------------------------------------------------------------------------------
 
-    def _obeys(self, d: Axis, h: Axis) -> bool:
+    def _is_fibred_over(self, d: Axis, h: Axis) -> bool:
         for tensor, _ in self._tensors[d]:
             if self._bound_in_tensor(tensor, d, h, strict=id(tensor) in self._written) is None:
                 return False
             if id(tensor) in self._rearranged and self._count(tensor.dims, h, {})[1] > 1:
                 return False
-        return all(self._coherent(relation, d, h) for relation in self._relations[d])
+        return all(self._coherent(relation, d, h) for relation in self._relations[d]) and self._has_one_index_each(d, h)
 
-    def _bound_in_tensor(self, tensor: TypedTensor, d: Axis, h: Axis, strict: bool) -> list[Giver] | None:
+    def _has_one_index_each(self, d: Axis, h: Axis) -> bool:
+        """Whether all tensors that have d, and h through a lookup, are known to have it through one and the same index.
+
+        Two indices may run over the same axis, as those of the first and the second expert of each token: what was
+        looked up by one says nothing of what was looked up by the other. So tensors that an operator pairs must come
+        from one index; and none may be part of one for which an index runs over other axes, as where rows are shifted.
+        """
+        lookups = self._lookups.get(h)
+        if not lookups:
+            return True
+        paired = nx.Graph()
+        over: dict[TypedTensor, list[frozenset[Axis]] | None] = {}  # None: it has h itself
+        for tensors, indices in self._pairings(d, h):
+            for tensor in tensors:
+                atoms = self._atoms_of(tensor)
+                over[tensor] = None if h in atoms else [run for run in lookups if run <= atoms]
+            runs = [over[tensor] for tensor in tensors]
+            if any(run == [] or run != runs[0] for run in runs):
+                return False
+            if runs and runs[0]:
+                nx.add_path(paired, [*tensors, *indices])
+        for component in nx.connected_components(paired):
+            followers = [tensor for tensor in component if over.get(tensor)]
+            possible = set[TypedTensor]().union(*(lookups[run] for run in over[followers[0]] or ()))
+            known = component.difference(followers) or possible
+            if len(known) != 1 or not known <= possible:
+                return False
+        return True
+
+    def _pairings(self, d: Axis, h: Axis) -> Iterator[tuple[list[TypedTensor], list[TypedTensor]]]:
+        """The tensors with d that each operator pairs, and the indices into h by which it looks up.
+
+        Of an operator that is a link those with h itself are left out: it may look up in one of them.
+        """
+        for relation in self._relations[d]:
+            tensors, indices = [], []
+            for labelled in relation.tensors:
+                value = self._value_label(labelled)
+                if labelled.tensor is None:
+                    continue
+                if any(d in self._atoms(axis) for axis in labelled.axes.values()):
+                    tensors += [labelled.tensor] if h not in self._atoms_of(labelled.tensor) else []
+                elif value is not None and h in self._numbered(labelled.axes[value]):
+                    indices.append(labelled.tensor.origin)
+            yield tensors, indices
+        for moved in self._rearrangements[d]:
+            yield [tensor for tensor in moved.tensors if d in self._atoms_of(tensor)], []
+
+    def _atoms_of(self, tensor: TypedTensor) -> set[Axis]:
+        return {atom for axis in tensor.dims for atom in self._atoms(axis)}
+
+    def _bound_in_tensor(self, tensor: TypedTensor, d: Axis, h: Axis, strict: bool) -> list[IndexSource] | None:
         named = {str(i): axis for i, axis in enumerate(tensor.dims)}
         where = {str(i): i for i in range(tensor.ndim)}
         if tensor.value is not None:
@@ -142,26 +237,26 @@ class Dependence:
         return self._bindings(named, where, d, h, strict=strict)
 
     def _coherent(self, relation: Relation, d: Axis, h: Axis) -> bool:
-        obeyed: dict[str, set[Giver]] = defaultdict(set)
+        bound_by: dict[str, set[IndexSource]] = defaultdict(set)
         for labelled in relation.tensors:
             for label, axis in labelled.axes.items():
                 if d in self._atoms(axis):
                     bound = self._bindings(self._with_unlabelled(labelled), labelled.where, d, h, only=label)
                     if bound is None:
                         return False
-                    obeyed[label].update(bound)
+                    bound_by[label].update(bound)
         same = self._index_labels(relation, h)
-        for label, givers in obeyed.items():
-            if len(givers) != 1 and not givers <= same:
+        for label, sources in bound_by.items():
+            if len(sources) != 1 and not sources <= same:
                 return False
-            allowed = same if givers <= same else givers
-            if INTERNAL not in givers:
+            allowed = same if sources <= same else sources
+            if SAME_PRODUCT not in sources:
                 for labelled in relation.tensors:
-                    if label in labelled.axes and not any(giver <= labelled.axes.keys() for giver in allowed):
+                    if label in labelled.axes and not any(source <= labelled.axes.keys() for source in allowed):
                         return False
         return True
 
-    def _index_labels(self, relation: Relation, h: Axis) -> set[Giver]:
+    def _index_labels(self, relation: Relation, h: Axis) -> set[IndexSource]:
         """The labels that mean h in a lookup: that of its own dimension, and those over which the index runs."""
         for labelled in relation.tensors:
             value = self._value_label(labelled)
@@ -183,13 +278,13 @@ class Dependence:
         h: Axis,
         only: str | None = None,
         strict: bool = False,
-    ) -> list[Giver] | None:
-        """For each occurrence of d (under the label `only`, if given) the labels that bear the h it obeys, or None.
+    ) -> list[IndexSource] | None:
+        """For each occurrence of d (under the label `only`, if given) the labels that bear the h it goes with, or None.
 
         If `strict`, as the spec's expressions can say it: with an h that is there as such, and at one place, not at
         another in each part of a sum.
         """
-        found: list[Giver] = []
+        found: list[IndexSource] = []
         for label, axis in named.items():
             if only is not None and label != only:
                 continue
@@ -198,29 +293,29 @@ class Dependence:
                 if high:
                     if (low, high) != (1, 1):
                         return None
-                    found.append(INTERNAL)
+                    found.append(SAME_PRODUCT)
                     continue
-                givers = {m: self._count([other], h, choice, strict) for m, other in named.items() if m != label}
-                givers = {m: count for m, count in givers.items() if count[1]}
-                near = {m: c for m, c in givers.items() if where.get(m, m) == where.get(label, label)}
-                chosen = near or givers
+                sources = {m: self._count([other], h, choice, strict) for m, other in named.items() if m != label}
+                sources = {m: count for m, count in sources.items() if count[1]}
+                near = {m: c for m, c in sources.items() if where.get(m, m) == where.get(label, label)}
+                chosen = near or sources
                 if not chosen and not strict:
-                    disguised = self._disguised(named, label, siblings, h, choice)
-                    if len(disguised) != 1:
+                    looked_up = self._via_lookup(named, label, siblings, h, choice)
+                    if len(looked_up) != 1:
                         return None
-                    found.extend(disguised)
+                    found.extend(looked_up)
                 elif len(chosen) != 1 or next(iter(chosen.values())) != (1, 1):
                     return None
                 else:
                     found.append(frozenset(chosen))
         return found
 
-    def _disguised(
+    def _via_lookup(
         self, named: Mapping[str, Axis], label: str, siblings: Sequence[Axis], h: Axis, choice: Choice
-    ) -> set[Giver]:
+    ) -> set[IndexSource]:
         """The labels whose axes are those that an index into h runs over; each way in which they are."""
         found = set()
-        for over in self._disguises.get(h, {}):
+        for over in self._lookups.get(h, {}):
             bearing = []
             for atom in over:
                 counts = {"": self._count(siblings, atom, choice)}
@@ -295,3 +390,14 @@ class Dependence:
                     if d in found.get(h, ()) or any(p not in parents for p in found.get(h, ())):
                         parents.remove(h)
                         changed = True
+
+
+def _without_empty(relation: Relation) -> Relation:
+    """What a link says of the tensors that have elements: one without any tells nothing of its axes."""
+    empty = [labelled for labelled in relation.tensors if _is_empty(labelled)]
+    return replace(relation, tensors=tuple(t for t in relation.tensors if t not in empty)) if empty else relation
+
+
+def _is_empty(labelled: Labelled) -> bool:
+    shape = (axis.size for axis in labelled.axes.values()) if labelled.tensor is None else labelled.tensor.shape
+    return 0 in shape

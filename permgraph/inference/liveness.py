@@ -14,20 +14,21 @@ from torch import fx
 
 from permgraph.capture.outputs import tensor_leaves
 from permgraph.capture.schema import signature
-from permgraph.inference.constancy import CREATED, Memory, contracted_with
-
-#: Operators that read the shape of their argument, and none of its values.
-VALUELESS = CREATED | {"empty_like", "new_empty"}
+from permgraph.inference.memory import Memory
+from permgraph.inference.operators import Operators, contracted_with
 
 
 def live_nodes(
-    nodes: Sequence[fx.Node], results: Sequence[fx.Node] = (), zeros: Collection[fx.Node] = ()
+    nodes: Sequence[fx.Node],
+    memory: Memory,
+    operators: Operators,
+    results: Sequence[fx.Node] = (),
+    zeros: Collection[fx.Node] = (),
 ) -> set[fx.Node]:
     """The nodes on which a result depends, what the forward pass leaves in buffers, or what left torch as a number.
 
     `results` are those of a graph that has no output node. On what is multiplied with one of `zeros` nothing depends.
     """
-    memory = Memory(nodes)
     writers: dict[fx.Node, list[fx.Node]] = defaultdict(list)
     roots = list(results)
     for node in nodes:
@@ -36,21 +37,21 @@ def live_nodes(
             writers[owner].append(node)
         if node.op == "output" or any(owner.op == "placeholder" for owner in written) or _has_effect(node):
             roots.append(node)
-    found: set[fx.Node] = set()
+    live: set[fx.Node] = set()
     while roots:
         node = roots.pop()
-        if node not in found:
-            found.add(node)
-            if getattr(node.target, "_opname", "") not in VALUELESS:
-                factors = met_zeros(node, zeros)
+        if node not in live:
+            live.add(node)
+            if operators.of(node).reads_values:
+                factors = met_zeros(node, operators, zeros)
                 roots.extend(source for source in node.all_input_nodes if source not in factors)
             roots.extend(writers[memory.owner(node)])
-    return found
+    return live
 
 
-def met_zeros(node: fx.Node, zeros: Collection[fx.Node]) -> dict[fx.Node, int]:
+def met_zeros(node: fx.Node, operators: Operators, zeros: Collection[fx.Node]) -> dict[fx.Node, int]:
     """The factors of a product of which one is zero, each with the dimension over which the product sums."""
-    product = contracted_with(node) if zeros else None
+    product = contracted_with(node, operators.of(node)) if zeros else None
     if product is None or (product[0] not in zeros and product[2] not in zeros):
         return {}
     return {product[0]: product[1], product[2]: product[3]}

@@ -1,7 +1,7 @@
 """Where factors will be cut, read off the graph before any rule runs.
 
 A fused projection is viewed as ``(3, H, D)`` and its three parts are taken some operators later. The solver learns of
-that by running into it, and then starts anew (see `Axes.cuts`). What can be seen beforehand spares it the first run:
+that by running into it, and then starts anew (see `Factors`). What can be seen beforehand spares it the first run:
 a view that makes a factor of one dimension, and a part of that factor taken after nothing but changes of place.
 What is overlooked here costs one more run, and nothing else.
 """
@@ -10,54 +10,54 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import fx
 
-from permgraph.algebra.store import BirthKey
-from permgraph.capture.schema import signature
-from permgraph.rules.call import matching_dims
-from permgraph.rules.pointwise import COPIES
+from permgraph.algebra import FactorKey
+from permgraph.inference.operators import Operators, arguments_of, dimensions_kept, name_of
+from permgraph.rules.typed_tensor import matching_dims
 
 PLACEHOLDER = "placeholder"
 
 _VIEWS = frozenset(["view", "_unsafe_view", "reshape", "_reshape_alias", "unflatten", "flatten"])
-_SAME = frozenset(COPIES.split())
 _TAKING = frozenset(["select", "unbind", "split", "split_with_sizes", "chunk", "slice", "narrow"])
 
-Born = dict[int, BirthKey]  # the dimensions of a tensor that are factors as they were made, and the names of these
+MadeFactors = dict[int, FactorKey]  # the dimensions of a tensor that are factors as they were made, and their names
 
 
-def foreseen_cuts(nodes: Sequence[fx.Node]) -> dict[BirthKey, tuple[int, ...]]:
+def foreseen_cuts(nodes: Sequence[fx.Node], operators: Operators) -> dict[FactorKey, tuple[int, ...]]:
     """The points at which the factors that views make, and the dimensions of parameters, are cut by taking parts."""
-    born: dict[fx.Node, Born] = {}
-    cuts: dict[BirthKey, set[int]] = {}
+    made: dict[fx.Node, MadeFactors] = {}
+    cuts: dict[FactorKey, set[int]] = {}
     for number, node in enumerate(nodes):
         val = node.meta.get("val")
         if node.op == "placeholder" and isinstance(val, torch.Tensor) and node.meta["kind"] != "input":
-            born[node] = {d: (PLACEHOLDER, number, d) for d in range(val.ndim)}
+            made[node] = {d: (PLACEHOLDER, number, d) for d in range(val.ndim)}
         if node.op != "call_function" or node.target is operator.getitem or not node.args:
             continue
         source = node.args[0]
         x = source.meta.get("val") if isinstance(source, fx.Node) else None
         if not isinstance(source, fx.Node) or not isinstance(x, torch.Tensor):
             continue
-        name = getattr(node.target, "_opname", "")
-        known = born.get(source, {})
+        name = name_of(node)
+        known = made.get(source, {})
         if known:
             for dim, points in _taken(name, node, x):
                 if dim in known:
                     cuts.setdefault(known[dim], set()).update(p for p in points if 0 < p < x.shape[dim])
         if isinstance(val, torch.Tensor):
-            found = _made(number, x, val) if name in _VIEWS else _moved(name, node.args, x, known)
-            if found:
-                born[node] = found
+            factors = _made(number, x, val) if name in _VIEWS else {}
+            if known and name not in _VIEWS:
+                order = range(x.ndim) if operators.of(node).values == "same" else dimensions_kept(node, x.shape)
+                factors = {at: known[d] for at, d in enumerate(order or ()) if d is not None and d in known}
+            if factors:
+                made[node] = factors
     return {key: tuple(sorted(points)) for key, points in cuts.items() if points}
 
 
-def _made(number: int, x: torch.Tensor, out: torch.Tensor) -> Born:
+def _made(number: int, x: torch.Tensor, out: torch.Tensor) -> MadeFactors:
     """The factors that a view makes of one dimension, by the names under which the solver will make them."""
     if x.dtype.itemsize != out.dtype.itemsize or 0 in x.shape:
         return {}
@@ -76,32 +76,11 @@ def _made(number: int, x: torch.Tensor, out: torch.Tensor) -> Born:
     }
 
 
-def _moved(name: str, args: Sequence[Any], x: torch.Tensor, known: Born) -> Born:
-    """The same factors in a result that only puts the dimensions elsewhere."""
-    if not known:
-        return {}
-    order: list[int | None] = list(range(x.ndim))
-    if name == "permute":
-        order = [d % x.ndim for d in args[1]]
-    elif name in ("transpose", "t"):
-        i, j = (args[1] % x.ndim, args[2] % x.ndim) if name == "transpose" else (0, x.ndim - 1)
-        order[i], order[j] = order[j], order[i]
-    elif name == "unsqueeze":
-        order.insert(args[1] % (x.ndim + 1), None)
-    elif name == "squeeze":
-        dims = range(x.ndim) if len(args) < 2 else [args[1]] if isinstance(args[1], int) else args[1]
-        gone = {d % x.ndim for d in dims}
-        order = [d for d in range(x.ndim) if not (d in gone and x.shape[d] == 1)]
-    elif name not in _SAME:
-        return {}
-    return {at: known[d] for at, d in enumerate(order) if d is not None and d in known}
-
-
 def _taken(name: str, node: fx.Node, x: torch.Tensor) -> Iterator[tuple[int, Sequence[int]]]:
     """The dimension of which an operator takes a part, and the two ends of each part."""
     if name not in _TAKING:
         return
-    given = _named(node)
+    given = arguments_of(node)
     dim = given.get("dim", 0) % max(x.ndim, 1) if isinstance(given.get("dim", 0), int) else 0
     size = x.shape[dim] if x.ndim else 0
     val = node.meta["val"]
@@ -119,10 +98,3 @@ def _taken(name: str, node: fx.Node, x: torch.Tensor) -> Iterator[tuple[int, Seq
         start = given.get("start") or 0
         start = min(max(start + size if start < 0 else start, 0), size)
         yield dim, (start, start + val.shape[dim])
-
-
-def _named(node: fx.Node) -> Mapping[str, Any]:
-    """The arguments that a node was given, by the names of the operator's schema."""
-    known = signature(node.target)
-    names = [argument.name for argument in known.arguments] if known else []
-    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}

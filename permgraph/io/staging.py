@@ -2,7 +2,8 @@
 
 Beside ``out`` that is the folder ``.out.permgraph``. Its journal names the job, and each file that is finished with its
 SHA-256; a run of the same job keeps those files, after it has compared them, and a run of another job starts afresh.
-The last act is a rename.
+The last act is a rename. Where that replaces a folder, the old one is moved aside first, and put back by the next run
+if none came to take its place.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ from permgraph.io.files import write_atomically
 
 JOURNAL = "journal.json"
 RESULT = "out"
+REPLACED = "replaced"
+LOCK = ".lock"
 
 
 class Staging:
-    """The making of one output file or folder.
+    """Writes one output file or folder whole or not at all, and goes on after an interruption.
 
     Args:
         target: the output.
@@ -59,18 +62,33 @@ class Staging:
         self._lock: IO[bytes] | None = None
 
     def __enter__(self) -> Staging:
+        if not self.folder.exists():
+            self._require_place()
+        self._take_lock()
+        try:
+            self._begin()
+        except BaseException:
+            self._release()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._release()
+
+    def _begin(self) -> None:
+        """Read what an earlier run has left, now that no other is at work, and keep what is of use."""
         journal = self._read_journal()
+        replaced = self.folder / REPLACED
+        if journal is not None and replaced.exists() and not self.target.exists():
+            os.replace(replaced, self.target)  # killed between two renames
         if journal is not None and journal["job"] == self.job:
             self.finished, self.complete = dict(journal["finished"]), str(journal["complete"])
         if self.complete and self.target.exists() and not (self.folder / self.complete).exists():
-            return self  # killed after the rename: nothing is left to do but to tidy up
+            return  # killed after the last rename: nothing is left to do but to tidy up
         self.complete = ""
-        if self.target.exists() and not self.overwrite:
-            raise CheckpointError(f"{self.target} exists already: choose another name, or say --overwrite")
-        if not self.target.parent.is_dir():
-            raise CheckpointError(f"{self.target.parent}: no such folder to write {self.target.name!r} in")
-        self.folder.mkdir(exist_ok=True)
-        self._take_lock()
+        self._require_place()
         if journal is None or journal["job"] != self.job:
             self._clear(everything=journal is not None)
             self.finished = {}
@@ -78,13 +96,13 @@ class Staging:
         (self.folder / RESULT).mkdir(exist_ok=True)
         for name in [name for name, digest in self.finished.items() if digest != self._digest(name)]:
             del self.finished[name]
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._lock is not None:
-            self._lock.close()
+    def _require_place(self) -> None:
+        """Raise CheckpointError unless the output may be written where it is to be."""
+        if self.target.exists() and not self.overwrite:
+            raise CheckpointError(f"{self.target} exists already: choose another name, or say --overwrite")
+        if not self.target.parent.is_dir():
+            raise CheckpointError(f"{self.target.parent}: no such folder to write {self.target.name!r} in")
 
     @property
     def resumed(self) -> bool:
@@ -127,7 +145,10 @@ class Staging:
         self._write_journal()
 
     def finish(self, only: str | None = None) -> None:
-        """Put the output in its place, in one step, and remove the staging folder.
+        """Put the output in its place and remove the staging folder.
+
+        A file appears in one step, and takes the place of an older one in that step. A folder that takes the place of
+        an older one appears in two, between which there is none.
 
         Args:
             only: the file that is the output; None if it is the whole folder.
@@ -138,9 +159,15 @@ class Staging:
             self.complete = str(made.relative_to(self.folder))
             self._write_journal()
             _sync_folder(made if only is None else result)
+            replaced = self.folder / REPLACED
             if self.target.is_dir() and not self.target.is_symlink():
-                os.replace(self.target, self.folder / "replaced")
-            os.replace(made, self.target)
+                os.replace(self.target, replaced)
+            try:
+                os.replace(made, self.target)
+            except BaseException:
+                if replaced.exists() and not self.target.exists():
+                    os.replace(replaced, self.target)
+                raise
             _sync_folder(self.target.parent)
             if only is not None:
                 shutil.rmtree(result)
@@ -170,7 +197,7 @@ class Staging:
     def _clear(self, *, everything: bool) -> None:
         """Remove what an earlier run left, the journal last of all and not here."""
         for path in self.folder.iterdir():
-            if path.name == JOURNAL or path.name == ".lock":
+            if path.name in (JOURNAL, LOCK):
                 continue
             if not everything and not path.name.startswith(f".{JOURNAL}"):
                 raise CheckpointError(f"{self.folder} holds {path.name!r} and no journal: move it out of the way")
@@ -180,16 +207,46 @@ class Staging:
                 path.unlink()
 
     def _take_lock(self) -> None:
-        try:
-            import fcntl
-        except ImportError:  # Windows
-            return
-        self._lock = (self.folder / ".lock").open("wb")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        """Make the folder, and hold its lock for as long as this run is at work."""
+        while self._lock is None:
+            self.folder.mkdir(exist_ok=True)
+            try:
+                lock = (self.folder / LOCK).open("wb")
+            except FileNotFoundError:  # the run that had it has just removed the folder
+                continue
+            if not _locked(lock):
+                lock.close()
+                raise CheckpointError(f"another run is writing {self.target} (it holds {self.folder})")
+            if _is_still(lock, self.folder / LOCK):
+                self._lock = lock
+            else:  # that run removed it after it was opened here: whoever comes next locks another file
+                lock.close()
+
+    def _release(self) -> None:
+        if self._lock is not None:
             self._lock.close()
-            raise CheckpointError(f"another run is writing {self.target} (it holds {self.folder})") from None
+            self._lock = None
+
+
+def _locked(file: IO[bytes]) -> bool:
+    """Lock an open file, and tell whether nobody else has; on Windows nothing is locked."""
+    try:
+        import fcntl
+    except ImportError:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _is_still(file: IO[bytes], path: Path) -> bool:
+    """Whether an open file is the one that stands at a path now."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _sha256(path: Path) -> str:

@@ -16,7 +16,7 @@ Transform = Callable[[str, torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class TensorFormat:
-    """Of a tensor in a file: its dtype and shape."""
+    """The dtype and shape of a stored tensor."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]

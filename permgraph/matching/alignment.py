@@ -5,81 +5,37 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import nn
 
 from permgraph.errors import MismatchError
-from permgraph.matching.matcher import Matcher, MatchResult, NeedsModels, Outcome, Progress, Sweep
+from permgraph.matching.matcher import Matcher, MatchResult, Progress, SupportsMatch, runs_networks
 from permgraph.matching.weight_matching import WeightMatching
-from permgraph.pictures.tables import alignment_table
 from permgraph.spec.spec import PermutationSpec
-from permgraph.weights.distributed import module_state, taken_apart, whole_state
-
-if TYPE_CHECKING:
-    from permgraph.spec.permutation import Permutation
+from permgraph.weights.distributed import gathered_state, redistributed_state
+from permgraph.weights.state_dict import Network, own_state
 
 log = logging.getLogger(__name__)
 
-Network = nn.Module | Mapping[str, torch.Tensor]
-
 
 @dataclass(frozen=True)
-class Alignment:
-    """B, renumbered so that it corresponds to A.
+class Alignment(MatchResult):
+    """B, renumbered so that it corresponds to A; and what the matcher reported, see `MatchResult`.
 
     Attributes:
         permutation: the element of the spec's group that was applied to B.
         state_dict: B's state dict after it, in B's dtypes and on A's devices; tied names share their tensor.
-        result: what the matcher reported; its figures are also attributes here.
     """
 
-    permutation: Permutation
-    state_dict: dict[str, torch.Tensor] = field(repr=False)
-    result: MatchResult
+    state_dict: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
     _module: nn.Module | None = field(default=None, repr=False)
 
     @property
-    def objective(self) -> float:
-        """Of the permutation found, as the matcher defines it; higher is better."""
-        return self.result.objective
-
-    @property
-    def objective_before(self) -> float:
-        """Of B as it was given."""
-        return self.result.objective_before
-
-    @property
-    def history(self) -> tuple[Sweep, ...]:
-        """One record per sweep."""
-        return self.result.history
-
-    @property
-    def outcome(self) -> Outcome:
-        """Why the matcher stopped: "converged", "sweep limit" or "interrupted"."""
-        return self.result.outcome
-
-    @property
-    def sweeps(self) -> int:
-        """How many passes over the groups it made."""
-        return self.result.sweeps
-
-    @property
-    def seconds(self) -> float:
-        """How long the matcher took."""
-        return self.result.seconds
-
-    @property
-    def seed(self) -> int:
-        """What all random choices followed from."""
-        return self.result.seed
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What else there is to know, in sentences."""
-        return self.result.notes
+    def result(self) -> MatchResult:
+        """What the matcher reported, by itself."""
+        return MatchResult(**{f.name: getattr(self, f.name) for f in fields(MatchResult)})
 
     def model(self) -> nn.Module:
         """A copy of B's module with the aligned weights; in B's mode, on A's devices.
@@ -102,9 +58,6 @@ class Alignment:
         model.load_state_dict(self.state_dict)
         return model
 
-    def _repr_html_(self) -> str:
-        return alignment_table(self)
-
     def __str__(self) -> str:
         return (
             f"{self.outcome} after {self.sweeps} sweeps in {self.seconds:.2f} s: objective {self.objective_before:.6g} "
@@ -115,7 +68,7 @@ class Alignment:
 def align(
     model_a: Network,
     model_b: Network,
-    matcher: Matcher | None = None,
+    matcher: SupportsMatch | None = None,
     *,
     spec: PermutationSpec | None = None,
     seed: int = 0,
@@ -149,7 +102,7 @@ def align(
         [[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]
     """
     given = _state(model_b)
-    a, b = whole_state(_state(model_a)), whole_state(given)
+    a, b = gathered_state(_state(model_a)), gathered_state(given)
     _require_alike(a, b)
     if spec is None:
         if not isinstance(model_a, nn.Module):
@@ -164,7 +117,7 @@ def align(
     if isinstance(matcher, type) or not isinstance(matcher, Matcher):
         named = f"the class {matcher.__name__}" if isinstance(matcher, type) else f"a {type(matcher).__name__}"
         raise MismatchError(f"align() takes a matcher, such as WeightMatching(), not {named}")
-    if isinstance(matcher, NeedsModels) and getattr(matcher, "needs_models", True):
+    if runs_networks(matcher):
         if not (isinstance(model_a, nn.Module) and isinstance(model_b, nn.Module)):
             raise MismatchError(f"{type(matcher).__name__} runs the networks: give align() modules, not state dicts")
         matcher = matcher.with_models(model_a, model_b)
@@ -172,22 +125,20 @@ def align(
     aligned = result.permutation.apply(b)
     moved: dict[int, torch.Tensor] = {}
     for name, tensor in aligned.items():
-        key = id(tensor)
-        if key not in moved:
-            if isinstance(tensor, torch.Tensor):
-                tensor = taken_apart(tensor.to(a[name].device), given[name])
-            moved[key] = tensor
-        aligned[name] = moved[key]
+        if isinstance(tensor, torch.Tensor):
+            aligned[name] = moved.setdefault(id(tensor), tensor.to(a[name].device))
     for note in result.notes:
         log.info(note)
-    return Alignment(result.permutation, aligned, result, model_b if isinstance(model_b, nn.Module) else None)
+    return Alignment(
+        **{f.name: getattr(result, f.name) for f in fields(MatchResult)},
+        state_dict=redistributed_state(aligned, given),
+        _module=model_b if isinstance(model_b, nn.Module) else None,
+    )
 
 
 def _state(model: Network) -> Mapping[str, torch.Tensor]:
-    if isinstance(model, nn.Module):
-        return module_state(model)
-    if isinstance(model, Mapping):
-        return model
+    if isinstance(model, (nn.Module, Mapping)):
+        return own_state(model)
     raise MismatchError(f"align() takes modules or state dicts, not a {type(model).__name__}")
 
 

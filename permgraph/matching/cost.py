@@ -15,20 +15,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
-import networkx as nx
 import numpy as np
 import torch
 
 from permgraph.assignment.solve import ROUGH, WIDE, assign
 from permgraph.errors import MismatchError, PermgraphError
-from permgraph.matching.problem import renumber
+from permgraph.matching import tuned
 from permgraph.matching.problem.moves import Move, Plan
-from permgraph.matching.streamed import DEPTH, PORTION
-from permgraph.matching.weight_matching import ROOM
 from permgraph.spec.spec import PermutationSpec
 
 WORKING = 4  # bytes of a float32
-FEW = 3  # products in each cost between experts before the axes around are in order: one for each of their matrices
 
 
 @dataclass(frozen=True)
@@ -160,12 +156,12 @@ class Estimate:
         if not streamed:
             model = WORKING * self.elements
             widest = WORKING * max((move.size for move in self.moves), default=0) ** 2
-            room = max(ROOM, model - 2 * widest - 8 * WORKING * renumber.PORTION)
+            room = max(tuned.ROOM, model - 2 * widest - 8 * WORKING * tuned.PORTION)
             kept = min(room, model + sum(move.kept for move in self.moves))
-            views = 2 * WORKING * min(largest, 4 * renumber.PORTION)
+            views = 2 * WORKING * min(largest, 4 * tuned.PORTION)
             return 2 * model + kept + 2 * self.gram + self.solving + views
         widest = max((move.size for move in self.moves), default=0)
-        portion = min(max(PORTION, DEPTH * widest), largest)
+        portion = min(max(tuned.STREAMED_PORTION, tuned.STREAMED_DEPTH * widest), largest)
         return 3 * width * largest + 4 * WORKING * portion + self.gram + self.solving + cache
 
     def read(self, width: int = WORKING) -> int:
@@ -256,7 +252,7 @@ def calibrate(seconds: float = 2.0) -> Rates:
         times[size] = _repeat(solve, seconds / 4, time.thread_time)
     blunt = []
     for size in (128, small, large):
-        solve = functools.partial(assign, _costs(size, FEW), maximise=True)
+        solve = functools.partial(assign, _costs(size, tuned.FEW_PRODUCTS), maximise=True)
         blunt.append((size, _repeat(solve, seconds / 12, time.thread_time)))
     power = min(3.0, max(2.0, math.log(times[large] / times[small]) / math.log(large / small)))
     rate = 2 * side**3 / product
@@ -297,7 +293,7 @@ def _cost(spec: PermutationSpec, move: Move, elements: dict[str, int]) -> MoveCo
         if len(node.chain) > 1:
             nested.append(problems[-1])
     standing = [elements[name] for name in move.parameters]
-    kept = gram if len(move.groups) == 1 and not move.bent else 0
+    kept = gram if len(move.groups) == 1 and not move.quadratic else 0
     whole, largest = sum(standing), max(standing, default=0)
     return MoveCost(move.name, size(move.name), flops, gram, tuple(problems), whole, largest, kept, tuple(nested))
 
@@ -318,6 +314,8 @@ def _together(one: MoveCost, other: MoveCost) -> MoveCost:
 
 def _rounds(spec: PermutationSpec, roots: list[str]) -> tuple[tuple[str, ...], ...]:
     """Steps that may run side by side: colours of the graph whose edges join groups that meet in some parameter."""
+    import networkx as nx  # as in `PermutationSpec.coupling`
+
     graph = nx.Graph()
     graph.add_nodes_from(roots)
     root_of = {name: next((p for p in group.parents if p in graph), name) for name, group in spec.groups.items()}

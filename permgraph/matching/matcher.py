@@ -1,23 +1,22 @@
-"""What a matcher is, and what it gives back."""
+"""The base class of matchers, and what they give back."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+from typing import Protocol, TypeGuard, runtime_checkable
 
 import numpy as np
-import torch
 from torch import nn
 
+from permgraph.errors import MismatchError
+from permgraph.outcomes import Outcome
 from permgraph.pictures.tables import alignment_table
+from permgraph.spec.permutation import Permutation
 from permgraph.spec.spec import PermutationSpec
-
-if TYPE_CHECKING:
-    from permgraph.spec.permutation import Permutation
-
-Outcome = Literal["converged", "sweep limit", "interrupted"]
+from permgraph.weights.state_dict import StateDict
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,9 @@ class Sweep:
 
 
 Progress = Callable[[Sweep], object]
-"""Called after each sweep."""
+"""Called with the record of each sweep, after it; see `permgraph.outcomes`."""
+
+NOTHING_TO_PERMUTE = "nothing to permute: no group of the spec stands in a compared parameter"
 
 
 def moved_between(before: Permutation, after: Permutation) -> dict[str, int]:
@@ -52,7 +53,7 @@ def moved_between(before: Permutation, after: Permutation) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class MatchResult:
-    """The permutation of B that a matcher found, and how it went.
+    """The permutation of B that a matcher chose, and how it went.
 
     Attributes:
         permutation: to be applied to B.
@@ -89,27 +90,68 @@ class MatchResult:
 
 @runtime_checkable
 class NeedsModels(Protocol):
-    """A matcher that must run the networks; `align` gives it the modules.
+    """A matcher that must run the networks, in some of its settings at least; `align` gives it the modules."""
 
-    One that runs them only in some of its settings has a property `needs_models` that says whether it does.
-    """
-
-    def with_models(self, model_a: nn.Module, model_b: nn.Module) -> Matcher:
+    def with_models(self, model_a: nn.Module, model_b: nn.Module) -> SupportsMatch:
         """The same matcher for these two modules, which it will not modify."""
         ...
 
 
-@runtime_checkable
-class Matcher(Protocol):
-    """Anything that can choose an element of a spec's group that brings B to A."""
+class SupportsMatch(Protocol):
+    """Anything with a method `match` like that of `Matcher`: what `align`, `merge` and the others take."""
 
     def match(
-        self,
-        a: Mapping[str, torch.Tensor],
-        b: Mapping[str, torch.Tensor],
-        spec: PermutationSpec,
-        seed: int = 0,
-        progress: Progress | None = None,
+        self, a: StateDict, b: StateDict, spec: PermutationSpec, seed: int = 0, progress: Progress | None = None
     ) -> MatchResult:
         """Find a permutation of B, a state dict, that brings it to A, another; neither is changed."""
         ...
+
+
+class Matcher(ABC):
+    """Chooses an element of a spec's group that brings B to A.
+
+    The library's matchers are frozen dataclasses of settings, with this base. A class of one's own may have it too; one
+    with a method `match` like this one's, and no base, is a matcher as well.
+
+    A setting `init` says where to begin, and may be a `Permutation` of the spec; a setting `models` holds the two
+    modules of a matcher that runs them.
+    """
+
+    @property
+    def needs_models(self) -> bool:
+        """Whether it runs the networks in its present settings; `align` then gives it the modules."""
+        return False
+
+    @abstractmethod
+    def match(
+        self, a: StateDict, b: StateDict, spec: PermutationSpec, seed: int = 0, progress: Progress | None = None
+    ) -> MatchResult:
+        """Find a permutation of B, a state dict, that brings it to A, another; neither is changed.
+
+        Args:
+            a, b: state dicts that fit the spec.
+            spec: the group, and where it acts.
+            seed: for all random choices.
+            progress: called with a `Sweep` after each.
+        """
+
+    def require_fit(self, spec: PermutationSpec, *states: StateDict) -> None:
+        """Raise MismatchError unless the state dicts fit the spec, `init` is of it, and what is to be run is there."""
+        if self.needs_models and getattr(self, "models", None) is None:
+            raise MismatchError(
+                f"{type(self).__name__} runs the networks: call align() with modules, or with_models() first"
+            )
+        init = getattr(self, "init", None)
+        if isinstance(init, Permutation) and init.spec.fingerprint != spec.fingerprint:
+            raise MismatchError("init is a permutation of another spec than the one to match over")
+        for state in states:
+            spec.check(state)
+
+    @classmethod
+    def __subclasshook__(cls, other: type) -> bool:
+        return callable(getattr(other, "match", None)) if cls is Matcher else NotImplemented
+
+
+def runs_networks(matcher: object) -> TypeGuard[NeedsModels]:
+    """Whether a matcher is to be given the modules. One without our base that takes any is taken to need them."""
+    return isinstance(matcher, NeedsModels) and bool(getattr(matcher, "needs_models", True))

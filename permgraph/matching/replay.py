@@ -18,6 +18,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from permgraph.errors import MismatchError, SpecError
+from permgraph.networks.batches import fitting
 from permgraph.spec.expressions import Axis, Label, Product, Ref, normalise, refs, rename, size_of, walk
 from permgraph.spec.spec import PermutationSpec
 from permgraph.weights.state_dict import StateDict
@@ -25,9 +26,8 @@ from permgraph.weights.state_dict import StateDict
 if TYPE_CHECKING:
     from permgraph.capture import Captured
 
-_COPIES = ("_to_copy", "_unsafe_view", "cat", "clone", "constant_pad_nd", "contiguous", "copy", "expand_copy", "flip")
-_REARRANGES = frozenset((*_COPIES, "repeat", "roll", "stack", "view_copy"))
-"""Operators that are no views, but whose results say nothing that their arguments did not."""
+_REARRANGED = frozenset(("same", "kept", "moved", "joined", "padded"))
+"""What operators declare whose results, views or not, say nothing that their arguments did not."""
 
 
 @dataclass(frozen=True)
@@ -102,17 +102,12 @@ class Replay:
         return captured
 
     def _find_sites(self, captured: Captured) -> Iterator[tuple[int, Site]]:
+        from permgraph.inference.auto_spec import solve
         from permgraph.inference.describe import Writer
-        from permgraph.inference.fixpoint import solve
+        from permgraph.inference.fibres import find_fibres
 
         solution = solve(captured.graph)
-        nodes = list(captured.graph.nodes)
-        weights = [n for n in nodes if n.op == "placeholder" and n.meta["kind"] in ("parameter", "buffer")]
-        # As inference orders them, so that groups get the names that it gives.
-        number = {node: i for i, node in enumerate(nodes)}
-        used = sorted((n for n in weights if n.users), key=lambda n: min(number[user] for user in n.users))
-        unread = frozenset(n.meta["names"][0] for n in weights if not n.users)
-        writer = Writer(solution, [n.meta["names"][0] for n in used], unread)
+        writer = Writer(solution, find_fibres(solution))
         implied = PermutationSpec(writer.groups(), writer.expressions())
         names = _names(implied, self.spec)
         if names is None or implied.rename(names).fingerprint != self.spec.fingerprint:
@@ -122,7 +117,7 @@ class Replay:
                 f"acts on the tensors inside is not known: {difference}"
             )
         fed: set[fx.Node] = set()
-        for index, node in enumerate(nodes):
+        for index, node in enumerate(solution.nodes):
             if node.op == "placeholder" and node.meta["kind"] == "input":
                 fed.add(node)
             elif node.op == "call_function" and any(source in fed for source in node.all_input_nodes):
@@ -164,7 +159,8 @@ class Replay:
         """Run both networks on a batch, and show each wanted tensor of A with that of B, as (units, samples).
 
         Raises:
-            MismatchError: the batch takes another path through the network than the first, or cannot be run.
+            MismatchError: the batch takes another path through the network than the first.
+        EvaluationError: it cannot be run.
         """
         signature = _signature(batch)
         if signature not in self.passes:
@@ -187,16 +183,10 @@ class Replay:
         for index, node in enumerate(graph.nodes):
             if node.op == "output":
                 break
-            try:
+            where = f"{node.target} in module {node.meta.get('module', '')!r}"
+            with fitting(*batch, what=f"{where} cannot run on batch {number} of the loader,"):
                 for run in runs:
                     run.compute(node)
-            except MismatchError:
-                raise
-            except Exception as error:
-                raise MismatchError(
-                    f"{node.target} in module {node.meta.get('module', '')!r} cannot run on batch {number} of the "
-                    f"loader: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-                ) from error
             if index in wanted:
                 x, y = (run.values[node] for run in runs)
                 see(sites[index], sites[index].view(x), sites[index].view(y))
@@ -243,15 +233,15 @@ class _Values:
 
 def _names(implied: PermutationSpec, given: PermutationSpec) -> dict[str, str] | None:
     """What `given` calls the groups of `implied`, if they stand in the same places."""
-    found: dict[str, str] = {}
+    names: dict[str, str] = {}
     for name, axes in implied.axes.items():
         ours = [group for axis in axes for group in refs(axis)]
         theirs = [group for axis in given.axes.get(name, ()) for group in refs(axis)]
         if len(ours) != len(theirs) or any(
-            found.setdefault(one, other) != other for one, other in zip(ours, theirs, strict=True)
+            names.setdefault(own, its) != its for own, its in zip(ours, theirs, strict=True)
         ):
             return None
-    return found if len(set(found.values())) == len(found) else None
+    return names if len(set(names.values())) == len(names) else None
 
 
 def _is_evidence(node: fx.Node) -> bool:
@@ -265,8 +255,10 @@ def _is_evidence(node: fx.Node) -> bool:
 
 
 def _is_evidence_of(target: Any) -> bool:
+    from permgraph.rules.registry import properties_of
+
     schema = getattr(target, "_schema", None)
-    if schema is None or schema.name.split("::")[-1] in _REARRANGES:
+    if schema is None or properties_of(str(target)).values in _REARRANGED:
         return False
     alias = schema.returns[0].alias_info if schema.returns else None
     return alias is None or alias.is_write

@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal
@@ -19,13 +19,17 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from permgraph.errors import MismatchError, NonFiniteError, PermgraphError
-from permgraph.matching.frank_wolfe import Matrices, Relaxation
-from permgraph.matching.matcher import MatchResult, Outcome, Progress, Sweep, moved_between
+from permgraph.assignment.solve import Solver
+from permgraph.deprecated import renamed
+from permgraph.errors import NonFiniteError, PermgraphError
+from permgraph.matching.balance import balance
+from permgraph.matching.matcher import NOTHING_TO_PERMUTE, Matcher, MatchResult, Progress, Sweep, moved_between
 from permgraph.matching.problem.objective import Pair, pair
+from permgraph.matching.relaxation import Matrices, Relaxation
 from permgraph.matching.weight_matching import WeightMatching
-from permgraph.networks.batches import batches, require_rereadable, seeded
-from permgraph.networks.blended import MIDPOINT, Between, Loss, MakeOptimizer
+from permgraph.networks.batches import Loader, Loss, MakeOptimizer, batches, require_rereadable, seeded
+from permgraph.networks.blended import MIDPOINT, Between
+from permgraph.outcomes import Outcome
 from permgraph.spec.permutation import Permutation
 from permgraph.spec.spec import PermutationSpec
 from permgraph.weights.state_dict import STATISTICS, StateDict
@@ -41,8 +45,9 @@ def fast_adam(parameters: list[torch.Tensor]) -> torch.optim.Optimizer:
     return torch.optim.Adam(parameters, lr=0.1)
 
 
+@renamed(ascent="matcher", measured_batches="max_batches")
 @dataclass(frozen=True)
-class Sinkhorn:
+class Sinkhorn(Matcher):
     """Descend an objective over doubly stochastic matrices, all groups at once, and round the matrices at the end.
 
     Each group has a matrix of free scores. Divided by a temperature and balanced in the log domain (rows and columns in
@@ -56,7 +61,7 @@ class Sinkhorn:
     rounded, parents come first, and inside them only the matrices of the pairs that they match.
 
     Rounding is measured every `round_every` steps and at the end, and the best is kept: of those permutations, of the
-    identity and, unless `ascent` is None, of plain weight matching and weight matching from the best of them. So the
+    identity and, unless `matcher` is None, of plain weight matching and weight matching from the best of them. So the
     result is never worse than these.
 
     Args:
@@ -72,11 +77,11 @@ class Sinkhorn:
         temperature: at the first step, and at the last; in between it falls (or rises) geometrically.
         iterations: of the balancing, at most, in each step.
         round_every: steps from one rounding to the next.
-        measured_batches: measure each permutation on the first so many batches of the loader; None for all.
+        max_batches: measure each permutation on the first so many batches of the loader; None for all.
         init: where to begin: "barycentre", all entries equal; "identity"; "matched", where weight matching ends; or a
             `Permutation` of the spec. The last three begin with half of each row's weight on that permutation.
         ignore: for "l2", patterns (as in `fnmatch`) of names that are permuted, but do not count.
-        ascent: the weight matching to compare with and to go on by; None for none. Its solver and dtype are those of
+        matcher: the weight matching to compare with and to go on by; None for none. Its solver and dtype are those of
             the relaxation as well.
         models: the modules, which `align` fills in.
 
@@ -90,23 +95,23 @@ class Sinkhorn:
         ... groups: hidden 3
         ... ''')
         >>> a = {"w": torch.tensor([[1.0, 0], [0, 1], [1, 1]])}
-        >>> found = Sinkhorn(steps=30, ascent=None).match(a, {"w": a["w"][[2, 0, 1]]}, spec)
+        >>> found = Sinkhorn(steps=30, matcher=None).match(a, {"w": a["w"][[2, 0, 1]]}, spec)
         >>> found.permutation.arrays["hidden"].tolist()
         [1, 2, 0]
     """
 
     objective: Literal["l2", "midpoint", "random"] = "l2"
-    loader: Iterable[Any] | None = None
+    loader: Loader | None = None
     loss: Loss = nn.functional.cross_entropy
     optimizer: MakeOptimizer = fast_adam
     steps: int = 200
     temperature: tuple[float, float] = (1.0, 0.1)
     iterations: int = 20
     round_every: int = 20
-    measured_batches: int | None = 32
+    max_batches: int | None = 32
     init: Permutation | Literal["barycentre", "identity", "matched"] = "barycentre"
     ignore: Sequence[str] = STATISTICS
-    ascent: WeightMatching | None = field(default_factory=WeightMatching)
+    matcher: WeightMatching | None = field(default_factory=WeightMatching)
     models: tuple[nn.Module, nn.Module] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -123,14 +128,14 @@ class Sinkhorn:
             raise PermgraphError(
                 f"temperature={self.temperature}: give two positive numbers, for the first and the last step"
             )
-        if self.measured_batches is not None and self.measured_batches < 1:
-            raise PermgraphError(f"measured_batches={self.measured_batches}: give 1 or more, or None for all")
+        if self.max_batches is not None and self.max_batches < 1:
+            raise PermgraphError(f"max_batches={self.max_batches}: give 1 or more, or None for all")
         if isinstance(self.init, str) and self.init not in ("barycentre", "identity", "matched"):
             raise PermgraphError(
                 f"unknown init {self.init!r}; choose 'barycentre', 'identity', 'matched' or a Permutation"
             )
-        if self.init == "matched" and self.ascent is None:
-            raise PermgraphError("init='matched' begins where weight matching ends, so ascent= cannot be None")
+        if self.init == "matched" and self.matcher is None:
+            raise PermgraphError("init='matched' begins where weight matching ends, so matcher= cannot be None")
         if self.loader is not None:
             require_rereadable(self.loader)
 
@@ -167,14 +172,7 @@ class Sinkhorn:
             PermgraphError: the loader yields nothing, or batches without targets, or the loss is no scalar.
         """
         started = time.perf_counter()
-        if self.needs_models and self.models is None:
-            raise MismatchError(
-                f"Sinkhorn({self.objective!r}) runs the networks: call align() with modules, or with_models() first"
-            )
-        if isinstance(self.init, Permutation) and self.init.spec != spec:
-            raise MismatchError("init is a permutation of another spec than the one to match over")
-        spec.check(a)
-        spec.check(b)
+        self.require_fit(spec, a, b)
         task = _Weights(self, a, b, spec) if not self.needs_models else _Line(self, a, b, spec)
         with seeded(seed, task.device), torch.enable_grad():  # the caller may have switched gradients off
             return self._search(task, a, b, seed, progress, started)
@@ -192,13 +190,13 @@ class Sinkhorn:
         rounded = -math.inf
         done = 0
         try:
-            if self.ascent is not None:
-                plain = self.ascent.match(a, b, spec, seed)
+            if self.matcher is not None:
+                plain = self.matcher.match(a, b, spec, seed)
                 matched = plain.permutation
                 details["matched"] = task.objective(matched)
                 if details["matched"] > objective:
                     best, objective = matched, details["matched"]
-                if plain.outcome == "interrupted":  # it has caught what was meant for the whole run
+                if plain.outcome == "interrupted":  # it swallowed Ctrl-C, which was for the whole run
                     raise KeyboardInterrupt
             start = matched if self.init == "matched" else self.init
             if isinstance(start, Permutation):
@@ -219,7 +217,7 @@ class Sinkhorn:
                     continue
                 scores.require_finite()
                 with torch.no_grad():
-                    new = Permutation(spec, task.relaxation.round(scores.matrices(temperature), self._how))
+                    new = Permutation(spec, task.relaxation.round(scores.matrices(temperature), self._solver))
                 reached = task.objective(new)
                 rounded = max(rounded, reached)
                 if reached > objective:
@@ -231,8 +229,8 @@ class Sinkhorn:
                 log.debug("%s", sweep)
                 if progress is not None:
                     progress(sweep)
-            if self.ascent is not None and history:
-                polished = replace(self.ascent, init=best, restarts=1).match(a, b, spec, seed)
+            if self.matcher is not None and history:
+                polished = replace(self.matcher, init=best, restarts=1).match(a, b, spec, seed)
                 details["polished"] = task.objective(polished.permutation)
                 if details["polished"] > objective:
                     best, objective = polished.permutation, details["polished"]
@@ -242,7 +240,7 @@ class Sinkhorn:
             outcome = "interrupted"
         if not task.relaxation.groups and outcome != "interrupted":
             outcome = "converged"
-            notes.append("nothing to permute: no group of the spec stands in a compared parameter")
+            notes.append(NOTHING_TO_PERMUTE)
         if history:
             details["rounded"] = rounded
             if objective > rounded:
@@ -268,8 +266,8 @@ class Sinkhorn:
         return first * math.exp(math.log(last / first) * (step - 1) / max(1, self.steps - 1))
 
     @property
-    def _how(self) -> WeightMatching:
-        return WeightMatching() if self.ascent is None else self.ascent
+    def _solver(self) -> Solver:
+        return "auto" if self.matcher is None else self.matcher.solver
 
 
 class _Task(ABC):
@@ -293,9 +291,9 @@ class _Task(ABC):
 class _Weights(_Task):
     """The squared distance of the weights, as a share of what it is between unrelated networks."""
 
-    def __init__(self, how: Sinkhorn, a: StateDict, b: StateDict, spec: PermutationSpec) -> None:
-        dtype = how.ascent.dtype if how.ascent is not None else None
-        super().__init__(pair(a, b, spec, objective="l2", ignore=how.ignore, dtype=dtype), spec)
+    def __init__(self, settings: Sinkhorn, a: StateDict, b: StateDict, spec: PermutationSpec) -> None:
+        dtype = settings.matcher.dtype if settings.matcher is not None else None
+        super().__init__(pair(a, b, spec, objective="l2", ignore=settings.ignore, dtype=dtype), spec)
         self.device = self.relaxation.like.device
         self.size = max(-self.compared.offset, torch.finfo(torch.float32).tiny)
 
@@ -306,40 +304,43 @@ class _Weights(_Task):
         return total / self.size
 
     def objective(self, permutation: Permutation) -> float:
-        return self.compared.objective({n: permutation.apply_to(n, tensor) for n, tensor in self.compared.b.items()})
+        return self.compared.objective_at(self.spec, permutation.arrays)
 
 
 class _Line(_Task):
     """The loss on the line between A and B."""
 
-    def __init__(self, how: Sinkhorn, a: StateDict, b: StateDict, spec: PermutationSpec) -> None:
-        assert how.models is not None and how.loader is not None
-        self.how, self.loader = how, how.loader
-        self.between = Between(how.models[0], a, b, spec, how.loss)
+    def __init__(self, settings: Sinkhorn, a: StateDict, b: StateDict, spec: PermutationSpec) -> None:
+        assert settings.models is not None and settings.loader is not None
+        self.settings, self.loader = settings, settings.loader
+        self.between = Between(settings.models[0], a, b, spec, settings.loss)
         self.device = self.between.device
         super().__init__(pair(self.between.a, self.between.b, spec, ignore=()), spec)
         self.stream = self._stream()
 
     def _stream(self) -> Iterator[tuple[int, Any]]:
         while True:
-            yield from batches(self.loader, "Sinkhorn matching")
+            yield from enumerate(batches(self.loader), start=1)
 
     def cost(self, matrices: Matrices) -> torch.Tensor:
         number, batch = next(self.stream)
-        point = 0.5 if self.how.objective == "midpoint" else float(torch.rand(()))
+        point = 0.5 if self.settings.objective == "midpoint" else float(torch.rand(()))
         # Statistics are not among the names: the batch's are used, and buffers cannot have gradients.
         soft = self.relaxation.permuted(matrices)
-        soft = {name: soft[name].to(self.between.a[name].dtype) for name in self.between.names}
+        soft = {name: _like(soft[name], self.between.a[name]) for name in self.between.names}
         value = self.between.value(batch, number, self.between.at({**self.between.b, **soft}, point))
         self.between.require_finite(value, number, point)
         return value
 
     def objective(self, permutation: Permutation) -> float:
-        points = MIDPOINT if self.how.objective == "midpoint" else POINTS
-        total, count = self.between.totals(
-            self.loader, "Sinkhorn matching", permutation, points, self.how.measured_batches
-        )
+        points = MIDPOINT if self.settings.objective == "midpoint" else POINTS
+        total, count = self.between.totals(self.loader, permutation, points, self.settings.max_batches)
         return -total / count
+
+
+def _like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A compared tensor in the dtype of the parameter that it stands for."""
+    return (torch.view_as_complex(tensor) if like.is_complex() else tensor).to(like.dtype)
 
 
 class _Scores:
@@ -349,8 +350,8 @@ class _Scores:
         free: for each group a tensor laid out as `Relaxation` lays out its matrices, which requires a gradient.
     """
 
-    def __init__(self, how: Sinkhorn, relaxation: Relaxation, start: Permutation | str) -> None:
-        self.iterations = how.iterations
+    def __init__(self, settings: Sinkhorn, relaxation: Relaxation, start: Permutation | str) -> None:
+        self.iterations = settings.iterations
         self.free: Matrices = {}
         if start == "barycentre":
             self.free = {name: relaxation.like.new_zeros(relaxation.shape(name)) for name in relaxation.groups}
@@ -358,7 +359,7 @@ class _Scores:
             corner = relaxation.corner(start.arrays if isinstance(start, Permutation) else {})
             for name, matrix in corner.items():
                 # Half of each row's weight lies on the permutation then.
-                self.free[name] = matrix * (how.temperature[0] * math.log(max(matrix.shape[-1] - 1, 2)))
+                self.free[name] = matrix * (settings.temperature[0] * math.log(max(matrix.shape[-1] - 1, 2)))
         for matrix in self.free.values():
             matrix.requires_grad_()
         self.potentials: Matrices = {}
@@ -376,85 +377,3 @@ class _Scores:
         for name, scores in self.free.items():
             if not bool(torch.isfinite(scores.detach()).all()):
                 raise NonFiniteError(f"the scores of group {name!r} became NaN or infinite; lower the learning rate")
-
-
-def balance(
-    scores: torch.Tensor, iterations: int = 20, *, start: torch.Tensor | None = None, tolerance: float = 1e-4
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The doubly stochastic matrices nearest to the scores: exp(scores + row + column) for some row and column terms.
-
-    Args:
-        scores: (..., n, n).
-        iterations: at most so many times all rows, then all columns, are brought to sum 1.
-        start: column terms (..., 1, n) to begin with, from a similar problem.
-        tolerance: stop once no row's sum is further from 1.
-
-    Returns:
-        The matrices (..., n, n), whose columns sum to 1 but for rounding, and whose rows do to the tolerance where the
-        iterations sufficed; and the column terms (..., 1, n), which carry no gradient. The gradient by `scores` is that
-        of the exact solution, found by as many sweeps over the adjoint's rows and columns.
-
-    Example:
-        >>> matrix, _ = balance(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), iterations=50)
-        >>> torch.allclose(matrix.sum(0), torch.ones(2)), torch.allclose(matrix.sum(1), torch.ones(2), atol=1e-4)
-        (True, True)
-    """
-    matrices, columns = _Balance.apply(scores, iterations, start, tolerance)  # type: ignore[no-untyped-call]
-    return matrices, columns
-
-
-class _Balance(torch.autograd.Function):
-    """`balance`, differentiated at its fixed point.
-
-    With P = exp(S + r 1' + 1 c') doubly stochastic, the gradient by S is P * (g - a 1' - 1 b'), where g is the gradient
-    by P, and a and b solve a + P b = (P * g) 1 and P' a + b = (P * g)' 1: they project out what changes row or column
-    sums.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, scores: torch.Tensor, iterations: int, start: torch.Tensor | None, tolerance: float) -> Any:
-        logs = scores if start is None else scores + start
-        logs = logs - logs.logsumexp(-1, keepdim=True)
-        tiny = torch.finfo(scores.dtype).tiny ** 0.5
-        done = 0
-        columns = torch.zeros_like(scores[..., :1, :]) if start is None else start
-        while True:
-            down = logs.logsumexp(-2, keepdim=True)
-            logs, columns = logs - down, columns - down
-            matrix = logs.exp()
-            done += 1
-            # In between, a few iterations on the matrix itself: they take products in the place of exponentials.
-            u = torch.ones_like(scores[..., :1])
-            v = torch.ones_like(u)
-            for _ in range(min(10, iterations - done)):
-                rows = matrix @ v
-                if bool(((rows * u - 1).abs() <= tolerance).all()):
-                    break
-                u = 1 / rows.clamp_min(tiny)
-                v = 1 / (matrix.mT @ u).clamp_min(tiny)
-                done += 1
-            logs = logs + u.log() + v.mT.log()
-            columns = columns + v.mT.log()
-            across = logs.logsumexp(-1, keepdim=True)
-            if done >= iterations or bool((across.abs() <= tolerance).all()):
-                break
-            logs = logs - across
-        matrix = logs.exp()
-        ctx.save_for_backward(matrix)
-        ctx.iterations, ctx.tolerance = iterations, tolerance
-        ctx.mark_non_differentiable(columns)
-        return matrix, columns
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor, of_columns: torch.Tensor) -> Any:
-        (matrix,) = ctx.saved_tensors
-        flow = matrix * gradient
-        across, down = flow.sum(-1, keepdim=True), flow.sum(-2, keepdim=True).mT
-        a = b = torch.zeros_like(down)
-        small = ctx.tolerance * 1e-2 * across.abs().amax()
-        for _ in range(ctx.iterations):
-            last, a = a, across - matrix @ b
-            b = down - matrix.mT @ a
-            if bool(((a - last).abs() <= small).all()):
-                break
-        return flow - matrix * (a + b.mT), None, None, None

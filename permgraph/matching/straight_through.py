@@ -5,15 +5,10 @@ Ainsworth, Hayase & Srinivasa, "Git Re-Basin: Merging Models modulo Permutation 
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import io
 import logging
 import os
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -21,20 +16,20 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from permgraph.errors import CheckpointError, MismatchError, NonFiniteError, PermgraphError
-from permgraph.io.files import write_atomically
-from permgraph.matching.interval import counted, steps_between
-from permgraph.matching.matcher import MatchResult, Outcome, Progress, Sweep, moved_between
+from permgraph.deprecated import renamed
+from permgraph.errors import NonFiniteError, PermgraphError
+from permgraph.matching.matcher import Matcher, MatchResult, Progress, Sweep, moved_between
+from permgraph.matching.projection_interval import counted, steps_between
+from permgraph.matching.run_checkpoint import described, digest, read_run, write_run
 from permgraph.matching.weight_matching import WeightMatching
-from permgraph.networks.batches import batches, require_rereadable, seeded
-from permgraph.networks.blended import Between, Loss, MakeOptimizer
+from permgraph.networks.batches import Loader, Loss, MakeOptimizer, batches, require_rereadable, seeded
+from permgraph.networks.blended import Between
+from permgraph.outcomes import Outcome
 from permgraph.spec.permutation import Permutation
 from permgraph.spec.spec import PermutationSpec
 from permgraph.weights.state_dict import StateDict
 
 log = logging.getLogger(__name__)
-
-FORMAT, VERSION = "permgraph straight-through run", 2
 
 
 def adam(parameters: list[torch.Tensor]) -> torch.optim.Optimizer:
@@ -42,8 +37,9 @@ def adam(parameters: list[torch.Tensor]) -> torch.optim.Optimizer:
     return torch.optim.Adam(parameters, lr=1e-3)
 
 
+@renamed(projection="matcher", measured_batches="max_batches", start="free_weights")
 @dataclass(frozen=True)
-class StraightThrough:
+class StraightThrough(Matcher):
     """Minimise the loss at the midpoint of A and the permuted B, by gradients straight through the projection.
 
     A free copy of A's weights is trained. It is projected, by weight matching of B to it, to a permutation; each step
@@ -55,8 +51,8 @@ class StraightThrough:
     the projection, now and then.
 
     The loss is not monotone in the steps. What is kept is the best of all permutations whose loss was measured: the
-    identity, plain weight matching (unless `start` is "b"), and where each epoch ended. So the result is never worse
-    than those two, on the batches on which it is measured.
+    identity, plain weight matching (unless `free_weights` is "b"), and where each epoch ended. So the result is never
+    worse than those two, on the batches on which it is measured.
 
     The networks run in evaluation mode, but batch normalisation with the statistics of the batch, since its running
     statistics are wrong at a midpoint. Everything but what the spec moves stands halfway between A and B too, integers
@@ -73,18 +69,19 @@ class StraightThrough:
         project_every: steps from one projection to the next; at the end of each epoch there is one anyway. The paper
             takes 1, which on most networks is most of the time. None: 16, or where layers are wide and batches small,
             as many as keep projections to about a quarter of training, by their floating-point operations.
-        measured_batches: measure each candidate on the first so many batches of the loader; None for all.
-        projection: the weight matching that projects. Its `init` serves for the first projection.
+        max_batches: measure each candidate on the first so many batches of the loader; None for all.
+        matcher: the weight matching that projects. Its `init` serves for the first projection.
         init: a permutation to measure and to project from at first, to go on where another run stopped. The free
             weights and the optimizer start afresh.
-        start: where the free weights begin. "a", as in the paper: at A, so that the first projection is plain weight
+        free_weights: where they begin. "a", as in the paper: at A, so that the first projection is plain weight
             matching, and the search goes on from there. "b": at B as `init` permutes it, or as it is; a search that
             owes nothing to weight matching, and does not measure it.
         projection_sweeps: how many sweeps over the groups a projection may take, from the permutation before; None for
             as many as it wants. The first, and the one at the end of the last epoch, go on until nothing helps.
         checkpoint: a file, written after each epoch as a whole or not at all, from which a run with the same models,
-            settings and seed goes on and ends with what it would have reached without a break. The random state of
-            torch and of a `DataLoader`'s own generator is in it; those of Python and NumPy are not.
+            settings, loss, kind of loader and seed goes on and ends with what it would have reached without a break;
+            `epochs` may differ. The random state of torch and of a `DataLoader`'s own generator is in it; those of
+            Python and NumPy are not.
         accelerator: an `accelerate.Accelerator`, to run on several devices or machines: start the same program in each
             process. It prepares the network and the loader, which must be a `DataLoader`, and averages the gradients.
             Its `split_batches` says whether the loader's batch size is that of all processes together. Neither float16
@@ -102,15 +99,15 @@ class StraightThrough:
         True
     """
 
-    loader: Iterable[Any]
+    loader: Loader
     loss: Loss = nn.functional.cross_entropy
     optimizer: MakeOptimizer = adam
     epochs: int = 5
     project_every: int | None = None
-    measured_batches: int | None = 32
-    projection: WeightMatching = field(default_factory=WeightMatching)
+    max_batches: int | None = 32
+    matcher: WeightMatching = field(default_factory=WeightMatching)
     init: Permutation | None = None
-    start: Literal["a", "b"] = "a"
+    free_weights: Literal["a", "b"] = "a"
     projection_sweeps: int | None = 1
     checkpoint: str | os.PathLike[str] | None = None
     accelerator: Any = None
@@ -122,15 +119,20 @@ class StraightThrough:
                 f"epochs={self.epochs} and project_every={self.project_every}: give 0 or more epochs, and project "
                 f"every 1 or more steps, or None for as often as is cheap"
             )
-        if self.start not in ("a", "b"):
-            raise PermgraphError(f"start={self.start!r}: the free weights begin at 'a' or 'b'")
+        if self.free_weights not in ("a", "b"):
+            raise PermgraphError(f"free_weights={self.free_weights!r}: they begin at 'a' or 'b'")
         if self.projection_sweeps is not None and self.projection_sweeps < 1:
             raise PermgraphError(f"projection_sweeps={self.projection_sweeps}: give 1 or more, or None for no limit")
-        if self.measured_batches is not None and self.measured_batches < 1:
-            raise PermgraphError(f"measured_batches={self.measured_batches}: give 1 or more, or None for all")
+        if self.max_batches is not None and self.max_batches < 1:
+            raise PermgraphError(f"max_batches={self.max_batches}: give 1 or more, or None for all")
         require_rereadable(self.loader)
         if self.accelerator is not None:
             _require_usable(self.accelerator, self.loader)
+
+    @property
+    def needs_models(self) -> bool:
+        """It does."""
+        return True
 
     def with_models(self, model_a: nn.Module, model_b: nn.Module) -> StraightThrough:
         """The same matcher for these two modules, of which it runs a copy of A's."""
@@ -159,12 +161,7 @@ class StraightThrough:
             CheckpointError: the checkpoint is damaged, or of another run.
         """
         started = time.perf_counter()
-        if self.models is None:
-            raise MismatchError("StraightThrough runs the networks: call align() with modules, or with_models() first")
-        if self.init is not None and self.init.spec != spec:
-            raise MismatchError("init is a permutation of another spec than the one to match over")
-        spec.check(a)
-        spec.check(b)
+        self.require_fit(spec, a, b)
         run = _Run(self, a, b, spec, seed, started)
         with seeded(seed, run.midpoint.device), torch.enable_grad():  # the caller may have switched gradients off
             return run.search(progress)
@@ -180,36 +177,38 @@ class _Run:
     """
 
     def __init__(
-        self, how: StraightThrough, a: StateDict, b: StateDict, spec: PermutationSpec, seed: int, started: float
+        self, settings: StraightThrough, a: StateDict, b: StateDict, spec: PermutationSpec, seed: int, started: float
     ) -> None:
-        self.how, self.spec, self.seed, self.started = how, spec, seed, started
-        assert how.models is not None
-        device = None if how.accelerator is None else how.accelerator.device
-        self.midpoint = Between(how.models[0], a, b, spec, how.loss, device)
+        self.settings, self.spec, self.seed, self.started = settings, spec, seed, started
+        assert settings.models is not None
+        device = None if settings.accelerator is None else settings.accelerator.device
+        self.midpoint = Between(settings.models[0], a, b, spec, settings.loss, device)
         own = self.midpoint.model.named_parameters(remove_duplicate=False)
         by_name = {spec.aliases.get(name, name): parameter for name, parameter in own}
         self.parameters = [by_name[name].requires_grad_() for name in self.midpoint.names]
         begin = self.midpoint.a
-        if how.start == "b":
-            begin = self.midpoint.permuted(spec.identity() if how.init is None else how.init)
+        if settings.free_weights == "b":
+            begin = self.midpoint.permuted(spec.identity() if settings.init is None else settings.init)
         # At least float32: in half precision, a small step would leave the weights where they are.
         self.free_parameters = [
             begin[name].to(torch.promote_types(begin[name].dtype, torch.float32), copy=True).requires_grad_()
             for name in self.midpoint.names
         ]
         self.free = {**self.midpoint.a, **dict(zip(self.midpoint.names, self.free_parameters, strict=True))}
-        self.loader = how.loader
-        if how.accelerator is not None and self.parameters:
-            self.midpoint.network = how.accelerator.prepare_model(self.midpoint.model)
-            self.loader = how.accelerator.prepare_data_loader(how.loader)
-        self.optimizer = how.optimizer(list(self.free_parameters)) if self.free_parameters else None
+        self.loader = settings.loader
+        if settings.accelerator is not None and self.parameters:
+            self.midpoint.network = settings.accelerator.prepare_model(self.midpoint.model)
+            self.loader = settings.accelerator.prepare_data_loader(settings.loader)
+        self.optimizer = settings.optimizer(list(self.free_parameters)) if self.free_parameters else None
         self.best = self.now = spec.identity()
         self.objective = self.before = 0.0
         self.measured: tuple[Permutation, float] | None = None  # the last, which the next is where training has settled
         self.prices: dict[str, np.ndarray] = {}  # of the last projection, near which the next one's are
         self.steps = 0
-        self.every = how.project_every  # None until the first step has been counted
+        self.every = settings.project_every  # None until the first step has been counted
         self.history: list[Sweep] = []
+        # Before the optimizer's rates fall, say.
+        self.identity = {} if settings.checkpoint is None else self._identity()
 
     def search(self, progress: Progress | None) -> MatchResult:
         """Go through all epochs."""
@@ -219,7 +218,7 @@ class _Run:
         try:
             if not self.history and not self.steps:
                 self._begin()
-            while len(self.history) < self.how.epochs:
+            while len(self.history) < self.settings.epochs:
                 self._epoch()
                 if progress is not None:
                     progress(self.history[-1])
@@ -238,25 +237,25 @@ class _Run:
         )
 
     def _begin(self) -> None:
-        if self.how.start == "b":  # the free weights are B so permuted, and nothing lies nearer to them
-            self.now = self.spec.identity() if self.how.init is None else self.how.init
+        if self.settings.free_weights == "b":  # the free weights are B so permuted, and nothing lies nearer to them
+            self.now = self.spec.identity() if self.settings.init is None else self.settings.init
             self._keep_if_better(self.now)
             return
-        first = self.how.projection if self.how.init is None else replace(self.how.projection, init=self.how.init)
-        self.now = self._nearest(first, self.seed)
-        for candidate in (self.now, *(() if self.how.init is None else (self.how.init,))):
+        matcher, init = self.settings.matcher, self.settings.init
+        self.now = self._nearest(matcher if init is None else replace(matcher, init=init), self.seed)
+        for candidate in (self.now, *(() if init is None else (init,))):
             self._keep_if_better(candidate)
 
     def _epoch(self) -> None:
         at_start = self.now
         self._place(self.now)
-        for number, batch in batches(self.loader, "straight-through matching"):
+        for number, batch in enumerate(batches(self.loader), start=1):
             if self.steps and self.steps % (self.every or 1) == 0:
-                self._project(self.how.projection_sweeps)
+                self._project(self.settings.projection_sweeps)
             self._step(number, batch)
         # Free weights that have travelled far take many sweeps, so only the end is worth going on until nothing helps.
-        last = len(self.history) + 1 == self.how.epochs
-        self._project(None if last else self.how.projection_sweeps)
+        last = len(self.history) + 1 == self.settings.epochs
+        self._project(None if last else self.settings.projection_sweeps)
         reached = self._keep_if_better(self.now)
         moved = moved_between(at_start, self.now)
         self.history.append(Sweep(len(self.history) + 1, reached, moved, {}, time.perf_counter() - self.started))
@@ -278,9 +277,9 @@ class _Run:
         self.optimizer.step()
 
     def _interval(self, operations: int) -> int:
-        if self.how.accelerator is not None:  # batches may differ between processes, the steps of projection must not
+        if self.settings.accelerator is not None:  # batches may differ between processes, the interval must not
             of_all = torch.tensor([float(operations)], device=self.midpoint.device)
-            operations = int(self.how.accelerator.reduce(of_all, reduction="mean").item())
+            operations = int(self.settings.accelerator.reduce(of_all, reduction="mean").item())
         every = steps_between(self.spec, operations, sum(tensor.numel() for tensor in self.free_parameters))
         log.debug("a projection every %d steps", every)
         return every
@@ -295,27 +294,27 @@ class _Run:
             self.midpoint.require_finite(value, number)
         # The midpoint has half of the free weights in it, so half of its gradient is theirs.
         half = 0.5 * value
-        if self.how.accelerator is not None:
-            self.how.accelerator.backward(half)
+        if self.settings.accelerator is not None:
+            self.settings.accelerator.backward(half)
         else:
             half.backward()  # type: ignore[no-untyped-call]
 
     def _project(self, sweeps: int | None) -> None:
         self.require_finite()
-        limit = self.how.projection.max_sweeps if sweeps is None else min(sweeps, self.how.projection.max_sweeps)
+        limit = self.settings.matcher.max_sweeps if sweeps is None else min(sweeps, self.settings.matcher.max_sweeps)
         # Where an ascent ends may hang on the order of the groups, so each projection draws its own.
-        how = replace(self.how.projection, init=self.now, restarts=1, max_sweeps=limit)
-        found = self._nearest(how, self.seed + self.steps)
-        if found != self.now:
-            self.now = found
-            self._place(found)
+        matcher = replace(self.settings.matcher, init=self.now, restarts=1, max_sweeps=limit)
+        nearest = self._nearest(matcher, self.seed + self.steps)
+        if nearest != self.now:
+            self.now = nearest
+            self._place(nearest)
 
-    def _nearest(self, how: WeightMatching, seed: int) -> Permutation:
+    def _nearest(self, matcher: WeightMatching, seed: int) -> Permutation:
         """The permutation of B that weight matching takes for the nearest to the free weights."""
-        found = how.match_again(self.free, self.midpoint.b, self.spec, seed, None, self.prices)
-        if found.outcome == "interrupted":  # it has caught what was meant for the whole run
+        result = matcher.match_warm(self.free, self.midpoint.b, self.spec, seed, prices=self.prices)
+        if result.outcome == "interrupted":  # it swallowed Ctrl-C, which was for the whole run
             raise KeyboardInterrupt
-        return found.permutation
+        return result.permutation
 
     def _place(self, permutation: Permutation) -> None:
         self.midpoint.place(self.midpoint.permuted(permutation))
@@ -330,12 +329,10 @@ class _Run:
         """Minus the mean loss over the measured batches, of all processes."""
         if self.measured is not None and self.measured[0] == permutation:
             return self.measured[1]
-        total, count = self.midpoint.totals(
-            self.loader, "straight-through matching", permutation, limit=self.how.measured_batches
-        )
-        if self.how.accelerator is not None:
+        total, count = self.midpoint.totals(self.loader, permutation, limit=self.settings.max_batches)
+        if self.settings.accelerator is not None:
             sums = torch.tensor([total, count], dtype=torch.float64, device=self.midpoint.device)
-            total, count = self.how.accelerator.reduce(sums, reduction="sum").tolist()
+            total, count = self.settings.accelerator.reduce(sums, reduction="sum").tolist()
         self.measured = permutation, -total / count
         return self.measured[1]
 
@@ -347,32 +344,34 @@ class _Run:
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
-    @functools.cached_property
     def _identity(self) -> dict[str, str]:
         """What must be the same for a run to go on: each thing's name, and its value or a digest of it."""
+        settings = self.settings
+        groups = [] if self.optimizer is None else self.optimizer.param_groups
+        rates = [{key: value for key, value in group.items() if key != "params"} for group in groups]
         return {
             "spec": self.spec.fingerprint,
-            "weights of A": _digest(self.midpoint.a),
-            "weights of B": _digest(self.midpoint.b),
+            "weights of A": digest(self.midpoint.a),
+            "weights of B": digest(self.midpoint.b),
             "seed": str(self.seed),
-            "project_every": str(self.how.project_every),
-            "projection_sweeps": str(self.how.projection_sweeps),
-            "start": self.how.start,
-            "measured_batches": str(self.how.measured_batches),
+            **{name: str(getattr(settings, name)) for name in _COMPARED},
             "optimizer": "none" if self.optimizer is None else type(self.optimizer).__name__,
+            "optimizer's settings": described(rates),
+            "loader": described(settings.loader),
+            "loss": described(settings.loss),
+            "matcher": described(settings.matcher),
+            "init": described(settings.init),
         }
 
     def _save(self) -> None:
-        if self.how.checkpoint is None:
+        settings = self.settings
+        if settings.checkpoint is None:
             return
-        accelerator = self.how.accelerator
+        accelerator = settings.accelerator
         if accelerator is None or accelerator.is_main_process:
             on_gpu = self.midpoint.device.type == "cuda"
-            generator = getattr(self.how.loader, "generator", None)
-            content = {
-                "format": FORMAT,
-                "version": VERSION,
-                "identity": self._identity,
+            generator = getattr(settings.loader, "generator", None)
+            state = {
                 "free": [tensor.detach() for tensor in self.free_parameters],
                 "optimizer": None if self.optimizer is None else self.optimizer.state_dict(),
                 "steps": self.steps,
@@ -386,60 +385,41 @@ class _Run:
                 "random on the GPU": torch.cuda.get_rng_state(self.midpoint.device) if on_gpu else None,
                 "random of the loader": None if generator is None else generator.get_state(),
             }
-            file = io.BytesIO()
-            torch.save(content, file)
-            write_atomically(self.how.checkpoint, file.getvalue())
+            write_run(settings.checkpoint, self.identity, state)
         if accelerator is not None:
             accelerator.wait_for_everyone()
 
     def _resume(self) -> bool:
         """Go to where the checkpoint's run stopped; False if there is none."""
-        if self.how.checkpoint is None or not Path(self.how.checkpoint).exists():
+        saved = None if self.settings.checkpoint is None else read_run(self.settings.checkpoint, self.identity)
+        if saved is None:
             return False
-        where = os.fspath(self.how.checkpoint)
-        try:
-            found = torch.load(where, map_location="cpu", weights_only=True)
-            kind, version = found["format"], found["version"]
-        except Exception as error:
-            raise CheckpointError(f"{where}: not the checkpoint of a straight-through run: {error}") from error
-        if (kind, version) != (FORMAT, VERSION):
-            raise CheckpointError(f"{where}: holds {kind!r}, version {version}; this permgraph reads version {VERSION}")
-        different = [name for name, value in self._identity.items() if found["identity"].get(name) != value]
-        if different:
-            raise CheckpointError(
-                f"{where}: belongs to another run, with other {', '.join(different)}: give another path, or delete it"
-            )
         with torch.no_grad():
-            for free, kept in zip(self.free_parameters, found["free"], strict=True):
+            for free, kept in zip(self.free_parameters, saved["free"], strict=True):
                 free.copy_(kept)
         if self.optimizer is not None:
-            self.optimizer.load_state_dict(found["optimizer"])
-        self.steps, self.every = found["steps"], found["every"]
-        self.objective, self.before = found["objective"], found["before"]
+            self.optimizer.load_state_dict(saved["optimizer"])
+        self.steps, self.every = saved["steps"], saved["every"]
+        self.objective, self.before = saved["objective"], saved["before"]
         self.now, self.best = (
-            Permutation(self.spec, {name: array.numpy() for name, array in found[which].items()})
+            Permutation(self.spec, {name: array.numpy() for name, array in saved[which].items()})
             for which in ("now", "best")
         )
-        self.history = [Sweep(number, value, moved, {}, seconds) for number, value, moved, seconds in found["history"]]
-        torch.set_rng_state(found["random"])
-        if found["random on the GPU"] is not None and self.midpoint.device.type == "cuda":
-            torch.cuda.set_rng_state(found["random on the GPU"], self.midpoint.device)
-        generator = getattr(self.how.loader, "generator", None)
-        if generator is not None and found["random of the loader"] is not None:
-            generator.set_state(found["random of the loader"])
+        self.history = [Sweep(number, value, moved, {}, seconds) for number, value, moved, seconds in saved["history"]]
+        torch.set_rng_state(saved["random"])
+        if saved["random on the GPU"] is not None and self.midpoint.device.type == "cuda":
+            torch.cuda.set_rng_state(saved["random on the GPU"], self.midpoint.device)
+        generator = getattr(self.settings.loader, "generator", None)
+        if generator is not None and saved["random of the loader"] is not None:
+            generator.set_state(saved["random of the loader"])
         return True
 
 
-def _digest(tensors: StateDict) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(name.encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+_COMPARED = ("project_every", "projection_sweeps", "free_weights", "max_batches")
+"""Settings that must be the same for a run to go on."""
 
 
-def _require_usable(accelerator: Any, loader: Iterable[Any]) -> None:
+def _require_usable(accelerator: Any, loader: Loader) -> None:
     if not hasattr(accelerator, "prepare_data_loader"):
         raise PermgraphError(
             f"accelerator= takes an accelerate.Accelerator, not a {type(accelerator).__name__}; "

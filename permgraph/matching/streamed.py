@@ -9,13 +9,11 @@ for each group on it.
 from __future__ import annotations
 
 import ctypes
-import fnmatch
-import logging
 import math
 import sys
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -23,28 +21,24 @@ import numpy as np
 import torch
 
 from permgraph.assignment.solve import Solver
-from permgraph.errors import MismatchError, NonFiniteError, PermgraphError
-from permgraph.matching.ascent.paired import paired_values
-from permgraph.matching.ascent.step import Scene, choose, outer_values
-from permgraph.matching.matcher import MatchResult, Outcome, Progress, Sweep
-from permgraph.matching.problem.limits import Frozen, choose_limited, limits_of
+from permgraph.errors import MismatchError, PermgraphError
+from permgraph.matching import tuned
+from permgraph.matching.ascent.climb import Climb, Trial, differing
+from permgraph.matching.ascent.step import Scene
+from permgraph.matching.matcher import NOTHING_TO_PERMUTE, Matcher, MatchResult, Progress
+from permgraph.matching.problem.limits import Frozen, limits_of
 from permgraph.matching.problem.moves import Move, Place, Plan
+from permgraph.matching.problem.objective import ADVICE, comparable, compared_names, with_real_parts
 from permgraph.matching.problem.order import informed_order
-from permgraph.matching.problem.renumber import Arrays, act, compose
+from permgraph.matching.problem.renumber import Arrays, act
 from permgraph.matching.workers import Share, Workers
 from permgraph.spec.permutation import Permutation
 from permgraph.spec.spec import PermutationSpec
-from permgraph.weights.state_dict import STATISTICS, StateDict
-
-log = logging.getLogger(__name__)
-
-PORTION = 1 << 22  # elements that are in working precision at a time
-RETURNED = 1 << 25  # bytes that are read between two times that free memory is given back
-DEPTH = 1024  # products that are summed at a time, at least: fewer, and adding them to a large matrix takes over
+from permgraph.weights.state_dict import STATISTICS, StateDict, require_finite
 
 
 @dataclass(frozen=True)
-class StreamedWeightMatching:
+class StreamedWeightMatching(Matcher):
     """Weight matching that reads tensors when a step needs them, for models larger than memory.
 
     Give it mappings that load a tensor on access, such as `permgraph.io.open_checkpoint` returns. In memory are, at a
@@ -121,39 +115,37 @@ class StreamedWeightMatching:
             NonFiniteError: a weight is NaN or infinite.
         """
         started = time.perf_counter()
-        if isinstance(self.init, Permutation) and self.init.spec != spec:
-            raise MismatchError("init is a permutation of another spec than the one to match over")
-        ascent = _Streamed(self, a, b, spec, seed, started)
-        before = ascent.before
-        ascent.climb(progress)
-        bound = isinstance(self.init, Permutation) and (ascent.frozen or ascent.limits)  # to what the identity breaks
-        if ascent.objective < before and ascent.outcome == "interrupted" and not bound:
-            ascent.arrays, ascent.objective = {}, before
-        elif ascent.objective < before and not bound:
+        self.require_fit(spec)
+        models = _Models(self, a, b, spec)
+        climb = StreamedClimb(self, models, seed, started)
+        climb.climb(progress)
+        bound = isinstance(self.init, Permutation) and (models.frozen or models.limits)  # to what the identity breaks
+        if climb.objective < models.before and climb.outcome == "interrupted" and not bound:
+            climb.settled = {}, models.before
+        elif climb.objective < models.before and not bound:
             # A run that did not begin at the identity can end below it. One that does cannot.
-            ascent = _Streamed(replace(self, init="identity", done=0, keep=None), a, b, spec, seed, started)
-            ascent.climb(progress)
+            climb = StreamedClimb(replace(self, init="identity", done=0, keep=None), models, seed, started)
+            climb.climb(progress)
+        arrays, objective = climb.settled
         return MatchResult(
-            permutation=Permutation(spec, ascent.arrays),
-            objective=ascent.objective,
-            objective_before=before,
-            outcome=ascent.outcome,
-            history=tuple(ascent.history),
-            runs=(ascent.objective,),
+            permutation=Permutation(spec, arrays),
+            objective=objective,
+            objective_before=models.before,
+            outcome=climb.outcome,
+            history=tuple(climb.history),
+            runs=(objective,),
             seed=seed,
             seconds=time.perf_counter() - started,
-            notes=()
-            if ascent.plan.moves
-            else ("nothing to permute: no group of the spec stands in a compared parameter",),
+            notes=() if climb.plan.moves else (NOTHING_TO_PERMUTE,),
         )
 
 
 class _Store:
     """The compared tensors of both models in their own precision, with the last ones kept within a number of bytes."""
 
-    def __init__(self, a: StateDict, b: StateDict, spec: PermutationSpec, room: int) -> None:
+    def __init__(self, a: StateDict, b: StateDict, spec: PermutationSpec, cache: int) -> None:
         self.sides = {"A": a, "B": b}
-        self.spec, self.room, self.taken, self.read = spec, room, 0, 0
+        self.spec, self.cache, self.taken, self.read = spec, cache, 0, 0
         self.aliases: dict[str, list[str]] = {}
         for alias, canonical in spec.aliases.items():
             self.aliases.setdefault(canonical, []).append(alias)
@@ -168,25 +160,24 @@ class _Store:
         known = next((n for n in (name, *self.aliases.get(name, ())) if n in state), None)
         if known is None:
             raise MismatchError(f"{side} has no {name!r}, of shape {self.spec.shapes[name]}")
-        tensor = state[known].detach()
+        tensor = state[known]
         self.read += tensor.nbytes
-        if self.read >= RETURNED:
+        if self.read >= tuned.RETURNED:
             self.read = 0
-            _give_back()
+            _return_free_memory()
         self.spec.check_entry(name, tensor)
-        if not tensor.dtype.is_floating_point or tensor.is_meta:
-            raise MismatchError(f"{name!r} of {side} is {tensor.dtype} on {tensor.device}: there is nothing to compare")
+        tensor = comparable(tensor, name, side)
         if tensor.dtype.itemsize == 1:  # exact, and eight-bit floats can hardly be computed with
             tensor = tensor.to(torch.bfloat16)
-        if tensor.nbytes <= self.room:
+        if tensor.nbytes <= self.cache:
             self.kept[key] = tensor
             self.taken += tensor.nbytes
-            while self.taken > self.room:
+            while self.taken > self.cache:
                 self.taken -= self.kept.popitem(last=False)[1].nbytes
         return tensor
 
 
-def _give_back() -> None:
+def _return_free_memory() -> None:
     """Have malloc give the system what is free.
 
     glibc keeps the room of tensors that are gone wherever something lies behind it, and hardly finds it again for
@@ -198,14 +189,17 @@ def _give_back() -> None:
             trim(0)
 
 
-class _Lazy(Mapping[str, torch.Tensor]):
-    """A model as `Scene` wants it, each tensor made when it is asked for."""
+class LoadedOnAccess(Mapping[str, torch.Tensor]):
+    """A model whose tensors are made when they are asked for."""
 
-    def __init__(self, names: Sequence[str], load: Callable[[str], torch.Tensor]) -> None:
-        self.names, self.load = names, load
+    def __init__(self, names: Iterable[str], load: Callable[[str], torch.Tensor]) -> None:
+        self.names, self.load = dict.fromkeys(names), load
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.load(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
@@ -214,187 +208,187 @@ class _Lazy(Mapping[str, torch.Tensor]):
         return len(self.names)
 
 
-class _Streamed:
-    """One run: the present permutation, and which moves may still raise the objective."""
+class _Models:
+    """Both models: read whole once, to check them and to learn what the ascent must know beforehand.
 
-    def __init__(
-        self, how: StreamedWeightMatching, a: StateDict, b: StateDict, spec: PermutationSpec, seed: int, started: float
-    ) -> None:
-        self.how, self.spec, self.seed, self.started = how, spec, seed, started
-        self.store = _Store(a, b, spec, how.cache // (how.workers.size if how.workers else 1))
-        names = [
-            name
-            for name in spec.axes
-            if any(o.group in spec.moving for o in spec.occurrences(name))
-            and not any(fnmatch.fnmatchcase(name, pattern) for pattern in how.ignore)
-        ]
-        # The smallest first, since whoever asks for any tensor takes the first.
-        self.names = sorted(names, key=lambda name: math.prod(spec.shapes[name]))
-        self.frozen, self.limits = limits_of(spec, how.frozen, how.max_moves, how.init)
-        self.plan = Plan(spec, names, self.frozen)
+    Attributes:
+        names: the compared parameters, the smallest first, since whoever asks for any tensor takes the first.
+        mine: those that this process reads.
+        given, spec: the spec, and with one more axis for each complex parameter.
+        dtype: of the products: float64 where some parameter is in both models, else float32.
+        spread: for each parameter, the variance of its elements in A times that in B.
+        before: the objective of B as it is.
+    """
+
+    def __init__(self, settings: StreamedWeightMatching, a: StateDict, b: StateDict, spec: PermutationSpec) -> None:
+        self.settings, self.given, self.spec, self.workers = settings, spec, spec, settings.workers
+        self.frozen, self.limits = limits_of(spec, settings.frozen, settings.max_moves, settings.init)
+        self.store = _Store(a, b, spec, settings.cache // (self.workers.size if self.workers else 1))
+        self.compared = compared_names(spec, settings.ignore)
+        self.names = sorted(self.compared, key=lambda name: math.prod(spec.shapes[name]))
         sizes = {name: math.prod(spec.shapes[name]) for name in self.names}
-        self.mine = frozenset(names) if how.workers is None else how.workers.share(sizes)
-        self.arrays: Arrays = {}
-        self.free: set[str] = set()
-        self.work = torch.float32
+        self.mine = frozenset(self.names) if self.workers is None else self.workers.share(sizes)
+        self.dtype = torch.float32
         self.spread: dict[str, float] = {}
-        self.objective = self.before = self._objective(check=True)
-        if isinstance(how.init, Permutation):
-            self.arrays = dict(how.init.arrays)
-            self.objective = self._objective()
-        elif how.init == "barycentre":
-            self.free = {name for move in self.plan.moves for name in move.groups}
-        self.sequence = informed_order(self.plan, self.spread, np.random.default_rng(seed))
-        self.stale = set(range(len(self.plan.moves)))
-        self.neighbours = self.plan.neighbours
-        self.history: list[Sweep] = []
-        self.outcome: Outcome = "sweep limit"
-        self.settled = self.arrays, self.objective  # where Ctrl-C leads back to; nan where nobody has computed it
+        self._complex: set[str] = set()
+        inner = self.inners(self.names, self._checked)
+        self.spread = self._of_all(self.spread)
+        exact = self._of_all({name: True for name in self.mine if self.dtype is torch.float64})
+        self.dtype = torch.float64 if exact else torch.float32
+        self.spec = with_real_parts(spec, sorted(self._of_all(dict.fromkeys(self._complex))))
+        self.before = sum(inner.values())
 
-    # --- the two models -----------------------------------------------------------------------------------------------
+    def _of_all(self, mine: Mapping[str, float | bool | None]) -> dict[str, float]:
+        return dict(mine) if self.workers is None else self.workers.merge(lambda: mine)  # type: ignore[arg-type]
 
-    def _a(self, name: str) -> torch.Tensor:
-        return self.store.get("A", name)
-
-    def _b(self, name: str, arrays: Arrays) -> torch.Tensor:
-        tensor = self.store.get("B", name)
-        return act(self.spec, arrays, name, tensor) if arrays else tensor
-
-    def _scene(self, move: Move, arrays: Arrays) -> Scene:
-        a = _Lazy(self.names, lambda name: self._placed(self._a(name)))
-        b = _Lazy(self.names, lambda name: self._placed(self._b(name, arrays)))
-        return Scene(self.spec, a, b, self.free - move.groups, self.how.solver, share=self._share())
-
-    def _placed(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(self.how.device or tensor.device, self.work)
-
-    def _share(self) -> Share | None:
-        if self.how.workers is None:
-            return None
-        return Share(self.how.workers, self.mine, self.work, self.how.device or "cpu")
-
-    def _objective(self, *, check: bool = False) -> float:
-        return sum(self._inners(self.names, self.arrays, check=check).values())
-
-    def _inners(self, names: Sequence[str], arrays: Arrays, *, check: bool = False) -> dict[str, float]:
+    def inners(self, names: Sequence[str], inner: Callable[[str], float]) -> dict[str, float]:
         """The inner products of some parameters, in the order given; each process makes those of its share."""
 
         def work() -> dict[str, float]:
-            found = {}
+            made = {}
             for done, name in enumerate(names):
                 if name in self.mine:
-                    self._tell(done, len(names), f"objective, {name}")
-                    found[name] = self._inner(name, arrays, check=check)
-            return found
+                    self.tell(done, len(names), f"objective, {name}")
+                    made[name] = inner(name)
+            return made
 
-        if self.how.workers is None:
-            return work()
-        found = self.how.workers.merge(work)
-        if check:
-            self.spread = self.how.workers.merge(lambda: self.spread)
-            exact = self.how.workers.merge(lambda: {f"{name}": self.work is torch.float64 for name in self.mine})
-            self.work = torch.float64 if any(exact.values()) else torch.float32
-        return {name: found[name] for name in names}
+        made = work() if self.workers is None else self.workers.merge(work)
+        return {name: made[name] for name in names}
 
-    def _tell(self, done: int, of: int, what: str) -> None:
-        if self.how.watch is not None:
-            self.how.watch(done, of, what)
+    def tell(self, done: int, of: int, what: str) -> None:
+        if self.settings.watch is not None:
+            self.settings.watch(done, of, what)
 
-    def _inner(self, name: str, arrays: Arrays, *, check: bool = False) -> float:
+    def a(self, name: str) -> torch.Tensor:
+        return self.store.get("A", name)
+
+    def b(self, name: str, arrays: Arrays) -> torch.Tensor:
+        tensor = self.store.get("B", name)
+        return act(self.spec, arrays, name, tensor) if arrays else tensor
+
+    def placed(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor where products are taken, and in their dtype."""
+        return tensor.to(self.settings.device or tensor.device, self.dtype)
+
+    def inner(self, name: str, arrays: Arrays) -> float:
         """The inner product of one parameter of A with B's, renumbered by `arrays`."""
-        one, other = self._a(name), self._b(name, arrays)
-        if check and one.dtype == other.dtype == torch.float64:
-            self.work = torch.float64
+        return sum(float((x * y).sum(dtype=torch.float64)) for x, y in self._parts(self.a(name), self.b(name, arrays)))
+
+    def _checked(self, name: str) -> float:
+        """`inner` of B as it is; what else there is to know of the parameter is noted."""
+        a, b = self.a(name), self.b(name, {})
+        if a.ndim != b.ndim:
+            raise MismatchError(f"{name!r} is complex in one of the models only")
+        if a.ndim > len(self.spec.shapes[name]):
+            self._complex.add(name)
+        if a.dtype == b.dtype == torch.float64:
+            self.dtype = torch.float64
         total, moments = 0.0, np.zeros((2, 2))
-        portions = zip(torch.split(one.reshape(-1), PORTION), torch.split(other.reshape(-1), PORTION), strict=True)
-        for x, y in portions:
-            x, y = self._placed(x), self._placed(y)
-            if check:
-                _require_finite(x, one, name, "A")
-                _require_finite(y, other, name, "B")
-                moments += [[float(z.sum(dtype=torch.float64)), float(z.square().sum())] for z in (x, y)]
+        for x, y in self._parts(a, b):
+            require_finite(x, name, "A", ADVICE, a)
+            require_finite(y, name, "B", ADVICE, b)
+            moments += [[float(z.sum(dtype=torch.float64)), float(z.square().sum())] for z in (x, y)]
             total += float((x * y).sum(dtype=torch.float64))
-        if check:
-            mean, square = moments.T / max(1, one.numel())
-            self.spread[name] = float(np.prod(np.maximum(square - mean**2, 0.0)))
+        mean, square = moments.T / max(1, a.numel())
+        self.spread[name] = float(np.prod(np.maximum(square - mean**2, 0.0)))
         return total
 
-    def _gain(self, step: Arrays, arrays: Arrays, parameters: Sequence[str]) -> tuple[float, float]:
-        """What taking a step from `arrays` would add to the objective, and what it was on these parameters."""
-        after = {**arrays, **compose(self.spec, step, arrays)}
-        old = sum(self._inners(parameters, arrays).values())
-        return sum(self._inners(parameters, after).values()) - old, old
+    def _parts(self, a: torch.Tensor, b: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Both tensors a portion at a time, in working precision."""
+        both = (torch.split(tensor.reshape(-1), tuned.STREAMED_PORTION) for tensor in (a, b))
+        for x, y in zip(*both, strict=True):
+            yield self.placed(x), self.placed(y)
 
-    # --- the ascent ---------------------------------------------------------------------------------------------------
 
-    def climb(self, progress: Progress | None) -> None:
+class StreamedClimb(Climb):
+    """A run that reads what each step needs, and keeps nothing but where the groups stand."""
+
+    def __init__(self, settings: StreamedWeightMatching, models: _Models, seed: int, started: float) -> None:
+        plan = Plan(models.spec, models.compared, models.frozen)
+        super().__init__(plan, settings.solver, models.limits, settings.max_sweeps, started, settings.done)
+        self.settings, self.models, self.workers = settings, models, settings.workers
+        self._arrays: Arrays = {}
+        self.objective = models.before
+        if isinstance(settings.init, Permutation):
+            self._arrays = dict(settings.init.arrays)
+            self.objective = self.computed_objective()
+        elif settings.init == "barycentre":
+            self.free = {name for move in plan.moves for name in move.groups}
+        self.sequence = informed_order(plan, models.spread, np.random.default_rng(seed))
+        self.settled = self.arrays, self.objective
+        """Where Ctrl-C leads back to, and the objective there; NaN where nobody has computed it."""
+
+    def climb(self, progress: Progress | None = None) -> None:
         """Sweep until no move helps, or the limit, or Ctrl-C."""
         try:
-            while self.stale and self.how.done + len(self.history) < self.how.max_sweeps:
-                self._sweep()
-                log.debug("%s", self.history[-1])
-                if progress is not None:
-                    progress(self.history[-1])
-                if self.how.keep is not None:
-                    self.how.keep(self.history[-1].number, Permutation(self.spec, self.arrays))
-            if not self.stale:
-                self.outcome = "converged"
+            super().climb(progress)
         except KeyboardInterrupt:
             self.outcome = "interrupted"
-            self.arrays, self.objective = self.settled
+            self._arrays, self.objective = self.settled
             if math.isnan(self.objective):
-                self.objective = self._objective()
-
-    def _sweep(self) -> None:
-        number = self.how.done + len(self.history) + 1
-        before, unknown = dict(self.arrays), bool(self.free)
-        gains: dict[str, float] = {}
-        for done, at in enumerate(self.sequence):
-            if at in self.stale:
-                move = self.plan.moves[at]
-                gain = self._step(at, move, done)
-                gains[move.name] = gains.get(move.name, 0.0) + gain
-                # What a step seems to gain while groups are unknown is not what it gains.
-                self.objective = math.nan if unknown else self.objective + gain
-                self.settled = self.arrays, self.objective
-        if unknown:
-            self.objective = self._objective()
+                self.objective = self.computed_objective()
             self.settled = self.arrays, self.objective
-        moved = {name: _differing(now, before.get(name)) for name, now in self.arrays.items()}
-        self.history.append(
-            Sweep(
-                number,
-                self.objective,
-                {name: count for name, count in moved.items() if count},
-                {} if unknown else {name: gain for name, gain in gains.items() if gain},
-                time.perf_counter() - self.started,
-            )
-        )
 
-    def _step(self, at: int, move: Move, done: int) -> float:
-        """Take one move if it raises the objective; what it gained."""
-        self._tell(done, len(self.plan.moves), f"Gram matrices, {move.name}")
-        if move.paired:
-            step, gain = self._paired(move)
-        elif len(move.groups) == 1 and not move.bent:
-            gram = self._gram(move)
-            self._tell(done, len(self.plan.moves), f"assignment, {move.name}")
-            columns, gain = self._choose(gram, move)
-            step = {move.name: columns} if _differing(columns, None) else {}
-        else:
-            worth = outer_values(self._scene(move, self.arrays), move.root)
-            step, gain = self._nested(move, worth)
-        if self.how.workers is not None:
-            step, gain = self.how.workers.agree((step, gain))
-        self.stale.discard(at)
-        self.free -= move.groups
-        if not step:
-            return 0.0
-        self.arrays = {**self.arrays, **compose(self.spec, step, self.arrays)}
-        self.stale |= self.neighbours[at]
-        if move.bent or move.paired:
-            self.stale.add(at)
-        return gain
+    def end_sweep(self) -> None:
+        if self.settings.keep is not None:
+            self.settings.keep(self.history[-1].number, Permutation(self.models.given, self.arrays))
+
+    def note_progress(self) -> None:
+        self.settled = self.arrays, self.objective
+
+    @property
+    def arrays(self) -> Arrays:
+        return self._arrays
+
+    def order(self) -> Iterable[int]:
+        return self.sequence
+
+    def take(self, numbers: Sequence[int]) -> Iterator[tuple[int, float]]:
+        for number in numbers:
+            yield number, self.step(number)
+
+    def scene(self, move: Move, trial: Trial) -> Scene:
+        models, arrays = self.models, self.arrays_after(trial)
+        a = LoadedOnAccess(models.names, lambda name: models.placed(models.a(name)))
+        b = LoadedOnAccess(models.names, lambda name: models.placed(models.b(name, arrays)))
+        return Scene(self.spec, a, b, self.free - move.groups, self.solver, share=self._share())
+
+    def _share(self) -> Share | None:
+        if self.workers is None:
+            return None
+        return Share(self.workers, self.models.mine, self.models.dtype, self.settings.device or "cpu")
+
+    def after(self, trial: Trial, move: Move, step: Arrays) -> Trial:
+        return Trial(self.extended(trial, step))
+
+    def gain(self, trial: Trial, move: Move) -> tuple[float, float]:
+        now, then = (self._inner_sum(move.parameters, arrays) for arrays in (self.arrays, self.arrays_after(trial)))
+        return then - now, now
+
+    def computed_objective(self) -> float:
+        return self._inner_sum(self.models.names, self.arrays)
+
+    def _inner_sum(self, names: Sequence[str], arrays: Arrays) -> float:
+        return sum(self.models.inners(names, lambda name: self.models.inner(name, arrays)).values())
+
+    def apply(self, number: int, trial: Trial) -> None:
+        self._arrays = self.arrays_after(trial)
+
+    def agree(self, trial: Trial, gain: float) -> tuple[Trial, float]:
+        if self.workers is None:
+            return trial, gain
+        step, gain = self.workers.agree((trial.step, gain))
+        return Trial(step), gain
+
+    def best(self, move: Move, known: bool) -> tuple[Trial, float]:
+        of = len(self.plan.moves)
+        self.models.tell(self.turns, of, f"Gram matrices, {move.name}")
+        if len(move.groups) > 1 or move.quadratic:
+            return super().best(move, known)
+        gram = self._gram(move)
+        self.models.tell(self.turns, of, f"assignment, {move.name}")
+        columns, gain = self.choose(gram, move)
+        return Trial({move.name: columns} if differing(columns) else {}), gain
 
     def _gram(self, move: Move) -> torch.Tensor:
         """The Gram matrix of a move of one group, one parameter at a time and in portions."""
@@ -404,7 +398,7 @@ class _Streamed:
         for place in move.root.places:
             places.setdefault(place.block.parameter, []).append(place)
         for name in move.parameters:
-            if name in places and name in self.mine:
+            if name in places and name in self.models.mine:
                 total = self._gram_in(name, places[name], free, total)
         share = self._share()
         if share is not None:
@@ -416,59 +410,12 @@ class _Streamed:
 
     def _gram_in(self, name: str, places: Sequence[Place], free: set[str], total: torch.Tensor | None) -> torch.Tensor:
         """What one parameter adds to a Gram matrix; apart, so that its tensors go before the next ones come."""
-        one, other = self._a(name), self._b(name, self.arrays)
+        whole_a, whole_b = self.models.a(name), self.models.b(name, self.arrays)
         for place in places:
-            for a, b in _portions(place, place.block.view(one), place.block.view(other), free):
-                total = place.gram(self._placed(a), self._placed(b), free, total)
+            for a, b in _portions(place, place.block.view(whole_a), place.block.view(whole_b), free):
+                total = place.gram(self.models.placed(a), self.models.placed(b), free, total)
         assert total is not None
         return total
-
-    def _choose(self, worth: torch.Tensor, move: Move) -> tuple[np.ndarray, float]:
-        return choose_limited(worth, self.how.solver, move.name, self.limits, self.arrays)
-
-    def _nested(self, move: Move, worth: torch.Tensor) -> tuple[Arrays, float]:
-        """The step of a root and what is inside it, with more and more weight on staying until the objective rises."""
-        if self.free:
-            columns, gain = self._choose(worth, move)
-            return self._follow(move, columns, self.arrays), gain
-        diagonal = worth.diagonal(dim1=-2, dim2=-1)
-        pull = 0.0
-        for _ in range(8 if move.bent else 1):
-            columns, promised = self._choose(worth, move)
-            step = self._follow(move, columns, self.arrays)
-            if not step:
-                break
-            gain, old = self._gain(step, self.arrays, move.parameters)
-            if gain > 16 * torch.finfo(worth.dtype).eps * abs(old):
-                return step, gain
-            pull = 2 * pull if pull else 0.5 * promised / max(1, _differing(columns, None))
-            diagonal += pull
-        return {}, 0.0
-
-    def _follow(self, move: Move, columns: np.ndarray, arrays: Arrays) -> Arrays:
-        """The step that renumbers the root so, and then chooses the best inside it."""
-        step: Arrays = {move.name: columns} if _differing(columns, None) else {}
-        for inner in move.then:
-            here = {**arrays, **compose(self.spec, step, arrays)}
-            chosen, _ = choose(outer_values(self._scene(move, here), inner.root), self.how.solver, inner.name)
-            step = {**step, **compose(self.spec, self._follow(inner, chosen, here), step)}
-        return step
-
-    def _paired(self, move: Move) -> tuple[Arrays, float]:
-        """The step of a root and of what each of its pairs has chosen inside."""
-        blocks = tuple(self.plan.standing[move.name])
-        worth, inside = paired_values(self._scene(move, self.arrays), move, blocks)
-        columns, _ = self._choose(worth, move)
-        step: Arrays = {move.name: columns}
-        for name, chosen in inside.items():
-            step[name] = np.take_along_axis(chosen, columns[..., None, None], axis=-2)[..., 0, :]
-        step = {name: array for name, array in step.items() if _differing(array, None)}
-        if not step:
-            return {}, 0.0
-        gain, old = self._gain(step, self.arrays, move.parameters)
-        if gain > 16 * torch.finfo(worth.dtype).eps * abs(old) or self.free:
-            return step, gain
-        return {}, 0.0
 
 
 def _portions(
@@ -482,23 +429,10 @@ def _portions(
         if axis not in place.own and axis not in place.batch and leaves[axis].group not in free
     ]
     longest = max(summed, key=lambda axis: a.shape[axis], default=None)
-    size = max(PORTION, DEPTH * math.prod(a.shape[axis] for axis in (*place.batch, *place.own)))
+    gram = math.prod(a.shape[axis] for axis in (*place.batch, *place.own))
+    size = max(tuned.STREAMED_PORTION, tuned.STREAMED_DEPTH * gram)
     if longest is None or a.numel() <= size:
         yield a, b
         return
     length = max(1, a.shape[longest] * size // a.numel())
     yield from zip(torch.split(a, length, longest), torch.split(b, length, longest), strict=True)
-
-
-def _require_finite(portion: torch.Tensor, whole: torch.Tensor, name: str, model: str) -> None:
-    # A finite sum needs one pass and no second tensor; only a sum that is not finite is worth looking into.
-    if not bool(torch.isfinite(portion.sum())) and not bool(torch.isfinite(portion).all()):
-        bad = int((~torch.isfinite(whole)).sum())
-        raise NonFiniteError(
-            f"{name!r} of {model} holds NaN or infinity in {bad} of its {whole.numel()} elements; "
-            f"repair it, or name it in ignore="
-        )
-
-
-def _differing(now: np.ndarray, before: np.ndarray | None) -> int:
-    return int((now != (np.arange(now.shape[-1]) if before is None else before)).sum())

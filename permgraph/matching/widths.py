@@ -14,11 +14,11 @@ import numpy as np
 import torch
 
 from permgraph.errors import MismatchError
-from permgraph.matching.matcher import Matcher, MatchResult, Progress
+from permgraph.matching.matcher import MatchResult, Progress, SupportsMatch
 from permgraph.matching.weight_matching import WeightMatching
 from permgraph.spec.binding import IntArray
 from permgraph.spec.expressions import Axis, Family, Fixed, Label, Product, Ref, Sum, size_of
-from permgraph.spec.permutation import Permutation
+from permgraph.spec.permutation import Permutation, old_parents
 from permgraph.spec.spec import PermutationSpec
 
 
@@ -47,7 +47,7 @@ def match_widths(
     b: Mapping[str, torch.Tensor],
     spec_a: PermutationSpec,
     spec_b: PermutationSpec,
-    matcher: Matcher | None = None,
+    matcher: SupportsMatch | None = None,
     *,
     seed: int = 0,
     progress: Progress | None = None,
@@ -77,11 +77,11 @@ def match_widths(
         [1, -1, 0]
     """
     spec = common_spec(spec_a, spec_b)
-    one, other = fill_up(a, spec_a, spec), fill_up(b, spec_b, spec)
-    result = (WeightMatching() if matcher is None else matcher).match(one, other, spec, seed, progress)
+    wide_a, wide_b = fill_up(a, spec_a, spec), fill_up(b, spec_b, spec)
+    result = (WeightMatching() if matcher is None else matcher).match(wide_a, wide_b, spec, seed, progress)
     permutation = result.permutation
     partners = {name: _partners(permutation, name, spec_a, spec_b) for name in spec.moving}
-    return PartialMatch(spec, permutation, permutation.apply(other), partners, result)
+    return PartialMatch(spec, permutation, permutation.apply(wide_b), partners, result)
 
 
 def common_spec(spec_a: PermutationSpec, spec_b: PermutationSpec) -> PermutationSpec:
@@ -94,18 +94,18 @@ def common_spec(spec_a: PermutationSpec, spec_b: PermutationSpec) -> Permutation
         different = sorted(set(spec_a.groups) ^ set(spec_b.groups)) or "the order of their names"
         raise MismatchError(f"A and B have different groups, so that there is nothing to match by size: {different}")
     groups = {}
-    for name, one in spec_a.groups.items():
-        other = spec_b.groups[name]
-        if replace(one, size=other.size) != other or (one.fixed and one.size != other.size):
+    for name, ours in spec_a.groups.items():
+        theirs = spec_b.groups[name]
+        if replace(ours, size=theirs.size) != theirs or (ours.fixed and ours.size != theirs.size):
             raise MismatchError(
-                f"group {name!r} is {one} in A but {other} in B: only the size of a moving one may differ"
+                f"group {name!r} is {ours} in A but {theirs} in B: only the size of a moving one may differ"
             )
-        groups[name] = replace(one, size=max(one.size, other.size))
+        groups[name] = replace(ours, size=max(ours.size, theirs.size))
     for name, axes in spec_a.axes.items():
-        theirs = spec_b.axes.get(name)
-        if theirs is None or theirs != axes:
-            found = "is not there" if theirs is None else f"has axes {' '.join(map(str, theirs))}"
-            raise MismatchError(f"{name!r} has axes {' '.join(map(str, axes))} in A, but {found} in B")
+        other = spec_b.axes.get(name)
+        if other != axes:
+            in_b = "is not there" if other is None else f"has axes {' '.join(map(str, other))}"
+            raise MismatchError(f"{name!r} has axes {' '.join(map(str, axes))} in A, but {in_b} in B")
     for name in spec_b.axes:
         if name not in spec_a.axes:
             raise MismatchError(f"A has no {name!r}, which B has with shape {spec_b.shapes[name]}")
@@ -168,13 +168,11 @@ def _places(axis: Axis, spec: PermutationSpec, wider: PermutationSpec) -> IntArr
 def _partners(permutation: Permutation, name: str, spec_a: PermutationSpec, spec_b: PermutationSpec) -> IntArray:
     """For each of A's indices the one of B's in its place, -1 where that is an added one, or inside one."""
     arrays, groups = permutation.arrays, permutation.spec.groups
-    sizes = [spec_a.groups[g].size for g in (*groups[name].parents, name)]
-    found = arrays[name][tuple(map(slice, sizes))].copy()
-    alone = found >= spec_b.groups[name].size
-    new = dict(zip(groups[name].parents, np.indices(sizes[:-1], sparse=True), strict=True))
-    for parent in groups[name].parents:
+    sizes = tuple(spec_a.groups[g].size for g in (*groups[name].parents, name))
+    partners = arrays[name][tuple(map(slice, sizes))].copy()
+    alone = partners >= spec_b.groups[name].size
+    for parent, old in zip(groups[name].parents, old_parents(groups, arrays, name, sizes[:-1]), strict=True):
         if parent in arrays:
-            old = arrays[parent][(*(new[above] for above in groups[parent].parents), new[parent])]
-            alone |= (np.broadcast_to(old, sizes[:-1]) >= spec_b.groups[parent].size)[..., None]
-    found[alone] = -1
-    return found
+            alone |= (old >= spec_b.groups[parent].size)[..., None]
+    partners[alone] = -1
+    return partners

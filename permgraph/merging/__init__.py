@@ -11,7 +11,7 @@ from permgraph.merging.merge import merge
 from permgraph.merging.methods import CycleConsistent, MergeMany, ToReference
 from permgraph.merging.result import Found, Merge, MergeMethod, Models, Round
 from permgraph.merging.star import Star, fit_star
-from permgraph.weights.average import average
+from permgraph.weights.combine import average
 
 __all__ = [
     "CycleConsistent",

@@ -16,12 +16,13 @@ import numpy as np
 from torch import nn
 
 from permgraph.errors import MismatchError
-from permgraph.matching import Matcher, MatchResult, NeedsModels
-from permgraph.matching.matcher import Outcome
+from permgraph.matching import MatchResult
+from permgraph.matching.matcher import SupportsMatch, runs_networks
 from permgraph.merging.compared import Compared
 from permgraph.merging.result import Models, Progress, Round
+from permgraph.outcomes import Outcome
 from permgraph.spec.permutation import Permutation
-from permgraph.weights.average import average
+from permgraph.weights.combine import average
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ log = logging.getLogger(__name__)
 class Ascent:
     """One run: the present permutation of each model, and the models at it."""
 
-    def __init__(self, models: Models, matcher: Matcher, rng: np.random.Generator, started: float) -> None:
+    def __init__(self, models: Models, matcher: SupportsMatch, rng: np.random.Generator, started: float) -> None:
         self.models, self.matcher, self.rng, self.started = models, matcher, rng, started
         self.compared = Compared.of(models.spec, models.states[0], matcher)
         self.permutations = [models.spec.identity()] * len(models)
@@ -79,24 +80,24 @@ class Ascent:
             KeyboardInterrupt: the matcher was interrupted; the best that it had found is kept.
         """
         others = average([state for other, state in enumerate(self.moved) if other != number])
-        found = self.match(others, number)
-        moves = self._take(found, others, number)
-        if found.outcome == "interrupted":  # it has caught what was meant for the whole run
+        result = self.match(others, number)
+        moves = self._take(result, others, number)
+        if result.outcome == "interrupted":  # it swallowed Ctrl-C, which was for the whole run
             raise KeyboardInterrupt
         return moves
 
-    def _take(self, found: MatchResult, others: Mapping[str, Any], number: int) -> bool:
-        """Give a model the permutation that a matcher has found for it, if that is better; whether it is."""
-        if found.permutation.is_identity:
+    def _take(self, result: MatchResult, others: Mapping[str, Any], number: int) -> bool:
+        """Give a model the permutation that a matcher has chosen for it, if that is better; whether it is."""
+        if result.permutation.is_identity:
             return False
-        new = found.permutation.apply(self.moved[number])
+        new = result.permutation.apply(self.moved[number])
         if self.compared.linear:
             # In float64, where the matcher's own figures may be of float32.
             if not self.compared.rises(others, self.moved[number], new):
                 return False
-        elif found.objective <= found.objective_before:
+        elif result.objective <= result.objective_before:
             return False
-        self.permutations[number] = found.permutation @ self.permutations[number]
+        self.permutations[number] = result.permutation @ self.permutations[number]
         self.moved[number] = new
         return True
 
@@ -108,7 +109,7 @@ class Ascent:
     def match(self, target: Mapping[str, Any], number: int) -> MatchResult:
         """What the matcher makes of one model, at its present permutation, and a target."""
         matcher = self.matcher
-        if isinstance(matcher, NeedsModels):
+        if runs_networks(matcher):
             matcher = matcher.with_models(self._module(target, number), self._module(self.moved[number], number))
         return matcher.match(target, self.moved[number], self.models.spec, int(self.rng.integers(2**31)))
 
@@ -119,7 +120,7 @@ class Ascent:
         return module
 
 
-def require_modules(modules: Sequence[nn.Module] | None, matcher: Matcher) -> Sequence[nn.Module]:
+def require_modules(modules: Sequence[nn.Module] | None, matcher: object) -> Sequence[nn.Module]:
     """The modules, which a matcher that runs the networks cannot do without."""
     if modules is None:
         raise MismatchError(f"{type(matcher).__name__} runs the networks: give merge() modules, not state dicts")

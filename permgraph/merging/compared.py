@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from permgraph.errors import NonFiniteError
-from permgraph.matching import Matcher, WeightMatching
+from permgraph.matching import WeightMatching
+from permgraph.matching.problem.objective import compared_names
 from permgraph.spec.spec import PermutationSpec
-from permgraph.weights.state_dict import STATISTICS
+from permgraph.weights.state_dict import STATISTICS, as_real, require_finite
 
 _ROUNDING = 1e-12
 """What is lost in float64 when the inner products of a model are added up, as a share of their magnitude."""
@@ -31,28 +30,22 @@ class Compared:
     linear: bool
 
     @classmethod
-    def of(cls, spec: PermutationSpec, state: Mapping[str, Any], matcher: Matcher | None = None) -> Compared:
+    def of(cls, spec: PermutationSpec, state: Mapping[str, Any], matcher: object = None) -> Compared:
         """What ``matcher`` compares, or else all tensors on which a group acts but running statistics."""
         names = {spec.aliases.get(key, key): key for key in reversed(list(state))}
         linear = isinstance(matcher, WeightMatching) and matcher.weights is None and matcher.objective != "cosine"
         ignore = tuple(matcher.ignore) if isinstance(matcher, WeightMatching) else STATISTICS
-        compared = [
-            names[name]
-            for name in spec.axes
-            if any(occurrence.group in spec.moving for occurrence in spec.occurrences(name))
-            and not any(fnmatch.fnmatchcase(name, pattern) for pattern in ignore)
-        ]
-        return cls(tuple(compared), linear)
+        return cls(tuple(names[name] for name in compared_names(spec, ignore)), linear)
 
     def pairs(self, states: Sequence[Mapping[str, Any]]) -> float:
         """The sum over all pairs of states of their inner products, in float64."""
         total = 0.0
         for name in self.names:
             # The square of a sum holds each product of two different ones twice.
-            whole = torch.zeros_like(states[0][name], dtype=torch.float64)
+            whole = torch.zeros_like(as_real(states[0][name]), dtype=torch.float64)
             own = 0.0
             for state in states:
-                tensor = state[name].double()
+                tensor = as_real(state[name]).double()
                 whole += tensor
                 own += float(tensor.square().sum())
             total += (float(whole.square().sum()) - own) / 2
@@ -62,20 +55,15 @@ class Compared:
         """Whether the inner product with ``others`` is greater for ``new`` than for ``old``, by more than rounding."""
         gain, size = 0.0, 0.0
         for name in self.names:
-            target = others[name].double()
-            products = target * new[name].double() - target * old[name].double()
+            target, before, after = (as_real(state[name]).double() for state in (others, old, new))
+            products = target * after - target * before
             gain += float(products.sum())
             size += float(products.abs().sum())
         return gain > _ROUNDING * size
 
 
-def require_finite(states: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
+def require_all_finite(states: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
     """Raise NonFiniteError, naming the model and the parameter, where a compared tensor holds NaN or infinity."""
     for number, state in enumerate(states):
         for name in names:
-            bad = int((~torch.isfinite(state[name])).sum())
-            if bad:
-                raise NonFiniteError(
-                    f"{name!r} of model {number} holds NaN or infinity in {bad} of its {state[name].numel()} elements: "
-                    "leave that model out, or repair it"
-                )
+            require_finite(state[name], name, f"model {number}", ": leave that model out, or repair it")

@@ -15,13 +15,14 @@ from typing import Literal
 import numpy as np
 import torch
 
+from permgraph.deprecated import renamed
 from permgraph.errors import PermgraphError
 from permgraph.matching import WeightMatching
-from permgraph.matching.frank_wolfe import Matrices, Relaxation
-from permgraph.matching.matcher import Outcome
 from permgraph.matching.problem.objective import pair
+from permgraph.matching.relaxation import Matrices, Relaxation
 from permgraph.merging.ascent import Ascent
 from permgraph.merging.result import Found, Models, Progress, Round
+from permgraph.outcomes import Outcome
 from permgraph.spec.permutation import Permutation
 
 log = logging.getLogger(__name__)
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 Tensors = dict[str, torch.Tensor]
 
 
+@renamed(ascent="matcher")
 @dataclass(frozen=True)
 class FrankWolfeMany:
     """Climb the sum over all pairs of models over doubly stochastic matrices, one set for each model, then round.
@@ -48,7 +50,7 @@ class FrankWolfeMany:
         init: where the other models begin: "barycentre", all entries equal, or "identity", as in the paper.
         polish: whether to go on from the rounded permutations as `CycleConsistent` does, until no model moves.
         max_rounds: of that.
-        ascent: the weight matching that rounds and polishes. Its objective must be "inner", and without weights.
+        matcher: the weight matching that rounds and polishes. Its objective must be "inner", and without weights.
 
     The history holds a `Round` for each step with the relaxed objective, and then those of the polish. Where rounding
     ends below the models as they were given, these are kept, and a note says so.
@@ -68,7 +70,7 @@ class FrankWolfeMany:
     init: Literal["barycentre", "identity"] = "barycentre"
     polish: bool = True
     max_rounds: int = 100
-    ascent: WeightMatching = field(default_factory=WeightMatching)
+    matcher: WeightMatching = field(default_factory=WeightMatching)
 
     def __post_init__(self) -> None:
         if self.max_steps < 0 or self.max_rounds < 0 or not self.tolerance >= 0:
@@ -78,9 +80,9 @@ class FrankWolfeMany:
             )
         if self.init not in ("barycentre", "identity"):
             raise PermgraphError(f"unknown init {self.init!r}; choose 'barycentre' or 'identity'")
-        if self.ascent.objective != "inner" or self.ascent.weights is not None:
+        if self.matcher.objective != "inner" or self.matcher.weights is not None:
             raise PermgraphError(
-                "the sum over pairs is one of plain inner products: ascent must have objective='inner' and no weights"
+                "the sum over pairs is one of plain inner products: matcher must have objective='inner' and no weights"
             )
 
     def find(self, models: Models, seed: int = 0, progress: Progress | None = None) -> Found:
@@ -110,7 +112,7 @@ class FrankWolfeMany:
 
     def _rounded(self, climb: _Climb, rng: np.random.Generator) -> tuple[Ascent, tuple[str, ...]]:
         """The models at the permutations nearest to the matrices, or as they were given where those are better."""
-        matcher = replace(self.ascent, init="identity", restarts=1)
+        matcher = replace(self.matcher, init="identity", restarts=1)
         run = Ascent(climb.models, matcher, rng, climb.started)
         given = run.objective
         for number, permutation in enumerate(climb.rounded()):
@@ -126,11 +128,11 @@ class _Climb:
     """The present matrices of every model, and the relaxed models at them."""
 
     def __init__(
-        self, how: FrankWolfeMany, models: Models, fixed: int, started: float, progress: Progress | None
+        self, settings: FrankWolfeMany, models: Models, fixed: int, started: float, progress: Progress | None
     ) -> None:
-        self.how, self.models, self.started, self.progress = how, models, started, progress
+        self.settings, self.models, self.started, self.progress = settings, models, started, progress
         first = models.states[0]
-        options = {"ignore": how.ascent.ignore, "dtype": how.ascent.dtype}
+        options = {"ignore": settings.matcher.ignore, "dtype": settings.matcher.dtype}
         pairs = [pair(first, state, models.spec, **options) for state in models.states]  # type: ignore[arg-type]
         # What each is matched to is the sum of the others, which changes with every step: hence one pair for each.
         self.pairs = [replace(compared, a=dict(compared.b)) for compared in pairs]
@@ -142,7 +144,7 @@ class _Climb:
             for name in one.b
         )
         self.matrices = [
-            relaxation.barycentre() if how.init == "barycentre" and number != fixed else relaxation.corner({})
+            relaxation.barycentre() if settings.init == "barycentre" and number != fixed else relaxation.corner({})
             for number, relaxation in enumerate(self.relaxations)
         ]
         self.images = [self._image(number, self.matrices[number]) for number in range(len(models))]
@@ -156,7 +158,7 @@ class _Climb:
             while True:
                 slopes = [self._slope(number) for number in range(len(self.models))]
                 towards = [
-                    relaxation.best_corner(slope, self.how.ascent)
+                    relaxation.best_corner(slope, self.settings.matcher.solver)
                     for relaxation, slope in zip(self.relaxations, slopes, strict=True)
                 ]
                 ways = [
@@ -168,9 +170,9 @@ class _Climb:
                     for slope, way in zip(slopes, ways, strict=True)
                     for name, step in way.items()
                 )
-                if gap <= self.how.tolerance * self.size:
+                if gap <= self.settings.tolerance * self.size:
                     return "converged"
-                if len(self.history) >= self.how.max_steps:
+                if len(self.history) >= self.settings.max_steps:
                     return "sweep limit"
                 if not self._advance(ways, gap, degree):
                     return "converged"
@@ -201,7 +203,7 @@ class _Climb:
     def rounded(self) -> list[Permutation]:
         """The permutations nearest to the matrices."""
         return [
-            Permutation(self.models.spec, relaxation.round(matrices, self.how.ascent))
+            Permutation(self.models.spec, relaxation.round(matrices, self.settings.matcher.solver))
             for relaxation, matrices in zip(self.relaxations, self.matrices, strict=True)
         ]
 

@@ -12,12 +12,13 @@ from torch import nn
 
 from permgraph.errors import MismatchError
 from permgraph.matching import Matcher
-from permgraph.merging.compared import Compared, require_finite
+from permgraph.merging.compared import Compared, require_all_finite
 from permgraph.merging.methods import CycleConsistent
 from permgraph.merging.result import Merge, MergeMethod, Models, Progress
 from permgraph.spec.spec import PermutationSpec
-from permgraph.weights.average import Network, average, shares_of
-from permgraph.weights.combine import check_same_keys
+from permgraph.weights.combine import average, shares_of
+from permgraph.weights.distributed import gathered_state, redistributed_state
+from permgraph.weights.state_dict import Network, check_same_keys, is_continuous, own_state
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +38,8 @@ def merge(
 
     Args:
         models: modules, or state dicts when `spec` is given or another of them is a module. They may differ in device
-            and dtype; the result has the first one's.
+            and dtype; the result has the first one's. Sharded tensors (DTensor) are gathered, and offloaded ones
+            fetched; the result is sharded as the first is, and all processes must call this alike.
         method: how to choose the permutations: `CycleConsistent()` by default, `MergeMany` or `ToReference`.
         spec: the symmetries; inferred from the first module.
         weights: how much each model counts in the mean, not in the choice of permutations; scaled to a sum of 1.
@@ -73,7 +75,8 @@ def merge(
     if len(networks) < 2:
         raise MismatchError(f"merge() was given {len(networks)} models: it needs at least two")
     shares = shares_of(weights, len(networks))
-    states = [_state(network, number) for number, network in enumerate(networks)]
+    given = [_state(network, number) for number, network in enumerate(networks)]
+    states = [gathered_state(state) for state in given]
     modules = [network for network in networks if isinstance(network, nn.Module)]
     for number, state in enumerate(states[1:], start=1):
         check_same_keys(states[0], state, ("model 0", f"model {number}"))
@@ -89,24 +92,24 @@ def merge(
         except MismatchError as error:
             raise MismatchError(f"model {number} does not fit the spec: {error}") from None
     compared = Compared.of(spec, states[0])
-    require_finite(states, compared.names)
+    require_all_finite(states, compared.names)
     working = tuple(_working(state, states[0]) for state in states)
-    given = Models(working, spec, tuple(modules) if len(modules) == len(networks) else None)
-    found = method.find(given, seed, progress)
-    moved = [p.apply(state) for p, state in zip(found.permutations, states, strict=True)]
-    objective = compared.pairs([p.apply(state) for p, state in zip(found.permutations, working, strict=True)])
+    models_given = Models(working, spec, tuple(modules) if len(modules) == len(networks) else None)
+    result = method.find(models_given, seed, progress)
+    moved = [p.apply(state) for p, state in zip(result.permutations, states, strict=True)]
+    objective = compared.pairs([p.apply(state) for p, state in zip(result.permutations, working, strict=True)])
     merged = Merge(
-        state_dict=average(moved, shares),
-        permutations=found.permutations,
+        state_dict=redistributed_state(average(moved, shares), given[0]),
+        permutations=result.permutations,
         objective=objective,
         objective_before=compared.pairs(working),
-        outcome=found.outcome,
-        history=found.history,
-        runs=found.runs or (objective,),
+        outcome=result.outcome,
+        history=result.history,
+        runs=result.runs or (objective,),
         weights=shares,
         seed=seed,
         seconds=time.perf_counter() - started,
-        notes=found.notes,
+        notes=result.notes,
         _module=modules[0] if modules else None,
     )
     log.info("%s", merged)
@@ -114,10 +117,8 @@ def merge(
 
 
 def _state(network: object, number: int) -> Mapping[str, Any]:
-    if isinstance(network, nn.Module):
-        return network.state_dict()
-    if isinstance(network, Mapping):
-        return network
+    if isinstance(network, (nn.Module, Mapping)):
+        return own_state(network)
     raise MismatchError(f"merge() takes modules or state dicts, but model {number} is a {type(network).__name__}")
 
 
@@ -128,7 +129,7 @@ def _working(state: Mapping[str, Any], first: Mapping[str, Any]) -> dict[str, An
         if isinstance(value, torch.Tensor):
             value = value.detach()
             value = value.to(first[name].device)
-            if value.is_floating_point():
+            if is_continuous(value):
                 value = value.to(torch.promote_types(value.dtype, torch.float32))
         result[name] = value
     return result

@@ -8,12 +8,14 @@ from typing import Literal
 
 import numpy as np
 
+from permgraph.deprecated import renamed
 from permgraph.errors import MismatchError, PermgraphError
-from permgraph.matching import Matcher, NeedsModels, WeightMatching
-from permgraph.matching.matcher import Outcome
+from permgraph.matching import WeightMatching
+from permgraph.matching.matcher import SupportsMatch, runs_networks
 from permgraph.merging.ascent import Ascent, require_modules
 from permgraph.merging.result import Found, Models, Progress, Round
-from permgraph.weights.average import average
+from permgraph.outcomes import Outcome
+from permgraph.weights.combine import average
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class ToReference:
     """
 
     index: int = 0
-    matcher: Matcher = field(default_factory=WeightMatching)
+    matcher: SupportsMatch = field(default_factory=WeightMatching)
 
     def find(self, models: Models, seed: int = 0, progress: Progress | None = None) -> Found:
         """Find the permutation of each model; see `MergeMethod`."""
@@ -48,19 +50,19 @@ class ToReference:
                 if number == self.index:
                     continue
                 matcher = self.matcher
-                if isinstance(matcher, NeedsModels):
+                if runs_networks(matcher):
                     modules = require_modules(models.modules, matcher)
                     matcher = matcher.with_models(modules[self.index], modules[number])
-                found = matcher.match(models.states[self.index], models.states[number], models.spec, seed)
-                ascent.put(number, found.permutation)
-                if found.outcome == "interrupted":
+                result = matcher.match(models.states[self.index], models.states[number], models.spec, seed)
+                ascent.put(number, result.permutation)
+                if result.outcome == "interrupted":
                     raise KeyboardInterrupt
-                if found.outcome == "sweep limit":
+                if result.outcome == "sweep limit":
                     outcome = "sweep limit"
         except KeyboardInterrupt:
             ascent.stop()
             outcome = "interrupted"
-        moved = tuple(number for number, found in enumerate(ascent.permutations) if not found.is_identity)
+        moved = tuple(number for number, permutation in enumerate(ascent.permutations) if not permutation.is_identity)
         history = (Round(1, ascent.objective, moved, time.perf_counter() - started),)
         if progress is not None:
             progress(history[0])
@@ -90,7 +92,7 @@ class MergeMany:
     """
 
     max_rounds: int = 100
-    matcher: Matcher = field(default_factory=lambda: WeightMatching(init="identity"))
+    matcher: SupportsMatch = field(default_factory=lambda: WeightMatching(init="identity"))
 
     def __post_init__(self) -> None:
         _require_rounds(self.max_rounds)
@@ -102,6 +104,7 @@ class MergeMany:
         return Found(tuple(ascent.permutations), ascent.outcome, tuple(ascent.history))
 
 
+@renamed(ascent="matcher", start="init")
 @dataclass(frozen=True)
 class CycleConsistent:
     """Bring every model to a numbering of their own making, so that the sum over all pairs of models is greatest.
@@ -116,8 +119,8 @@ class CycleConsistent:
     Args:
         max_rounds: stop after so many passes over the models, once all have joined.
         restarts: how many runs to make, with other orders of joining; the best is kept.
-        start: "joining", as described; or "identity", from the models as they are given.
-        ascent: how one model is matched: its `init` as it joins, from where it is afterwards. Its objective must be
+        init: "joining", as described; or "identity", from the models as they are given.
+        matcher: how one model is matched: its `init` as it joins, from where it is afterwards. Its objective must be
             "inner", and without weights.
 
     References:
@@ -132,26 +135,26 @@ class CycleConsistent:
 
     max_rounds: int = 100
     restarts: int = 1
-    start: Literal["joining", "identity"] = "joining"
-    ascent: WeightMatching = field(default_factory=WeightMatching)
+    init: Literal["joining", "identity"] = "joining"
+    matcher: WeightMatching = field(default_factory=WeightMatching)
 
     def __post_init__(self) -> None:
         _require_rounds(self.max_rounds)
         if self.restarts < 1:
             raise PermgraphError(f"restarts={self.restarts}: at least one run is needed")
-        if self.start not in ("joining", "identity"):
-            raise PermgraphError(f"unknown start {self.start!r}; choose 'joining' or 'identity'")
-        if self.ascent.objective != "inner" or self.ascent.weights is not None:
+        if self.init not in ("joining", "identity"):
+            raise PermgraphError(f"unknown init {self.init!r}; choose 'joining' or 'identity'")
+        if self.matcher.objective != "inner" or self.matcher.weights is not None:
             raise PermgraphError(
-                "the sum over pairs is one of plain inner products: ascent must have objective='inner' and no weights"
+                "the sum over pairs is one of plain inner products: matcher must have objective='inner' and no weights"
             )
-        if not isinstance(self.ascent.init, str):
-            raise PermgraphError("ascent.init cannot be one permutation for all models; choose a start by name")
+        if not isinstance(self.matcher.init, str):
+            raise PermgraphError("matcher.init cannot be one permutation for all models; choose one by name")
 
     def find(self, models: Models, seed: int = 0, progress: Progress | None = None) -> Found:
         """Find the permutation of each model; see `MergeMethod`."""
         started = time.perf_counter()
-        climbing = replace(self.ascent, init="identity", restarts=1)
+        climbing = replace(self.matcher, init="identity", restarts=1)
 
         def start(stream: np.random.SeedSequence) -> Ascent:
             return Ascent(models, climbing, np.random.default_rng(stream), started)
@@ -164,7 +167,7 @@ class CycleConsistent:
         try:
             for stream in seeds.spawn(self.restarts):
                 run = start(stream)
-                if self.start == "joining":
+                if self.init == "joining":
                     self._join(run)
                     if run.objective < given:  # better matched as they were given than one after another: begin there
                         run = start(stream)
@@ -190,10 +193,10 @@ class CycleConsistent:
         joined = [first]
         for number in rest:
             target = average([run.moved[other] for other in joined])
-            found = self.ascent.match(target, run.moved[number], run.models.spec, int(run.rng.integers(2**31)))
-            run.put(number, found.permutation)
+            result = self.matcher.match(target, run.moved[number], run.models.spec, int(run.rng.integers(2**31)))
+            run.put(number, result.permutation)
             joined.append(number)
-            if found.outcome == "interrupted":
+            if result.outcome == "interrupted":
                 raise KeyboardInterrupt
 
 

@@ -1,4 +1,4 @@
-"""What a method of merging is, and what comes of it."""
+"""The protocol of merging methods, their results, and the result of `merge`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import nn
 
 from permgraph.errors import MismatchError
-from permgraph.matching.matcher import Outcome
+from permgraph.outcomes import Outcome
 from permgraph.spec.permutation import Permutation
 from permgraph.spec.spec import PermutationSpec
 

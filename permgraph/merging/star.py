@@ -8,18 +8,22 @@ is minimised at places drawn from the lines between the centre and the networks.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
+from permgraph.deprecated import renamed
 from permgraph.errors import MismatchError
-from permgraph.networks.descend import Ending, Loss, MakeOptimizer, State, Workbench, adam, descend
-from permgraph.networks.evaluate import Loader, template_of
-from permgraph.weights.average import Network, average
-from permgraph.weights.combine import as_state_dict, check_same_keys
+from permgraph.networks.batches import Loader, Loss, MakeOptimizer
+from permgraph.networks.blended import State, Workbench
+from permgraph.networks.descend import adam, descend
+from permgraph.networks.evaluate import template_of
+from permgraph.outcomes import StepProgress, TrainingOutcome
+from permgraph.weights.combine import average
+from permgraph.weights.state_dict import Network, as_state_dict, check_same_keys
 
 
 @dataclass(frozen=True)
@@ -36,24 +40,25 @@ class Star:
     state_dict: dict[str, Any] = field(repr=False)
     history: tuple[float, ...]
     seconds: float
-    outcome: Ending = "done"
+    outcome: TrainingOutcome = "done"
 
     def __str__(self) -> str:
         losses = f": mean loss {self.history[0]:.4g} -> {self.history[-1]:.4g}" if self.history else ""
         return f"star, {self.outcome} after {len(self.history)} epochs in {self.seconds:.2f} s{losses}"
 
 
+@renamed(start="init")
 def fit_star(
     networks: Sequence[Network],
     loader: Loader,
     *,
-    start: Network | None = None,
+    init: Network | None = None,
     epochs: int = 10,
     loss: Loss = nn.functional.cross_entropy,
     optimizer: MakeOptimizer = adam,
     model: nn.Module | None = None,
     seed: int = 0,
-    progress: Callable[[int, int], object] | None = None,
+    progress: StepProgress | None = None,
 ) -> Star:
     """Train the centre of a star, so that the loss is low on the lines from it to each of several networks.
 
@@ -63,7 +68,7 @@ def fit_star(
     Args:
         networks: two or more modules or state dicts, in evaluation mode.
         loader: batches with targets, as for ``evaluate_on``, that can be read once for each epoch.
-        start: where the centre begins; the networks' mean by default.
+        init: where the centre begins; the networks' mean by default.
         epochs: how often to go through the loader.
         loss: called with the network's output (or its ``.logits``) and the targets, gives the mean over the batch.
         optimizer: makes an optimizer for a list of tensors; Adam with rate 3e-3 by default.
@@ -95,8 +100,8 @@ def fit_star(
     states = [as_state_dict(network) for network in networks]
     for number, state in enumerate(states[1:], start=1):
         check_same_keys(states[0], state, ("network 0", f"network {number}"))
-    first: Mapping[str, Any] = average(states) if start is None else as_state_dict(start)
-    check_same_keys(states[0], first, ("network 0", "start"))
+    first: Mapping[str, Any] = average(states) if init is None else as_state_dict(init)
+    check_same_keys(states[0], first, ("network 0", "init"))
     bench = Workbench(template, states[0], loss)
     ends = [bench.parameters_of(state) for state in states]
     centre = bench.parameters_of(first, free=True)
@@ -107,5 +112,4 @@ def fit_star(
         return [(1 - t, centre), (t, end)]
 
     training = descend(bench, [centre], blend, loader, epochs=epochs, optimizer=optimizer, seed=seed, progress=progress)
-    found = bench.state_dict(centre, first)
-    return Star(found, training.history, time.perf_counter() - began, training.outcome)
+    return Star(bench.state_dict(centre, first), training.history, time.perf_counter() - began, training.outcome)

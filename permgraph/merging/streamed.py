@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,11 +12,13 @@ import numpy as np
 import torch
 
 from permgraph.errors import PermgraphError
-from permgraph.matching.matcher import Outcome
-from permgraph.matching.streamed import PORTION, StreamedWeightMatching
+from permgraph.matching import tuned
+from permgraph.matching.streamed import LoadedOnAccess, StreamedWeightMatching
 from permgraph.merging.compared import Compared
 from permgraph.merging.result import Found, Models, Progress, Round
+from permgraph.outcomes import Outcome
 from permgraph.spec.permutation import Permutation
+from permgraph.weights.state_dict import as_real, is_continuous
 
 log = logging.getLogger(__name__)
 
@@ -83,8 +85,8 @@ class StreamedRounds:
 class _Run:
     """The present permutation of each model, and what it took to find them."""
 
-    def __init__(self, how: StreamedRounds, models: Models, seed: int) -> None:
-        self.how, self.models = how, models
+    def __init__(self, settings: StreamedRounds, models: Models, seed: int) -> None:
+        self.settings, self.models = settings, models
         self.rng = np.random.default_rng(seed)
         self.permutations = [models.spec.identity()] * len(models)
         self.names = Compared.of(models.spec, models.states[0]).names
@@ -96,10 +98,10 @@ class _Run:
 
     def climb(self, progress: Progress | None) -> None:
         """Let the models join, then match each in turn to the mean of the others until none moves."""
-        if self.how.joining:
+        if self.settings.joining:
             self._join()
-        climbing = replace(self.how.matcher, init="identity")
-        while len(self.history) < self.how.max_rounds:
+        climbing = replace(self.settings.matcher, init="identity")
+        while len(self.history) < self.settings.max_rounds:
             moved = []
             for number in self.rng.permutation(len(self.models)).tolist():
                 others = [other for other in range(len(self.models)) if other != number]
@@ -131,7 +133,7 @@ class _Run:
         first, *rest = self.rng.permutation(len(self.models)).tolist()
         joined = [first]
         for number in rest:
-            self._step(number, joined, self.how.matcher)
+            self._step(number, joined, self.settings.matcher)
             joined.append(number)
         self.objective = self._pairs()
         if self.objective < self.given:  # better matched as they were given than one after another: begin there
@@ -151,7 +153,7 @@ class _Run:
             better = found.objective > found.objective_before
             return found.permutation if better else self.models.spec.identity()
 
-        found = search() if self.how.remember is None else self.how.remember(self.steps, search)
+        found = search() if self.settings.remember is None else self.settings.remember(self.steps, search)
         self.steps += 1
         self.permutations[number] = found @ here
         return not found.is_identity
@@ -163,38 +165,22 @@ class _Run:
         """The sum over all pairs of models of their inner products, in float64, a portion at a time."""
         total = 0.0
         for name in self.names:
-            whole = [self._moved(number)[name].reshape(-1) for number in range(len(self.models))]
-            for start in range(0, whole[0].numel(), PORTION):
-                parts = [tensor[start : start + PORTION].double() for tensor in whole]
+            whole = [as_real(self._moved(number)[name]).reshape(-1) for number in range(len(self.models))]
+            for start in range(0, whole[0].numel(), tuned.STREAMED_PORTION):
+                parts = [tensor[start : start + tuned.STREAMED_PORTION].double() for tensor in whole]
                 added = torch.stack(parts).sum(0)
                 total += (float(added.square().sum()) - sum(float(part.square().sum()) for part in parts)) / 2
         return total
 
 
-class _Lazy(Mapping[str, torch.Tensor]):
-    """A model whose tensors are made when they are asked for."""
-
-    def __init__(self, names: Mapping[str, Any]) -> None:
-        self.names = names
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.names
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-
-class _Moved(_Lazy):
+class _Moved(LoadedOnAccess):
     """A model, renumbered."""
 
     def __init__(self, state: Mapping[str, Any], permutation: Permutation) -> None:
-        super().__init__(state)
+        super().__init__(state, self._renumbered)
         self.state, self.permutation = state, permutation
 
-    def __getitem__(self, name: str) -> torch.Tensor:
+    def _renumbered(self, name: str) -> torch.Tensor:
         tensor: torch.Tensor = self.state[name].detach()
         spec = self.permutation.spec
         if tensor.dtype.itemsize == 1 and tensor.is_floating_point():
@@ -205,17 +191,17 @@ class _Moved(_Lazy):
         return self.permutation.apply_to(known, tensor)
 
 
-class _Mean(_Lazy):
+class _Mean(LoadedOnAccess):
     """The mean of several models, in float32 or better."""
 
     def __init__(self, models: Sequence[_Moved]) -> None:
-        super().__init__(models[0])
+        super().__init__(models[0], self._added)
         self.models = models
 
-    def __getitem__(self, name: str) -> torch.Tensor:
+    def _added(self, name: str) -> torch.Tensor:
         first, *rest = self.models
         total = first[name]
         total = total.to(torch.promote_types(total.dtype, torch.float32), copy=True)
         for model in rest:
             total += model[name].to(total.device)
-        return total.div_(len(self.models)) if total.is_floating_point() or total.is_complex() else total
+        return total.div_(len(self.models)) if is_continuous(total) else total

@@ -20,16 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from permgraph.errors import EvaluationError, MismatchError, NonFiniteError
-from permgraph.networks.evaluate import (
-    Loader,
-    batch_size,
-    batches,
-    device_of,
-    fitting,
-    require_eval_mode,
-    split_batch,
-    undisturbed,
-)
+from permgraph.networks.batches import Loader, batch_size, batches, device_of, fitting, split_batch, undisturbed
+from permgraph.networks.evaluate import require_eval_mode
 from permgraph.networks.statistics import collecting, running_norms
 
 logger = logging.getLogger(__name__)
@@ -89,8 +81,8 @@ def channel_statistics(model: nn.Module, loader: Loader, layers: Layers | None =
             args, kwargs, _ = split_batch(batch, device)
             with fitting(args, kwargs):
                 model(*args, **kwargs)
-    for name, found in running.items():
-        if not found.finite:
+    for name, statistics in running.items():
+        if not statistics.finite:
             raise NonFiniteError(
                 f"layer {name!r} puts out NaN or infinity, so its channels have no statistics: check the data of the "
                 "loader, and the weights of the model (a parent, in repair)"
@@ -179,7 +171,7 @@ def repair(
             weigh(batch_size(args, kwargs))
             with fitting(args, kwargs):
                 result(*args, **kwargs)
-        broken = next((name for name, found in running.items() if not found.finite), None)
+        broken = next((name for name, statistics in running.items() if not statistics.finite), None)
         if broken is not None:
             logger.warning("layer %r of the model puts out NaN or infinity: the repaired model is not finite", broken)
         for name, layer in affine.items():

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from permgraph.errors import EvaluationError
-from permgraph.networks.evaluate import Loader, batch_size, batches, device_of, fitting, split_batch, undisturbed
+from permgraph.networks.batches import Loader, batch_size, batches, device_of, fitting, split_batch, undisturbed
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from permgraph.errors import SpecError
-from permgraph.pictures.tree import Module, Repeated, module_tree, short_names, uses_of, walk
+from permgraph.pictures.tree import Module, Repeated, module_tree, short_names, walk
 
 if TYPE_CHECKING:
     from permgraph.spec.spec import PermutationSpec
@@ -89,7 +89,7 @@ def lay_out(spec: PermutationSpec, *, rows: int = 80, collapse: bool = True, wit
             raise SpecError(f"no module {within!r} in this spec holds a parameter or buffer")
         tree = found
     chosen = _rows(tree, rows)
-    moving = {group: places for group, places in uses_of(spec).items() if group in spec.moving}
+    moving = {group: spec.uses(group) for group in spec.moving if spec.uses(group)}
     owner = {name: at for at, row in enumerate(chosen) for name in row.all_parameters}
     touched: dict[str, dict[int, None]] = {
         group: dict.fromkeys(sorted({owner[name] for name, _ in places if name in owner}))

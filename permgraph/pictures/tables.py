@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from permgraph.pictures.palette import COLOURS
-from permgraph.pictures.tree import uses_of
 from permgraph.spec.expressions import Fixed
 
 if TYPE_CHECKING:
@@ -23,11 +22,11 @@ _CELL = "text-align:left;padding:.15em .8em .15em 0"
 
 def spec_table(spec: PermutationSpec) -> str:
     """The groups of a spec: sizes, parents, and where each stands."""
-    uses = uses_of(spec)
     rows = []
     for at, (name, group) in enumerate(list(spec.moving.items())[:_GROUPS]):
-        first = ", ".join(f"{parameter}[{dim}]" for parameter, dim in uses[name][:2])
-        rest = f" and {len(uses[name]) - 2} more" if len(uses[name]) > 2 else ""
+        uses = spec.uses(name)
+        first = ", ".join(f"{parameter}[{dim}]" for parameter, dim in uses[:2])
+        rest = f" and {len(uses) - 2} more" if len(uses) > 2 else ""
         swatch = f'<span style="color:{COLOURS[at % len(COLOURS)]}">&#9632;</span> '
         rows.append([swatch + text(name), str(group.size), text(", ".join(group.parents) or "—"), text(first + rest)])
     still = sum(isinstance(axis, Fixed) and axis.size > 1 for axes in spec.axes.values() for axis in axes)

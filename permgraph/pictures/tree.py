@@ -11,7 +11,7 @@ import functools
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 from permgraph.spec.expressions import rename
 
@@ -65,14 +65,6 @@ class Repeated:
         return tuple(itertools.chain.from_iterable(module.all_parameters for module in self.modules))
 
 
-Uses: TypeAlias = Mapping[str, tuple[tuple[str, int], ...]]
-
-
-def uses_of(spec: PermutationSpec) -> Uses:
-    """For each group that stands somewhere, the parameters and dimensions where it does, in their order."""
-    return {group: places for group, places in spec.uses_of_groups.items() if places}
-
-
 def module_tree(spec: PermutationSpec, *, collapse: bool = True) -> Module:
     """The modules that hold the parameters and buffers of ``spec``.
 
@@ -115,7 +107,8 @@ class _Collapser:
         # Subtrees are intervals of the order in which the tree lists parameters, so two numbers say where a group is.
         self.extent = {
             group: (min(place[name] for name, _ in uses), max(place[name] for name, _ in uses))
-            for group, uses in uses_of(spec).items()
+            for group in spec.groups
+            if (uses := spec.uses(group))
         }
         self.place = place
 

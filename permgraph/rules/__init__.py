@@ -16,7 +16,10 @@ from permgraph.rules import (  # noqa: F401  (importing a family registers its r
     shape,
     vision,
 )
-from permgraph.rules.call import Call, TypedTensor
-from permgraph.rules.registry import find_rule, registered, rule, rule_name
+from permgraph.rules.call import Call
+from permgraph.rules.registry import RegisteredRule, find_rule, list_rules, registered, rule, rule_name
+from permgraph.rules.typed_tensor import TypedTensor
 
-__all__ = ["Call", "TypedTensor", "find_rule", "registered", "rule", "rule_name"]
+__all__ = [
+    "Call", "RegisteredRule", "TypedTensor", "find_rule", "list_rules", "registered", "rule", "rule_name",
+]  # fmt: skip

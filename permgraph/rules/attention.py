@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from permgraph.rules.call import Call, TypedTensor
-from permgraph.rules.registry import rule
+from permgraph.rules.call import Call
+from permgraph.rules.pattern import last_labels
+from permgraph.rules.registry import aten, rule
+from permgraph.rules.typed_tensor import TypedTensor
+
+KERNELS = """
+    scaled_dot_product_attention _scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention
+    _scaled_dot_product_efficient_attention _scaled_dot_product_attention_math _scaled_dot_product_cudnn_attention
+    _scaled_dot_product_attention_math_for_mps _scaled_dot_product_fused_attention_overrideable
+"""
 
 
-@rule(
-    "aten.scaled_dot_product_attention", "aten._scaled_dot_product_flash_attention_for_cpu",
-    "aten._scaled_dot_product_flash_attention", "aten._scaled_dot_product_efficient_attention",
-    "aten._scaled_dot_product_attention_math", "aten._scaled_dot_product_cudnn_attention",
-    "aten._scaled_dot_product_attention_math_for_mps", "aten._scaled_dot_product_fused_attention_overrideable",
-)  # fmt: skip
+@rule(*aten(KERNELS), values="mixed")
 def scaled_dot_product_attention(call: Call) -> None:
     """q is (.., h, s, d), k is (.., h, t, d), v is (.., h, t, e): softmax(q kᵀ) v, with a mask that is added to q kᵀ.
 
@@ -24,16 +27,16 @@ def scaled_dot_product_attention(call: Call) -> None:
     if lead and q.shape[-3] != k.shape[-3]:
         copies = {"r": q.shape[-3] // k.shape[-3]}
         logits[len(lead) - 1] = f"({lead[-1]} r)"
-    many, few = " ".join(logits[:-2]), " ".join(lead)
+    every, many, few = " ".join(logits), " ".join(logits[:-2]), " ".join(lead)
     slots: list[tuple[TypedTensor | None, str]] = [
         (q, f"{many} s d"), (k, f"{few} t d"), (v, f"{few} t e"), (out, f"{many} s e"),
     ]  # fmt: skip
     mask = call.get("attn_mask", call.get("attn_bias"))
     if isinstance(mask, TypedTensor):
-        slots.append((mask, " ".join(logits[len(logits) - mask.ndim :])))
+        slots.append((mask, last_labels(every, mask)))
     for more in call.results[1:]:
         if more.shape == (*out.shape[:-1], k.shape[-2]):
-            slots.append((more, " ".join(logits)))  # the weights
+            slots.append((more, every))  # the weights
         elif more.shape == out.shape[:-1]:
             slots.append((more, f"{many} s"))  # the logarithm of the sum that softmax divides by
         else:

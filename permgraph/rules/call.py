@@ -1,217 +1,24 @@
 """One operator call as a rule sees it: typed tensors, and the words in which a rule states what is tied to what.
 
-A rule is written in labels, like an einsum. Two dimensions with the same label are permuted alike; a label that a
-tensor lacks is summed over, broadcast or produced. For a linear map,
-
-    call.link((x, "... k"), (w, "o k"), (b, "o"), (out, "... o"))
-
-Labels also say, without the rule's help, *which permutations may differ where*. An axis may be permuted differently at
-each index of another exactly if every tensor which has the one has the other, and that is read off the labels. So a
-rule must show each tensor that matters, the ones inside the operator included: softmax along d divides by a sum that
-has every label but d, and says so with ``via=["..."]``.
-
-A label in parentheses is a factor of a dimension, ``(g i)``, with sizes given by keyword; a label with ``!`` must stay
-put, for the reason given as ``why``; ``_`` is a dimension about which the link says nothing; ``;`` comes before the
-axis which an integer tensor's *values* index, so that an index tensor is labelled just as its one-hot encoding would
-be: ``(idx, "b k ; e")``.
+The patterns of labels are explained in `permgraph.rules.pattern`.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import fx
 
-from permgraph.algebra.store import Axes, Axis, Index, Kind, Pinned
+from permgraph.algebra import Axes, Axis, Index, Kind, Pinned
 from permgraph.errors import ConflictError
+from permgraph.rules.ledger import Labelled, Ledger, Rearrangement, Relation
+from permgraph.rules.pattern import Fitted, expand_via, fit
+from permgraph.rules.typed_tensor import VALUE, TypedTensor, loose_families, matching_dims, provides
 
 EQUAL = "equal values are told apart by their place"
-VALUE = -1  # the dimension number by which the axis of an integer tensor's values goes
-
-
-class TypedTensor:
-    """A tensor of the graph with an axis for each dimension, and one for its values where they index something."""
-
-    __slots__ = ("_origin", "dims", "dtype", "known", "name", "read", "shape", "tied", "uniform", "value", "viewed")
-
-    def __init__(self, name: str, shape: Sequence[int], dtype: torch.dtype, axes: Axes) -> None:
-        self.name = name
-        self.shape = tuple(shape)
-        self.dtype = dtype
-        self.dims = [axes.atom(size) for size in self.shape]
-        self.value: Axis | None = None
-        self._origin: TypedTensor | None = None  # no cycle: thousands of them go as soon as nobody holds them
-        # Dimensions along which it does not vary: no link ties them, as if they were broadcast.
-        self.uniform: frozenset[int] = frozenset()
-        self.tied: frozenset[int] = frozenset()  # dimensions along which elements may be equal by more than chance
-        self.read = True  # whether anything depends on it
-        self.viewed = False  # whether its memory is seen through other tensors as well
-        # The values of a short vector of integers that the model's code has.
-        self.known: tuple[int, ...] | None = None
-
-    @property
-    def ndim(self) -> int:
-        return len(self.shape)
-
-    @property
-    def origin(self) -> TypedTensor:
-        """The tensor of which this one is a view of all elements: an index and its views are the same function."""
-        return self._origin or self
-
-    def follow(self, source: TypedTensor) -> None:
-        """Say that this tensor holds the elements of `source`, all of them in the same order."""
-        self._origin = None if source.origin is self else source.origin
-
-    @property
-    def is_integral(self) -> bool:
-        return not (self.dtype.is_floating_point or self.dtype.is_complex) and self.dtype is not torch.bool
-
-    def axis(self, dim: int) -> Axis:
-        if dim == VALUE:
-            assert self.value is not None
-            return self.value
-        return self.dims[dim]
-
-
-@dataclass(frozen=True)
-class Labelled:
-    """A tensor in a link (None: one inside the operator): the axis of each label, and the dimension it stands in."""
-
-    tensor: TypedTensor | None
-    axes: Mapping[str, Axis]
-    where: Mapping[str, int]
-
-
-@dataclass(frozen=True)
-class Relation:
-    """What one link said of each of its tensors, those inside the operator included."""
-
-    node: int
-    tensors: tuple[Labelled, ...]
-
-
-@dataclass(frozen=True)
-class Rearrangement:
-    """A call which moved whole axes about (view, slice, concatenation): its tensors hold the same atoms."""
-
-    node: int
-    tensors: tuple[TypedTensor, ...]
-
-
-@dataclass
-class Ledger:
-    """Everything that the rules said, in the order in which they said it."""
-
-    relations: list[Relation] = field(default_factory=list)
-    rearrangements: list[Rearrangement] = field(default_factory=list)
-    ties: list[tuple[TypedTensor, int, TypedTensor, int, int]] = field(default_factory=list)  # slot, slot, node
-    pins: list[tuple[TypedTensor, int, str, int]] = field(default_factory=list)  # slot, reason, node
-    unknown: list[int] = field(default_factory=list)
-    taken: list[TypedTensor] = field(default_factory=list)  # of which a part was taken
-    searched: list[tuple[TypedTensor, tuple[int, ...], int]] = field(default_factory=list)  # tensor, dims, node
-    # What was searched for its largest elements, in any order, and these; dimension, node.
-    unsorted: list[tuple[TypedTensor, TypedTensor, int, int]] = field(default_factory=list)
-
-    def clear(self) -> None:
-        for entries in vars(self).values():
-            entries.clear()
-
-    @classmethod
-    def joined(cls, ledgers: Iterable[Ledger]) -> Ledger:
-        """All that several ledgers hold, in one."""
-        whole = cls()
-        for ledger in ledgers:
-            for name, entries in vars(ledger).items():
-                vars(whole)[name].extend(entries)
-        return whole
-
-
-Pattern = tuple[tuple[tuple[str, ...], ...], "str | None"]
-
-
-@lru_cache(maxsize=4096)
-def parse_pattern(text: str) -> Pattern:
-    """``"b (g i) _ ; e"`` as the labels of each dimension, and the label of the values."""
-    labels, _, value = text.partition(";")
-    dims: list[tuple[str, ...]] = []
-    group: list[str] | None = None
-    for token in labels.replace("(", " ( ").replace(")", " ) ").split():
-        if token == "(":
-            group = []
-        elif token == ")":
-            assert group is not None, f"unbalanced parentheses in {text!r}"
-            dims.append(tuple(group))
-            group = None
-        elif group is not None:
-            group.append(token)
-        else:
-            dims.append((token,))
-    return tuple(dims), value.strip() or None
-
-
-@lru_cache(maxsize=4096)
-def _placed(text: str, ndim: int) -> tuple[tuple[tuple[tuple[str, bool], ...], ...], str | None] | None:
-    """A pattern for a tensor of `ndim` dimensions: of each the labels, and whether ``!`` says that they stay put."""
-    dims, value = parse_pattern(text)
-    if ("...",) in dims:
-        at = dims.index(("...",))
-        extra = ndim - (len(dims) - 1)
-        dims = (*dims[:at], *((f"*{extra - 1 - k}",) for k in range(extra)), *dims[at + 1 :])
-    if len(dims) != ndim:
-        return None
-    return tuple(tuple((label.rstrip("!") or "_", label.endswith("!")) for label in labels) for labels in dims), value
-
-
-@lru_cache(maxsize=4096)
-def matching_dims(left: tuple[int, ...], right: tuple[int, ...]) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]:
-    """The shortest runs of dimensions of two shapes that hold equally many indices, in order."""
-    found: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
-    i = j = 0
-    while i < len(left) or j < len(right):
-        a: list[int] = []
-        b: list[int] = []
-        product_a = product_b = 1
-        while (not a and not b) or product_a != product_b:
-            if i < len(left) and (product_a <= product_b or j == len(right)):
-                a.append(i)
-                product_a *= left[i]
-                i += 1
-            elif j < len(right):
-                b.append(j)
-                product_b *= right[j]
-                j += 1
-            else:
-                raise ConflictError(f"cannot view {left} as {right}")
-        found.append((tuple(a), tuple(b)))
-    return tuple(found)
-
-
-def loose_families(axes: Axes, axis: Axis, provided: frozenset[Index] = frozenset()) -> Iterator[Axis]:
-    """The families in an axis whose sum is not in the same product: they need it in another dimension."""
-    if not axes.contains_family(axis):
-        return
-    axis = axes.resolve(axis)
-    if axis.kind is Kind.PRODUCT:
-        factors = axes.factors(axis)
-        provided |= {f.index.find() for f in factors if f.kind is Kind.SUM and f.index is not None}
-        for factor in factors:
-            yield from loose_families(axes, factor, provided)
-    else:
-        if axis.kind is Kind.FAMILY and axis.index is not None and axis.index.find() not in provided:
-            yield axis
-        for child in axis.children:
-            yield from loose_families(axes, child, provided)
-
-
-def provides(axes: Axes, axis: Axis, index: Index) -> bool:
-    """Whether a family over `index` in another dimension can tell its member by this axis."""
-    return any(f.kind is Kind.SUM and f.index is not None and f.index.find() is index for f in axes.factors(axis))
 
 
 def _flat(values: Iterable[Any]) -> Iterator[TypedTensor]:
@@ -259,15 +66,16 @@ class Call:
 
     def get(self, name: str, default: Any = None) -> Any:
         """An argument by its schema name, or `default` if this overload has none of that name (or None was given)."""
-        found = self.arguments.get(name)
-        return default if found is None else found
+        given = self.arguments.get(name)
+        return default if given is None else given
 
     @property
     def out(self) -> TypedTensor:
         """The first (often the only) result."""
-        found = self.outs[0]
-        assert isinstance(found, TypedTensor)
-        return found
+        first = self.outs[0] if self.outs else None
+        if not isinstance(first, TypedTensor):
+            raise ConflictError(f"{self.node.target} gives no tensor as its first result")
+        return first
 
     @property
     def tensors(self) -> list[TypedTensor]:
@@ -281,30 +89,51 @@ class Call:
 
     def dim(self, tensor: TypedTensor, name: str = "dim", default: int | None = None) -> int:
         """A dimension argument, counted from the front."""
-        found = self.get(name, default)
-        assert isinstance(found, int)
-        return found % max(tensor.ndim, 1)
+        given = self.get(name, default)
+        if not isinstance(given, int):
+            raise ConflictError(f"{self.node.target} has no number as its argument {name!r}, but {given!r}")
+        return given % max(tensor.ndim, 1)
 
     def dim_list(self, tensor: TypedTensor, name: str = "dim") -> list[int]:
         """A list-of-dimensions argument, counted from the front; all of them if it is None or empty."""
-        found = self.get(name)
-        if found is None or (isinstance(found, (list, tuple)) and not found):
+        given = self.get(name)
+        if given is None or (isinstance(given, (list, tuple)) and not given):
             return list(range(tensor.ndim))
-        given = [found] if isinstance(found, int) else list(found)
-        return [d % max(tensor.ndim, 1) for d in given]
+        return [d % max(tensor.ndim, 1) for d in ([given] if isinstance(given, int) else given)]
+
+    @staticmethod
+    def names(
+        tensor: TypedTensor | int,
+        *,
+        skip: Collection[int] = (),
+        blank: Collection[int] = (),
+        named: Mapping[int, str] | None = None,
+    ) -> str:
+        """A label for each dimension of a tensor, or of so many: ``"d0 d1 d2"``.
+
+        The dimensions `skip` are left out, `blank` are left open, and some may be `named` otherwise.
+        """
+        count = tensor if isinstance(tensor, int) else tensor.ndim
+        labels = {d: f"d{d}" for d in range(count) if d not in skip} | dict.fromkeys(blank, "_") | dict(named or {})
+        return " ".join(labels[d] for d in sorted(labels))
 
     # -- words for rules -------------------------------------------------------------------------------------------
 
     def link(
         self, *slots: tuple[TypedTensor | None, str], via: Sequence[str] = (), why: str = "", **sizes: int
     ) -> None:
-        """Tie the dimensions that bear the same label; see the head of this module for the patterns."""
-        tensors = [self._label(tensor, pattern, sizes, why) for tensor, pattern in slots if tensor is not None]
+        """Tie the dimensions that bear the same label, see `permgraph.rules.pattern`; no tensor (None) ties nothing.
+
+        `via` has the labels of tensors inside the operator, `why` the reason of what stays put, and `sizes` are those
+        of factors in brackets.
+        """
+        given = [(tensor, pattern) for tensor, pattern in slots if tensor is not None]
+        patterns = tuple((pattern, tensor.shape) for tensor, pattern in given)
+        fitted = fit(patterns, tuple(via), tuple(sizes.items()), bool(why))
+        tensors = [self._label(tensor, labels, why) for (tensor, _), labels in zip(given, fitted, strict=True)]
         if via:
             known = {label: axis for labelled in reversed(tensors) for label, axis in labelled.axes.items()}
-            for pattern in via:
-                inner = self._expand_virtual(pattern, known)
-                tensors.append(_inside({label: known[label] for label in inner}))
+            tensors += [_inside({label: known[label] for label in expand_via(pattern, known)}) for pattern in via]
         # A one-hot code has a single one along the axis of the values, so that nothing may differ along that axis.
         for labelled in [t for t in tensors if VALUE in t.where.values()]:
             tensors.append(_inside({m: axis for m, axis in labelled.axes.items() if labelled.where[m] != VALUE}))
@@ -318,8 +147,7 @@ class Call:
 
     def move(self, source: TypedTensor, out: TypedTensor, dims: Sequence[int | None]) -> None:
         """Tie ``out``'s dimensions to those of `source` with the numbers `dims`; None: a dimension of its own."""
-        names = [f"d{i}" for i in range(source.ndim)]
-        self.link((source, " ".join(names)), (out, " ".join("_" if d is None else names[d] for d in dims)))
+        self.link((source, self.names(source)), (out, " ".join("_" if d is None else f"d{d}" for d in dims)))
         self.carry_values(source, out, all_of_them=True)
 
     def regroup(self, source: TypedTensor, out: TypedTensor) -> None:
@@ -347,6 +175,17 @@ class Call:
             self.axes.unify(out.dims[at], axis)
             self.note_tie(source, d, out, at)
             at += 1
+        self.note_rearrangement(source, out)
+        self.carry_values(source, out, all_of_them=True)
+
+    def take_every(self, source: TypedTensor, out: TypedTensor, dim: int, start: int, step: int) -> None:
+        """``out`` is every `step`-th index of one dimension from `start`: one column of (steps, step)."""
+        rows, columns = self.axes.split(source.dims[dim], [source.shape[dim] // step, step])
+        _, restriction = self.axes.slice(columns, start, start + 1)
+        for d in range(source.ndim):
+            axis = rows if d == dim else source.dims[d]
+            self.axes.unify(out.dims[d], self.axes.restrict(axis, restriction))
+            self.note_tie(source, d, out, d)
         self.note_rearrangement(source, out)
         self.carry_values(source, out)
 
@@ -387,6 +226,30 @@ class Call:
         else:
             for part in parts:
                 self.pin_values(part, "an index was turned into a number")
+
+    def pad(self, source: TypedTensor, out: TypedTensor, margins: Sequence[tuple[int, int]]) -> None:
+        """``out`` is `source` between margins before and after each dimension, which have no order of their own.
+
+        Negative margins cut something off.
+        """
+        for d, (before, after) in enumerate(margins):
+            axis, _ = self.axes.slice(source.dims[d], max(-before, 0), source.shape[d] - max(-after, 0))
+            if before > 0 or after > 0:
+                around = self.remember(f"margin {d}", lambda b=before, a=after: (self._margin(b), self._margin(a)))
+                axis = self.remember(
+                    f"padded {d}", lambda m=around, inner=axis: self.axes.sum([m[0], inner, m[1]])
+                )  # fmt: skip
+            self.axes.unify(out.dims[d], axis)
+            self.note_tie(source, d, out, d)
+        self.note_rearrangement(source, out)
+
+    def unify(self, a: TypedTensor, i: int, b: TypedTensor, j: int) -> None:
+        """Make one axis of two dimensions, of one tensor or of two: rows and columns are renumbered alike."""
+        self.axes.unify(a.dims[i], b.dims[j])
+
+    def number_dims(self, index: TypedTensor, source: TypedTensor, dims: Sequence[int]) -> None:
+        """Say that the values of an integer tensor number these dimensions of `source`, flattened."""
+        index.value = self.axes.product([source.dims[d] for d in dims]) if len(dims) != 1 else source.dims[dims[0]]
 
     def pin(self, tensor: TypedTensor | None, dims: int | Sequence[int], reason: str) -> None:
         """Say that these dimensions stay put (`VALUE`: the axis that the tensor's values index)."""
@@ -482,56 +345,45 @@ class Call:
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
+    def _margin(self, size: int) -> Axis:
+        return self.axes.atom(size) if size > 0 else self.axes.sum([])
+
     def _is_pinned(self, axis: Axis) -> bool:
         axis = self.axes.resolve(axis)
         return axis.kind is Kind.ATOM and axis.pinned is not None
 
-    def _label(self, tensor: TypedTensor, pattern: str, sizes: Mapping[str, int], why: str) -> Labelled:
-        found = _placed(pattern, tensor.ndim)
-        if found is None:
-            raise ConflictError(f"{self.node.target}: pattern {pattern!r} does not fit shape {tensor.shape}")
-        dims, value = found
+    def _label(self, tensor: TypedTensor, fitted: Fitted, why: str) -> Labelled:
+        """The axis of each label of a pattern; along dimensions of one, and where it does not vary, it has none."""
         labelled: dict[str, Axis] = {}
         where: dict[str, int] = {}
-        for d, labels in enumerate(dims):
+        for d, factors in enumerate(fitted.dims):
             if d in tensor.uniform:
                 continue
-            if len(labels) == 1:
-                axes = [tensor.dims[d]]
-            else:
-                given = [sizes.get(label) for label, _ in labels]
-                rest = tensor.shape[d] // math.prod(size for size in given if size is not None)
-                axes = self.axes.split(tensor.dims[d], [rest if size is None else size for size in given])
-            for (label, stays), axis in zip(labels, axes, strict=True):
+            whole = tensor.dims[d]
+            axes = [whole] if len(factors) == 1 else self.axes.split(whole, [factor.size for factor in factors])
+            for factor, axis in zip(factors, axes, strict=True):
                 if axis.size == 1:
                     continue
-                if stays:
-                    assert why, f"{self.node.target}: pattern {pattern!r} pins without saying why"
+                if factor.stays:
                     self.axes.pin(axis, Pinned(why, self.number))
                     self.ledger.pins.append((tensor, d, why, self.number))
-                if label != "_":
-                    if label in labelled:
-                        raise ConflictError(f"{self.node.target}: label {label!r} stands twice in {pattern!r}")
-                    labelled[label] = axis
-                    where[label] = d
-        if value is not None:
+                if factor.label != "_":
+                    labelled[factor.label] = axis
+                    where[factor.label] = d
+        if fitted.value is not None:
             self.ignore_values(tensor)
-        if value is not None and tensor.value is not None and tensor.value.size != 1:
-            labelled[value] = tensor.value
-            where[value] = VALUE
+            if tensor.value is not None and tensor.value.size != 1:
+                labelled[fitted.value] = tensor.value
+                where[fitted.value] = VALUE
         return Labelled(tensor, labelled, where)
-
-    @staticmethod
-    def _expand_virtual(pattern: str, known: Mapping[str, Axis]) -> list[str]:
-        labels = [label for dim in parse_pattern(pattern)[0] for label in dim]
-        starred = [label for label in known if label.startswith("*")] if "..." in labels else []
-        return [label for label in (*labels, *starred) if label in known]
 
     def _check_families(self, tensors: Sequence[Labelled]) -> None:
         """Collapse each family whose sum is not seen, under one label, by every tensor that has the family's label."""
         if not self.axes.has_families:
             return
         for labelled in tensors:
+            if labelled.tensor is not None and 0 in labelled.tensor.shape:
+                continue  # no element shows which member is meant
             for label, axis in labelled.axes.items():
                 for family in list(loose_families(self.axes, axis)):
                     assert family.index is not None

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from permgraph.rules.call import Call, TypedTensor
-from permgraph.rules.registry import rule
+from permgraph.rules.call import Call
+from permgraph.rules.registry import aten, rule
+from permgraph.rules.typed_tensor import TypedTensor
 
 SPACE = "a spatial dimension"
 
@@ -15,7 +16,8 @@ def _spread(value: Sequence[int], count: int) -> list[int]:
     return list(value) * count if len(value) == 1 else list(value)
 
 
-@rule("aten.convolution", "aten._convolution", "aten.mkldnn_convolution", "aten.cudnn_convolution")
+@rule(*aten("convolution _convolution"), values="mixed", factors=(("input", 1), ("weight", 1)), bias=("bias", 1))
+@rule(*aten("mkldnn_convolution cudnn_convolution"), values="mixed")
 def convolution(call: Call) -> None:
     """x is (n, g·i, space), w is (g·o, i, kernel), or (g·i, o, kernel) if transposed; the result is (n, g·o, space).
 
@@ -56,24 +58,31 @@ def convolution_slots(
             outs.append(f"t{s}!")
     channels = "(g i) o" if transposed else "(g o) i"
     return (
-        (x, " ".join(["n (g i)", *ins])),
-        (weight, " ".join([channels, *kernels])),
+        (x, f"n (g i) {' '.join(ins)}"),
+        (weight, f"{channels} {' '.join(kernels)}"),
         (None, "(g o)"),
-        (out, " ".join(["n (g o)", *outs])),
+        (out, f"n (g o) {' '.join(outs)}"),
     )
 
 
-@rule(
-    "aten.max_pool1d", "aten.max_pool2d", "aten.max_pool3d", "aten.max_pool2d_with_indices",
-    "aten.max_pool3d_with_indices", "aten.avg_pool1d", "aten.avg_pool2d", "aten.avg_pool3d",
-    "aten.adaptive_avg_pool1d", "aten.adaptive_avg_pool2d", "aten.adaptive_avg_pool3d", "aten._adaptive_avg_pool2d",
-    "aten._adaptive_avg_pool3d", "aten.adaptive_max_pool2d", "aten.adaptive_max_pool3d", "aten.max_unpool2d",
-    "aten.upsample_nearest1d", "aten.upsample_nearest2d", "aten.upsample_nearest3d", "aten.upsample_linear1d",
-    "aten.upsample_bilinear2d", "aten.upsample_trilinear3d", "aten.upsample_bicubic2d", "aten._upsample_bilinear2d_aa",
-    "aten._upsample_bicubic2d_aa", "aten._upsample_nearest_exact1d", "aten._upsample_nearest_exact2d",
-    "aten._upsample_nearest_exact3d", "aten.reflection_pad1d", "aten.reflection_pad2d", "aten.reflection_pad3d",
-    "aten.replication_pad1d", "aten.replication_pad2d", "aten.replication_pad3d", "aten.max_unpool3d",
-)  # fmt: skip
+POOLING = """
+    max_pool1d max_pool2d max_pool3d max_pool2d_with_indices max_pool3d_with_indices avg_pool1d avg_pool2d avg_pool3d
+    adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d
+    adaptive_max_pool2d adaptive_max_pool3d
+"""
+RESAMPLING = """
+    upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d upsample_trilinear3d
+    upsample_bicubic2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa _upsample_nearest_exact1d
+    _upsample_nearest_exact2d _upsample_nearest_exact3d
+"""
+BORDERS = """
+    reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d
+"""
+
+
+# Along space, which stays put, neighbours may be equal; the channels at one place are so only where they were before.
+@rule(*aten(POOLING + RESAMPLING + BORDERS), values="derived", zeros="all")
+@rule(*aten("max_unpool2d max_unpool3d"), values="padded", zeros="all")
 def over_space(call: Call) -> None:
     """Each channel by itself; the last dimensions, as many as the operator's name says, are space."""
     name = str(call.node.target)
@@ -82,22 +91,22 @@ def over_space(call: Call) -> None:
 
 def _over_space(call: Call, space: int) -> None:
     x, *others = call.tensors
-    lead = " ".join(f"c{i}" for i in range(x.ndim - space))
+    lead = call.names(x.ndim - space)
     # the mean over the whole of a dimension singles nothing out
     whole = ["adaptive_avg" in str(call.node.target) and call.out.shape[d] == 1 for d in range(x.ndim - space, x.ndim)]
     ins = [f"s{i}" if whole[i] else f"s{i}!" for i in range(space)]
     outs = ["_" if whole[i] else f"t{i}!" for i in range(space)]
-    slots = [(out, " ".join([lead, *outs])) for out in call.results]
-    indices = [(other, " ".join([lead, *ins])) for other in others]  # of max_unpool
-    call.link((x, " ".join([lead, *ins])), *indices, *slots, why=SPACE)
+    before, after = (" ".join([lead, *space]) for space in (ins, outs))
+    indices = [(other, before) for other in others]  # of max_unpool
+    call.link((x, before), *indices, *((out, after) for out in call.results), why=SPACE)
 
 
-@rule("aten.fractional_max_pool2d", "aten.fractional_max_pool3d")
+@rule(*aten("fractional_max_pool2d fractional_max_pool3d"), values="derived", zeros="all")
 def fractional_max_pool(call: Call) -> None:
     """Each channel by itself, with random samples (n, c, 2 or 3) that say where its windows lie."""
     x, samples = call.tensors
     space = samples.shape[-1]
-    lead = " ".join(f"c{i}" for i in range(x.ndim - space))
+    lead = call.names(x.ndim - space)
     if samples.ndim != x.ndim - space + 1:
         call.pin_all([*call.tensors, *call.results], "windows that are drawn at random")
         return
@@ -105,7 +114,7 @@ def fractional_max_pool(call: Call) -> None:
     call.link((x, ins), (samples, f"{lead} k!"), *((out, outs) for out in call.results), why=SPACE)
 
 
-@rule("aten.pad", "aten._pad_circular")
+@rule(*aten("pad _pad_circular"), values="padded")
 def pad(call: Call) -> None:
     """Constants around the last dimensions, or what these hold themselves, in order."""
     if call.get("mode") == "constant":
@@ -114,50 +123,36 @@ def pad(call: Call) -> None:
         _over_space(call, len(call["pad"]) // 2)
 
 
-@rule("aten.constant_pad_nd")
+@rule("aten.constant_pad_nd", values="padded")
 def constant_pad(call: Call) -> None:
     """Constants before and after: they have no order of their own, the padded axis is a sum."""
     x, out, pad = call["self"], call.out, call["pad"]
-    for d in range(x.ndim):
-        pair = 2 * (x.ndim - 1 - d)
-        before, after = (pad[pair], pad[pair + 1]) if pair < len(pad) else (0, 0)
-        axis = x.dims[d]
-        axis, _ = call.axes.slice(axis, max(-before, 0), x.shape[d] - max(-after, 0))
-        if before > 0 or after > 0:
-            margin = call.remember(f"margin {d}", lambda b=before, a=after: _margins(call, b, a))
-            axis = call.remember(f"padded {d}", lambda m=margin, inner=axis: call.axes.sum([m[0], inner, m[1]]))
-        call.axes.unify(out.dims[d], axis)
-        call.note_tie(x, d, out, d)
-    call.note_rearrangement(x, out)
+    pairs = [pad[i : i + 2] for i in range(0, len(pad), 2)]  # of the last dimension first
+    call.pad(x, out, [(0, 0)] * (x.ndim - len(pairs)) + [(before, after) for before, after in reversed(pairs)])
     call.pin_values(x, "indices are padded with a constant")
 
 
-def _margins(call: Call, before: int, after: int) -> tuple[object, object]:
-    zero = call.axes.sum([])
-    return (call.axes.atom(before) if before > 0 else zero, call.axes.atom(after) if after > 0 else zero)
-
-
-@rule("aten.pixel_shuffle")
+@rule("aten.pixel_shuffle", values="moved", zeros="all")
 def pixel_shuffle(call: Call) -> None:
     """Channels (c, r, r) become c channels of r times the height and width."""
     r = call["upscale_factor"]
     call.link((call["self"], "... (c a b) h w"), (call.out, "... c (h a) (w b)"), a=r, b=r)
 
 
-@rule("aten.pixel_unshuffle")
+@rule("aten.pixel_unshuffle", values="moved", zeros="all")
 def pixel_unshuffle(call: Call) -> None:
     """The inverse of `pixel_shuffle`."""
     r = call["downscale_factor"]
     call.link((call["self"], "... c (h a) (w b)"), (call.out, "... (c a b) h w"), a=r, b=r)
 
 
-@rule("aten.channel_shuffle", "aten.native_channel_shuffle")
+@rule(*aten("channel_shuffle native_channel_shuffle"), values="moved", zeros="all")
 def channel_shuffle(call: Call) -> None:
     """Channels (g, c) become (c, g)."""
     call.link((call["self"], "n (g c) ..."), (call.out, "n (c g) ..."), g=call["groups"])
 
 
-@rule("aten.im2col")
+@rule("aten.im2col", values="padded", zeros="all")
 def im2col(call: Call) -> None:
     """Windows of an image as columns: (n, c·kernel, windows)."""
     x: TypedTensor = call["self"]
@@ -166,7 +161,7 @@ def im2col(call: Call) -> None:
     call.link((x, f"{lead}c h! w!"), (call.out, f"{lead}(c k!) l!"), why=SPACE, k=kernel)
 
 
-@rule("aten.col2im")
+@rule("aten.col2im", values="padded", zeros="all")
 def col2im(call: Call) -> None:
     """Columns (n, c·kernel, windows) added up into an image."""
     x: TypedTensor = call["self"]
@@ -175,7 +170,7 @@ def col2im(call: Call) -> None:
     call.link((x, f"{lead}(c k!) l!"), (call.out, f"{lead}c h! w!"), why=SPACE, k=kernel)
 
 
-@rule("aten.grid_sampler", "aten.grid_sampler_2d", "aten.grid_sampler_3d")
+@rule(*aten("grid_sampler grid_sampler_2d grid_sampler_3d"), values="padded")
 def grid_sampler(call: Call) -> None:
     """An image (n, c, space) looked up at the points of a grid (n, space, 2 or 3)."""
     x, grid = call["input"], call["grid"]

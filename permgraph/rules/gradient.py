@@ -5,31 +5,32 @@ from __future__ import annotations
 from permgraph.rules.call import Call
 from permgraph.rules.convolution import SPACE, convolution_slots
 from permgraph.rules.normalisation import layer_norm_labels
-from permgraph.rules.registry import rule
+from permgraph.rules.registry import aten, rule
 
-POINTWISE = """
-    elu gelu hardshrink hardsigmoid hardswish hardtanh leaky_relu log_sigmoid logit mish sigmoid silu softplus
-    softshrink tanh threshold
-"""
+SMOOTH = "gelu_backward log_sigmoid_backward mish_backward sigmoid_backward silu_backward tanh_backward"
+BROKEN = """
+    elu_backward hardshrink_backward hardsigmoid_backward hardswish_backward hardtanh_backward leaky_relu_backward
+    logit_backward softplus_backward softshrink_backward threshold_backward
+"""  # with a constant slope somewhere
 
 
-@rule(*(f"aten.{name}_backward" for name in POINTWISE.split()))
+@rule(*aten(SMOOTH), values="product")
+@rule(*aten(BROKEN), values="repeat")
 def pointwise(call: Call) -> None:
     """A gradient times the derivative at each element."""
     call.pointwise(*call.tensors, *call.results)
 
 
-@rule("aten._softmax_backward_data", "aten._log_softmax_backward_data")
+@rule(*aten("_softmax_backward_data _log_softmax_backward_data"), values="derived")
 def softmax(call: Call) -> None:
     """Elementwise, but for a sum along the dimension of the softmax."""
     gradient, y = call["grad_output"], call["output"]
     dim = call.dim(y)
-    names = [f"d{i}" for i in range(y.ndim)]
-    every = " ".join(names)
-    call.link((gradient, every), (y, every), (call.out, every), via=[" ".join(names[:dim] + names[dim + 1 :])])
+    every = call.names(y)
+    call.link((gradient, every), (y, every), (call.out, every), via=[call.names(y, skip=[dim])])
 
 
-@rule("aten.native_layer_norm_backward")
+@rule("aten.native_layer_norm_backward", values="derived")
 def layer_norm(call: Call) -> None:
     """The gradient of the input has sums over the normalised dimensions; those of weight and bias over the others."""
     x = call["input"]
@@ -40,7 +41,7 @@ def layer_norm(call: Call) -> None:
     call.link((call["grad_out"], every), (x, every), *statistics, (call.get("weight"), last), *results, via=[lead])
 
 
-@rule("aten.convolution_backward")
+@rule("aten.convolution_backward", values="mixed")
 def convolution(call: Call) -> None:
     """Three maps of the result's gradient: with the weight that of the input, with the input that of the weight."""
     slots = convolution_slots(call, call["input"], call["weight"], call["grad_output"])
@@ -53,7 +54,7 @@ def convolution(call: Call) -> None:
         call.link(gradient, (of_bias, channels), why=SPACE, g=call["groups"])
 
 
-@rule("aten.slice_backward", "aten.select_backward")
+@rule(*aten("slice_backward select_backward"), values="padded", zeros="all")
 def scattered(call: Call) -> None:
     """Zeros, with the gradient where the slice was."""
     gradient, out = call["grad_output"], call.out

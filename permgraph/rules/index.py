@@ -11,8 +11,9 @@ from collections.abc import Sequence
 
 import torch
 
-from permgraph.rules.call import Call, TypedTensor
-from permgraph.rules.registry import rule
+from permgraph.rules.call import Call
+from permgraph.rules.registry import aten, rule
+from permgraph.rules.typed_tensor import TypedTensor
 
 LOOKED_UP = "looked up by values from outside"
 LAST_WINS = "of several values written to one place the last one wins"
@@ -32,7 +33,7 @@ def _mark(call: Call, tensor: TypedTensor, dim: int, index: TypedTensor) -> str:
     return "_"
 
 
-@rule("aten.embedding")
+@rule("aten.embedding", values="looked up")
 def embedding(call: Call) -> None:
     """The rows of a table (v, c) at given positions."""
     weight, indices = call["weight"], call["indices"]
@@ -40,7 +41,7 @@ def embedding(call: Call) -> None:
     call.link((weight, f"{row} c"), (indices, "... ; e0"), (call.out, "... c"))
 
 
-@rule("aten._embedding_bag", "aten._embedding_bag_forward_only", "aten.embedding_bag")
+@rule(*aten("_embedding_bag _embedding_bag_forward_only embedding_bag"))
 def embedding_bag(call: Call) -> None:
     """Sums of rows of a table (v, c)."""
     weight = call["weight"]
@@ -51,7 +52,7 @@ def embedding_bag(call: Call) -> None:
     call.pin(call.out, 0, LOOKED_UP)
 
 
-@rule("aten.index_select")
+@rule("aten.index_select", values="looked up", zeros="all")
 def index_select(call: Call) -> None:
     """Given indices of one dimension."""
     x, index = call["self"], call["index"]
@@ -59,14 +60,12 @@ def index_select(call: Call) -> None:
     if index.known is not None and x.ndim:
         call.take_known(x, call.out, dim, index.known)
         return
-    names = [f"d{d}" for d in range(x.ndim)]
-    looked = [_mark(call, x, dim, index) if d == dim else name for d, name in enumerate(names)]
-    found = ["k" if d == dim else name for d, name in enumerate(names)]
-    call.link((x, " ".join(looked)), (index, f"k ; e{dim}"), (call.out, " ".join(found)))
+    looked = call.names(x, named={dim: _mark(call, x, dim, index)} if x.ndim else {})
+    call.link((x, looked), (index, f"k ; e{dim}"), (call.out, call.names(x, named={dim: "k"} if x.ndim else {})))
     call.carry_values(x, call.out)
 
 
-@rule("aten.gather")
+@rule("aten.gather", values="looked up", zeros="all")
 def gather(call: Call) -> None:
     """For each position of the index, one element along a dimension; the other dimensions run along."""
     x, index, dim = call["self"], call["index"], call.dim(call["self"])
@@ -74,7 +73,7 @@ def gather(call: Call) -> None:
     call.carry_values(x, call.out)
 
 
-@rule("aten.nll_loss_forward", "aten.nll_loss2d_forward")
+@rule(*aten("nll_loss_forward nll_loss2d_forward"), values="derived")
 def class_loss(call: Call) -> None:
     """Of x (class), (sample, class) or (sample, class, ...) the element at each sample's class, times its weight."""
     x, target, weight = call["self"], call["target"], call.get("weight")
@@ -87,14 +86,14 @@ def class_loss(call: Call) -> None:
     looked = _mark(call, x, dim, target)
     if looked == "_":
         call.pin(weight, 0, LOOKED_UP)
-    samples = " ".join(f"d{d}" for d in range(x.ndim) if d != dim)
+    samples = call.names(x, skip=[dim])
     call.link(
-        (x, " ".join(looked if d == dim else f"d{d}" for d in range(x.ndim))), (weight, looked),
+        (x, call.names(x, named={dim: looked})), (weight, looked),
         (target, f"{samples} ; e{dim}"), (out, samples if call["reduction"] == 0 else ""), (total, ""),
     )  # fmt: skip
 
 
-@rule("aten.scatter", "aten.scatter_add", "aten.scatter_reduce")
+@rule(*aten("scatter scatter_add scatter_reduce"), values="joined")
 def scatter(call: Call) -> None:
     """Write at positions along a dimension; the other dimensions run along."""
     x, index, dim = call["self"], call["index"], call.dim(call["self"])
@@ -136,7 +135,7 @@ def _along(
     )  # fmt: skip
 
 
-@rule("aten.index", "aten._unsafe_index")
+@rule(*aten("index _unsafe_index"), values="looked up", zeros="all")
 def index(call: Call) -> None:
     """``x[i, :, j]``: index tensors, broadcast together, take the place of the dimensions that they look up."""
     x = call["self"]
@@ -149,7 +148,7 @@ def index(call: Call) -> None:
     call.carry_values(x, call.out)
 
 
-@rule("aten.index_put", "aten._index_put_impl", "aten._unsafe_index_put")
+@rule(*aten("index_put _index_put_impl _unsafe_index_put"), values="joined")
 def index_put(call: Call) -> None:
     """``x[i, :, j] = values``."""
     x, values = call["self"], call["values"]
@@ -208,30 +207,27 @@ def _masked(
     return " ".join("_" if d in covered else label for d, label in enumerate(looked)), " ".join(found), []
 
 
-@rule("aten.index_add", "aten.index_copy", "aten.index_reduce")
+@rule(*aten("index_add index_copy index_reduce"), values="joined")
 def index_add(call: Call) -> None:
     """Add or write slices at given indices of one dimension."""
     x, index, source = call["self"], call["index"], call["source"]
     dim = call.dim(x)
     call.pointwise(x, call.out)
-    names = [f"d{d}" for d in range(x.ndim)]
-    looked = [_mark(call, call.out, dim, index) if d == dim else name for d, name in enumerate(names)]
-    written = ["k" if d == dim else name for d, name in enumerate(names)]
-    call.link((call.out, " ".join(looked)), (index, f"k ; e{dim}"), (source, " ".join(written)))
+    looked = call.names(x, named={dim: _mark(call, call.out, dim, index)})
+    call.link((call.out, looked), (index, f"k ; e{dim}"), (source, call.names(x, named={dim: "k"})))
     if "index_copy" in str(call.node.target):
         call.pin(source, dim, LAST_WINS)
     for tensor in (x, source):
         call.pin_values(tensor, "indices are mixed with other integers")
 
 
-@rule("aten.index_fill")
+@rule("aten.index_fill", values="padded")
 def index_fill(call: Call) -> None:
     """Write one value at given indices of one dimension."""
     x, index = call["self"], call["index"]
     dim = call.dim(x)
     call.pointwise(x, call.out)
-    looked = [_mark(call, call.out, dim, index) if d == dim else f"d{d}" for d in range(x.ndim)]
-    call.link((call.out, " ".join(looked)), (index, f"k ; e{dim}"))
+    call.link((call.out, call.names(x, named={dim: _mark(call, call.out, dim, index)})), (index, f"k ; e{dim}"))
 
 
 @rule("aten.one_hot")
@@ -246,12 +242,12 @@ def one_hot(call: Call) -> None:
         call.link((x, "..."), (out, "... _"))
 
 
-@rule("aten.bincount", "aten.histc")
+@rule(*aten("bincount histc"))
 def count(call: Call) -> None:
     """How often each value occurs, whatever the order: the axis that the index numbers becomes that of the counts."""
     x, out, weights = call["self"], call.out, call.get("weights")
     whole = call.get("bins") is None or (call.get("min") in (0, None) and call.get("max") in (out.shape[0] - 1, None))
-    every = " ".join(f"d{d}" for d in range(x.ndim))
+    every = call.names(x)
     if _follows(x, out.shape[0]) and whole:
         call.link((x, f"{every} ; e"), (weights, every), (out, "e"))
     else:
@@ -260,7 +256,7 @@ def count(call: Call) -> None:
         call.pin(out, 0, "counts of values from outside")
 
 
-@rule("aten.masked_scatter")
+@rule("aten.masked_scatter", values="derived")
 def masked_scatter(call: Call) -> None:
     """Elements of a source, one after the other, go where a mask is set.
 
@@ -291,7 +287,7 @@ def _is_constant(mask: TypedTensor, dim: int) -> bool:
     return dim < 0 or mask.shape[dim] == 1 or dim in mask.uniform
 
 
-@rule("aten.bucketize", "aten.searchsorted")
+@rule(*aten("bucketize searchsorted"))
 def bucketize(call: Call) -> None:
     """Elementwise: between which two of the boundaries, whose order is fixed."""
     x = call.get("self")
@@ -322,13 +318,15 @@ def isin(call: Call) -> None:
     for tensor in call.tensors:
         call.pin_values(tensor, "compared with other integers")
     if isinstance(others, TypedTensor):
-        call.link((others, " ".join(f"t{i}" for i in range(others.ndim))))
+        call.link((others, call.names(others)))
 
 
-@rule(
-    "aten.nonzero", "aten.masked_select", "aten._unique2", "aten.unique_dim", "aten.unique_consecutive",
-    "aten.put", "aten.nonzero_static", "aten.repeat_interleave.Tensor",
-)  # fmt: skip
+VALUE_DEPENDENT = """
+    nonzero masked_select _unique2 unique_dim unique_consecutive put nonzero_static repeat_interleave.Tensor
+"""
+
+
+@rule(*aten(VALUE_DEPENDENT))
 def value_dependent(call: Call) -> None:
     """Which elements are meant depends on values: all that takes part stays put."""
     call.pin_all([*call.tensors, *call.results], f"{call.node.target} depends on values")

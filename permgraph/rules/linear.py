@@ -2,123 +2,119 @@
 
 from __future__ import annotations
 
-from permgraph.rules.call import Call, TypedTensor
-from permgraph.rules.registry import rule
+from permgraph.rules.call import Call
+from permgraph.rules.pattern import last_labels
+from permgraph.rules.registry import aten, rule
+from permgraph.rules.typed_tensor import TypedTensor
 
 
-@rule("aten.addmm", "aten._addmm_activation")
+@rule("aten.addmm", values="mixed", factors=(("mat1", -1), ("mat2", -2)), bias=("self", -1))
+@rule("aten._addmm_activation")
 def addmm(call: Call) -> None:
     """``self + mat1 @ mat2``: x is (m, k), w is (k, o); the bias spans the last dimensions of the result."""
     bias: TypedTensor = call["self"]
     call.link(
-        (call["mat1"], "m k"), (call["mat2"], "k o"), (bias, _last("m o", bias)), (call.out, "m o")
+        (call["mat1"], "m k"), (call["mat2"], "k o"), (bias, last_labels("m o", bias)), (call.out, "m o")
     )  # fmt: skip
 
 
-def _last(pattern: str, tensor: TypedTensor) -> str:
-    """The last labels of a pattern, as many as the tensor has dimensions."""
-    labels = pattern.split()
-    return " ".join(labels[len(labels) - tensor.ndim :])
-
-
-@rule("aten.mm")
+@rule("aten.mm", values="mixed", zeros="any", factors=(("self", -1), ("mat2", -2)))
 def mm(call: Call) -> None:
     """(m, k) times (k, o)."""
     call.link((call["self"], "m k"), (call["mat2"], "k o"), (call.out, "m o"))
 
 
-@rule("aten.bmm")
+@rule("aten.bmm", values="mixed", zeros="any", factors=(("self", -1), ("mat2", -2)))
 def bmm(call: Call) -> None:
     """(b, m, k) times (b, k, o)."""
     call.link((call["self"], "b m k"), (call["mat2"], "b k o"), (call.out, "b m o"))
 
 
-@rule("aten.baddbmm")
+@rule("aten.baddbmm", values="mixed", factors=(("batch1", -1), ("batch2", -2)), bias=("self", -1))
 def baddbmm(call: Call) -> None:
     """``self + batch1 @ batch2`` for each b."""
     call.link(
-        (call["batch1"], "b m k"), (call["batch2"], "b k o"), (call["self"], _last("b m o", call["self"])),
+        (call["batch1"], "b m k"), (call["batch2"], "b k o"), (call["self"], last_labels("b m o", call["self"])),
         (call.out, "b m o"),
     )  # fmt: skip
 
 
-@rule("aten.addbmm")
+@rule("aten.addbmm", values="mixed", bias=("self", -1))
 def addbmm(call: Call) -> None:
     """``self`` and the sum over b of ``batch1 @ batch2``."""
     call.link(
-        (call["batch1"], "b m k"), (call["batch2"], "b k o"), (call["self"], _last("m o", call["self"])),
+        (call["batch1"], "b m k"), (call["batch2"], "b k o"), (call["self"], last_labels("m o", call["self"])),
         (call.out, "m o"),
     )  # fmt: skip
 
 
-@rule("aten.addr")
+@rule("aten.addr", values="derived")
 def addr(call: Call) -> None:
     """``self`` and every product of two vectors' elements."""
-    call.link((call["vec1"], "m"), (call["vec2"], "n"), (call["self"], _last("m n", call["self"])), (call.out, "m n"))
+    call.link(
+        (call["vec1"], "m"), (call["vec2"], "n"), (call["self"], last_labels("m n", call["self"])), (call.out, "m n")
+    )
 
 
-@rule("aten.mv")
+@rule("aten.mv", values="mixed", zeros="any", factors=(("self", -1), ("vec", -1)))
 def mv(call: Call) -> None:
     """(m, k) times (k)."""
     call.link((call["self"], "m k"), (call["vec"], "k"), (call.out, "m"))
 
 
-@rule("aten.addmv")
+@rule("aten.addmv", values="mixed", factors=(("mat", -1), ("vec", -1)), bias=("self", -1))
 def addmv(call: Call) -> None:
     """``self + mat @ vec``."""
-    call.link((call["mat"], "m k"), (call["vec"], "k"), (call["self"], _last("m", call["self"])), (call.out, "m"))
+    call.link((call["mat"], "m k"), (call["vec"], "k"), (call["self"], last_labels("m", call["self"])), (call.out, "m"))
 
 
-@rule("aten.dot", "aten.vdot")
+@rule("aten.dot", values="mixed", zeros="any", factors=(("self", -1), ("tensor", -1)))
+@rule("aten.vdot", values="mixed", zeros="any", factors=(("self", -1), ("other", -1)))
 def dot(call: Call) -> None:
     """The sum of products."""
     call.link((call.tensors[0], "k"), (call.tensors[1], "k"))
 
 
-@rule("aten.ger", "aten.outer")
+@rule(*aten("ger outer"), values="derived", zeros="any")
 def outer(call: Call) -> None:
     """Every product of two vectors' elements."""
     call.link((call["self"], "m"), (call["vec2"], "n"), (call.out, "m n"))
 
 
-@rule("aten.linear")
+@rule("aten.linear", values="mixed", factors=(("input", -1), ("weight", -1)), bias=("bias", -1))
 def linear(call: Call) -> None:
     """x's last axis is w's second; w's first is b's; the result is x's leading axes, then w's first."""
     call.link((call["input"], "... k"), (call["weight"], "o k"), (call["bias"], "o"), (call.out, "... o"))
 
 
-@rule("aten._trilinear")
+@rule("aten._trilinear", values="mixed", zeros="any")
 def trilinear(call: Call) -> None:
     """What `bilinear` runs: a product of three tensors, each broadcast along some dimensions, summed over others."""
     total = call.out.ndim + len(call["sumdim"])
-    names = [f"d{i}" for i in range(total)]
-    slots: list[tuple[TypedTensor | None, str]] = []
-    for name, expand in (("i1", "expand1"), ("i2", "expand2"), ("i3", "expand3")):
-        own = [label for i, label in enumerate(names) if i not in call[expand]]
-        slots.append((call[name], " ".join(own)))
-    kept = [label for i, label in enumerate(names) if i not in call["sumdim"]]
-    call.link(*slots, (call.out, " ".join(kept)))
+    factors = ((call[f"i{k}"], call.names(total, skip=call[f"expand{k}"])) for k in (1, 2, 3))
+    call.link(*factors, (call.out, call.names(total, skip=call["sumdim"])))
 
 
-@rule("aten._cdist_forward", "aten._euclidean_dist", "aten.cdist")
+@rule(*aten("_cdist_forward cdist"), values="derived", repeats_if_zero=("p",))
+@rule("aten._euclidean_dist", values="derived")
 def cdist(call: Call) -> None:
     """Distances between the rows of two matrices, in each batch."""
     call.link((call["x1"], "... m k"), (call["x2"], "... n k"), (call.out, "... m n"))
 
 
-@rule("aten.linalg_matrix_exp", "aten.matrix_exp", "aten.matrix_power")
+@rule(*aten("linalg_matrix_exp matrix_exp matrix_power"), values="derived")
 def square_matrix(call: Call) -> None:
     """A function of square matrices that commutes with renumbering rows and columns alike."""
     x = call.tensors[0]
     matrices = [t for t in (x, call.out) if t.ndim >= 2]
-    call.axes.unify(x.dims[-2], x.dims[-1])
+    call.unify(x, -2, x, -1)
     for tensor in matrices[1:]:
-        call.axes.unify(x.dims[-1], tensor.dims[-1])
-        call.axes.unify(x.dims[-2], tensor.dims[-2])
+        call.unify(x, -1, tensor, -1)
+        call.unify(x, -2, tensor, -2)
     call.link((x, "... _ _"), (call.out, "... _ _"))
 
 
-@rule("aten.linalg_inv_ex")
+@rule("aten.linalg_inv_ex", values="derived")
 def inverse(call: Call) -> None:
     """The inverse's rows go with the matrix's columns, and its columns with the rows."""
     a, (out, *success) = call["A"], call.results
@@ -127,7 +123,7 @@ def inverse(call: Call) -> None:
     )  # fmt: skip
 
 
-@rule("aten.linalg_solve_triangular")
+@rule("aten.linalg_solve_triangular", values="derived")
 def solve_triangular(call: Call) -> None:
     """The X with A X = B, or X A = B if not `left`: A's rows are in the order of its triangle."""
     a, b, out = call["self"], call["B"], call.out
@@ -135,12 +131,12 @@ def solve_triangular(call: Call) -> None:
     call.link((a, "... r! c!"), (b, right), (out, right), via=["... k"], why="a triangle of a matrix")
 
 
-@rule("aten.linalg_cross", "aten.cross")
+@rule(*aten("linalg_cross cross"), values="derived", zeros="any")
 def cross(call: Call) -> None:
     """The product of vectors in space, whose three components stay put; the other dimensions are broadcast."""
     out = call.out
     dim = out.shape.index(3) if call.get("dim") is None else call["dim"] % out.ndim
-    names = ["_" if d == dim else f"d{d}" for d in range(out.ndim)]
-    call.link(*((tensor, " ".join(names[out.ndim - tensor.ndim :])) for tensor in (*call.tensors, out)))
+    every = call.names(out, blank=[dim])
+    call.link(*((tensor, last_labels(every, tensor)) for tensor in (*call.tensors, out)))
     for tensor in (*call.tensors, out):
         call.pin(tensor, dim - out.ndim + tensor.ndim, "its order matters")

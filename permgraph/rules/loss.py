@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from permgraph.rules.call import Call
-from permgraph.rules.registry import rule
+from permgraph.rules.registry import aten, rule
 
 LOSSES = """
     mse_loss smooth_l1_loss huber_loss soft_margin_loss binary_cross_entropy binary_cross_entropy_with_logits
 """
 
 
-@rule(*(f"aten.{name}" for name in LOSSES.split()))
+@rule(*aten(LOSSES), values="derived")
 def loss(call: Call) -> None:
     """A function of pairs of elements (and of their weights), or its sum or mean over all of them."""
     if call["reduction"] == 0:

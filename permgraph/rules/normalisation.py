@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 from permgraph.rules.call import Call
-from permgraph.rules.registry import rule
+from permgraph.rules.registry import aten, rule
+
+BATCH_NORMS = """
+    native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training _native_batch_norm_legit_functional
+    cudnn_batch_norm batch_norm _batch_norm_with_update _batch_norm_no_update miopen_batch_norm
+"""
 
 
-@rule(
-    "aten.native_batch_norm", "aten._native_batch_norm_legit", "aten._native_batch_norm_legit_no_training",
-    "aten._native_batch_norm_legit_functional", "aten.cudnn_batch_norm", "aten.batch_norm",
-    "aten._batch_norm_with_update", "aten._batch_norm_no_update", "aten.miopen_batch_norm",
-)  # fmt: skip
+@rule(*aten(BATCH_NORMS), values="derived")
 def batch_norm(call: Call) -> None:
     """x is (b, c, space); weight, bias and running statistics are (c). Statistics are over all but c."""
     x = call["input"]
-    rest = " ".join(["b", "c", *(f"s{i}" for i in range(x.ndim - 2))])
+    every = call.names(x, named={1: "c"})
     parameters = [t for t in call.tensors if t is not x and t.shape == (x.shape[1],)]
     saved = [t for t in call.results if t.shape == (x.shape[1],) and t.ndim == 1]
-    call.link((x, rest), *((t, "c") for t in (*parameters, *saved)), (call.out, rest))
+    call.link((x, every), *((t, "c") for t in (*parameters, *saved)), (call.out, every))
 
 
-@rule("aten.native_layer_norm", "aten._fused_rms_norm", "aten.rms_norm", "aten.layer_norm")
+@rule(*aten("_fused_rms_norm rms_norm"), values="derived", zeros="any")
+@rule(*aten("native_layer_norm layer_norm"), values="derived")
 def layer_norm(call: Call) -> None:
     """Statistics over the last dimensions, those of the weight; each leading index has its own."""
     x = call["input"]
@@ -39,33 +41,32 @@ def layer_norm_labels(call: Call) -> tuple[str, str]:
     return lead, " ".join(f"n{i}" for i in range(count))
 
 
-@rule("aten.native_group_norm", "aten.group_norm")
+@rule(*aten("native_group_norm group_norm"), values="derived")
 def group_norm(call: Call) -> None:
     """x is (n, g·i, space); statistics for each n and g."""
     x = call["input"]
     groups = call.get("group", call.get("num_groups"))
-    every = " ".join(["n", "(g i)", *(f"s{i}" for i in range(x.ndim - 2))])
-    statistics = [(out, "n g") for out in call.results[1:]]
+    every = call.names(x, named={1: "(g i)"})
+    statistics = [(out, "d0 g") for out in call.results[1:]]
     call.link(
         (x, every), (call["weight"], "(g i)"), (call["bias"], "(g i)"), (call.out, every), *statistics,
-        via=["n g"], g=groups,
+        via=["d0 g"], g=groups,
     )  # fmt: skip
 
 
-@rule("aten._weight_norm_interface", "aten._weight_norm")
+@rule(*aten("_weight_norm_interface _weight_norm"), values="derived")
 def weight_norm(call: Call) -> None:
     """``g · v / |v|``, the norm over every dimension of v but one; g keeps the others at size one."""
     v, dim = call["v"], call.dim(call["v"], default=0)
-    every = " ".join(f"d{i}" for i in range(v.ndim))
-    norm = " ".join(f"d{i}" if i == dim else "_" for i in range(v.ndim))
+    every, norm = call.names(v), call.names(v, blank=[d for d in range(v.ndim) if d != dim])
     norms = [(out, norm if out.ndim == v.ndim else f"d{dim}") for out in call.results[1:]]
     g = call["g"]
     call.link((v, every), (g, norm if g.ndim == v.ndim else f"d{dim}"), (call.out, every), *norms)
 
 
-@rule("aten.renorm")
+@rule("aten.renorm", values="derived", zeros="all")
 def renorm(call: Call) -> None:
     """Each part along a dimension, shortened to a norm of its own."""
     x = call["self"]
-    every = " ".join(f"d{d}" for d in range(x.ndim))
+    every = call.names(x)
     call.link((x, every), (call.out, every), via=[f"d{call.dim(x)}"])

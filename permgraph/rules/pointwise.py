@@ -3,32 +3,43 @@
 from __future__ import annotations
 
 from permgraph.rules.call import Call
-from permgraph.rules.registry import rule
+from permgraph.rules.registry import aten, rule
 
-ARITHMETIC = """
-    abs acos acosh add addcdiv addcmul __and__ angle arccos arcsin arctan asin asinh atan atan2 atanh bitwise_and
-    bitwise_left_shift bitwise_not bitwise_or bitwise_right_shift bitwise_xor ceil celu clamp clamp_max clamp_min clip
-    complex conj _conj conj_physical copysign cos cosh deg2rad dequantize digamma div divide elu erf erfc erfinv exp
-    exp2 expm1 fake_quantize_per_tensor_affine fake_quantize_per_tensor_affine_cachemask
-    _fake_quantize_per_tensor_affine_cachemask_tensor_qparams float_power floor floor_divide fmax fmin fmod frac frexp
-    ge gelu greater gt hardshrink hardsigmoid hardswish hardtanh heaviside hypot i0 __iand__ igamma igammac __ilshift__
-    imag int_repr __ior__ __irshift__ isfinite isinf isnan isneginf isposinf __ixor__ le leaky_relu lerp less lgamma log
-    log10 log1p log2 log_sigmoid log_sigmoid_forward logaddexp logaddexp2 logical_and logical_not logical_or logical_xor
-    logit __lshift__ lt maximum minimum mish mul multiply nan_to_num neg negative nextafter __or__ polar polygamma pow
-    quantize_per_tensor rad2deg real reciprocal relu relu6 remainder resolve_conj resolve_neg round __rshift__
-    rsqrt rsub selu sgn sigmoid sign signbit silu sin sinc sinh softplus softshrink special_expit special_expm1
-    special_log1p special_ndtr special_xlog1py sqrt square sub subtract tan tanh threshold true_divide trunc xlogy
-    __xor__
+DISTINCT = """
+    acos acosh arccos cos cosh digamma dequantize erfc exp exp2 frexp i0 lgamma log log10 log2
+    log_sigmoid log_sigmoid_forward logaddexp logaddexp2 polygamma reciprocal rsqrt sigmoid sinc softplus
+    special_expit special_ndtr
 """
-
-COPIES = """
-    alias clone contiguous detach lift lift_fresh lift_fresh_copy _to_copy to positive type_as
-    resolve_conj _conj_physical
+DISTINCT_AND_ZERO_AT_ZERO = """
+    abs arcsin arctan asin asinh atan atanh celu conj _conj conj_physical deg2rad erf erfinv expm1 frac gelu hypot log1p
+    mish neg negative rad2deg resolve_neg selu silu sin sinh special_expm1 special_log1p sqrt square tan tanh
 """
+REPEATING = """
+    angle __and__ atan2 bitwise_and bitwise_left_shift bitwise_not bitwise_or bitwise_right_shift bitwise_xor ceil clamp
+    clamp_max clamp_min clip complex copysign fake_quantize_per_tensor_affine fake_quantize_per_tensor_affine_cachemask
+    _fake_quantize_per_tensor_affine_cachemask_tensor_qparams floor floor_divide fmod hardsigmoid hardtanh heaviside
+    __iand__ igamma igammac __ilshift__ imag int_repr __ior__ __irshift__ isfinite isinf isnan isneginf isposinf
+    __ixor__ logical_and logical_not logical_or logical_xor logit __lshift__ nan_to_num nextafter __or__ polar
+    quantize_per_tensor real remainder __rshift__ signbit threshold __xor__
+"""
+REPEATING_AND_ZERO_AT_ZERO = "hardshrink hardswish relu relu6 round sgn sign softshrink trunc"
+PRODUCTS = "addcdiv addcmul div divide lerp true_divide"
 
 
 # Forward-mode derivatives are written in torch's own primitive operators.
-@rule(*(f"aten.{name}" for name in ARITHMETIC.split()), "prims.add", "prims.sub", "prims.mul", "prims.div", "prims.neg")
+@rule(*aten(DISTINCT), values="distinct")
+@rule(*aten("add rsub sub subtract"), "prims.add", "prims.sub", values="distinct", repeats_if_zero=("alpha",))
+@rule(*aten(DISTINCT_AND_ZERO_AT_ZERO), "prims.neg", values="distinct", zeros="all")
+@rule(*aten("leaky_relu"), values="distinct", zeros="all", repeats_if_zero=("negative_slope",))
+@rule(*aten("elu"), values="distinct", zeros="all", repeats_if_zero=("alpha", "scale", "input_scale"))
+@rule(*aten("pow float_power"), values="product", repeats_if_zero=("self", "exponent"))
+@rule(*aten("mul multiply"), "prims.mul", values="product", zeros="any", repeats_if_zero=("other",))
+@rule(*aten(PRODUCTS), "prims.div", values="product", repeats_if_zero=("self",))
+@rule(*aten("special_xlog1py xlogy"), values="product", repeats_if_zero=("self", "other"))
+@rule(*aten(REPEATING), values="repeat")
+@rule(*aten(REPEATING_AND_ZERO_AT_ZERO), values="repeat", zeros="all")
+@rule(*aten("ge greater gt le less lt"), values="repeat", compares=True)
+@rule(*aten("fmax fmin maximum minimum"), values="limit", zeros="all")
 def arithmetic(call: Call) -> None:
     """Every operand and the result share their dimensions, counted from the last."""
     call.pointwise(*call.tensors, *call.results)
@@ -36,7 +47,13 @@ def arithmetic(call: Call) -> None:
         call.pin_values(tensor, "arithmetic on an index")
 
 
-@rule(*(f"aten.{name}" for name in COPIES.split()))
+COPIES = """
+    alias clone _conj_physical contiguous detach lift lift_fresh lift_fresh_copy positive resolve_conj to _to_copy
+    type_as
+"""
+
+
+@rule(*aten(COPIES), values="same", zeros="all")
 def copies(call: Call) -> None:
     """The same values in a new tensor."""
     if not call.tensors:  # a plain number, as `flex_attention` casts it
@@ -46,7 +63,7 @@ def copies(call: Call) -> None:
     call.carry_values(source, call.out, all_of_them=True)
 
 
-@rule("aten.eq", "aten.ne", "aten.not_equal")
+@rule(*aten("eq ne not_equal"), values="repeat")
 def equality(call: Call) -> None:
     """Comparing two indices of one axis is comparing their one-hot codes; with any other number it tells them apart."""
     if len(call.tensors) == 2:
@@ -57,7 +74,7 @@ def equality(call: Call) -> None:
     arithmetic(call)
 
 
-@rule("aten.copy")
+@rule("aten.copy", values="joined")
 def copy(call: Call) -> None:
     """Overwrite a tensor with another, broadcast to it: what it held before no longer matters."""
     call.pointwise(call["src"], call.out)
@@ -65,14 +82,15 @@ def copy(call: Call) -> None:
     call.share_values([call["src"], call.out])
 
 
-@rule("aten.where.self", "aten.where.ScalarOther", "aten.where.ScalarSelf", "aten.where.Scalar")
+@rule(*aten("where.self where.ScalarOther where.ScalarSelf where.Scalar"), values="choice")
 def where(call: Call) -> None:
     """One tensor or the other, by a condition."""
     call.pointwise(*call.tensors, call.out)
     _choose(call, ("self", "other"))
 
 
-@rule("aten.masked_fill", "aten.fill")
+@rule("aten.fill", values="padded")
+@rule("aten.masked_fill", values="choice")
 def masked_fill(call: Call) -> None:
     """The tensor, or one value where the mask is set."""
     call.pointwise(*call.tensors, call.out)
@@ -90,7 +108,7 @@ def _choose(call: Call, names: tuple[str, str]) -> None:
             call.pin_values(tensor, "an index is mixed with a number")
 
 
-@rule("aten.prelu", "aten._prelu_kernel")
+@rule(*aten("prelu _prelu_kernel"), values="derived")
 def prelu(call: Call) -> None:
     """A slope for each channel, the second dimension of a plain tensor."""
     x, weight = call.tensors
@@ -100,7 +118,7 @@ def prelu(call: Call) -> None:
         call.pointwise(x, weight, call.out)
 
 
-@rule("aten.glu")
+@rule("aten.glu", values="derived")
 def glu(call: Call) -> None:
     """The first half of a dimension, gated by the second half."""
     x, dim = call["self"], call.dim(call["self"], default=-1)
@@ -109,7 +127,7 @@ def glu(call: Call) -> None:
         call.take(x, call.out, dim, start, start + half)
 
 
-@rule("aten.native_dropout", "aten.dropout", "aten.feature_dropout", "aten.alpha_dropout")
+@rule(*aten("native_dropout dropout feature_dropout alpha_dropout"), values="derived")
 def dropout(call: Call) -> None:
     """The identity at inference; while training, noise that no numbering survives."""
     x = call.tensors[0]
@@ -118,7 +136,7 @@ def dropout(call: Call) -> None:
         call.pin_all([x], "random values")
 
 
-@rule("aten.rrelu", "aten.rrelu_with_noise")
+@rule(*aten("rrelu rrelu_with_noise"), values="repeat")
 def rrelu(call: Call) -> None:
     """The mean slope at inference; while training, noise that no numbering survives."""
     call.pointwise(call["self"], call.out)
@@ -133,18 +151,20 @@ def random(call: Call) -> None:
     call.pin_all([*call.tensors, *call.results], "random values")
 
 
-@rule(
-    "aten.rand_like", "aten.randn_like", "aten.randint_like", "aten.uniform", "aten.exponential", "aten.random",
-    "aten.rand", "aten.randn", "aten.randint", "aten.randperm",
-)  # fmt: skip
+@rule(*aten("rand_like randn_like randint_like uniform exponential random rand randn randint randperm"))
 def noise(call: Call) -> None:
     """Random values in an order of their own, whatever the argument holds."""
     call.ignore_values(*call.tensors)
     call.pin_all(call.results, "random values")
 
 
-@rule("aten._assert_tensor_metadata", "aten._assert_async", "aten._assert_scalar", "aten.sym_size", "aten.is_pinned",
-      "aten.is_same_size", "aten._has_same_storage_numel", "aten._linalg_check_errors")  # fmt: skip
+NO_DATA = """
+    _assert_tensor_metadata _assert_async _assert_scalar sym_size is_pinned is_same_size _has_same_storage_numel
+    _linalg_check_errors
+"""
+
+
+@rule(*aten(NO_DATA))
 def no_data(call: Call) -> None:
     """Reads no element, or gives nothing back."""
     call.ignore_values(*call.tensors)
@@ -168,5 +188,4 @@ def leave(call: Call) -> None:
 def same_memory(call: Call) -> None:
     """Two parameters are one, the second with the dimensions of the first in another order."""
     tensor, turned, dims = call["tensor"], call["turned"], call["dims"]
-    names = [f"d{d}" for d in range(tensor.ndim)]
-    call.link((tensor, " ".join(names)), (turned, " ".join(names[d] for d in dims)))
+    call.link((tensor, call.names(tensor)), (turned, " ".join(f"d{d}" for d in dims)))

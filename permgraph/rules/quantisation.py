@@ -23,7 +23,6 @@ def observe_and_fake_quantize(call: Call) -> None:
 
 def _by_channel(call: Call, axis: int, *names: str) -> None:
     x = call["self"]
-    every = [f"d{d}" for d in range(x.ndim)]
-    channel = every[axis % x.ndim]
-    call.link((x, " ".join(every)), *((call[name], channel) for name in names if call[name].shape == (x.shape[axis],)))
-    call.link((x, " ".join(every)), *((out, " ".join(every)) for out in call.results if out.shape == x.shape))
+    every, channel = call.names(x), f"d{axis % x.ndim}"
+    call.link((x, every), *((call[name], channel) for name in names if call[name].shape == (x.shape[axis],)))
+    call.link((x, every), *((out, every) for out in call.results if out.shape == x.shape))

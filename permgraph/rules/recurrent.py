@@ -6,13 +6,13 @@ from permgraph.rules.call import Call
 from permgraph.rules.registry import rule
 
 
-@rule("aten._thnn_fused_lstm_cell")
+@rule("aten._thnn_fused_lstm_cell", values="derived")
 def lstm_cell(call: Call) -> None:
     """Gates (b, 4·h) from input and state, with optional biases (4·h); the gates' order is fixed."""
     _gates(call, 4)
 
 
-@rule("aten._thnn_fused_gru_cell")
+@rule("aten._thnn_fused_gru_cell", values="derived")
 def gru_cell(call: Call) -> None:
     """Gates (b, 3·h) from input and state, with optional biases (3·h)."""
     _gates(call, 3)
@@ -31,7 +31,7 @@ def _gates(call: Call, count: int) -> None:
     call.link(*gates, *biases, *states, why="the order of the gates", g=count)
 
 
-@rule("aten._pack_padded_sequence")
+@rule("aten._pack_padded_sequence", values="derived", zeros="all")
 def pack(call: Call) -> None:
     """Padded sequences (b, t, features), or (t, b, features), as rows: at each time those that have not ended yet."""
     why = "sequences in the order of their lengths"

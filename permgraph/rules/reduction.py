@@ -2,48 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+import operator
+from collections.abc import Collection, Iterable, Sequence
 
-from permgraph.rules.call import EQUAL, Call, TypedTensor
-from permgraph.rules.registry import rule
+from torch import fx
 
-REDUCTIONS = """
-    sum mean amax amin aminmax prod var std var_mean std_mean norm linalg_vector_norm logsumexp any all nansum
-    count_nonzero frobenius_norm _is_all_true
-"""
+from permgraph.rules.call import EQUAL, Call
+from permgraph.rules.pattern import last_labels
+from permgraph.rules.registry import aten, rule
+from permgraph.rules.typed_tensor import TypedTensor
 
-
-def _names(tensor: TypedTensor) -> list[str]:
-    return [f"d{i}" for i in range(tensor.ndim)]
+REDUCTIONS = "sum mean amax amin aminmax prod var std var_mean std_mean nansum frobenius_norm"
 
 
-def _without(tensor: TypedTensor, dims: Collection[int]) -> str:
-    """The labels of all dimensions but these."""
-    return " ".join(name for i, name in enumerate(_names(tensor)) if i not in dims)
-
-
-def _blank(tensor: TypedTensor, dims: Collection[int]) -> str:
-    """The labels of all dimensions, with these left open."""
-    return " ".join("_" if i in dims else name for i, name in enumerate(_names(tensor)))
-
-
-def _reduced(x: TypedTensor, out: TypedTensor, dims: Collection[int]) -> str:
+def _reduced(call: Call, x: TypedTensor, out: TypedTensor, dims: Collection[int]) -> str:
     """The labels of a reduction's result, which keeps the reduced dimensions at size one or drops them."""
     if out.shape == x.shape and x.ndim:
-        return " ".join(_names(x))  # nothing was reduced
-    return _blank(x, dims) if out.ndim == x.ndim else _without(x, dims)
+        return call.names(x)  # nothing was reduced
+    return call.names(x, blank=dims) if out.ndim == x.ndim else call.names(x, skip=dims)
 
 
-@rule(*(f"aten.{name}" for name in REDUCTIONS.split()))
+@rule(*aten(REDUCTIONS), values="reduced", zeros="all")
+@rule(*aten("norm linalg_vector_norm"), values="reduced", zeros="all", repeats_if_zero=("p", "ord"))
+@rule("aten.logsumexp", values="reduced")
+@rule(*aten("any all count_nonzero _is_all_true"))
 def reduction(call: Call) -> None:
     """The result has every dimension of the input but those that are reduced."""
     x = call.tensors[0]
     dims = call.dim_list(x)
-    call.link((x, " ".join(_names(x))), *((out, _reduced(x, out, dims)) for out in call.results))
+    call.link((x, call.names(x)), *((out, _reduced(call, x, out, dims)) for out in call.results))
     call.pin_values(x, "arithmetic on an index")
 
 
-@rule("aten.max", "aten.min", "aten.median", "aten.nanmedian", "aten.mode", "aten.kthvalue")
+@rule(*aten("max min median nanmedian mode kthvalue"), values="reduced", zeros="all")
 def extremum(call: Call) -> None:
     """Of one tensor along a dimension, values and their positions; of two tensors, elementwise."""
     if len(call.tensors) == 2 and len(call.results) == 1:
@@ -56,14 +47,14 @@ def extremum(call: Call) -> None:
         _positions(call, call.tensors[0], call.dim(call.tensors[0], default=-1), call.results[0], call.results[1])
 
 
-@rule("aten.argmax", "aten.argmin")
+@rule(*aten("argmax argmin"), values="reduced")
 def argmax(call: Call) -> None:
     """The position of the extreme value: an index of the dimension that was searched, or of all of them flattened."""
     x = call["self"]
     if call.get("dim") is None:  # an index of all dimensions, flattened
         _tell_equals_apart(call, x, range(x.ndim), call.out)
-        call.out.value = call.axes.product(x.dims)
-        call.link((x, " ".join(_names(x))), (call.out, "..."))
+        call.number_dims(call.out, x, range(x.ndim))
+        call.link((x, call.names(x)), (call.out, "..."))
         call.pin_values(x, "arithmetic on an index")
     else:
         _positions(call, x, call.dim(x), None, call.out)
@@ -72,19 +63,19 @@ def argmax(call: Call) -> None:
 def _tell_equals_apart(call: Call, x: TypedTensor, dims: Iterable[int], indices: TypedTensor) -> None:
     """Pin what is searched where elements may be equal, and somebody reads which of them was found."""
     if indices.read:
-        call.pin(x, [dim for dim in dims if dim in x.uniform or dim in x.tied], EQUAL)
+        call.pin(x, [dim for dim in dims if dim in x.uniform or dim in x.may_repeat], EQUAL)
         call.ledger.searched.append((x, tuple(dims), call.number))
 
 
 def _positions(call: Call, x: TypedTensor, dim: int, values: TypedTensor | None, indices: TypedTensor) -> None:
     _tell_equals_apart(call, x, [dim], indices)
-    indices.value = x.dims[dim]
-    pattern = _reduced(x, indices, [dim])
-    call.link((x, " ".join(_names(x))), (values, pattern), (indices, f"{pattern} ; d{dim}"))
+    call.number_dims(indices, x, [dim])
+    pattern = _reduced(call, x, indices, [dim])
+    call.link((x, call.names(x)), (values, pattern), (indices, f"{pattern} ; d{dim}"))
     call.pin_values(x, "arithmetic on an index")
 
 
-@rule("aten.topk", "aten.sort", "aten.argsort")
+@rule(*aten("topk sort argsort"), values="derived", zeros="all")
 def ranking(call: Call) -> None:
     """Values in order, and where they stood: an index of the dimension that was searched. The ranks stay put.
 
@@ -93,37 +84,57 @@ def ranking(call: Call) -> None:
     x = call["self"]
     dim = call.dim(x, default=-1)
     *values, indices = call.results
+    indices.permutes = dim if x.ndim and indices.shape == x.shape else None
+    if x.permutes == dim and indices.permutes == dim and _is_as_sorted(call, x):
+        _invert(call, x, dim, values, indices)
+        return
     _tell_equals_apart(call, x, [dim], indices)
-    indices.value = x.dims[dim]
+    call.number_dims(indices, x, [dim])
     ordered = call.get("sorted", True) or indices.shape[dim : dim + 1] == (1,)
-    ranked = " ".join(f"r{dim}{'!' * ordered}" if i == dim else name for i, name in enumerate(_names(x)))
+    ranked = call.names(x, named={dim: f"r{dim}{'!' * ordered}"} if x.ndim else {})
     if not ordered:
         call.ledger.unsorted.append((x, indices, dim, call.number))
     call.link(
-        (x, " ".join(_names(x))), *((value, ranked) for value in values), (indices, f"{ranked} ; d{dim}"),
+        (x, call.names(x)), *((value, ranked) for value in values), (indices, f"{ranked} ; d{dim}"),
         why="an order of rank",
     )  # fmt: skip
     call.pin_values(x, "indices are put in order of their numbers")
 
 
-@rule("aten._softmax", "aten._log_softmax", "aten.softmax", "aten.log_softmax", "aten._safe_softmax")
+def _is_as_sorted(call: Call, x: TypedTensor) -> bool:
+    """Whether the places that sorting gave are sorted upwards, and nothing can have been written over them since."""
+    source = call.node.args[0]
+    unwritten = isinstance(source, fx.Node) and source.target is operator.getitem and not x.viewed
+    return unwritten and x.value is not None and call.get("descending", True) is False
+
+
+def _invert(call: Call, x: TypedTensor, dim: int, values: Sequence[TypedTensor], indices: TypedTensor) -> None:
+    """Where a permutation is sorted, the places are its inverse: in the one-hot code both axes change places."""
+    call.number_dims(indices, x, [dim])
+    at, number = (f"{call.names(x, named={dim: label})} ; {other}" for label, other in (("p", "v"), ("v", "p")))
+    call.link((x, at), (indices, number))
+    for ranked in values:  # 0, 1, 2, and so on
+        call.pin(ranked, dim, "an order of rank")
+
+
+@rule(*aten("_softmax _log_softmax softmax log_softmax _safe_softmax"), values="derived")
 def softmax(call: Call) -> None:
     """Elementwise, but for a sum along one dimension."""
     x = call["self"]
-    every = " ".join(_names(x))
-    call.link((x, every), (call.out, every), via=[_without(x, [call.dim(x)])])
+    every = call.names(x)
+    call.link((x, every), (call.out, every), via=[call.names(x, skip=[call.dim(x)])])
 
 
-@rule(
-    "aten.cumsum", "aten.cumprod", "aten.logcumsumexp", "aten.cummax", "aten.cummin", "aten.diff", "aten.flip",
-    "aten.roll", "aten.rot90",
-)  # fmt: skip
+@rule(*aten("cumsum cumprod logcumsumexp"), values="reduced")
+@rule(*aten("cummax cummin"))
+@rule("aten.diff", values="derived")
+@rule(*aten("flip roll rot90"), values="moved", zeros="all")
 def ordered(call: Call) -> None:
     """Neighbours along a dimension matter: it stays put, the others pass."""
     x = call.tensors[0]
     name = next(name for name in ("dim", "dims") if name in call.arguments)
     dims = call.dim_list(x, name)
-    pattern = _blank(x, dims)
+    pattern = call.names(x, blank=dims)
     everything = [*call.tensors, *call.results]  # `diff` has tensors to put before and after
     call.link(*((tensor, pattern) for tensor in everything))
     for tensor in everything:
@@ -134,33 +145,32 @@ def ordered(call: Call) -> None:
         call.pin_values(x, "arithmetic on an index")
 
 
-@rule("aten.linalg_norm")
+@rule("aten.linalg_norm", values="reduced", zeros="all", repeats_if_zero=("ord",))
 def linalg_norm(call: Call) -> None:
     """Of vectors elementwise, of matrices a function that renumbering rows and columns leaves alone."""
     x = call["self"]
     dims = call.dim_list(x)
     as_vector = call.get("ord") in (None, "fro") or len(dims) == 1
-    every = " ".join(_names(x))
-    lead = _without(x, dims)
+    every = call.names(x)
+    lead = call.names(x, skip=dims)
     via = [] if as_vector else [f"{lead} d{dim}" for dim in dims]
-    call.link((x, every), *((out, _reduced(x, out, dims)) for out in call.results), via=via)
+    call.link((x, every), *((out, _reduced(call, x, out, dims)) for out in call.results), via=via)
 
 
-@rule("aten.cosine_similarity")
+@rule("aten.cosine_similarity", values="derived")
 def cosine_similarity(call: Call) -> None:
     """A normalised inner product along one dimension of tensors that are broadcast to each other."""
     a, b = call.tensors
-    names = [f"d{i}" for i in range(max(a.ndim, b.ndim))]
-    dim = call["dim"] % len(names)
-    slots = [(t, " ".join(names[len(names) - t.ndim :])) for t in (a, b)]
-    call.link(*slots, (call.out, " ".join(n for i, n in enumerate(names) if i != dim)))
+    ndim = max(a.ndim, b.ndim)
+    slots = [(t, last_labels(call.names(ndim), t)) for t in (a, b)]
+    call.link(*slots, (call.out, call.names(ndim, skip=[call["dim"] % ndim])))
 
 
-@rule("aten._fft_r2c", "aten._fft_c2r", "aten._fft_c2c")
+@rule(*aten("_fft_r2c _fft_c2r _fft_c2c"), values="derived", zeros="all")
 def fourier(call: Call) -> None:
     """Fourier transforms along some dimensions, which have an order; the others pass."""
     x, out, dims = call["self"], call.out, call.dim_list(call["self"])
-    pattern = _blank(x, dims)
+    pattern = call.names(x, blank=dims)
     call.link((x, pattern), (out, pattern))
     for tensor in (x, out):
         call.pin(tensor, dims, "frequencies and times have an order")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from permgraph.rules.call import Call, TypedTensor
-from permgraph.rules.registry import rule
+from permgraph.rules.call import Call
+from permgraph.rules.registry import aten, rule
+from permgraph.rules.typed_tensor import TypedTensor
+
+VIEWS = """
+    view _unsafe_view reshape _reshape_alias flatten unflatten view_as reshape_as _reshape_copy view_copy ravel
+"""
 
 
-@rule("aten.view", "aten._unsafe_view", "aten.reshape", "aten._reshape_alias", "aten.flatten", "aten.unflatten",
-      "aten.view_as", "aten.reshape_as", "aten._reshape_copy", "aten.view_copy", "aten.ravel")  # fmt: skip
+@rule(*aten(VIEWS), values="moved", zeros="all")
 def view(call: Call) -> None:
     """The same elements in row-major order."""
     x = call["self"]
@@ -17,14 +21,14 @@ def view(call: Call) -> None:
         call.regroup(x, call.out)
 
 
-@rule("aten.permute", "aten.permute_copy")
+@rule(*aten("permute permute_copy"), values="kept", zeros="all")
 def permute(call: Call) -> None:
     """Dimensions in the order given."""
     x = call["self"]
     call.move(x, call.out, [d % x.ndim for d in call["dims"]])
 
 
-@rule("aten.transpose", "aten.swapaxes", "aten.swapdims")
+@rule(*aten("transpose swapaxes swapdims"), values="kept", zeros="all")
 def transpose(call: Call) -> None:
     """Two dimensions change places."""
     x = call["self"]
@@ -35,7 +39,7 @@ def transpose(call: Call) -> None:
     call.move(x, call.out, order)
 
 
-@rule("aten.t", "aten.numpy_T", "aten.mT", "aten.mH", "aten.adjoint", "aten.matrix_H")
+@rule(*aten("t numpy_T mT mH adjoint matrix_H"), values="kept", zeros="all")
 def reverse_dimensions(call: Call) -> None:
     """The last two dimensions change places (all of them, in `numpy_T`)."""
     x = call["self"]
@@ -44,7 +48,7 @@ def reverse_dimensions(call: Call) -> None:
     call.move(x, call.out, order[::-1] if "numpy_T" in name else [*order[:-2], *order[-2:][::-1]])
 
 
-@rule("aten.movedim")
+@rule("aten.movedim", values="kept", zeros="all")
 def movedim(call: Call) -> None:
     """Dimensions go to new places, the others keep their order."""
     x = call["self"]
@@ -55,7 +59,7 @@ def movedim(call: Call) -> None:
     call.move(x, call.out, [placed[d] if d in placed else next(rest) for d in range(x.ndim)])
 
 
-@rule("aten.unsqueeze")
+@rule("aten.unsqueeze", values="kept", zeros="all")
 def unsqueeze(call: Call) -> None:
     """A new dimension of one."""
     x = call["self"]
@@ -65,7 +69,7 @@ def unsqueeze(call: Call) -> None:
     call.move(x, call.out, order)
 
 
-@rule("aten.squeeze")
+@rule("aten.squeeze", values="kept", zeros="all")
 def squeeze(call: Call) -> None:
     """Dimensions of one go."""
     x = call["self"]
@@ -73,7 +77,7 @@ def squeeze(call: Call) -> None:
     call.move(x, call.out, [d for d in range(x.ndim) if not (d in dims and x.shape[d] == 1)])
 
 
-@rule("aten.expand", "aten.broadcast_to", "aten.expand_as", "aten.expand_copy")
+@rule(*aten("expand broadcast_to expand_as expand_copy"), values="kept", zeros="all")
 def expand(call: Call) -> None:
     """Dimensions of one, and new ones in front, are repeated: nothing tells the copies apart."""
     x, out = call["self"], call.out
@@ -82,23 +86,23 @@ def expand(call: Call) -> None:
     call.move(x, out, order)
 
 
-@rule("aten.repeat", "aten.tile")
+@rule(*aten("repeat tile"), values="padded", zeros="all")
 def repeat(call: Call) -> None:
     """Each dimension several times over: (copies, dimension)."""
     x, out = call["self"], call.out
     lead = out.ndim - x.ndim
-    inner = " ".join(f"d{d}" for d in range(x.ndim))
     sizes: dict[str, int] = {}
     pattern = ["_"] * lead
-    for d in range(x.ndim):
-        sizes[f"d{d}"] = x.shape[d]
-        sizes[f"r{d}"] = out.shape[lead + d] // max(x.shape[d], 1)
-        pattern.append(f"d{d}" if sizes[f"r{d}"] == 1 else "_" if x.shape[d] == 1 else f"(r{d} d{d})")
-    call.link((x, inner), (out, " ".join(pattern)), via=(), why="", **sizes)
+    for d, size in enumerate(x.shape):
+        copies = out.shape[lead + d] // max(size, 1)
+        pattern.append(f"d{d}" if copies == 1 else "_" if size == 1 else f"(r{d} d{d})")
+        if copies != 1 and size != 1:
+            sizes[f"r{d}"] = copies
+    call.link((x, call.names(x)), (out, " ".join(pattern)), via=(), why="", **sizes)
     call.carry_values(x, out)
 
 
-@rule("aten.repeat_interleave.self_int")
+@rule("aten.repeat_interleave.self_int", values="padded", zeros="all")
 def repeat_interleave(call: Call) -> None:
     """Each index of a dimension several times in a row: (dimension, copies)."""
     x, out = call["self"], call.out
@@ -106,13 +110,12 @@ def repeat_interleave(call: Call) -> None:
         call.pin_all([x, out], "flattened and repeated")
         return
     dim = call.dim(x)
-    names = [f"d{d}" for d in range(x.ndim)]
-    repeated = [f"(d{dim} r)" if d == dim else name for d, name in enumerate(names)]
-    call.link((x, " ".join(names)), (out, " ".join(repeated)), r=out.shape[dim] // max(x.shape[dim], 1))
+    repeated = call.names(x, named={dim: f"(d{dim} r)"})
+    call.link((x, call.names(x)), (out, repeated), r=out.shape[dim] // max(x.shape[dim], 1))
     call.carry_values(x, out)
 
 
-@rule("aten.slice", "aten.narrow", "aten.slice_copy")
+@rule(*aten("slice narrow slice_copy"), values="moved", zeros="all")
 def slice_(call: Call) -> None:
     """A range of one dimension. With a step that divides the dimension, one column of (steps, step)."""
     x, out = call["self"], call.out
@@ -122,23 +125,16 @@ def slice_(call: Call) -> None:
     if step == 1:
         call.take(x, out, dim, start, start + out.shape[dim])
     elif size % step == 0 and start < step and out.shape[dim] == size // step:
-        rows, columns = call.axes.split(x.dims[dim], [size // step, step])
-        _, restriction = call.axes.slice(columns, start, start + 1)
-        for d in range(x.ndim):
-            axis = rows if d == dim else x.dims[d]
-            call.axes.unify(out.dims[d], call.axes.restrict(axis, restriction))
-            call.note_tie(x, d, out, d)
-        call.note_rearrangement(x, out)
-        call.carry_values(x, out)
+        call.take_every(x, out, dim, start, step)
     else:
-        others = " ".join("_" if d == dim else f"d{d}" for d in range(x.ndim))
+        others = call.names(x, blank=[dim])
         call.link((x, others), (out, others))
         for tensor in (x, out):
             call.pin(tensor, dim, f"every {step}th index of {size} was taken from {start}")
         call.carry_values(x, out)
 
 
-@rule("aten.select", "aten.select_copy")
+@rule(*aten("select select_copy"), values="moved", zeros="all")
 def select(call: Call) -> None:
     """One index of a dimension."""
     x = call["self"]
@@ -147,8 +143,10 @@ def select(call: Call) -> None:
     call.take(x, call.out, dim, at, at + 1, keep=False)
 
 
-@rule("aten.split", "aten.split_with_sizes", "aten.chunk", "aten.unsafe_split", "aten.unsafe_chunk",
-      "aten.tensor_split", "aten.unsafe_split_with_sizes", "aten.split_copy")  # fmt: skip
+SPLITS = "split split_with_sizes chunk unsafe_split unsafe_chunk tensor_split unsafe_split_with_sizes split_copy"
+
+
+@rule(*aten(SPLITS), values="moved", zeros="all")
 def split(call: Call) -> None:
     """Consecutive ranges of one dimension."""
     x: TypedTensor = call.get("self", call.tensors[0])
@@ -159,7 +157,7 @@ def split(call: Call) -> None:
         start += out.shape[dim]
 
 
-@rule("aten.unbind", "aten.unbind_copy")
+@rule(*aten("unbind unbind_copy"), values="moved", zeros="all")
 def unbind(call: Call) -> None:
     """Each index of one dimension by itself."""
     x = call["self"]
@@ -168,13 +166,13 @@ def unbind(call: Call) -> None:
         call.take(x, out, dim, at, at + 1, keep=False)
 
 
-@rule("aten.cat", "aten.concat", "aten.concatenate")
+@rule(*aten("cat concat concatenate"), values="joined", zeros="all")
 def cat(call: Call) -> None:
     """Tensors one after the other along a dimension."""
     call.concatenate(call["tensors"], call.out, call.dim(call.out, default=0))
 
 
-@rule("aten.stack")
+@rule("aten.stack", values="joined", zeros="all")
 def stack(call: Call) -> None:
     """Tensors side by side along a new dimension."""
     out = call.out
@@ -187,7 +185,7 @@ def stack(call: Call) -> None:
     call.concatenate(rows, out, dim)
 
 
-@rule("aten.slice_scatter", "aten.select_scatter")
+@rule(*aten("slice_scatter select_scatter"), values="joined", zeros="all")
 def scatter_into_range(call: Call) -> None:
     """A copy of a tensor with a range of one dimension overwritten."""
     x, src, out = call["self"], call["src"], call.out
@@ -205,33 +203,31 @@ def scatter_into_range(call: Call) -> None:
     call.share_values([x, src, out])
 
 
-@rule("aten.unfold", "aten.unfold_copy")
+@rule(*aten("unfold unfold_copy"), values="derived", zeros="all")
 def unfold(call: Call) -> None:
     """Windows of one dimension, in a new last dimension. Windows that do not overlap are a view."""
     x, out = call["self"], call.out
     dim = call.dim(x, "dimension")
     size, step = call["size"], call["step"]
-    names = [f"d{d}" for d in range(x.ndim)]
     if size == step and out.shape[dim] * size == x.shape[dim]:
-        whole = [f"(d{dim} w)" if d == dim else name for d, name in enumerate(names)]
-        call.link((x, " ".join(whole)), (out, " ".join([*names, "w"])), w=size)
+        call.link((x, call.names(x, named={dim: f"(d{dim} w)"})), (out, f"{call.names(x)} w"), w=size)
     else:
-        blank = ["_" if d == dim else name for d, name in enumerate(names)]
-        call.link((x, " ".join(blank)), (out, " ".join([*blank, "_"])))
+        blank = call.names(x, blank=[dim])
+        call.link((x, blank), (out, f"{blank} _"))
         call.pin(x, dim, "cut into windows")
         call.pin(out, [dim, out.ndim - 1], "cut into windows")
     call.carry_values(x, out)
 
 
-@rule("aten.tril", "aten.triu")
+@rule(*aten("tril triu"), values="padded", zeros="all")
 def triangle(call: Call) -> None:
     """Part of a matrix is set to zero: rows and columns stay put."""
     x = call["self"]
-    pattern = " ".join([*(f"d{d}" for d in range(x.ndim - 2)), "r!", "c!"])
-    call.link((x, pattern), (call.out, pattern), why="a triangle of a matrix")
+    call.link((x, "... r! c!"), (call.out, "... r! c!"), why="a triangle of a matrix")
 
 
-@rule("aten.diagonal", "aten.diagonal_copy", "aten.diag_embed", "aten.diag")
+@rule(*aten("diagonal diagonal_copy"), values="moved", zeros="all")
+@rule(*aten("diag_embed diag"), values="padded", zeros="all")
 def diagonal(call: Call) -> None:
     """The diagonal of a matrix: rows and columns are one axis."""
     x, out = call["self"], call.out
@@ -241,25 +237,22 @@ def diagonal(call: Call) -> None:
     if call.get("offset", call.get("diagonal", 0)) != 0 or matrix.shape[i] != matrix.shape[j]:
         call.pin_all([x, out], "an off-diagonal")
         return
-    others = [d for d in range(matrix.ndim) if d not in (i, j)]
-    names = {d: f"d{d}" for d in others}
-    rows = " ".join(names.get(d, "v" if d == i else "_") for d in range(matrix.ndim))
-    call.axes.unify(matrix.dims[i], matrix.dims[j])
-    call.link((matrix, rows), (line, " ".join([*names.values(), "v"])))
+    call.unify(matrix, i, matrix, j)
+    call.link((matrix, call.names(matrix, named={i: "v", j: "_"})), (line, f"{call.names(matrix, skip=(i, j))} v"))
 
 
-@rule("aten.trace")
+@rule("aten.trace", values="reduced", zeros="all")
 def trace(call: Call) -> None:
     """The sum of the diagonal of a matrix: rows and columns are one axis."""
     x = call["self"]
     if x.shape[0] != x.shape[1]:
         call.pin(x, (0, 1), "the diagonal of a matrix that is not square")
     else:
-        call.axes.unify(x.dims[0], x.dims[1])
+        call.unify(x, 0, x, 1)
         call.link((x, "v _"), (call.out, ""))
 
 
-@rule("aten.as_strided", "aten.as_strided_copy")
+@rule(*aten("as_strided as_strided_copy"), values="derived", zeros="all")
 def as_strided(call: Call) -> None:
     """Memory read in another pattern: understood where that only moves dimensions, recognised by their strides."""
     x, out = call["self"], call.out
@@ -275,29 +268,27 @@ def as_strided(call: Call) -> None:
         call.pin_all([x, out], "its memory was read with other strides")
 
 
-@rule("aten.set_", "aten.resize_")
+@rule(*aten("set_ resize_"))
 def replace_storage(call: Call) -> None:
     """A tensor is given other memory."""
     call.pin_all([*call.tensors, *call.results], "its memory was replaced")
 
 
-@rule("aten.view_as_complex", "aten.view_as_complex_copy")
+@rule(*aten("view_as_complex view_as_complex_copy"), values="derived", zeros="all")
 def view_as_complex(call: Call) -> None:
     """The last dimension holds real and imaginary parts."""
     x = call["self"]
-    lead = " ".join(f"d{d}" for d in range(x.ndim - 1))
-    call.link((x, f"{lead} p!"), (call.out, lead), why="real and imaginary part")
+    call.link((x, "... p!"), (call.out, "..."), why="real and imaginary part")
 
 
-@rule("aten.view_as_real", "aten.view_as_real_copy")
+@rule(*aten("view_as_real view_as_real_copy"), zeros="all")
 def view_as_real(call: Call) -> None:
     """A new last dimension holds real and imaginary parts."""
     x = call["self"]
-    lead = " ".join(f"d{d}" for d in range(x.ndim))
-    call.link((x, lead), (call.out, f"{lead} p!"), why="real and imaginary part")
+    call.link((x, "..."), (call.out, "... p!"), why="real and imaginary part")
 
 
-@rule("aten.meshgrid")
+@rule("aten.meshgrid", zeros="all")
 def meshgrid(call: Call) -> None:
     """Each vector along a dimension of its own."""
     vectors = call["tensors"]
@@ -306,5 +297,5 @@ def meshgrid(call: Call) -> None:
         order[:2] = [1, 0]
     for vector, out, at in zip(vectors, call.results, order, strict=True):
         if vector.ndim == 1:
-            call.link((vector, "v"), (out, " ".join("v" if d == at else "_" for d in range(out.ndim))))
+            call.link((vector, "v"), (out, call.names(0, blank=range(out.ndim), named={at: "v"})))
         call.pin_values(vector, "arithmetic on an index")

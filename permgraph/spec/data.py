@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 class SpecData:
     """The data of a specification, without permutations, explanations, pictures or files; see `PermutationSpec`."""
 
-
     groups: Mapping[str, Group]
     axes: Mapping[str, tuple[Axis, ...]]
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
@@ -44,6 +43,9 @@ class SpecData:
     _layouts: dict[tuple[Axis, ...], Layout] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        for what, given_map in (("groups", self.groups), ("axes", self.axes)):
+            if not isinstance(given_map, Mapping):
+                raise SpecError(f"{what} must be a mapping from names, not a {type(given_map).__name__}")
         check_groups(self.groups)
         axes: dict[str, tuple[Axis, ...]] = {}
         shapes: dict[str, tuple[int, ...]] = {}
@@ -99,7 +101,11 @@ class SpecData:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A digest of the groups and axes: two specs share it exactly when they have the same permutations."""
+        """A digest of the groups, with their names, and of the axes in their normal form.
+
+        Two specs share it when they call the same permutations by the same names; what was pinned why, notes and
+        shapes of what no group acts on do not count. Renaming a group or a parameter changes it.
+        """
         content = {
             "groups": {name: [g.size, list(g.parents), g.fixed] for name, g in self.groups.items()},
             "axes": {name: list(map(str, axes)) for name, axes in self.axes.items()},

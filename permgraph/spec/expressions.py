@@ -21,9 +21,11 @@ A label may stand anywhere in the same tensor; what it names must be a sum with 
 
 from __future__ import annotations
 
+import itertools
 import math
+import operator
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
@@ -210,25 +212,19 @@ def rename(axis: Axis, group: Callable[[str], str]) -> Axis:
 def normalise(axis: Axis) -> Axis:
     """The normal form of ``axis``, which acts in the same way.
 
-    Products inside products and sums inside sums are flattened, fixed factors of size 1 are dropped, and a product or
-    sum of one is what it holds. The parts of a labelled sum are counted by families, so they stay as they are.
+    Products inside products and sums inside sums are flattened, neighbours in them that are fixed are one, factors of
+    size 1 are dropped, and a product or sum of one is what it holds. The parts of a labelled sum are counted by
+    families, so they stay as they are.
     """
     match axis:
         case Product(factors):
-            flat: list[Axis] = []
-            for factor in map(normalise, factors):
-                flat.extend(factor.factors if isinstance(factor, Product) else (factor,))
-            flat = [factor for factor in flat if factor != Fixed(1)]
-            if not flat:
-                return Fixed(1)
-            return flat[0] if len(flat) == 1 else Product(tuple(flat))
+            nested = (f.factors if isinstance(f, Product) else (f,) for f in map(normalise, factors))
+            flat = _merged((f for f in itertools.chain.from_iterable(nested) if f != Fixed(1)), operator.mul)
+            return flat[0] if len(flat) == 1 else Product(flat) if flat else Fixed(1)
         case Sum(parts):
-            joined: list[Axis] = []
-            for part in map(normalise, parts):
-                joined.extend(part.parts if isinstance(part, Sum) else (part,))
-            if not joined:
-                return Fixed(0)
-            return joined[0] if len(joined) == 1 else Sum(tuple(joined))
+            within = (p.parts if isinstance(p, Sum) else (p,) for p in map(normalise, parts))
+            joined = _merged(itertools.chain.from_iterable(within), operator.add)
+            return joined[0] if len(joined) == 1 else Sum(joined) if joined else Fixed(0)
         case Label(name, Sum(parts)):
             return Label(name, Sum(tuple(map(normalise, parts))))
         case Label(name, expr):
@@ -237,6 +233,18 @@ def normalise(axis: Axis) -> Axis:
             return Family(on, tuple(map(normalise, members)))
         case _:
             return axis
+
+
+def _merged(axes: Iterable[Axis], combine: Callable[[int, int], int]) -> tuple[Axis, ...]:
+    """Axes with neighbours that are fixed combined."""
+    merged: list[Axis] = []
+    for axis in axes:
+        last = merged[-1] if merged else None
+        if isinstance(axis, Fixed) and isinstance(last, Fixed):
+            merged[-1] = Fixed(combine(last.size, axis.size))
+        else:
+            merged.append(axis)
+    return tuple(merged)
 
 
 def product(*factors: Axis) -> Axis:

@@ -26,7 +26,8 @@ from permgraph.spec.action import Block, blocks, gather
 from permgraph.spec.binding import Group, IntArray
 from permgraph.spec.data import SpecData
 from permgraph.spec.expressions import Axis, size_of
-from permgraph.weights.distributed import taken_apart, whole
+from permgraph.weights.distributed import gathered, redistributed_like
+from permgraph.weights.identity import SameTensor
 
 FORMAT = "permgraph.permutation"
 VERSION = "1"
@@ -47,7 +48,7 @@ class Permutation:
         MismatchError: an array has another shape than the group asks for, or a row of it is not a permutation.
 
     Example:
-        >>> spec = PermutationSpec.parse('''
+        >>> spec = pg.PermutationSpec.parse('''
         ... weight  3x2  hidden .
         ... groups: hidden 3
         ... ''')
@@ -166,17 +167,7 @@ class Permutation:
         return Permutation(self.spec, arrays)
 
     def _old_parents(self, name: str) -> list[IntArray]:
-        """For each parent of a group, its old index at the new indices of all of them, of shape parents' sizes."""
-        groups = self.spec.groups
-        parents = groups[name].parents
-        sizes = tuple(groups[parent].size for parent in parents)
-        new = dict(zip(parents, np.indices(sizes, sparse=True), strict=True))
-        old = []
-        for parent in parents:
-            array = self.arrays.get(parent)
-            above = (new[over] for over in groups[parent].parents)
-            old.append(np.broadcast_to(new[parent] if array is None else array[(*above, new[parent])], sizes))
-        return old
+        return old_parents(self.spec.groups, self.arrays, name)
 
     def restricted_to(self, groups: Iterable[str]) -> Permutation:
         """The same on ``groups``, and the identity on all others.
@@ -213,19 +204,20 @@ class Permutation:
             self._require_dimension(name, dim)
             still.setdefault(self.spec.canonical(name), set()).add(dim)
         out: dict[str, Any] = {}
-        done: dict[Any, torch.Tensor] = {}
+        done: dict[tuple[str, str], torch.Tensor] = {}
+        tied, same = frozenset(self.spec.aliases.values()), SameTensor()
         for key, value in state_dict.items():
             if not isinstance(value, torch.Tensor):
                 out[key] = value
                 continue
-            sample, value = value, whole(value)
+            sample, value = value, gathered(value)
             require_values(key, value)
             name = self.spec.aliases.get(key, key)
-            identity = (name, value.device, value.dtype, value.data_ptr(), tuple(value.shape), value.stride())
+            identity = (name, same.first_name(key, value) if name in tied else key)
             if identity not in done:
                 axes = self.spec.axes.get(name)
                 plan = () if axes is None else self._plan(axes, frozenset(still.get(name, ())))
-                done[identity] = taken_apart(gather(value.detach(), plan), sample)
+                done[identity] = redistributed_like(gather(value.detach(), plan), sample)
             out[key] = done[identity]
         return out
 
@@ -239,10 +231,10 @@ class Permutation:
         for dim in exclude:
             self._require_dimension(name, dim)
         self.spec.check_entry(name, tensor)
-        sample, tensor = tensor, whole(tensor)
+        sample, tensor = tensor, gathered(tensor)
         require_values(name, tensor)
         plan = self._plan(self.spec.axes[name], frozenset(exclude))
-        return taken_apart(gather(tensor.detach(), plan), sample)
+        return redistributed_like(gather(tensor.detach(), plan), sample)
 
     def apply_axes(self, axes: tuple[Axis, ...], tensor: torch.Tensor) -> torch.Tensor:
         """A new tensor: ``tensor``, whose dimensions are ``axes``, permuted; for activations, say.
@@ -326,6 +318,24 @@ class Permutation:
         if self.spec.fingerprint != other.fingerprint:
             differences = self.spec.diff(other)
             raise MismatchError(f"the permutations belong to different specs: {differences[0]}")
+
+
+def old_parents(
+    groups: Mapping[str, Group], arrays: Mapping[str, IntArray], name: str, sizes: tuple[int, ...] | None = None
+) -> list[IntArray]:
+    """For each parent of a group, its old index at the new indices of all of them, of shape parents' sizes.
+
+    A group that ``arrays`` lacks stays put. ``sizes`` are the first so many indices of each parent; all by default.
+    """
+    parents = groups[name].parents
+    sizes = tuple(groups[parent].size for parent in parents) if sizes is None else sizes
+    new = dict(zip(parents, np.indices(sizes, sparse=True), strict=True))
+    old = []
+    for parent in parents:
+        array = arrays.get(parent)
+        above = (new[over] for over in groups[parent].parents)
+        old.append(np.broadcast_to(new[parent] if array is None else array[(*above, new[parent])], sizes))
+    return old
 
 
 def _sizes(spec: SpecData, name: str) -> tuple[int, ...]:

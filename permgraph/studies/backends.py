@@ -20,7 +20,7 @@ def backend(name: str = "loky", jobs: int | None = None, address: str | None = N
     """Make joblib run on an engine while the context lasts.
 
     Args:
-        name: "loky" (processes), "threading", "sequential", "dask" or "ray".
+        name: "loky" (processes), "sequential" and "threading" (one cell at a time, here), "dask" or "ray".
         jobs: how many workers; one per core by default. With an address, how many cells at a time.
         address: of a running Dask scheduler or Ray cluster; without one, workers are started here, and stopped again.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import threading
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from torch import nn
 from permgraph.connectivity.barriers import Evaluate, Prepare, barrier
 from permgraph.errors import in_one_line
 from permgraph.matching import Matcher, align
-from permgraph.networks.evaluate import undisturbed
+from permgraph.networks.batches import undisturbed
 from permgraph.spec.spec import PermutationSpec
 from permgraph.studies.store import Store, UnwritableError
 
@@ -50,6 +51,9 @@ class Task:
     versions: Mapping[str, str]
 
 
+_process = threading.Lock()
+
+
 def versions() -> dict[str, str]:
     """What results may depend on, of this process."""
     from permgraph import __version__
@@ -64,7 +68,15 @@ def versions() -> dict[str, str]:
 
 
 def run(task: Task) -> dict[str, Any]:
-    """Do one cell, keep its record in the store, and return it. What goes wrong inside is part of the record."""
+    """Do one cell, keep its record in the store, and return it. What goes wrong inside is part of the record.
+
+    The seed and the number of threads are the process's, so that of several threads in one only one is at work.
+    """
+    with _process:
+        return _run(task)
+
+
+def _run(task: Task) -> dict[str, Any]:
     task.store.begin(task.key)
     started = time.perf_counter()
     mine = versions()

@@ -17,7 +17,7 @@ from permgraph.errors import MismatchError, PermgraphError, StudyError
 from permgraph.matching import Matcher
 from permgraph.spec.spec import PermutationSpec
 from permgraph.studies.fingerprint import fingerprint
-from permgraph.weights.combine import as_state_dict, check_same_keys
+from permgraph.weights.state_dict import as_state_dict, check_same_keys
 
 UNALIGNED = "none"
 """The matcher that leaves every network as it is."""

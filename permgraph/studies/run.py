@@ -13,20 +13,18 @@ import logging
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from permgraph.errors import MissingExtraError, StudyError, in_one_line
+from permgraph.outcomes import StepProgress
 from permgraph.studies.cell import Task, run, versions
 from permgraph.studies.plan import Cell, StudyPlan
 from permgraph.studies.store import SMALLEST, Store, UnwritableError
 from permgraph.studies.table import StudyResult
-from permgraph.weights.combine import as_state_dict
+from permgraph.weights.state_dict import as_state_dict
 
 log = logging.getLogger(__name__)
-
-Progress = Callable[[int, int], object]
-"""Called with how many cells are done, and of how many; from another thread."""
 
 POLL = 0.5  # seconds between two looks at the store
 
@@ -37,7 +35,7 @@ def study(
     *,
     jobs: int | None = None,
     retry_failed: bool = True,
-    progress: Progress | None = None,
+    progress: StepProgress | None = None,
 ) -> StudyResult:
     """Run every cell of a plan that the store has no result of, and return the whole table.
 
@@ -79,7 +77,7 @@ def study(
             place.put_tensors(f"models/{plan.contents[name]}", as_state_dict(plan.networks[name]))
         for cell in todo:
             place.forget(cell.key)
-        with _watched(place, cells, progress):
+        with watched(place, cells, progress):
             _run(joblib, parallel, plan, place, todo)
     elif progress is not None:
         progress(len(cells), len(cells))
@@ -89,7 +87,8 @@ def study(
 def missing(plan: StudyPlan, store: str | os.PathLike[str], *, retry_failed: bool = True) -> list[Cell]:
     """The cells of a plan that a store has no result of, or one that failed if those are tried again."""
     place = Store(os.fspath(store))
-    return [cell for cell in plan.cells if not _settled(place, cell, retry_failed)]
+    recorded = place.recorded(cell.key for cell in plan.cells)
+    return [cell for cell in plan.cells if cell.key not in recorded or not _settled(place, cell, retry_failed)]
 
 
 def _needed(plan: StudyPlan, store: Store, todo: Sequence[Cell]) -> int:
@@ -117,10 +116,12 @@ def _run(joblib: Any, parallel: Any, plan: StudyPlan, store: Store, todo: Sequen
     """First all together; then, one by one, those whose worker died."""
     tasks = {cell.key: _task(plan, store, cell) for cell in todo}
     suspects: set[str] = set()
-    while waiting := [key for key in tasks if key not in suspects and store.record(key) is None]:
+    while unrecorded := tasks.keys() - suspects - store.recorded(tasks):
+        waiting = [key for key in tasks if key in unrecorded]
         try:
             parallel(joblib.delayed(run)(tasks[key]) for key in waiting)
-        except UnwritableError:
+            _require_records(store, waiting)
+        except (UnwritableError, UnseenError):
             raise
         except Exception as error:
             fallen = store.begun(waiting) - suspects
@@ -129,15 +130,30 @@ def _run(joblib: Any, parallel: Any, plan: StudyPlan, store: Store, todo: Sequen
             log.warning("a worker died (%s); %d cells are tried again at the end", _said(error), len(fallen))
             suspects |= fallen
     for key in tasks:
-        if key in suspects and store.record(key) is None:
+        if key in suspects - store.recorded(suspects):
             try:
                 # A second, idle task keeps joblib from running a single one in this process.
                 parallel([joblib.delayed(run)(tasks[key]), joblib.delayed(versions)()])
-            except UnwritableError:
+                _require_records(store, [key])
+            except (UnwritableError, UnseenError):
                 raise
             except Exception as error:
                 record = {"status": "failed", "error": f"its worker died twice, alone the second time: {_said(error)}"}
                 store.put_record(key, {**record, "seconds": None, "versions": versions()})
+
+
+class UnseenError(StudyError):
+    """Workers say that they have done their cells, and the store does not show them."""
+
+
+def _require_records(store: Store, keys: Sequence[str]) -> None:
+    """Raise UnseenError if cells that were run have left no record here."""
+    unseen = len(keys) - len(store.recorded(keys))
+    if unseen:
+        raise UnseenError(
+            f"{unseen} cells were run, and the store {store.url!r} shows no record of them: every worker must reach "
+            "one and the same place under this name, which no memory:// and no folder of another machine is"
+        )
 
 
 def _task(plan: StudyPlan, store: Store, cell: Cell) -> Task:
@@ -195,7 +211,7 @@ def _require_same_versions(joblib: Any, parallel: Any) -> None:
 
 
 @contextlib.contextmanager
-def _watched(store: Store, cells: Sequence[Cell], progress: Progress | None) -> Iterator[None]:
+def watched(store: Store, cells: Sequence[Cell], progress: StepProgress | None) -> Iterator[None]:
     """Look at the store now and then: the one place where every backend's workers tell how far they are."""
     if progress is None:
         yield
@@ -205,7 +221,7 @@ def _watched(store: Store, cells: Sequence[Cell], progress: Progress | None) -> 
 
     def look() -> None:
         before = len(done)
-        done.update(cell.key for cell in cells if cell.key not in done and store.record(cell.key) is not None)
+        done.update(store.recorded(cell.key for cell in cells))
         if len(done) != before:
             progress(len(done), len(cells))
 

@@ -128,13 +128,21 @@ class Store:
 
     def begun(self, keys: Iterable[str]) -> set[str]:
         """Those of the cells that a worker is at, or was at when it died."""
+        return self._names("begun") & set(keys)
+
+    def recorded(self, keys: Iterable[str]) -> set[str]:
+        """Those of the cells that have a record, by one look at their folder and without reading any."""
+        return {name.removesuffix(".json") for name in self._names("cells")} & set(keys)
+
+    def _names(self, folder: str) -> set[str]:
         filesystem, root = self._place
         filesystem.invalidate_cache()
         try:
-            names = {path.rsplit("/", 1)[-1] for path in filesystem.ls(f"{root}/begun", detail=False)}
-        except FileNotFoundError:
+            return {path.rsplit("/", 1)[-1] for path in filesystem.ls(f"{root}/{folder}", detail=False)}
+        except (FileNotFoundError, NotADirectoryError):
             return set()
-        return names & set(keys)
+        except Exception as error:  # as in `_write`
+            raise StudyError(f"the store {self.url!r} cannot be read: {in_one_line(error)}") from error
 
     # -- tensors ------------------------------------------------------------------------------------------------------
 

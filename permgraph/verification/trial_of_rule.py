@@ -10,7 +10,7 @@ import operator
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -23,9 +23,11 @@ from torch.utils._python_dispatch import (
 )
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from permgraph.inference.auto_spec import solve
 from permgraph.inference.describe import Writer
-from permgraph.inference.fixpoint import Solution, solve
-from permgraph.rules.call import TypedTensor
+from permgraph.inference.fibres import find_fibres
+from permgraph.inference.solution import Solution
+from permgraph.rules.typed_tensor import TypedTensor
 from permgraph.spec.expressions import Axis, Fixed, refs, rename
 from permgraph.spec.spec import PermutationSpec
 
@@ -227,10 +229,8 @@ def _typed(
         shown[name] = TypedTensor(name, shape, torch.float64, solution.axes)
         shown[name].dims = list(tensor.dims) if size is None else [*tensor.dims, tensor.axis(-1)]
         indexed[name] = size
-    everything = Solution(
-        solution.axes, solution.ledger, solution.nodes, shown, [*solution.tensors, *shown.values()], solution.values
-    )
-    writer = Writer(everything, list(shown), frozenset())
+    everything = replace(solution, parameters=shown, order=list(shown), unread=())
+    writer = Writer(everything, find_fibres(everything))
     spec = PermutationSpec(groups=writer.groups(), axes=writer.expressions(), unknown_ops=writer.unknown_ops())
     return spec, tuple(Typed(name, spec.axes[name], indexed[name]) for name in names)
 

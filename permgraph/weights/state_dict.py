@@ -1,14 +1,96 @@
-"""What a state dict is to this package, and which of its entries are statistics rather than weights."""
+"""What a state dict is to this package, which of its entries are statistics, and what is refused of one."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
+from torch import Tensor, nn
+
+from permgraph.errors import MismatchError, NonFiniteError
+from permgraph.weights.distributed import gathered_state, module_state
 
 StateDict: TypeAlias = Mapping[str, torch.Tensor]
 """Names to tensors; it may load a tensor each time that it is asked for one."""
 
+Network: TypeAlias = nn.Module | Mapping[str, Any]
+"""A module, or its state dict."""
+
 STATISTICS = ("*running_mean", "*running_var", "*num_batches_tracked")
 """Patterns of names that normalisation layers keep: permuted with the rest, but no evidence of which units match."""
+
+
+def as_state_dict(network: Network) -> Mapping[str, Any]:
+    """A module's state dict, or a state dict as it is; sharded tensors gathered, and offloaded ones fetched."""
+    return gathered_state(own_state(network))
+
+
+def own_state(network: Network) -> Mapping[str, Any]:
+    """A module's state dict, or a state dict as it is; offloaded tensors fetched, and sharded ones in their parts."""
+    return module_state(network) if isinstance(network, nn.Module) else network
+
+
+def is_continuous(tensor: Tensor) -> bool:
+    """Whether a tensor holds real or complex numbers, not integers or booleans."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def as_real(tensor: Tensor) -> Tensor:
+    """A complex tensor with one more dimension at the end, of its real and imaginary parts; any other as it is.
+
+    The inner product of two such tensors is Re<a, conj(b)> of the complex ones.
+    """
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def check_same_keys(a: Mapping[str, Any], b: Mapping[str, Any], names: tuple[str, str] = ("a", "b")) -> None:
+    """Refuse two state dicts of different keys, shapes or kinds, naming the first difference."""
+    name_a, name_b = names
+    for key, x in a.items():
+        if key not in b:
+            raise MismatchError(f"{key!r} is in {name_a} but not in {name_b}{_prefix_hint(key, b)}")
+        y = b[key]
+        if not isinstance(x, Tensor) or not isinstance(y, Tensor):
+            continue
+        if x.shape != y.shape:
+            raise MismatchError(f"{key!r} has shape {tuple(x.shape)} in {name_a} but {tuple(y.shape)} in {name_b}")
+        if is_continuous(x) != is_continuous(y):
+            raise MismatchError(
+                f"{key!r} is {x.dtype} in {name_a} but {y.dtype} in {name_b}: one is an integer and one is not"
+            )
+        for side, tensor in ((name_a, x), (name_b, y)):
+            if tensor.is_meta:
+                raise MismatchError(f"{key!r} in {side} is on the meta device, without values: load the weights first")
+            if tensor.is_quantized:
+                raise MismatchError(f"{key!r} in {side} is quantised: dequantise the network first")
+    for key in b:
+        if key not in a:
+            raise MismatchError(f"{key!r} is in {name_b} but not in {name_a}{_prefix_hint(key, a)}")
+
+
+def _prefix_hint(name: str, state: Mapping[str, Any]) -> str:
+    for key in state:
+        if key.endswith("." + name):
+            return f", which has {key!r}: strip the prefix {key[: -len(name)]!r}"
+        if name.endswith("." + key):
+            return f", which has {key!r}: strip the prefix {name[: -len(key)]!r}"
+    return ""
+
+
+def require_finite(part: Tensor, name: str, whose: str, advice: str, whole: Tensor | None = None) -> None:
+    """Raise NonFiniteError where a tensor holds NaN or infinity.
+
+    Args:
+        part: what to look at.
+        name, whose: what it is called, and in which network.
+        advice: the end of the message: what to do about it.
+        whole: the tensor of which ``part`` is one, to count in.
+    """
+    # A finite sum needs one pass and no second tensor; only a sum that is not finite is worth looking into.
+    if not bool(torch.isfinite(part.sum())) and not bool(torch.isfinite(part).all()):
+        whole = part if whole is None else whole
+        bad = int((~torch.isfinite(whole)).sum())
+        raise NonFiniteError(
+            f"{name!r} of {whose} holds NaN or infinity in {bad} of its {whole.numel()} elements{advice}"
+        )

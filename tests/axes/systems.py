@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 from hypothesis import strategies as st
 
-from permgraph.algebra.store import Axes, Axis, Index, Kind, Pinned
-from permgraph.rules.call import loose_families
+from permgraph.algebra import Axes, Axis, Index, Kind, Pinned
+from permgraph.rules.typed_tensor import loose_families
 
 Perm = tuple[int, ...]
 Element = tuple[Perm, ...]
@@ -123,7 +123,7 @@ class Solved:
 
     def impose(self, constraints: Sequence[Constraint]) -> None:
         for number, constraint in enumerate(constraints):
-            self.axes.begin(number)
+            self.axes.start_node(number)
             constraint.impose(self.axes, self.slots, self.indices.setdefault(constraint, Index()))
 
     def text(self) -> str:

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from permgraph.algebra.store import Axes, Kind, Pinned
+from permgraph.algebra import Axes, Index, Kind, Pinned
+from permgraph.algebra.limits import MAX_DEPTH, TOO_INTRICATE
 from permgraph.errors import ConflictError
 from tests.axes.systems import Constraint, Join, Pin, Slice, Tie, View, brute_force, solve, systems
 
@@ -138,12 +139,12 @@ def test_an_axis_of_families_may_be_one_of_its_members() -> None:
 
 def test_what_was_cut_is_made_cut_the_next_time() -> None:
     first = Axes()
-    first.begin(7)
+    first.start_node(7)
     whole = first.atom(12)
     three, four = first.split(whole, [3, 4])
     first.slice(three, 0, 1)
     second = Axes(first.cuts_seen())
-    second.begin(7)
+    second.start_node(7)
     rows, columns = second.split(second.atom(12), [3, 4])
     assert [part.size for part in second.parts(rows)] == [1, 2]
     assert columns.kind is Kind.FAMILY
@@ -168,3 +169,42 @@ def test_a_pin_keeps_its_first_reason() -> None:
     axes.pin(atom, Pinned("the second", 4))
     two, three = axes.split(atom, [2, 3])
     assert two.pinned == three.pinned == Pinned("the first", 3)
+
+
+@pytest.mark.parametrize("size", [MAX_DEPTH - 4, 4 * MAX_DEPTH])
+def test_a_shifted_copy_is_followed_up_to_a_depth_and_pinned_beyond(size: int) -> None:
+    axes = Axes()
+    for _ in range(2):  # the first leaves nothing behind that would hold the second back
+        atom = axes.atom(size)
+        axes.unify(axes.sum([axes.one, atom], Index()), axes.sum([atom, axes.one], Index()))
+        assert axes.still(atom)
+        reasons = {a.pinned.reason for a in axes.atoms(atom) if a.pinned is not None}
+        assert reasons == (set() if size < MAX_DEPTH else {TOO_INTRICATE})
+
+
+def test_an_empty_slice_is_always_the_same_and_changes_nothing() -> None:
+    axes = Axes()
+    atom = axes.atom(6)
+    empty, restriction = axes.slice(atom, 2, 2)
+    assert empty is axes.slice(axes.atom(4), 0, 0)[0] is axes.atom(0) is axes.product([empty, atom])
+    assert axes.sum([empty, atom, empty]) is atom
+    before = axes.changes
+    axes.unify(empty, axes.atom(0))
+    zero, three = axes.split(empty, [0, 3])
+    assert (restriction, zero, three.size, three.pinned) == ({}, empty, 3, None)
+    assert axes.split(empty, [0, 3])[1] is three
+    assert axes.changes == before
+
+
+def test_no_new_cuts_leaves_the_old_ones() -> None:
+    """The query, key and value of a fused projection stay three where something else is cut at ever new places."""
+    axes = Axes()
+    three, elsewhere = axes.sum([axes.one] * 3), axes.atom(6)
+    assert three.index is not None
+    channels = axes.family(three.index, [axes.atom(5) for _ in range(3)])
+    axes.may_cut = False
+    _, restriction = axes.slice(three, 1, 2)
+    assert axes.restrict(channels, restriction) is channels.children[1]
+    assert [part.size for part in axes.parts(three)] == [1, 1, 1]
+    axes.slice(elsewhere, 1, 2)
+    assert elsewhere.pinned is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -12,13 +13,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from permgraph.algebra.store import Axes, Axis
+from permgraph.algebra import Axes, Axis
+from permgraph.algebra.limits import MAX_NESTING, TOO_INTRICATE
 from permgraph.capture import capture
 from permgraph.capture.environment import gc_paused
 from permgraph.capture.schema import signature
 from permgraph.errors import ConflictError
-from permgraph.inference.fixpoint import solve
-from permgraph.rules.call import Call, TypedTensor, matching_dims
+from permgraph.inference.auto_spec import solve, spec_of
+from permgraph.rules.call import Call
+from permgraph.rules.typed_tensor import TypedTensor, matching_dims
+from permgraph.spec.json import to_json
 
 SIZES = st.lists(st.integers(1, 6), min_size=1, max_size=5)
 
@@ -90,3 +94,31 @@ def test_a_solution_goes_when_nobody_holds_it() -> None:
 
 def _made() -> int:
     return sum(type(thing) in (Axis, Axes, Call, TypedTensor) for thing in gc.get_objects())
+
+
+class Nested(nn.Module):
+    """Each layer's result is put behind all that was there before, so that types are as deep as there are layers."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(3 + i, 1) for i in range(layers))
+        self.last = nn.Linear(3 + layers, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = torch.cat([x, layer(x).relu()], -1)
+        return self.last(x)
+
+
+@pytest.mark.parametrize("layers", [40, 250])
+def test_the_depth_of_the_callers_stack_does_not_matter(layers: int) -> None:
+    captured = capture(nn.Sequential(nn.Linear(2, 3), Nested(layers)), (torch.zeros(1, 2),))
+
+    def deeper(frames: int) -> str:
+        return deeper(frames - 1) if frames else str(to_json(spec_of(captured)))
+
+    here = deeper(0)
+    assert deeper(500) == here
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(deeper, 0).result() == here
+    assert (TOO_INTRICATE in here) == (layers > MAX_NESTING)

@@ -13,6 +13,7 @@ import permgraph as pg
 from permgraph.capture import capture
 from permgraph.inference import fixpoint as solving
 from permgraph.inference.auto_spec import spec_of
+from permgraph.inference.operators import Operators
 from permgraph.inference.predicted_cuts import foreseen_cuts
 from permgraph.spec.json import to_json
 from tests.groups.random_models import RandomNetwork
@@ -25,16 +26,17 @@ def runs_and_spec(captured: pg.capture.Captured, monkeypatch: pytest.MonkeyPatch
     """How often the rules were run over the graph, and the spec that came of it."""
     count = 0
 
-    class Counted(solving._Run):
-        def until_stable(self) -> None:
-            nonlocal count
-            count += 1
-            super().until_stable()
+    original = solving.type_graph
+
+    def counted(*args: Any) -> Any:
+        nonlocal count
+        count += 1
+        return original(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(solving, "_Run", Counted)
+        patch.setattr(solving, "type_graph", counted)
         if not foresee:
-            patch.setattr(solving, "foreseen_cuts", lambda nodes: {})
+            patch.setattr(solving, "foreseen_cuts", lambda nodes, operators: {})
         spec = spec_of(captured)
     return count, to_json(spec)
 
@@ -86,7 +88,7 @@ def test_parts_of_a_parameter_are_foreseen() -> None:
     captured = capture(Net(forward, w=par(14, 8)), (X,))
     (weight,) = captured.placeholders("parameter")
     number = list(captured.graph.nodes).index(weight)
-    assert foreseen_cuts(list(captured.graph.nodes)) == {("placeholder", number, 0): (8,)}
+    assert foreseen_cuts(list(captured.graph.nodes), Operators()) == {("placeholder", number, 0): (8,)}
 
 
 def test_of_two_views_alike_none_is_named() -> None:
@@ -97,5 +99,5 @@ def test_of_two_views_alike_none_is_named() -> None:
         return outer.view(2, 4, 2, 4)[0, :, 1]
 
     captured = capture(Net(forward, w=nn.Parameter(torch.zeros(8, 8))), (X,))
-    named = [key for key in foreseen_cuts(list(captured.graph.nodes)) if key[0] != "placeholder"]
+    named = [key for key in foreseen_cuts(list(captured.graph.nodes), Operators()) if key[0] != "placeholder"]
     assert named == []

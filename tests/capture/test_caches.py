@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import permgraph as pg
-from permgraph.capture.caches import caches_emptied, function_caches
+from permgraph.capture.python_state import function_caches, python_state_restored
 
 
 @functools.lru_cache(maxsize=4)
@@ -62,7 +62,7 @@ def test_nothing_is_left_in_them() -> None:
     model = Placed()
     model(torch.zeros(5))
     assert positions.cache_info().currsize == 1
-    with caches_emptied([model]):
+    with python_state_restored([model]):
         assert all(cache.cache_info().currsize == 0 for cache in function_caches([model]))
         model(torch.zeros(5))
         assert all(cache.cache_info().currsize == 1 for cache in function_caches([model]))

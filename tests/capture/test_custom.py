@@ -9,8 +9,11 @@ from __future__ import annotations
 import collections
 import dataclasses
 import importlib.util
+import math
+import pickle
 import threading
 import time
+import types
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +23,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import permgraph as pg
 from permgraph.capture import capture
@@ -269,7 +273,7 @@ def test_what_returns_no_tensor_is_refused() -> None:
         def forward(self, x: Tensor) -> Iterator[Tensor]:
             yield super().forward(x)
 
-    with pytest.raises(CaptureError, match="returned no tensor, but a generator"):
+    with pytest.raises(CaptureError, match="returns a generator, whose tensors can be read only once"):
         pg.auto_spec(Lazy(), (X,))
 
 
@@ -361,14 +365,16 @@ def test_flex_attention() -> None:
     class Flex(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.qkv, self.out = nn.Linear(3, 30), nn.Linear(10, 2)
+            self.qkv, self.out = nn.Linear(3, 24), nn.Linear(8, 2)
 
         def forward(self, x: Tensor) -> Tensor:
-            q, k, v = self.qkv(x).view(2, 5, 3, 2, 5).permute(2, 0, 3, 1, 4)
+            q, k, v = self.qkv(x).view(2, 5, 3, 2, 4).permute(2, 0, 3, 1, 4)
             mixed = flex_attention(q, k, v, score_mod=lambda score, b, h, i, j: score + (i - j) * 0.1)
             return self.out(mixed.transpose(1, 2).flatten(2))
 
-    assert sizes(Flex(), (T,)) == [2, 5, 5]
+    # Older versions lay the result out with `as_strided`, which pins the heads and the values' channels.
+    newer = hasattr(TorchDispatchMode, "supports_higher_order_operators")
+    assert sizes(Flex(), (T,)) == ([2, 4, 4] if newer else [4])
 
 
 # -- wrappers -----------------------------------------------------------------------------------------------------
@@ -618,3 +624,67 @@ def test_a_pass_without_end_stops() -> None:
     with pytest.raises(CaptureError, match="longer than max_seconds=0.2"):
         capture(Endless(), (X,), max_seconds=0.2)
     assert time.monotonic() - started < 30
+
+
+READS_MEMORY = {
+    "apply_": lambda h: h.apply_(lambda value: 2 * value),
+    "apply_ unbound": lambda h: torch.Tensor.apply_(h, lambda value: 2 * value),
+    "map_": lambda h: h.map_(h.clone(), lambda a, b: a + b),
+    "map2_": lambda h: h.map2_(h.clone(), h.clone(), lambda a, b, c: a + b + c),
+    "dlpack": lambda h: torch.from_dlpack(h) + 1,
+    "pickle": lambda h: pickle.loads(pickle.dumps(h)),
+}
+
+
+@pytest.mark.parametrize("name", READS_MEMORY)
+def test_what_reads_memory_is_run_on_real_tensors(name: str) -> None:
+    """On fake ones it would end the process."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 6), nn.Linear(6, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.last(READS_MEMORY[name](self.first(x).detach().clone()))
+
+    model, inputs = Model(), (torch.randn(4, 3),)
+    assert pg.capture(model, inputs).mode == "real"
+    assert pg.verify(model, example_inputs=inputs)
+
+
+class RaisesOnEveryAttribute:
+    """What a package puts in the place of an extension that is not installed."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise ImportError(f"the extension is not installed ({name})")
+
+
+EXTENSION = RaisesOnEveryAttribute()
+TABLE = {"extension": RaisesOnEveryAttribute()}
+
+
+@pytest.mark.parametrize("where", ["global", "attribute", "config", "default"])
+def test_objects_that_raise_on_every_attribute(where: str) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 16), nn.Linear(16, 3)
+            if where == "attribute":
+                self.extension = RaisesOnEveryAttribute()
+            if where == "config":
+                self.config = types.SimpleNamespace(use_cache=True, extension=RaisesOnEveryAttribute())
+
+        def forward(self, x: torch.Tensor, fast: Any = EXTENSION if where == "default" else None) -> torch.Tensor:
+            if x.is_cuda:
+                return EXTENSION.run(x, TABLE, fast)
+            return self.last(torch.relu(self.first(x)))
+
+    assert pg.auto_spec(Model()).log_order() == pytest.approx(math.lgamma(17))
+
+
+def test_inputs_that_do_not_fit_raise_a_public_error() -> None:
+    with pytest.raises(pg.errors.CaptureError) as caught:
+        pg.auto_spec(nn.Linear(3, 4), (torch.zeros(2, 5),))
+    assert type(caught.value) is pg.errors.CaptureError
+    assert "does not run on the inputs given" in str(caught.value)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -208,3 +209,26 @@ def test_a_module_without_a_forward_is_refused_at_once():
 
     with pytest.raises(CaptureError, match=r"Holder has no forward of its own: take one of its parts \(text, image\)"):
         capture(Holder())
+
+
+def test_a_layer_whose_width_is_a_number_of_numpys() -> None:
+    model = nn.Sequential(nn.Linear(np.prod([2, 3]), 16), nn.ReLU(), nn.Linear(16, 3))
+    assert shapes(model) == [(2, 6)]
+
+
+@pytest.mark.parametrize("name", ["inputs", "input_values", "pixel_values", "tokens"])
+def test_a_name_that_says_something_else_here(name: str) -> None:
+    """Where nothing that the argument's name stands for fits, the layers are asked as for any other name."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Conv1d(5, 8, 3), nn.Linear(8, 4)
+
+        def run(self, x: Tensor) -> Tensor:
+            return self.last(torch.relu(self.first(x)).mean(2))
+
+    scope: dict[str, Any] = {}
+    exec(f"def forward(self, {name}):\n    return self.run({name})", scope)
+    Model.forward = scope["forward"]
+    assert [shape[:2] for shape in shapes(Model())] == [(2, 5)]

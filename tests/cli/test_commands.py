@@ -17,6 +17,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import permgraph as pg
+from permgraph.cli import models, options
 from permgraph.cli.app import app
 from permgraph.cli.models import spec_of
 from tests.cli.networks import Net, Normed, Waves, loader
@@ -361,7 +362,7 @@ def test_files_that_cannot_be_written_are_refused_before_any_work(
     def work(*arguments: object) -> None:
         raise AssertionError("it should have been refused")
 
-    for module in ("structure", "work"):
+    for module in ("models", "matching_run"):
         monkeypatch.setattr(f"permgraph.cli.{module}.spec_of", work)
     ending = ".safetensors" if command[0] == "align" else ".json"
     Path(f"folder{ending}").mkdir()
@@ -454,11 +455,25 @@ def test_merge_speaks_of_batchnorm_and_of_counters(run: Run) -> None:
 
 @pytest.mark.parametrize(
     ("weights", "said"),
-    [("1", "give 2 numbers"), ("a,b", "give numbers"), ("0.5,0.6", "sum to 1.1"), ("0,0", "positive")],
+    [
+        ("1", "1 numbers for 2 networks"),
+        ("a,b", "give numbers"),
+        ("1.5,-0.5", "not negative"),
+        ("0.5,inf", "finite"),
+        ("0,0", "all 0"),
+    ],
 )
 def test_merge_refuses_odd_weights(run: Run, pair: Any, weights: str, said: str) -> None:
     args = ("merge", "a.safetensors", "b.safetensors", "-m", NET, "-o", "m.safetensors", "--weights", weights)
     assert said in run(*args, code=2).stderr
+
+
+def test_merge_scales_weights_as_the_library_does(run: Run, pair: Any) -> None:
+    run("merge", "a.safetensors", "b.safetensors", "-m", NET, "-o", "m.safetensors", "--no-align", "--weights", "1,3")
+    states = [load_file(name) for name in ("a.safetensors", "b.safetensors")]
+    merged = load_file("m.safetensors")
+    for name, tensor in states[0].items():
+        torch.testing.assert_close(merged[name], 0.25 * tensor + 0.75 * states[1][name])
 
 
 def test_merge_takes_two_or_more(run: Run, pair: Any) -> None:
@@ -542,3 +557,36 @@ def test_the_library_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     a = nn.Linear(3, 4)
     pg.auto_spec(nn.Sequential(a, nn.ReLU(), nn.Linear(4, 2)))
     assert capsys.readouterr() == ("", "")
+
+
+# --- what is declined is said -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError("an operator is absent"), "\npermgraph: timm cannot be imported: an operator is absent\n"),
+        (ModuleNotFoundError(), ""),
+    ],
+)
+def test_completion_says_what_is_wrong_with_a_package(
+    error: Exception, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(name: str) -> Any:
+        raise error
+
+    monkeypatch.setattr(options.importlib, "import_module", fail)
+    assert options.complete_model("timm:resnet") == []
+    assert capsys.readouterr().err == said
+
+
+def test_a_constructor_that_needs_values_is_built_on_the_cpu_and_the_log_says_why(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "model.py").write_text(
+        "import torch\ndef make():\n    width = int(torch.tensor([3]).sum())\n    return torch.nn.Linear(width, 2)\n"
+    )
+    with caplog.at_level("INFO", "permgraph.cli.models"):
+        built = models.build(f"{tmp_path / 'model.py'}:make")
+    assert built.weight.device.type == "cpu"
+    assert "cannot be built on meta" in caplog.text

@@ -95,7 +95,7 @@ def test_a_run_with_data_goes_on_where_it_stopped(pair: dict[str, torch.Tensor],
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("permgraph.cli.align.write_checkpoint", stops)
+        patch.setattr("permgraph.io.write_checkpoint", stops)
         assert "goes on where" in align(*args, code=130).stderr
     with monkeypatch.context() as patch:
         patch.setattr(ActivationMatching, "match", stops)  # what was matched is kept
@@ -104,7 +104,7 @@ def test_a_run_with_data_goes_on_where_it_stopped(pair: dict[str, torch.Tensor],
     # Other data are another job.
     Path("c.safetensors").unlink()
     with monkeypatch.context() as patch:
-        patch.setattr("permgraph.cli.align.write_checkpoint", stops)
+        patch.setattr("permgraph.io.write_checkpoint", stops)
         align(*args, code=130)
     assert "going on" not in align(*args, "--limit", 10).stderr
 

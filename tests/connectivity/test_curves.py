@@ -14,7 +14,8 @@ from torch import nn
 from permgraph.connectivity import Curve, evaluate_on, fit_aligned_curve, fit_curve, recalibrate_batchnorm
 from permgraph.connectivity.barriers import barrier
 from permgraph.errors import EvaluationError, MismatchError, NonFiniteError
-from permgraph.matching import align, step
+from permgraph.matching import align
+from permgraph.matching.ascent import step
 from permgraph.networks.descend import falling
 from permgraph.spec import PermutationSpec
 from permgraph.spec.permutation import Permutation
@@ -91,8 +92,8 @@ def test_training_lowers_the_barrier(shape: str, bends: int) -> None:
 def test_going_on_from_a_curve() -> None:
     a, b = trained(0), trained(1)
     curve = fit_curve(a, b, LOADER, epochs=60)
-    assert fit_curve(a, b, LOADER, start=curve, epochs=1).history[0] < fit_curve(a, b, LOADER, epochs=1).history[0]
-    kept = fit_curve(a, b, LOADER, start=curve, epochs=0)
+    assert fit_curve(a, b, LOADER, init=curve, epochs=1).history[0] < fit_curve(a, b, LOADER, epochs=1).history[0]
+    kept = fit_curve(a, b, LOADER, init=curve, epochs=0)
     assert all(torch.equal(kept(0.5)[name], tensor) for name, tensor in curve(0.5).items())
 
 
@@ -243,7 +244,7 @@ def test_refusals() -> None:
         fit_curve(a.state_dict(), b.state_dict(), LOADER)
     with pytest.raises(MismatchError):
         fit_curve(a, nn.Linear(2, 2).eval(), LOADER)
-    with pytest.raises(NonFiniteError, match="loss on the path became nan"):
+    with pytest.raises(NonFiniteError, match="loss on the path is nan"):
         fit_curve(a, b, LOADER, loss=lambda output, target: output.sum() * math.nan)
     with pytest.raises(EvaluationError, match="runs from 0 to 1"):
         Curve.straight(a, b)(1.5)

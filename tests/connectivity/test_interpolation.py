@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from permgraph.connectivity import interpolate
-from permgraph.errors import MismatchError
+from permgraph.errors import EvaluationError, MismatchError
 
 
 def _state(seed: int, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
@@ -103,5 +103,5 @@ def test_what_does_not_fit_is_named() -> None:
         interpolate(a, {**a, "weight": torch.zeros(5, 3, dtype=torch.int64)}, 0.5)
     with pytest.raises(MismatchError, match="'weight' in b is on the meta device"):
         interpolate(a, {**a, "weight": torch.zeros(5, 3, device="meta")}, 0.5)
-    with pytest.raises(ValueError, match="t must be finite"):
+    with pytest.raises(EvaluationError, match="t must be finite"):
         interpolate(a, a, float("nan"))

@@ -327,3 +327,36 @@ def test_results_in_slots_are_results() -> None:
         return m.b(hidden), Slotted(hidden, m.b(hidden))
 
     assert not pg.auto_spec(Net(forward, a=lin(5, 6), b=lin(6, 2)), (X,)).moving
+
+
+class OneStep(nn.Module):
+    """A recurrent layer by hand, whose first state goes through something before it meets its weight."""
+
+    def __init__(self, through: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.embed, self.again, self.head = nn.Linear(3, 6), nn.Linear(6, 6, bias=False), nn.Linear(6, 2)
+        self.through = through
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = x.new_zeros(x.shape[1], 6)
+        for step in x:
+            state = torch.tanh(self.embed(step) + self.again(self.through(state)))
+        return self.head(state)  # type: ignore[no-any-return]
+
+
+ZERO_AT_ZERO: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": lambda h: h.relu(),
+    "tanh": lambda h: h.tanh(),
+    "negated": lambda h: -h,
+    "turned": lambda h: torch.cat(h.chunk(2, -1)[::-1], -1),
+    "stacked": lambda h: torch.stack([h, h]).mean(0),
+    "resampled": lambda h: nn.functional.interpolate(h[:, None], scale_factor=1.0)[:, 0],
+    "pooled": lambda h: nn.functional.max_pool1d(h, 1),
+}
+
+
+@pytest.mark.parametrize("through", ZERO_AT_ZERO.values(), ids=ZERO_AT_ZERO)
+def test_zeros_are_followed_to_the_weight_that_meets_only_them(through: Callable[[Tensor], Tensor]) -> None:
+    torch.manual_seed(0)
+    error, spec = error_of(OneStep(through), torch.randn(1, 2, 3), torch.randn(1, 2, 3), torch.randn(4, 2, 3))
+    assert error < 1e-9, spec

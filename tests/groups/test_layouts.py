@@ -10,6 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import permgraph as pg
+from permgraph.algebra.limits import RESTLESS
+from permgraph.inference import fixpoint
 from tests.groups.test_table import check, heads, s
 
 CASES: dict[str, Callable[[], tuple[nn.Module, tuple[Any, ...], float]]] = {}
@@ -417,6 +420,48 @@ def three_levels() -> Any:
     return Net(forward, up=lin(7, 24), down=lin(24, 7)), X, s(2) + 2 * s(3) + 6 * s(4)
 
 
+@case
+def nothing_of_the_past() -> Any:
+    """A cache that is empty on the first step is put before the projection's result."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.qkv(x)
+        y = torch.cat([y[:, :0], y], 1)
+        return m.o(_attend(*y.unflatten(-1, (3, H, D)).unbind(2)))
+
+    return Net(forward, qkv=lin(7, 3 * H * D), o=lin(H * D, 7)), X, heads(H, D)
+
+
+@case
+def no_heads_of_the_second_kind() -> Any:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        q, k, v = m.qkv(x).unflatten(-1, (3, H, D)).unbind(2)
+        q, k, v = (torch.cat([t[:, :, :H], t[:, :, H:].tanh()], 2) for t in (q, k, v))
+        return m.o(_attend(q, k, v))
+
+    return Net(forward, qkv=lin(7, 3 * H * D), o=lin(H * D, 7)), X, heads(H, D)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_group_is_exact_and_proven(name: str) -> None:
     check(*CASES[name]())
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_types_that_are_made_anew_in_each_visit_come_to_rest(hidden: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups of 8 and of 12 of the same channels: what is pinned of them loses its cuts, and is cut again.
+
+    With `hidden`, that it is the same each time is seen only after more visits than are made: what changes is pinned.
+    """
+    if hidden:
+        monkeypatch.setattr(fixpoint, "SAME_VISITS", 3 * fixpoint.MAX_VISITS)
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.o(m.norm(torch.cat([m.inner(m.b(x)), m.a(x)], 1)).relu())
+
+    net = Net(forward, a=nn.Conv2d(3, 32, 1), b=nn.Conv2d(3, 64, 1), inner=nn.GroupNorm(8, 64),
+              norm=nn.GroupNorm(8, 96), o=nn.Conv2d(96, 3, 1))  # fmt: skip
+    x = (torch.randn(2, 3, 4, 4),)
+    spec = pg.auto_spec(net, x)
+    assert (RESTLESS in {pin.reason for pin in spec.pins}) == hidden
+    assert hidden or (spec.moving and pg.verify(net, spec, x).passed)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import permgraph as pg
-from permgraph.verification.model import in_double_precision
+from permgraph.verification.double_precision import in_double_precision
 from tests.groups.random_programs import STEPS, RandomProgram
 
 QUICK = range(20)

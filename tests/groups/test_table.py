@@ -78,8 +78,7 @@ def group_norm() -> Any:
 
 @row
 def resnext50() -> Any:
-    import torchvision
-
+    torchvision = pytest.importorskip("torchvision")
     model = torchvision.models.resnext50_32x4d(num_classes=5)
     expected = s(64)  # the stem
     for stage, (blocks, width) in enumerate(((3, 4), (4, 8), (6, 16), (3, 32))):
@@ -90,8 +89,7 @@ def resnext50() -> Any:
 
 @row
 def regnet_y_400mf() -> Any:
-    import torchvision
-
+    torchvision = pytest.importorskip("torchvision")
     model = torchvision.models.regnet_y_400mf(num_classes=5)
     expected, before = s(32), 32  # the stem
     for blocks, width in ((1, 48), (3, 104), (6, 208), (6, 440)):
@@ -266,24 +264,16 @@ def transformer() -> Any:
 
 @row
 def torchvision_vit() -> Any:
-    from torchvision.models import VisionTransformer
-
-    model = VisionTransformer(32, 8, 2, 4, 24, 11, num_classes=5)
+    model = pytest.importorskip("torchvision.models").VisionTransformer(32, 8, 2, 4, 24, 11, num_classes=5)
     return model, (torch.randn(2, 3, 32, 32),), s(24) + 2 * (heads(4, 6) + s(11))
 
 
 def _swin(block: Any) -> Any:
-    from torchvision.models.swin_transformer import (
-        PatchMerging,
-        PatchMergingV2,
-        SwinTransformer,
-        SwinTransformerBlockV2,
-    )
-
+    swin = pytest.importorskip("torchvision.models.swin_transformer")
     two = block == "v2"
-    model = SwinTransformer(
-        [4, 4], 12, [2, 2], [2, 4], [4, 4], num_classes=5, **(dict(block=SwinTransformerBlockV2) if two else {}),
-        downsample_layer=PatchMergingV2 if two else PatchMerging,
+    model = swin.SwinTransformer(
+        [4, 4], 12, [2, 2], [2, 4], [4, 4], num_classes=5, **(dict(block=swin.SwinTransformerBlockV2) if two else {}),
+        downsample_layer=swin.PatchMergingV2 if two else swin.PatchMerging,
     )  # fmt: skip
     # each stage a stream, and in each block heads (a relative bias for each) and a hidden layer of four times the width
     expected = s(12) + 2 * (heads(2, 6) + s(48)) + s(24) + 2 * (heads(4, 6) + s(96))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import os
 import pickle
+import random
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +20,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from permgraph.errors import CheckpointError
 from permgraph.io import Staging, open_checkpoint, write_checkpoint
+from permgraph.io.distributed_folder import _Chunk, _overlap
 
 STATE = {
     "weight": torch.arange(12.0).reshape(4, 3),
@@ -190,3 +194,36 @@ def test_damaged_parts(folder: Path) -> None:
     checkpoint = open_checkpoint(folder)
     with pytest.raises(CheckpointError, match="damaged or unsafe"):
         dict(checkpoint)
+
+
+def parts_of(shape: tuple[int, ...], cuts: tuple[int, ...]) -> list[_Chunk]:
+    """A tensor cut into a grid of parts."""
+    steps = [size // cut for size, cut in zip(shape, cuts, strict=True)]
+    places = itertools.product(*(range(cut) for cut in cuts))
+    starts = [tuple(at * step for at, step in zip(place, steps, strict=True)) for place in places]
+    return [_Chunk(start, tuple(steps), Path(), 0, 0) for start in starts]
+
+
+@pytest.mark.parametrize("cuts", [(64, 1), (1, 64), (8, 8), (64, 64)])
+def test_parts_that_lie_side_by_side(cuts: tuple[int, int]) -> None:
+    parts = parts_of((64, 64), cuts)
+    random.Random(0).shuffle(parts)
+    assert not _overlap(parts)
+    assert _overlap([*parts, parts[17]])
+    assert _overlap([*parts, dataclasses.replace(parts[17], shape=tuple(n + 1 for n in parts[17].shape))])
+
+
+def test_empty_parts_and_numbers_lie_nowhere() -> None:
+    part = _Chunk((0, 0), (4, 4), Path(), 0, 0)
+    assert not _overlap([part, dataclasses.replace(part, shape=(0, 4))])
+    number = _Chunk((), (), Path(), 0, 0)
+    assert not _overlap([number])
+    assert _overlap([number, number])
+
+
+def test_many_parts_are_not_compared_each_with_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared = []
+    overlaps = _Chunk.overlaps
+    monkeypatch.setattr(_Chunk, "overlaps", lambda self, other: compared.append(1) or overlaps(self, other))
+    assert not _overlap(parts_of((1024, 8), (1024, 1)))
+    assert len(compared) < 1024

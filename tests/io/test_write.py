@@ -9,6 +9,7 @@ import weakref
 from collections import namedtuple
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from permgraph.errors import CheckpointError
 from permgraph.io import Staging, open_checkpoint, write_checkpoint
+from permgraph.io import staging as module_of_staging
 from permgraph.io import write as module
 from permgraph.io.safetensors_file import write_safetensors
 from permgraph.io.tensors import TensorFormat
@@ -164,6 +166,75 @@ def test_two_runs_at_once(tmp_path: Path) -> None:
     pytest.importorskip("fcntl")
     with Staging(tmp_path / "out", JOB), pytest.raises(CheckpointError, match="another run is writing"):
         Staging(tmp_path / "out", JOB).__enter__()
+
+
+def test_a_run_that_ends_while_another_takes_its_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second one opens a lock that the first one removes: it must not believe that it holds the new one's."""
+    pytest.importorskip("fcntl")
+    target = tmp_path / "out.txt"
+    first = Staging(target, JOB).__enter__()
+    first.make("out.txt", lambda file: file.write(b"first") and None)
+    real, opened = module_of_staging._locked, []
+
+    def locked(file: Any) -> bool:
+        opened.append(file)
+        if len(opened) == 1:  # now, between opening and locking
+            first.finish("out.txt")
+            first.__exit__(None, None, None)
+            with monkeypatch.context() as patch:
+                patch.setattr(module_of_staging, "_locked", real)
+                third.append(Staging(target, JOB, overwrite=True).__enter__())
+        return real(file)
+
+    third: list[Staging] = []
+    monkeypatch.setattr(module_of_staging, "_locked", locked)
+    with pytest.raises(CheckpointError, match="another run is writing"):
+        Staging(target, JOB, overwrite=True).__enter__()
+    third[0].__exit__(None, None, None)
+    assert target.read_bytes() == b"first"
+
+
+def test_the_journal_is_read_once_nobody_else_writes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What another run finishes until it lets go of the lock is known."""
+    pytest.importorskip("fcntl")
+    first = Staging(tmp_path / "out", JOB).__enter__()
+    second, take = Staging(tmp_path / "out", JOB), Staging._take_lock
+
+    def take_when_the_first_ends(self: Staging) -> None:
+        first.make("a.txt", lambda file: file.write(b"a") and None)
+        first.__exit__(None, None, None)
+        take(self)
+
+    monkeypatch.setattr(Staging, "_take_lock", take_when_the_first_ends)
+    with second:
+        assert list(second.finished) == ["a.txt"]
+
+
+@pytest.mark.parametrize("again", [JOB, {"what": "another"}])
+def test_a_folder_that_was_moved_aside_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: Any) -> None:
+    """A run killed between the two renames leaves no folder; the next run has the old one, and replaces that."""
+    source(tmp_path / "a")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old.txt").write_text("old")
+    replace = os.replace
+
+    class Killed(BaseException):
+        pass
+
+    def killed(source_: Path, target: Path) -> None:
+        if Path(target) == tmp_path / "out":
+            raise Killed
+        replace(source_, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        with pytest.raises(Killed):
+            write(tmp_path / "a", tmp_path / "out", overwrite=True)
+    assert not (tmp_path / "out").exists()
+    with Staging(tmp_path / "out", again, overwrite=True):
+        assert (tmp_path / "out" / "old.txt").read_text() == "old"
+    write(tmp_path / "a", tmp_path / "out", overwrite=True)
+    assert "old.txt" not in contents(tmp_path / "out")
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[1]", "\xff"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -161,9 +161,9 @@ def every(spec: PermutationSpec) -> Iterator[Permutation]:
         yield Permutation(spec, dict(zip(spec.moving, chosen, strict=True)))
 
 
-def best_of_all(spec: PermutationSpec, a: State, b: State) -> float:
+def best_of_all(spec: PermutationSpec, a: State, b: State, objective: Callable[[State, State], float] = inner) -> float:
     """The best objective in the whole group, by trying every element."""
-    return max(inner(a, p.apply(b)) for p in every(spec))
+    return max(objective(a, p.apply(b)) for p in every(spec))
 
 
 #: Of nn.Sequential(nn.Linear(4, 7), nn.BatchNorm1d(7), nn.ReLU(), nn.Linear(7, 3)).

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 import permgraph
-from permgraph.errors import MismatchError, NonFiniteError, PermgraphError
+from permgraph.errors import EvaluationError, MismatchError, NonFiniteError, PermgraphError
 from permgraph.matching import ActivationMatching, WeightMatching, align
-from permgraph.matching.activation_matching import _Moments
+from permgraph.matching.moments import Moments
 from permgraph.matching.replay import Replay
 
 
@@ -64,7 +64,7 @@ def test_heads_and_the_channels_inside():
 def test_pearson_and_products_over_any_batches():
     x, y = torch.randn(5, 60, dtype=torch.float64) * 3 + 50, torch.randn(5, 60, dtype=torch.float64)
     y = y + x[[1, 0, 2, 4, 3]] * 0.1
-    moments = _Moments()
+    moments = Moments()
     for part in (slice(0, 1), slice(1, 20), slice(20, 60)):
         moments.add(x[:, part], y[:, part])
     expected = np.corrcoef(x.numpy(), y.numpy())[:5, 5:]
@@ -75,7 +75,7 @@ def test_pearson_and_products_over_any_batches():
 def test_a_unit_that_never_varies_correlates_with_none():
     x = torch.randn(3, 50)
     x[1] = 7.25
-    moments = _Moments()
+    moments = Moments()
     moments.add(x, x)
     correlation = moments.correlation("layer")
     assert torch.equal(correlation[1], torch.zeros(3, dtype=torch.float64))
@@ -143,9 +143,9 @@ def test_one_sample_at_a_time_is_enough():
 def test_what_it_refuses():
     a, b = convolutional(0), convolutional(1)
     spec = permgraph.auto_spec(a)
-    with pytest.raises(PermgraphError, match="yielded no batch"):
+    with pytest.raises(PermgraphError, match="gave no batch"):
         align(a, b, ActivationMatching([]), spec=spec)
-    with pytest.raises(MismatchError, match=r"cannot run on batch 2 of the loader, of shape \(4, 3, 8, 8\)"):
+    with pytest.raises(EvaluationError, match=r"cannot run on batch 2 of the loader, of shape \(4, 3, 8, 8\)"):
         align(a, b, ActivationMatching([IMAGES[0], torch.zeros(4, 3, 8, 8)]), spec=spec)
     with pytest.raises(MismatchError, match="give align\\(\\) modules"):
         align(a.state_dict(), b.state_dict(), ActivationMatching(IMAGES), spec=spec)
@@ -167,7 +167,7 @@ def test_begins_where_it_is_told_and_says_what_it_saw():
     a = convolutional(0)
     spec = permgraph.auto_spec(a)
     b, secret = renumbered(a, spec, 1)
-    fit = align(a, b, ActivationMatching(IMAGES, ascent=WeightMatching(init=secret)), spec=spec)
+    fit = align(a, b, ActivationMatching(IMAGES, matcher=WeightMatching(init=secret)), spec=spec)
     assert fit.permutation == secret
     assert fit.sweeps == 1
 
@@ -313,7 +313,7 @@ def test_networks_of_other_precision_and_wide_tensors():
 def test_refuses_bad_batches_however_it_looks(tensors):
     a, b = convolutional(0), convolutional(1)
     spec = permgraph.auto_spec(a)
-    with pytest.raises(PermgraphError, match="yielded no batch"):
+    with pytest.raises(PermgraphError, match="gave no batch"):
         align(a, b, ActivationMatching([], tensors=tensors), spec=spec)
     with pytest.raises(PermgraphError, match="max_units=0"):
         ActivationMatching(IMAGES, max_units=0, tensors=tensors)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -12,7 +14,8 @@ from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
 from permgraph.assignment import solve as assignment
-from permgraph.assignment.solve import assign, assign_limited, certify, prices_of
+from permgraph.assignment.certificate import certify, prices_of
+from permgraph.assignment.solve import assign, assign_limited
 from permgraph.errors import NonFiniteError, PermgraphError
 
 SOLVERS = ["auto", "scipy", "lapx", lambda cost: linear_sum_assignment(cost)[1]]
@@ -158,6 +161,23 @@ def test_empty():
     assert assign(np.zeros((2, 0, 0))).value.tolist() == [0.0, 0.0]
 
 
+def test_all_that_assigns_works_where_lapx_is_not_installed():
+    script = """
+import sys
+sys.modules["lap"] = None
+import numpy as np
+from permgraph.assignment import assign, assign_wide
+from permgraph.assignment import solve
+solve.CROWDED = 20
+cost = np.random.default_rng(0).standard_normal((40, 40)) + 9 * np.random.default_rng(1).standard_normal(40)
+for maximise in (False, True):
+    wide = assign_wide(cost, maximise=maximise)
+    assert wide.proven and abs(wide.value - assign(cost, maximise=maximise).value) < 1e-9
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_without_lapx(monkeypatch):
     monkeypatch.setattr(assignment, "lapjvr_batch", None)
     cost = costs(10, 40, 40)
@@ -203,7 +223,6 @@ def test_limited_moves_refuse_what_they_cannot_mean():
 @pytest.mark.parametrize("maximise", [False, True])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_rows_that_want_the_same_columns_are_priced_first(monkeypatch, maximise, dtype):
-    import permgraph.assignment.wide as wide
 
     cost = costs(3, assignment.CROWDED, assignment.CROWDED, kind="gram").astype(dtype)
     best = assign(cost, maximise=maximise, solver="lapx").value
@@ -215,7 +234,7 @@ def test_rows_that_want_the_same_columns_are_priced_first(monkeypatch, maximise,
         asked.append(len(matrix))
         return assignment.Assignment(np.arange(len(matrix)), np.zeros(()), 1.0)
 
-    monkeypatch.setattr(wide, "assign_wide", hopeless)
+    monkeypatch.setattr(assignment, "assign_wide", hopeless)
     assert assign(cost, maximise=maximise).value == pytest.approx(best, rel=1e-12)
     assign(costs(3, assignment.CROWDED, assignment.CROWDED))
     assert asked == [assignment.CROWDED]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 
 from permgraph.errors import MismatchError, NonFiniteError
-from permgraph.matching import FrankWolfe, Sinkhorn, WeightMatching
+from permgraph.matching import FrankWolfe, Sinkhorn, StreamedWeightMatching, WeightMatching
 from permgraph.matching.matcher import Matcher
+from permgraph.spec.permutation import Permutation
 from tests.matching.examples import SPECS, best_of_all, inner, planted, state
 
 MATCHERS = {
@@ -17,13 +19,15 @@ MATCHERS = {
     "weight matching, identity": WeightMatching(init="identity"),
     "weight matching, in order, no memory": WeightMatching(order="given", memory=0),
     "weight matching, cosine": WeightMatching(objective="cosine"),
+    "streamed weight matching": StreamedWeightMatching(),
+    "streamed weight matching, identity, no cache": StreamedWeightMatching(init="identity", cache=0),
     "Frank-Wolfe": FrankWolfe(),
     "Frank-Wolfe, identity": FrankWolfe(init="identity"),
     "Sinkhorn": Sinkhorn(steps=6, round_every=3),
 }
 """Every matcher that needs nothing but the two state dicts."""
 
-MONOTONE = [name for name in MATCHERS if name.startswith("weight matching")]
+MONOTONE = [name for name in MATCHERS if "weight matching" in name]
 
 TINY = {
     "one group": "w 4x3 h . | v 2x4 . h | groups: h 4",
@@ -124,6 +128,34 @@ def test_equals_brute_force_where_one_step_sees_everything(matcher, name):
             a = {n: t / (t.norm() * b[n].norm()) for n, t in a.items()}
         found = matcher.match(a, b, spec, seed)
         assert inner(a, found.permutation.apply(b)) == pytest.approx(best_of_all(spec, a, b), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_complex_weights_are_matched_by_the_real_part_of_their_inner_product(matcher, name):
+    """Which is what the distance of two networks depends on."""
+    spec = tiny(name)
+    for seed in range(2):
+        a, b = ({n: torch.complex(t, state(spec, at + 7)[n]) for n, t in state(spec, at).items()} for at in (seed, 50))
+        if getattr(matcher, "objective", "inner") == "cosine":
+            a = {n: t / (t.norm() * b[n].norm()) for n, t in a.items()}
+        found = matcher.match(a, b, spec, seed)
+        assert real_inner(a, found.permutation.apply(b)) == pytest.approx(best_of_all(spec, a, b, real_inner), rel=1e-5)
+
+
+def real_inner(a, b):
+    return sum(float((a[n] * b[n].conj()).real.double().sum()) for n in a)
+
+
+def test_a_permutation_of_an_equal_spec_is_a_start(matcher):
+    """What a spec says beside its groups and axes, such as why an axis is pinned, makes it no other spec."""
+    from permgraph.spec import PermutationSpec, Pin
+
+    spec = SPECS["mlp"]
+    same = PermutationSpec(spec.groups, spec.axes, pins=(Pin("l1.weight", 1, 8, "input"),), notes=("a note",))
+    assert same != spec and same.fingerprint == spec.fingerprint
+    a, b, secret = planted(spec, 0)
+    found = replace(matcher, init=Permutation(same, dict(secret.arrays))).match(a, b, spec, 0)
+    assert found.permutation == secret
 
 
 @pytest.mark.parametrize("name", TINY)

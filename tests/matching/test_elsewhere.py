@@ -44,7 +44,18 @@ def work(rank: int, port: int, folder: str) -> None:
     parted.load_state_dict(fit.state_dict)  # FSDP takes its own layout back
     inputs = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
     found = {name: tensor.full_tensor() for name, tensor in parted.state_dict().items()}
-    torch.save({"state": found, "also": also, "output": parted(inputs).detach()}, f"{folder}/{rank}.pt")
+    merged = pg.merge([net(0), state], spec=spec)
+    mean, between = pg.average([state, net(0)]), pg.interpolate(state, net(0), 0.25)
+    for mixed in (mean, between):
+        assert all(mixed[name].placements == state[name].placements for name in state)
+    barrier = pg.barrier(net(0), state, lambda model: float(model(inputs).square().mean()), points=3)
+    combined = {
+        "merged": merged.state_dict,
+        "mean": {name: tensor.full_tensor() for name, tensor in mean.items()},
+        "between": {name: tensor.full_tensor() for name, tensor in between.items()},
+        "losses": torch.tensor(barrier.losses),
+    }
+    torch.save({"state": found, "also": also, "output": parted(inputs).detach(), **combined}, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -58,6 +69,17 @@ def test_fsdp_models_align_as_whole_ones_do(tmp_path: Path) -> None:
         for name, tensor in expected.state_dict.items():
             assert torch.equal(found["state"][name], tensor)
             assert torch.equal(found["also"][name], tensor)
+        aligned = net(1)  # as `parted` was, by the time that it was merged
+        aligned.load_state_dict(expected.state_dict)
+        whole = net(0), aligned
+        losses = pg.barrier(*whole, lambda model: float(model(inputs).square().mean()), points=3).losses
+        assert found["losses"].tolist() == pytest.approx(losses)
+        for key, state in (
+            ("merged", pg.merge(whole).state_dict),
+            ("mean", pg.average(whole[::-1])),
+            ("between", pg.interpolate(whole[1], whole[0], 0.25)),
+        ):
+            assert all(torch.equal(found[key][name], tensor) for name, tensor in state.items())
         torch.testing.assert_close(found["output"], net(1)(inputs))
 
 

@@ -10,8 +10,8 @@ import torch
 
 from permgraph.errors import MismatchError, PermgraphError
 from permgraph.matching import FrankWolfe, WeightMatching
-from permgraph.matching.frank_wolfe import Relaxation
 from permgraph.matching.problem.objective import pair
+from permgraph.matching.relaxation import Relaxation
 from tests.matching.examples import SPECS, inner, planted, state
 
 
@@ -33,7 +33,7 @@ def test_the_relaxation_at_a_corner_is_the_objective(spec):
         moved = {name: permutation.apply_to(name, t) for name, t in relaxation.compared.b.items()}
         corner = relaxation.corner(permutation.arrays)
         assert relaxation.value(corner) == pytest.approx(inner(relaxation.compared.a, moved), rel=1e-9, abs=1e-9)
-        again = relaxation.round(corner, WeightMatching())
+        again = relaxation.round(corner, "auto")
         assert all(np.array_equal(again[name], permutation.arrays[name]) for name in again)
 
 
@@ -62,7 +62,7 @@ def test_the_best_length_is_the_best_on_a_grid(spec):
     for seed in range(3):
         here = relaxation.barycentre() if seed == 0 else relaxation.corner(SPECS[spec].random(seed).arrays)
         value, slope = relaxation.value_and_slope(here)
-        towards = relaxation.best_corner(slope, WeightMatching())
+        towards = relaxation.best_corner(slope, "auto")
         direction = {name: towards[name] - here[name] for name in here}
         rate = sum(float((slope[name] * step).sum()) for name, step in direction.items())
         if rate <= 1e-9:
@@ -145,7 +145,7 @@ def test_an_interrupted_run_is_rounded():
 def test_the_objective_of_the_ascent_is_that_of_the_relaxation(kind):
     spec = SPECS["mlp"]
     a, b = state(spec, 0), state(spec, 1)
-    found = FrankWolfe(ascent=WeightMatching(objective=kind)).match(a, b, spec)
+    found = FrankWolfe(matcher=WeightMatching(objective=kind)).match(a, b, spec)
     there = WeightMatching(objective=kind, init=found.permutation, max_sweeps=0).match(a, b, spec)
     assert found.objective == pytest.approx(there.objective, rel=1e-5)
     assert steps(found)[-1] == pytest.approx(found.details["relaxed"])

@@ -20,8 +20,8 @@ from permgraph.matching import (
     StreamedWeightMatching,
     WeightMatching,
     activation_matching,
-    step,
 )
+from permgraph.matching.ascent import step
 from tests.matching.examples import SPECS, inner, state
 
 Data = list[tuple[torch.Tensor, torch.Tensor]]
@@ -164,13 +164,13 @@ def test_activations_are_matched_by_what_has_been_seen() -> None:
 
 
 def test_a_sum_that_was_interrupted_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Torn(activation_matching._Moments):
+    class Torn(activation_matching.Moments):
         def __setattr__(self, name: str, value: Any) -> None:
             if name == "sums" and self.__dict__.get("count"):
                 raise KeyboardInterrupt
             super().__setattr__(name, value)
 
-    monkeypatch.setattr(activation_matching, "_Moments", Torn)
+    monkeypatch.setattr(activation_matching, "Moments", Torn)
     with pytest.raises(KeyboardInterrupt):
         pg.align(network(0), network(1), ActivationMatching(data()))
 
@@ -179,6 +179,6 @@ def test_in_the_middle_of_an_epoch() -> None:
     matcher = StraightThrough(Interrupted(data(), 2), epochs=2)
     with pytest.raises(KeyboardInterrupt):  # while it measures the identity: there is nothing to return
         pg.align(network(0), network(1), matcher)
-    fit = pg.align(network(0), network(1), replace(matcher, measured_batches=1))
+    fit = pg.align(network(0), network(1), replace(matcher, max_batches=1))
     assert fit.outcome == "interrupted"
     assert fit.objective >= fit.objective_before

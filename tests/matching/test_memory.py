@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from permgraph.matching import WeightMatching, renumber, weight_matching
-from permgraph.matching.ascent.permuted_model import Working
+from permgraph.matching import WeightMatching, tuned
+from permgraph.matching.ascent import in_memory
+from permgraph.matching.ascent.permuted_model import PermutedModel
 from permgraph.matching.problem.blocks import blocks_of
 from permgraph.matching.problem.objective import Pair
 from permgraph.matching.problem.renumber import act, compose
@@ -78,7 +79,7 @@ def test_room_changes_no_result(name: str, memory: int | None, monkeypatch: pyte
     matcher: Any = WeightMatching(memory=memory, restarts=2)
     plenty = matcher.match(a, b, spec, 3)
     for room in (0, 300, 2000):  # for B as it is permuted, and by default for Gram matrices too
-        monkeypatch.setattr(weight_matching._Ascent, "_room", lambda self, room=room: (room, room))
+        monkeypatch.setattr(in_memory.InMemoryClimb, "_memory", lambda self, given, room=room: (room, room))
         scarce = matcher.match(a, b, spec, 3)
         assert scarce.permutation == plenty.permutation
         assert scarce.objective == pytest.approx(plenty.objective, rel=1e-6)
@@ -90,11 +91,11 @@ def test_room_changes_no_result(name: str, memory: int | None, monkeypatch: pyte
 def test_a_working_copy_is_the_permuted_model(name: str, room: int) -> None:
     spec: PermutationSpec = SPECS[name]
     b = state(spec, 2)
-    working = Working(spec, b, room)
+    working = PermutedModel(spec, b, room)
     for seed in range(3):
         arrays = dict(spec.random(seed).arrays)
         working.moved(compose(spec, arrays, working.arrays), {})
-        working.go(working.arrays)
+        working.reset(working.arrays)
         expected = spec.identity().apply(b)
         for other in range(seed + 1):
             expected = spec.random(other).apply(expected)
@@ -111,7 +112,7 @@ def test_a_working_copy_is_the_permuted_model(name: str, room: int) -> None:
 def test_only_what_is_held_can_be_written_to() -> None:
     spec = SPECS["mlp"]
     b = state(spec, 1)
-    working = Working(spec, b, b["l1.weight"].nbytes)
+    working = PermutedModel(spec, b, b["l1.weight"].nbytes)
     assert working.writable("l2.weight") is None
     held = working.writable("l1.weight")
     assert held is not None
@@ -127,7 +128,7 @@ def test_a_tensor_is_the_same_whichever_way_it_is_permuted(name: str, monkeypatc
     spec = SPECS[name]
     tensors, arrays = state(spec, 1), dict(spec.random(2).arrays)
     whole = {key: act(spec, arrays, key, tensor) for key, tensor in tensors.items()}
-    monkeypatch.setattr(renumber, "PORTION", 7)
+    monkeypatch.setattr(tuned, "PORTION", 7)
     for key, tensor in tensors.items():
         part = act(spec, arrays, key, tensor)
         assert torch.equal(part, whole[key])

@@ -15,9 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
+from permgraph.assignment import parallel
+from permgraph.assignment import solve as assignment
 from permgraph.assignment.solve import assign
 from permgraph.errors import NonFiniteError
-from permgraph.matching import FrankWolfe, WeightMatching, assignment, parallel, step
+from permgraph.matching import FrankWolfe, WeightMatching
+from permgraph.matching.ascent import step
 from permgraph.matching.problem.moves import Plan
 from permgraph.matching.problem.order import ranks
 from permgraph.spec import PermutationSpec

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 import permgraph
-from permgraph.errors import MismatchError, NonFiniteError, PermgraphError
+from permgraph.errors import EvaluationError, MismatchError, NonFiniteError, PermgraphError
 from permgraph.matching import Sinkhorn, WeightMatching, align
-from permgraph.matching.frank_wolfe import Relaxation
+from permgraph.matching.balance import balance
 from permgraph.matching.problem.objective import pair
-from permgraph.matching.sinkhorn import balance
+from permgraph.matching.relaxation import Relaxation
 from tests.matching.examples import SPECS, Tied, planted, state
 from tests.matching.test_straight_through import batches, data, midpoint_loss, trained
 
@@ -108,7 +108,7 @@ def test_every_pair_of_heads_has_a_matrix_of_its_own():
 @pytest.mark.parametrize("spec", [s for s in SPECS if s not in ("one index", "nothing")])
 def test_recovers_a_planted_permutation_by_itself(spec):
     a, b, secret = planted(SPECS[spec], 0)
-    found = Sinkhorn(steps=30, round_every=30, ascent=None).match(a, b, SPECS[spec])
+    found = Sinkhorn(steps=30, round_every=30, matcher=None).match(a, b, SPECS[spec])
     assert found.permutation == secret
     moved = found.permutation.apply(b)
     assert found.objective == pytest.approx(-sum(float((a[n] - moved[n]).square().sum()) for n in a), rel=1e-4)
@@ -130,7 +130,7 @@ def test_is_never_worse_than_weight_matching(spec):
 def test_keeps_the_best_that_it_rounded():
     spec = SPECS["residual"]
     a, b = state(spec, 1), state(spec, 2)
-    found = Sinkhorn(steps=30, round_every=10, ascent=None).match(a, b, spec)
+    found = Sinkhorn(steps=30, round_every=10, matcher=None).match(a, b, spec)
     assert found.objective == max(sweep.objective for sweep in found.history) > found.objective_before
     assert found.outcome == "sweep limit"
     assert found.notes == ()
@@ -143,7 +143,7 @@ def test_begins_where_it_is_told(init):
     start = secret if init == "permutation" else init
     found = Sinkhorn(steps=2, round_every=1, init=start).match(a, b, spec)
     assert found.permutation == secret
-    first = Sinkhorn(steps=1, init=start, ascent=None if init != "matched" else WeightMatching()).match(a, b, spec)
+    first = Sinkhorn(steps=1, init=start, matcher=None if init != "matched" else WeightMatching()).match(a, b, spec)
     assert first.history[0].moved == {} or init == "identity"
 
 
@@ -196,7 +196,7 @@ def test_batch_normalisation_and_random_state():
 
 
 def test_the_seed_decides(networks):
-    how = Sinkhorn("random", batches(), steps=6, round_every=2, ascent=None)
+    how = Sinkhorn("random", batches(), steps=6, round_every=2, matcher=None)
     fits = []
     for noise in (1, 2):
         torch.manual_seed(noise)
@@ -210,7 +210,7 @@ def test_an_interrupted_run_gives_the_best_so_far():
         raise KeyboardInterrupt
 
     a, b, secret = planted(SPECS["mlp"], 1)
-    found = Sinkhorn(steps=60, round_every=30, ascent=None).match(a, b, SPECS["mlp"], 0, stop)
+    found = Sinkhorn(steps=60, round_every=30, matcher=None).match(a, b, SPECS["mlp"], 0, stop)
     assert found.outcome == "interrupted"
     assert found.sweeps == 1
     assert found.details["steps"] == 30
@@ -220,7 +220,7 @@ def test_an_interrupted_run_gives_the_best_so_far():
 def test_any_optimizer_and_what_it_may_break():
     spec = SPECS["mlp"]
     a, b, secret = planted(spec, 1)
-    sgd = Sinkhorn(steps=60, ascent=None, optimizer=lambda scores: torch.optim.SGD(scores, lr=100.0, momentum=0.9))
+    sgd = Sinkhorn(steps=60, matcher=None, optimizer=lambda scores: torch.optim.SGD(scores, lr=100.0, momentum=0.9))
     assert sgd.match(a, b, spec).permutation == secret
     with pytest.raises(NonFiniteError, match="lower the learning rate"):
         Sinkhorn(optimizer=lambda scores: torch.optim.SGD(scores, lr=float("inf"))).match(a, b, spec)
@@ -249,9 +249,9 @@ def test_state_dicts_do_for_weights_and_modules_are_asked_for_where_they_run(net
         (dict(round_every=0), "round_every=0"),
         (dict(iterations=0), "iterations=0"),
         (dict(temperature=(1.0, 0.0)), "two positive numbers"),
-        (dict(measured_batches=0), "measured_batches=0"),
+        (dict(max_batches=0), "max_batches=0"),
         (dict(init="middle"), "unknown init 'middle'"),
-        (dict(init="matched", ascent=None), "ascent= cannot be None"),
+        (dict(init="matched", matcher=None), "matcher= cannot be None"),
         (dict(objective="random", loader=iter([])), "generator"),
     ],
 )
@@ -263,9 +263,9 @@ def test_refuses_bad_settings(settings, message):
 @pytest.mark.parametrize(
     ("loader", "error", "message"),
     [
-        ([], PermgraphError, "yielded no batch: Sinkhorn matching needs some"),
-        ([torch.zeros(4, 8)], PermgraphError, "holds no targets"),
-        ([(torch.zeros(4, 7), torch.zeros(4).long())], MismatchError, r"batch 1 of the loader, of shape \(4, 7\)"),
+        ([], EvaluationError, "gave no batch"),
+        ([torch.zeros(4, 8)], EvaluationError, "holds no targets"),
+        ([(torch.zeros(4, 7), torch.zeros(4).long())], EvaluationError, r"batch 1 of the loader, of shape \(4, 7\)"),
         (
             [(torch.full((4, 8), float("nan")), torch.zeros(4).long())],
             NonFiniteError,

@@ -15,8 +15,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import permgraph
-from permgraph.errors import CheckpointError, MismatchError, NonFiniteError, PermgraphError
-from permgraph.matching import StraightThrough, WeightMatching, align, step
+from permgraph.errors import CheckpointError, EvaluationError, MismatchError, NonFiniteError, PermgraphError
+from permgraph.matching import StraightThrough, WeightMatching, align
+from permgraph.matching.ascent import step
 from tests.matching.examples import Tied
 
 
@@ -103,7 +104,7 @@ def test_without_an_epoch_it_chooses_between_the_identity_and_weight_matching(pa
     a, b = pair
     fit = align(a, b, StraightThrough(batches(), epochs=0))
     assert fit.permutation == align(a, b).permutation
-    same = align(a, a, StraightThrough(batches(), epochs=0, projection=WeightMatching(max_sweeps=0, init="identity")))
+    same = align(a, a, StraightThrough(batches(), epochs=0, matcher=WeightMatching(max_sweeps=0, init="identity")))
     assert same.permutation.is_identity
 
 
@@ -119,19 +120,19 @@ def test_it_may_begin_at_b(pair):
     """Where the identity is nearest, so that without an epoch there is nothing else to keep."""
     a, b = pair
     spec = permgraph.auto_spec(a)
-    still = align(a, b, StraightThrough(batches(), epochs=0, start="b"), spec=spec)
+    still = align(a, b, StraightThrough(batches(), epochs=0, free_weights="b"), spec=spec)
     assert still.permutation.is_identity
-    fit = align(a, b, StraightThrough(batches(), optimizer=sgd, epochs=10, start="b"), spec=spec)
+    fit = align(a, b, StraightThrough(batches(), optimizer=sgd, epochs=10, free_weights="b"), spec=spec)
     assert fit.objective > still.objective and not fit.permutation.is_identity
     turn = spec.random(4)
-    there = align(a, b, StraightThrough(batches(), epochs=0, start="b", init=turn), spec=spec)
+    there = align(a, b, StraightThrough(batches(), epochs=0, free_weights="b", init=turn), spec=spec)
     assert there.permutation in (turn, spec.identity()) and there.objective >= still.objective
 
 
 def test_the_seed_decides(pair):
     a, b = pair
     loader = DataLoader(TensorDataset(*data()), batch_size=32, shuffle=True)
-    how = StraightThrough(loader, epochs=2, optimizer=sgd, measured_batches=None)
+    how = StraightThrough(loader, epochs=2, optimizer=sgd, max_batches=None)
     fits = []
     for noise in (1, 2):
         torch.manual_seed(noise)
@@ -206,10 +207,10 @@ def test_an_interrupted_run_gives_the_best_so_far(pair):
 def test_refuses_bad_settings(pair):
     with pytest.raises(PermgraphError, match="epochs=-1"):
         StraightThrough([], epochs=-1)
-    with pytest.raises(PermgraphError, match="start='c'"):
-        StraightThrough([], start="c")
-    with pytest.raises(PermgraphError, match="measured_batches=0"):
-        StraightThrough([], measured_batches=0)
+    with pytest.raises(PermgraphError, match="free_weights='c'"):
+        StraightThrough([], free_weights="c")
+    with pytest.raises(PermgraphError, match="max_batches=0"):
+        StraightThrough([], max_batches=0)
     with pytest.raises(PermgraphError, match="generator"):
         StraightThrough(batch for batch in batches())
     a, b = pair
@@ -223,10 +224,10 @@ def test_refuses_bad_settings(pair):
 @pytest.mark.parametrize(
     ("loader", "error", "message"),
     [
-        ([], PermgraphError, "yielded no batch"),
-        ([torch.zeros(4, 8)], PermgraphError, "holds no targets"),
-        ([(torch.zeros(4, 7), torch.zeros(4).long())], MismatchError, r"batch 1 of the loader, of shape \(4, 7\)"),
-        ([(torch.zeros(4, 8), torch.zeros(3).long())], MismatchError, r"targets of shape \(3,\)"),
+        ([], EvaluationError, "gave no batch"),
+        ([torch.zeros(4, 8)], EvaluationError, "holds no targets"),
+        ([(torch.zeros(4, 7), torch.zeros(4).long())], EvaluationError, r"batch 1 of the loader, of shape \(4, 7\)"),
+        ([(torch.zeros(4, 8), torch.zeros(3).long())], EvaluationError, r"logits and targets of shape .* and \(3,\)"),
         (
             [(torch.full((4, 8), float("nan")), torch.zeros(4).long())],
             NonFiniteError,
@@ -307,9 +308,9 @@ def test_refuses_the_checkpoint_of_another_run(pair, tmp_path):
         align(*pair, how, seed=2)
     with pytest.raises(CheckpointError, match="other weights of A, weights of B:"):
         align(pair[1], pair[0], how, seed=1)
-    with pytest.raises(CheckpointError, match="other start:"):
-        align(*pair, StraightThrough(batches(), epochs=1, start="b", checkpoint=file), seed=1)
-    with pytest.raises(CheckpointError, match="other project_every, optimizer"):
+    with pytest.raises(CheckpointError, match="other free_weights:"):
+        align(*pair, StraightThrough(batches(), epochs=1, free_weights="b", checkpoint=file), seed=1)
+    with pytest.raises(CheckpointError, match="other project_every, optimizer, optimizer's settings:"):
         align(*pair, StraightThrough(batches(), project_every=2, optimizer=sgd, checkpoint=file), seed=1)
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match=r"run.pt: not the checkpoint of a straight-through run"):
@@ -317,6 +318,38 @@ def test_refuses_the_checkpoint_of_another_run(pair, tmp_path):
     torch.save({"format": "another", "version": 1}, file)
     with pytest.raises(CheckpointError, match="holds 'another', version 1"):
         align(*pair, how, seed=1)
+
+
+def gentle(parameters):
+    return torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
+
+
+def smoothed(amount):
+    return lambda output, targets: nn.functional.cross_entropy(output, targets, label_smoothing=amount)
+
+
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [
+        (dict(optimizer=gentle), "optimizer's settings"),
+        (dict(loss=smoothed(0.2)), "loss"),
+        (dict(loss=nn.functional.multi_margin_loss), "loss"),
+        (dict(loader=batches(32)), "loader"),
+        (dict(matcher=WeightMatching(ignore=["*bias"])), "matcher"),
+        (dict(init="random"), "init"),
+    ],
+)
+def test_a_run_with_other_settings_does_not_go_on(pair, tmp_path, other, named):
+    settings = dict(loader=batches(), loss=smoothed(0.1), optimizer=sgd, checkpoint=tmp_path / "run.pt", max_batches=1)
+    if "init" in other:
+        other = dict(init=permgraph.auto_spec(pair[0]).random(0))
+    first = align(*pair, StraightThrough(**settings, epochs=1))
+    again = align(
+        *pair, StraightThrough(**{**settings, "loss": smoothed(0.1)}, epochs=1)
+    )  # as another process makes it
+    assert again.history == first.history
+    with pytest.raises(CheckpointError, match=f"belongs to another run, with other {named}:"):
+        align(*pair, StraightThrough(**{**settings, **other}, epochs=2))
 
 
 def test_measures_no_permutation_twice_in_a_row(pair):

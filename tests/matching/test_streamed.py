@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from permgraph.errors import MismatchError, NonFiniteError, PermgraphError
-from permgraph.matching import WeightMatching
-from permgraph.matching import streamed as module
+from permgraph.matching import WeightMatching, tuned
 from permgraph.matching.streamed import StreamedWeightMatching
 from permgraph.spec import PermutationSpec
 from permgraph.spec.permutation import Permutation
@@ -66,8 +65,8 @@ def test_cache_and_portions_change_nothing(name: str, monkeypatch: pytest.Monkey
     b = {n: t.double() for n, t in state(spec, 2).items()}
     large, small = Lazy(a), Lazy(a)
     one = StreamedWeightMatching().match(large, b, spec, seed=1)
-    monkeypatch.setattr(module, "PORTION", 17)
-    monkeypatch.setattr(module, "DEPTH", 1)
+    monkeypatch.setattr(tuned, "STREAMED_PORTION", 17)
+    monkeypatch.setattr(tuned, "STREAMED_DEPTH", 1)
     other = StreamedWeightMatching(cache=0).match(small, b, spec, seed=1)
     assert one.permutation == other.permutation
     assert large.reads < small.reads

@@ -8,7 +8,7 @@ import torch
 
 from permgraph.errors import MismatchError, PermgraphError
 from permgraph.matching import WeightMatching
-from permgraph.matching.ascent.gram_cache import Kept
+from permgraph.matching.ascent.gram_cache import GramCache
 from permgraph.matching.ascent.step import Scene, outer_values
 from permgraph.matching.problem.moves import Plan
 from permgraph.matching.problem.objective import pair
@@ -71,7 +71,7 @@ def test_an_interruption_keeps_the_best_so_far():
 
 def test_an_interruption_in_the_middle_of_a_step(monkeypatch):
     """Whatever a step was doing, the permutation reported is one that was reached."""
-    from permgraph.matching import weight_matching
+    from permgraph.matching.ascent import in_memory
 
     spec = SPECS["attention"]
     a, b = state(spec, 1), state(spec, 2)
@@ -84,7 +84,7 @@ def test_an_interruption_in_the_middle_of_a_step(monkeypatch):
             raise KeyboardInterrupt
         return act(*arguments)
 
-    monkeypatch.setattr(weight_matching, "act", interrupted)
+    monkeypatch.setattr(in_memory, "act", interrupted)
     found = WeightMatching().match(a, b, spec, 0)
     assert found.outcome == "interrupted"
     assert found.objective == pytest.approx(inner(a, found.permutation.apply(b)), rel=1e-5)
@@ -161,7 +161,10 @@ def test_an_ignored_tensor_may_hold_anything():
     a, b = state(spec, 1), state(spec, 2)
     a["l1.bias"][0] = float("nan")
     b["l1.bias"] = b["l1.bias"].to(torch.int32)
-    WeightMatching(ignore=["l1.bias"]).match(a, b, spec, 0)
+    found = WeightMatching(ignore=["l1.bias"]).match(a, b, spec, 0)
+    without = [{name: tensor for name, tensor in x.items() if name != "l1.bias"} for x in (a, b)]
+    assert found.objective == pytest.approx(inner(without[0], found.permutation.apply(b)), rel=1e-5)
+    assert found.objective > found.objective_before and found.objective == found.objective  # nor is it NaN
 
 
 def test_tied_names_count_once():
@@ -200,8 +203,8 @@ def test_kept_gram_matrices_are_those_computed_anew(spec):
     given = SPECS[spec]
     a, b = state(given, 1, torch.float64), state(given, 2, torch.float64)
     plan, rng = Plan(given, a), np.random.default_rng(0)
-    plain = [move for move in plan.moves if len(move.groups) == 1 and not move.bent]
-    kept = Kept(1 << 30)
+    plain = [move for move in plan.moves if len(move.groups) == 1 and not move.quadratic]
+    kept = GramCache(1 << 30)
     survived = 0
     for _ in range(20):
         for move in plain:
@@ -215,10 +218,10 @@ def test_kept_gram_matrices_are_those_computed_anew(spec):
             rest[..., [0, 1]] = rest[..., [1, 0]]
             array[...] = rest
         new = {name: act(given, step, name, b[name]) for name in moving.parameters}
-        for block, places in kept.worth_amending(plain, moving.parameters, 0.2).items():
+        for block, places in kept.updates_for(plain, moving.parameters, 0.2).items():
             x, before, after = (block.view(tensors[block.parameter]) for tensors in (a, b, new))
             for move, place in places:
-                kept.amend(move, place, x, after - before)
+                kept.update(move, place, x, after - before)
         b.update(new)
         for move in plain:
             gram = kept.get(move, a, b)

@@ -28,7 +28,7 @@ def test_costs_what_scipy_says_and_proves_it(n, kind, maximise):
 def test_the_gap_bounds_what_is_lost(seed, n, rounds, maximise):
     cost, rng = costs(seed, n, n), np.random.default_rng(seed)
     start = rng.permutation(n)
-    found = assign_wide(cost, maximise=maximise, candidates=1, rounds=rounds, start=start)
+    found = assign_wide(cost, maximise=maximise, candidates=1, rounds=rounds, init=start)
     best = optimum(cost, maximise)
     lost = best - found.value if maximise else found.value - best
     assert sorted(found.columns) == list(range(n))
@@ -76,8 +76,8 @@ def test_nothing_is_changed():
 def test_refuses_bad_input():
     with pytest.raises(PermgraphError, match="must be square"):
         assign_wide(np.zeros((2, 3)))
-    with pytest.raises(PermgraphError, match="start a permutation"):
-        assign_wide(np.zeros((2, 2)), start=np.array([0, 0]))
+    with pytest.raises(PermgraphError, match="init a permutation"):
+        assign_wide(np.zeros((2, 2)), init=np.array([0, 0]))
     for bad in (np.nan, np.inf, -np.inf):
         cost = costs(2, 9, 9)
         cost[3, 4] = bad

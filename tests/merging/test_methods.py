@@ -29,7 +29,7 @@ METHODS: dict[str, MergeMethod] = {
     "merge many": MergeMany(),
     "to reference": ToReference(index=1),
     "cycle consistent": CycleConsistent(),
-    "cycle consistent, from the identity": CycleConsistent(start="identity"),
+    "cycle consistent, from the identity": CycleConsistent(init="identity"),
     "frank-wolfe": FrankWolfeMany(max_steps=3),
 }
 MONOTONE = [name for name in METHODS if name not in ("to reference", "frank-wolfe")]
@@ -193,7 +193,7 @@ def test_progress_sees_each_round() -> None:
 def test_the_limit_is_kept_and_said() -> None:
     spec = SPECS["mlp"]
     models = [state(spec, seed) for seed in range(4)]
-    for method in (MergeMany(max_rounds=1), CycleConsistent(max_rounds=1, start="identity")):
+    for method in (MergeMany(max_rounds=1), CycleConsistent(max_rounds=1, init="identity")):
         found = merge(models, method, spec=spec)
         assert found.outcome == "sweep limit" and found.rounds == 1
         assert found.objective > found.objective_before
@@ -249,13 +249,13 @@ def test_what_a_method_refuses() -> None:
             make(max_rounds=0)
     with pytest.raises(PermgraphError, match="restarts=0"):
         CycleConsistent(restarts=0)
-    with pytest.raises(PermgraphError, match="unknown start 'here'"):
-        CycleConsistent(start="here")  # type: ignore[arg-type]
+    with pytest.raises(PermgraphError, match="unknown init 'here'"):
+        CycleConsistent(init="here")  # type: ignore[arg-type]
     for ascent in (WeightMatching(objective="cosine"), WeightMatching(weights={"w": 2.0})):
         with pytest.raises(PermgraphError, match="plain inner products"):
-            CycleConsistent(ascent=ascent)
+            CycleConsistent(matcher=ascent)
     with pytest.raises(PermgraphError, match="one permutation for all"):
-        CycleConsistent(ascent=WeightMatching(init=spec.identity()))
+        CycleConsistent(matcher=WeightMatching(init=spec.identity()))
 
 
 @pytest.mark.parametrize("init", ["barycentre", "identity"])
@@ -298,4 +298,4 @@ def test_frank_wolfe_refusals() -> None:
     with pytest.raises(PermgraphError, match="unknown init"):
         FrankWolfeMany(init="here")  # type: ignore[arg-type]
     with pytest.raises(PermgraphError, match="objective='inner'"):
-        FrankWolfeMany(ascent=WeightMatching(objective="cosine"))
+        FrankWolfeMany(matcher=WeightMatching(objective="cosine"))

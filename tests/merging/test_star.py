@@ -50,7 +50,7 @@ def test_the_centre_is_nearer_to_all_than_the_mean() -> None:
 
 
 def test_it_begins_where_it_is_told() -> None:
-    started = fit_star(NETWORKS, LOADER, start=NETWORKS[2], epochs=0)
+    started = fit_star(NETWORKS, LOADER, init=NETWORKS[2], epochs=0)
     assert all(torch.equal(tensor, started.state_dict[name]) for name, tensor in NETWORKS[2].state_dict().items())
     mean = fit_star([net.state_dict() for net in NETWORKS], LOADER, epochs=0, model=NETWORKS[0]).state_dict
     assert all(torch.allclose(tensor, mean[name]) for name, tensor in average(NETWORKS).items())

@@ -66,7 +66,7 @@ def test_it_ends_where_no_model_gains_and_says_how_high(joining: bool, dtype: to
     heights = [record.objective for record in found.history]
     assert heights == sorted(heights)
     # The library's own ascent, begun here, finds nothing more to gain.
-    again = pg.merge(moved, pg.CycleConsistent(start="identity"), spec=SPEC)
+    again = pg.merge(moved, pg.CycleConsistent(init="identity"), spec=SPEC)
     assert again.objective == pytest.approx(objective(moved), rel=1e-5)
 
 

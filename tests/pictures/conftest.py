@@ -23,6 +23,7 @@ def browser() -> Iterator[Any]:
             # No sandbox: containers seldom allow it, and the pages are our own.
             running = playwright.chromium.launch(executable_path=found, args=["--no-sandbox", "--disable-gpu"])
         except api.Error as error:
-            pytest.skip(f"no Chromium runs here (install chromium, or `playwright install chromium`): {error}")
+            said = str(error).strip().splitlines()[0]
+            pytest.skip(f"no Chromium runs here (`make browser` installs one): {said}")
         yield running
         running.close()

@@ -15,7 +15,7 @@ from torch import nn
 
 import permgraph as pg
 from permgraph.pictures.lanes import Lanes, lay_out
-from permgraph.pictures.tree import Module, Repeated, module_tree, short_names, uses_of, walk
+from permgraph.pictures.tree import Module, Repeated, module_tree, short_names, walk
 from tests.pictures.models import attention, chain, hostile, stack
 
 matplotlib.use("Agg")
@@ -63,11 +63,6 @@ def test_the_tree_holds_every_parameter_once() -> None:
         assert sorted(module_tree(spec).all_parameters) == sorted(spec.axes)
         listed = [name for _, module in walk(module_tree(spec)) for name in module.parameters]
         assert sorted(listed) == sorted(spec.axes)
-
-
-def test_uses_agree_with_the_spec() -> None:
-    for spec in (stack(), attention()):
-        assert uses_of(spec) == {group: spec.uses(group) for group in spec.groups}
 
 
 @given(st.lists(st.text("ab.", min_size=1, max_size=6), min_size=1, max_size=8, unique=True))

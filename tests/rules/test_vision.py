@@ -62,6 +62,7 @@ class Detector(nn.Module):
 def test_a_detector_moves_its_features_and_nothing_else() -> None:
     from benchmarks.zoo.operators import provide
 
+    pytest.importorskip("torchvision")
     provide()
     model = Detector()
     spec = pg.auto_spec(model, (torch.randn(9, 3),))

@@ -80,7 +80,9 @@ def test_normal_forms():
     assert product(Fixed(1)) == product() == Fixed(1)
     assert product(a) == concatenation(a) == a
     assert concatenation(a, concatenation(b, Fixed(1))) == Sum((a, b, Fixed(1)))
-    assert normalise(Product((Fixed(2), Fixed(3)))) == Product((Fixed(2), Fixed(3)))
+    assert product(Fixed(2), product(Fixed(3), a)) == Product((Fixed(6), a))
+    assert concatenation(a, Fixed(2), concatenation(Fixed(3), a)) == Sum((a, Fixed(5), a))
+    assert product(Fixed(2), Fixed(3)) == Fixed(6)
 
 
 def test_parts_that_a_family_counts_are_kept():

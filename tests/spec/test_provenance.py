@@ -142,7 +142,9 @@ def test_each_factor_is_explained():
         pins=(Pin("qkv", 0, 7, "rotary"),),
     )
     assert str(spec.explain("qkv", 0)).splitlines() == [
-        "qkv[0] (168) is ([1 + 1] h d f 7)",
+        "qkv[0] (168) is (2 h d f 7)",
+        "  2 (2) stays put:",
+        "    the reason was not kept",
         "  h (2) is group h:",
         "    tied to bias[0]",
         "  d (3) is group d:",

@@ -6,7 +6,9 @@ import csv
 import json
 import shutil
 import sys
+import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +23,7 @@ from permgraph.errors import MismatchError, MissingExtraError, StudyError
 from permgraph.matching.ascent import step
 from permgraph.studies import Named, backends
 from permgraph.studies.cell import versions
-from permgraph.studies.run import missing
+from permgraph.studies.run import missing, watched
 from permgraph.studies.store import Store
 from tests.studies.nets import Deadly, Picky, batches, net, plan
 
@@ -300,3 +302,50 @@ def test_worker_processes_with_another_version_are_refused(tmp_path: Path, monke
 def test_a_store_keeps_to_itself(tmp_path: Path) -> None:
     with pytest.raises(StudyError, match="not the key of a cell"):
         Store(str(tmp_path)).record("../../etc/passwd")
+
+
+@dataclass
+class AloneInTheProcess:
+    """Counts how many evaluations run at once in this process, and asks for a thread count while it waits."""
+
+    fingerprint = "alone"
+    inside: int = 0
+    most: int = 0
+
+    def __call__(self, model: nn.Module) -> float:
+        self.inside += 1
+        self.most = max(self.most, self.inside)
+        time.sleep(0.02)
+        self.inside -= 1
+        return 1.0
+
+
+def test_threads_of_one_process_do_one_cell_at_a_time(tmp_path: Path) -> None:
+    """The seed and the number of threads are the process's: two cells at once would read each other's."""
+    evaluate = AloneInTheProcess()
+    grid = plan(4, evaluate=evaluate, matchers={})
+    with joblib.parallel_config("threading", n_jobs=4):
+        result = pg.study(grid, tmp_path)
+    assert {row["status"] for row in result.rows} == {"done"}
+    assert evaluate.most == 1
+
+
+def test_workers_that_write_elsewhere_end_the_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
+    monkeypatch.setattr("permgraph.studies.run.run", lambda task: tried.append(task.key))
+    grid = plan(2)
+    with pytest.raises(StudyError, match="one and the same place"):
+        pg.study(grid, tmp_path, jobs=1)
+    assert sorted(tried) == sorted(cell.key for cell in grid.cells), "each once"
+
+
+def test_progress_reads_no_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pg.study(plan(3), tmp_path, jobs=1)
+    cells = plan(3).cells
+    read: list[str] = []
+    monkeypatch.setattr(Store, "record", lambda self, key: read.append(key))
+    told: list[tuple[int, int]] = []
+    with watched(Store(str(tmp_path)), cells, lambda done, whole: told.append((done, whole))):
+        pass
+    assert told == [(9, 9)]
+    assert not read

@@ -316,7 +316,7 @@ def test_a_model_that_writes_to_its_weights_is_run_on_the_same_ones_each_time() 
 
 def test_what_does_not_fit_to_be_kept_is_drawn_again(monkeypatch: pytest.MonkeyPatch) -> None:
     kept = pg.verify(network(), text(), X, controls="all")
-    monkeypatch.setattr(sys.modules["permgraph.verification.model"], "KEEP_BYTES", 0)
+    monkeypatch.setattr(sys.modules["permgraph.verification.trial"], "KEEP_BYTES", 0)
     assert pg.verify(network(), text(), X, controls="all") == kept
 
 
@@ -376,3 +376,15 @@ def test_networks_trained_for_quantised_inference_keep_their_symmetries():
     assert found.passed
     assert len(found.controls) == 1
     assert all(torch.equal(tensor, kept[name]) for name, tensor in model.state_dict().items())
+
+
+def test_where_groups_stand_is_found_by_one_look_at_each_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = [layer for _ in range(30) for layer in (nn.Linear(5, 5), nn.ReLU())]
+    spec = pg.auto_spec(nn.Sequential(*layers, nn.Linear(5, 2)))
+    spec = pg.PermutationSpec.parse(str(spec))
+    groups = list(spec.moving)
+    looked: list[object] = []
+    layout = pg.PermutationSpec.layout
+    monkeypatch.setattr(pg.PermutationSpec, "layout", lambda self, axes: looked.append(axes) or layout(self, axes))
+    assert len([spec.uses(group) for group in groups]) == 30
+    assert len(looked) == len(spec.axes)

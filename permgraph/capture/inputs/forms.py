@@ -244,7 +244,7 @@ IMAGES: tuple[Form, ...] = (
 
 
 def spectrogram_widths(model: nn.Module, config: Any) -> list[int]:
-    """How many numbers a frame of sound may have: by the config, and by the first layers of what hears."""
+    """How many numbers a frame of sound may have: by the config, and by the first layers of the audio tower."""
     names = ("num_mel_bins", "input_feat_size", "feature_size", "input_dim", "n_mels", "mel_bins", "input_size")
     named = setting(config, *names)
     found = [named] if isinstance(named, int) else [80]

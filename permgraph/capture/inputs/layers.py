@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
+import numbers
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from permgraph.capture.inputs.registry import Candidate, input_finder
+from permgraph.capture.python_state import attributes_of
 
 BATCH = 2
 LENGTH = 19
@@ -43,16 +45,28 @@ def setting(config: Any, *names: str) -> Any:
     pending, seen = [config], set()
     while pending:
         current = pending.pop(0)
-        values = current if isinstance(current, dict) else getattr(current, "__dict__", None)
+        values = current if isinstance(current, dict) else attributes_of(current)
         if values is None or isinstance(current, (nn.Module, Tensor, type)) or id(current) in seen:
             continue
         seen.add(id(current))
         for name in names:
-            value = values.get(name) if isinstance(current, dict) else getattr(current, name, None)
+            value = values.get(name) if isinstance(current, dict) else _attribute(current, name)
             if value is not None:
                 return value
-        pending.extend(value for value in values.values() if hasattr(value, "__dict__"))
+        pending.extend(value for value in values.values() if attributes_of(value) is not None)
     return None
+
+
+def _attribute(owner: Any, name: str) -> Any:
+    try:
+        return getattr(owner, name, None)
+    except Exception:  # whatever a property of somebody's configuration raises, it names no size
+        return None
+
+
+def integer(value: Any) -> int | None:
+    """A whole number, Python's or numpy's, as Python's; None for anything else, truth values too."""
+    return int(value) if isinstance(value, numbers.Integral) and not isinstance(value, bool) else None
 
 
 def whole(value: Any, default: int) -> int:
@@ -61,7 +75,8 @@ def whole(value: Any, default: int) -> int:
         value = next(iter(value.values()), None)
     if isinstance(value, (list, tuple)):
         value = value[0] if value else None
-    return value if isinstance(value, int) and not isinstance(value, bool) else default
+    number = integer(value)
+    return default if number is None else number
 
 
 def named_sides(model: nn.Module) -> list[tuple[int, int]]:
@@ -75,10 +90,10 @@ def named_sides(model: nn.Module) -> list[tuple[int, int]]:
     for value in named:
         if isinstance(value, dict) and {"height", "width"} <= value.keys():
             value = (value["height"], value["width"])
-        if isinstance(value, int):
-            value = (value, value)
-        if isinstance(value, (list, tuple)) and len(value) == 2 and all(isinstance(side, int) for side in value):
-            found.append((value[0], value[1]))
+        pair = value if isinstance(value, (list, tuple)) else (value, value)
+        height, width = map(integer, pair) if len(pair) == 2 else (None, None)
+        if height is not None and width is not None:
+            found.append((height, width))
     return list(dict.fromkeys(found))
 
 
@@ -290,13 +305,13 @@ def _for_layer(model: nn.Module, layer: nn.Module) -> Iterator[Tensor]:
         for frames, side in ((8, 32), (16, 112), (16, 224), (32, 64), (32, 224)):
             yield floats(model, BATCH, layer.in_channels, frames, side, side)
     elif isinstance(layer, (nn.Linear, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)):
-        sizes = (getattr(layer, name, None) for name in ("in_features", "input_size", "embed_dim"))
-        width = next(size for size in sizes if isinstance(size, int))
-        if not isinstance(layer, (nn.RNNBase, nn.MultiheadAttention)):
-            yield floats(model, BATCH, width)
-        yield floats(model, BATCH, LENGTH, width)
-        if isinstance(layer, nn.Linear):  # channels last, as in patch merging
-            yield floats(model, BATCH, LENGTH, LENGTH, width)
+        sizes = (integer(getattr(layer, name, None)) for name in ("in_features", "input_size", "embed_dim"))
+        for size in (size for size in sizes if size is not None):
+            if not isinstance(layer, (nn.RNNBase, nn.MultiheadAttention)):
+                yield floats(model, BATCH, size)
+            yield floats(model, BATCH, LENGTH, size)
+            if isinstance(layer, nn.Linear):  # channels last, as in patch merging
+                yield floats(model, BATCH, LENGTH, LENGTH, size)
     elif isinstance(layer, nn.Bilinear):
         yield floats(model, BATCH, layer.in1_features)
     elif isinstance(layer, (nn.LayerNorm, nn.RMSNorm)):
@@ -379,18 +394,14 @@ def from_layers(model: nn.Module) -> Iterator[Candidate]:
     """Each required argument by its name where that says something, else by the first layers of the model."""
     names = required(model)
     known = {name: list(BY_NAME[name](model)) for name in names if name in BY_NAME}
-    unknown = [name for name in names if name not in known]
-    shapes = _shapes(model) if unknown else iter([torch.empty(0)])
-    for shape in shapes:
-        for choice in itertools.islice(itertools.product(*known.values()), 4):
-            chosen = dict(zip(known, choice, strict=True))
-            # Each argument is a tensor of its own: attention, for one, asks whether its query is its key.
-            yield _placed(model, {name: chosen[name] if name in chosen else shape.clone() for name in names})
-    grids = [name for name in names if BY_NAME.get(name) is _grid]
-    if grids:  # vision towers that take patches of images of any size in one row
-        for patches in _patches(model):
-            yield (), {name: next(_grid(model)) if name in grids else patches for name in names}
-    if unknown == names:
+    # At last as if no name said anything: one model's `inputs` are a sound, and another's are images.
+    for trusted in (known, {}) if known else ({},):
+        for shape in _shapes(model) if len(trusted) < len(names) else (torch.empty(0),):
+            for choice in itertools.islice(itertools.product(*trusted.values()), 4):
+                chosen = dict(zip(trusted, choice, strict=True))
+                # Each argument is a tensor of its own: attention, for one, asks whether its query is its key.
+                yield _placed(model, {name: chosen[name] if name in chosen else shape.clone() for name in names})
+    if not known:
         bilinear = next((m for m in model.modules() if isinstance(m, nn.Bilinear)), None)
         if bilinear is not None and len(names) == 2:
             yield (floats(model, BATCH, bilinear.in1_features), floats(model, BATCH, bilinear.in2_features)), {}

@@ -17,11 +17,10 @@ import numpy as np
 import torch
 
 from permgraph.assignment.solve import assign
+from permgraph.matching import tuned
 from permgraph.matching.ascent.step import Scene
 from permgraph.matching.problem.blocks import Block
 from permgraph.matching.problem.moves import Move
-
-ROUNDS = 4
 
 States = dict[str, torch.Tensor]
 """For each group inside, what has been chosen for one i with every j: integers (n, size)."""
@@ -129,7 +128,7 @@ def _spot(scene: Scene, move: Move, block: Block, at: tuple[int, ...]) -> _Spot:
 def _ascend(scene: Scene, spots: list[_Spot], order: list[str], i: int) -> States:
     """Coordinate ascent over the groups inside, for one i and all j at once."""
     states: States = {}
-    for _ in range(ROUNDS):
+    for _ in range(tuned.PAIRED_ROUNDS):
         changed = False
         for name in order:
             free = frozenset(order) - frozenset(states)

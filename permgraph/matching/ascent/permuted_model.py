@@ -15,21 +15,21 @@ from permgraph.matching.problem.renumber import Arrays, act
 from permgraph.spec.spec import PermutationSpec
 
 
-class Working(Mapping[str, torch.Tensor]):
+class PermutedModel(Mapping[str, torch.Tensor]):
     """B's compared tensors, permuted; not to be written to, but for those that `writable` returns.
 
     Attributes:
         arrays: how the groups stand, for those that have moved.
     """
 
-    def __init__(self, spec: PermutationSpec, b: Mapping[str, torch.Tensor], room: int) -> None:
-        self.spec, self.b, self.size = spec, b, room
+    def __init__(self, spec: PermutationSpec, b: Mapping[str, torch.Tensor], size: int) -> None:
+        self.spec, self.b, self.size = spec, b, size
         self.groups = {name: frozenset(o.group for o in spec.occurrences(name)) for name in b}
-        self.go({})
+        self.reset({})
 
-    def go(self, arrays: Arrays) -> None:
-        """Stand so, whatever has been held."""
-        self.arrays, self.held, self.room = arrays, dict[str, torch.Tensor](), self.size
+    def reset(self, arrays: Arrays) -> None:
+        """Go to these arrays, and let go of all tensors."""
+        self.arrays, self.held, self.free_bytes = arrays, dict[str, torch.Tensor](), self.size
         self.last: tuple[str, torch.Tensor] | None = None
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -39,7 +39,7 @@ class Working(Mapping[str, torch.Tensor]):
             return self.b[name]
         if self.last is not None and self.last[0] == name:
             return self.last[1]
-        self.rest()
+        self.drop_temporary()
         tensor = act(self.spec, self.arrays, name, self.b[name])
         if not self._hold(name, tensor):
             self.last = name, tensor  # the next block of the same parameter may want it
@@ -68,7 +68,7 @@ class Working(Mapping[str, torch.Tensor]):
 
     def writable(self, name: str) -> torch.Tensor | None:
         """The tensor, to be changed as the groups are about to move; None if it is not held."""
-        if name not in self.held and self.b[name].nbytes <= self.room:
+        if name not in self.held and self.b[name].nbytes <= self.free_bytes:
             tensor = self[name]
             if name not in self.held:
                 self._hold(name, tensor.clone())
@@ -77,20 +77,20 @@ class Working(Mapping[str, torch.Tensor]):
     def moved(self, arrays: Arrays, new: Mapping[str, torch.Tensor]) -> None:
         """Groups have moved: what is held of their parameters has been written to, or is in `new`."""
         self.arrays = arrays
-        self.rest()
+        self.drop_temporary()
         for name, tensor in new.items():
             if name in self.held:
                 self.held[name] = tensor
             else:
                 self._hold(name, tensor)
 
-    def rest(self) -> None:
-        """Let go of what was only gathered."""
+    def drop_temporary(self) -> None:
+        """Let go of the tensor that was gathered for one step only."""
         self.last = None
 
     def _hold(self, name: str, tensor: torch.Tensor) -> bool:
-        if tensor.nbytes > self.room:
+        if tensor.nbytes > self.free_bytes:
             return False
-        self.room -= tensor.nbytes
+        self.free_bytes -= tensor.nbytes
         self.held[name] = tensor
         return True

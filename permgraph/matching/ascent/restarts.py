@@ -1,7 +1,7 @@
 """Several ascents side by side, for networks so small that a step costs less than calling what makes it.
 
 A small trained network has many local optima, within a percent of each other, and which of them an ascent ends in is
-chance: what raises the objective is to try several. Here they all take the same group at a time, so that their Gram
+chance: what raises the objective is to try batched. Here they all take the same group at a time, so that their Gram
 matrices are one batched product and their assignments one call. Nothing is kept between steps.
 
 `explore` spends on this what is little next to anything else that one does with a network. It starts from random
@@ -21,32 +21,12 @@ import numpy as np
 import torch
 
 from permgraph.assignment.solve import Solver
+from permgraph.matching import tuned
 from permgraph.matching.ascent.step import choose
 from permgraph.matching.matcher import Progress, Sweep
 from permgraph.matching.problem.moves import Move, Plan
 from permgraph.matching.problem.objective import Pair
 from permgraph.matching.problem.renumber import Arrays
-
-WORTH = 0.15
-"""Seconds that `explore` may take by what a sweep can be expected to take."""
-
-LANES = 16
-"""The most ascents that go side by side."""
-
-RELAXING = 2.0
-"""Seconds that a relaxation may take, likewise."""
-
-LONG = 5
-"""Sweeps of an ascent that had optima to choose from: on wide networks of random weights it takes two or three."""
-
-_STEPS = 27
-"""Sweeps of one ascent in the time of a relaxation, on average."""
-
-_SWEEPS = 14
-"""Sweeps of one lane in two rounds, on average."""
-
-_CALLS, _CUBE, _PRODUCT = 2e-4, 1e-10, 4e-11
-"""Seconds for what is called in a step; by entry of a group's cube for its assignment, and by product for its Gram."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +71,7 @@ class Ascended:
     interrupted: bool
 
 
-class Several:
+class BatchedAscent:
     """The Gram matrices of all groups, for many permutations at a time."""
 
     def __init__(self, plan: Plan, compared: Pair, solver: Solver = "auto") -> None:
@@ -137,7 +117,7 @@ class Several:
         moving = {move.name for move in plan.moves}
         return bool(plan.moves) and all(
             len(move.groups) == 1
-            and not move.bent
+            and not move.quadratic
             and not move.root.batch
             and not move.carried
             and all(sum(leaf.group in moving for leaf in place.block.leaves) <= 2 for place in move.root.places)
@@ -267,15 +247,16 @@ class Several:
         return np.asarray(np.sum(found, axis=0))
 
 
-def lanes(plan: Plan) -> int:
+def batch_width(plan: Plan) -> int:
     """How many ascents `explore` runs side by side.
 
     None where a network is too large for any, where groups are fibred or meet themselves, or where none meets another,
     so that one step for each finds the best there is.
     """
-    if not Several.fits(plan) or not any(plan.neighbours):
+    if not BatchedAscent.fits(plan) or not any(plan.neighbours):
         return 0
-    return max(0, min(LANES, int((WORTH / _SWEEPS - _CALLS * len(plan.moves)) / _sweep_seconds(plan))))
+    seconds = tuned.WORTH / tuned.EXPLORING_SWEEPS - tuned.CALL_SECONDS * len(plan.moves)
+    return max(0, min(tuned.WIDTH, int(seconds / _sweep_seconds(plan))))
 
 
 def worth_relaxing(plan: Plan, sweeps: int) -> bool:
@@ -284,9 +265,9 @@ def worth_relaxing(plan: Plan, sweeps: int) -> bool:
     That is where many sweeps say that there are local optima, where `explore` has few ascents to look for better ones,
     and where the relaxation takes no more than some two seconds.
     """
-    if sweeps < LONG or not Several.fits(plan) or not any(plan.neighbours):
+    if sweeps < tuned.LONG or not BatchedAscent.fits(plan) or not any(plan.neighbours):
         return False
-    return lanes(plan) < LANES // 2 and _STEPS * _sweep_seconds(plan) < RELAXING
+    return batch_width(plan) < tuned.WIDTH // 2 and tuned.RELAXATION_SWEEPS * _sweep_seconds(plan) < tuned.RELAXING
 
 
 def _sweep_seconds(plan: Plan) -> float:
@@ -294,12 +275,13 @@ def _sweep_seconds(plan: Plan) -> float:
     seconds = 1e-12
     for move in plan.moves:
         n = plan.spec.groups[move.name].size
-        seconds += _CUBE * n**3 + _PRODUCT * n * sum(place.block.size for place in move.root.places)
+        products = n * sum(place.block.size for place in move.root.places)
+        seconds += tuned.CUBE_SECONDS * n**3 + tuned.PRODUCT_SECONDS * products
     return seconds
 
 
 def explore(
-    several: Several,
+    batched: BatchedAscent,
     best: Mapping[str, np.ndarray],
     objective: float,
     count: int,
@@ -314,18 +296,18 @@ def explore(
     the second where the best so far is, with a quarter of them shuffled.
 
     Args:
-        several: the two models.
+        batched: the two models.
         best: where the groups stand in the best optimum so far.
         objective: what it is worth.
-        count: of ascents side by side, see `lanes`.
+        count: of ascents side by side, see `batch_width`.
         rng: for where they begin, and the order of the groups.
-        max_sweeps, progress, started: as in `Several.climb`.
+        max_sweeps, progress, started: as in `BatchedAscent.climb`.
     """
-    stand = {name: best[name] for name in several.sizes}
+    stand = {name: best[name] for name in batched.sizes}
     found: list[Ascended] = []
     for parts in ([1.0] * (count // 2) + [0.5] * (count - count // 2), [0.25] * count):
-        starts = [several.shuffled(stand, part, rng) for part in parts]
-        ascents = several.climb(starts, rng, max_sweeps, progress, started)
+        starts = [batched.shuffled(stand, part, rng) for part in parts]
+        ascents = batched.climb(starts, rng, max_sweeps, progress, started)
         found += ascents
         top = max(ascents, key=lambda ascent: ascent.objective)
         if top.objective > objective:

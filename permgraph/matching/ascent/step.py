@@ -9,8 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from permgraph.assignment.certificate import prices_of
 from permgraph.assignment.parallel import side_by_side
-from permgraph.assignment.solve import Solver, assign, crowded, prices_of
+from permgraph.assignment.solve import Solver, assign, crowded
+from permgraph.matching import tuned
 from permgraph.matching.problem.moves import Node
 from permgraph.matching.workers import Share
 from permgraph.spec.spec import PermutationSpec
@@ -139,20 +141,20 @@ def choose_each(
     return {name: (columns, gain) for name, (columns, gain, _) in zip(worths, found, strict=True)}
 
 
+def rounding_of(values: torch.Tensor) -> float:
+    """The share of what was added up below which a difference is taken for rounding."""
+    return 16 * torch.finfo(values.dtype).eps
+
+
 def _task(worth: torch.Tensor, solver: Solver, name: str) -> tuple[np.ndarray, float, Solver, str]:
-    rounding = 16 * torch.finfo(worth.dtype).eps
     exact = worth.dtype in (torch.float32, torch.float64)
-    return (worth if exact else worth.double()).detach().cpu().numpy(), rounding, solver, name
+    return (worth if exact else worth.double()).detach().cpu().numpy(), rounding_of(worth), solver, name
 
 
 def _choose(table: np.ndarray, rounding: float, solver: Solver, name: str) -> tuple[np.ndarray, float]:
     # What float32 loses in a wide assignment is less than what counts as a gain below.
     columns = assign(table, maximise=True, solver=solver, precise=False, name=f"the Gram matrix of {name}").columns
     return _settled(table, columns, rounding)
-
-
-PRICED = 128
-"""The width from which on making prices costs less than it saves the next time."""
 
 
 def _choose_priced(
@@ -162,7 +164,7 @@ def _choose_priced(
     what = f"the Gram matrix of {name}"
     columns = assign(table, maximise=True, solver=solver, precise=False, prices=prices, name=what).columns
     settled, gain = _settled(table, columns, rounding)
-    hard = prices is not None or (table.ndim == 2 and len(table) >= PRICED and crowded(table, maximise=True))
+    hard = prices is not None or (table.ndim == 2 and len(table) >= tuned.PRICED and crowded(table, maximise=True))
     if not wanted or not hard:
         return settled, gain, None
     return settled, gain, prices_of(table, columns, prices, maximise=True)[settled]

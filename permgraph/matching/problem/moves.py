@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from permgraph.matching import tuned
 from permgraph.matching.problem.blocks import Block, blocks_of
-from permgraph.matching.problem.renumber import PORTION
 from permgraph.spec.spec import PermutationSpec
 
 Tensors = Mapping[str, torch.Tensor]
@@ -59,9 +59,9 @@ class Place:
         if unknown:
             a, b = a.sum(unknown, keepdim=True), b.mean(unknown, keepdim=True)
         longest = max(rest, key=lambda axis: a.shape[axis], default=None)
-        if len(self.own) == 1 and longest is not None and a.numel() > PORTION and not _is_matrix(a, self.own[0]):
+        if len(self.own) == 1 and longest is not None and a.numel() > tuned.PORTION and not _is_matrix(a, self.own[0]):
             # Both sides are copied for the product: not all of them at a time.
-            step = max(1, a.shape[longest] * PORTION // a.numel())
+            step = max(1, a.shape[longest] * tuned.PORTION // a.numel())
             for x, y in zip(torch.split(a, step, longest), torch.split(b, step, longest), strict=True):
                 into = self._product(x, y, rest, into)
             assert into is not None
@@ -124,7 +124,7 @@ class Move:
         groups: all of them.
         carried: groups fibred over the root that keep their order inside it.
         parameters: the parameters in which the root stands.
-        bent: whether the objective is not linear in the move, since a group of it meets itself in some block; its
+        quadratic: whether a group of the move occurs twice in some block, so that the objective is quadratic in it; its
             Gram matrices are then the slope at the present permutation.
         paired: whether the groups inside are chosen for each pair of the root's indices by an ascent of their own,
             because some of them meet in a block.
@@ -135,7 +135,7 @@ class Move:
     groups: frozenset[str]
     carried: frozenset[str]
     parameters: tuple[str, ...]
-    bent: bool
+    quadratic: bool
     paired: bool = False
     then: tuple[Move, ...] = field(default=(), repr=False)
 
@@ -157,19 +157,25 @@ class Plan:
         self.spec = spec
         self.blocks = {name: blocks_of(spec, name) for name in parameters}
         # A frozen group is like an axis that stays put: no move has it.
-        self.standing: dict[str, list[Block]] = {name: [] for name in spec.moving if name not in frozen}
+        self.blocks_with: dict[str, list[Block]] = {name: [] for name in spec.moving if name not in frozen}
         for block in itertools.chain.from_iterable(self.blocks.values()):
             for group in dict.fromkeys(leaf.group for leaf in block.leaves):
-                if group in self.standing:
-                    self.standing[group].append(block)
-        self.moves = tuple(itertools.chain.from_iterable(self._moves(g) for g, found in self.standing.items() if found))
-        self.met = tuple(self._met(move) for move in self.moves)
+                if group in self.blocks_with:
+                    self.blocks_with[group].append(block)
+        self._inside: dict[str, list[str]] = {}
+        for name in spec.moving:
+            if self.blocks_with.get(name):
+                for parent in spec.groups[name].parents:
+                    self._inside.setdefault(parent, []).append(name)
+        roots = [name for name, held in self.blocks_with.items() if held]
+        self.moves = tuple(itertools.chain.from_iterable(map(self._moves, roots)))
+        self.meeting = tuple(self._meeting(move) for move in self.moves)
         """For each move the groups that stand where its groups do, those included."""
         self.neighbours = self._neighbours()
         """For each move those others whose Gram matrices depend on where its groups stand: the coupling graph."""
 
-    def _met(self, move: Move) -> frozenset[str]:
-        blocks = (block for name in move.groups for block in self.standing[name])
+    def _meeting(self, move: Move) -> frozenset[str]:
+        blocks = (block for name in move.groups for block in self.blocks_with[name])
         return frozenset(leaf.group for block in blocks for leaf in block.leaves if leaf.group is not None)
 
     def _neighbours(self) -> tuple[frozenset[int], ...]:
@@ -179,7 +185,7 @@ class Plan:
                 owners.setdefault(group, set()).add(number)
         return tuple(
             frozenset(other for group in groups for other in owners.get(group, ()) if other != number)
-            for number, groups in enumerate(self.met)
+            for number, groups in enumerate(self.meeting)
         )
 
     def entries(self, move: Move) -> int:
@@ -188,8 +194,7 @@ class Plan:
 
     def inside(self, group: str) -> tuple[str, ...]:
         """The moving groups fibred over `group`, each after its parents."""
-        found = [name for name, g in self.spec.moving.items() if group in g.parents and self.standing.get(name)]
-        return tuple(sorted(found, key=lambda name: len(self.spec.groups[name].parents)))
+        return tuple(sorted(self._inside.get(group, ()), key=lambda name: len(self.spec.groups[name].parents)))
 
     def _moves(self, root: str) -> Iterator[Move]:
         """The moves with this root: together they take every group inside it along at least once.
@@ -198,7 +203,7 @@ class Plan:
         """
         left = list(self.inside(root))
         clashing = any(self._clash(root, *two) for two in itertools.combinations_with_replacement(left, 2))
-        if clashing and all(len(block.axes_of(root)) == 1 for block in self.standing[root]):
+        if clashing and all(len(block.axes_of(root)) == 1 for block in self.blocks_with[root]):
             own = {root, *self.spec.groups[root].parents}
             yield self.pair([name for name in left if set(self.spec.groups[name].parents) == own], root)
             return
@@ -222,31 +227,31 @@ class Plan:
             frozenset((root, *taken)),
             frozenset(self.inside(root)) - frozenset(taken),
             self._parameters(root),
-            bent=False,
+            quadratic=False,
             paired=True,
         )
 
     def _parameters(self, root: str) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(block.parameter for block in self.standing[root]))
+        return tuple(dict.fromkeys(block.parameter for block in self.blocks_with[root]))
 
-    def _clash(self, root: str, one: str, other: str) -> bool:
-        if one in self.spec.groups[other].parents or other in self.spec.groups[one].parents:
+    def _clash(self, root: str, first: str, second: str) -> bool:
+        if first in self.spec.groups[second].parents or second in self.spec.groups[first].parents:
             return False
         return any(
-            one_axis != other_axis and _over(block, one_axis, root) & _over(block, other_axis, root)
-            for block in self.standing[root]
-            for one_axis in block.axes_of(one)
-            for other_axis in block.axes_of(other)
+            axis != other and _over(block, axis, root) & _over(block, other, root)
+            for block in self.blocks_with[root]
+            for axis in block.axes_of(first)
+            for other in block.axes_of(second)
         )
 
     def move(self, root: str, taken: Collection[str]) -> Move:
         """The move of `root` with the groups `taken` inside it."""
         groups = frozenset((root, *taken))
-        bent = False
+        quadratic = False
         places: dict[str, list[Place]] = {name: [] for name in groups}
-        for block in self.standing[root]:
+        for block in self.blocks_with[root]:
             starts = block.axes_of(root)
-            bent = bent or len(starts) > 1
+            quadratic = quadratic or len(starts) > 1
             for start in starts:
                 # The innermost group of the move that stands over this axis of the root decides the Gram.
                 below = [
@@ -255,7 +260,7 @@ class Plan:
                     if leaf.group in groups and leaf.group != root and start in _over(block, axis, root)
                 ]
                 ends = [axis for axis in below if not any(axis in block.leaves[other].parents for other in below)]
-                bent = bent or len(ends) > 1
+                quadratic = quadratic or len(ends) > 1
                 for end in ends or [start]:
                     leaf = block.leaves[end]
                     assert leaf.group is not None
@@ -272,7 +277,7 @@ class Plan:
             groups,
             frozenset(self.inside(root)) - groups,
             self._parameters(root),
-            bent or any(move.bent for move in then),
+            quadratic or any(move.quadratic for move in then),
             then=then,
         )
 

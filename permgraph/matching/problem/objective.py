@@ -7,14 +7,20 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+import numpy as np
 import torch
 
-from permgraph.errors import MismatchError, NonFiniteError, PermgraphError
+from permgraph.errors import MismatchError, PermgraphError
+from permgraph.matching.problem.renumber import act
+from permgraph.spec.expressions import Fixed
 from permgraph.spec.spec import PermutationSpec
-from permgraph.weights.state_dict import STATISTICS, StateDict
+from permgraph.weights.state_dict import STATISTICS, StateDict, as_real, is_continuous, require_finite
 
 Objective: TypeAlias = Literal["inner", "cosine", "l2"]
 Weight: TypeAlias = float | torch.Tensor
+ADVICE = "; repair it, or name it in ignore="
+"""What to do about a tensor that is not finite."""
+
 Weights: TypeAlias = Mapping[str, Weight] | Callable[[str, torch.Tensor], Weight]
 
 
@@ -22,8 +28,11 @@ Weights: TypeAlias = Mapping[str, Weight] | Callable[[str, torch.Tensor], Weight
 class Pair:
     """The tensors to compare, on one device and in one dtype, by canonical name.
 
+    A complex tensor is here a real one with one more dimension, of its real and imaginary parts: what is summed is then
+    Re<a, conj(b)>, whose maximum is the least distance, as for real tensors.
+
     Attributes:
-        a: A's tensors, weighted; of the shapes in the spec.
+        a: A's tensors, weighted; of the shapes in the spec, where they are real.
         b: B's tensors, of the same shapes.
         scale, offset: the reported objective is `scale` times the sum of inner products, plus `offset`.
     """
@@ -40,6 +49,21 @@ class Pair:
     def objective(self, b: Mapping[str, torch.Tensor]) -> float:
         """What is reported: higher is better."""
         return self.scale * self.inner(self.a, b) + self.offset
+
+    def spec_of(self, spec: PermutationSpec) -> PermutationSpec:
+        """A spec, with one more axis, that stays put, for each of its parameters that is complex."""
+        return with_real_parts(spec, (name for name, tensor in self.a.items() if tensor.ndim > len(spec.shapes[name])))
+
+    def objective_at(self, spec: PermutationSpec, arrays: Mapping[str, np.ndarray]) -> float:
+        """What is reported of a permutation of B, an element of the spec's group."""
+        own = self.spec_of(spec)
+        return self.objective({name: act(own, arrays, name, tensor) for name, tensor in self.b.items()})
+
+
+def with_real_parts(spec: PermutationSpec, names: Iterable[str]) -> PermutationSpec:
+    """A spec in which the named parameters have one more dimension, of 2, that stays put; the same if there is none."""
+    axes = {name: (*spec.axes[name], Fixed(2)) for name in names}
+    return PermutationSpec(spec.groups, {**spec.axes, **axes}, aliases=spec.aliases) if axes else spec
 
 
 def dot(one: torch.Tensor, other: torch.Tensor) -> float:
@@ -62,6 +86,17 @@ def variance(tensor: torch.Tensor) -> float:
 
 
 _RUN = 1024
+
+
+def compared_names(spec: PermutationSpec, ignore: Iterable[str] = STATISTICS) -> list[str]:
+    """The parameters that are evidence: some group acts on them, and no pattern of `ignore` fits their name."""
+    patterns = tuple(ignore)
+    return [
+        name
+        for name in spec.axes
+        if any(occurrence.group in spec.moving for occurrence in spec.occurrences(name))
+        and not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    ]
 
 
 def pair(
@@ -89,64 +124,65 @@ def pair(
         raise PermgraphError(f"unknown objective {objective!r}; choose 'inner', 'cosine' or 'l2'")
     spec.check(a)
     spec.check(b)
-    patterns = tuple(ignore)
     ours: dict[str, torch.Tensor] = {}
     theirs: dict[str, torch.Tensor] = {}
     offset = 0.0
-    for name in spec.axes:
-        if not any(occurrence.group in spec.moving for occurrence in spec.occurrences(name)):
-            continue
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
-            continue
-        one, other = _tensor(a, name, spec, "A"), _tensor(b, name, spec, "B")
-        chosen = dtype or (torch.float64 if {one.dtype, other.dtype} == {torch.float64} else torch.float32)
-        one, other = one.to(chosen), other.to(one.device, chosen)
-        _require_finite(one, name, "A")
-        _require_finite(other, name, "B")
+    for name in compared_names(spec, ignore):
+        x, y = _tensor(a, name, spec, "A"), _tensor(b, name, spec, "B")
+        chosen = dtype or (torch.float64 if {x.dtype, y.dtype} == {torch.float64} else torch.float32)
+        x, y = x.to(chosen), y.to(x.device, chosen)
+        require_finite(x, name, "A", ADVICE)
+        require_finite(y, name, "B", ADVICE)
         if objective == "l2":
-            offset -= float(torch.sum(one.double().square())) + float(torch.sum(other.double().square()))
+            offset -= float(torch.sum(x.double().square())) + float(torch.sum(y.double().square()))
         if objective == "cosine":
-            norms = float(torch.linalg.vector_norm(one)) * float(torch.linalg.vector_norm(other))
-            one = one / norms if norms > 0 else one
+            norms = float(torch.linalg.vector_norm(x)) * float(torch.linalg.vector_norm(y))
+            x = x / norms if norms > 0 else x
         if weights is not None:
             if objective == "l2":
                 raise PermgraphError("the objective 'l2' takes no weights; use 'inner'")
-            one = one * _weight(weights, name, one)
-        ours[name], theirs[name] = one, other
+            x = x * _weight(weights, name, x, spec.shapes[name])
+        ours[name], theirs[name] = x, y
+    if any(ours[name].ndim != theirs[name].ndim for name in ours):
+        name = next(name for name in ours if ours[name].ndim != theirs[name].ndim)
+        raise MismatchError(f"{name!r} is complex in one of the models only")
     return Pair(ours, theirs, 2.0 if objective == "l2" else 1.0, offset)
 
 
 def _tensor(state: StateDict, name: str, spec: PermutationSpec, model: str) -> torch.Tensor:
     keys = [name, *(alias for alias, canonical in spec.aliases.items() if canonical == name)]
-    tensor = next(state[key] for key in keys if key in state).detach()
-    if not tensor.dtype.is_floating_point or tensor.is_quantized:
+    return comparable(next(state[key] for key in keys if key in state), name, model)
+
+
+def comparable(tensor: torch.Tensor, name: str, model: str) -> torch.Tensor:
+    """A tensor as it is compared: without gradients, and real.
+
+    Raises:
+        MismatchError: it holds integers, or is quantised, or has no values.
+    """
+    tensor = tensor.detach()
+    if not is_continuous(tensor) or tensor.is_quantized:
         raise MismatchError(
             f"{name!r} of {model} is {tensor.dtype}: matching compares floating-point weights; dequantise it first, "
             f"or name it in ignore="
         )
     if tensor.is_meta:
         raise MismatchError(f"{name!r} of {model} is on the meta device and has no values to match; load the weights")
-    return tensor
+    return as_real(tensor)
 
 
-def _require_finite(tensor: torch.Tensor, name: str, model: str) -> None:
-    # A finite sum needs one pass and no second tensor; only a sum that is not finite is worth looking into.
-    if not bool(torch.isfinite(tensor.sum())) and not bool(torch.isfinite(tensor).all()):
-        bad = int((~torch.isfinite(tensor)).sum())
-        raise NonFiniteError(
-            f"{name!r} of {model} holds NaN or infinity in {bad} of its {tensor.numel()} elements; "
-            f"repair it, or name it in ignore="
-        )
-
-
-def _weight(weights: Weights, name: str, tensor: torch.Tensor) -> Weight:
-    weight = weights(name, tensor) if callable(weights) else weights.get(name, 1.0)
+def _weight(weights: Weights, name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> Weight:
+    is_complex = tensor.ndim > len(shape)
+    if callable(weights):
+        weight = weights(name, torch.view_as_complex(tensor) if is_complex else tensor)
+    else:
+        weight = weights.get(name, 1.0)
     if isinstance(weight, torch.Tensor):
-        if weight.shape not in (torch.Size(()), tensor.shape):
+        if weight.shape not in (torch.Size(()), shape):
             raise PermgraphError(
-                f"the weight of {name!r} has shape {tuple(weight.shape)}; give a number or a tensor of shape "
-                f"{tuple(tensor.shape)}"
+                f"the weight of {name!r} has shape {tuple(weight.shape)}; give a number or a tensor of shape {shape}"
             )
         weight = weight.to(tensor.device, tensor.dtype)
-        _require_finite(weight, name, "the weights")
+        require_finite(weight, name, "the weights", ADVICE)
+        weight = weight.unsqueeze(-1) if is_complex and weight.ndim else weight
     return weight

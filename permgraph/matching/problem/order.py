@@ -22,9 +22,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from permgraph.matching import tuned
 from permgraph.matching.problem.moves import Plan
-
-PASSES = 20
 
 
 def informed_order(plan: Plan, spread: Mapping[str, float], rng: np.random.Generator) -> list[int]:
@@ -37,9 +36,9 @@ def informed_order(plan: Plan, spread: Mapping[str, float], rng: np.random.Gener
         rng: for where the search begins, which decides between orders that are as good.
     """
     evidence = _evidence(plan, spread)
-    found = _improved(rng.permutation(len(plan.moves)), evidence, rng)
-    other = _improved(found[::-1], evidence, rng)
-    best = other if evidence.expected(other) > evidence.expected(found) * (1 + 1e-9) else found
+    first = _improved(rng.permutation(len(plan.moves)), evidence, rng)
+    turned = _improved(first[::-1], evidence, rng)
+    best = turned if evidence.expected(turned) > evidence.expected(first) * (1 + 1e-9) else first
     return [int(number) for number in best]
 
 
@@ -54,15 +53,20 @@ def ranks(order: Sequence[int], neighbours: Sequence[Collection[int]]) -> list[l
         >>> ranks([1, 0, 2, 3], [{1}, {0, 2}, {1, 3}, {2}])  # a chain, from its second link
         [[1], [0, 2], [3]]
     """
-    rank: dict[int, int] = {}
-    found: list[list[int]] = []
-    for one in order:
-        before = [at for other, at in rank.items() if other in neighbours[one] or one in neighbours[other]]
-        rank[one] = 1 + max(before, default=-1)
-        if rank[one] == len(found):
-            found.append([])
-        found[rank[one]].append(one)
-    return found
+    seen_by: dict[int, list[int]] = {}
+    for move in order:
+        for neighbour in neighbours[move]:
+            seen_by.setdefault(neighbour, []).append(move)
+    least: dict[int, int] = {}  # the rank that a move can have, by the neighbours that have theirs
+    ranked: list[list[int]] = []
+    for move in order:
+        rank = least.get(move, 0)
+        if rank == len(ranked):
+            ranked.append([])
+        ranked[rank].append(move)
+        for neighbour in (*neighbours[move], *seen_by.get(move, ())):
+            least[neighbour] = max(least.get(neighbour, 0), rank + 1)
+    return ranked
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,7 @@ class _Evidence:
 def _improved(start: np.ndarray, evidence: _Evidence, rng: np.random.Generator) -> np.ndarray:
     """The order in which moving no single move to another place helps any more."""
     position = np.argsort(start)
-    for _ in range(PASSES):
+    for _ in range(tuned.ORDER_PASSES):
         known = evidence.known(position)
         moved = False
         for one in rng.permutation(len(position)).tolist():

@@ -7,11 +7,10 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
+from permgraph.matching import tuned
 from permgraph.spec.action import blocks, gather
+from permgraph.spec.permutation import old_parents
 from permgraph.spec.spec import PermutationSpec
-
-PORTION = 1 << 20
-"""Elements of a model that are copied at a time."""
 
 Arrays = dict[str, np.ndarray]
 """For some groups an integer array as in `Permutation.arrays`; the others are at rest."""
@@ -21,12 +20,12 @@ def act(spec: PermutationSpec, arrays: Mapping[str, np.ndarray], name: str, tens
     """The parameter `name`, whose value is `tensor`, permuted: a new tensor."""
     moved = blocks(spec.layout(spec.axes[name], name), spec.groups, arrays)
     rows = next((block.indices[0] for block in moved if block.dims == (0,)), None)
-    if rows is None or len(moved) == 1 or tensor.numel() <= PORTION:
+    if rows is None or len(moved) == 1 or tensor.numel() <= tuned.PORTION:
         return gather(tensor, moved)
     # Each block makes a new tensor: some rows at a time, there are never two whole ones.
     rest = tuple(block for block in moved if block.dims != (0,))
     new = torch.empty_like(tensor, memory_format=torch.contiguous_format)
-    some = max(1, len(tensor) * PORTION // tensor.numel())
+    some = max(1, len(tensor) * tuned.PORTION // tensor.numel())
     for to, of in zip(torch.split(new, some), torch.split(torch.from_numpy(rows).to(new.device), some), strict=True):
         to.copy_(gather(tensor.index_select(0, of), rest))
     return new
@@ -40,14 +39,7 @@ def compose(spec: PermutationSpec, after: Mapping[str, np.ndarray], before: Mapp
         if name not in after and (name not in before or not any(parent in after for parent in group.parents)):
             continue
         sizes = tuple(spec.groups[parent].size for parent in group.parents)
-        new = dict(zip(group.parents, np.indices(sizes, sparse=True), strict=True))
-        old = [
-            after[parent][(*(new[above] for above in spec.groups[parent].parents), new[parent])]
-            if parent in after
-            else new[parent]
-            for parent in group.parents
-        ]
         rest = np.broadcast_to(np.arange(group.size), (*sizes, group.size))
-        index = (*(np.broadcast_to(parent, sizes)[..., None] for parent in old), after.get(name, rest))
-        out[name] = before.get(name, rest)[index]
+        old = (index[..., None] for index in old_parents(spec.groups, after, name))
+        out[name] = before.get(name, rest)[(*old, after.get(name, rest))]
     return out

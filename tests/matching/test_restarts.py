@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from permgraph.matching import FrankWolfe, WeightMatching, frank_wolfe
+from permgraph.matching import FrankWolfe, WeightMatching, frank_wolfe, tuned
 from permgraph.matching.ascent import restarts as module
-from permgraph.matching.ascent.restarts import LANES, LONG, Several, lanes, worth_relaxing
+from permgraph.matching.ascent.restarts import BatchedAscent, batch_width, worth_relaxing
 from permgraph.matching.problem.moves import Plan
 from permgraph.matching.problem.objective import pair
+from permgraph.matching.tuned import LONG, WIDTH
 from permgraph.spec import PermutationSpec
 from permgraph.spec.permutation import Permutation
 from tests.matching.examples import SPECS, inner, planted, state
@@ -32,9 +33,9 @@ SPEC = {
 }
 
 
-def of(spec: PermutationSpec, a: Any, b: Any) -> Several:
+def of(spec: PermutationSpec, a: Any, b: Any) -> BatchedAscent:
     compared = pair(a, b, spec)
-    return Several(Plan(spec, compared.a), compared)
+    return BatchedAscent(Plan(spec, compared.a), compared)
 
 
 def starts(spec: PermutationSpec, count: int) -> list[dict[str, np.ndarray]]:
@@ -85,8 +86,8 @@ def test_where_they_are_made(name: str) -> None:
     fibred = any(group.parents for group in spec.groups.values())
     blocks = [block for found in plan.blocks.values() for block in found]
     meeting = any(len({leaf.group for leaf in block.leaves if leaf.group}) > 1 for block in blocks)
-    meets_itself = any(move.bent for move in plan.moves)
-    assert lanes(plan) == (0 if fibred or meets_itself or name == "wide" or not meeting else LANES)
+    meets_itself = any(move.quadratic for move in plan.moves)
+    assert batch_width(plan) == (0 if fibred or meets_itself or name == "wide" or not meeting else WIDTH)
 
 
 @pytest.mark.parametrize("objective", ["inner", "cosine", "l2"])
@@ -96,7 +97,7 @@ def test_the_default_is_at_least_one_run_and_says_what_it_did(objective: Any) ->
         a, b = state(spec, seed), state(spec, 100 + seed)
         one = WeightMatching(restarts=1, objective=objective).match(a, b, spec, seed)
         found = WeightMatching(objective=objective).match(a, b, spec, seed)
-        assert len(found.runs) == 1 + 2 * LANES
+        assert len(found.runs) == 1 + 2 * WIDTH
         assert found.runs[0] == one.objective
         assert found.objective == pytest.approx(max(found.runs), rel=1e-5)
         assert found.objective >= one.objective
@@ -188,8 +189,8 @@ def related(spec: PermutationSpec, seed: int) -> tuple[Any, Any]:
 
 
 def test_a_long_ascent_of_a_middling_network_is_followed_by_a_relaxed_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "WORTH", 0.0)  # no time for others
-    monkeypatch.setattr(module, "LONG", 2)
+    monkeypatch.setattr(tuned, "WORTH", 0.0)  # no time for others
+    monkeypatch.setattr(tuned, "LONG", 2)
     better = 0
     for seed in range(4):
         a, b = related(MIDDLING, seed)
@@ -217,12 +218,12 @@ def test_where_a_relaxation_is_worth_its_time() -> None:
     )
     assert worth_relaxing(Plan(broad, broad.axes), LONG)
     assert not worth_relaxing(Plan(broad, broad.axes), LONG - 1)
-    assert worth_relaxing(middling, LONG) == (lanes(middling) < LANES // 2)
+    assert worth_relaxing(middling, LONG) == (batch_width(middling) < WIDTH // 2)
 
 
 def test_an_interrupted_relaxation_keeps_the_ascent_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "WORTH", 0.0)  # no time for others
-    monkeypatch.setattr(module, "LONG", 1)
+    monkeypatch.setattr(tuned, "WORTH", 0.0)  # no time for others
+    monkeypatch.setattr(tuned, "LONG", 1)
     a, b = related(MIDDLING, 1)
     one = WeightMatching(restarts=1).match(a, b, MIDDLING)
 

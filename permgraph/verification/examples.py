@@ -1,106 +1,17 @@
 # ruff: noqa: E501 (it is a table)
 # fmt: off
-"""The table of cases: for each operator, arguments and the axes that its rule should give, a row each.
-
-Sizes that have nothing to do with each other are different primes. In the axes a letter is a free axis, a dot stays
-put, ``;`` comes before the axis that an index tensor's values number, ``where a per b`` says which axes may be permuted
-differently where. Names of letters do not matter. After ``~`` stands why a rule denies a symmetry that is there.
-"""
+"""The table of examples: for each operator, arguments and the axes that its rule should give, a row each."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map
 
 from permgraph.rules import rule
 from permgraph.rules.recurrent import gru_cell, lstm_cell
-from permgraph.verification.rule import RuleReport, check_rule
-from permgraph.verification.trial_of_rule import attempt, undivided
-
-aten = torch.ops.aten
-
-
-@dataclass(frozen=True)
-class Made:
-    """A tensor that each case makes anew, from a generator of its own."""
-
-    kind: str
-    shape: tuple[int, ...]
-    high: int = 2
-
-    def make(self, generator: torch.Generator) -> torch.Tensor:
-        if self.kind == "float":
-            return torch.rand(self.shape, generator=generator, dtype=torch.float64) * 0.8 + 0.1
-        if self.kind == "normal":
-            return torch.randn(self.shape, generator=generator, dtype=torch.float64)
-        if self.kind == "complex":
-            return torch.randn(self.shape, generator=generator, dtype=torch.complex128)
-        if self.kind == "distinct":
-            return torch.randperm(self.high, generator=generator)[: self.shape[0]]
-        if self.kind == "bool":
-            return torch.rand(self.shape, generator=generator) < 0.5
-        count = math.prod(self.shape)  # as many different ones as there can be
-        return (torch.randperm(count, generator=generator) % self.high).reshape(self.shape)
-
-
-def F(*shape: int) -> Made:
-    """Between 0.1 and 0.9, where every function is defined."""
-    return Made("float", shape)
-
-
-def N(*shape: int) -> Made:
-    """Standard normal."""
-    return Made("normal", shape)
-
-
-def C(*shape: int) -> Made:
-    """Complex."""
-    return Made("complex", shape)
-
-
-def Z(high: int, *shape: int) -> Made:
-    """Integers from zero to below `high`, all of them if there is room."""
-    return Made("int", shape, high)
-
-
-def D(high: int, count: int) -> Made:
-    """Distinct integers from zero to below `high`."""
-    return Made("distinct", (count,), high)
-
-
-def B(*shape: int) -> Made:
-    """True or false."""
-    return Made("bool", shape)
-
-
-@dataclass(frozen=True)
-class Case:
-    """One row of the table; `strict` says why the rule denies some symmetry, where it knowingly does."""
-
-    name: str
-    op: Callable[..., Any]
-    args: tuple[Any, ...]
-    axes: str
-    strict: str = ""
-
-    def check(self) -> RuleReport:
-        args, kwargs = self._arguments()
-        return check_rule(self.op, *args, **kwargs)
-
-    def operators(self) -> tuple[str, ...]:
-        """The operators that run."""
-        return attempt(self.op, *self._arguments()).operators
-
-    def _arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        generator = torch.Generator().manual_seed(0)
-        args = tree_map(lambda leaf: leaf.make(generator) if isinstance(leaf, Made) else leaf, self.args)
-        kwargs = args[-1] if args and isinstance(args[-1], dict) else {}
-        return args[:-1] if kwargs else args, kwargs
+from permgraph.verification.example import B, C, D, Example, F, N, Z, aten, each, rows
+from permgraph.verification.trial_of_rule import undivided
 
 
 def fused(x: torch.Tensor, low: torch.Tensor, high: torch.Tensor, scale: torch.Tensor, channels: int, by: bool) -> Any:
@@ -108,27 +19,6 @@ def fused(x: torch.Tensor, low: torch.Tensor, high: torch.Tensor, scale: torch.T
     on, zero = torch.ones(1, dtype=torch.int64), torch.zeros(channels, dtype=torch.int32)
     seen = [tensor.float() for tensor in (low, high, scale)]
     return aten._fused_moving_avg_obs_fq_helper(x.float(), on, on, *seen, zero, 0.01, -8, 7, 0, by, True)
-
-
-def op(name: str) -> Any:
-    """``"add.Tensor"``, or ``"mm"`` for the default overload."""
-    base, _, overload = name.partition(".")
-    return getattr(getattr(aten, base), overload or "default")
-
-
-def rows(*table: Sequence[Any]) -> list[Case]:
-    """A row is an operator's name (or a title and a function), arguments, and the axes; a dict at the end is keywords."""
-    cases = []
-    for name, *rest, axes in table:
-        function = rest.pop(0) if rest and callable(rest[0]) and not isinstance(rest[0], Made) else op(name)
-        expected, _, strict = axes.partition(" ~ ")
-        cases.append(Case(name, function, tuple(rest), expected, strict))
-    return cases
-
-
-def each(names: str, *args: Any) -> list[Case]:
-    """The same arguments and axes for several operators."""
-    return rows(*((name, *args) for name in names.split()))
 
 
 PAIR = "(a b) -> (a b) where b per a"
@@ -466,7 +356,7 @@ ATTENTION = rows(
 )
 
 # The fused cells run on a GPU only: here is what they compute, as operators of the same schema with the same rules.
-_library = torch.library.Library("permgraph_cells", "DEF")
+_library: Any = torch.library.Library("permgraph_cells", "DEF")  # type: ignore[no-untyped-call]
 _library.define(
     "lstm(Tensor input_gates, Tensor hidden_gates, Tensor cx, Tensor? input_bias, Tensor? hidden_bias) "
     "-> (Tensor, Tensor, Tensor)"
@@ -808,6 +698,11 @@ INDEX = rows(
     ("indices, the greatest", lambda s: s.argmax(1).max(0), F(7, 5), "(. .) -> (), (; .) ~ of equal ones the first"),
     ("indices, the position of the greatest", lambda s: s.argmax(1).argmax(), F(7, 5), "(. .) -> (; .) ~ as above"),
     ("indices added up", lambda s: s.argmax(1).cumsum(0), F(7, 5), "(. .) -> (.)"),
+    ("ranks", lambda x: x.argsort(1).argsort(1), F(5, 7), "(a b) -> (a b ; .) where b per a"),
+    ("ranks along another dimension", lambda x, w: w[x.argsort(0).argsort(0)], F(5, 7), F(5, 2), "(a b), (. c) -> (a b c) where a per b"),
+    ("ranks downwards", lambda x: x.argsort(1).argsort(1, descending=True), F(5, 7), "(a .) -> (a . ; .)"),
+    ("ranks of ranks", lambda x: x.argsort(1).argsort(1).argsort(1), F(5, 7), "(a b) -> (a . ; b) where b per a"),
+    ("ranks in order", lambda x: x.argsort(1).sort(1).values, F(5, 7), "(a b) -> (c d!) where b per a, c per d!"),
     ("indices sorted", lambda s: s.argmax(1).sort().values, F(7, 5), "(a .) -> (.)"),
     ("indices reversed", lambda s: s.argmax(1).flip(0), F(7, 5), "(. a) -> (. ; a) ~ a reversal is not the same axis"),
     ("indices repeated", lambda s: s.argmax(1).repeat(2), F(7, 5), "(a b) -> ((c a) ; b) where b per a, c per a b"),
@@ -886,6 +781,8 @@ GRADIENT = [
          "(n o .), (n i .), (o j .) -> (n j .), (o i .), (o)"),
         ("convolution_backward", F(2, 6, 4), F(2, 10, 6), F(6, 5, 3), [6], [1], [0], [1], False, [0], 2, [True, True, False],
          "(n (g o) .), (n (g i) .), ((g o) j .) -> (n (g j) .), ((g o) i .) where i per g, j per g, n per g, o per g"),
+        ("convolution_backward", F(2, 6, 4), F(2, 10, 6), F(6, 5, 3), [6], [1], [0], [1], False, [0], 2, [False, True, True],
+         "(n (g o) .), (n (g i) .), (p q r) -> ((g o) i .), ((g o)) where i per g, n per g, o per g, p per q r, q per r"),
         ("convolution_backward", F(2, 5, 7), F(2, 3, 7), F(5, 3, 1), None, [1], [0], [1], False, [0], 1, [True, False, False],
          "(n o s), (m i t), (o j 1) -> (n j s) where i per m, s per n, t per i m"),
         ("slice_backward", F(2, 3), [2, 7], 1, 2, 5, 1, "(a b) -> (a [c + b + d]) where b per a, c per a, d per a"),
@@ -894,7 +791,7 @@ GRADIENT = [
     ),
 ]
 
-CASES: list[Case] = [
+EXAMPLES: list[Example] = [
     *POINTWISE, *NOISE, *READS, *LINEAR, *CONVOLUTION, *SPACE, *NORMALISATION, *ATTENTION, *RECURRENT, *CREATION,
     *REDUCTION, *SHAPE, *INDEX, *GRADIENT,
 ]

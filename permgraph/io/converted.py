@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -16,10 +17,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from permgraph.cli.models import build
-from permgraph.errors import CheckpointError, PermgraphError
-from permgraph.io import Checkpoint
+from permgraph.errors import CheckpointError, in_one_line
+from permgraph.io.checkpoint import Checkpoint
 from permgraph.io.tensors import TensorFormat, Transform
+
+log = logging.getLogger(__name__)
 
 Tensors = dict[str, torch.Tensor]
 
@@ -39,17 +41,15 @@ class Conversions:
     converters: Sequence[Any]
 
     @classmethod
-    def of(cls, model: str) -> Conversions | None:
-        """Those of a model as it is named on the command line; None if there are none, or nobody knows."""
-        if not model.startswith("hf:"):
-            return None
+    def of(cls, module: nn.Module) -> Conversions | None:
+        """Those of a transformers model; None if its version of transformers has no table of them."""
         try:
-            module = build(model)
             loading = importlib.import_module("transformers.core_model_loading")
             found = importlib.import_module("transformers.conversion_mapping").get_model_conversion_mapping(module)
-            renamings = [one for one in found if isinstance(one, loading.WeightRenaming)]
-            return cls(module, renamings, [one for one in found if isinstance(one, loading.WeightConverter)])
-        except UNKNOWN:
+            renamings = [entry for entry in found if isinstance(entry, loading.WeightRenaming)]
+            return cls(module, renamings, [entry for entry in found if isinstance(entry, loading.WeightConverter)])
+        except UNKNOWN as error:
+            log.info("%s: no conversions: %s", type(module).__name__, in_one_line(error))
             return None
 
     def renamed(self, key: str) -> str:
@@ -59,8 +59,8 @@ class Conversions:
         return key
 
 
-#: No such model, or no such table in its version of transformers.
-UNKNOWN = (PermgraphError, ImportError, AttributeError, TypeError)
+#: There is no such table in this version of transformers, or it is another.
+UNKNOWN = (ImportError, AttributeError, TypeError)
 
 
 def names_on_disk(conversions: Conversions | None, keys: Sequence[str]) -> dict[str, str]:
@@ -100,7 +100,7 @@ class Unit:
 
 
 @dataclass(frozen=True, eq=False)
-class Joined(Checkpoint):
+class ConvertedCheckpoint(Checkpoint):
     """A checkpoint with the model's tensors in the place of those that they are made of.
 
     Attributes:
@@ -124,7 +124,7 @@ class Joined(Checkpoint):
     def on_disk(self, transform: Transform) -> Transform:
         """What becomes of the tensors on disk where this becomes of the model's.
 
-        Joined tensors are taken apart at once, and their parts are kept until each has been asked for.
+        ConvertedCheckpoint tensors are taken apart at once, and their parts are kept until each has been asked for.
         """
         waiting: dict[str, Tensors] = {}
         tried: set[int] = set()
@@ -157,7 +157,7 @@ class Joined(Checkpoint):
                 )
 
 
-def joined(checkpoint: Checkpoint, conversions: Conversions | None) -> Checkpoint:
+def converted(checkpoint: Checkpoint, conversions: Conversions | None) -> Checkpoint:
     """The checkpoint as the model has its tensors, or itself where these are the same, or nobody knows how.
 
     Args:
@@ -175,7 +175,7 @@ def joined(checkpoint: Checkpoint, conversions: Conversions | None) -> Checkpoin
     parts = {key: unit for unit in units for key in unit.sources}
     made = {name: form for unit in units for name, form in unit.targets.items()}
     kept = {key: form for key, form in checkpoint.formats.items() if key not in parts}
-    return Joined(
+    return ConvertedCheckpoint(
         checkpoint.path,
         checkpoint.files,
         checkpoint.folder,
@@ -193,7 +193,7 @@ def _units(checkpoint: Checkpoint, conversions: Conversions) -> list[Unit]:
     """What of a checkpoint becomes something else in the model, and can be had back."""
     loading = importlib.import_module("transformers.core_model_loading")
     module, converters = conversions.module, conversions.converters
-    pairs = {pattern: (one, one.reverse_transform()) for one in converters for pattern in one.source_patterns}
+    pairs = {pattern: (each, each.reverse_transform()) for each in converters for pattern in each.source_patterns}
     known = module.state_dict()
     found: dict[str, dict[str, tuple[str, str]]] = {}
     for key in sorted(checkpoint, key=loading.dot_natural_key):
@@ -211,7 +211,8 @@ def _units(checkpoint: Checkpoint, conversions: Conversions) -> list[Unit]:
         try:
             made = _forward(unit, like, module)
             back = _backward(unit, made, module)
-        except Exception:  # whatever another library's code raises: these are not tensors for it
+        except Exception as error:  # whatever another library's code raises: these are not tensors for it
+            log.info("%s stays as it is on disk: %s: %s", name, type(error).__name__, in_one_line(error))
             continue
         if {key: (tensor.shape, tensor.dtype) for key, tensor in back.items()} == {
             key: (tensor.shape, tensor.dtype) for key, tensor in like.items()
@@ -224,7 +225,7 @@ def _units(checkpoint: Checkpoint, conversions: Conversions) -> list[Unit]:
 def _forward(unit: Unit, given: Tensors, module: nn.Module) -> Tensors:
     """What the tensors of a checkpoint are in the model."""
     entries = ((key, pattern, given[key]) for key, (_, pattern) in unit.sources.items())
-    return _converted(unit.converter[0], unit.name, entries, module)
+    return _convert(unit.converter[0], unit.name, entries, module)
 
 
 def _backward(unit: Unit, given: Tensors, module: nn.Module) -> Tensors:
@@ -232,12 +233,12 @@ def _backward(unit: Unit, given: Tensors, module: nn.Module) -> Tensors:
     back = unit.converter[1]
     names = {name: back.rename_source_key(name) for name in given}
     first = next(iter(names.values()))[0]
-    made = _converted(back, first, ((name, pattern, given[name]) for name, (_, pattern) in names.items()), module)
+    made = _convert(back, first, ((name, pattern, given[name]) for name, (_, pattern) in names.items()), module)
     keys = {old: key for key, (old, _) in unit.sources.items()}
     return {keys[old]: tensor for old, tensor in made.items()}
 
 
-def _converted(
+def _convert(
     converter: Any, name: str, entries: Iterable[tuple[str, str, torch.Tensor]], module: nn.Module
 ) -> Tensors:
     fresh = copy.deepcopy(converter)

@@ -27,7 +27,7 @@ PATIENCE = timedelta(hours=12)  # that the others wait while the first one write
 
 
 @dataclass(frozen=True)
-class Together:
+class DistributedRun:
     """The processes of this command."""
 
     workers: Workers
@@ -55,7 +55,7 @@ class Together:
 
 
 @contextlib.contextmanager
-def together() -> Iterator[Together | None]:
+def distributed_run() -> Iterator[DistributedRun | None]:
     """The processes that a launcher such as torchrun has started with this one; None if there are no others."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "RANK" not in os.environ:
         yield None
@@ -63,7 +63,7 @@ def together() -> Iterator[Together | None]:
     if not dist.is_available():
         raise MismatchError("several processes need a torch with torch.distributed")
     dist.init_process_group("gloo", timeout=PATIENCE)
-    found = Together(Workers())
+    found = DistributedRun(Workers())
     try:
         yield found
         if found.leads:

@@ -8,12 +8,8 @@ from contextlib import contextmanager
 
 from torch.utils.flop_counter import FlopCounterMode
 
+from permgraph.matching import tuned
 from permgraph.spec.spec import PermutationSpec
-
-LEAST = 16
-SHARE = 0.25  # of training, that projections may take
-SOLVING = 120.0  # operations of matrix products in the time of one assignment of n rows, over n^2.5
-UPDATING = 240.0  # the same for one weight's gradient to be copied and its optimizer's step, which wait for memory
 
 
 class Work:
@@ -43,11 +39,11 @@ def steps_between(spec: PermutationSpec, operations: int, weights: int) -> int:
         weights: how many weights its optimizer changes.
 
     Returns:
-        `LEAST` or more.
+        `tuned.LEAST_INTERVAL` or more.
     """
     from permgraph.matching.cost import estimate  # which needs the matchers
 
     projection = estimate(spec)
-    solving: float = sum(count * SOLVING * size**2.5 for size, count in projection.problems.items())
-    training = operations + UPDATING * weights
-    return max(LEAST, math.ceil((projection.flops + solving) / (SHARE * training)))
+    solving: float = sum(count * tuned.SOLVING_OPERATIONS * size**2.5 for size, count in projection.problems.items())
+    training = operations + tuned.UPDATING_OPERATIONS * weights
+    return max(tuned.LEAST_INTERVAL, math.ceil((projection.flops + solving) / (tuned.PROJECTION_SHARE * training)))

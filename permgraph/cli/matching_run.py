@@ -1,4 +1,4 @@
-"""What commands on checkpoints share: they are opened and checked, and matching that was interrupted goes on."""
+"""`MatchingRun`: checkpoints that are opened, checked and matched; matching that was interrupted goes on."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from torch import nn
 import permgraph
 from permgraph.cli.checkpoints import fitted, identity_of, require_finite, whole_state
 from permgraph.cli.data import class_dim_of, identity_of_data, load_data
-from permgraph.cli.matchers import describe, matcher_of, runs_networks
-from permgraph.cli.models import FORMS, build, spec_of
-from permgraph.cli.options import Data, Init, Matching, Split, Subject
+from permgraph.cli.distributed import DistributedRun
+from permgraph.cli.matchers import describe, matcher_of
+from permgraph.cli.models import build, spec_of
+from permgraph.cli.options import FORMS, Data, Init, Matching, Split, Subject
 from permgraph.cli.screen import Screen
-from permgraph.cli.together import Together
 from permgraph.errors import CheckpointError, MismatchError, NonFiniteError
 from permgraph.io import Checkpoint, Renamed, Staging, open_checkpoint
 from permgraph.io.torch_file import TorchFile
 from permgraph.io.write import check_target
-from permgraph.matching import Matcher, MatchResult, NeedsModels, Sweep, WeightMatching
+from permgraph.matching import MatchResult, SupportsMatch, Sweep, WeightMatching
+from permgraph.matching.matcher import runs_networks
 from permgraph.matching.streamed import StreamedWeightMatching
 from permgraph.merging.compared import Compared
 from permgraph.spec.permutation import Permutation
@@ -32,7 +33,7 @@ from permgraph.spec.spec import PermutationSpec
 
 
 @dataclass(frozen=True)
-class Work:
+class MatchingRun:
     """Checkpoints of one model, and how they are to be matched.
 
     Attributes:
@@ -54,14 +55,14 @@ class Work:
     weights: tuple[Renamed, ...]
     spec: PermutationSpec
     model: str
-    matcher: Matcher
+    matcher: SupportsMatch
     loader: Iterable[Any] | None
     data: Data
     seed: int
     leave: tuple[str, ...]
     from_barycentre: bool
     screen: Screen
-    others: Together | None = None
+    others: DistributedRun | None = None
 
     @classmethod
     def prepare(
@@ -75,8 +76,8 @@ class Work:
         output: Path | None = None,
         like: int = 0,
         split: Split = Split.train,
-        others: Together | None = None,
-    ) -> Work:
+        others: DistributedRun | None = None,
+    ) -> MatchingRun:
         """Open the checkpoints, and make sure of all that can be known before anything is computed.
 
         Args:
@@ -169,7 +170,6 @@ class Work:
                 if staging is not None:
                     matcher = resumed(matcher, staging, f".matching-{number}-", self.spec)
             if runs_networks(matcher):
-                assert isinstance(matcher, NeedsModels)
                 modules = self.module(reference), self.module(number)
                 matcher, (a, b) = matcher.with_models(*modules), (module.state_dict() for module in modules)
             try:
@@ -290,9 +290,26 @@ def _write(file: IO[bytes], content: bytes) -> None:
     file.write(content)
 
 
-def said(report: Mapping[str, Any]) -> str:
+def in_words(report: Mapping[str, Any]) -> str:
     """A report of matching, in words."""
     return (
         f"{report['outcome']} after {report['sweeps']} sweeps: objective {report['objective_before']:.6g} -> "
         f"{report['objective']:.6g}; {report['moved']} of {report['of']} indices moved in {report['groups']} groups"
+    )
+
+
+def match_of(kept: Mapping[str, Any], permutation: Permutation) -> MatchResult:
+    """The outcome of matching, from what `MatchingRun.report` made of it; of each sweep only totals are known."""
+    history = tuple(
+        Sweep(sweep["sweep"], sweep["objective"], {"all groups": sweep["moved"]}, {}, sweep["seconds"])
+        for sweep in kept.get("history", ())
+    )
+    return MatchResult(
+        permutation,
+        kept["objective"],
+        kept["objective_before"],
+        kept["outcome"],
+        history,
+        seed=kept["seed"],
+        seconds=kept.get("seconds", 0.0),
     )

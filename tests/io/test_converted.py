@@ -10,11 +10,12 @@ import torch
 from typer.testing import CliRunner
 
 from benchmarks.zoo.names import ZOOS
-from permgraph.cli import joined as module
 from permgraph.cli.app import app
-from permgraph.cli.joined import Conversions, Joined, joined
+from permgraph.cli.checkpoints import conversions_of
 from permgraph.cli.models import spec_of
 from permgraph.io import Staging, open_checkpoint, write_checkpoint
+from permgraph.io import converted as module
+from permgraph.io.converted import ConvertedCheckpoint, converted
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("transformers.conversion_mapping")
@@ -72,8 +73,8 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def test_the_models_tensors_are_read(pair: tuple[Path, Path]) -> None:
     on_disk = open_checkpoint(pair[0])
-    checkpoint = joined(on_disk, Conversions.of(f"hf:{pair[0]}"))
-    assert isinstance(checkpoint, Joined)
+    checkpoint = converted(on_disk, conversions_of(f"hf:{pair[0]}"))
+    assert isinstance(checkpoint, ConvertedCheckpoint)
     assert len(on_disk.files) > 3
     expected = load(pair[0]).state_dict()
     assert checkpoint.units.keys() <= expected.keys()
@@ -126,19 +127,19 @@ def test_parts_of_other_shapes_stay_as_they_are(pair: tuple[Path, Path], monkeyp
     backward = module._backward
     monkeypatch.setattr(module, "_backward", lambda *given: {k: t[:1] for k, t in backward(*given).items()})
     on_disk = open_checkpoint(pair[0])
-    assert joined(on_disk, Conversions.of(f"hf:{pair[0]}")) is on_disk
+    assert converted(on_disk, conversions_of(f"hf:{pair[0]}")) is on_disk
 
 
 def test_other_models_are_left_alone(pair: tuple[Path, Path], tmp_path: Path) -> None:
     on_disk = open_checkpoint(pair[0])
-    assert joined(on_disk, Conversions.of("")) is on_disk
-    assert joined(on_disk, Conversions.of("timm:resnet18")) is on_disk
-    assert joined(on_disk, Conversions.of(f"hf:{tmp_path}")) is on_disk
+    assert converted(on_disk, conversions_of("")) is on_disk
+    assert converted(on_disk, conversions_of("timm:resnet18")) is on_disk
+    assert converted(on_disk, conversions_of(f"hf:{tmp_path}")) is on_disk
     model_of("mixtral").save_pretrained(tmp_path / "today")
     state = {name: tensor.clone() for name, tensor in load(tmp_path / "today").state_dict().items()}
     torch.save(state, tmp_path / "state.pt")
     today = open_checkpoint(tmp_path / "state.pt")
-    assert joined(today, Conversions.of(f"hf:{tmp_path / 'today'}")) is today
+    assert converted(today, conversions_of(f"hf:{tmp_path / 'today'}")) is today
 
 
 def architectures() -> list[str]:
@@ -161,8 +162,8 @@ def test_every_architecture_is_read_as_transformers_does_and_written_back(tmp_pa
         folder = tmp_path / name
         model.save_pretrained(folder / "a")
         expected = type(model).from_pretrained(folder / "a", local_files_only=True).state_dict()
-        checkpoint = joined(open_checkpoint(folder / "a"), Conversions.of(f"hf:{folder / 'a'}"))
-        if not isinstance(checkpoint, Joined):  # its options leave those tensors out
+        checkpoint = converted(open_checkpoint(folder / "a"), conversions_of(f"hf:{folder / 'a'}"))
+        if not isinstance(checkpoint, ConvertedCheckpoint):  # its options leave those tensors out
             continue
         for target in checkpoint.units:
             known = target if target in expected else target.removeprefix("model.")

@@ -1,0 +1,112 @@
+"""`RenumberedMean`: the weighted mean of checkpoints, a tensor at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from permgraph.cli.checkpoints import permuted, require_finite, tensor_of, whole_state
+from permgraph.cli.matching_run import MatchingRun
+from permgraph.cli.models import build
+from permgraph.connectivity import recalibrate_batchnorm
+from permgraph.errors import MismatchError
+from permgraph.io import Renamed
+from permgraph.spec.permutation import Permutation
+from permgraph.spec.spec import PermutationSpec
+from permgraph.weights.combine import mean, shares_of
+
+
+def shares_from(text: str | None, count: int) -> tuple[float, ...]:
+    """How much each checkpoint counts, from ``--weights``; the rules are those of `permgraph.merge`.
+
+    Raises MismatchError if it is not as many numbers, or one is negative or not finite, or all are 0.
+    """
+    if count < 2:
+        raise MismatchError("a merge takes two checkpoints or more")
+    try:
+        return shares_of(None if text is None else [float(part) for part in text.split(",")], count)
+    except MismatchError as error:
+        raise MismatchError(f"--weights {text!r}: {error}") from None
+    except ValueError:
+        raise MismatchError(f"--weights {text!r}: give numbers, as in 0.5,0.5") from None
+
+
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The precision that sums are taken in: float32 or better."""
+    return torch.promote_types(dtype, torch.float32) if dtype.itemsize > 1 else torch.float32
+
+
+class RenumberedMean:
+    """The weighted mean of the renumbered checkpoints, a tensor at a time."""
+
+    def __init__(self, run: MatchingRun, permutations: Sequence[Permutation | None], shares: Sequence[float]) -> None:
+        self.run, self.shares = run, shares
+        self.members = tuple(zip(run.checkpoints, run.weights, permutations, strict=True))
+        self.names = {key: name for name, key in run.weights[0].keys_of.items()}
+        self.differing: set[str] = set()
+        self.measured: dict[str, torch.Tensor] | None = None
+
+    def of(self, key: str, tensor: torch.Tensor) -> torch.Tensor:
+        """What stands in the place of a tensor of the first checkpoint."""
+        first = self.run.checkpoints[0].path
+        require_finite(key, tensor, first)
+        if key not in self.names:
+            return tensor
+        name = self.names[key]
+        if self.measured is not None and name in self.measured:
+            return self.measured[name].to(tensor.dtype)
+        if not (tensor.is_floating_point() or tensor.is_complex()):
+            if any(name in weights and not torch.equal(tensor, weights[name]) for _, weights, _ in self.members[1:]):
+                self.differing.add(key)
+            return tensor
+        return mean(self._renumbered(key, name, tensor), self.shares).to(tensor.dtype)
+
+    def _renumbered(self, key: str, name: str, tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+        """The tensor in each checkpoint, in working precision, one after the other."""
+        yield tensor.to(working_dtype(tensor.dtype))
+        for checkpoint, weights, permutation in self.members[1:]:
+            other = tensor_of(weights, name, self.run.spec)
+            require_finite(key, other, checkpoint.path)
+            if permutation is not None:
+                other = permuted(permutation, name, other)
+            yield other.to(working_dtype(other.dtype))
+
+    def measure(self) -> None:
+        """Measure the statistics of the merged network's BatchNorm, in the place of the mean of the networks' own."""
+        run = self.run
+        assert run.loader is not None
+        module = build(run.model, device=None)
+        state = whole_state(run.weights[0], run.spec, module)
+        keys = run.weights[0].keys_of
+        merged = {name: self.of(keys[name], tensor) if name in keys else tensor for name, tensor in state.items()}
+        module.load_state_dict(merged)
+        given = module.state_dict()
+        fresh = recalibrate_batchnorm(module, run.loader).state_dict()
+        self.measured = {name: tensor for name, tensor in fresh.items() if not torch.equal(tensor, given[name])}
+
+    def notes(self) -> list[str]:
+        """What whoever uses the result should know."""
+        found = []
+        if self.differing:
+            found.append(
+                f"{len(self.differing)} integer tensors differ: those of {self.run.checkpoints[0].path} were taken: "
+                f"{min(self.differing)}"
+            )
+        if self.measured is None and any(name.endswith("running_var") for name in self.run.spec.axes):
+            found.append("the model has BatchNorm: measure its statistics anew on data, as --recalibrate does")
+        return found
+
+
+def require_same_names(named: Sequence[Renamed], spec: PermutationSpec) -> None:
+    """Raise MismatchError where a checkpoint lacks a floating-point tensor that another has."""
+
+    def floating(weights: Renamed) -> set[str]:
+        return {spec.aliases.get(name, name) for name in weights if name in spec.unused} | set(spec.axes)
+
+    first = named[0]
+    names = floating(first)
+    for other in named[1:]:
+        for name in sorted(names ^ floating(other)):
+            has, lacks = (first, other) if name in names else (other, first)
+            raise MismatchError(f"{has.checkpoint.path} has {name!r}, and {lacks.checkpoint.path} has not")

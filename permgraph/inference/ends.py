@@ -1,0 +1,148 @@
+"""The ends of a graph: inputs and outputs, which stay put, and what of weights one pass does not show."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection
+from typing import Any
+
+from torch import fx
+
+from permgraph.algebra import Axis, Pinned
+from permgraph.inference.constancy import constant_along
+from permgraph.inference.liveness import met_zeros
+from permgraph.inference.repeats import UNREAD as PASSED_ON
+from permgraph.inference.solution import Solution, is_weight, tensors_in
+from permgraph.rules.typed_tensor import TypedTensor, loose_families
+
+UNREAD = "no output depends on it"
+UNSEEN = "its weight met only zeros"
+ONE_STEP = "a weight met only zeros, as in the first step of a sequence: one of this size may meet it in the second"
+
+
+def pin_ends(solution: Solution) -> None:
+    """Pin inputs, outputs, constants where they vary, and integer weights."""
+    solution.ends.clear()
+    for number, node in enumerate(solution.nodes):
+        if node.op == "placeholder" and isinstance(solution.values[node], TypedTensor):
+            _pin_placeholder(solution, number, node, solution.values[node])
+        elif node.op == "output":
+            ends: list[Any] = [node.args[0]]
+            for end in ends:
+                if isinstance(end, (list, tuple)):
+                    ends.extend(end)
+                elif isinstance(end, fx.Node):
+                    solution.pin(number, solution.values[end], "output of the model")
+
+
+def _pin_placeholder(solution: Solution, number: int, node: fx.Node, tensor: TypedTensor) -> None:
+    kind = node.meta["kind"]
+    if kind == "input":
+        solution.pin(number, tensor, "input of the model")
+    elif kind == "constant":
+        solution.pin(number, tensor, "constant", free=constant_along(node.meta.get("real")))
+    elif kind != "free" and not (tensor.dtype.is_floating_point or tensor.dtype.is_complex):
+        solution.pin(number, tensor, f"{kind} of type {tensor.dtype}")
+
+
+def pin_unread(solution: Solution, run_until_stable: Callable[[Solution], None]) -> None:
+    """Settle what of parameters has no effect in this pass: whole ones, or the rows beyond those that were sliced.
+
+    On other inputs the other rows of a table may be read, so they go with these as far as that is one axis; what is
+    left stays put. What the rules have said stands.
+    """
+    unread = _unread(solution)
+    # Each round makes an axis that was not read one with an axis that was, so that there are no more rounds than such
+    # axes. If cuts have made more of them meanwhile, these are pinned.
+    for _ in range(len(unread)):
+        if not _join_all_unread(solution, unread):
+            break
+        run_until_stable(solution)
+        unread = _unread(solution)
+    for number, node in solution.weights_read() if unread else ():
+        for dim, axis in enumerate(solution.values[node].dims):
+            found = unread.intersection(solution.axes.atoms(axis))
+            for atom in found:
+                solution.axes.pin(atom, Pinned(UNREAD, number))
+            if found:
+                solution.ends.pins.append((solution.values[node], dim, UNREAD, number))
+
+
+def _join_all_unread(solution: Solution, unread: set[Axis]) -> bool:
+    """Tie the members of families that were not read to the one that was, where all that were are one."""
+    before = solution.axes.changes
+    for _, node in solution.weights_read() if solution.axes.has_families else ():
+        for axis in solution.values[node].dims:
+            for family in reversed(list(loose_families(solution.axes, axis))):  # inner ones first
+                members = {solution.axes.resolve(member) for member in family.find().children}
+                idle = {m for m in members if unread.issuperset(solution.axes.atoms(m))}
+                if idle and len(members - idle) == 1:
+                    solution.axes.collapse(family)
+    return solution.axes.changes != before
+
+
+def _unread(solution: Solution) -> set[Axis]:
+    """The atoms of parameters which no operator has met but those that only move elements about, or drop some."""
+    read: set[Axis] = set()
+    ends = [node for node in solution.nodes if node.op == "output"]
+    seen = [solution.values[node] for end in ends for node in end.all_input_nodes]
+    seen += [solution.values[node] for node in solution.facts.results]
+    for call in solution.calls:
+        properties = solution.facts.operators.of(call.node)
+        moves_only = call.ledger.rearrangements or properties.values in PASSED_ON
+        if call.node in solution.facts.live and not moves_only:
+            seen += [*(call.tensors if properties.reads_values else ()), *call.results]
+    for tensor in tensors_in(seen):
+        for axis in tensor.dims:
+            read.update(solution.axes.atoms(axis))
+    parameters = (axis for _, node in solution.weights_read() for axis in solution.values[node].dims)
+    return {atom for axis in parameters for atom in solution.axes.atoms(axis) if atom.pinned is None} - read
+
+
+def pin_unseen(solution: Solution) -> None:
+    """Pin what a weight may meet in a longer sequence, where this one only multiplied it with zeros.
+
+    What the weight sums over stays put in any case, unless it stands elsewhere too. If the inputs may be one step
+    of a sequence, the weight of a recurrent layer meets that layer's own state from the second step on: an axis of
+    the same size, which one, no tensor shows.
+    """
+    live, zeros, operators = solution.facts.live, solution.facts.zeros, solution.facts.operators
+    if not any(met_zeros(node, operators, zeros) for node in live):
+        return
+    seen = solution.facts.live_but_for(zeros)
+    elsewhere = {atom for node in seen for tensor in tensors_in(solution.values.get(node))
+                 for axis in tensor.dims for atom in solution.axes.atoms(axis)}  # fmt: skip
+    unseen = set()  # what comes from a weight of which nothing is seen
+    sizes = set()
+    for number, node in enumerate(solution.nodes):
+        follows = is_weight(node) or any(source in unseen for source in node.all_input_nodes)
+        if follows and node in live and node not in seen:
+            unseen.add(node)
+        for factor, dim in met_zeros(node, operators, zeros).items() if node in live else ():
+            if factor in unseen and elsewhere.isdisjoint(solution.axes.atoms(solution.values[factor].dims[dim])):
+                sizes.add(solution.values[factor].shape[dim])
+                _pin_dim(solution, number, solution.values[factor], dim, UNSEEN)
+    if not _may_be_one_step(solution, sizes):
+        return
+    for number, node in enumerate(solution.nodes):
+        for tensor in tensors_in(solution.values.get(node)):
+            for dim, size in enumerate(tensor.shape):
+                if size in sizes:
+                    _pin_dim(solution, number, tensor, dim, ONE_STEP)
+
+
+def _pin_dim(solution: Solution, number: int, tensor: TypedTensor, dim: int, reason: str) -> None:
+    if tensor.shape[dim] > 1 and any(a.pinned is None for a in solution.axes.atoms(tensor.dims[dim])):
+        solution.axes.pin(tensor.dims[dim], Pinned(reason, number))
+        solution.ends.pins.append((tensor, dim, reason, number))
+
+
+def _may_be_one_step(solution: Solution, sizes: Collection[int]) -> bool:
+    """Whether a state of one of these sizes is kept on the model, or inputs have one element along something."""
+    kept = [size for node in solution.nodes for left in node.meta.get("left", ()) for size in left.meta["val"].shape]
+    inputs = [node for node in solution.nodes if node.op == "placeholder" and node.meta["kind"] == "input"]
+    names = [name for node in inputs for name in node.meta["names"]]
+    lists = {name[: found.start()] for name in names for found in re.finditer(r"\[0\]", name)} - {"args"}
+    alone = any(not any(name.startswith(f"{place}[1]") for name in names) for place in lists)
+    single = any(1 in tensor.shape for node in inputs for tensor in tensors_in(solution.values.get(node)))
+    return bool(sizes) and (alone or single or not set(sizes).isdisjoint(kept))

@@ -1,0 +1,107 @@
+"""The file from which an interrupted run of straight-through matching goes on, and what it must have in common."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import io
+import os
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from types import CodeType, FunctionType
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from permgraph.errors import CheckpointError
+from permgraph.io.files import write_atomically
+from permgraph.spec.permutation import Permutation
+from permgraph.weights.state_dict import StateDict
+
+FORMAT, VERSION = "permgraph straight-through run", 3
+
+
+def write_run(path: str | os.PathLike[str], identity: Mapping[str, str], state: Mapping[str, Any]) -> None:
+    """Write the state of a run, as a whole or not at all."""
+    file = io.BytesIO()
+    torch.save({"format": FORMAT, "version": VERSION, "identity": dict(identity), **state}, file)
+    write_atomically(path, file.getvalue())
+
+
+def read_run(path: str | os.PathLike[str], identity: Mapping[str, str]) -> dict[str, Any] | None:
+    """The state of the run in a file; None if there is no file.
+
+    Raises:
+        CheckpointError: it is damaged, of another version, or of a run with another identity; the message says in what.
+    """
+    if not Path(path).exists():
+        return None
+    where = os.fspath(path)
+    try:
+        saved: dict[str, Any] = torch.load(where, map_location="cpu", weights_only=True)
+        kind, version = saved["format"], saved["version"]
+    except Exception as error:
+        raise CheckpointError(f"{where}: not the checkpoint of a straight-through run: {error}") from error
+    if (kind, version) != (FORMAT, VERSION):
+        raise CheckpointError(f"{where}: holds {kind!r}, version {version}; this permgraph reads version {VERSION}")
+    different = [name for name, value in identity.items() if saved["identity"].get(name) != value]
+    if different:
+        raise CheckpointError(
+            f"{where}: belongs to another run, with other {', '.join(different)}: give another path, or delete it"
+        )
+    return saved
+
+
+def digest(tensors: StateDict) -> str:
+    """A digest of the names and values of tensors."""
+    made = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        made.update(name.encode())
+        made.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+    return made.hexdigest()
+
+
+def described(value: Any) -> str:
+    """A setting as text that is the same in every process: no addresses, and functions by their code.
+
+    A loader is described by its kind and sizes, since its batches may be drawn at random.
+    """
+    if isinstance(value, Permutation):
+        return digest({name: torch.from_numpy(np.array(array)) for name, array in value.arrays.items()})
+    if isinstance(value, torch.Tensor):
+        return digest({"": value})
+    if isinstance(value, DataLoader):
+        size = len(value.dataset) if hasattr(value.dataset, "__len__") else None
+        kinds = (type(part).__name__ for part in (value, value.dataset, value.sampler))
+        return f"{' of '.join(kinds)}: {size} samples by {value.batch_size}, {value.drop_last}"
+    if is_dataclass(value) and not isinstance(value, type):
+        return f"{type(value).__name__}({[(f.name, described(getattr(value, f.name))) for f in fields(value)]})"
+    if isinstance(value, functools.partial):
+        return f"{described(value.func)}({described(value.args)}, {described(value.keywords)})"
+    if isinstance(value, Mapping):
+        return str({str(key): described(item) for key, item in value.items()})
+    if isinstance(value, (list, tuple)):
+        return f"{len(value)}: {list(map(described, value))}"
+    if isinstance(value, torch.nn.Module):
+        return f"{value!r} {digest(value.state_dict())}"
+    if value is None or isinstance(value, (bool, int, float, complex, str, torch.dtype)):
+        return repr(value)
+    name = str(getattr(value, "__qualname__", type(value).__qualname__))
+    if isinstance(value, FunctionType) and "<" in name:  # a lambda, or local: many may have this name
+        inside = inspect.getclosurevars(value).nonlocals
+        plain = {key: item.__qualname__ if isinstance(item, FunctionType) else item for key, item in inside.items()}
+        return f"{name} {_code(value.__code__)} {described(value.__defaults__)} {described(plain)}"
+    return f"{getattr(value, '__module__', '')}.{name}"
+
+
+def _code(code: CodeType) -> str:
+    constants = [
+        _code(part) if isinstance(part, CodeType) else sorted(map(repr, part)) if isinstance(part, frozenset) else part
+        for part in code.co_consts
+    ]
+    return hashlib.sha256(f"{code.co_code.hex()} {code.co_names} {constants}".encode()).hexdigest()

@@ -1,0 +1,81 @@
+"""What is declared of an operator beside its rule: facts about its results' values that hold whatever the weights.
+
+A rule says how dimensions are tied. Some analyses ask for more: where the largest element is looked for, elements that
+are equal by more than chance have an order that matters (`permgraph.inference.repeats`); what does not vary along a
+dimension ties nothing (`permgraph.inference.constancy`). What they ask is declared where the rule is registered, and an
+operator that declares nothing gets the strictest answer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Values = Literal[
+    "unknown", "repeat", "distinct", "product", "limit", "choice", "same",
+    "moved", "joined", "padded", "looked up", "derived", "kept", "reduced", "mixed", "constant",
+]  # fmt: skip
+"""Where the values of an operator's results come from, and so whether two elements may be equal by more than chance.
+
+Element by element, with broadcasting counted from the last dimension:
+
+- ``"repeat"``: elements may be equal whatever the arguments hold, as the zeros of a ReLU are.
+- ``"distinct"``: they are equal only where those of each operand that varies are: affine, strictly monotone or
+  analytic in each operand. Of finite values of moderate size, in exact arithmetic.
+- ``"product"``: as ``"distinct"``, but nothing is left of one operand where another has a value such as zero.
+- ``"limit"``: the larger or the smaller of two operands.
+- ``"choice"``: one operand or the other, by a mask.
+- ``"same"``: the very values, in a new tensor or as another type.
+
+Otherwise:
+
+- ``"moved"``: all or some elements of one tensor, in other places or another shape.
+- ``"joined"``: elements of several tensors side by side, or one written into another.
+- ``"padded"``: elements beside slices of one number, or the same elements several times.
+- ``"looked up"``: slices of the first tensor at places that an index says.
+- ``"derived"``: equal only where elements of an argument are equal or do not vary: what is normalised, pooled, ranked.
+- ``"kept"``: dimensions go elsewhere or are expanded as wholes, so that what does not vary is alike still.
+- ``"reduced"``: as ``"kept"``, with a sum, mean, norm or extremum over some dimensions.
+- ``"mixed"``: sums of products with many terms; equal only where whole slices of an argument are.
+- ``"constant"``: one number everywhere.
+- ``"unknown"``: nothing is known: elements may be equal, and so may whole slices. This is the default.
+"""
+
+ELEMENTWISE = frozenset(["repeat", "distinct", "product", "limit", "choice", "same"])
+
+
+@dataclass(frozen=True)
+class Properties:
+    """What an operator declares beside its rule. Each default is the strictest answer.
+
+    Args:
+        values: where the values of the results come from, see `Values`.
+        repeats_if_zero: arguments that flatten the function if they are the number zero: the slope of a leaky ReLU.
+        compares: the result is a mask that tells large elements from small ones.
+        zeros: the result is zero throughout where ``"all"`` tensors among the arguments are, or where ``"any"`` is.
+        factors: the two factors of a product, each with the dimension over which the product sums.
+        bias: the argument that is added to a product, and the dimension of the result along which it varies.
+        reads_values: whether any element of the arguments is read, rather than their shape alone.
+    """
+
+    values: Values = "unknown"
+    repeats_if_zero: tuple[str, ...] = ()
+    compares: bool = False
+    zeros: Literal["all", "any"] | None = None
+    factors: tuple[tuple[str, int], tuple[str, int]] | None = None
+    bias: tuple[str, int] | None = None
+    reads_values: bool = True
+
+    def __post_init__(self) -> None:
+        if self.values not in get_args(Values):
+            raise ValueError(f"values={self.values!r} is none of {', '.join(map(repr, get_args(Values)))}")
+        if self.zeros not in (None, "all", "any"):
+            raise ValueError(f"zeros={self.zeros!r} is neither 'all' nor 'any'")
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether the operator works element by element, with broadcasting counted from the last dimension."""
+        return self.values in ELEMENTWISE
+
+
+UNDECLARED = Properties()

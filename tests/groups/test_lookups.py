@@ -1,0 +1,117 @@
+"""Hidden units of experts that tokens choose: each expert has an order of its own where no two experts' units meet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import permgraph as pg
+from tests.groups.test_table import check, s
+
+EXPERTS, UNITS, FEATURES, TOKENS = 3, 4, 5, 6
+X = torch.randn(TOKENS, FEATURES, generator=torch.Generator().manual_seed(0))
+
+Forward = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
+
+
+class Mixture(nn.Module):
+    """Experts of one hidden layer each; `run` is given the tokens, and the weights and numbers of their experts."""
+
+    def __init__(self, run: Forward, top: int) -> None:
+        super().__init__()
+        self.gate, self.gate2 = nn.Linear(FEATURES, EXPERTS), nn.Linear(FEATURES, EXPERTS)
+        self.up = nn.Parameter(torch.randn(EXPERTS, FEATURES, UNITS))
+        self.down = nn.Parameter(torch.randn(EXPERTS, UNITS, FEATURES))
+        self.run, self.top = run, top
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(self, x, *self.gate(x).softmax(-1).topk(self.top))
+
+
+def hidden(m: Any, x: Tensor, j: Tensor) -> Tensor:
+    return torch.bmm(x[:, None], m.up[j]).relu()[:, 0]
+
+
+def result(m: Any, h: Tensor, j: Tensor) -> Tensor:
+    return torch.bmm(h[:, None], m.down[j])[:, 0]
+
+
+def slot_by_slot(m: Any, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+    y = torch.zeros_like(x)
+    for k in range(m.top):
+        j = chosen[:, k]
+        y = y + weights[:, k, None] * result(m, hidden(m, x, j), j)
+    return y
+
+
+def unbound(m: Any, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+    slots = zip(weights.unbind(1), chosen.unbind(1), strict=True)
+    return torch.stack([w[:, None] * result(m, hidden(m, x, j), j) for w, j in slots]).sum(0)
+
+
+def all_at_once(m: Any, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+    h = torch.einsum("bd,btdi->bti", x, m.up[chosen]).relu()
+    return torch.einsum("bti,btid,bt->bd", h, m.down[chosen], weights)
+
+
+@pytest.mark.parametrize("top", [1, 2])
+@pytest.mark.parametrize("run", [slot_by_slot, unbound, all_at_once])
+def test_each_expert_has_an_order_of_its_own(run: Forward, top: int) -> None:
+    model = Mixture(run, top)
+    del model.gate2
+    check(model, (X,), s(EXPERTS) + EXPERTS * s(UNITS))
+
+
+def two_routers(m: Any, x: Tensor, j: Tensor, k: Tensor) -> Tensor:
+    j, k = j, m.gate2(x).argmax(-1)
+    return result(m, hidden(m, x, j), j) + result(m, hidden(m, x, k), k)
+
+
+def shifted_rows(m: Any, x: Tensor, j: Tensor, k: Tensor) -> Tensor:
+    h, later = hidden(m, x, j), hidden(m, x[1:], j[1:])
+    return result(m, h, j).sum() + (h[:-1] * later).sum(-1)
+
+
+MEETING: dict[str, Callable[[Any, Tensor, Tensor, Tensor], Tensor]] = {
+    "two routers": two_routers,
+    "rows shifted against each other": shifted_rows,
+    "up by one, down by the other": lambda m, x, j, k: result(m, hidden(m, x, j), k),
+    "crossed": lambda m, x, j, k: result(m, hidden(m, x, j), k) + result(m, hidden(m, x, k), j),
+    "multiplied": lambda m, x, j, k: (hidden(m, x, j) * hidden(m, x, k)).sum(-1) + result(m, hidden(m, x, j), j).sum(),
+    "added": lambda m, x, j, k: result(m, hidden(m, x, j) + hidden(m, x, k), j),
+    "other tokens": lambda m, x, j, k: result(m, hidden(m, x, j), j) @ x.T + hidden(m, x, j) @ hidden(m, x, j).T,
+    "flipped": lambda m, x, j, k: result(m, hidden(m, x, j) + hidden(m, x, j).flip(0), j),
+    "rolled": lambda m, x, j, k: result(m, hidden(m, x, j) + hidden(m, x, j).roll(1, 0), j),
+    "known order": lambda m, x, j, k: result(m, hidden(m, x, j) + hidden(m, x, j)[[1, 0, 2, 3, 5, 4]], j),
+    "padded": lambda m, x, j, k: result(m, hidden(m, x, j) + F.pad(hidden(m, x, j), (0, 0, 1, 0))[:-1], j),
+    "turned": lambda m, x, j, k: result(m, hidden(m, x, j).view(2, 3, UNITS).transpose(0, 1).reshape(-1, UNITS), j),
+    "stacked": lambda m, x, j, k: torch.einsum(
+        "tbi,tbid->bd", torch.stack([hidden(m, x, k), hidden(m, x, j)]), m.down[torch.stack([j, k])]
+    ),
+    "one of both slots": lambda m, x, j, k: result(
+        m, torch.einsum("bd,btdi->bti", x, m.up[torch.stack([j, k], 1)])[:, 1], j
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MEETING)
+def test_no_order_is_invented_where_units_of_two_experts_meet(name: str) -> None:
+    torch.manual_seed(1)
+
+    def run(m: Any, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        return MEETING[name](m, x, chosen[:, 0], chosen[:, 1])
+
+    model = Mixture(run, 2).double()
+    spec = pg.auto_spec(model, (X.double(),))
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    moved = Mixture(run, 2).double()
+    with torch.no_grad():
+        for seed in range(12):  # each with tokens of its own, for a pair of experts must be chosen to be seen
+            moved.load_state_dict(spec.random(seed=seed).apply(state))
+            x = torch.randn(TOKENS, FEATURES, dtype=torch.float64)
+            torch.testing.assert_close(moved(x), model(x), rtol=1e-9, atol=1e-9)
