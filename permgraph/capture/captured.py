@@ -23,7 +23,8 @@ class Captured:
     `mode` is `"real"` where the model asked for a tensor's value; the graph then holds for the branch that it took,
     and `fallback_reason` says what it asked. `unused` names the parameters and buffers that no operator read, `opaque`
     the types of returned objects that could not be searched for tensors. The `output` node's `meta["left"]` maps the
-    tensors that the pass left on the model to the names of the attributes.
+    tensors that the pass left on the model to the names of the attributes. `keeps_state` says whether the pass changed
+    something on the module, so that a second call may do something else.
     """
 
     graph: torch.fx.Graph
@@ -33,6 +34,7 @@ class Captured:
     inputs: ExampleInputs
     unused: tuple[str, ...]
     opaque: tuple[str, ...] = ()
+    keeps_state: bool = False
 
     def placeholders(self, kind: str | None = None) -> list[torch.fx.Node]:
         """The placeholder nodes, or those of one kind: `"parameter"`, `"buffer"`, `"constant"` or `"input"`."""

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from permgraph.capture.python_state import attributes_of
 
@@ -43,6 +44,35 @@ def make_transparent(modules: Iterable[nn.Module]) -> None:
                 vars(module)[name] = value
         for value in list(vars(module).values()):
             _make_config_transparent(value, seen)
+
+
+def train(modules: Iterable[nn.Module]) -> None:
+    """Chooses training mode. Changes its arguments: give it a copy."""
+    for module in modules:
+        vars(module)["training"] = True
+
+
+class WithoutDropout(TorchFunctionMode):
+    """Dropout as identity, in this thread: its random zeros would only hide what a pass in training mode shows."""
+
+    FUNCTIONS = frozenset(
+        getattr(where, name)
+        for where in (torch, nn.functional)
+        for name in dir(where)
+        if name.rstrip("123d_").endswith("dropout") and not name.startswith(("native", "_"))
+    )
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = dict(kwargs or {})
+        if func in self.FUNCTIONS:
+            return args[0] if args else given["input"]
+        if func is nn.functional.scaled_dot_product_attention:
+            args, given["dropout_p"] = (*args[:4], *args[5:]), 0.0
+            if len(args) > 4:
+                given["is_causal"], args = args[4], args[:4]
+        return func(*args, **given)
 
 
 def _drop_sharding(module: nn.Module) -> None:

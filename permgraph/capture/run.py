@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import inspect
 import logging
@@ -25,13 +26,15 @@ from torch.utils import _pytree as pytree
 from torch.utils._mode_utils import no_dispatch
 
 from permgraph.capture.captured import Captured
-from permgraph.capture.environment import make_transparent, one_at_a_time, reference_kernels
+from permgraph.capture.environment import WithoutDropout, make_transparent, one_at_a_time, reference_kernels, train
 from permgraph.capture.inputs.registry import ExampleInputs, find_inputs
 from permgraph.capture.known import KnownValues
 from permgraph.capture.module_copy import as_parameter_like, copy_module, copy_with
 from permgraph.capture.outputs import returned_tensors, tensor_leaves
+from permgraph.capture.passes import Variation
 from permgraph.capture.python_state import MAX_LENGTH, python_state_restored
 from permgraph.capture.record import Limits, Recorder
+from permgraph.capture.schema import signature
 from permgraph.capture.state import StateTensor, state_tensors, strided_like
 from permgraph.capture.subject import Subject, unwrap
 from permgraph.capture.untracked import WatchUntrackedReads, memory_readers_refuse_fakes
@@ -252,7 +255,23 @@ def _held_tensors(modules: Sequence[nn.Module]) -> Iterator[tuple[int, str, torc
             yield at, name, value
 
 
-def _pass(subject: Subject, inputs: ExampleInputs, limits: Limits, mode: Mode, reason: str | None) -> Captured:
+def capture_again(model: Any, captured: Captured, variation: Variation, limits: Limits) -> Captured:
+    """A further pass of a module, on the kind of tensors that the first one needed.
+
+    Raises whatever the module raises on inputs that it does not take, and `CaptureError` beyond the limits.
+    """
+    with one_at_a_time():
+        return _pass(unwrap(model), variation.inputs, limits, captured.mode, captured.fallback_reason, variation)
+
+
+def _pass(
+    subject: Subject,
+    inputs: ExampleInputs,
+    limits: Limits,
+    mode: Mode,
+    reason: str | None,
+    variation: Variation | None = None,
+) -> Captured:
     state = state_tensors(subject.outer)
     device = _CPU if mode == "fake" else _real_device(state)
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -261,6 +280,9 @@ def _pass(subject: Subject, inputs: ExampleInputs, limits: Limits, mode: Mode, r
     with reference_kernels(device):
         copied = copy_module(subject.outer, subject.core, state, stand_in.of_state, stand_in.of_attribute)
         make_transparent(copied.modules)
+        training = variation is not None and variation.training
+        if training:
+            train(copied.modules)
         memo: dict[int, Any] = {}
         recorder = Recorder(
             device=device,
@@ -287,8 +309,13 @@ def _pass(subject: Subject, inputs: ExampleInputs, limits: Limits, mode: Mode, r
         named = _named_tensors(copied.modules)
         watch = fake_mode if mode == "fake" else WatchUntrackedReads(recorder.untracked_read)
         guard = memory_readers_refuse_fakes() if mode == "fake" else contextlib.nullcontext()
-        with python_state_restored(copied.modules), guard, watch, recorder:
+        before = _attributes(copied.modules)
+        dropout = WithoutDropout() if training else contextlib.nullcontext()
+        with python_state_restored(copied.modules), guard, watch, recorder, dropout:
             result = _run(copied.module, args, kwargs)
+            for _ in range(1, 1 if variation is None else variation.calls):
+                result = [result, _run(copied.module, args, kwargs)]
+            keeps_state = _attributes(copied.modules) != before
         outputs, opaque = returned_tensors(result)
         left = [
             (".".join(filter(None, (copied.paths.get(id(copied.modules[at])), name))), tensor)
@@ -306,7 +333,37 @@ def _pass(subject: Subject, inputs: ExampleInputs, limits: Limits, mode: Mode, r
         if node.op == "placeholder" and node.meta["kind"] in ("parameter", "buffer") and not node.users
         for name in node.meta["names"]
     )
-    return Captured(graph, type(subject.core).__name__, mode, reason, inputs, unused, opaque)
+    keeps_state |= any(node.op == "call_function" and _writes_to_buffer(node) for node in graph.nodes)
+    return Captured(graph, type(subject.core).__name__, mode, reason, inputs, unused, opaque, keeps_state)
+
+
+def _attributes(modules: Sequence[nn.Module]) -> dict[tuple[int, str], Any]:
+    """What modules hold beside their tensors and parts, in a form that shows whether it was changed."""
+    return {
+        (at, name): _shown(value)
+        for at, module in enumerate(modules)
+        for name, value in vars(module).items()
+        if name not in _OF_MODULES
+    }
+
+
+def _shown(value: Any) -> Any:
+    if isinstance(value, (bool, int, float, str, bytes, type(None))):
+        return value
+    if isinstance(value, Mapping):
+        return [(key, id(inner)) for key, inner in value.items()]
+    if isinstance(value, (list, tuple, set, frozenset, collections.deque)):
+        return [id(inner) for inner in value]
+    return id(value)
+
+
+def _writes_to_buffer(node: torch.fx.Node) -> bool:
+    """Whether an operator writes into a buffer of the module."""
+    known = signature(node.target)
+    pairs = zip(known.arguments, node.args, strict=False) if known is not None else ()
+    written = [value for argument, value in pairs if argument.writes]
+    nodes = [value for value in written if isinstance(value, torch.fx.Node)]
+    return any(node.meta.get("kind") in ("buffer", "constant") for node in nodes)
 
 
 def _run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

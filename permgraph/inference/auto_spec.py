@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import fx, nn
 
 from permgraph.capture import Captured, capture
 from permgraph.capture.environment import gc_paused
+from permgraph.capture.further import FurtherPasses
 from permgraph.inference.describe import describe
 from permgraph.inference.ends import pin_unread, pin_unseen
 from permgraph.inference.facts import GraphFacts
@@ -26,6 +28,8 @@ def auto_spec(
     model: nn.Module | torch.export.ExportedProgram,
     example_inputs: Sequence[Any] | None = None,
     example_kwargs: Mapping[str, Any] | None = None,
+    *,
+    max_passes: int = 1,
     **limits: Any,
 ) -> PermutationSpec:
     """Infer the groups of hidden units that can be renumbered without changing what a module computes.
@@ -37,6 +41,9 @@ def auto_spec(
         model: any `nn.Module`, `fx.GraphModule` or `ExportedProgram`.
         example_inputs: positional arguments of forward; found without being asked for if neither is given.
         example_kwargs: keyword arguments of forward.
+        max_passes: up to so many passes that differ in what a user may vary are solved together: larger sizes,
+            training mode without dropout, a second call, larger whole numbers among the arguments. What any of them
+            ties or pins holds; the spec's `notes` say which ran.
         limits: `max_nodes` and `max_seconds`, at which the capture gives up.
 
     Returns:
@@ -52,7 +59,11 @@ def auto_spec(
     if example_inputs is not None and not isinstance(example_inputs, (tuple, list)):
         example_inputs = (example_inputs,)
     captured = capture(model, example_inputs, example_kwargs, **limits)
-    return spec_of(captured)
+    if max_passes == 1:
+        return spec_of(captured)
+    passes = FurtherPasses(model, captured, max_passes, **limits)
+    spec = spec_of(passes.joined())
+    return replace(spec, notes=(*spec.notes, *passes.notes()))
 
 
 def spec_of(captured: Captured) -> PermutationSpec:

@@ -117,7 +117,9 @@ FORMER = [
 ]
 
 
-@pytest.mark.parametrize(("make", "old", "new", "value"), FORMER, ids=[f"{at}-{row[1]}" for at, row in enumerate(FORMER)])
+@pytest.mark.parametrize(
+    ("make", "old", "new", "value"), FORMER, ids=[f"{at}-{row[1]}" for at, row in enumerate(FORMER)]
+)
 def test_former_names_are_taken_with_a_warning(make: Any, old: str, new: str, value: Any) -> None:
     with pytest.warns(DeprecationWarning, match=f"'{old}' is now called '{new}'"):
         made = make(**{old: value})

@@ -1,0 +1,242 @@
+"""Several passes of one module, solved together: what each kind of pass shows that the first does not."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import permgraph as pg
+from permgraph.capture import ExampleInputs, capture
+from permgraph.capture.further import FurtherPasses
+from permgraph.capture.passes import alike, joined, resized, variations
+
+
+def _error(model: nn.Module, spec: pg.PermutationSpec, *calls: tuple[Any, ...], train: bool = False) -> float:
+    """The largest relative difference that a random element makes, over calls one after the other, in float64."""
+    a = copy.deepcopy(model).double().train(train)
+    with torch.no_grad():
+        for tensor in a.parameters():
+            tensor.add_(0.3 * torch.randn_like(tensor))
+    b = copy.deepcopy(a)
+    b.load_state_dict(spec.random(0, every_group=True).apply(a.state_dict()))
+    worst = 0.0
+    for args in calls:
+        doubled = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in args]
+        with torch.no_grad():
+            ys, zs = a(*doubled), b(*doubled)
+        for y, z in zip(_leaves(ys), _leaves(zs), strict=True):
+            worst = max(worst, float((y - z).abs().max() / y.abs().max()))
+    return worst
+
+
+def _leaves(result: Any) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else [leaf for item in result for leaf in _leaves(item)]
+
+
+class Positions(nn.Module):
+    """A parameter of its own for each place, so that longer texts read more parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(3, 6)
+        self.places = nn.ParameterList([nn.Parameter(torch.randn(6)) for _ in range(9)])
+        self.out = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x)
+        return self.out(torch.stack([h[:, t] + self.places[t] for t in range(x.shape[1])], 1).tanh())
+
+
+class Auxiliary(nn.Module):
+    """A second head that training alone runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.aux, self.out = nn.Linear(3, 6), nn.Linear(6, 2), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Any:
+        h = nn.functional.dropout(self.embed(x).relu(), 0.5, self.training)
+        return (self.out(h), self.aux(h)) if self.training else self.out(h)
+
+
+class Alternating(nn.Module):
+    """Every second call runs another layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.even, self.odd = nn.Linear(3, 6), nn.Linear(6, 2), nn.Linear(6, 2)
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        h: Tensor = self.embed(x).relu()
+        return self.even(h) if self.calls % 2 else self.odd(h)
+
+
+class Steps(nn.Module):
+    """A recurrence whose number of steps is an argument, one by default: its weight then meets only zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.again, self.out = nn.Linear(3, 6), nn.Linear(6, 6, bias=False), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor, steps: int = 1) -> Tensor:
+        h = torch.zeros(x.shape[0], 6, dtype=x.dtype)
+        for _ in range(steps):
+            h = torch.tanh(self.embed(x) + self.again(h))
+        return self.out(h)
+
+
+S6 = math.lgamma(7)
+
+KINDS: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...], list[tuple[Any, ...]], bool]] = {
+    "longer": (Positions, (torch.randn(2, 4, 3),), [(torch.randn(2, 5, 3),)], False),
+    "training": (Auxiliary, (torch.randn(4, 3),), [(torch.randn(5, 3),)], True),
+    "second call": (Alternating, (torch.randn(4, 3),), [(torch.randn(5, 3),)] * 4, False),
+    "more steps": (Steps, (torch.randn(4, 3),), [(torch.randn(4, 3), 1), (torch.randn(4, 3), 5)], False),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_further_pass_reads_is_tied_too(kind: str) -> None:
+    make, seen, calls, train = KINDS[kind]
+    torch.manual_seed(0)
+    model = make()
+    if train:
+        model = _without_functional_dropout(model)
+    spec = pg.auto_spec(model, seen, max_passes=6)
+    # One stream of six units: the embedding's rows, every place, every head's columns.
+    assert spec.log_order() == pytest.approx(S6)
+    # Four places become seven: 5 and 6 are taken, by the batch and by the units.
+    assert spec.unused == (("places.7", "places.8") if kind == "longer" else ())
+    assert _error(model, spec, *calls, train=train) < 1e-12
+
+
+@pytest.mark.parametrize("kind", ["longer", "training", "second call"])
+def test_one_pass_alone_gets_these_wrong(kind: str) -> None:
+    """The control: what the further passes are for."""
+    make, seen, calls, train = KINDS[kind]
+    torch.manual_seed(0)
+    model = _without_functional_dropout(make()) if train else make()
+    assert _error(model, pg.auto_spec(model, seen, max_passes=1), *calls, train=train) > 1e-3
+
+
+def _without_functional_dropout(model: nn.Module) -> nn.Module:
+    """The module, called without drawing random numbers in training mode."""
+
+    class Still(type(model)):  # type: ignore[misc]
+        def forward(self, x: Tensor) -> Any:
+            h = self.embed(x).relu()
+            return (self.out(h), self.aux(h)) if self.training else self.out(h)
+
+    model.__class__ = Still
+    return model
+
+
+def test_dropout_in_training_mode_costs_no_symmetry() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.out = nn.Linear(6, 36), nn.Linear(12, 2)
+            self.drop = nn.Dropout(0.1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.qkv(x).view(*x.shape[:2], 3, 3, 4).permute(2, 0, 3, 1, 4)
+            y = nn.functional.scaled_dot_product_attention(q, k, v, dropout_p=0.1 if self.training else 0.0)
+            y = self.drop(y.transpose(1, 2).reshape(*x.shape[:2], 12))
+            return self.out(nn.functional.dropout(y, 0.2, self.training))
+
+    model = Attention()
+    one, many = (pg.auto_spec(model, (torch.randn(2, 5, 6),), max_passes=n) for n in (1, 6))
+    assert one.log_order() == pytest.approx(math.lgamma(4) + 6 * math.lgamma(5))  # 3! (4!)^3 (4!)^3
+    assert many.diff(one) == ()
+    assert any("training mode" in note for note in many.notes)
+
+
+def test_passes_that_differ_in_sizes_alone_are_not_solved_again() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.LazyLinear(4))
+    model(torch.zeros(2, 3, 9, 9))
+    further = FurtherPasses(model, capture(model, (torch.randn(2, 3, 9, 9),)), max_passes=6)
+    # The linear layer takes one size of images; in training mode BatchNorm has the statistics of the batch.
+    assert list(further.failed) == ["larger sizes in training mode", "larger sizes"]
+    assert further.names == ["a larger batch in training mode"]
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Dropout(), nn.ReLU())
+    further = FurtherPasses(model, capture(model, (torch.randn(2, 3, 9, 9),)), max_passes=6)
+    assert (further.alike, further.names, further.failed) == (["larger sizes in training mode"], [], {})
+
+
+def test_sizes_that_are_equal_by_chance_are_no_likeness() -> None:
+    """A batch of six and six units: the second pass tells them apart, so it says something new."""
+
+    class Gram(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Linear(3, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.embed(x)
+
+    model = Gram()
+    first, second = capture(model, (torch.randn(6, 3),)), capture(model, (torch.randn(7, 3),))
+    assert not alike(first, second)
+    assert alike(capture(model, (torch.randn(5, 3),)), second)
+
+
+def test_joined_passes_share_weights_and_nothing_else() -> None:
+    model = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 2))
+    passes = [capture(model, (torch.randn(n, 3),)) for n in (4, 5)]
+    both = joined(passes)
+    assert len(both.placeholders("parameter")) == 4
+    assert len(both.placeholders("input")) == 2
+    calls = [[n for n in p.graph.nodes if n.op == "call_function"] for p in (*passes, both)]
+    assert len(calls[2]) == len(calls[0]) + len(calls[1])
+    assert [len(p.graph.nodes) for p in passes] == [len(calls[0]) + 6] * 2, "the passes themselves are left alone"
+
+
+def test_sizes_grow_and_numbers_that_count_go_on() -> None:
+    places = torch.arange(4).expand(2, 4)
+    assert resized(places, {4: 6}).tolist() == [list(range(6))] * 2
+    assert resized(torch.tensor([[5, 5, 7, 9]]), {4: 6}).tolist() == [[5, 5, 7, 9, 5, 5]]
+    image = resized(torch.randn(2, 3, 32, 32), {2: 3, 32: 64})
+    assert image.shape == (3, 3, 64, 64)
+    # The channels are no places, so that they keep their size though it is that of the batch.
+    assert resized(torch.randn(3, 3, 8, 8), {3: 5}).shape == (5, 3, 8, 8)
+
+
+def test_inputs_are_not_changed() -> None:
+    given = torch.randn(2, 4, 3)
+    before = given.clone()
+    varied = list(variations(nn.Linear(3, 2), ExampleInputs((given,), {}, "given")))
+    # Two rows become five, since three are the features and four the places; the places six.
+    assert varied[0].inputs.args[0].shape == (5, 6, 3)
+    assert varied[1].inputs.args[0].shape == (5, 4, 3)
+    assert torch.equal(given, before)
+
+
+def test_a_pass_that_fails_is_said_and_harmless() -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.out = nn.Linear(3, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training or len(x) != 4:
+                raise ValueError("four rows, and no training")
+            y: Tensor = self.out(self.embed(x).relu())
+            return y
+
+    spec = pg.auto_spec(Fixed(), (torch.randn(4, 3),), max_passes=6)
+    assert spec.log_order() == pytest.approx(S6)
+    assert len([note for note in spec.notes if "four rows, and no training" in note]) == 3
+    assert not [note for note in spec.notes if "passes" in note]
+
+
+def test_what_there_is_no_room_for_is_said() -> None:
+    spec = pg.auto_spec(Alternating(), (torch.randn(4, 3),), max_passes=2)
+    assert spec.notes[-1] == "not tried, for max_passes: two calls"
