@@ -182,9 +182,9 @@ def _own_call(operator: str, shapes: list[str], arguments: list[str]) -> dict[st
     """One call with tensors of the shapes that were given, in the order of the schema."""
     import torch
 
-    from permgraph import check_rule
     from permgraph.cli.models import parse_inputs
     from permgraph.errors import PermgraphError
+    from permgraph.verification import check_rule
 
     overload = _overload(operator)
     tensors, named = parse_inputs(shapes)

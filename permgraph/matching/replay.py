@@ -11,23 +11,19 @@ import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from permgraph.capture import Captured, capture
 from permgraph.errors import MismatchError, SpecError
+from permgraph.inference.tensors import computed_tensors
 from permgraph.networks.batches import fitting
-from permgraph.spec.expressions import Axis, Label, Product, Ref, normalise, refs, rename, size_of, walk
+from permgraph.spec.expressions import Axis, Label, Product, Ref, normalise, refs, size_of, walk
 from permgraph.spec.spec import PermutationSpec
 from permgraph.weights.state_dict import StateDict
-
-if TYPE_CHECKING:
-    from permgraph.capture import Captured
-
-_REARRANGED = frozenset(("same", "kept", "moved", "joined", "padded"))
-"""What operators declare whose results, views or not, say nothing that their arguments did not."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +87,6 @@ class Replay:
         self.passes = {_signature(batch): (captured.graph, self.sites)}
 
     def _capture(self, batch: tuple[tuple[Any, ...], dict[str, Any]]) -> Captured:
-        from permgraph.capture import capture
-
         captured = capture(self.models[0], *batch)
         if captured.mode == "real":
             raise MismatchError(
@@ -102,36 +96,10 @@ class Replay:
         return captured
 
     def _find_sites(self, captured: Captured) -> Iterator[tuple[int, Site]]:
-        from permgraph.inference.auto_spec import solve
-        from permgraph.inference.describe import Writer
-        from permgraph.inference.fibres import find_fibres
-
-        solution = solve(captured.graph)
-        writer = Writer(solution, find_fibres(solution))
-        implied = PermutationSpec(writer.groups(), writer.expressions())
-        names = _names(implied, self.spec)
-        if names is None or implied.rename(names).fingerprint != self.spec.fingerprint:
-            difference = next(iter(self.spec.diff(implied)), "their order")
-            raise MismatchError(
-                f"the spec is not the one that inference gives for {captured.model_class} on these inputs, so what "
-                f"acts on the tensors inside is not known: {difference}"
-            )
-        fed: set[fx.Node] = set()
-        for index, node in enumerate(solution.nodes):
-            if node.op == "placeholder" and node.meta["kind"] == "input":
-                fed.add(node)
-            elif node.op == "call_function" and any(source in fed for source in node.all_input_nodes):
-                fed.add(node)
-                tensor = solution.values.get(node)
-                if not _is_evidence(node) or tensor is None or isinstance(tensor, (list, tuple)):
-                    continue
-                # Factors that inference joined are one group; a tensor with them in separate dimensions shows none.
-                joined = [writer.fused.keys() & set(writer.axes.atoms(axis)) for axis in tensor.dims]
-                if all(bool(found & writer.inner) == bool(found - writer.inner) for found in joined):
-                    axes = (rename(axis, lambda name: names.get(name, name)) for axis in writer.axes_of(tensor))
-                    site = self._site(node, tuple(axes))
-                    if site is not None:
-                        yield index, site
+        for index, node, axes in computed_tensors(captured, self.spec):
+            site = self._site(node, axes)
+            if site is not None:
+                yield index, site
 
     def _site(self, node: fx.Node, axes: tuple[Axis, ...]) -> Site | None:
         factors = [factor for axis in axes for factor in (axis.factors if isinstance(axis, Product) else (axis,))]
@@ -229,39 +197,6 @@ class _Values:
         if real is None:
             raise MismatchError(f"the constant {node.name} has no value that could be used again")
         return real.detach().to(self.device)
-
-
-def _names(implied: PermutationSpec, given: PermutationSpec) -> dict[str, str] | None:
-    """What `given` calls the groups of `implied`, if they stand in the same places."""
-    names: dict[str, str] = {}
-    for name, axes in implied.axes.items():
-        ours = [group for axis in axes for group in refs(axis)]
-        theirs = [group for axis in given.axes.get(name, ()) for group in refs(axis)]
-        if len(ours) != len(theirs) or any(
-            names.setdefault(own, its) != its for own, its in zip(ours, theirs, strict=True)
-        ):
-            return None
-    return names if len(set(names.values())) == len(names) else None
-
-
-def _is_evidence(node: fx.Node) -> bool:
-    """Whether a node computes something, rather than rearranging what it is given."""
-    target: Any = node.target
-    if target is operator.getitem:
-        source: Any = node.args[0]
-        return source.op == "call_function" and source.target is not operator.getitem and _is_evidence_of(source.target)
-    value = node.meta["val"]
-    return isinstance(value, torch.Tensor) and value.is_floating_point() and _is_evidence_of(target)
-
-
-def _is_evidence_of(target: Any) -> bool:
-    from permgraph.rules.registry import properties_of
-
-    schema = getattr(target, "_schema", None)
-    if schema is None or properties_of(str(target)).values in _REARRANGED:
-        return False
-    alias = schema.returns[0].alias_info if schema.returns else None
-    return alias is None or alias.is_write
 
 
 def _named_tensors(batch: tuple[tuple[Any, ...], dict[str, Any]]) -> Iterator[tuple[str, torch.Tensor]]:
