@@ -193,7 +193,7 @@ class _Dependence:
         for tensors, indices in self._pairings(d, h):
             for tensor in tensors:
                 atoms = self._atoms_of(tensor)
-                over[tensor] = None if h in atoms else [run for run in lookups if run <= atoms]
+                over[tensor] = None if self._has(tensor, d, h) else [run for run in lookups if run <= atoms]
             runs = [over[tensor] for tensor in tensors]
             if any(run == [] or run != runs[0] for run in runs):
                 return False
@@ -219,12 +219,21 @@ class _Dependence:
                 if labelled.tensor is None:
                     continue
                 if any(d in self._atoms(axis) for axis in labelled.axes.values()):
-                    tensors += [labelled.tensor] if h not in self._atoms_of(labelled.tensor) else []
-                elif value is not None and h in self._numbered(labelled.axes[value]):
+                    tensors += [labelled.tensor] if not self._has(labelled.tensor, d, h) else []
+                if value is not None and h in self._numbered(labelled.axes[value]):
                     indices.append(labelled.tensor.origin)
             yield tensors, indices
         for moved in self._rearrangements[d]:
             yield [tensor for tensor in moved.tensors if d in self._atoms_of(tensor)], []
+
+    def _has(self, tensor: TypedTensor, d: Axis, h: Axis) -> bool:
+        """Whether h itself stands in a tensor with d, so that no lookup is needed.
+
+        Values that number (h d) tell both, as a dimension (h d) of their one-hot code does. Where d is a dimension and
+        the values number h they do not: that code has a single one along h, at which nothing along d may differ.
+        """
+        atoms = self._atoms_of(tensor)
+        return h in atoms or (tensor.value is not None and d not in atoms and {d, h} <= {*self._numbered(tensor.value)})
 
     def _atoms_of(self, tensor: TypedTensor) -> set[Axis]:
         return {atom for axis in tensor.dims for atom in self._atoms(axis)}

@@ -67,6 +67,35 @@ def test_each_expert_has_an_order_of_its_own(run: Forward, top: int) -> None:
     check(model, (X,), s(EXPERTS) + EXPERTS * s(UNITS))
 
 
+class GroupedRouter(nn.Module):
+    """Experts in groups: the best groups of each token are chosen first, then the best experts of those groups."""
+
+    GROUPS, EACH, top = 2, 3, 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        experts = self.GROUPS * self.EACH
+        self.gate = nn.Linear(FEATURES, experts)
+        self.up = nn.Parameter(torch.randn(experts, FEATURES, UNITS))
+        self.down = nn.Parameter(torch.randn(experts, UNITS, FEATURES))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.gate(x).sigmoid()
+        grouped = scores.view(-1, self.GROUPS, self.EACH)
+        of_group = grouped.topk(2)[0].sum(-1)
+        mask = torch.zeros_like(of_group).scatter_(1, of_group.topk(1)[1], 1.0)
+        allowed = mask[..., None].expand(grouped.shape).reshape(scores.shape)
+        chosen = scores.masked_fill(allowed == 0, -torch.inf).topk(self.top)[1]
+        return slot_by_slot(self, x, scores.gather(1, chosen), chosen)
+
+
+def test_each_group_of_experts_has_an_order_of_its_own() -> None:
+    # The groups may be renumbered, the experts within each, and the units of each expert: 2! (3!)^2 (4!)^6. The chosen
+    # experts are numbers of (group expert), which tell the group, whatever other index there is of groups alone.
+    groups, each = GroupedRouter.GROUPS, GroupedRouter.EACH
+    check(GroupedRouter(), (X,), s(groups) + groups * s(each) + groups * each * s(UNITS))
+
+
 def two_routers(m: Any, x: Tensor, j: Tensor, k: Tensor) -> Tensor:
     j, k = j, m.gate2(x).argmax(-1)
     return result(m, hidden(m, x, j), j) + result(m, hidden(m, x, k), k)
