@@ -74,7 +74,9 @@ def matcher_of(asked: Matching, checkpoint: Checkpoint, loader: Iterable[Any] | 
     made = make(**given)
     if weight:
         inner = _ascent(made)
-        assert inner is not None, f"{name.value} has no weight matching in it"
+        if inner is None:
+            wrong = " ".join(f"--{key.replace('_', '-')}" for key in weight)
+            raise MismatchError(f"--matcher {name.value} has no weight matching in it: leave out {wrong}")
         made = dataclasses.replace(made, **{inner: _changed(getattr(made, inner), weight)})  # type: ignore[type-var]
     return _changed(made, settings)
 
@@ -125,9 +127,8 @@ def _changed(matcher: M, settings: Mapping[str, Any]) -> M:
     nested = _plain(getattr(matcher, inner)) if inner else {}
     for name, value in settings.items():
         if name not in own and name not in nested:
-            raise MismatchError(
-                f"{type(matcher).__name__} has no setting {name!r}; it has {', '.join(sorted({*own, *nested}))}"
-            )
+            known = ", ".join(sorted({*own, *nested})) or "none"
+            raise MismatchError(f"{type(matcher).__name__} has no setting {name!r}; it has {known}")
         old = own.get(name, nested.get(name))
         fits = isinstance(value, (int, float, NoneType)) if old is None else _alike(old, value)
         if not fits and not (value is None and name in OPTIONAL):

@@ -62,6 +62,8 @@ class Call:
     # -- arguments -----------------------------------------------------------------------------------------------
 
     def __getitem__(self, name: str) -> Any:
+        if name not in self.arguments:
+            raise ConflictError(f"there is no argument {name!r}; the schema has {', '.join(self.arguments) or 'none'}")
         return self.arguments[name]
 
     def get(self, name: str, default: Any = None) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,28 @@ def pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Ten
 
 def align(*args: object, code: int = 0) -> Any:
     return run("align", "a.safetensors", "b.safetensors", "-m", NET, "-o", "c.safetensors", *args, code=code)
+
+
+@dataclass(frozen=True)
+class Still(pg.Matcher):
+    """A matcher without settings, and without weight matching in it."""
+
+    def match(self, a: Any, b: Any, spec: Any, seed: int = 0, progress: Any = None) -> pg.MatchResult:
+        return pg.MatchResult(spec.identity(), 0.0, 0.0, "converged")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--init", "identity", "--max-sweeps", "3"], "has no weight matching in it: leave out --init --max-sweeps"),
+        (["--set", "speed=3"], "Still has no setting 'speed'; it has none"),
+    ],
+)
+def test_what_a_matcher_without_settings_is_not_given(
+    pair: Any, monkeypatch: pytest.MonkeyPatch, options: list[str], said: str
+) -> None:
+    monkeypatch.setitem(MATCHERS, MatcherName.sinkhorn, Still)
+    assert said in align("--matcher", "sinkhorn", *options, code=2).stderr
 
 
 def test_the_table_has_every_matcher_of_the_library() -> None:

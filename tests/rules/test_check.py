@@ -83,6 +83,37 @@ def test_a_tie_too_many() -> None:
 
 
 @pytest.mark.usefixtures("restored")
+def test_a_fibre_too_many() -> None:
+    """What is said where a tensor inside the operator was forgotten, and only there."""
+
+    @rule("aten.cummax")
+    def _(call: Call) -> None:
+        call.link((call["self"], "n l!"), *((out, "n l!") for out in call.results), why="its order matters")
+
+    report = pg.check_rule(lambda x: x.cummax(1).values, _normal(3, 5))
+    assert report.verdict == "incorrect"
+    assert "otherwise at each index of dimension 1 of input0, but not if it is done alike" in report.problems[0]
+
+    @rule("aten.cummax")
+    def _(call: Call) -> None:
+        call.link((call["self"], "n l"), *((out, "n l") for out in call.results))
+
+    report = pg.check_rule(lambda x: x.cummax(1).values, _normal(3, 5))
+    assert report.verdict == "incorrect"
+    assert "via=" not in str(report)
+
+
+@pytest.mark.usefixtures("restored")
+def test_an_argument_that_is_not_in_the_schema() -> None:
+    @rule("aten.relu")
+    def _(call: Call) -> None:
+        call.pointwise(call["x"], call.out)
+
+    with pytest.raises(pg.errors.ConflictError, match="there is no argument 'x'; the schema has self"):
+        pg.check_rule(aten.relu.default, _normal(3))
+
+
+@pytest.mark.usefixtures("restored")
 def test_a_fibre_that_is_missing() -> None:
     @rule("aten.bmm")
     def _(call: Call) -> None:
