@@ -6,7 +6,8 @@ question is answered link by link:
 
 - in a tensor, an occurrence of d goes with the h that is a factor of the same product, or else the only h in another
   dimension; where there are several, none;
-- in a link, all tensors that bear d's label must bear the label of the h that d goes with.
+- in a link, all tensors that bear d's label must bear the label of the h that d goes with. Values that number d, and
+  that the operator only moves, have a label too, as one more dimension of the index has.
 
 Example: attention with q and k of shape (b, h, s, d). The scores are a link
 
@@ -42,6 +43,7 @@ from permgraph.rules.typed_tensor import VALUE, TypedTensor
 Choice = Mapping[Index, int]  # the part that was taken of each sum on the way to an occurrence
 IndexSource = frozenset[str]  # the labels that together tell which index of a parent an occurrence stands at
 SAME_PRODUCT: IndexSource = frozenset()  # a factor of the same product tells
+CARRIED = "carried values"  # the label of values that an operator moves about, but does not look up by
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class _Dependence:
         self._known_atoms: dict[Axis, tuple[Axis, ...]] = {}
         self._relations: dict[Axis, list[Relation]] = defaultdict(list)
         ledger = solution.ledger()
-        self._links = [_without_empty(relation) for relation in ledger.relations]
+        self._links = [_prepared(relation) for relation in ledger.relations]
         for relation in self._links:
             axes = (axis for labelled in relation.tensors for axis in labelled.axes.values())
             for atom in dict.fromkeys(atom for axis in axes for atom in self._atoms(axis)):
@@ -90,8 +92,7 @@ class _Dependence:
         self._rank: dict[Axis, int] = {}  # in the order in which atoms are met, so that results do not depend on chance
         self._written = {id(tensor) for tensor in solution.parameters.values()}
         for tensor in solution.tensors():
-            dims = [*tensor.dims, tensor.value] if tensor.value is not None else tensor.dims
-            seen = dict.fromkeys(atom for axis in dims for atom in self._atoms(axis))
+            seen = self._all_atoms(tensor)
             atoms = self._with_lookups(frozenset(seen))
             for atom in seen:
                 self._rank.setdefault(atom, len(self._rank))
@@ -100,8 +101,7 @@ class _Dependence:
         self._rearranged = {id(t) for moved in ledger.rearrangements for t in moved.tensors}
         self._rearrangements: dict[Axis, list[Rearrangement]] = defaultdict(list)
         for moved in ledger.rearrangements if self._lookups else ():
-            axes = (axis for tensor in moved.tensors for axis in tensor.dims)
-            for atom in dict.fromkeys(atom for axis in axes for atom in self._atoms(axis)):
+            for atom in dict.fromkeys(atom for tensor in moved.tensors for atom in self._all_atoms(tensor)):
                 self._rearrangements[atom].append(moved)
 
     def _atoms(self, axis: Axis) -> tuple[Axis, ...]:
@@ -144,7 +144,7 @@ class _Dependence:
 
     @staticmethod
     def _value_label(labelled: Labelled) -> str | None:
-        return next((label for label, dim in labelled.where.items() if dim == VALUE), None)
+        return next((label for label, d in labelled.where.items() if d == VALUE and label != CARRIED), None)
 
     def _with_lookups(self, atoms: frozenset[Axis]) -> frozenset[Axis]:
         """These atoms, and those that they stand for."""
@@ -224,7 +224,7 @@ class _Dependence:
                     indices.append(labelled.tensor.origin)
             yield tensors, indices
         for moved in self._rearrangements[d]:
-            yield [tensor for tensor in moved.tensors if d in self._atoms_of(tensor)], []
+            yield [tensor for tensor in moved.tensors if d in self._all_atoms(tensor)], []
 
     def _has(self, tensor: TypedTensor, d: Axis, h: Axis) -> bool:
         """Whether h itself stands in a tensor with d, so that no lookup is needed.
@@ -234,6 +234,11 @@ class _Dependence:
         """
         atoms = self._atoms_of(tensor)
         return h in atoms or (tensor.value is not None and d not in atoms and {d, h} <= {*self._numbered(tensor.value)})
+
+    def _all_atoms(self, tensor: TypedTensor) -> dict[Axis, None]:
+        """The atoms of a tensor's dimensions, and of what its values number."""
+        axes = [*tensor.dims, tensor.value] if tensor.value is not None else tensor.dims
+        return dict.fromkeys(atom for axis in axes for atom in self._atoms(axis))
 
     def _atoms_of(self, tensor: TypedTensor) -> set[Axis]:
         return {atom for axis in tensor.dims for atom in self._atoms(axis)}
@@ -270,7 +275,9 @@ class _Dependence:
         for labelled in relation.tensors:
             value = self._value_label(labelled)
             if value is not None and len(labelled.axes) > 1 and h in self._numbered(labelled.axes[value]):
-                return {frozenset({value}), frozenset(labelled.axes.keys() - {value})}
+                over = labelled.axes.keys() - {value}
+                if not any(h in self._atoms(labelled.axes[label]) for label in over):  # else they mean another h
+                    return {frozenset({value}), frozenset(over)}
         return set()
 
     def _with_unlabelled(self, labelled: Labelled) -> Mapping[str, Axis]:
@@ -401,10 +408,17 @@ class _Dependence:
                         changed = True
 
 
-def _without_empty(relation: Relation) -> Relation:
-    """What a link says of the tensors that have elements: one without any tells nothing of its axes."""
-    empty = [labelled for labelled in relation.tensors if _is_empty(labelled)]
-    return replace(relation, tensors=tuple(t for t in relation.tensors if t not in empty)) if empty else relation
+def _prepared(relation: Relation) -> Relation:
+    """What a link says of the tensors that have elements (one without any tells nothing of its axes) and of values."""
+    return replace(relation, tensors=tuple(_with_carried(t) for t in relation.tensors if not _is_empty(t)))
+
+
+def _with_carried(labelled: Labelled) -> Labelled:
+    """What a link says of a tensor; of an index by which it does not look up, that the values go along."""
+    if labelled.tensor is None or labelled.tensor.value is None or VALUE in labelled.where.values():
+        return labelled
+    axes = {**labelled.axes, CARRIED: labelled.tensor.value}
+    return replace(labelled, axes=axes, where={**labelled.where, CARRIED: VALUE})
 
 
 def _is_empty(labelled: Labelled) -> bool:

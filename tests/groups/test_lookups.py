@@ -130,17 +130,91 @@ MEETING: dict[str, Callable[[Any, Tensor, Tensor, Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("name", MEETING)
 def test_no_order_is_invented_where_units_of_two_experts_meet(name: str) -> None:
-    torch.manual_seed(1)
-
     def run(m: Any, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         return MEETING[name](m, x, chosen[:, 0], chosen[:, 1])
 
-    model = Mixture(run, 2).double()
+    check_nothing_is_invented(lambda: Mixture(run, 2))
+
+
+def check_nothing_is_invented(make: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(1)
+    model, moved = make().double(), make().double()
     spec = pg.auto_spec(model, (X.double(),))
     state = {key: value.clone() for key, value in model.state_dict().items()}
-    moved = Mixture(run, 2).double()
     with torch.no_grad():
         for seed in range(12):  # each with tokens of its own, for a pair of experts must be chosen to be seen
             moved.load_state_dict(spec.random(seed=seed).apply(state))
             x = torch.randn(TOKENS, FEATURES, dtype=torch.float64)
             torch.testing.assert_close(moved(x), model(x), rtol=1e-9, atol=1e-9)
+
+
+class Best(nn.Module):
+    """The units of each expert and which of them is the largest, for all experts or for the one that a token chooses.
+
+    `run` is given the units and the index of the largest.
+    """
+
+    def __init__(self, run: Callable[[Any, Tensor, Tensor, Tensor], Tensor], chosen: bool) -> None:
+        super().__init__()
+        self.gate, self.gate2 = nn.Linear(FEATURES, EXPERTS), nn.Linear(FEATURES, EXPERTS)
+        self.up = nn.Parameter(torch.randn(EXPERTS, FEATURES, UNITS))
+        self.mix = nn.Parameter(torch.randn(EXPERTS))
+        self.run, self.chosen = run, chosen
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.chosen:
+            units = self.units(x, self.gate(x))
+            return self.run(self, x, units, units.argmax(-1))
+        units = torch.einsum("td,edi->tei", x, self.up)
+        return self.run(self, x, units, units.argmax(-1)) @ self.mix
+
+    def units(self, x: Tensor, scores: Tensor) -> Tensor:
+        return torch.einsum("td,tdi->ti", x, self.up[scores.argmax(-1)])
+
+
+def at(units: Tensor, index: Tensor) -> Tensor:
+    return units.gather(-1, index[..., None])[..., 0]
+
+
+@pytest.mark.parametrize("chosen", [False, True])
+def test_an_index_of_units_goes_with_its_expert(chosen: bool) -> None:
+    # The index is that of the expert whose units it is used for: 3! (4!)^3.
+    model = Best(lambda m, x, h, i: at(h, i.clone()[:, None][:, 0]), chosen)
+    del model.gate2
+    if chosen:
+        del model.mix
+    else:
+        del model.gate
+    check(model, (X,), s(EXPERTS) + EXPERTS * s(UNITS))
+
+
+OF_ANOTHER_TOKEN: dict[str, Callable[[Any, Tensor, Tensor, Tensor], Tensor]] = {
+    "of another router's expert": lambda m, x, h, i: at(m.units(x, m.gate2(x)), i),
+    "flipped": lambda m, x, h, i: at(h, i.flip(0)),
+    "rolled": lambda m, x, h, i: at(h, i.roll(1, 0)),
+    "known order": lambda m, x, h, i: at(h, i[[1, 0, 2, 3, 5, 4]]),
+    "looked up": lambda m, x, h, i: at(h, i[x[:, 0].argsort()]),
+    "gathered": lambda m, x, h, i: at(h, i.gather(0, x[:, 0].argsort())),
+    "turned": lambda m, x, h, i: at(h, i.view(2, 3).T.reshape(-1)),
+    "cut and joined": lambda m, x, h, i: at(h, torch.cat([i[1:], i[:1]])),
+    "stacked": lambda m, x, h, i: h.gather(1, torch.stack([i.flip(0), i], 1)),
+    "one of two": lambda m, x, h, i: at(h, torch.where(x[:, 0] > 0, i, i.flip(0))),
+}
+OF_ANOTHER_EXPERT: dict[str, Callable[[Any, Tensor, Tensor, Tensor], Tensor]] = {
+    "flipped": lambda m, x, h, i: at(h, i.flip(1)),
+    "rolled": lambda m, x, h, i: at(h, i.roll(1, 1)),
+    "looked up": lambda m, x, h, i: at(h, i[:, m.mix.argsort()]),
+    "units looked up": lambda m, x, h, i: (h * h[:, m.mix.argsort()]).sum(-1),
+    "units selected": lambda m, x, h, i: (h * h.index_select(1, m.mix.argsort())).sum(-1),
+    "cut and joined": lambda m, x, h, i: at(h, torch.cat([i[:, 1:], i[:, :1]], 1)),
+}
+
+
+@pytest.mark.parametrize("name", OF_ANOTHER_TOKEN)
+def test_no_order_is_invented_where_an_index_of_units_goes_to_another_token(name: str) -> None:
+    check_nothing_is_invented(lambda: Best(OF_ANOTHER_TOKEN[name], chosen=True))
+
+
+@pytest.mark.parametrize("name", OF_ANOTHER_EXPERT)
+def test_no_order_is_invented_where_an_index_of_units_goes_to_another_expert(name: str) -> None:
+    check_nothing_is_invented(lambda: Best(OF_ANOTHER_EXPERT[name], chosen=False))
