@@ -33,8 +33,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
-import networkx as nx
-
 from permgraph.algebra import Axis, Index, Kind
 from permgraph.inference.solution import Solution
 from permgraph.rules.ledger import Labelled, Rearrangement, Relation
@@ -188,6 +186,8 @@ class _Dependence:
         lookups = self._lookups.get(h)
         if not lookups:
             return True
+        import networkx as nx  # half a second that models without lookups should not take
+
         paired = nx.Graph()
         over: dict[TypedTensor, list[frozenset[Axis]] | None] = {}  # None: it has h itself
         for tensors, indices in self._pairings(d, h):
