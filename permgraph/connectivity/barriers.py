@@ -30,10 +30,10 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from permgraph.conventions.outcomes import StepProgress
 from permgraph.errors import EvaluationError, in_one_line
 from permgraph.networks.batches import undisturbed
 from permgraph.networks.evaluate import template_of
-from permgraph.outcomes import StepProgress
 from permgraph.pictures.tables import barrier_table
 from permgraph.weights.combine import interpolate
 from permgraph.weights.distributed import redistributed_state

@@ -27,13 +27,13 @@ import torch
 from torch import Tensor, nn
 
 from permgraph.connectivity.curves import Curve, Shape
+from permgraph.conventions.outcomes import StepProgress, TrainingOutcome
 from permgraph.errors import EvaluationError
 from permgraph.matching import WeightMatching
 from permgraph.networks.batches import Loader, Loss, MakeOptimizer
 from permgraph.networks.blended import Parts, Perturb, State, Workbench
 from permgraph.networks.descend import adam, descend, first_batches, mean_loss
 from permgraph.networks.evaluate import template_of
-from permgraph.outcomes import StepProgress, TrainingOutcome
 from permgraph.spec.permutation import Permutation
 from permgraph.spec.spec import PermutationSpec
 from permgraph.weights.state_dict import Network, as_state_dict, check_same_keys

@@ -19,13 +19,13 @@ import torch
 from torch import nn
 
 from permgraph.connectivity.barriers import Barrier, Evaluate, Prepare, barrier_along
-from permgraph.deprecated import renamed
+from permgraph.conventions.outcomes import StepProgress, TrainingOutcome
+from permgraph.conventions.renamed import renamed
 from permgraph.errors import EvaluationError
 from permgraph.networks.batches import Loader, Loss, MakeOptimizer, require_rereadable
 from permgraph.networks.blended import Parts, Perturb, Workbench
 from permgraph.networks.descend import adam, descend, first_batches, mean_loss
 from permgraph.networks.evaluate import template_of
-from permgraph.outcomes import StepProgress, TrainingOutcome
 from permgraph.weights.combine import blend, interpolate
 from permgraph.weights.state_dict import Network, as_state_dict, check_same_keys
 

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from permgraph.connectivity.barriers import Evaluate, Prepare, measure
+from permgraph.conventions.outcomes import StepProgress
 from permgraph.errors import EvaluationError
 from permgraph.networks.batches import undisturbed
 from permgraph.networks.evaluate import template_of
-from permgraph.outcomes import StepProgress
 from permgraph.weights.combine import blend
 from permgraph.weights.identity import SameTensor
 from permgraph.weights.state_dict import (

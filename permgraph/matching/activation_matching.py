@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from permgraph.deprecated import renamed
+from permgraph.conventions.renamed import renamed
 from permgraph.errors import EvaluationError, NonFiniteError, PermgraphError, SpecError
 from permgraph.matching.matcher import Matcher, MatchResult, Progress
 from permgraph.matching.moments import Moments

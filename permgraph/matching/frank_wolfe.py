@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from permgraph.deprecated import renamed
+from permgraph.conventions.renamed import renamed
 from permgraph.errors import PermgraphError
 from permgraph.matching.matcher import NOTHING_TO_PERMUTE, Matcher, MatchResult, Progress, Sweep
 from permgraph.matching.problem.objective import pair

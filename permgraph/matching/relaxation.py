@@ -12,13 +12,13 @@ import numpy as np
 import torch
 
 from permgraph.assignment.solve import Solver
+from permgraph.conventions.outcomes import Outcome
 from permgraph.matching.ascent.step import choose, choose_each
 from permgraph.matching.matcher import Progress, Sweep
 from permgraph.matching.problem.blocks import Block
 from permgraph.matching.problem.moves import Plan
 from permgraph.matching.problem.objective import Pair
 from permgraph.matching.problem.renumber import Arrays
-from permgraph.outcomes import Outcome
 from permgraph.spec.permutation import Permutation, old_parents
 from permgraph.spec.spec import PermutationSpec
 

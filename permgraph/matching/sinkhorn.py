@@ -20,7 +20,8 @@ import torch
 from torch import nn
 
 from permgraph.assignment.solve import Solver
-from permgraph.deprecated import renamed
+from permgraph.conventions.outcomes import Outcome
+from permgraph.conventions.renamed import renamed
 from permgraph.errors import NonFiniteError, PermgraphError
 from permgraph.matching.balance import balance
 from permgraph.matching.matcher import NOTHING_TO_PERMUTE, Matcher, MatchResult, Progress, Sweep, moved_between
@@ -29,7 +30,6 @@ from permgraph.matching.relaxation import Matrices, Relaxation
 from permgraph.matching.weight_matching import WeightMatching
 from permgraph.networks.batches import Loader, Loss, MakeOptimizer, batches, require_rereadable, seeded
 from permgraph.networks.blended import MIDPOINT, Between
-from permgraph.outcomes import Outcome
 from permgraph.spec.permutation import Permutation
 from permgraph.spec.spec import PermutationSpec
 from permgraph.weights.state_dict import STATISTICS, StateDict

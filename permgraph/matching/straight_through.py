@@ -16,7 +16,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from permgraph.deprecated import renamed
+from permgraph.conventions.outcomes import Outcome
+from permgraph.conventions.renamed import renamed
 from permgraph.errors import NonFiniteError, PermgraphError
 from permgraph.matching.matcher import Matcher, MatchResult, Progress, Sweep, moved_between
 from permgraph.matching.projection_interval import counted, steps_between
@@ -24,7 +25,6 @@ from permgraph.matching.run_checkpoint import described, digest, read_run, write
 from permgraph.matching.weight_matching import WeightMatching
 from permgraph.networks.batches import Loader, Loss, MakeOptimizer, batches, require_rereadable, seeded
 from permgraph.networks.blended import Between
-from permgraph.outcomes import Outcome
 from permgraph.spec.permutation import Permutation
 from permgraph.spec.spec import PermutationSpec
 from permgraph.weights.state_dict import StateDict

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from permgraph.conventions.outcomes import Outcome
 from permgraph.errors import MismatchError
 from permgraph.matching import MatchResult
 from permgraph.matching.matcher import SupportsMatch, runs_networks
 from permgraph.merging.compared import Compared
 from permgraph.merging.result import Models, Progress, Round
-from permgraph.outcomes import Outcome
 from permgraph.spec.permutation import Permutation
 from permgraph.weights.combine import average
 

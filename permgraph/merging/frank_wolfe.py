@@ -15,14 +15,14 @@ from typing import Literal
 import numpy as np
 import torch
 
-from permgraph.deprecated import renamed
+from permgraph.conventions.outcomes import Outcome
+from permgraph.conventions.renamed import renamed
 from permgraph.errors import PermgraphError
 from permgraph.matching import WeightMatching
 from permgraph.matching.problem.objective import pair
 from permgraph.matching.relaxation import Matrices, Relaxation
 from permgraph.merging.ascent import Ascent
 from permgraph.merging.result import Found, Models, Progress, Round
-from permgraph.outcomes import Outcome
 from permgraph.spec.permutation import Permutation
 
 log = logging.getLogger(__name__)

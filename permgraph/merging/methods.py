@@ -8,13 +8,13 @@ from typing import Literal
 
 import numpy as np
 
-from permgraph.deprecated import renamed
+from permgraph.conventions.outcomes import Outcome
+from permgraph.conventions.renamed import renamed
 from permgraph.errors import MismatchError, PermgraphError
 from permgraph.matching import WeightMatching
 from permgraph.matching.matcher import SupportsMatch, runs_networks
 from permgraph.merging.ascent import Ascent, require_modules
 from permgraph.merging.result import Found, Models, Progress, Round
-from permgraph.outcomes import Outcome
 from permgraph.weights.combine import average
 
 

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from permgraph.conventions.outcomes import Outcome
 from permgraph.errors import PermgraphError
 from permgraph.matching import tuned
 from permgraph.matching.streamed import LoadedOnAccess, StreamedWeightMatching
 from permgraph.merging.compared import Compared
 from permgraph.merging.result import Found, Models, Progress, Round
-from permgraph.outcomes import Outcome
 from permgraph.spec.permutation import Permutation
 from permgraph.weights.state_dict import as_real, is_continuous
 

@@ -16,8 +16,8 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from permgraph.conventions.outcomes import StepProgress
 from permgraph.errors import MissingExtraError, StudyError, in_one_line
-from permgraph.outcomes import StepProgress
 from permgraph.studies.cell import Task, run, versions
 from permgraph.studies.plan import Cell, StudyPlan
 from permgraph.studies.store import SMALLEST, Store, UnwritableError
