@@ -229,10 +229,9 @@ class _Search:
         return self._mean(curve, start, free, self.bench.parameters_of(permutation.apply(self.given)))
 
     def _mean(self, curve: Curve, start: State, free: list[State], end: State, *, backward: bool = False) -> float:
-        def parts_at(t: float) -> Parts:
-            return _parts(curve, t, start, end, free)
-
-        return mean_loss(self.bench, self.batches, parts_at, self.seed, backward=backward)
+        return mean_loss(
+            self.bench, self.batches, lambda t: _parts(curve, t, start, end, free), self.seed, backward=backward
+        )
 
     def step(
         self,

@@ -1,1 +1,1 @@
-"""Words and keywords that all of the package shares: how runs end and report, and how former keywords are taken."""
+"""What all of the package shares: how runs end and report, choices among words, keywords by their former names."""

@@ -30,7 +30,8 @@ from permgraph.matching.matcher import Progress, Sweep
 from permgraph.matching.problem.limits import Limits, choose_limited
 from permgraph.matching.problem.moves import Move, Plan, Tensors
 from permgraph.matching.problem.order import ranks
-from permgraph.matching.problem.renumber import Arrays, compose
+from permgraph.matching.problem.renumber import Arrays
+from permgraph.spec.permutation import compose
 
 log = logging.getLogger(__name__)
 
