@@ -22,7 +22,7 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from permgraph.assignment.certificate import Assignment, certify
-from permgraph.deprecated import renamed
+from permgraph.conventions.renamed import renamed
 from permgraph.errors import NonFiniteError, PermgraphError
 
 lapmod: Callable[..., Any] | None

@@ -13,7 +13,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 from permgraph import matching
 from permgraph.cli.data import loss_on
 from permgraph.cli.options import MatcherName, Matching
-from permgraph.deprecated import former_names
+from permgraph.conventions.renamed import former_names
 from permgraph.errors import MismatchError
 from permgraph.io import Checkpoint
 from permgraph.matching import Matcher, StreamedWeightMatching, WeightMatching

@@ -30,10 +30,10 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from permgraph.conventions.outcomes import StepProgress
 from permgraph.errors import EvaluationError, in_one_line
 from permgraph.networks.batches import undisturbed
 from permgraph.networks.evaluate import template_of
-from permgraph.outcomes import StepProgress
 from permgraph.pictures.tables import barrier_table
 from permgraph.weights.combine import interpolate
 from permgraph.weights.distributed import redistributed_state
@@ -245,13 +245,7 @@ def barrier_along(
         own = scratch.state_dict()
         for done, t in enumerate(alphas, start=1):
             scratch.load_state_dict(redistributed_state(dict(path(t)), own))
-            network = scratch
-            if prepare is not None:
-                network = prepare(copy.deepcopy(scratch), t)
-                if not isinstance(network, nn.Module):
-                    raise EvaluationError(f"prepare must return the network to evaluate, not {type(network).__name__}")
-            values = measure(evaluate, network, curves, f"t = {t:.3g}")
-            for metric, value in values.items():
+            for metric, value in measure(evaluate, prepared(scratch, prepare, t), curves, f"t = {t:.3g}").items():
                 curves.setdefault(metric, []).append(value)
             if progress is not None:
                 progress(done, len(alphas))
@@ -276,6 +270,16 @@ def _alphas(points: int | Sequence[float]) -> tuple[float, ...]:
     if len(alphas) < 2 or alphas[0] != 0 or alphas[-1] != 1 or any(s >= t for s, t in pairwise(alphas)):
         raise EvaluationError(f"points must ascend from 0 to 1 and hold both, not {alphas}")
     return alphas
+
+
+def prepared(network: nn.Module, prepare: Prepare | None, t: float) -> nn.Module:
+    """The network to evaluate at a point: this one, or what ``prepare`` makes of a copy of it."""
+    if prepare is None:
+        return network
+    made = prepare(copy.deepcopy(network), t)
+    if not isinstance(made, nn.Module):
+        raise EvaluationError(f"prepare must return the network to evaluate, not {type(made).__name__}")
+    return made
 
 
 def measure(evaluate: Evaluate, network: nn.Module, before: Collection[str] | None, at: str) -> dict[str, float]:

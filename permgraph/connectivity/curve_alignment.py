@@ -27,13 +27,13 @@ import torch
 from torch import Tensor, nn
 
 from permgraph.connectivity.curves import Curve, Shape
+from permgraph.conventions.outcomes import StepProgress, TrainingOutcome
 from permgraph.errors import EvaluationError
 from permgraph.matching import WeightMatching
 from permgraph.networks.batches import Loader, Loss, MakeOptimizer
 from permgraph.networks.blended import Parts, Perturb, State, Workbench
 from permgraph.networks.descend import adam, descend, first_batches, mean_loss
 from permgraph.networks.evaluate import template_of
-from permgraph.outcomes import StepProgress, TrainingOutcome
 from permgraph.spec.permutation import Permutation
 from permgraph.spec.spec import PermutationSpec
 from permgraph.weights.state_dict import Network, as_state_dict, check_same_keys
@@ -229,10 +229,9 @@ class _Search:
         return self._mean(curve, start, free, self.bench.parameters_of(permutation.apply(self.given)))
 
     def _mean(self, curve: Curve, start: State, free: list[State], end: State, *, backward: bool = False) -> float:
-        def parts_at(t: float) -> Parts:
-            return _parts(curve, t, start, end, free)
-
-        return mean_loss(self.bench, self.batches, parts_at, self.seed, backward=backward)
+        return mean_loss(
+            self.bench, self.batches, lambda t: _parts(curve, t, start, end, free), self.seed, backward=backward
+        )
 
     def step(
         self,

@@ -19,13 +19,14 @@ import torch
 from torch import nn
 
 from permgraph.connectivity.barriers import Barrier, Evaluate, Prepare, barrier_along
-from permgraph.deprecated import renamed
+from permgraph.conventions.choices import require_choice
+from permgraph.conventions.outcomes import StepProgress, TrainingOutcome
+from permgraph.conventions.renamed import renamed
 from permgraph.errors import EvaluationError
 from permgraph.networks.batches import Loader, Loss, MakeOptimizer, require_rereadable
 from permgraph.networks.blended import Parts, Perturb, Workbench
 from permgraph.networks.descend import adam, descend, first_batches, mean_loss
 from permgraph.networks.evaluate import template_of
-from permgraph.outcomes import StepProgress, TrainingOutcome
 from permgraph.weights.combine import blend, interpolate
 from permgraph.weights.state_dict import Network, as_state_dict, check_same_keys
 
@@ -64,8 +65,7 @@ class Curve:
     outcome: TrainingOutcome = field(default="done", compare=False)
 
     def __post_init__(self) -> None:
-        if self.shape not in ("bezier", "polygon"):
-            raise EvaluationError(f"unknown shape {self.shape!r}; choose 'bezier' or 'polygon'")
+        require_choice("shape", self.shape, "bezier", "polygon", error=EvaluationError)
         if len(self.points) < 2:
             raise EvaluationError(f"a curve has at least its two ends, not {len(self.points)} points")
         for number, point in enumerate(self.points[1:], start=1):

@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 
 from permgraph.connectivity.barriers import Prepare
 from permgraph.errors import EvaluationError
-from permgraph.networks.batches import Loader, batches, device_of, fitting, split_batch, undisturbed
+from permgraph.networks.batches import Loader, batches, device_of, fitting, observed, split_batch, undisturbed
 from permgraph.networks.evaluate import template_of
 from permgraph.weights.combine import interpolate
 from permgraph.weights.state_dict import Network, as_state_dict, check_same_keys
@@ -177,14 +176,15 @@ def _features(
     seen: dict[str, Tensor] = {}
     calls: dict[str, int] = {}
 
-    def see(name: str, output: Any) -> None:
+    def see(name: str, _module: nn.Module, output: Any) -> None:
         tensor = _first_tensor(output)
         if tensor is not None and tensor.is_floating_point() and tensor.ndim > 1:
             calls[name] = calls.get(name, 0) + 1
             # A copy, for a later in-place operation would change what was seen.
             seen[name if calls[name] == 1 else f"{name}#{calls[name]}"] = tensor.clone()
 
-    with _watched(network, wanted, see), fitting(args, kwargs):
+    known = dict(network.named_modules())
+    with observed({name: known[name] for name in wanted}, see), fitting(args, kwargs):
         network(*args, **kwargs)
     return seen
 
@@ -195,18 +195,3 @@ def _first_tensor(output: Any) -> Tensor | None:
     if isinstance(output, (tuple, list)):
         output = next((value for value in output if isinstance(value, Tensor)), None)
     return output if isinstance(output, Tensor) else None
-
-
-@contextmanager
-def _watched(network: nn.Module, names: Sequence[str], see: Callable[[str, Any], None]) -> Iterator[None]:
-    known = dict(network.named_modules())
-
-    def hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        return lambda _module, _inputs, output: see(name, output)
-
-    handles = [known[name].register_forward_hook(hook(name)) for name in names]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from permgraph.connectivity.barriers import Evaluate, Prepare, measure
+from permgraph.connectivity.barriers import Evaluate, Prepare, measure, prepared
+from permgraph.conventions.outcomes import StepProgress
 from permgraph.errors import EvaluationError
 from permgraph.networks.batches import undisturbed
 from permgraph.networks.evaluate import template_of
-from permgraph.outcomes import StepProgress
 from permgraph.weights.combine import blend
 from permgraph.weights.identity import SameTensor
 from permgraph.weights.state_dict import (
@@ -193,33 +193,25 @@ def loss_surface(
         check_same_keys(states[0], state, ("a", name))
     corners = _corners(states)
     x, y = (_grid([corner[axis] for corner in corners], points, margin) for axis in (0, 1))
-    total, done = points**2 + 3, 0
     found: list[dict[str, float]] = []
     with undisturbed():
         scratch = copy.deepcopy(template)
         places = [*corners, *((u, v) for v in y for u in x)]
-        for place in places:
+        for done, place in enumerate(places):
             shares = barycentric(corners, *place)
             scratch.load_state_dict(blend(states, shares))
-            network = scratch
-            if prepare is not None:
-                network = prepare(copy.deepcopy(scratch), 0.0 if done < 3 else 0.5)
+            network = prepared(scratch, prepare, 0.0 if done < 3 else 0.5)
             found.append(measure(evaluate, network, found[0] if found else None, f"({place[0]:.3g}, {place[1]:.3g})"))
-            done += 1
             if progress is not None:
-                progress(done, total)
+                progress(done + 1, len(places))
     ends, inside = found[:3], found[3:]
+    rows = [inside[at : at + points] for at in range(0, len(inside), points)]
     metrics = list(ends[0])
     return LossSurface(
         x=x,
         y=y,
         grids=MappingProxyType(
-            {
-                metric: tuple(
-                    tuple(value[metric] for value in inside[row * points : (row + 1) * points]) for row in range(points)
-                )
-                for metric in metrics
-            }
+            {metric: tuple(tuple(value[metric] for value in row) for row in rows) for metric in metrics}
         ),
         corners=corners,
         ends=MappingProxyType({metric: (ends[0][metric], ends[1][metric], ends[2][metric]) for metric in metrics}),

@@ -21,9 +21,9 @@ from types import MappingProxyType
 from torch import Tensor, nn
 
 from permgraph.connectivity.barriers import Barrier, Evaluate, Prepare, barrier
+from permgraph.conventions.outcomes import StepProgress
 from permgraph.errors import EvaluationError
 from permgraph.networks.evaluate import template_of
-from permgraph.outcomes import StepProgress
 from permgraph.weights.identity import SameTensor
 from permgraph.weights.state_dict import Network, as_state_dict, check_same_keys
 

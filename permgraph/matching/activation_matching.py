@@ -17,7 +17,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from permgraph.deprecated import renamed
+from permgraph.conventions.choices import require_choice
+from permgraph.conventions.renamed import renamed
 from permgraph.errors import EvaluationError, NonFiniteError, PermgraphError, SpecError
 from permgraph.matching.matcher import Matcher, MatchResult, Progress
 from permgraph.matching.moments import Moments
@@ -84,10 +85,8 @@ class ActivationMatching(Matcher):
     models: tuple[nn.Module, nn.Module] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        if self.measure not in ("correlation", "covariance", "inner"):
-            raise PermgraphError(f"unknown measure {self.measure!r}; choose 'correlation', 'covariance' or 'inner'")
-        if self.tensors not in ("auto", "modules", "graph"):
-            raise PermgraphError(f"unknown tensors {self.tensors!r}; choose 'auto', 'modules' or 'graph'")
+        require_choice("measure", self.measure, "correlation", "covariance", "inner")
+        require_choice("tensors", self.tensors, "auto", "modules", "graph")
         if (self.max_batches is not None and self.max_batches < 1) or self.max_units < 1:
             raise PermgraphError(
                 f"max_batches={self.max_batches} and max_units={self.max_units}: give 1 or more, or None for all of "

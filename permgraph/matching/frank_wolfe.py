@@ -10,7 +10,8 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from permgraph.deprecated import renamed
+from permgraph.conventions.choices import require_choice
+from permgraph.conventions.renamed import renamed
 from permgraph.errors import PermgraphError
 from permgraph.matching.matcher import NOTHING_TO_PERMUTE, Matcher, MatchResult, Progress, Sweep
 from permgraph.matching.problem.objective import pair
@@ -72,8 +73,7 @@ class FrankWolfe(Matcher):
     def __post_init__(self) -> None:
         if self.max_steps < 0 or not self.tolerance >= 0:
             raise PermgraphError(f"max_steps={self.max_steps} and tolerance={self.tolerance}: neither can be negative")
-        if isinstance(self.init, str) and self.init not in ("identity", "barycentre"):
-            raise PermgraphError(f"unknown init {self.init!r}; choose 'identity', 'barycentre' or a Permutation")
+        require_choice("init", self.init, "identity", "barycentre", or_a="Permutation")
 
     def match(
         self, a: StateDict, b: StateDict, spec: PermutationSpec, seed: int = 0, progress: Progress | None = None
@@ -115,7 +115,7 @@ class FrankWolfe(Matcher):
         before = compared.objective(compared.b)
         reached = compared.objective_at(spec, rounded.arrays)
         details = {
-            "relaxed": compared.scale * run.value + compared.offset,
+            "relaxed": compared.reported(run.value),
             "rounded": reached,
             "steps": float(len(run.history)),
             "gap": compared.scale * run.gap,

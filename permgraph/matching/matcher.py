@@ -11,8 +11,8 @@ from typing import Protocol, TypeGuard, runtime_checkable
 import numpy as np
 from torch import nn
 
+from permgraph.conventions.outcomes import Outcome
 from permgraph.errors import MismatchError
-from permgraph.outcomes import Outcome
 from permgraph.pictures.tables import alignment_table
 from permgraph.spec.permutation import Permutation
 from permgraph.spec.spec import PermutationSpec
@@ -40,7 +40,7 @@ class Sweep:
 
 
 Progress = Callable[[Sweep], object]
-"""Called with the record of each sweep, after it; see `permgraph.outcomes`."""
+"""Called with the record of each sweep, after it; see `permgraph.conventions.outcomes`."""
 
 NOTHING_TO_PERMUTE = "nothing to permute: no group of the spec stands in a compared parameter"
 

@@ -21,14 +21,16 @@ class Moments:
         self.count = 0
         self.whole = True  # false only where an interruption came in the middle of adding
 
+    def _begin(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        zeros = torch.zeros(len(x), len(y), dtype=torch.float64, device=x.device)
+        self.shifts, self.products = (x, y), zeros
+        self.sums, self.squares = ([zeros.sum(1), zeros.sum(0)] for _ in range(2))
+
     def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
         """Add a batch: (units, samples) of A and of B; real and imaginary parts are samples like others."""
         x, y = as_real(x).flatten(1).float(), as_real(y).flatten(1).float()
         if not self.count:
-            self.shifts = x.mean(1, keepdim=True), y.mean(1, keepdim=True)
-            zeros = torch.zeros(len(x), dtype=torch.float64, device=x.device)
-            self.sums, self.squares = [zeros, zeros.clone()], [zeros.clone(), zeros.clone()]
-            self.products = torch.zeros(len(x), len(y), dtype=torch.float64, device=x.device)
+            self._begin(x.mean(1, keepdim=True), y.mean(1, keepdim=True))
         x, y = x - self.shifts[0], y - self.shifts[1]
         product = (x @ y.mT).double()
         sums = [total + z.sum(1).double() for total, z in zip(self.sums, (x, y), strict=True)]
@@ -41,10 +43,7 @@ class Moments:
     def add_up(self, workers: Workers, shifts: Sequence[torch.Tensor]) -> None:
         """Make these the sums over all processes, each unit shifted by `shifts` on all of them."""
         if not self.count:
-            sizes = [len(shift) for shift in shifts]
-            self.shifts = (shifts[0], shifts[1])
-            self.sums, self.squares = ([torch.zeros(n, dtype=torch.float64) for n in sizes] for _ in range(2))
-            self.products = torch.zeros(sizes[0], sizes[1], dtype=torch.float64)
+            self._begin(shifts[0], shifts[1])
         to = [shift.to(self.products.device) for shift in shifts]
         x, y = ((mine - other).double()[:, 0] for mine, other in zip(self.shifts, to, strict=True))
         self.products = (

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 
 from permgraph.assignment.solve import Solver
+from permgraph.conventions.outcomes import Outcome
 from permgraph.matching.ascent.step import choose, choose_each
 from permgraph.matching.matcher import Progress, Sweep
 from permgraph.matching.problem.blocks import Block
 from permgraph.matching.problem.moves import Plan
 from permgraph.matching.problem.objective import Pair
 from permgraph.matching.problem.renumber import Arrays
-from permgraph.outcomes import Outcome
 from permgraph.spec.permutation import Permutation, old_parents
 from permgraph.spec.spec import PermutationSpec
 
@@ -162,10 +162,14 @@ class Relaxation:
         ]
         powers = points[:, None] ** np.arange(2, self.degree + 1)
         rest = np.linalg.solve(powers, np.array(values) - value - rate * points)
-        polynomial = np.polynomial.Polynomial([value, rate, *rest])
-        flat = [complex(root) for root in np.atleast_1d(polynomial.deriv().roots())]
-        inside = [root.real for root in flat if abs(root.imag) < 1e-9 and 0 < root.real < 1]
-        return max((*inside, 1.0), key=lambda point: float(polynomial(point)))
+        return highest_point(np.polynomial.Polynomial([value, rate, *rest]))
+
+
+def highest_point(polynomial: np.polynomial.Polynomial) -> float:
+    """Where a polynomial is highest above 0 and up to 1."""
+    flat = [complex(root) for root in np.atleast_1d(polynomial.deriv().roots())]
+    inside = [root.real for root in flat if abs(root.imag) < 1e-9 and 0 < root.real < 1]
+    return max((*inside, 1.0), key=lambda point: float(polynomial(point)))
 
 
 class Term:
@@ -284,13 +288,8 @@ class RelaxedAscent:
                     self.outcome = "converged"
                     return
                 self.matrices, self.value, slope = there, value, new_slope
-                sweep = Sweep(
-                    len(self.history) + 1,
-                    self.compared.scale * value + self.compared.offset,
-                    {},
-                    {},
-                    time.perf_counter() - self.started,
-                )
+                seconds = time.perf_counter() - self.started
+                sweep = Sweep(len(self.history) + 1, self.compared.reported(value), {}, {}, seconds)
                 self.history.append(sweep)
                 log.debug("%s", sweep)
                 if progress is not None:

@@ -20,7 +20,9 @@ import torch
 from torch import nn
 
 from permgraph.assignment.solve import Solver
-from permgraph.deprecated import renamed
+from permgraph.conventions.choices import require_choice
+from permgraph.conventions.outcomes import Outcome
+from permgraph.conventions.renamed import renamed
 from permgraph.errors import NonFiniteError, PermgraphError
 from permgraph.matching.balance import balance
 from permgraph.matching.matcher import NOTHING_TO_PERMUTE, Matcher, MatchResult, Progress, Sweep, moved_between
@@ -29,7 +31,6 @@ from permgraph.matching.relaxation import Matrices, Relaxation
 from permgraph.matching.weight_matching import WeightMatching
 from permgraph.networks.batches import Loader, Loss, MakeOptimizer, batches, require_rereadable, seeded
 from permgraph.networks.blended import MIDPOINT, Between
-from permgraph.outcomes import Outcome
 from permgraph.spec.permutation import Permutation
 from permgraph.spec.spec import PermutationSpec
 from permgraph.weights.state_dict import STATISTICS, StateDict
@@ -115,8 +116,7 @@ class Sinkhorn(Matcher):
     models: tuple[nn.Module, nn.Module] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        if self.objective not in ("l2", "midpoint", "random"):
-            raise PermgraphError(f"unknown objective {self.objective!r}; choose 'l2', 'midpoint' or 'random'")
+        require_choice("objective", self.objective, "l2", "midpoint", "random")
         if self.objective != "l2" and self.loader is None:
             raise PermgraphError(f"the objective {self.objective!r} is a loss: give loader= with inputs and targets")
         if self.steps < 0 or self.round_every < 1 or self.iterations < 1:
@@ -130,10 +130,7 @@ class Sinkhorn(Matcher):
             )
         if self.max_batches is not None and self.max_batches < 1:
             raise PermgraphError(f"max_batches={self.max_batches}: give 1 or more, or None for all")
-        if isinstance(self.init, str) and self.init not in ("barycentre", "identity", "matched"):
-            raise PermgraphError(
-                f"unknown init {self.init!r}; choose 'barycentre', 'identity', 'matched' or a Permutation"
-            )
+        require_choice("init", self.init, "barycentre", "identity", "matched", or_a="Permutation")
         if self.init == "matched" and self.matcher is None:
             raise PermgraphError("init='matched' begins where weight matching ends, so matcher= cannot be None")
         if self.loader is not None:
@@ -189,20 +186,24 @@ class Sinkhorn(Matcher):
         outcome: Outcome = "sweep limit"
         rounded = -math.inf
         done = 0
+
+        def keep_if_better(permutation: Permutation) -> float:
+            nonlocal best, objective
+            reached = task.objective(permutation)
+            if reached > objective:
+                best, objective = permutation, reached
+            return reached
+
         try:
             if self.matcher is not None:
                 plain = self.matcher.match(a, b, spec, seed)
                 matched = plain.permutation
-                details["matched"] = task.objective(matched)
-                if details["matched"] > objective:
-                    best, objective = matched, details["matched"]
+                details["matched"] = keep_if_better(matched)
                 if plain.outcome == "interrupted":  # it swallowed Ctrl-C, which was for the whole run
                     raise KeyboardInterrupt
             start = matched if self.init == "matched" else self.init
             if isinstance(start, Permutation):
-                reached = task.objective(start)
-                if reached > objective:
-                    best, objective = start, reached
+                keep_if_better(start)
                 now = start
             scores = _Scores(self, task.relaxation, start)
             optimizer = self.optimizer(list(scores.free.values())) if scores.free else None
@@ -218,10 +219,8 @@ class Sinkhorn(Matcher):
                 scores.require_finite()
                 with torch.no_grad():
                     new = Permutation(spec, task.relaxation.round(scores.matrices(temperature), self._solver))
-                reached = task.objective(new)
+                reached = keep_if_better(new)
                 rounded = max(rounded, reached)
-                if reached > objective:
-                    best, objective = new, reached
                 seconds = time.perf_counter() - started
                 sweep = Sweep(len(history) + 1, reached, moved_between(now, new), {}, seconds)
                 now = new
@@ -231,9 +230,7 @@ class Sinkhorn(Matcher):
                     progress(sweep)
             if self.matcher is not None and history:
                 polished = replace(self.matcher, init=best, restarts=1).match(a, b, spec, seed)
-                details["polished"] = task.objective(polished.permutation)
-                if details["polished"] > objective:
-                    best, objective = polished.permutation, details["polished"]
+                details["polished"] = keep_if_better(polished.permutation)
                 if polished.outcome == "interrupted":
                     outcome = "interrupted"
         except KeyboardInterrupt:

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from permgraph.deprecated import renamed
+from permgraph.conventions.outcomes import Outcome
+from permgraph.conventions.renamed import renamed
 from permgraph.errors import NonFiniteError, PermgraphError
 from permgraph.matching.matcher import Matcher, MatchResult, Progress, Sweep, moved_between
 from permgraph.matching.projection_interval import counted, steps_between
@@ -24,7 +25,6 @@ from permgraph.matching.run_checkpoint import described, digest, read_run, write
 from permgraph.matching.weight_matching import WeightMatching
 from permgraph.networks.batches import Loader, Loss, MakeOptimizer, batches, require_rereadable, seeded
 from permgraph.networks.blended import Between
-from permgraph.outcomes import Outcome
 from permgraph.spec.permutation import Permutation
 from permgraph.spec.spec import PermutationSpec
 from permgraph.weights.state_dict import StateDict
@@ -181,6 +181,7 @@ class _Run:
     ) -> None:
         self.settings, self.spec, self.seed, self.started = settings, spec, seed, started
         assert settings.models is not None
+        self.init = spec.identity() if settings.init is None else settings.init
         device = None if settings.accelerator is None else settings.accelerator.device
         self.midpoint = Between(settings.models[0], a, b, spec, settings.loss, device)
         own = self.midpoint.model.named_parameters(remove_duplicate=False)
@@ -188,7 +189,7 @@ class _Run:
         self.parameters = [by_name[name].requires_grad_() for name in self.midpoint.names]
         begin = self.midpoint.a
         if settings.free_weights == "b":
-            begin = self.midpoint.permuted(spec.identity() if settings.init is None else settings.init)
+            begin = self.midpoint.permuted(self.init)
         # At least float32: in half precision, a small step would leave the weights where they are.
         self.free_parameters = [
             begin[name].to(torch.promote_types(begin[name].dtype, torch.float32), copy=True).requires_grad_()
@@ -238,7 +239,7 @@ class _Run:
 
     def _begin(self) -> None:
         if self.settings.free_weights == "b":  # the free weights are B so permuted, and nothing lies nearer to them
-            self.now = self.spec.identity() if self.settings.init is None else self.settings.init
+            self.now = self.init
             self._keep_if_better(self.now)
             return
         matcher, init = self.settings.matcher, self.settings.init

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from permgraph.assignment.solve import Solver
+from permgraph.conventions.choices import require_choice
 from permgraph.errors import MismatchError, PermgraphError
 from permgraph.matching import tuned
 from permgraph.matching.ascent.climb import Climb, Trial, differing
@@ -96,8 +97,7 @@ class StreamedWeightMatching(Matcher):
     def __post_init__(self) -> None:
         if self.max_sweeps < 0 or self.cache < 0:
             raise PermgraphError(f"max_sweeps={self.max_sweeps} and cache={self.cache}: neither can be negative")
-        if isinstance(self.init, str) and self.init not in ("identity", "barycentre"):
-            raise PermgraphError(f"unknown init {self.init!r}; choose 'identity', 'barycentre' or a Permutation")
+        require_choice("init", self.init, "identity", "barycentre", or_a="Permutation")
 
     def match(
         self, a: StateDict, b: StateDict, spec: PermutationSpec, seed: int = 0, progress: Progress | None = None
@@ -307,6 +307,9 @@ class StreamedClimb(Climb):
         plan = Plan(models.spec, models.compared, models.frozen)
         super().__init__(plan, settings.solver, models.limits, settings.max_sweeps, started, settings.done)
         self.settings, self.models, self.workers = settings, models, settings.workers
+        self.share: Share | None = None
+        if self.workers is not None:
+            self.share = Share(self.workers, models.mine, models.dtype, settings.device or "cpu")
         self._arrays: Arrays = {}
         self.objective = models.before
         if isinstance(settings.init, Permutation):
@@ -351,12 +354,7 @@ class StreamedClimb(Climb):
         models, arrays = self.models, self.arrays_after(trial)
         a = LoadedOnAccess(models.names, lambda name: models.placed(models.a(name)))
         b = LoadedOnAccess(models.names, lambda name: models.placed(models.b(name, arrays)))
-        return Scene(self.spec, a, b, self.free - move.groups, self.solver, share=self._share())
-
-    def _share(self) -> Share | None:
-        if self.workers is None:
-            return None
-        return Share(self.workers, self.models.mine, self.models.dtype, self.settings.device or "cpu")
+        return Scene(self.spec, a, b, self.free - move.groups, self.solver, share=self.share)
 
     def after(self, trial: Trial, move: Move, step: Arrays) -> Trial:
         return Trial(self.extended(trial, step))
@@ -400,11 +398,10 @@ class StreamedClimb(Climb):
         for name in move.parameters:
             if name in places and name in self.models.mine:
                 total = self._gram_in(name, places[name], free, total)
-        share = self._share()
-        if share is not None:
+        if self.share is not None:
             batch = [self.spec.groups[name].size for name in move.root.batch]
             size = self.spec.groups[move.name].size
-            return share.sum(total, (*batch, size, size))
+            return self.share.sum(total, (*batch, size, size))
         assert total is not None, f"{move.name} stands nowhere"
         return total
 

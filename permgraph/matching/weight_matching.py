@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from permgraph.assignment.solve import Solver
+from permgraph.conventions.choices import require_choice
 from permgraph.errors import PermgraphError
 from permgraph.matching.ascent.in_memory import InMemoryClimb, Order
 from permgraph.matching.ascent.restarts import BatchedAscent, batch_width, explore, worth_relaxing
@@ -97,10 +98,8 @@ class WeightMatching(Matcher):
             raise PermgraphError(
                 f"max_sweeps={self.max_sweeps} and restarts={self.restarts}: give 0 or more sweeps and at least one run"
             )
-        if self.order not in ("informed", "random", "given"):
-            raise PermgraphError(f"unknown order {self.order!r}; choose 'informed', 'random' or 'given'")
-        if isinstance(self.init, str) and self.init not in ("identity", "barycentre"):
-            raise PermgraphError(f"unknown init {self.init!r}; choose 'identity', 'barycentre' or a Permutation")
+        require_choice("order", self.order, "informed", "random", "given")
+        require_choice("init", self.init, "identity", "barycentre", or_a="Permutation")
 
     def match(
         self, a: StateDict, b: StateDict, spec: PermutationSpec, seed: int = 0, progress: Progress | None = None
@@ -164,7 +163,7 @@ class _Runs:
         self.frozen, self.limits = limits_of(spec, settings.frozen, settings.max_moves, settings.init)
         self.plan = Plan(compared.spec_of(spec), compared.a, self.frozen)
         self.at_rest = {name: compared.inner([name], compared.b) for name in compared.a}
-        self.before = compared.scale * sum(self.at_rest.values()) + compared.offset
+        self.before = compared.reported(sum(self.at_rest.values()))
         # What is frozen where `init` has it, and limits counted from there, would be broken at the identity.
         self.bound = isinstance(settings.init, Permutation) and bool(self.frozen or self.limits)
         self.best: InMemoryClimb | None = None

@@ -58,10 +58,7 @@ class Workers:
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum of a tensor over the processes, on each of them."""
         where = tensor.device
-        if dist.get_backend(self.group) == "nccl":
-            tensor = tensor.cuda()
-        elif tensor.device.type != "cpu":
-            tensor = tensor.cpu()
+        tensor = tensor.cuda() if dist.get_backend(self.group) == "nccl" else tensor.cpu()
         dist.all_reduce(tensor, group=self.group)
         return tensor.to(where)
 

@@ -9,34 +9,77 @@ from __future__ import annotations
 import copy
 import logging
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from torch import nn
 
-from permgraph.errors import MismatchError
-from permgraph.matching import MatchResult
+from permgraph.conventions.outcomes import Outcome
+from permgraph.errors import MismatchError, PermgraphError
+from permgraph.matching import MatchResult, WeightMatching
 from permgraph.matching.matcher import SupportsMatch, runs_networks
 from permgraph.merging.compared import Compared
 from permgraph.merging.result import Models, Progress, Round
-from permgraph.outcomes import Outcome
 from permgraph.spec.permutation import Permutation
 from permgraph.weights.combine import average
 
 log = logging.getLogger(__name__)
 
 
-class Ascent:
-    """One run: the present permutation of each model, and the models at it."""
+class Rounds(ABC):
+    """One run: the present permutation of each model, and the rounds over the models that led there."""
 
-    def __init__(self, models: Models, matcher: SupportsMatch, rng: np.random.Generator, started: float) -> None:
-        self.models, self.matcher, self.rng, self.started = models, matcher, rng, started
-        self.compared = Compared.of(models.spec, models.states[0], matcher)
+    def __init__(self, models: Models, rng: np.random.Generator, started: float) -> None:
+        self.models, self.rng, self.started = models, rng, started
         self.permutations = [models.spec.identity()] * len(models)
-        self.moved: list[Mapping[str, Any]] = list(models.states)
         self.history: list[Round] = []
         self.outcome: Outcome = "sweep limit"
+        self.moving: list[int] = []  # the models that have moved in the present round
+
+    @property
+    @abstractmethod
+    def objective(self) -> float:
+        """The sum over all pairs of models of the inner products of their permuted weights."""
+
+    @abstractmethod
+    def step(self, number: int) -> bool:
+        """Match one model to the mean of the others; whether it moved.
+
+        Raises:
+            KeyboardInterrupt: the matcher was interrupted.
+        """
+
+    def run_rounds(self, max_rounds: int, progress: Progress | None) -> None:
+        """Match each model, in random order, to the mean of the others, until none moves, or the limit."""
+        while len(self.history) < max_rounds:
+            self.moving = []
+            for number in self.rng.permutation(len(self.models)).tolist():
+                if self.step(number):
+                    self.moving.append(number)
+            self.record()
+            if progress is not None:
+                progress(self.history[-1])
+            if not self.moving:
+                self.outcome = "converged"
+                return
+
+    def record(self) -> None:
+        """Add the present round to the history."""
+        seconds = time.perf_counter() - self.started
+        self.history.append(Round(len(self.history) + 1, self.objective, tuple(sorted(self.moving)), seconds))
+        log.debug("%s", self.history[-1])
+
+
+class Ascent(Rounds):
+    """A run over models in memory, which holds the models at their present permutations."""
+
+    def __init__(self, models: Models, matcher: SupportsMatch, rng: np.random.Generator, started: float) -> None:
+        super().__init__(models, rng, started)
+        self.matcher = matcher
+        self.compared = Compared.of(models.spec, models.states[0], matcher)
+        self.moved: list[Mapping[str, Any]] = list(models.states)
 
     @property
     def objective(self) -> float:
@@ -56,22 +99,11 @@ class Ascent:
 
     def climb(self, max_rounds: int, progress: Progress | None) -> None:
         """Match each model, in random order, to the mean of the others, until none moves, or the limit, or Ctrl-C."""
-        moved: list[int] = []
         try:
-            while len(self.history) < max_rounds:
-                moved = []
-                for number in self.rng.permutation(len(self.models)).tolist():
-                    if self.step(number):
-                        moved.append(number)
-                self._record(moved)
-                if progress is not None:
-                    progress(self.history[-1])
-                if not moved:
-                    self.outcome = "converged"
-                    return
+            self.run_rounds(max_rounds, progress)
         except KeyboardInterrupt:
             self.stop()
-            self._record(moved)
+            self.record()
 
     def step(self, number: int) -> bool:
         """Match one model to the mean of the others; whether it moved.
@@ -101,11 +133,6 @@ class Ascent:
         self.moved[number] = new
         return True
 
-    def _record(self, moved: Sequence[int]) -> None:
-        seconds = time.perf_counter() - self.started
-        self.history.append(Round(len(self.history) + 1, self.objective, tuple(sorted(moved)), seconds))
-        log.debug("%s", self.history[-1])
-
     def match(self, target: Mapping[str, Any], number: int) -> MatchResult:
         """What the matcher makes of one model, at its present permutation, and a target."""
         matcher = self.matcher
@@ -125,3 +152,17 @@ def require_modules(modules: Sequence[nn.Module] | None, matcher: object) -> Seq
     if modules is None:
         raise MismatchError(f"{type(matcher).__name__} runs the networks: give merge() modules, not state dicts")
     return modules
+
+
+def require_rounds(max_rounds: int) -> None:
+    """Raise unless there is at least one round."""
+    if max_rounds < 1:
+        raise PermgraphError(f"max_rounds={max_rounds}: at least one pass over the models is needed")
+
+
+def require_plain(matcher: WeightMatching) -> None:
+    """Raise where what the matcher raises is not the plain inner product, of which the sum over pairs is one."""
+    if matcher.objective != "inner" or matcher.weights is not None:
+        raise PermgraphError(
+            "the sum over pairs is one of plain inner products: matcher must have objective='inner' and no weights"
+        )

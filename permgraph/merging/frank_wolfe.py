@@ -15,14 +15,15 @@ from typing import Literal
 import numpy as np
 import torch
 
-from permgraph.deprecated import renamed
+from permgraph.conventions.choices import require_choice
+from permgraph.conventions.outcomes import Outcome
+from permgraph.conventions.renamed import renamed
 from permgraph.errors import PermgraphError
 from permgraph.matching import WeightMatching
 from permgraph.matching.problem.objective import pair
-from permgraph.matching.relaxation import Matrices, Relaxation
-from permgraph.merging.ascent import Ascent
+from permgraph.matching.relaxation import Matrices, Relaxation, highest_point
+from permgraph.merging.ascent import Ascent, require_plain
 from permgraph.merging.result import Found, Models, Progress, Round
-from permgraph.outcomes import Outcome
 from permgraph.spec.permutation import Permutation
 
 log = logging.getLogger(__name__)
@@ -78,12 +79,8 @@ class FrankWolfeMany:
                 f"max_steps={self.max_steps}, max_rounds={self.max_rounds} and tolerance={self.tolerance}: none can be "
                 f"negative"
             )
-        if self.init not in ("barycentre", "identity"):
-            raise PermgraphError(f"unknown init {self.init!r}; choose 'barycentre' or 'identity'")
-        if self.matcher.objective != "inner" or self.matcher.weights is not None:
-            raise PermgraphError(
-                "the sum over pairs is one of plain inner products: matcher must have objective='inner' and no weights"
-            )
+        require_choice("init", self.init, "barycentre", "identity")
+        require_plain(self.matcher)
 
     def find(self, models: Models, seed: int = 0, progress: Progress | None = None) -> Found:
         """Find the permutation of each model; see `MergeMethod`."""
@@ -185,9 +182,7 @@ class _Climb:
         points = (1 - np.cos(np.pi * np.arange(1, degree + 1) / degree)) / 2
         values = [self._value([self._image(n, self._at(n, ways, float(p))) for n in range(len(ways))]) for p in points]
         polynomial = np.polynomial.Polynomial.fit([0.0, *points], [self.value, *values], degree, domain=[0, 1])
-        roots = [complex(root) for root in np.atleast_1d(polynomial.deriv().roots())]
-        inside = [root.real for root in roots if abs(root.imag) < 1e-9 and 0 < root.real < 1]
-        length = max((*inside, 1.0), key=lambda point: float(polynomial(point)))
+        length = highest_point(polynomial)
         there = [self._at(number, ways, length) for number in range(len(ways))]
         images = [self._image(number, matrices) for number, matrices in enumerate(there)]
         value = self._value(images)

@@ -127,8 +127,7 @@ def _working(state: Mapping[str, Any], first: Mapping[str, Any]) -> dict[str, An
     result = {}
     for name, value in state.items():
         if isinstance(value, torch.Tensor):
-            value = value.detach()
-            value = value.to(first[name].device)
+            value = value.detach().to(first[name].device)
             if is_continuous(value):
                 value = value.to(torch.promote_types(value.dtype, torch.float32))
         result[name] = value

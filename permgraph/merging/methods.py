@@ -8,13 +8,14 @@ from typing import Literal
 
 import numpy as np
 
-from permgraph.deprecated import renamed
+from permgraph.conventions.choices import require_choice
+from permgraph.conventions.outcomes import Outcome
+from permgraph.conventions.renamed import renamed
 from permgraph.errors import MismatchError, PermgraphError
 from permgraph.matching import WeightMatching
 from permgraph.matching.matcher import SupportsMatch, runs_networks
-from permgraph.merging.ascent import Ascent, require_modules
+from permgraph.merging.ascent import Ascent, require_modules, require_plain, require_rounds
 from permgraph.merging.result import Found, Models, Progress, Round
-from permgraph.outcomes import Outcome
 from permgraph.weights.combine import average
 
 
@@ -95,7 +96,7 @@ class MergeMany:
     matcher: SupportsMatch = field(default_factory=lambda: WeightMatching(init="identity"))
 
     def __post_init__(self) -> None:
-        _require_rounds(self.max_rounds)
+        require_rounds(self.max_rounds)
 
     def find(self, models: Models, seed: int = 0, progress: Progress | None = None) -> Found:
         """Find the permutation of each model; see `MergeMethod`."""
@@ -139,15 +140,11 @@ class CycleConsistent:
     matcher: WeightMatching = field(default_factory=WeightMatching)
 
     def __post_init__(self) -> None:
-        _require_rounds(self.max_rounds)
+        require_rounds(self.max_rounds)
         if self.restarts < 1:
             raise PermgraphError(f"restarts={self.restarts}: at least one run is needed")
-        if self.init not in ("joining", "identity"):
-            raise PermgraphError(f"unknown init {self.init!r}; choose 'joining' or 'identity'")
-        if self.matcher.objective != "inner" or self.matcher.weights is not None:
-            raise PermgraphError(
-                "the sum over pairs is one of plain inner products: matcher must have objective='inner' and no weights"
-            )
+        require_choice("init", self.init, "joining", "identity")
+        require_plain(self.matcher)
         if not isinstance(self.matcher.init, str):
             raise PermgraphError("matcher.init cannot be one permutation for all models; choose one by name")
 
@@ -198,8 +195,3 @@ class CycleConsistent:
             joined.append(number)
             if result.outcome == "interrupted":
                 raise KeyboardInterrupt
-
-
-def _require_rounds(max_rounds: int) -> None:
-    if max_rounds < 1:
-        raise PermgraphError(f"max_rounds={max_rounds}: at least one pass over the models is needed")

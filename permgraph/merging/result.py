@@ -9,8 +9,8 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
+from permgraph.conventions.outcomes import Outcome
 from permgraph.errors import MismatchError
-from permgraph.outcomes import Outcome
 from permgraph.spec.permutation import Permutation
 from permgraph.spec.spec import PermutationSpec
 

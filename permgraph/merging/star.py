@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from permgraph.deprecated import renamed
+from permgraph.conventions.outcomes import StepProgress, TrainingOutcome
+from permgraph.conventions.renamed import renamed
 from permgraph.errors import MismatchError
 from permgraph.networks.batches import Loader, Loss, MakeOptimizer
 from permgraph.networks.blended import State, Workbench
 from permgraph.networks.descend import adam, descend
 from permgraph.networks.evaluate import template_of
-from permgraph.outcomes import StepProgress, TrainingOutcome
 from permgraph.weights.combine import average
 from permgraph.weights.state_dict import Network, as_state_dict, check_same_keys
 

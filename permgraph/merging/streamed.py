@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,16 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from permgraph.errors import PermgraphError
 from permgraph.matching import tuned
 from permgraph.matching.streamed import LoadedOnAccess, StreamedWeightMatching
+from permgraph.merging.ascent import Rounds, require_rounds
 from permgraph.merging.compared import Compared
-from permgraph.merging.result import Found, Models, Progress, Round
-from permgraph.outcomes import Outcome
+from permgraph.merging.result import Found, Models, Progress
 from permgraph.spec.permutation import Permutation
 from permgraph.weights.state_dict import as_real, is_continuous
-
-log = logging.getLogger(__name__)
 
 Remember = Callable[[int, Callable[[], Permutation]], Permutation]
 """Given the number of a step and what finds its permutation: that permutation, found now or by an earlier run."""
@@ -64,8 +60,7 @@ class StreamedRounds:
     remember: Remember | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
-        if self.max_rounds < 1:
-            raise PermgraphError(f"max_rounds={self.max_rounds}: at least one pass over the models is needed")
+        require_rounds(self.max_rounds)
 
     def find(self, models: Models, seed: int = 0, progress: Progress | None = None) -> Found:
         """Find the permutation of each model; see `MergeMethod`.
@@ -82,52 +77,44 @@ class StreamedRounds:
         return Found(tuple(run.permutations), run.outcome, tuple(run.history), (run.objective,))
 
 
-class _Run:
-    """The present permutation of each model, and what it took to find them."""
+class _Run(Rounds):
+    """A run over models that are read as its steps need them."""
 
     def __init__(self, settings: StreamedRounds, models: Models, seed: int) -> None:
-        self.settings, self.models = settings, models
-        self.rng = np.random.default_rng(seed)
-        self.permutations = [models.spec.identity()] * len(models)
+        super().__init__(models, np.random.default_rng(seed), time.perf_counter())
+        self.settings = settings
+        self.climbing = replace(settings.matcher, init="identity")
         self.names = Compared.of(models.spec, models.states[0]).names
-        self.given = self.objective = self._pairs()
-        self.history: list[Round] = []
-        self.outcome: Outcome = "sweep limit"
+        self.reached: float | None = None  # the objective, once it is known for the present permutations
+        self.given = self.objective
         self.steps = 0
-        self.started = time.perf_counter()
+
+    @property
+    def objective(self) -> float:
+        """The sum over all pairs of models of the inner products of their permuted weights."""
+        if self.reached is None:
+            self.reached = self._pairs()
+        return self.reached
 
     def climb(self, progress: Progress | None) -> None:
         """Let the models join, then match each in turn to the mean of the others until none moves."""
         if self.settings.joining:
             self._join()
-        climbing = replace(self.settings.matcher, init="identity")
-        while len(self.history) < self.settings.max_rounds:
-            moved = []
-            for number in self.rng.permutation(len(self.models)).tolist():
-                others = [other for other in range(len(self.models)) if other != number]
-                if self._step(number, others, climbing):
-                    moved.append(number)
-            if moved:
-                self.objective = self._pairs()
-            seconds = time.perf_counter() - self.started
-            self.history.append(Round(len(self.history) + 1, self.objective, tuple(sorted(moved)), seconds))
-            log.debug("%s", self.history[-1])
-            if progress is not None:
-                progress(self.history[-1])
-            if not moved:
-                self.outcome = "converged"
-                return
+        self.run_rounds(self.settings.max_rounds, progress)
+
+    def step(self, number: int) -> bool:
+        """Match one model to the mean of the others; whether it moved."""
+        return self._step(number, [other for other in range(len(self.models)) if other != number], self.climbing)
 
     def stop(self) -> None:
         """End here, at Ctrl-C, or as the models were given where some have joined, and that is worse."""
         self.outcome = "interrupted"
-        self.objective = self._pairs()
-        if self.objective < self.given:
-            self._begin_as_given()
+        self._require_gain()
 
-    def _begin_as_given(self) -> None:
-        self.permutations = [self.models.spec.identity()] * len(self.models)
-        self.objective = self.given
+    def _require_gain(self) -> None:
+        if self.objective < self.given:  # better matched as they were given than one after another: begin there
+            self.permutations = [self.models.spec.identity()] * len(self.models)
+            self.reached = self.given
 
     def _join(self) -> None:
         first, *rest = self.rng.permutation(len(self.models)).tolist()
@@ -135,9 +122,7 @@ class _Run:
         for number in rest:
             self._step(number, joined, self.settings.matcher)
             joined.append(number)
-        self.objective = self._pairs()
-        if self.objective < self.given:  # better matched as they were given than one after another: begin there
-            self._begin_as_given()
+        self._require_gain()
 
     def _step(self, number: int, others: Sequence[int], matcher: StreamedWeightMatching) -> bool:
         """Match one model to the mean of others; whether it moved."""
@@ -155,8 +140,11 @@ class _Run:
 
         found = search() if self.settings.remember is None else self.settings.remember(self.steps, search)
         self.steps += 1
+        if found.is_identity:
+            return False
+        self.reached = None
         self.permutations[number] = found @ here
-        return not found.is_identity
+        return True
 
     def _moved(self, number: int) -> _Moved:
         return _Moved(self.models.states[number], self.permutations[number])

@@ -114,6 +114,32 @@ def fitting(
         raise EvaluationError(f"{what} {which}: {said}. Check what the loader gives") from error
 
 
+def run_over(model: nn.Module, loader: Loader, before: Callable[[int], object] | None = None) -> None:
+    """Run a model on every batch; ``before`` is told how many examples each has, beforehand."""
+    device = device_of(model)
+    for batch in batches(loader):
+        args, kwargs, _ = split_batch(batch, device)
+        if before is not None:
+            before(batch_size(args, kwargs))
+        with fitting(args, kwargs):
+            model(*args, **kwargs)
+
+
+@contextmanager
+def observed(modules: Mapping[str, nn.Module], see: Callable[[str, nn.Module, Any], Any]) -> Iterator[None]:
+    """Call ``see(name, module, output)`` on each output; what it returns, if anything, takes the output's place."""
+
+    def hook(name: str) -> Callable[[nn.Module, Any, Any], Any]:
+        return lambda module, _inputs, output: see(name, module, output)
+
+    handles = [module.register_forward_hook(hook(name)) for name, module in modules.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the machine, not the batch or the network, is to blame."""
     # On the CPU torch raises a plain RuntimeError.

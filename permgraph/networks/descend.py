@@ -18,10 +18,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from permgraph.conventions.outcomes import StepProgress, TrainingOutcome
 from permgraph.errors import EvaluationError
 from permgraph.networks.batches import Loader, MakeOptimizer, batches, require_rereadable, seeded
 from permgraph.networks.blended import Parts, State, Workbench
-from permgraph.outcomes import StepProgress, TrainingOutcome
 
 Blend: TypeAlias = Callable[[torch.Generator], Parts]
 """Draws a place, and returns the network there."""

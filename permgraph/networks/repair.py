@@ -12,21 +12,18 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from permgraph.errors import EvaluationError, MismatchError, NonFiniteError
-from permgraph.networks.batches import Loader, batch_size, batches, device_of, fitting, split_batch, undisturbed
+from permgraph.networks.batches import Loader, observed, run_over, undisturbed
 from permgraph.networks.evaluate import require_eval_mode
-from permgraph.networks.statistics import collecting, running_norms
+from permgraph.networks.statistics import Module, collecting, running_norms
 
 logger = logging.getLogger(__name__)
 
-Module = TypeVar("Module", bound=nn.Module)
 Layers = Callable[[str, nn.Module], bool]
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -72,15 +69,11 @@ def channel_statistics(model: nn.Module, loader: Loader, layers: Layers | None =
     require_eval_mode(model, "the model to measure")
     running: dict[str, _Running] = {}
 
-    def observe(name: str, x: Tensor, dim: int) -> None:
-        running.setdefault(name, _Running()).add(x, dim)
+    def observe(name: str, layer: nn.Module, x: Tensor) -> None:
+        running.setdefault(name, _Running()).add(x, _channel_dim(layer, x))
 
-    device = device_of(model)
-    with undisturbed(), _observed(affine_layers(model, layers), observe):
-        for batch in batches(loader):
-            args, kwargs, _ = split_batch(batch, device)
-            with fitting(args, kwargs):
-                model(*args, **kwargs)
+    with undisturbed(), observed(affine_layers(model, layers), observe):
+        run_over(model, loader)
     for name, statistics in running.items():
         if not statistics.finite:
             raise NonFiniteError(
@@ -146,7 +139,8 @@ def repair(
     target = _average(measured, weights)
     running: dict[str, _Running] = {}
 
-    def renormalise(name: str, x: Tensor, dim: int) -> Tensor:
+    def renormalise(name: str, layer: nn.Module, x: Tensor) -> Tensor:
+        dim = _channel_dim(layer, x)
         channels = x.shape[dim]
         wanted = target.means.get(name)
         if wanted is None or wanted.numel() != channels:
@@ -157,20 +151,14 @@ def repair(
             )
         now = _Running().add(x, dim)
         running.setdefault(name, _Running()).merge(now)
-        scale, shift = _correction(now, target, name, affine[name].bias is not None)
+        scale, shift = _correction(now, target, name, layer.bias is not None)
         shape = [1] * x.ndim
         shape[dim] = channels
         return x * scale.to(x).view(shape) + shift.to(x).view(shape)
 
-    device = device_of(result)
-    with undisturbed(), ExitStack() as stack:
-        weigh = stack.enter_context(collecting(result, running_norms(result)))
-        stack.enter_context(_observed(affine, renormalise))
-        for batch in batches(loader):
-            args, kwargs, _ = split_batch(batch, device)
-            weigh(batch_size(args, kwargs))
-            with fitting(args, kwargs):
-                result(*args, **kwargs)
+    norms = running_norms(result)
+    with undisturbed(), collecting(result, norms) as weigh, observed(affine, renormalise):
+        run_over(result, loader, weigh)
         broken = next((name for name, statistics in running.items() if not statistics.finite), None)
         if broken is not None:
             logger.warning("layer %r of the model puts out NaN or infinity: the repaired model is not finite", broken)
@@ -292,17 +280,6 @@ def _may_be_rewritten(name: str, layer: nn.Module, model: nn.Module) -> bool:
     return True
 
 
-@contextmanager
-def _observed(layers: Mapping[str, nn.Module], see: Callable[[str, Tensor, int], Tensor | None]) -> Iterator[None]:
-    """Call ``see(name, output, channel dimension)`` on each output; what it returns, if anything, takes its place."""
-
-    def hook(name: str, layer: nn.Module) -> Callable[[nn.Module, Any, Any], Tensor | None]:
-        spatial = layer.weight.ndim - 2  # type: ignore[operator]
-        return lambda _module, _inputs, output: see(name, output, output.ndim - 1 - spatial)
-
-    handles = [layer.register_forward_hook(hook(name, layer)) for name, layer in layers.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def _channel_dim(layer: nn.Module, output: Tensor) -> int:
+    spatial = layer.weight.ndim - 2  # type: ignore[operator]
+    return int(output.ndim - 1 - spatial)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from permgraph.errors import EvaluationError
-from permgraph.networks.batches import Loader, batch_size, batches, device_of, fitting, split_batch, undisturbed
+from permgraph.networks.batches import Loader, run_over, undisturbed
 
 logger = logging.getLogger(__name__)
 
@@ -50,21 +50,16 @@ def recalibrate_batchnorm(model: Module, loader: Loader) -> Module:
     if not norms:
         logger.info("%s has no running statistics: nothing to recalibrate", type(model).__name__)
         return result
-    device = device_of(result)
-    with undisturbed(), collecting(result, norms) as weigh:
-        for batch in batches(loader):
-            args, kwargs, _ = split_batch(batch, device)
-            weigh(batch_size(args, kwargs))
-            try:
-                with fitting(args, kwargs):
-                    result(*args, **kwargs)
-            except EvaluationError as error:
-                if "more than 1 value per channel" not in str(error) and "more than 1 spatial" not in str(error):
-                    raise
-                raise EvaluationError(
-                    "a batch has one value for each channel, which has no variance: use larger batches "
-                    "(drop_last=True if it is the last)"
-                ) from error
+    try:
+        with undisturbed(), collecting(result, norms) as weigh:
+            run_over(result, loader, weigh)
+    except EvaluationError as error:
+        if "more than 1 value per channel" not in str(error) and "more than 1 spatial" not in str(error):
+            raise
+        raise EvaluationError(
+            "a batch has one value for each channel, which has no variance: use larger batches "
+            "(drop_last=True if it is the last)"
+        ) from error
     names = {module: name for name, module in result.named_modules()}
     broken = [names[norm] for norm in norms if not _finite(norm)]
     if broken:
@@ -85,33 +80,29 @@ def running_norms(model: nn.Module) -> list[_NormBase]:
     return [m for m in model.modules() if isinstance(m, _NormBase) and m.running_mean is not None]
 
 
-class _Weigh:
-    """Sets each layer's momentum so that its running statistics are the mean over all examples so far."""
-
-    def __init__(self, norms: list[_NormBase]) -> None:
-        self.norms, self.seen = norms, 0
-
-    def __call__(self, examples: int) -> None:
-        self.seen += examples
-        for norm in self.norms:
-            norm.momentum = examples / self.seen
-
-
 @contextmanager
-def collecting(model: nn.Module, norms: list[_NormBase]) -> Iterator[_Weigh]:
+def collecting(model: nn.Module, norms: list[_NormBase]) -> Iterator[Callable[[int], None]]:
     """Let ``norms`` normalise by each batch and gather running statistics anew, while the rest of ``model`` evaluates.
 
     Yields a function to be told each batch's size beforehand. Modes and momenta are restored at the end.
     """
     modes = {module: module.training for module in model.modules()}
     momenta = {norm: norm.momentum for norm in norms}
+    seen = 0
+
+    def weigh(examples: int) -> None:
+        nonlocal seen
+        seen += examples
+        for norm in norms:
+            norm.momentum = examples / seen  # so that running statistics are the mean over all examples so far
+
     try:
         for module in modes:
             module.training = False
         for norm in norms:
             norm.training = True
             norm.reset_running_stats()
-        yield _Weigh(norms)
+        yield weigh
     finally:
         for module, training in modes.items():
             module.training = training

@@ -61,13 +61,12 @@ def blocks(
                 apart.append(component)
         components = [*apart, joined]
     return tuple(
-        Block(dims, tuple(None if old[dim] is None else _over(old[dim], dims) for dim in dims))
+        Block(dims, tuple(_over(moved[dim], dims) if dim in moved else None for dim in dims))
         for dims in sorted(tuple(sorted(component)) for component in components)
     )
 
 
-def _over(index: IntArray | None, dims: tuple[int, ...]) -> IntArray:
-    assert index is not None
+def _over(index: IntArray, dims: tuple[int, ...]) -> IntArray:
     return np.array(index).reshape([index.shape[dim] for dim in dims])
 
 

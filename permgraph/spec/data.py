@@ -246,15 +246,13 @@ class SpecData:
             return ""
         name, key = next(iter(self.axes)), next(iter(state_dict))
         for longer in its:
-            if longer.endswith(f".{name}"):
-                prefix = longer.removesuffix(name)
-                if {prefix + other for other in mine} <= its:
-                    return f"; its keys are the spec's with the prefix {prefix!r}: strip that"
+            prefix = longer.removesuffix(name)
+            if longer.endswith(f".{name}") and {prefix + other for other in mine} <= its:
+                return f"; its keys are the spec's with the prefix {prefix!r}: strip that"
         for longer in mine:
-            if longer.endswith(f".{key}"):
-                prefix = longer.removesuffix(key)
-                if mine <= {prefix + other for other in its}:
-                    return f"; its keys are the spec's without the prefix {prefix!r}: add that"
+            prefix = longer.removesuffix(key)
+            if longer.endswith(f".{key}") and mine <= {prefix + other for other in its}:
+                return f"; its keys are the spec's without the prefix {prefix!r}: add that"
         return ""
 
     def diff(self, other: SpecData) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from permgraph.errors import SpecError
 from permgraph.spec.data import SpecData
-from permgraph.spec.expressions import Axis, Fixed, Ref, children, size_of
+from permgraph.spec.expressions import Axis, Fixed, Ref, size_of, walk
 from permgraph.spec.provenance import Constraints, Slot, SlotPin, Tie
 
 if TYPE_CHECKING:
@@ -115,9 +115,7 @@ def explain(spec: SpecData, name: str, dim: int) -> Explanation:
 
 
 def _leaves(axis: Axis) -> list[Fixed | Ref]:
-    if isinstance(axis, Fixed | Ref):
-        return [axis]
-    return [leaf for child in children(axis) for leaf in _leaves(child)]
+    return [node for _, node in walk(axis) if isinstance(node, Fixed | Ref)]
 
 
 def _part(spec: SpecData, name: str, dim: int, leaf: Fixed | Ref) -> Part:

@@ -149,25 +149,20 @@ class Permutation:
         """
         if not isinstance(other, Permutation):
             return NotImplemented
-        self._require_same_spec(other.spec)
-        arrays = {}
-        for name, array in self.arrays.items():
-            old_parents = [index[..., None] for index in self._old_parents(name)]
-            arrays[name] = other.arrays[name][(*old_parents, array)]
-        return Permutation(self.spec, arrays)
+        if self.spec.fingerprint != other.spec.fingerprint:
+            differences = self.spec.diff(other.spec)
+            raise MismatchError(f"the permutations belong to different specs: {differences[0]}")
+        return Permutation(self.spec, compose(self.spec, self.arrays, other.arrays))
 
     def inverse(self) -> Permutation:
         """The permutation that undoes this one."""
         arrays = {}
         for name, array in self.arrays.items():
             undone = np.empty_like(array)
-            old_parents = [index[..., None] for index in self._old_parents(name)]
-            undone[(*old_parents, array)] = np.arange(array.shape[-1])
+            old = (index[..., None] for index in old_parents(self.spec.groups, self.arrays, name))
+            undone[(*old, array)] = np.arange(array.shape[-1])
             arrays[name] = undone
         return Permutation(self.spec, arrays)
-
-    def _old_parents(self, name: str) -> list[IntArray]:
-        return old_parents(self.spec.groups, self.arrays, name)
 
     def restricted_to(self, groups: Iterable[str]) -> Permutation:
         """The same on ``groups``, and the identity on all others.
@@ -314,11 +309,6 @@ class Permutation:
             raise MismatchError(f"{where}: this permutation belongs to another spec than the one given")
         return cls(spec, arrays)
 
-    def _require_same_spec(self, other: SpecData) -> None:
-        if self.spec.fingerprint != other.fingerprint:
-            differences = self.spec.diff(other)
-            raise MismatchError(f"the permutations belong to different specs: {differences[0]}")
-
 
 def old_parents(
     groups: Mapping[str, Group], arrays: Mapping[str, IntArray], name: str, sizes: tuple[int, ...] | None = None
@@ -336,6 +326,19 @@ def old_parents(
         above = (new[over] for over in groups[parent].parents)
         old.append(np.broadcast_to(new[parent] if array is None else array[(*above, new[parent])], sizes))
     return old
+
+
+def compose(spec: SpecData, after: Mapping[str, IntArray], before: Mapping[str, IntArray]) -> dict[str, IntArray]:
+    """`after` following `before`, for those groups whose array that changes; a group that either lacks stays put."""
+    out: dict[str, IntArray] = {}
+    for name in spec.moving:
+        if name not in after and (name not in before or not any(p in after for p in spec.groups[name].parents)):
+            continue
+        sizes = _sizes(spec, name)
+        rest = np.broadcast_to(np.arange(sizes[-1]), sizes)
+        old = (index[..., None] for index in old_parents(spec.groups, after, name))
+        out[name] = before.get(name, rest)[(*old, after.get(name, rest))]
+    return out
 
 
 def _sizes(spec: SpecData, name: str) -> tuple[int, ...]:

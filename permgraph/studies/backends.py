@@ -6,9 +6,9 @@ import contextlib
 import importlib
 import socket
 from collections.abc import Iterator
-from typing import Any
 
-from permgraph.errors import MissingExtraError, StudyError, in_one_line
+from permgraph.errors import StudyError, in_one_line
+from permgraph.studies.extras import imported
 
 LOCAL = ("loky", "threading", "sequential")
 NAMES = (*LOCAL, "dask", "ray")
@@ -32,7 +32,7 @@ def backend(name: str = "loky", jobs: int | None = None, address: str | None = N
         raise StudyError(f"there is no backend {name!r}; choose {', '.join(NAMES)}")
     if address is not None and name in LOCAL:
         raise StudyError(f"the backend {name} runs here and takes no address")
-    joblib = _import("joblib", "study")
+    joblib = imported("joblib", who="this needs")
     count = -1 if jobs is None else jobs
     with contextlib.ExitStack() as stack:
         if name == "dask":
@@ -45,7 +45,7 @@ def backend(name: str = "loky", jobs: int | None = None, address: str | None = N
 
 @contextlib.contextmanager
 def _dask(jobs: int | None, address: str | None) -> Iterator[None]:
-    distributed = _import("distributed", "dask")
+    distributed = imported("distributed", "dask", "this needs")
     with contextlib.ExitStack() as stack:
         if address is None:
             cluster = distributed.LocalCluster(n_workers=jobs, threads_per_worker=1, dashboard_address=None)
@@ -60,7 +60,7 @@ def _dask(jobs: int | None, address: str | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _ray(jobs: int | None, address: str | None) -> Iterator[None]:
-    ray = _import("ray", "ray")
+    ray = imported("ray", "ray", "this needs")
     started = not ray.is_initialized()
     if started and address is not None:
         _require_answer(address)
@@ -87,10 +87,3 @@ def _require_answer(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=PATIENCE).close()
     except (OSError, OverflowError) as error:
         raise StudyError(f"no Ray cluster answers at {address}: {in_one_line(error)}") from error
-
-
-def _import(name: str, extra: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise MissingExtraError(f"this needs {name}: pip install permgraph[{extra}]") from error

@@ -9,7 +9,6 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
 from permgraph.connectivity.barriers import Evaluate, Prepare
@@ -17,12 +16,10 @@ from permgraph.errors import MismatchError, PermgraphError, StudyError
 from permgraph.matching import Matcher
 from permgraph.spec.spec import PermutationSpec
 from permgraph.studies.fingerprint import fingerprint
-from permgraph.weights.state_dict import as_state_dict, check_same_keys
+from permgraph.weights.state_dict import Network, as_state_dict, check_same_keys
 
 UNALIGNED = "none"
 """The matcher that leaves every network as it is."""
-
-Network = nn.Module | Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True)

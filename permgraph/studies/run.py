@@ -16,9 +16,10 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from permgraph.errors import MissingExtraError, StudyError, in_one_line
-from permgraph.outcomes import StepProgress
+from permgraph.conventions.outcomes import StepProgress
+from permgraph.errors import StudyError, in_one_line
 from permgraph.studies.cell import Task, run, versions
+from permgraph.studies.extras import imported
 from permgraph.studies.plan import Cell, StudyPlan
 from permgraph.studies.store import SMALLEST, Store, UnwritableError
 from permgraph.studies.table import StudyResult
@@ -64,7 +65,7 @@ def study(
         ...     pg.study(plan, folder, jobs=1).rows[0]["status"]
         'done'
     """
-    joblib = _joblib()
+    joblib = imported("joblib")
     place = Store(os.fspath(store))
     cells = plan.cells
     place.require_access()
@@ -173,14 +174,6 @@ def _task(plan: StudyPlan, store: Store, cell: Cell) -> Task:
         store=store,
         versions=versions(),
     )
-
-
-def _joblib() -> Any:
-    try:
-        import joblib
-    except ImportError as error:
-        raise MissingExtraError("studies need joblib: pip install permgraph[study]") from error
-    return joblib
 
 
 def _parallel(joblib: Any, jobs: int | None) -> Any:

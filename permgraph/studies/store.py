@@ -26,7 +26,8 @@ import safetensors
 import safetensors.torch
 import torch
 
-from permgraph.errors import MissingExtraError, StudyError, in_one_line
+from permgraph.errors import StudyError, in_one_line
+from permgraph.studies.extras import imported
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -52,10 +53,7 @@ class Store:
 
     @cached_property
     def _place(self) -> tuple[AbstractFileSystem, str]:
-        try:
-            import fsspec
-        except ImportError as error:
-            raise MissingExtraError("studies need fsspec: pip install permgraph[study]") from error
+        fsspec = imported("fsspec")
         try:
             filesystem, path = fsspec.core.url_to_fs(os.path.expanduser(self.url))
         except (ValueError, ImportError) as error:

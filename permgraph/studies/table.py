@@ -6,15 +6,17 @@ import csv
 import io
 import math
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from permgraph.errors import MissingExtraError, StudyError
+from permgraph.errors import StudyError
 from permgraph.io.files import write_atomically
 from permgraph.spec.permutation import Permutation
+from permgraph.studies.extras import imported
 from permgraph.studies.plan import Cell, StudyPlan
 from permgraph.studies.store import Store
 
@@ -83,15 +85,11 @@ class StudyResult:
         Raises:
             MissingExtraError: pyarrow is not installed.
         """
-        try:
-            import pyarrow
-            import pyarrow.parquet
-        except ImportError as error:
-            raise MissingExtraError("Parquet needs pyarrow: pip install permgraph[study]") from error
+        pyarrow, parquet = (imported(name, who="Parquet needs") for name in ("pyarrow", "pyarrow.parquet"))
         names = [name for name in self.rows[0] if times or name not in TIMES]
         table = pyarrow.table({name: [row[name] for row in self.rows] for name in names})
         sink = pyarrow.BufferOutputStream()
-        pyarrow.parquet.write_table(table, sink)
+        parquet.write_table(table, sink)
         write_atomically(path, sink.getvalue().to_pybytes())
 
     def save(self, path: str | os.PathLike[str], *, times: bool = True) -> None:
@@ -125,9 +123,7 @@ class StudyResult:
         return plot_barriers(by_matcher, metric, ax=ax)
 
     def __str__(self) -> str:
-        by_status: dict[str, int] = {}
-        for row in self.rows:
-            by_status[row["status"]] = by_status.get(row["status"], 0) + 1
+        by_status = Counter(row["status"] for row in self.rows)
         return f"{len(self.rows)} cells: " + ", ".join(f"{count} {status}" for status, count in by_status.items())
 
     def _row(self, cell: Cell) -> dict[str, Any]:

@@ -15,8 +15,9 @@ from permgraph.matching.ascent import in_memory
 from permgraph.matching.ascent.permuted_model import PermutedModel
 from permgraph.matching.problem.blocks import blocks_of
 from permgraph.matching.problem.objective import Pair
-from permgraph.matching.problem.renumber import act, compose
+from permgraph.matching.problem.renumber import act
 from permgraph.spec import PermutationSpec
+from permgraph.spec.permutation import compose
 from tests.matching.examples import SPECS, state
 
 #: A residual stream with wide blocks on it, whose Gram matrices together are as large as half of the model.

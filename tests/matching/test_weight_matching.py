@@ -12,9 +12,9 @@ from permgraph.matching.ascent.gram_cache import GramCache
 from permgraph.matching.ascent.step import Scene, outer_values
 from permgraph.matching.problem.moves import Plan
 from permgraph.matching.problem.objective import pair
-from permgraph.matching.problem.renumber import act, compose
+from permgraph.matching.problem.renumber import act
 from permgraph.spec import PermutationSpec
-from permgraph.spec.permutation import Permutation
+from permgraph.spec.permutation import Permutation, compose
 from tests.matching.examples import SPECS, inner, planted, state
 
 

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from permgraph.assignment.solve import Solver
+from permgraph.conventions.outcomes import Outcome
 from permgraph.matching import tuned
 from permgraph.matching.ascent.paired import paired_values
 from permgraph.matching.ascent.step import Scene, choose, outer_values, rounding_of
@@ -29,8 +30,8 @@ from permgraph.matching.matcher import Progress, Sweep
 from permgraph.matching.problem.limits import Limits, choose_limited
 from permgraph.matching.problem.moves import Move, Plan, Tensors
 from permgraph.matching.problem.order import ranks
-from permgraph.matching.problem.renumber import Arrays, compose
-from permgraph.outcomes import Outcome
+from permgraph.matching.problem.renumber import Arrays
+from permgraph.spec.permutation import compose
 
 log = logging.getLogger(__name__)
 

@@ -23,7 +23,8 @@ from permgraph.matching.problem.limits import Limits
 from permgraph.matching.problem.moves import Move, Place, Plan
 from permgraph.matching.problem.objective import Pair, variance
 from permgraph.matching.problem.order import informed_order
-from permgraph.matching.problem.renumber import Arrays, act, compose
+from permgraph.matching.problem.renumber import Arrays, act
+from permgraph.spec.permutation import compose
 
 Order: TypeAlias = Literal["informed", "random", "given"]
 
@@ -142,7 +143,7 @@ class InMemoryClimb(Climb):
         return self.compared.inner(trial.tensors, trial.tensors) - now, sum(map(self._inner, move.parameters))
 
     def computed_objective(self) -> float:
-        return self.compared.scale * sum(map(self._inner, self.b)) + self.compared.offset
+        return self.compared.reported(sum(map(self._inner, self.b)))
 
     def _inner(self, name: str) -> float:
         """The inner product of one parameter of A with B's where it stands."""

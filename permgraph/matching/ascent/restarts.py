@@ -165,7 +165,8 @@ class BatchedAscent:
                 for run in busy.tolist():
                     changed = {name: int(counts[run]) for name, counts in moved.items() if counts[run]}
                     scaled = {name: gain * self.compared.scale for name, gain in gains[run].items()}
-                    histories[run].append(Sweep(number, self._reported(values[run]), changed, scaled, seconds))
+                    reached = self.compared.reported(float(values[run]))
+                    histories[run].append(Sweep(number, reached, changed, scaled, seconds))
                 if progress is not None:
                     progress(histories[max(busy.tolist(), key=lambda run: values[run])][-1])
         except KeyboardInterrupt:
@@ -174,16 +175,13 @@ class BatchedAscent:
         return [
             Ascended(
                 {name: array[run] for name, array in arrays.items()},
-                self._reported(values[run]),
+                self.compared.reported(float(values[run])),
                 tuple(history),
                 not stale[run].any(),
                 interrupted,
             )
             for run, history in enumerate(histories)
         ]
-
-    def _reported(self, value: float) -> float:
-        return self.compared.scale * float(value) + self.compared.offset
 
     def _step(
         self,

@@ -116,7 +116,7 @@ def choose(worth: torch.Tensor, solver: Solver, name: str) -> tuple[np.ndarray, 
     Where indices can stay without loss they do: of the best assignment's cycles, those that gain no more than
     rounding are undone. So ties, dead units for instance, never move, and nothing moves in circles for ever.
     """
-    return _choose(*_task(worth, solver, name))
+    return _choose(*_task(worth, solver, name), None, False)[:2]
 
 
 def choose_each(
@@ -134,7 +134,7 @@ def choose_each(
         return {name: choose(worth, solver, name) for name, worth in worths.items()}
     known = {} if prices is None else prices
     tasks = [(*_task(worth, solver, name), known.get(name), prices is not None) for name, worth in worths.items()]
-    found = side_by_side(_choose_priced, tasks, sum(task[0].size for task in tasks))
+    found = side_by_side(_choose, tasks, sum(task[0].size for task in tasks))
     for name, (_, _, new) in zip(worths, found, strict=True):
         if new is not None:
             known[name] = new
@@ -151,21 +151,18 @@ def _task(worth: torch.Tensor, solver: Solver, name: str) -> tuple[np.ndarray, f
     return (worth if exact else worth.double()).detach().cpu().numpy(), rounding_of(worth), solver, name
 
 
-def _choose(table: np.ndarray, rounding: float, solver: Solver, name: str) -> tuple[np.ndarray, float]:
-    # What float32 loses in a wide assignment is less than what counts as a gain below.
-    columns = assign(table, maximise=True, solver=solver, precise=False, name=f"the Gram matrix of {name}").columns
-    return _settled(table, columns, rounding)
-
-
-def _choose_priced(
+def _choose(
     table: np.ndarray, rounding: float, solver: Solver, name: str, prices: np.ndarray | None, wanted: bool
 ) -> tuple[np.ndarray, float, np.ndarray | None]:
     """What is chosen, what it gains, and prices for the next time where that is like to be hard again."""
     what = f"the Gram matrix of {name}"
+    # What float32 loses in a wide assignment is less than what counts as a gain below.
     columns = assign(table, maximise=True, solver=solver, precise=False, prices=prices, name=what).columns
     settled, gain = _settled(table, columns, rounding)
+    if not wanted:
+        return settled, gain, None
     hard = prices is not None or (table.ndim == 2 and len(table) >= tuned.PRICED and crowded(table, maximise=True))
-    if not wanted or not hard:
+    if not hard:
         return settled, gain, None
     return settled, gain, prices_of(table, columns, prices, maximise=True)[settled]
 

@@ -69,19 +69,13 @@ def blocks_of(spec: PermutationSpec, parameter: str) -> tuple[Block, ...]:
             for cuts, choices in found
             for cut, chosen in _cuts(axis, (dim, ()), choices, spec, layout)
         ]
-    occurrences = {(o.dim, o.path): o for o in layout.occurrences}
+    parents = {(o.dim, o.path): o.parents for o in layout.occurrences}
     blocks = []
     for cuts, _ in found:
         places = [(dim, leaf) for dim, cut in enumerate(cuts) for leaf in cut.leaves()]
         position = {(dim, leaf.path): axis for axis, (dim, leaf) in enumerate(places)}
         leaves = tuple(
-            Leaf(leaf.length)
-            if leaf.group is None
-            else Leaf(
-                leaf.length,
-                leaf.group,
-                tuple(position[parent.dim, parent.path] for parent in occurrences[dim, leaf.path].parents),
-            )
+            Leaf(leaf.length, leaf.group, tuple(position[o.dim, o.path] for o in parents.get((dim, leaf.path), ())))
             for dim, leaf in places
         )
         if all(leaf.size for leaf in leaves):

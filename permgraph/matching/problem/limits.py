@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 
 from permgraph.assignment.solve import Solver, assign_limited
 from permgraph.errors import PermgraphError
-from permgraph.matching.ascent.step import choose
+from permgraph.matching.ascent.step import choose, rounding_of
 from permgraph.spec.permutation import Permutation
 from permgraph.spec.spec import PermutationSpec
 
@@ -84,24 +84,21 @@ def limits_of(
 def choose_limited(
     worth: torch.Tensor, solver: Solver, name: str, limits: Mapping[str, Limits], arrays: Mapping[str, np.ndarray]
 ) -> tuple[np.ndarray, float]:
-    """As `choose`, within the limits on this group if there are any, where the groups now stand as `arrays` says."""
+    """As `choose`, within the limits on this group if there are any, where the groups now stand as `arrays` says.
+
+    With limits the values are one matrix (n, n); with a limit on moves, what is found may not be the best.
+    """
     own = limits.get(name)
     if own is None:
         return choose(worth, solver, name)
-    if own.home is not None and name in arrays:
-        own = replace(own, home=np.argsort(arrays[name]))
-    return choose_within(worth, solver, name, own)
-
-
-def choose_within(worth: torch.Tensor, solver: Solver, name: str, limits: Limits) -> tuple[np.ndarray, float]:
-    """As `choose`, for one matrix (n, n) within limits; with a limit on moves, what is found may not be the best."""
+    home = np.argsort(arrays[name]) if own.home is not None and name in arrays else own.home
     n = worth.shape[-1]
-    loose = np.setdiff1d(np.arange(n), limits.held)
+    loose = np.setdiff1d(np.arange(n), own.held)
     columns = np.arange(n)
     if not len(loose):
         return columns, 0.0
     within = worth if len(loose) == n else worth[loose][:, loose]
-    if limits.home is None:
+    if home is None:
         chosen, gain = choose(within, solver, name)
         columns[loose] = loose[chosen]
         return columns, gain
@@ -109,11 +106,11 @@ def choose_within(worth: torch.Tensor, solver: Solver, name: str, limits: Limits
     place[loose] = np.arange(len(loose))
     table = within.double().cpu().numpy()
     # Those that are held are at home, so that the homes of all others are among the others.
-    chosen = assign_limited(table, place[limits.home[loose]], limits.most, solver=solver, name=name).columns
+    chosen = assign_limited(table, place[home[loose]], own.most, solver=solver, name=name).columns
     rows = np.arange(len(loose))
     new, old = table[rows, chosen], table[rows, rows]
     gain = float((new - old).sum())
-    if gain <= 16 * torch.finfo(worth.dtype).eps * float(np.abs(new).sum() + np.abs(old).sum()):
+    if gain <= rounding_of(worth) * float(np.abs(new).sum() + np.abs(old).sum()):
         return columns, 0.0
     columns[loose] = loose[chosen]
     return columns, gain

@@ -10,6 +10,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 import torch
 
+from permgraph.conventions.choices import require_choice
 from permgraph.errors import MismatchError, PermgraphError
 from permgraph.matching.problem.renumber import act
 from permgraph.spec.expressions import Fixed
@@ -46,9 +47,13 @@ class Pair:
         """The sum of the inner products of the named tensors of A with those of `b`, which may be permuted."""
         return sum(dot(self.a[name], b[name]) for name in names)
 
+    def reported(self, inner: float) -> float:
+        """The objective where the inner products sum to this: higher is better."""
+        return self.scale * inner + self.offset
+
     def objective(self, b: Mapping[str, torch.Tensor]) -> float:
-        """What is reported: higher is better."""
-        return self.scale * self.inner(self.a, b) + self.offset
+        """What is reported of a B that may be permuted."""
+        return self.reported(self.inner(self.a, b))
 
     def spec_of(self, spec: PermutationSpec) -> PermutationSpec:
         """A spec, with one more axis, that stays put, for each of its parameters that is complex."""
@@ -120,8 +125,7 @@ def pair(
         NonFiniteError: a tensor holds NaN or infinity.
         PermgraphError: an unknown objective, or a weight that does not fit its tensor.
     """
-    if objective not in ("inner", "cosine", "l2"):
-        raise PermgraphError(f"unknown objective {objective!r}; choose 'inner', 'cosine' or 'l2'")
+    require_choice("objective", objective, "inner", "cosine", "l2")
     spec.check(a)
     spec.check(b)
     ours: dict[str, torch.Tensor] = {}

@@ -9,7 +9,6 @@ import torch
 
 from permgraph.matching import tuned
 from permgraph.spec.action import blocks, gather
-from permgraph.spec.permutation import old_parents
 from permgraph.spec.spec import PermutationSpec
 
 Arrays = dict[str, np.ndarray]
@@ -29,17 +28,3 @@ def act(spec: PermutationSpec, arrays: Mapping[str, np.ndarray], name: str, tens
     for to, of in zip(torch.split(new, some), torch.split(torch.from_numpy(rows).to(new.device), some), strict=True):
         to.copy_(gather(tensor.index_select(0, of), rest))
     return new
-
-
-def compose(spec: PermutationSpec, after: Mapping[str, np.ndarray], before: Mapping[str, np.ndarray]) -> Arrays:
-    """`after` following `before`, for those groups whose array that changes."""
-    out: Arrays = {}
-    for name in spec.moving:
-        group = spec.groups[name]
-        if name not in after and (name not in before or not any(parent in after for parent in group.parents)):
-            continue
-        sizes = tuple(spec.groups[parent].size for parent in group.parents)
-        rest = np.broadcast_to(np.arange(group.size), (*sizes, group.size))
-        old = (index[..., None] for index in old_parents(spec.groups, after, name))
-        out[name] = before.get(name, rest)[(*old, after.get(name, rest))]
-    return out
