@@ -264,7 +264,7 @@ class Axes:
     def too_intricate(self) -> Pinned:
         return Pinned(TOO_INTRICATE, self.scope)
 
-    # -- constraints and refinements, each a function of the axes in a file of its own -----------------------------------
+    # -- constraints and refinements, each a function of the axes in a file of its own ---------------------------------
 
     pin = constraints.pin
     unify = constraints.unify
