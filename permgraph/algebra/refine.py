@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def restrict(axes: Axes, axis: Axis, restriction: Restriction) -> Axis:
-    """See `Axes.restrict`."""
+    """The axis as seen where another axis of its tensor was restricted to some of its parts."""
     axis = axes.resolve(axis)
     if not restriction or axis.kind is Kind.ATOM:
         return axis
@@ -39,7 +39,10 @@ def restrict(axes: Axes, axis: Axis, restriction: Restriction) -> Axis:
 
 
 def split(axes: Axes, axis: Axis, sizes: Sequence[int]) -> list[Axis]:
-    """See `Axes.split`."""
+    """Write the axis as a product of factors of these sizes (outermost first), refining it where need be.
+
+    What no common refinement of two products can express (4·6 against 6·4 beyond their common outer 2) is pinned.
+    """
     if math.prod(sizes) != axis.size:
         raise ConflictError(f"cannot view an axis of {axis.size} {show(axis)} as {'x'.join(map(str, sizes))}")
     wanted = [size for size in sizes if size != 1]
@@ -161,7 +164,7 @@ def _split_sum(axes: Axes, axis: Axis, outer: int, inner: int) -> list[Axis]:
 
 
 def slice_(axes: Axes, axis: Axis, start: int, end: int) -> tuple[Axis, Restriction]:
-    """See `Axes.slice`."""
+    """Indices start..end of the axis, cutting it there; and what that says to the tensor's other axes."""
     axis = axes.resolve(axis)
     if not 0 <= start <= end <= axis.size:
         raise ConflictError(f"cannot take {start}:{end} of an axis of {axis.size} {show(axis)}")

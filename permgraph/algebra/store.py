@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from permgraph.algebra import refine, unify
+from permgraph.algebra import refine
+from permgraph.algebra import unify as constraints
 from permgraph.algebra.axis import Axis, FactorKey, Index, Kind, Pinned, Restriction, TooIntricateError
 from permgraph.algebra.factors import Factors
 from permgraph.algebra.limits import MAX_DEPTH, MAX_NESTING, RESTLESS, TOO_INTRICATE
@@ -263,34 +264,11 @@ class Axes:
     def too_intricate(self) -> Pinned:
         return Pinned(TOO_INTRICATE, self.scope)
 
-    # -- constraints and refinements -----------------------------------------------------------------------------------
+    # -- constraints and refinements, each a function of the axes in a file of its own ---------------------------------
 
-    def pin(self, axis: Axis, why: Pinned) -> None:
-        """Say that the axis must stay put."""
-        unify.pin(self, axis, why)
-
-    def unify(self, a: Axis, b: Axis) -> None:
-        """Say that whatever permutes one axis permutes the other alike.
-
-        Raises `ConflictError` when the sizes differ.
-        """
-        unify.unify(self, a, b)
-
-    def collapse(self, family: Axis) -> None:
-        """Make the members of a family one axis: it stands where nothing says which member is meant."""
-        unify.collapse(self, family)
-
-    def split(self, axis: Axis, sizes: Sequence[int]) -> list[Axis]:
-        """Write the axis as a product of factors of these sizes (outermost first), refining it where need be.
-
-        What no common refinement of two products can express (4·6 against 6·4 beyond their common outer 2) is pinned.
-        """
-        return refine.split(self, axis, sizes)
-
-    def slice(self, axis: Axis, start: int, end: int) -> tuple[Axis, Restriction]:
-        """Indices start..end of the axis, cutting it there; and what that says to the tensor's other axes."""
-        return refine.slice_(self, axis, start, end)
-
-    def restrict(self, axis: Axis, restriction: Restriction) -> Axis:
-        """The axis as seen where another axis of its tensor was restricted to some of its parts."""
-        return refine.restrict(self, axis, restriction)
+    pin = constraints.pin
+    unify = constraints.unify
+    collapse = constraints.collapse
+    split = refine.split
+    slice = refine.slice_
+    restrict = refine.restrict

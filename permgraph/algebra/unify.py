@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def pin(axes: Axes, axis: Axis, why: Pinned) -> None:
-    """See `Axes.pin`."""
+    """Say that the axis must stay put."""
     for atom in list(axes.atoms(axis)):
         if atom.pinned is None:
             atom.pinned = why
@@ -21,7 +21,7 @@ def pin(axes: Axes, axis: Axis, why: Pinned) -> None:
 
 
 def collapse(axes: Axes, family: Axis) -> None:
-    """See `Axes.collapse`."""
+    """Make the members of a family one axis: it stands where nothing says which member is meant."""
     members = family.find().children
     if len({member.size for member in members}) > 1:  # rows of a skewed matrix were taken for parts of one axis
         for member in members:
@@ -32,7 +32,10 @@ def collapse(axes: Axes, family: Axis) -> None:
 
 
 def unify(axes: Axes, a: Axis, b: Axis) -> None:
-    """See `Axes.unify`."""
+    """Say that whatever permutes one axis permutes the other alike.
+
+    Raises `ConflictError` when the sizes differ.
+    """
     a, b = axes.resolve(a), axes.resolve(b)
     if a is b or a.size == b.size < 2:
         return

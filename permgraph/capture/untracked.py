@@ -63,14 +63,9 @@ def memory_readers_refuse_fakes() -> Iterator[None]:
 
 
 _OF_MEMORY: tuple[tuple[Any, str], ...] = (
-    (Tensor, "apply_"),
-    (Tensor, "map_"),
-    (Tensor, "map2_"),
-    (torch._C, "_to_dlpack"),
-    (torch._C, "_to_dlpack_versioned"),
-    (torch.utils.dlpack, "to_dlpack"),
-    (torch, "to_dlpack"),
-)
+    (Tensor, "apply_"), (Tensor, "map_"), (Tensor, "map2_"), (torch, "to_dlpack"), (torch.utils.dlpack, "to_dlpack"),
+    (torch._C, "_to_dlpack"), (torch._C, "_to_dlpack_versioned"),
+)  # fmt: skip
 
 
 def _refusing_fakes(function: Callable[..., Any]) -> Callable[..., Any]:

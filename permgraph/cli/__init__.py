@@ -10,10 +10,7 @@ def main() -> None:
     """Run the command line on ``sys.argv``; exit 0 for success, 1 where the answer is no, 2 for bad input."""
     missing = [name for name in ("typer", "rich") if importlib.util.find_spec(name) is None]
     if missing:
-        print(
-            f"error: the command line needs {' and '.join(missing)}: pip install 'permgraph[cli]'",
-            file=sys.stderr,
-        )
+        print(f"error: the command line needs {' and '.join(missing)}: pip install 'permgraph[cli]'", file=sys.stderr)
         raise SystemExit(2)
     from permgraph.cli.app import app
 

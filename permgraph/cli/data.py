@@ -291,15 +291,10 @@ def _cifar(path: Path, split: Split) -> tuple[torch.Tensor, torch.Tensor]:
 class _PlainUnpickler(pickle.Unpickler):
     """Reads arrays and plain values, and refuses everything else: what it may call is listed here."""
 
-    ALLOWED = frozenset(
-        {
-            ("numpy.core.multiarray", "_reconstruct"),
-            ("numpy._core.multiarray", "_reconstruct"),
-            ("numpy", "ndarray"),
-            ("numpy", "dtype"),
-            ("_codecs", "encode"),
-        }
-    )
+    ALLOWED = frozenset({
+        ("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct"), ("numpy", "ndarray"),
+        ("numpy", "dtype"), ("_codecs", "encode"),
+    })  # fmt: skip
 
     def find_class(self, module: str, name: str) -> Any:
         """What a pickle may name."""

@@ -23,8 +23,8 @@ FORMS = (
 )
 """How a model is named."""
 
-MATCHING = "How to match"
-DATA = "Data"
+_matching = functools.partial(typer.Option, rich_help_panel="How to match")
+_data = functools.partial(typer.Option, rich_help_panel="Data")
 
 Inputs = Annotated[
     list[str] | None,
@@ -173,38 +173,26 @@ class Writing:
 class Matching:
     """How checkpoints are matched."""
 
-    matcher: Annotated[
-        MatcherName,
-        typer.Option(help="By the weights alone, or by what the networks do on --data.", rich_help_panel=MATCHING),
-    ] = MatcherName.weight
+    matcher: Annotated[MatcherName, _matching(help="By the weights alone, or by what the networks do on --data.")] = (
+        MatcherName.weight
+    )
     settings: Annotated[
         list[str] | None,
-        typer.Option(
+        _matching(
             "--set",
             metavar="NAME=VALUE",
             help="A setting of the matcher, as in epochs=10; a wrong name lists them all.",
-            rich_help_panel=MATCHING,
         ),
     ] = None
-    init: Annotated[Init | None, typer.Option(help="Where matching begins.", rich_help_panel=MATCHING)] = None
-    objective: Annotated[
-        Objective | None, typer.Option(help="What weight matching maximises.", rich_help_panel=MATCHING)
-    ] = None
-    restarts: Annotated[
-        int | None, typer.Option(help="Matching runs, of which the best is kept.", rich_help_panel=MATCHING)
-    ] = None
-    max_sweeps: Annotated[
-        int | None, typer.Option(help="Stop matching after so many passes over the groups.", rich_help_panel=MATCHING)
-    ] = None
+    init: Annotated[Init | None, _matching(help="Where matching begins.")] = None
+    objective: Annotated[Objective | None, _matching(help="What weight matching maximises.")] = None
+    restarts: Annotated[int | None, _matching(help="Matching runs, of which the best is kept.")] = None
+    max_sweeps: Annotated[int | None, _matching(help="Stop matching after so many passes over the groups.")] = None
     stream: Annotated[
         bool | None,
-        typer.Option(
-            "--stream/--no-stream",
-            help="Read tensors as they are needed; by default where memory is short.",
-            rich_help_panel=MATCHING,
-        ),
+        _matching("--stream/--no-stream", help="Read tensors as they are needed; by default where memory is short."),
     ] = None
-    seed: Annotated[int, typer.Option(help="Of all random choices.", rich_help_panel=MATCHING)] = 0
+    seed: Annotated[int, _matching(help="Of all random choices.")] = 0
 
 
 DATA_HELP = (
@@ -218,40 +206,24 @@ DATA_HELP = (
 class Data:
     """Which data the networks are run on, and how they are prepared."""
 
-    data: Annotated[str | None, typer.Option("--data", help=DATA_HELP, rich_help_panel=DATA)] = None
-    batch_size: Annotated[int, typer.Option(help="Samples in a batch.", rich_help_panel=DATA)] = 256
-    limit: Annotated[
-        int | None, typer.Option(help="Take so many samples, evenly spread over the data.", rich_help_panel=DATA)
-    ] = None
-    split: Annotated[
-        Split | None,
-        typer.Option(help="Of a folder with both: train by default to match, test to measure.", rich_help_panel=DATA),
-    ] = None
+    data: Annotated[str | None, _data("--data", help=DATA_HELP)] = None
+    batch_size: Annotated[int, _data(help="Samples in a batch.")] = 256
+    limit: Annotated[int | None, _data(help="Take so many samples, evenly spread over the data.")] = None
+    split: Annotated[Split | None, _data(help="Of a folder with both: train by default to match, test to measure.")] = (
+        None
+    )
     mean: Annotated[
-        str | None,
-        typer.Option(
-            help="Of each channel, as in training: 0.49,0.48,0.45. Images are scaled to 0..1 before.",
-            rich_help_panel=DATA,
-        ),
+        str | None, _data(help="Of each channel, as in training: 0.49,0.48,0.45. Images are scaled to 0..1 before.")
     ] = None
-    std: Annotated[str | None, typer.Option(help="Of each channel, as in training.", rich_help_panel=DATA)] = None
+    std: Annotated[str | None, _data(help="Of each channel, as in training.")] = None
     image_size: Annotated[
-        int | None,
-        typer.Option(
-            help="Resize and crop images to a square of this side; 224 for image folders.", rich_help_panel=DATA
-        ),
+        int | None, _data(help="Resize and crop images to a square of this side; 224 for image folders.")
     ] = None
-    flatten: Annotated[
-        bool, typer.Option("--flatten", help="Give the network each image as one row.", rich_help_panel=DATA)
-    ] = False
-    tokenizer: Annotated[
-        Path | None,
-        typer.Option(help="A Hugging Face folder, for text; by default that of the model.", rich_help_panel=DATA),
-    ] = None
-    length: Annotated[int, typer.Option(help="Tokens in a sample of text.", rich_help_panel=DATA)] = 128
+    flatten: Annotated[bool, _data("--flatten", help="Give the network each image as one row.")] = False
+    tokenizer: Annotated[Path | None, _data(help="A Hugging Face folder, for text; by default that of the model.")] = (
+        None
+    )
+    length: Annotated[int, _data(help="Tokens in a sample of text.")] = 128
     class_dim: Annotated[
-        int | None,
-        typer.Option(
-            help="Which dimension of the logits holds the classes: 1 by default, -1 for text.", rich_help_panel=DATA
-        ),
+        int | None, _data(help="Which dimension of the logits holds the classes: 1 by default, -1 for text.")
     ] = None

@@ -45,18 +45,8 @@ from permgraph.studies import StudyPlan
 from permgraph.studies.fingerprint import fingerprint
 
 KEYS = (
-    "model",
-    "input",
-    "networks",
-    "pairs",
-    "matchers",
-    "seeds",
-    "data",
-    "recalibrate",
-    "points",
-    "threads",
-    "unaligned",
-)
+    "model", "input", "networks", "pairs", "matchers", "seeds", "data", "recalibrate", "points", "threads", "unaligned"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -238,9 +238,7 @@ def _backward(unit: Unit, given: Tensors, module: nn.Module) -> Tensors:
     return {keys[old]: tensor for old, tensor in made.items()}
 
 
-def _convert(
-    converter: Any, name: str, entries: Iterable[tuple[str, str, torch.Tensor]], module: nn.Module
-) -> Tensors:
+def _convert(converter: Any, name: str, entries: Iterable[tuple[str, str, torch.Tensor]], module: nn.Module) -> Tensors:
     fresh = copy.deepcopy(converter)
     for key, pattern, tensor in entries:
         fresh.add_tensor(name, key, pattern, tensor)

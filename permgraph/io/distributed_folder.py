@@ -26,15 +26,9 @@ METADATA = ".metadata"
 LARGEST_METADATA = 1 << 30  # bytes
 
 _OF_METADATA = (
-    "Metadata",
-    "MetadataIndex",
-    "StorageMeta",
-    "TensorStorageMetadata",
-    "BytesStorageMetadata",
-    "ChunkStorageMetadata",
-    "TensorProperties",
-    "_MEM_FORMAT_ENCODING",
-)
+    "Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata",
+    "TensorProperties", "_MEM_FORMAT_ENCODING",
+)  # fmt: skip
 _DTYPES = {str(value).partition(".")[2] for value in vars(torch).values() if isinstance(value, torch.dtype)}
 
 

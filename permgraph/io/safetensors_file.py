@@ -162,11 +162,7 @@ def write_safetensors(
     for name, form in formats.items():
         if form.dtype not in NAMES:
             raise CheckpointError(f"{name!r} is {form.dtype}, which safetensors cannot hold: write a PyTorch file")
-        header[name] = {
-            "dtype": NAMES[form.dtype],
-            "shape": list(form.shape),
-            "data_offsets": [end, end + form.nbytes],
-        }
+        header[name] = {"dtype": NAMES[form.dtype], "shape": list(form.shape), "data_offsets": [end, end + form.nbytes]}
         end += form.nbytes
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     raw += b" " * (-len(raw) % 8)  # so that the data is aligned

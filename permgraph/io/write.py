@@ -24,11 +24,7 @@ LARGEST_COMPANION = 200_000_000  # bytes; a tokenizer is smaller, and what is la
 
 
 def write_checkpoint(
-    source: Checkpoint,
-    staging: Staging,
-    transform: Transform,
-    *,
-    progress: Callable[[int, int], object] | None = None,
+    source: Checkpoint, staging: Staging, transform: Transform, *, progress: Callable[[int, int], object] | None = None
 ) -> None:
     """Write a checkpoint of the same layout as `source` with each tensor replaced, and put it in its place.
 

@@ -20,6 +20,4 @@ from permgraph.rules.call import Call
 from permgraph.rules.registry import RegisteredRule, find_rule, list_rules, registered, rule, rule_name
 from permgraph.rules.typed_tensor import TypedTensor
 
-__all__ = [
-    "Call", "RegisteredRule", "TypedTensor", "find_rule", "list_rules", "registered", "rule", "rule_name",
-]  # fmt: skip
+__all__ = ["Call", "RegisteredRule", "TypedTensor", "find_rule", "list_rules", "registered", "rule", "rule_name"]

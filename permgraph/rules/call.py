@@ -238,9 +238,7 @@ class Call:
             axis, _ = self.axes.slice(source.dims[d], max(-before, 0), source.shape[d] - max(-after, 0))
             if before > 0 or after > 0:
                 around = self.remember(f"margin {d}", lambda b=before, a=after: (self._margin(b), self._margin(a)))
-                axis = self.remember(
-                    f"padded {d}", lambda m=around, inner=axis: self.axes.sum([m[0], inner, m[1]])
-                )  # fmt: skip
+                axis = self.remember(f"padded {d}", lambda m=around, inner=axis: self.axes.sum([m[0], inner, m[1]]))
             self.axes.unify(out.dims[d], axis)
             self.note_tie(source, d, out, d)
         self.note_rearrangement(source, out)

@@ -41,28 +41,18 @@ def convolution_slots(
     padding = _spread(call["padding"], space)
     dilation = _spread(call["dilation"], space)
     transposed = call.get("transposed", False)
-    ins, kernels, outs = [], [], []
+    labels: list[tuple[str, str, str]] = []  # of the input, the kernel and the result, along each dimension of space
     for s in range(space):
         kernel, size = weight.shape[2 + s], x.shape[2 + s]
         if kernel == 1 and stride[s] == 1 and padding[s] == 0 and out.shape[2 + s] == size:
-            ins.append(f"s{s}")
-            kernels.append("_")
-            outs.append(f"s{s}")
+            labels.append((f"s{s}", "_", f"s{s}"))
         elif kernel == size and padding[s] == 0 and dilation[s] == 1 and out.shape[2 + s] == 1 and not transposed:
-            ins.append(f"s{s}")
-            kernels.append(f"s{s}")
-            outs.append("_")
+            labels.append((f"s{s}", f"s{s}", "_"))
         else:
-            ins.append(f"s{s}!")
-            kernels.append(f"k{s}!")
-            outs.append(f"t{s}!")
+            labels.append((f"s{s}!", f"k{s}!", f"t{s}!"))
     channels = "(g i) o" if transposed else "(g o) i"
-    return (
-        (x, f"n (g i) {' '.join(ins)}"),
-        (weight, f"{channels} {' '.join(kernels)}"),
-        (None, "(g o)"),
-        (out, f"n (g o) {' '.join(outs)}"),
-    )
+    before, inside, after = (" ".join(along[i] for along in labels) for i in range(3))
+    return (x, f"n (g i) {before}"), (weight, f"{channels} {inside}"), (None, "(g o)"), (out, f"n (g o) {after}")
 
 
 POOLING = """
@@ -132,18 +122,13 @@ def constant_pad(call: Call) -> None:
     call.pin_values(x, "indices are padded with a constant")
 
 
-@rule("aten.pixel_shuffle", values="moved", zeros="all")
+@rule(*aten("pixel_shuffle pixel_unshuffle"), values="moved", zeros="all")
 def pixel_shuffle(call: Call) -> None:
-    """Channels (c, r, r) become c channels of r times the height and width."""
-    r = call["upscale_factor"]
-    call.link((call["self"], "... (c a b) h w"), (call.out, "... c (h a) (w b)"), a=r, b=r)
-
-
-@rule("aten.pixel_unshuffle", values="moved", zeros="all")
-def pixel_unshuffle(call: Call) -> None:
-    """The inverse of `pixel_shuffle`."""
-    r = call["downscale_factor"]
-    call.link((call["self"], "... c (h a) (w b)"), (call.out, "... (c a b) h w"), a=r, b=r)
+    """Channels (c, r, r) become c channels of r times the height and width, or the reverse."""
+    small, large = "... (c a b) h w", "... c (h a) (w b)"
+    r = call.get("upscale_factor") or call["downscale_factor"]
+    before, after = (small, large) if "upscale_factor" in call.arguments else (large, small)
+    call.link((call["self"], before), (call.out, after), a=r, b=r)
 
 
 @rule(*aten("channel_shuffle native_channel_shuffle"), values="moved", zeros="all")
@@ -152,22 +137,14 @@ def channel_shuffle(call: Call) -> None:
     call.link((call["self"], "n (g c) ..."), (call.out, "n (c g) ..."), g=call["groups"])
 
 
-@rule("aten.im2col", values="padded", zeros="all")
-def im2col(call: Call) -> None:
-    """Windows of an image as columns: (n, c·kernel, windows)."""
+@rule(*aten("im2col col2im"), values="padded", zeros="all")
+def columns(call: Call) -> None:
+    """Windows of an image as columns, (n, c·kernel, windows); or such columns, added up into an image."""
     x: TypedTensor = call["self"]
-    kernel = call["kernel_size"][0] * call["kernel_size"][1]
-    lead = "n " if x.ndim == 4 else ""
-    call.link((x, f"{lead}c h! w!"), (call.out, f"{lead}(c k!) l!"), why=SPACE, k=kernel)
-
-
-@rule("aten.col2im", values="padded", zeros="all")
-def col2im(call: Call) -> None:
-    """Columns (n, c·kernel, windows) added up into an image."""
-    x: TypedTensor = call["self"]
-    kernel = call["kernel_size"][0] * call["kernel_size"][1]
-    lead = "n " if x.ndim == 3 else ""
-    call.link((x, f"{lead}(c k!) l!"), (call.out, f"{lead}c h! w!"), why=SPACE, k=kernel)
+    lead = "n " if max(x.ndim, call.out.ndim) == 4 else ""
+    image, windows = f"{lead}c h! w!", f"{lead}(c k!) l!"
+    before, after = (image, windows) if x.ndim > call.out.ndim else (windows, image)
+    call.link((x, before), (call.out, after), why=SPACE, k=call["kernel_size"][0] * call["kernel_size"][1])
 
 
 @rule(*aten("grid_sampler grid_sampler_2d grid_sampler_3d"), values="padded")

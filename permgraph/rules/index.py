@@ -130,9 +130,7 @@ def _along(
             for tensor, _ in others:
                 call.pin(tensor, d, "only a part of it is looked up")
     shared = " ".join(running)
-    call.link(
-        (x, " ".join(looked)), *((t, f"{shared} ; e{dim}" if is_index else shared) for t, is_index in others)
-    )  # fmt: skip
+    call.link((x, " ".join(looked)), *((t, f"{shared} ; e{dim}" if is_index else shared) for t, is_index in others))
 
 
 @rule(*aten("index _unsafe_index"), values="looked up", zeros="all")

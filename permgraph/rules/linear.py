@@ -13,9 +13,7 @@ from permgraph.rules.typed_tensor import TypedTensor
 def addmm(call: Call) -> None:
     """``self + mat1 @ mat2``: x is (m, k), w is (k, o); the bias spans the last dimensions of the result."""
     bias: TypedTensor = call["self"]
-    call.link(
-        (call["mat1"], "m k"), (call["mat2"], "k o"), (bias, last_labels("m o", bias)), (call.out, "m o")
-    )  # fmt: skip
+    call.link((call["mat1"], "m k"), (call["mat2"], "k o"), (bias, last_labels("m o", bias)), (call.out, "m o"))
 
 
 @rule("aten.mm", values="mixed", zeros="any", factors=(("self", -1), ("mat2", -2)))
@@ -118,9 +116,7 @@ def square_matrix(call: Call) -> None:
 def inverse(call: Call) -> None:
     """The inverse's rows go with the matrix's columns, and its columns with the rows."""
     a, (out, *success) = call["A"], call.results
-    call.link(
-        (a, "... r c"), (out, "... c r"), *((t, "...") for t in success), via=["... r", "... c"]
-    )  # fmt: skip
+    call.link((a, "... r c"), (out, "... c r"), *((t, "...") for t in success), via=["... r", "... c"])
 
 
 @rule("aten.linalg_solve_triangular", values="derived")

@@ -141,16 +141,13 @@ def _operator(name: str) -> Any:
 
 
 def rows(*table: Sequence[Any]) -> list[Example]:
-    """Examples from rows: an operator's name (or a title and a function), arguments, and the axes."""
+    """Examples from rows: operators' names (or a title and a function), arguments, and the axes."""
     examples = []
-    for name, *rest, axes in table:
-        function = rest.pop(0) if rest and callable(rest[0]) and not isinstance(rest[0], Made) else _operator(name)
+    for names, *args, axes in table:
         expected, _, strict = axes.partition(" ~ ")
-        if function is not None:
-            examples.append(Example(name, function, tuple(rest), expected, strict))
+        if args and callable(args[0]) and not isinstance(args[0], Made):
+            examples.append(Example(names, args[0], tuple(args[1:]), expected, strict))
+            continue
+        operators = {name: _operator(name) for name in names.split()}
+        examples += [Example(name, op, tuple(args), expected, strict) for name, op in operators.items() if op]
     return examples
-
-
-def each(names: str, *args: Any) -> list[Example]:
-    """The same arguments and axes for several operators."""
-    return rows(*((name, *args) for name in names.split()))

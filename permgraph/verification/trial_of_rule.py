@@ -16,11 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
-from torch.utils._python_dispatch import (
-    TorchDispatchMode,
-    _get_current_dispatch_mode,
-    _pop_mode_temporarily,
-)
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode, _pop_mode_temporarily
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from permgraph.inference.auto_spec import solve

@@ -17,12 +17,16 @@ from torch import Tensor, nn
 from permgraph.capture.inputs.layers import (
     BATCH,
     LENGTH,
+    configured,
+    filled,
     floats,
     integers,
+    likeliest,
     named_sides,
     setting,
     whole,
-)
+)  # fmt: skip
+from permgraph.capture.inputs.registry import Candidate, input_finder
 
 Arguments = dict[str, Tensor]
 Form = Callable[[nn.Module, frozenset[str]], Iterator[Arguments]]
@@ -38,9 +42,27 @@ def accepted(model: nn.Module, method: str = "forward") -> frozenset[str]:
         return frozenset()
 
 
-def ones(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
-    """A mask that lets everything through."""
-    return torch.ones(shape, dtype=dtype, device="cpu")
+def keyword_finder(name: str, *needed: str) -> Callable[[Form], Form]:
+    """Registers a form as a finder, for modules whose forward accepts all of these names."""
+
+    def register(form: Form) -> Form:
+        @input_finder(name)
+        def candidates(model: nn.Module) -> Iterator[Candidate]:
+            names = accepted(model)
+            if names.issuperset(needed):
+                for arguments in form(model, names):
+                    yield (), dict(arguments)
+
+        return form
+
+    return register
+
+
+def decoder_ids(model: nn.Module, names: frozenset[str]) -> Arguments:
+    """The text that a decoder begins with, for a model that has one and accepts it."""
+    has_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    wanted = {"decoder_input_ids"} & names if has_decoder else ()
+    return {name: likeliest(model, name) for name in wanted}
 
 
 def _vision(model: nn.Module) -> Any:
@@ -56,6 +78,11 @@ def image_of(model: nn.Module) -> tuple[int, int, int]:
     patch = whole(setting(config, "patch_size"), 16)
     named = named_sides(model)
     return channels, patch, named[0][0] if named else GRID * patch
+
+
+def _first(wanted: str, names: frozenset[str]) -> str | None:
+    """The first of these names, with blanks between them, that is accepted."""
+    return next((name for name in wanted.split() if name in names), None)
 
 
 def _part(model: nn.Module, *words: str) -> nn.Module:
@@ -76,9 +103,8 @@ def _patch_widths(model: nn.Module) -> list[int]:
     squares = [first] if first % channels == 0 and math.isqrt(first // channels) ** 2 * channels == first else []
     square = channels * patch * patch
     likely = [square * frames, square]
-    return list(
-        dict.fromkeys([*(w for w in likely if w in found), *found[:1], *likely, *found[1:2], *filter(None, squares)])
-    )
+    known = [width for width in likely if width in found]
+    return list(dict.fromkeys([*known, *found[:1], *likely, *found[1:2], *filter(None, squares)]))
 
 
 def _positions(batch: int, side: int) -> Tensor:
@@ -92,17 +118,15 @@ def _positions(batch: int, side: int) -> Tensor:
 
 def _grid_of_patches(model: nn.Module, names: frozenset[str]) -> Iterator[Arguments]:
     """The patches of all images, or else of all videos, as rows, and each one's frames, rows and columns."""
-    grid = next((name for name in ("image_grid_thw", "grid_thw", "video_grid_thw") if name in names), None)
-    rows = next((name for name in ("pixel_values", "hidden_states", "pixel_values_videos") if name in names), None)
+    grid = _first("image_grid_thw grid_thw video_grid_thw", names)
+    rows = _first("pixel_values hidden_states pixel_values_videos", names)
     if grid is None or rows is None:
         return
     merge = whole(setting(_vision(model), "spatial_merge_size", "merge_size", "merge_kernel_size"), 2)
     side = 2 * merge if merge > 2 else GRID
     channels, patch, _ = image_of(model)
     sizes = torch.tensor([[1, side, side]] * BATCH, device="cpu")
-    more = {"merge_sizes": torch.tensor([merge] * BATCH, device="cpu")} if "merge_sizes" in names else {}
-    if "image_merge_sizes" in names:
-        more["image_merge_sizes"] = torch.tensor([merge] * BATCH, device="cpu")
+    more: Arguments = {name: filled(merge, BATCH) for name in ("merge_sizes", "image_merge_sizes") if name in names}
     for width in _patch_widths(model):
         yield {rows: floats(model, BATCH * side * side, width), grid: sizes, **more}
     yield {rows: floats(model, BATCH * side * side, channels, patch, patch), grid: sizes, **more}
@@ -117,14 +141,14 @@ def _packed_patches(model: nn.Module, names: frozenset[str]) -> Iterator[Argumen
     for width in _patch_widths(model):
         yield {
             "pixel_values": floats(model, BATCH, GRID * GRID, width),
-            "pixel_attention_mask": ones(BATCH, GRID * GRID),
+            "pixel_attention_mask": filled(1, BATCH, GRID * GRID),
             "spatial_shapes": torch.tensor([[GRID, GRID]] * BATCH, device="cpu"),
         }
 
 
 def _placed_patches(model: nn.Module, names: frozenset[str]) -> Iterator[Arguments]:
     """Flattened patches for each image, and the place of each in it."""
-    places = next((name for name in ("pixel_position_ids", "image_position_ids") if name in names), None)
+    places = _first("pixel_position_ids image_position_ids", names)
     if places is None:
         return
     side = 2 * whole(setting(_vision(model), "pooling_kernel_size"), 2)
@@ -147,20 +171,15 @@ def _tiles(model: nn.Module, names: frozenset[str]) -> Iterator[Arguments]:
         return
     channels, _, side = image_of(model)
     tiles = whole(setting(_vision(model), "max_num_tiles"), 4)
-    mask = ones(BATCH, 1, tiles)
-    found = {
-        "pixel_values": floats(model, BATCH, 1, tiles, channels, side, side),
-        "aspect_ratio_ids": ones(BATCH, 1),
-        "aspect_ratio_mask": mask,
-    }
-    if "cross_attention_mask" in names:
-        found["cross_attention_mask"] = ones(BATCH, LENGTH, 1, tiles)
-    yield found
+    pixels = floats(model, BATCH, 1, tiles, channels, side, side)
+    seen = {"cross_attention_mask": filled(1, BATCH, LENGTH, 1, tiles)} if "cross_attention_mask" in names else {}
+    masks = {"aspect_ratio_ids": filled(1, BATCH, 1), "aspect_ratio_mask": filled(1, BATCH, 1, tiles)}
+    yield {"pixel_values": pixels, **masks, **seen}
 
 
 def _part_counts(model: nn.Module) -> list[int]:
     """Into how many parts an image may be cut by the grids that a config lists, with the whole as one more."""
-    grids = setting(getattr(model, "config", None), "image_grid_pinpoints")
+    grids = configured(model, "image_grid_pinpoints")
     side = whole(setting(_vision(model), "image_size"), 0)
     if not isinstance(grids, (list, tuple)) or side < 1:
         return []
@@ -182,11 +201,11 @@ def _many_images(model: nn.Module, names: frozenset[str]) -> Iterator[Arguments]
         yield {"pixel_values": floats(model, BATCH, channels, side, side), "image_sizes": sizes}
         for parts in dict.fromkeys((3, 5, 2, *_part_counts(model))):
             yield {"pixel_values": floats(model, BATCH, parts, channels, side, side), "image_sizes": sizes}
+    one = {"pixel_values": floats(model, BATCH, 1, channels, side, side)}
     if "image_attention_mask" in names and "image_encoder_embeddings" in names:  # which words see which image
-        one = {"pixel_values": floats(model, BATCH, 1, channels, side, side)}
-        yield {**one, "image_attention_mask": ones(BATCH, LENGTH, 1)}
+        yield {**one, "image_attention_mask": filled(1, BATCH, LENGTH, 1)}
     if "pixel_attention_mask" in names and "spatial_shapes" not in names:
-        yield {"pixel_values": floats(model, BATCH, 1, channels, side, side)}
+        yield one
 
 
 def plain_images(model: nn.Module, names: frozenset[str]) -> Iterator[Arguments]:
@@ -221,10 +240,9 @@ def _patches_in_time(model: nn.Module, names: frozenset[str]) -> Iterator[Argume
 def _video(model: nn.Module, names: frozenset[str]) -> Iterator[Arguments]:
     """A few frames for each text."""
     if "pixel_values_videos" in names:
-        config = getattr(model, "config", None)
         channels, _, side = image_of(model)
-        frames = whole(setting(config, "frames_per_clip", "num_frames"), 2)
-        side = whole(setting(config, "crop_size"), side)
+        frames = whole(configured(model, "frames_per_clip", "num_frames"), 2)
+        side = whole(configured(model, "crop_size"), side)
         yield {"pixel_values_videos": floats(model, BATCH, frames, channels, side, side)}
         yield {"pixel_values_videos": floats(model, BATCH, channels, frames, side, side)}
 
@@ -256,7 +274,7 @@ def spectrogram_widths(model: nn.Module, config: Any) -> list[int]:
 
 def _sound(model: nn.Module, names: frozenset[str]) -> Iterator[Arguments]:
     """Spectrograms or waveforms, without and with the masks that go with them."""
-    key = next((n for n in ("input_features", "audio_mel", "input_values", "audio_input_features") if n in names), None)
+    key = _first("input_features audio_mel input_values audio_input_features", names)
     if key is None:
         return
     config = getattr(model, "config", None)
@@ -267,38 +285,31 @@ def _sound(model: nn.Module, names: frozenset[str]) -> Iterator[Arguments]:
         made = [floats(model, BATCH, 4001), floats(model, BATCH, 9600), floats(model, BATCH, 1, 9600)]
     else:
         positions = setting(audio, "max_source_positions")
-        for mels in (
-            spectrogram_widths(model, audio) if key != "audio_mel" else [128, *spectrogram_widths(model, audio)]
-        ):
+        for mels in [*([128] if key == "audio_mel" else ()), *spectrogram_widths(model, audio)]:
             if isinstance(positions, int):
                 made.append(floats(model, BATCH, mels, 2 * positions))
             made += [floats(model, BATCH, 128, mels), floats(model, BATCH, mels, 128)]
             made += [floats(model, BATCH, 400, mels), floats(model, BATCH, mels, 400)]  # windows of 50, 100 or 200
-    masks = (
-        "input_features_mask",
-        "feature_attention_mask",
-        "audio_attention_mask",
-        "audio_mel_mask",
-        "attention_mask",
-    )
-    mask = next((n for n in (masks[:-1] if "input_ids" in names else masks) if n in names), None)
+    mask = _first("input_features_mask feature_attention_mask audio_attention_mask audio_mel_mask", names)
+    if mask is None and "input_ids" not in names:
+        mask = _first("attention_mask", names)
     for values in made:
         yield {key: values}
     for values in made if mask is not None else ():
         assert mask is not None
         for frames in dict.fromkeys((values.shape[1], values.shape[-1])):
-            given = ones(BATCH, frames, dtype=torch.bool)
+            given = filled(1, BATCH, frames).bool()
             yield {key: values, mask: ~given if mask == "audio_mel_mask" else given}  # there it marks what is padding
 
 
 def _coded_sound(model: nn.Module, names: frozenset[str]) -> Iterator[Arguments]:
     """Sound as a level for each of its bands, frame by frame."""
     if "audio_input_ids" in names:
-        audio = setting(getattr(model, "config", None), "audio_config")
+        audio = configured(model, "audio_config")
         bands = whole(setting(audio, "n_mel_bins", "num_mel_bins"), 80)
         levels = whole(setting(audio, "mel_vocab_size", "vocab_size", "num_bins"), 2)
         found = {"audio_input_ids": integers(levels, BATCH, LENGTH, bands)}
-        yield {**found, "audio_input_ids_mask": ones(BATCH, LENGTH)} if "audio_input_ids_mask" in names else found
+        yield {**found, "audio_input_ids_mask": filled(1, BATCH, LENGTH)} if "audio_input_ids_mask" in names else found
 
 
 SOUNDS: tuple[Form, ...] = (_sound, _coded_sound)

@@ -10,7 +10,7 @@ import inspect
 import itertools
 import math
 import numbers
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -35,6 +35,11 @@ def floats(model: nn.Module, *shape: int) -> Tensor:
 def integers(bound: int, *shape: int) -> Tensor:
     """Random integers from 0 up to, and without, `bound`."""
     return torch.randint(max(bound, 1), shape, generator=torch.Generator().manual_seed(0), device="cpu")
+
+
+def filled(value: int, *shape: int) -> Tensor:
+    """The same integer throughout."""
+    return torch.full(shape, value, device="cpu")
 
 
 # -- what a config or the module's attributes say about sizes -----------------------------------------------------
@@ -64,6 +69,11 @@ def _attribute(owner: Any, name: str) -> Any:
         return None
 
 
+def configured(model: nn.Module, *names: str) -> Any:
+    """The first of these that a model's config names."""
+    return setting(getattr(model, "config", None), *names)
+
+
 def integer(value: Any) -> int | None:
     """A whole number, Python's or numpy's, as Python's; None for anything else, truth values too."""
     return int(value) if isinstance(value, numbers.Integral) and not isinstance(value, bool) else None
@@ -81,9 +91,7 @@ def whole(value: Any, default: int) -> int:
 
 def named_sides(model: nn.Module) -> list[tuple[int, int]]:
     """Heights and widths of images that the model's config or its modules name."""
-    named: list[Any] = [
-        setting(getattr(model, "config", None), "image_size", "img_size", "input_size", "max_img_size", "crop_size")
-    ]
+    named: list[Any] = [configured(model, "image_size", "img_size", "input_size", "max_img_size", "crop_size")]
     for module in model.modules():
         named += [vars(module).get("image_size"), vars(module).get("img_size")]
     found: list[tuple[int, int]] = []
@@ -105,7 +113,7 @@ def sides(model: nn.Module) -> list[tuple[int, int]]:
 def vocabulary(model: nn.Module) -> int:
     """How many token ids are safe to use."""
     tables = [m.num_embeddings for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
-    bound = setting(getattr(model, "config", None), "vocab_size", "n_tokens", "num_embeddings")
+    bound = configured(model, "vocab_size", "n_tokens", "num_embeddings")
     first = tables[0] if tables else 3
     return min(whole(bound, first), first) if tables else whole(bound, 3)
 
@@ -138,12 +146,11 @@ def _token_ids(model: nn.Module) -> Iterator[Tensor]:
 
 
 def _text_around_image(model: nn.Module) -> Iterator[Tensor]:
-    config = getattr(model, "config", None)
-    image = setting(config, "image_token_id", "image_token_index")
-    count = setting(config, "image_seq_length", "mm_tokens_per_image", "num_image_tokens", "num_query_tokens")
+    image = configured(model, "image_token_id", "image_token_index")
+    count = configured(model, "image_seq_length", "mm_tokens_per_image", "num_image_tokens", "num_query_tokens")
     if isinstance(image, int) and isinstance(count, int):  # the places where the features of one image go
         ids = integers(min(vocabulary(model), image), BATCH, LENGTH)
-        yield torch.cat([ids, torch.full((BATCH, count), image, device="cpu")], 1)
+        yield torch.cat([ids, filled(image, BATCH, count)], 1)
     yield from _token_ids(model)
 
 
@@ -175,81 +182,46 @@ def _pixels(model: nn.Module) -> Iterator[Tensor]:
 
 def _clips(model: nn.Module) -> Iterator[Tensor]:
     """A few frames of each size that the model names; then what may be images as well."""
-    config = getattr(model, "config", None)
-    channels, frames = whole(setting(config, "num_channels", "in_chans"), 3), whole(setting(config, "num_frames"), 2)
+    channels, frames = (
+        whole(configured(model, "num_channels", "in_chans"), 3),
+        whole(configured(model, "num_frames"), 2),
+    )
     for height, width in named_sides(model)[:2]:
         yield floats(model, BATCH, frames, channels, height, width)
     yield from _pixels(model)
 
 
 def _waveform(model: nn.Module) -> Iterator[Tensor]:
-    config = getattr(model, "config", None)
-    length, mels = setting(config, "max_length"), setting(config, "num_mel_bins")
+    length, mels = configured(model, "max_length"), configured(model, "num_mel_bins")
     if isinstance(length, int) and isinstance(mels, int):
         yield floats(model, BATCH, length, mels)
     yield floats(model, BATCH, 4001)
     yield floats(model, BATCH, 9600)  # whole frames of 5, 10, 20, 40, 80 or 120 ms
-    yield floats(model, BATCH, whole(setting(config, "audio_channels"), 1), 4001)
+    yield floats(model, BATCH, whole(configured(model, "audio_channels"), 1), 4001)
 
 
 def _anything(model: nn.Module) -> Iterator[Tensor]:
     """For an argument whose name says nothing: images of the size that the config names, else a waveform."""
-    if setting(getattr(model, "config", None), "image_size") is not None:
+    if configured(model, "image_size") is not None:
         yield from itertools.islice(_pixels(model), 3)
     yield from _waveform(model)
 
 
 def _spectrogram(model: nn.Module) -> Iterator[Tensor]:
-    config = getattr(model, "config", None)
-    mels = whole(setting(config, "num_mel_bins", "input_feat_per_channel", "feature_size", "n_mels"), 80)
-    positions = setting(config, "max_source_positions")
+    mels = whole(configured(model, "num_mel_bins", "input_feat_per_channel", "feature_size", "n_mels"), 80)
+    positions = configured(model, "max_source_positions")
     if isinstance(positions, int):
         yield floats(model, BATCH, mels, 2 * positions)
-    width = whole(setting(config, "feature_projection_input_dim", "input_feat_per_channel"), mels)
+    width = whole(configured(model, "feature_projection_input_dim", "input_feat_per_channel"), mels)
     yield floats(model, BATCH, 64, width)
     yield floats(model, BATCH, mels, 64)
     yield floats(model, BATCH, 1, 256, mels)  # as an image of one channel
 
 
 def _series(model: nn.Module) -> Iterator[Tensor]:
-    config = getattr(model, "config", None)
-    length = whole(setting(config, "context_length"), LENGTH)
-    yield floats(model, BATCH, length, whole(setting(config, "num_input_channels"), 1))
+    length = whole(configured(model, "context_length"), LENGTH)
+    yield floats(model, BATCH, length, whole(configured(model, "num_input_channels"), 1))
     yield floats(model, BATCH, length)
-
-
-def _mask(model: nn.Module) -> Iterator[Tensor]:
-    yield torch.ones(BATCH, LENGTH, dtype=torch.bool, device="cpu")
-    yield torch.ones(BATCH, LENGTH, dtype=torch.int64, device="cpu")
-
-
-def _times(model: nn.Module) -> Iterator[Tensor]:
-    yield integers(2, BATCH)
-    yield floats(model, BATCH).abs()
-
-
-def _boxes(model: nn.Module) -> Iterator[Tensor]:
-    yield torch.zeros(BATCH, LENGTH, 4, dtype=torch.int64, device="cpu")
-
-
-def _edges(model: nn.Module) -> Iterator[Tensor]:
-    yield integers(BATCH, 2, LENGTH)  # the nodes of a graph are counted where others count the batch
-
-
-def _segments(model: nn.Module) -> Iterator[Tensor]:
-    yield torch.zeros(BATCH, LENGTH, dtype=torch.int64, device="cpu")
-
-
-def _languages(model: nn.Module) -> Iterator[Tensor]:
-    yield torch.zeros(BATCH, dtype=torch.int64, device="cpu")
-
-
-def _task(model: nn.Module) -> Iterator[Tensor]:
-    yield floats(model, BATCH, whole(setting(getattr(model, "config", None), "task_seq_len"), LENGTH))
-
-
-def _grid(model: nn.Module) -> Iterator[Tensor]:
-    yield torch.tensor([[1, 4, 4]], device="cpu")  # one image: frames, rows, columns of patches
 
 
 def _patches(model: nn.Module) -> Iterator[Tensor]:
@@ -261,8 +233,9 @@ def _patches(model: nn.Module) -> Iterator[Tensor]:
         yield floats(model, 16, first.in_channels * math.prod(first.kernel_size))
 
 
+GRIDS = ("grid_thw", "image_grid_thw")
 #: Makers of an argument's values, likeliest first, by the argument's name.
-BY_NAME: dict[str, Callable[[nn.Module], Iterator[Tensor]]] = {
+BY_NAME: dict[str, Callable[[nn.Module], Iterable[Tensor]]] = {
     **dict.fromkeys(("input_ids", "decoder_input_ids", "qformer_input_ids", "token_ids", "tokens", "idx"), _token_ids),
     "pixel_values": _pixels,
     "pixel_values_videos": _clips,
@@ -270,15 +243,25 @@ BY_NAME: dict[str, Callable[[nn.Module], Iterator[Tensor]]] = {
     "inputs": _anything,
     "input_features": _spectrogram,
     "past_values": _series,
-    **dict.fromkeys(("mask", "attention_mask", "padding_mask", "decoder_attention_mask"), _mask),
-    **dict.fromkeys(("t", "time", "timestep", "timesteps"), _times),
-    "bbox": _boxes,
-    "lang_ids": _languages,
-    "task_inputs": _task,
-    **dict.fromkeys(("token_type_ids", "position_ids", "segment_ids"), _segments),
-    "edge_index": _edges,
-    **dict.fromkeys(("grid_thw", "image_grid_thw"), _grid),
+    **dict.fromkeys(
+        ("mask", "attention_mask", "padding_mask", "decoder_attention_mask"),
+        lambda model: [filled(1, BATCH, LENGTH).bool(), filled(1, BATCH, LENGTH)],
+    ),
+    **dict.fromkeys(
+        ("t", "time", "timestep", "timesteps"), lambda model: [integers(2, BATCH), floats(model, BATCH).abs()]
+    ),
+    "bbox": lambda model: [filled(0, BATCH, LENGTH, 4)],
+    "lang_ids": lambda model: [filled(0, BATCH)],
+    "task_inputs": lambda model: [floats(model, BATCH, whole(configured(model, "task_seq_len"), LENGTH))],
+    **dict.fromkeys(("token_type_ids", "position_ids", "segment_ids"), lambda model: [filled(0, BATCH, LENGTH)]),
+    "edge_index": lambda model: [integers(BATCH, 2, LENGTH)],  # nodes are counted where others count the batch
+    **dict.fromkeys(GRIDS, lambda model: [torch.tensor([[1, 4, 4]], device="cpu")]),  # one image: frames, rows, columns
 }
+
+
+def likeliest(model: nn.Module, name: str) -> Tensor:
+    """The likeliest values of an argument of a known name."""
+    return next(iter(BY_NAME[name](model)))
 
 
 # -- tensors for a layer ----------------------------------------------------------------------------------------
@@ -452,7 +435,6 @@ def from_huggingface(model: nn.Module) -> Iterator[Candidate]:
 def from_patches(model: nn.Module) -> Iterator[Candidate]:
     """Vision towers that take the patches of images of any size in one row, and each image's rows and columns."""
     names = required(model)
-    grids = [name for name in names if BY_NAME.get(name) is _grid]
-    if grids:
+    if set(names) & set(GRIDS):
         for patches in _patches(model):
-            yield (), {name: next(_grid(model)) if name in grids else patches for name in names}
+            yield (), {name: likeliest(model, name) if name in GRIDS else patches for name in names}

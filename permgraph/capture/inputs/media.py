@@ -14,18 +14,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from permgraph.capture.inputs.forms import IMAGES, SOUNDS, VIDEOS, Arguments, Form, accepted, ones
+from permgraph.capture.inputs.forms import (
+    IMAGES,
+    SOUNDS,
+    VIDEOS,
+    Arguments,
+    Form,
+    accepted,
+    decoder_ids,
+    keyword_finder,
+)  # fmt: skip
 from permgraph.capture.inputs.layers import (
     BATCH,
     BY_NAME,
     LENGTH,
+    configured,
+    filled,
     floats,
     integers,
+    likeliest,
     required,
     setting,
     vocabulary,
     whole,
-)
+)  # fmt: skip
 from permgraph.capture.inputs.registry import Candidate, input_finder
 from permgraph.errors import CaptureError
 
@@ -45,15 +57,12 @@ def _completed(model: nn.Module, arguments: Arguments) -> Iterator[dict[str, Ten
 _SPECTROGRAMS = {"input_features", "audio_mel", "input_features_mask", "audio_mel_mask", "attention_mask"}
 
 
-@input_finder("sound")
-def from_sound(model: nn.Module) -> Iterator[Candidate]:
+@keyword_finder("sound")
+def _sound(model: nn.Module, names: frozenset[str]) -> Iterator[Arguments]:
     """Spectrograms, with their masks where it takes these, for a model that requires them."""
-    names = accepted(model)
     needed = set(required(model))
     if needed & {"input_features", "audio_mel"} and needed <= _SPECTROGRAMS:
-        for arguments in SOUNDS[0](model, names):
-            if needed <= arguments.keys():
-                yield (), dict(arguments)
+        yield from (arguments for arguments in SOUNDS[0](model, names) if needed <= arguments.keys())
 
 
 #: What modules call a waveform; what they take under these names may be a spectrogram as well, or have channels.
@@ -70,50 +79,41 @@ def from_waveforms(model: nn.Module) -> Iterator[Candidate]:
             yield (floats(model, BATCH, 1, length),), {}
 
 
-@input_finder("sound with video")
-def from_sound_with_video(model: nn.Module) -> Iterator[Candidate]:
+@keyword_finder("sound with video", "input_values", "pixel_values_videos")
+def _sound_with_video(model: nn.Module, names: frozenset[str]) -> Iterator[Arguments]:
     """A video and its sound, and where a text is taken too, that."""
-    names = accepted(model)
-    if not {"input_values", "pixel_values_videos"} <= names:
-        return
     text: Arguments = {}
     if "input_ids" in names:
-        text["input_ids"] = next(BY_NAME["input_ids"](model))
-        text |= {"attention_mask": ones(*text["input_ids"].shape)} if "attention_mask" in names else {}
+        text["input_ids"] = likeliest(model, "input_ids")
+        text |= {"attention_mask": filled(1, *text["input_ids"].shape)} if "attention_mask" in names else {}
     for video in VIDEOS[1](model, names):
         for wave in (floats(model, BATCH, 1, 9600), floats(model, BATCH, 9600)):
-            yield (), {**text, "input_values": wave, **video}
+            yield {**text, "input_values": wave, **video}
 
 
-@input_finder("images")
-def from_images(model: nn.Module) -> Iterator[Candidate]:
+@keyword_finder("images")
+def _images(model: nn.Module, names: frozenset[str]) -> Iterator[Arguments]:
     """Images in the form that the names of forward's arguments ask for, where that is not one image for each sample."""
-    names = accepted(model)
-    text = "input_ids" in names
     for form in IMAGES[:6]:  # one image for each sample is the business of other finders
         for arguments in form(model, names):
-            if text:
-                for ids in itertools.islice(BY_NAME["input_ids"](model), 1):
-                    yield (), {"input_ids": ids, **arguments}
+            if "input_ids" in names:
+                yield {"input_ids": likeliest(model, "input_ids"), **arguments}
             else:
-                for candidate in _completed(model, arguments):
-                    yield (), candidate
-    if "pixel_values_videos" in names and not text:
-        for arguments in VIDEOS[1](model, names):
-            yield (), dict(arguments)
+                yield from _completed(model, arguments)
+    if "pixel_values_videos" in names and "input_ids" not in names:
+        yield from VIDEOS[1](model, names)
 
 
-@input_finder("sound over text")
-def from_sound_over_text(model: nn.Module) -> Iterator[Candidate]:
+@keyword_finder("sound over text", "input_ids", "input_features")
+def _sound_over_text(model: nn.Module, names: frozenset[str]) -> Iterator[Arguments]:
     """A text, and a sound whose features are added to it: as many as it has tokens."""
-    names = accepted(model)
-    if not {"input_ids", "input_features"} <= names or not accepted(model, "get_audio_features"):
+    if not accepted(model, "get_audio_features"):
         return
-    if setting(getattr(model, "config", None), "audio_token_id", "audio_token_index") is not None:
+    if configured(model, "audio_token_id", "audio_token_index") is not None:
         return  # the features have places of their own
     made = next(_that_run(model, "get_audio_features", SOUNDS[0], names), None)
     if made is not None:
-        yield (), {"input_ids": integers(vocabulary(model), BATCH, made[1]), **made[0]}
+        yield {"input_ids": integers(vocabulary(model), BATCH, made[1]), **made[0]}
 
 
 class _Features(nn.Module):
@@ -152,33 +152,29 @@ MEDIA: tuple[tuple[str, tuple[str, ...], tuple[Form, ...]], ...] = (
 )
 
 
-@input_finder("text with media")
-def from_text_with_media(model: nn.Module) -> Iterator[Candidate]:
+@keyword_finder("text with media", "input_ids")
+def _text_with_media(model: nn.Module, names: frozenset[str]) -> Iterator[Arguments]:
     """Text with one image, or one sound, for each sample, in whose place as many placeholders stand as it has features.
 
     All media that the model takes stand in one text, if it runs so; each alone otherwise.
     """
-    names = accepted(model)
-    config = getattr(model, "config", None)
-    if "input_ids" not in names:
-        return
     found: list[tuple[Arguments, Tensor]] = []
     short: list[tuple[Arguments, Tensor]] = []
     for method, tokens, forms in MEDIA:
-        token = setting(config, *tokens)
+        token = configured(model, *tokens)
         if not isinstance(token, int):
             continue
         owner = _owner(model, method)
         own = accepted(owner, method)
         if not own:  # it does not say how many, and puts in as many as there are where it finds one
             given = [arguments for form in forms for arguments in form(model, names)]
-            short += [(arguments, torch.full((BATCH, 1), token, device="cpu")) for arguments in given]
+            short += [(arguments, filled(token, BATCH, 1)) for arguments in given]
             continue
         opaque = any(p.kind is p.VAR_POSITIONAL for p in inspect.signature(getattr(owner, method)).parameters.values())
         for form in forms:
             made = next(_that_run(owner, method, form, names if opaque else own & names), None)
             if made is not None:
-                found.append((made[0], torch.full((BATCH, made[1]), token, device="cpu")))
+                found.append((made[0], filled(token, BATCH, made[1])))
                 break
     choices = [found] if len(found) < 2 else [found, *([one] for one in found)]
     choices += [[one] for one in short[:12]]
@@ -198,9 +194,7 @@ def _that_run(model: nn.Module, method: str, form: Form, names: frozenset[str]) 
     parameters = inspect.signature(getattr(model, method)).parameters.values()
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     needed = {p.name for p in parameters if p.default is p.empty and p.kind in positional}
-    beside = {
-        name: next(BY_NAME[name](model)) for name in sorted(needed) if name.endswith("input_ids") and name in BY_NAME
-    }
+    beside = {name: likeliest(model, name) for name in sorted(needed) if name.endswith("input_ids") and name in BY_NAME}
     whole_ones = ({**beside, **arguments} for arguments in form(model, names) if needed <= {*arguments, *beside})
     for arguments in itertools.islice(whole_ones, 16):
         count = count_features(model, method, arguments)
@@ -208,31 +202,28 @@ def _that_run(model: nn.Module, method: str, form: Form, names: frozenset[str]) 
             yield {name: value for name, value in arguments.items() if name != "input_ids"}, count
 
 
-def _texts(model: nn.Module, names: frozenset[str], media: list[tuple[Arguments, Tensor]]) -> Iterator[Candidate]:
+def _texts(model: nn.Module, names: frozenset[str], media: list[tuple[Arguments, Tensor]]) -> Iterator[Arguments]:
     config = getattr(model, "config", None)
     special = [whole(setting(config, *tokens), 1 << 60) for _, tokens, _ in MEDIA]
     start = setting(config, "vision_start_token_id")
     parts = [integers(min(vocabulary(model), *special), BATCH, LENGTH)]
-    marks = [torch.zeros(BATCH, LENGTH, dtype=torch.int64, device="cpu")]
+    marks = [filled(0, BATCH, LENGTH)]
     arguments: Arguments = {}
     for at, (given, placeholders) in enumerate(media):
         if isinstance(start, int):
-            parts.append(torch.full((BATCH, 1), start, device="cpu"))
-            marks.append(torch.zeros(BATCH, 1, dtype=torch.int64, device="cpu"))
+            parts.append(filled(start, BATCH, 1))
+            marks.append(filled(0, BATCH, 1))
         parts += [placeholders, integers(min(vocabulary(model), *special), BATCH, 3)]
-        marks += [torch.full_like(placeholders, at + 1), torch.zeros(BATCH, 3, dtype=torch.int64, device="cpu")]
+        marks += [torch.full_like(placeholders, at + 1), filled(0, BATCH, 3)]
         arguments.update(given)
     ids = torch.cat(parts, 1)
     always = {"input_ids": ids, **arguments}
     for name in required(model):  # a second text, for a part that reads the image with it
         if name.endswith("input_ids") and name in BY_NAME and name not in always:
-            always[name] = next(BY_NAME[name](model))
-    if "decoder_input_ids" in names and getattr(config, "is_encoder_decoder", False):
-        always["decoder_input_ids"] = next(BY_NAME["decoder_input_ids"](model))
-    kinds: dict[str, Tensor] = {
-        name: torch.cat(marks, 1) for name in ("mm_token_type_ids", "token_type_ids") if name in names
-    }
-    mask = {"attention_mask": ones(*ids.shape)} if "attention_mask" in names else {}
-    yield (), {**always, **kinds, **mask}
-    yield (), {**always, **mask}
-    yield (), dict(always)
+            always[name] = likeliest(model, name)
+    always |= decoder_ids(model, names)
+    kinds: Arguments = {name: torch.cat(marks, 1) for name in ("mm_token_type_ids", "token_type_ids") if name in names}
+    mask = {"attention_mask": filled(1, *ids.shape)} if "attention_mask" in names else {}
+    yield {**always, **kinds, **mask}
+    yield {**always, **mask}
+    yield always
