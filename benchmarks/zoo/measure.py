@@ -28,7 +28,7 @@ STATUSES = ("not built", "not captured", "not inferred", "not verified", "wrong"
 
 
 #: What uses finished specs, and can change no record.
-LATER = ("cli", "connectivity", "io", "matching", "merging", "pictures", "planning.py", "studies")
+LATER = ("assignment", "cli", "connectivity", "io", "matching", "merging", "networks", "pictures", "studies")
 
 
 @cache
