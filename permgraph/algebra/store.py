@@ -93,14 +93,6 @@ class Axes:
         self._family_indices.add(index)
         return self.resolve(self._intern(Kind.FAMILY, members[0].size, members, index))
 
-    def make_factors(self, name: FactorKey, sizes: Sequence[int]) -> list[Axis]:
-        """New axes that stand side by side, known by a name from run to run."""
-        return self.named.make(self, name, sizes)
-
-    def cuts_seen(self, *, within: bool = False) -> dict[FactorKey, tuple[int, ...]]:
-        """Where factors have been cut since they were made: what the next run should know."""
-        return self.named.cuts_seen(self, within=within)
-
     def _intern(self, kind: Kind, size: int, children: Sequence[Axis], index: Index | None = None) -> Axis:
         """The node of this kind over these children: made once, so that repeating a constraint changes nothing."""
         root = None if index is None else index.find()

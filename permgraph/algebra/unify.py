@@ -88,8 +88,7 @@ def _unify_composites(axes: Axes, a: Axis, b: Axis) -> None:
         if a.kind is Kind.FAMILY:
             assert a.index is not None and b.index is not None
             if a.index.find() is b.index.find() and len(a.children) == len(b.children):
-                for x, y in zip(a.children, b.children, strict=True):
-                    axes.unify(x, y)
+                _unify_each(axes, a.children, b.children)
             else:
                 axes.collapse(a)
                 axes.collapse(b)
@@ -99,7 +98,10 @@ def _unify_composites(axes: Axes, a: Axis, b: Axis) -> None:
         else:
             _unify_slices(axes, b, a)
     elif a.kind is Kind.SUM and b.kind is Kind.SUM:
-        _unify_sums(axes, a, b)
+        if [c.size for c in a.children] == [c.size for c in b.children]:
+            _unify_each(axes, a.children, b.children)
+        else:
+            _unify_slices(axes, a, b)
     elif a.kind is Kind.PRODUCT and b.kind is Kind.PRODUCT:
         _unify_each(axes, axes.split(a, [f.size for f in b.children]), b.children)
     else:
@@ -120,13 +122,6 @@ def _unify_slices(axes: Axes, axis: Axis, total: Axis) -> None:
     for part in total.children:
         axes.unify(axes.slice(axis, start, start + part.size)[0], part)
         start += part.size
-
-
-def _unify_sums(axes: Axes, a: Axis, b: Axis) -> None:
-    if [c.size for c in a.children] == [c.size for c in b.children]:
-        _unify_each(axes, a.children, b.children)
-    else:
-        _unify_slices(axes, a, b)
 
 
 def _merge_indices(axes: Axes, a: Axis, b: Axis) -> None:

@@ -379,11 +379,11 @@ class _Fakes:
         self._made: dict[int, Tensor] = {}  # kept alive, so that no id is used twice
 
     def of_state(self, entry: StateTensor) -> Tensor:
-        return self._fake(entry.objects[0])
+        return self.of_input(entry.objects[0])
 
     def of_attribute(self, tensor: Tensor) -> Tensor:
         # Itself, where it can be: Python may read its values, and an operator that meets it gets a fake.
-        return tensor if tensor.device == _CPU else self._fake(tensor)
+        return tensor if tensor.device == _CPU else self.of_input(tensor)
 
     def of_unseen(self, tensor: Tensor) -> Tensor:
         if isinstance(tensor, FakeTensor) and tensor.fake_mode is self._mode and id(tensor) not in self._made:
@@ -391,12 +391,9 @@ class _Fakes:
                 f"a tensor of shape {tuple(tensor.shape)} was computed where operators cannot be observed, such as "
                 "another thread: run the whole forward pass in the thread that calls it"
             )
-        return self._fake(tensor)
+        return self.of_input(tensor)
 
     def of_input(self, tensor: Tensor) -> Tensor:
-        return self._fake(tensor)
-
-    def _fake(self, tensor: Tensor) -> Tensor:
         fake = self._strided(tensor) if tensor.layout == torch.strided else self._mode.from_tensor(tensor)
         self._made[id(fake)] = fake
         return fake
@@ -431,17 +428,12 @@ class _Reals:
 
     def of_state(self, entry: StateTensor) -> Tensor:
         tensor = entry.objects[0]
-        return as_parameter_like(tensor, self._real(tensor))
-
-    def of_attribute(self, tensor: Tensor) -> Tensor:
-        return self._real(tensor)
-
-    of_input = of_attribute
+        return as_parameter_like(tensor, self.of_attribute(tensor))
 
     def of_unseen(self, tensor: Tensor) -> Tensor:
-        return self._real(tensor) if tensor.device != self._device else tensor
+        return self.of_attribute(tensor) if tensor.device != self._device else tensor
 
-    def _real(self, tensor: Tensor) -> Tensor:
+    def of_attribute(self, tensor: Tensor) -> Tensor:
         if not tensor.is_meta:
             return tensor.detach().to(self._device, copy=True)
         made = strided_like(tensor, self._device)
@@ -450,6 +442,8 @@ class _Reals:
         # Positive, so that variances are; small, so that a deep stack stays finite; repeated, for speed.
         repeats = -(-tensor.numel() // self._values.numel())
         return made.copy_(self._values.repeat(repeats)[: tensor.numel()].view(tensor.shape))
+
+    of_input = of_attribute
 
 
 def _real_device(state: list[StateTensor]) -> torch.device:

@@ -159,8 +159,8 @@ def _collapse_families(solution: Solution) -> None:
 
 
 def _cuts_seen(solution: Solution, *, within: bool) -> dict[FactorKey, tuple[int, ...]]:
-    """Where axes were cut, see `Axes.cuts_seen`; of a placeholder's, those of which a part was taken."""
+    """Where axes were cut, see `Factors.cuts_seen`; of a placeholder's, those of which a part was taken."""
     taken = {id(tensor) for call in solution.calls for tensor in call.ledger.taken}
     numbers = {n for n, node in enumerate(solution.nodes) if id(solution.values.get(node)) in taken}
-    cuts = solution.axes.cuts_seen(within=within)
+    cuts = solution.axes.named.cuts_seen(solution.axes, within=within)
     return {key: points for key, points in cuts.items() if key[0] != PLACEHOLDER or key[1] in numbers}

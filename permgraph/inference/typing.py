@@ -34,7 +34,7 @@ def type_graph(facts: GraphFacts, cuts: Mapping[FactorKey, tuple[int, ...]]) -> 
         if node.op == "placeholder":
             values[node] = tensor = _typed(solution, node, node.meta["val"])
             if isinstance(tensor, TypedTensor) and node.meta["kind"] != "input":
-                tensor.dims = solution.axes.make_factors((PLACEHOLDER, number[node]), tensor.shape)
+                tensor.dims = solution.axes.named.make(solution.axes, (PLACEHOLDER, number[node]), tensor.shape)
                 tensor.known = facts.known.get(node)
             if is_weight(node) and isinstance(values[node], TypedTensor):
                 name = node.meta["names"][0]

@@ -160,7 +160,8 @@ class Call:
             merged = self.axes.product([source.dims[d] for d in left])
             for d, factor in zip(right, self.axes.split(merged, [out.shape[d] for d in right]), strict=True):
                 self.axes.unify(out.dims[d], factor)
-            self._note_ties(source, left, out, right)
+            for i, j in itertools.product(left, right):
+                self.note_tie(source, i, out, j)
         self.note_rearrangement(source, out)
         self.carry_values(source, out, all_of_them=True)
 
@@ -412,8 +413,3 @@ class Call:
                     self.axes.unify(known, axis)
         for known, axis in later:  # the sums that families refer to must have met before
             self.axes.unify(known, axis)
-
-    def _note_ties(self, a: TypedTensor, left: Sequence[int], b: TypedTensor, right: Sequence[int]) -> None:
-        for i in left:
-            for j in right:
-                self.note_tie(a, i, b, j)

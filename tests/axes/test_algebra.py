@@ -143,7 +143,7 @@ def test_what_was_cut_is_made_cut_the_next_time() -> None:
     whole = first.atom(12)
     three, four = first.split(whole, [3, 4])
     first.slice(three, 0, 1)
-    second = Axes(first.cuts_seen())
+    second = Axes(first.named.cuts_seen(first))
     second.start_node(7)
     rows, columns = second.split(second.atom(12), [3, 4])
     assert [part.size for part in second.parts(rows)] == [1, 2]

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import permgraph
 from permgraph.errors import CheckpointError, EvaluationError, MismatchError, NonFiniteError, PermgraphError
-from permgraph.matching import StraightThrough, WeightMatching, align
+from permgraph.matching import StraightThrough, WeightMatching, align, tuned
 from permgraph.matching.ascent import step
 from tests.matching.examples import Tied
 
@@ -377,7 +377,7 @@ def test_prices_from_one_projection_to_the_next_change_nothing(monkeypatch):
     monkeypatch.setattr(step, "prices_of", counted)
     found = align(a, b, how)
     assert sum(kept) > 4  # most projections began with some
-    monkeypatch.setattr(step, "PRICED", 1000)
+    monkeypatch.setattr(tuned, "PRICED", 1000)
     without = align(a, b, how)
     assert without.permutation == found.permutation
     assert without.objective == found.objective
