@@ -25,7 +25,7 @@ from permgraph.capture.inputs.layers import (
     named_sides,
     setting,
     whole,
-)  # fmt: skip
+)
 from permgraph.capture.inputs.registry import Candidate, input_finder
 
 Arguments = dict[str, Tensor]
@@ -293,10 +293,10 @@ def _sound(model: nn.Module, names: frozenset[str]) -> Iterator[Arguments]:
     mask = _first("input_features_mask feature_attention_mask audio_attention_mask audio_mel_mask", names)
     if mask is None and "input_ids" not in names:
         mask = _first("attention_mask", names)
+    yield from ({key: values} for values in made)
+    if mask is None:
+        return
     for values in made:
-        yield {key: values}
-    for values in made if mask is not None else ():
-        assert mask is not None
         for frames in dict.fromkeys((values.shape[1], values.shape[-1])):
             given = filled(1, BATCH, frames).bool()
             yield {key: values, mask: ~given if mask == "audio_mel_mask" else given}  # there it marks what is padding

@@ -23,7 +23,7 @@ from permgraph.capture.inputs.forms import (
     accepted,
     decoder_ids,
     keyword_finder,
-)  # fmt: skip
+)
 from permgraph.capture.inputs.layers import (
     BATCH,
     BY_NAME,
@@ -37,7 +37,7 @@ from permgraph.capture.inputs.layers import (
     setting,
     vocabulary,
     whole,
-)  # fmt: skip
+)
 from permgraph.capture.inputs.registry import Candidate, input_finder
 from permgraph.errors import CaptureError
 

@@ -15,7 +15,7 @@ from permgraph.capture.inputs.forms import (
     keyword_finder,
     plain_images,
     spectrogram_widths,
-)  # fmt: skip
+)
 from permgraph.capture.inputs.layers import (
     BATCH,
     LENGTH,
@@ -28,7 +28,7 @@ from permgraph.capture.inputs.layers import (
     required,
     vocabulary,
     whole,
-)  # fmt: skip
+)
 
 
 @keyword_finder("series", "past_values", "past_time_features", "past_observed_mask")
