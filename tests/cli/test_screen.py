@@ -49,7 +49,8 @@ def complete(words: str) -> list[str]:
 
 
 def test_a_shell_completes_commands_options_and_values() -> None:
-    assert set(complete("permgraph ")) == set(COMMANDS)
+    assert set(complete("permgraph ")) == {*COMMANDS, *(group.name for group in app.registered_groups)}
+    assert set(complete("permgraph rules ")) == {"list", "check"}
     assert "--matcher" in complete("permgraph align --ma")
     assert "frank-wolfe" in complete("permgraph align --matcher ")
     assert {"timm:", "torchvision:", "hf:"} <= set(complete("permgraph spec "))
