@@ -276,7 +276,9 @@ class _Dependence:
             value = self._value_label(labelled)
             if value is not None and len(labelled.axes) > 1 and h in self._numbered(labelled.axes[value]):
                 over = labelled.axes.keys() - {value}
-                if not any(h in self._atoms(labelled.axes[label]) for label in over):  # else they mean another h
+                runs_over_itself = any(h in self._atoms(labelled.axes[label]) for label in over)  # and means another h,
+                counts = labelled.tensor is not None and labelled.tensor.origin.counts  # unless its values count
+                if counts or not runs_over_itself:
                     return {frozenset({value}), frozenset(over)}
         return set()
 

@@ -66,6 +66,7 @@ def _typed(solution: Solution, node: fx.Node, val: Any, suffix: str = "") -> Any
         tensor = TypedTensor(node.name + suffix, val.shape, val.dtype, solution.axes)
         tensor.asked_for_repeats = (partial(solution.facts.repeats_of, node),)
         tensor.viewed = node in solution.facts.memory.viewed
+        tensor.written = node in solution.facts.memory.written
         return tensor
     if isinstance(val, (list, tuple)):
         items = [_typed(solution, node, item, f"{suffix}.{i}") for i, item in enumerate(val)]

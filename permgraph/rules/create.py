@@ -27,6 +27,7 @@ def arange(call: Call) -> None:
     out = call.out
     if call.get("start", 0) == 0 and call.get("step", 1) == 1 and out.is_integral:
         out.value = out.dims[0]
+        out.counts = not out.written
     else:
         call.pin(out, 0, "a sequence of numbers")
 

@@ -17,8 +17,8 @@ class TypedTensor:
     """A tensor of the graph with an axis for each dimension, and one for its values where they index something."""
 
     __slots__ = (
-        "_origin", "asked_for_repeats", "dims", "dtype", "known", "name", "permutes", "read", "shape", "uniform",
-        "value", "viewed",
+        "_origin", "asked_for_repeats", "counts", "dims", "dtype", "known", "name", "permutes", "read", "shape",
+        "uniform", "value", "viewed", "written",
     )  # fmt: skip
 
     def __init__(self, name: str, shape: Sequence[int], dtype: torch.dtype, axes: Axes) -> None:
@@ -33,6 +33,8 @@ class TypedTensor:
         self.asked_for_repeats: tuple[Callable[[], frozenset[int]], ...] = ()  # see `may_repeat`
         self.read = True  # whether anything depends on it
         self.viewed = False  # whether its memory is seen through other tensors as well
+        self.written = False  # whether an operator writes into its memory
+        self.counts = False  # whether the value at each index of its one dimension is that index, and stays so
         # The values of a short vector of integers that the model's code has.
         self.known: tuple[int, ...] | None = None
         # The dimension along which its values are a permutation, as sorting gives it.

@@ -218,3 +218,26 @@ def test_no_order_is_invented_where_an_index_of_units_goes_to_another_token(name
 @pytest.mark.parametrize("name", OF_ANOTHER_EXPERT)
 def test_no_order_is_invented_where_an_index_of_units_goes_to_another_expert(name: str) -> None:
     check_nothing_is_invented(lambda: Best(OF_ANOTHER_EXPERT[name], chosen=False))
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_a_counter_looks_up_each_row_as_it_is_unless_it_is_written_over(shift: int) -> None:
+    """``x[0, 1, 2, ...]`` is x, each row with an order of its own; rows that are looked up one further on are not."""
+
+    class Rows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = (nn.Parameter(torch.randn(3, 5)) for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            places = torch.arange(3)
+            if shift:
+                places.add_(shift).remainder_(3)
+            return x.sum() * (self.a[places] * self.b).sum(-1).sum(-1)
+
+    model = Rows()
+    spec = pg.auto_spec(model, (torch.randn(2, 4),))
+    # Rows and, in each, columns: 3! (5!)^3; shifted rows leave one order of the columns for all, and rows in place.
+    rows, columns = s(3), s(5)
+    assert spec.log_order() == pytest.approx(columns if shift else rows + 3 * columns)
+    assert pg.verify(model, spec, (torch.randn(2, 4),)).passed

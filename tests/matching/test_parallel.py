@@ -136,7 +136,7 @@ def test_tasks_can_be_sent_to_another_process(monkeypatch: pytest.MonkeyPatch) -
     for module in (assignment, step):
         monkeypatch.setattr(module, "side_by_side", sent)
     assert WeightMatching().match(a, b, STREAM).permutation == expected
-    assert set(seen) == {assignment._solve_piece, step._choose_priced}
+    assert set(seen) == {assignment._solve_piece, step._choose}
 
 
 def test_what_a_worker_refuses_is_refused(threads: set[int]) -> None:
