@@ -113,7 +113,10 @@ def _unify_composites(axes: Axes, a: Axis, b: Axis) -> None:
 
 
 def _unify_each(axes: Axes, left: Sequence[Axis], right: Sequence[Axis]) -> None:
-    for x, y in zip(left, right, strict=True):
+    pairs = list(zip(left, right, strict=True))
+    if axes.has_families:  # the sums that families refer to must have met before, as `Call._tie` has it
+        pairs.sort(key=lambda pair: axes.contains_family(pair[0]) or axes.contains_family(pair[1]))
+    for x, y in pairs:
         axes.unify(x, y)
 
 
