@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 RESTLESS = "cut at ever new places"
+OUT_OF_TIME = "max_seconds was up before its operator was looked at"
 TOO_INTRICATE = "its axes are cut in too intricate a way to follow"
 
 MAX_DEPTH = 64

@@ -3,77 +3,136 @@
 from __future__ import annotations
 
 import logging
-import time
-from typing import Any
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
+from permgraph.capture.by_products import without_by_products
 from permgraph.capture.captured import Captured
-from permgraph.capture.passes import alike, joined, variations
+from permgraph.capture.passes import ASPECTS, Variation, alike, joined, variations
 from permgraph.capture.record import Limits
-from permgraph.capture.run import capture_again
+from permgraph.capture.run import capture_again, first_line
 from permgraph.capture.subject import unwrap
 
 log = logging.getLogger(__name__)
+
+Outcome = Literal["solved", "alike", "failed", "not run"]
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A pass, and what became of it.
+
+    Attributes:
+        variation: how it differs from the first.
+        outcome: ``"solved"`` together with the others; ``"alike"``: it differs from one of them in its sizes alone, so
+            that it says nothing new; ``"failed"``; or ``"not run"``.
+        says: what it added, or why it did not run.
+        operators: how many operators ran.
+    """
+
+    variation: Variation
+    outcome: Outcome
+    says: str
+    operators: int = 0
 
 
 class FurtherPasses:
     """The passes of one module that say something new, the first of them given; and what became of the others.
 
+    At most `max_passes` run, the first one among them.
+
     Attributes:
         passes: those that are to be solved together.
-        alike: the names of those that differ from an earlier one in their sizes alone.
-        failed: the names of those that the module does not run, with the reason.
-        untried: the names of those for which there was no room.
+        tried: every pass that was thought of, and what became of it.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        captured: Captured,
-        max_passes: int,
-        max_nodes: int = 200_000,
-        max_seconds: float | None = None,
-    ) -> None:
+    def __init__(self, model: Any, captured: Captured, max_passes: int, limits: Limits) -> None:
         self.passes = [captured]
-        self.names: list[str] = []
-        self.alike: list[str] = []
-        self.failed: dict[str, str] = {}
-        self.untried: list[str] = []
-        limits = Limits(max_nodes, max_seconds, time.monotonic())
+        first = Variation("the first pass", frozenset(), captured.inputs)
+        self.tried = [Tried(first, "solved", "", _count(captured))]
         shown: set[str] = set() if captured.keeps_state else {"calls"}  # else a second call is like the first
-        for variation in variations(unwrap(model).core, captured.inputs):
+        runs = 1
+        unread = _unread(captured)
+        for variation in variations(unwrap(model).core, captured.inputs, unread) if max_passes > 1 else ():
             if variation.shows <= shown:
                 continue
-            if len(self.passes) + len(self.alike) >= max_passes:
-                self.untried.append(variation.name)
+            if runs >= max_passes:
+                self.tried.append(Tried(variation, "not run", f"max_passes={max_passes}"))
+                continue
+            if limits.over():
+                self.tried.append(Tried(variation, "not run", f"max_seconds={limits.max_seconds}"))
                 continue
             try:
                 again = capture_again(model, captured, variation, limits)
             except Exception as error:  # the module's own, on inputs that it was not written for
-                self.failed[variation.name] = f"{type(error).__name__}: {_first_line(error)}"
-                log.debug("a pass with %s failed: %s", variation.name, self.failed[variation.name])
+                reason = f"{type(error).__name__}: {first_line(error)[:120]}"
+                self.tried.append(Tried(variation, "failed", reason))
+                log.debug("a pass with %s failed: %s", variation.name, reason)
                 continue
+            runs += 1
             shown |= variation.shows
+            unread &= _unread(again)
+            left_out = 0
+            if variation.flags:
+                again, left_out = without_by_products(again, captured)
             if any(alike(one, again) for one in self.passes):
-                self.alike.append(variation.name)
+                self.tried.append(Tried(variation, "alike", "nothing new", _count(again)))
             else:
+                self.tried.append(Tried(variation, "solved", _added(self.passes, again, left_out), _count(again)))
                 self.passes.append(again)
-                self.names.append(variation.name)
 
     def joined(self) -> Captured:
         """The passes as one graph over shared parameters."""
         return self.passes[0] if len(self.passes) == 1 else joined(self.passes)
 
     def notes(self) -> tuple[str, ...]:
-        """What ran and what did not, in sentences."""
-        said = []
-        if self.names or self.alike:
-            said.append(f"inferred from {1 + len(self.names) + len(self.alike)} passes: the first, and with "
-                        f"{', '.join([*self.names, *self.alike])}")  # fmt: skip
-        said += [f"not run with {name}: {reason}" for name, reason in self.failed.items()]
-        if self.untried:
-            said.append(f"not tried, for max_passes: {', '.join(self.untried)}")
-        return tuple(said)
+        """What of that which a user may vary no pass has shown, in sentences."""
+        return _uncovered(self.tried)
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), "")[:120]
+def _uncovered(tried: Sequence[Tried]) -> tuple[str, ...]:
+    shown = {aspect for one in tried if one.outcome in ("solved", "alike") for aspect in one.variation.shows}
+    reasons = {
+        aspect: one.says
+        for one in tried
+        if one.outcome in ("failed", "not run")
+        for aspect in one.variation.shows - shown
+    }
+    if "sizes" in reasons:
+        reasons.pop("batch", None)  # where no size could be varied, neither could that of the batch
+    by_reason: dict[str, list[str]] = {}
+    for aspect, reason in reasons.items():
+        by_reason.setdefault(reason, []).append(ASPECTS.get(aspect, aspect))
+    return tuple(f"not seen: {', '.join(sorted(aspects))} ({reason})" for reason, aspects in by_reason.items())
+
+
+def _unread(captured: Captured) -> set[str]:
+    """The floating-point parameters and buffers that a pass did not read."""
+    return {
+        name
+        for node in captured.graph.nodes
+        if node.op == "placeholder" and node.meta["kind"] in ("parameter", "buffer") and not node.users
+        if node.meta["val"].is_floating_point() or node.meta["val"].is_complex()
+        for name in node.meta["names"]
+    }
+
+
+def _count(captured: Captured) -> int:
+    return sum(node.op == "call_function" for node in captured.graph.nodes)
+
+
+def _added(passes: Sequence[Captured], again: Captured, left_out: int) -> str:
+    """What a pass has that no earlier one had, in words."""
+    said = []
+    unread = set.intersection(*map(_unread, passes)) - _unread(again)
+    if read := [name for name in passes[0].unused if name in unread]:
+        said.append(f"reads {', '.join(read[:3])}{f' and {len(read) - 3} more' if len(read) > 3 else ''}")
+    kinds = Counter(str(node.target) for node in again.graph.nodes if node.op == "call_function")
+    known = {str(node.target) for one in passes for node in one.graph.nodes}
+    if new := [kind for kind in kinds if kind not in known]:
+        said.append(f"runs {', '.join(new[:3])}{f' and {len(new) - 3} more' if len(new) > 3 else ''}")
+    if left_out:
+        said.append(f"returns {left_out} intermediate results, whose units move")
+    return "; ".join(said) or "other operators or sizes"

@@ -8,8 +8,8 @@ are the nodes that they share. A pass that differs from an earlier one in its si
 from __future__ import annotations
 
 import functools
-import inspect
 import itertools
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
+from permgraph.capture.arguments import other_arguments
 from permgraph.capture.captured import Captured
 from permgraph.capture.inputs.registry import ExampleInputs
 from permgraph.capture.module_copy import copy_with
@@ -35,6 +36,7 @@ class Variation:
         inputs: what the module is called on.
         training: in training mode, with dropout as identity.
         calls: how often it is called on them, one time after the other.
+        flags: it differs in flags, which may make the module return what it computes on the way, see `by_products`.
     """
 
     name: str
@@ -42,16 +44,29 @@ class Variation:
     inputs: ExampleInputs
     training: bool = False
     calls: int = 1
+    flags: bool = False
 
 
-def variations(model: nn.Module, inputs: ExampleInputs) -> Iterator[Variation]:
-    """What to vary, the passes that show most first: sizes and training mode, a second call, larger whole numbers."""
+ASPECTS: Mapping[str, str] = {
+    "sizes": "larger sizes",
+    "batch": "a larger batch",
+    "training": "training mode",
+    "calls": "a second call",
+}
+"""What a user may vary of any module's inputs, in words; the names of arguments come on top."""
+
+
+def variations(model: nn.Module, inputs: ExampleInputs, unread: Collection[str] = ()) -> Iterator[Variation]:
+    """What to vary, the passes that show most first: sizes and training mode, a second call, then other arguments.
+
+    Where parameters are `unread` when it comes to that, tensors are made up for arguments that default to None.
+    """
     held = {size for tensor in (*model.parameters(), *model.buffers()) for size in _shape(tensor)}
     every, batch = _larger(inputs, held, batch_only=False), _larger(inputs, held, batch_only=True)
     larger: list[tuple[str, set[str], Sizes]] = []
-    if every:
+    if every != batch:
         larger.append(("larger sizes", {"batch", "sizes"}, every))
-    if batch and batch != every:
+    if batch:
         larger.append(("a larger batch", {"batch"}, batch))
     for name, shows, sizes in larger:
         resize = functools.partial(resized, sizes=sizes)
@@ -60,29 +75,13 @@ def variations(model: nn.Module, inputs: ExampleInputs) -> Iterator[Variation]:
         yield Variation(name, frozenset(shows), _mapped(inputs, functools.partial(resized, sizes=sizes)))
     yield Variation("training mode", frozenset({"training"}), inputs, training=True)
     yield Variation("two calls", frozenset({"calls"}), inputs, calls=2)
-    yield from _larger_numbers(model, inputs)
+    for name, named, other, flags in other_arguments(model, inputs, unread):
+        yield Variation(name, named, other, flags=flags)
 
 
 def _mapped(inputs: ExampleInputs, change: Callable[[Tensor], Tensor]) -> ExampleInputs:
     args, kwargs = copy_with((inputs.args, inputs.kwargs), change, {})
     return replace(inputs, args=args, kwargs=kwargs)
-
-
-def _larger_numbers(model: nn.Module, inputs: ExampleInputs) -> Iterator[Variation]:
-    """The arguments of forward that are whole numbers, given or by default, each one larger."""
-    try:
-        parameters = list(inspect.signature(model.forward).parameters.values())
-    except (TypeError, ValueError):
-        return
-    kwargs = dict(inputs.kwargs)
-    names = []
-    for at, parameter in enumerate(parameters):
-        value = inputs.args[at] if at < len(inputs.args) else kwargs.get(parameter.name, parameter.default)
-        if type(value) is int and at >= len(inputs.args) and parameter.kind is not inspect.Parameter.POSITIONAL_ONLY:
-            kwargs[parameter.name] = value + 1
-            names.append(parameter.name)
-    if names:
-        yield Variation(f"larger {', '.join(names)}", frozenset({"numbers"}), replace(inputs, kwargs=kwargs))
 
 
 # -- sizes -------------------------------------------------------------------------------------------------------------
@@ -135,9 +134,15 @@ def _larger(inputs: ExampleInputs, held: Collection[int], *, batch_only: bool) -
 
 
 def _above(size: int) -> Iterator[int]:
-    """Sizes above this one that are multiples of the same power of two."""
+    """Sizes above this one: larger primes times the same power of two.
+
+    Where a size of 64 became 128, and a map of 2 rows one of 4, a view could cut the one as it cut the other by
+    accident, such as 16 channels into rows of 4 again.
+    """
     step = size & -size if size > 4 else 1
-    return itertools.count(size + step, max(step, 1))
+    return (
+        step * n for n in itertools.count(max(size // step + 1, 3)) if all(n % d for d in range(2, math.isqrt(n) + 1))
+    )
 
 
 def resized(tensor: Tensor, sizes: Sizes) -> Tensor:

@@ -35,6 +35,10 @@ class Limits:
     max_seconds: float | None
     started: float
 
+    def over(self) -> bool:
+        """Whether the time is up."""
+        return self.max_seconds is not None and time.monotonic() - self.started > self.max_seconds
+
     def check(self, count: int) -> None:
         """Raises `CaptureError` if this many operators, or the time by now, is too much."""
         if count > self.max_nodes:
@@ -42,7 +46,7 @@ class Limits:
                 f"the forward pass has more than max_nodes={self.max_nodes} operators: shorten the inputs "
                 "(a recurrent loop writes down each step), or raise max_nodes"
             )
-        if self.max_seconds is not None and time.monotonic() - self.started > self.max_seconds:
+        if self.over():
             raise CaptureError(
                 f"capturing took longer than max_seconds={self.max_seconds}; this pass was at operator {count}: "
                 "pass smaller inputs, or raise max_seconds"

@@ -129,11 +129,11 @@ def _capture(
         except _PassError as failure:
             if isinstance(failure.cause, ImportError):
                 raise CaptureError(
-                    f"{name} cannot be run here: {type(failure.cause).__name__}: {_first_line(failure.cause)}"
+                    f"{name} cannot be run here: {type(failure.cause).__name__}: {first_line(failure.cause)}"
                 ) from failure.cause
             first = first or failure.cause
             tried.append((f"{candidate.finder}: {candidate.describe()}", failure.cause))
-            logger.debug("%s: candidate failed: %s: %s", name, tried[-1][0], _first_line(failure.cause))
+            logger.debug("%s: candidate failed: %s: %s", name, tried[-1][0], first_line(failure.cause))
     listing = "\n".join(_listing(tried)) if tried else "  (no finder had a candidate)"
     raise NoInputsError(
         f"no example inputs for {name} were found; it takes {_signature(subject.core)}. Tried:\n{listing}\n"
@@ -145,7 +145,7 @@ def _listing(tried: list[tuple[str, BaseException | None]]) -> list[str]:
     """What was tried, a line for all that failed alike: for the same reason, but for the sizes that it names."""
     alike: dict[str, tuple[str, list[str]]] = {}
     for text, error in tried:
-        cause = f"{type(error).__name__}: {_first_line(error)}" if error else ""
+        cause = f"{type(error).__name__}: {first_line(error)}" if error else ""
         alike.setdefault(re.sub(r"\d+(, \d+)*", "#", cause), (cause, []))[1].append(text)
     lines = []
     for cause, described in alike.values():
@@ -178,7 +178,7 @@ def _attempt(subject: Subject, inputs: ExampleInputs, limits: Limits) -> Capture
         first = error
     if not _needs_values(first):
         raise _failure(name, inputs, first) from first
-    reason = f"{type(first).__name__}: {_first_line(first)}"
+    reason = f"{type(first).__name__}: {first_line(first)}"
     logger.info("%s: fake tensors are not enough (%s); using real ones", name, reason)
     try:
         return _pass(subject, inputs, limits, "real", reason)
@@ -201,7 +201,7 @@ def _attempt_with_given(subject: Subject, inputs: ExampleInputs, limits: Limits)
 def _failure(name: str, inputs: ExampleInputs, error: Exception) -> _PassError:
     whose = "the inputs given" if inputs.finder == "given" else f"the inputs of finder {inputs.finder!r}"
     return _PassError(
-        f"{name} does not run on {whose}, {inputs.describe()}: {type(error).__name__}: {_first_line(error)}. "
+        f"{name} does not run on {whose}, {inputs.describe()}: {type(error).__name__}: {first_line(error)}. "
         "Pass example_inputs=(...) or example_kwargs={...} with which model(*example_inputs, **example_kwargs) runs.",
         error,
     )
@@ -478,6 +478,7 @@ def _signature(module: nn.Module) -> str:
         return "arguments unknown"
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its class where it has none."""
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,13 +13,15 @@ from torch import fx, nn
 
 from permgraph.capture import Captured, capture
 from permgraph.capture.environment import gc_paused
-from permgraph.capture.further import FurtherPasses
+from permgraph.capture.further import FurtherPasses, Tried
+from permgraph.capture.record import Limits
 from permgraph.inference.describe import describe
 from permgraph.inference.ends import pin_unread, pin_unseen
 from permgraph.inference.facts import GraphFacts
 from permgraph.inference.fibres import find_fibres
 from permgraph.inference.fixpoint import run_until_stable, settle
 from permgraph.inference.solution import Solution
+from permgraph.spec.provenance import Pass
 from permgraph.spec.spec import PermutationSpec
 
 log = logging.getLogger(__name__)
@@ -29,22 +32,28 @@ def auto_spec(
     example_inputs: Sequence[Any] | None = None,
     example_kwargs: Mapping[str, Any] | None = None,
     *,
-    max_passes: int = 1,
-    **limits: Any,
+    vary: bool = True,
+    max_passes: int = 6,
+    max_nodes: int = 200_000,
+    max_seconds: float | None = None,
 ) -> PermutationSpec:
     """Infer the groups of hidden units that can be renumbered without changing what a module computes.
 
-    The module's own forward runs once on tensors without data; each operator that it calls has a rule that says which
-    axes it ties together. Nothing of the module changes, no weight is read, and modules on the meta device work.
+    The module's own forward runs on tensors without data; each operator that it calls has a rule that says which
+    axes it ties together. It runs again on what a user may vary: larger sizes, training mode without dropout, a second
+    call where the first one changed something, larger whole numbers and other flags among the arguments, optional
+    tensors left out. What any pass ties or pins holds. `spec.passes` lists them, and `spec.notes` says what was not
+    covered. Nothing of the module changes, no weight is read, and modules on the meta device work.
 
     Args:
         model: any `nn.Module`, `fx.GraphModule` or `ExportedProgram`.
         example_inputs: positional arguments of forward; found without being asked for if neither is given.
         example_kwargs: keyword arguments of forward.
-        max_passes: up to so many passes that differ in what a user may vary are solved together: larger sizes,
-            training mode without dropout, a second call, larger whole numbers among the arguments. What any of them
-            ties or pins holds; the spec's `notes` say which ran.
-        limits: `max_nodes` and `max_seconds`, at which the capture gives up.
+        vary: False keeps to the inputs, in evaluation mode: the spec then holds for these sizes and branches alone.
+        max_passes: at most so many passes are looked at, the first one among them.
+        max_nodes: a pass with more operators is given up.
+        max_seconds: a first pass that takes longer is given up, no other is begun after so long, and while solving,
+            what the operators that are left touch is pinned.
 
     Returns:
         The spec: groups, and for each parameter axis the expression that places them.
@@ -56,32 +65,43 @@ def auto_spec(
     >>> print(pg.auto_spec(torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.ReLU(), torch.nn.Linear(5, 2))).groups)
     {'0.weight': Group(name='0.weight', size=5, parents=(), fixed=False)}
     """
+    if type(max_passes) is not int or max_passes < 1:
+        raise ValueError(f"max_passes={max_passes!r} is no whole number from 1 on")
     if example_inputs is not None and not isinstance(example_inputs, (tuple, list)):
         example_inputs = (example_inputs,)
-    captured = capture(model, example_inputs, example_kwargs, **limits)
-    if max_passes == 1:
-        return spec_of(captured)
-    passes = FurtherPasses(model, captured, max_passes, **limits)
-    spec = spec_of(passes.joined())
-    return replace(spec, notes=(*spec.notes, *passes.notes()))
+    limits = Limits(max_nodes, max_seconds, time.monotonic())
+    captured = capture(model, example_inputs, example_kwargs, max_nodes=max_nodes, max_seconds=max_seconds)
+    passes = FurtherPasses(model, captured, max_passes if vary else 1, limits)
+    spec = spec_of(passes.joined(), limits)
+    notes = (
+        passes.notes() if vary else (f"inferred from one pass, in evaluation mode, on {captured.inputs.describe()}",)
+    )
+    return replace(spec, notes=(*spec.notes, *notes), passes=tuple(map(_pass, passes.tried)))
 
 
-def spec_of(captured: Captured) -> PermutationSpec:
-    """The spec of a captured graph."""
+def _pass(tried: Tried) -> Pass:
+    variation = tried.variation
+    mode = "training" if variation.training else "evaluation"
+    called = f"{mode}, {variation.calls} calls" if variation.calls > 1 else mode
+    return Pass(variation.name, tried.operators, tried.outcome, variation.inputs.describe(), called, tried.says)
+
+
+def spec_of(captured: Captured, limits: Limits | None = None) -> PermutationSpec:
+    """The spec of a captured graph; when the time is up, what operators touch that have no types yet is pinned."""
     with gc_paused():
-        solution = solve(captured.graph)
+        solution = solve(captured.graph, limits=limits)
         fibres = find_fibres(solution)
         spec = describe(captured, solution, fibres)
     log.info("%s: %d groups in %d operators", captured.model_class, len(spec.moving), len(solution.nodes))
     return spec
 
 
-def solve(graph: fx.Graph, results: Sequence[fx.Node] = ()) -> Solution:
+def solve(graph: fx.Graph, results: Sequence[fx.Node] = (), limits: Limits | None = None) -> Solution:
     """Type every tensor of a captured graph; of one without an output node, `results` are the results.
 
     Raises `ConflictError`, naming the operator and its place in the source, where a rule ties axes of different sizes.
     """
-    solution = settle(GraphFacts(list(graph.nodes), results))
+    solution = settle(GraphFacts(list(graph.nodes), results), limits)
     pin_unread(solution, run_until_stable)
     pin_unseen(solution)
     return solution

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from torch import fx
 
 from permgraph.algebra import Axes, Axis, Index, Kind
+from permgraph.algebra.limits import OUT_OF_TIME
 from permgraph.capture import Captured
 from permgraph.inference.fibres import Fibres
 from permgraph.inference.solution import Solution, is_weight
@@ -34,6 +35,8 @@ def describe(captured: Captured, solution: Solution, fibres: Fibres) -> Permutat
     if kept := _kept_and_moving(captured, solution):
         more = f" and {len(kept) - 3} more" if len(kept) > 3 else ""
         notes.append(f"the forward pass keeps tensors whose units move, as {', '.join(kept[:3])}{more}")
+    if late := {number for *_, why, number in solution.ledger().pins if why == OUT_OF_TIME}:
+        notes.append(f"max_seconds was up while solving: what {len(late)} operators touch stays put")
     names = [node.meta["names"] for node in solution.nodes if is_weight(node)]
     return PermutationSpec(
         groups=writer.groups(),

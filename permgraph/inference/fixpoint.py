@@ -36,7 +36,8 @@ from collections import deque
 from typing import Any
 
 from permgraph.algebra import Axes, Axis, FactorKey, Kind, TooIntricateError
-from permgraph.algebra.limits import RESTLESS, TOO_INTRICATE
+from permgraph.algebra.limits import OUT_OF_TIME, RESTLESS, TOO_INTRICATE
+from permgraph.capture.record import Limits
 from permgraph.errors import ConflictError
 from permgraph.inference.ends import pin_ends
 from permgraph.inference.facts import GraphFacts
@@ -51,7 +52,7 @@ from permgraph.rules.registry import Rule
 from permgraph.rules.typed_tensor import loose_families, provides
 
 
-def settle(facts: GraphFacts) -> Solution:
+def settle(facts: GraphFacts, limits: Limits | None = None) -> Solution:
     """Type a graph and run its rules; again with what was cut made so from the start, until that is nothing new.
 
     Raises `ConflictError`, naming the operator and its place in the source, where a rule ties axes of different sizes.
@@ -59,10 +60,11 @@ def settle(facts: GraphFacts) -> Solution:
     cuts = foreseen_cuts(facts.nodes, facts.operators)
     for number in range(MAX_RUNS):
         solution = type_graph(facts, cuts)
+        solution.limits = limits
         run_until_stable(solution)
         # What is foreseen makes families before anything is known of cuts inside them.
         seen = _cuts_seen(solution, within=number == 0)
-        if seen == cuts:
+        if seen == cuts or solution.out_of_time():
             break
         cuts = seen
     return solution
@@ -83,6 +85,9 @@ def run_until_stable(solution: Solution) -> None:
                 if visit > 0:
                     call.ledger.clear()
                 unchanged = axes.changes
+                if solution.out_of_time():
+                    call.pin_all([*call.tensors, *call.results], OUT_OF_TIME)
+                    continue
                 _apply(call, rules)
                 if visit >= 2 * MAX_VISITS and axes.changes != unchanged:
                     call.pin_all([*call.tensors, *call.results], RESTLESS)

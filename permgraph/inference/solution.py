@@ -9,6 +9,7 @@ from typing import Any
 from torch import fx
 
 from permgraph.algebra import Axes, Axis
+from permgraph.capture.record import Limits
 from permgraph.inference.facts import GraphFacts
 from permgraph.rules.call import Call
 from permgraph.rules.ledger import Ledger
@@ -26,6 +27,7 @@ class Solution:
         unread: names of those that it never reads.
         calls: the operators, each with what its rule said.
         ends: what was said of inputs, outputs and what no operator reads.
+        limits: when the time to solve is up, if ever.
     """
 
     facts: GraphFacts
@@ -36,10 +38,15 @@ class Solution:
     unread: Sequence[str] = ()
     calls: list[Call] = field(default_factory=list)
     ends: Ledger = field(default_factory=Ledger)
+    limits: Limits | None = None
 
     @property
     def nodes(self) -> Sequence[fx.Node]:
         return self.facts.nodes
+
+    def out_of_time(self) -> bool:
+        """Whether the time to solve is up: what has no types yet is pinned then."""
+        return self.limits is not None and self.limits.over()
 
     def ledger(self) -> Ledger:
         """All that was said, of the ends first."""

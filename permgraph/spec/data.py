@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 from permgraph.errors import MismatchError, SpecError
 from permgraph.spec.binding import Group, Layout, Occurrence, bind, check_groups
 from permgraph.spec.expressions import Axis, normalise, rename, size_of
-from permgraph.spec.provenance import Constraints, Pin, UnknownOp
+from permgraph.spec.provenance import Constraints, Pass, Pin, UnknownOp
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -40,6 +40,7 @@ class SpecData:
     model_class: str = ""
     notes: tuple[str, ...] = ()
     constraints: Constraints | None = field(default=None, repr=False)
+    passes: tuple[Pass, ...] = field(default=(), repr=False)
     _layouts: dict[tuple[Axis, ...], Layout] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -12,7 +12,7 @@ from permgraph.errors import SpecError
 from permgraph.spec.binding import Group
 from permgraph.spec.data import SpecData
 from permgraph.spec.expressions import parse_axis
-from permgraph.spec.provenance import Constraints, Pin, SlotPin, Tie, UnknownOp
+from permgraph.spec.provenance import Constraints, Pass, Pin, SlotPin, Tie, UnknownOp
 
 FORMAT = "permgraph.spec"
 VERSION = 1
@@ -39,6 +39,7 @@ def to_json(spec: SpecData) -> dict[str, Any]:
         "unknown_ops": list(map(_record, spec.unknown_ops)),
         "unused": list(spec.unused),
         "notes": list(spec.notes),
+        "passes": list(map(_record, spec.passes)),
         "constraints": None
         if constraints is None
         else {"ties": list(map(_record, constraints.ties)), "pins": list(map(_record, constraints.pins))},
@@ -111,6 +112,7 @@ def from_json(content: Any) -> dict[str, Any]:
         unused=_names(content, "unused"),
         model_class=_get(content, "model_class", str),
         notes=_names(content, "notes"),
+        passes=_records(content, "passes", Pass, (str, int, str, str, str, str)) if "passes" in content else (),
         constraints=None
         if constraints is None
         else Constraints(

@@ -36,6 +36,28 @@ class UnknownOp:
 
 
 @dataclass(frozen=True, slots=True)
+class Pass:
+    """A forward pass that inference looked at, or tried to.
+
+    Attributes:
+        name: how it differs from the first one.
+        operators: how many operators ran.
+        outcome: ``"solved"``, its constraints hold; ``"alike"``, an earlier pass says the same of other sizes;
+            ``"failed"``, the module raised; or ``"not run"``.
+        inputs: dtypes and shapes of what the module was called on.
+        mode: evaluation or training mode, and how often it was called.
+        says: what it added, or why it did not run.
+    """
+
+    name: str
+    operators: int
+    outcome: str
+    inputs: str
+    mode: str
+    says: str
+
+
+@dataclass(frozen=True, slots=True)
 class Tie:
     """Two slots that an operator made one axis, or one made of the other."""
 

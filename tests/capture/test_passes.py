@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ import permgraph as pg
 from permgraph.capture import ExampleInputs, capture
 from permgraph.capture.further import FurtherPasses
 from permgraph.capture.passes import alike, joined, resized, variations
+from permgraph.capture.record import Limits
+from permgraph.inference.solution import Solution
 
 
 def _error(model: nn.Module, spec: pg.PermutationSpec, *calls: tuple[Any, ...], train: bool = False) -> float:
@@ -110,10 +113,10 @@ def test_what_a_further_pass_reads_is_tied_too(kind: str) -> None:
     model = make()
     if train:
         model = _without_functional_dropout(model)
-    spec = pg.auto_spec(model, seen, max_passes=6)
+    spec = pg.auto_spec(model, seen)
     # One stream of six units: the embedding's rows, every place, every head's columns.
     assert spec.log_order() == pytest.approx(S6)
-    # Four places become seven: 5 and 6 are taken, by the batch and by the units.
+    # Four places become seven: 5 is the larger batch.
     assert spec.unused == (("places.7", "places.8") if kind == "longer" else ())
     assert _error(model, spec, *calls, train=train) < 1e-12
 
@@ -124,7 +127,7 @@ def test_one_pass_alone_gets_these_wrong(kind: str) -> None:
     make, seen, calls, train = KINDS[kind]
     torch.manual_seed(0)
     model = _without_functional_dropout(make()) if train else make()
-    assert _error(model, pg.auto_spec(model, seen, max_passes=1), *calls, train=train) > 1e-3
+    assert _error(model, pg.auto_spec(model, seen, vary=False), *calls, train=train) > 1e-3
 
 
 def _without_functional_dropout(model: nn.Module) -> nn.Module:
@@ -153,22 +156,29 @@ def test_dropout_in_training_mode_costs_no_symmetry() -> None:
             return self.out(nn.functional.dropout(y, 0.2, self.training))
 
     model = Attention()
-    one, many = (pg.auto_spec(model, (torch.randn(2, 5, 6),), max_passes=n) for n in (1, 6))
+    one, many = (pg.auto_spec(model, (torch.randn(2, 5, 6),), vary=vary) for vary in (False, True))
     assert one.log_order() == pytest.approx(math.lgamma(4) + 6 * math.lgamma(5))  # 3! (4!)^3 (4!)^3
     assert many.diff(one) == ()
-    assert any("training mode" in note for note in many.notes)
+    assert [run.mode for run in many.passes[1:]] == ["training"]
+    assert many.notes == ()
+
+
+def _tried(model: nn.Module, *inputs: Tensor, max_passes: int = 6) -> dict[str, str]:
+    further = FurtherPasses(model, capture(model, inputs), max_passes, Limits(1000, None, 0.0))
+    return {one.variation.name: one.outcome for one in further.tried[1:]}
 
 
 def test_passes_that_differ_in_sizes_alone_are_not_solved_again() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.LazyLinear(4))
     model(torch.zeros(2, 3, 9, 9))
-    further = FurtherPasses(model, capture(model, (torch.randn(2, 3, 9, 9),)), max_passes=6)
     # The linear layer takes one size of images; in training mode BatchNorm has the statistics of the batch.
-    assert list(further.failed) == ["larger sizes in training mode", "larger sizes"]
-    assert further.names == ["a larger batch in training mode"]
+    assert _tried(model, torch.randn(2, 3, 9, 9)) == {
+        "larger sizes in training mode": "failed",
+        "a larger batch in training mode": "solved",
+        "larger sizes": "failed",
+    }
     model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Dropout(), nn.ReLU())
-    further = FurtherPasses(model, capture(model, (torch.randn(2, 3, 9, 9),)), max_passes=6)
-    assert (further.alike, further.names, further.failed) == (["larger sizes in training mode"], [], {})
+    assert _tried(model, torch.randn(2, 3, 9, 9)) == {"larger sizes in training mode": "alike"}
 
 
 def test_sizes_that_are_equal_by_chance_are_no_likeness() -> None:
@@ -213,8 +223,8 @@ def test_inputs_are_not_changed() -> None:
     given = torch.randn(2, 4, 3)
     before = given.clone()
     varied = list(variations(nn.Linear(3, 2), ExampleInputs((given,), {}, "given")))
-    # Two rows become five, since three are the features and four the places; the places six.
-    assert varied[0].inputs.args[0].shape == (5, 6, 3)
+    # Two rows become five, since three are the features and four the places; the places seven.
+    assert varied[0].inputs.args[0].shape == (5, 7, 3)
     assert varied[1].inputs.args[0].shape == (5, 4, 3)
     assert torch.equal(given, before)
 
@@ -233,10 +243,142 @@ def test_a_pass_that_fails_is_said_and_harmless() -> None:
 
     spec = pg.auto_spec(Fixed(), (torch.randn(4, 3),), max_passes=6)
     assert spec.log_order() == pytest.approx(S6)
-    assert len([note for note in spec.notes if "four rows, and no training" in note]) == 3
-    assert not [note for note in spec.notes if "passes" in note]
+    reason = "ValueError: four rows, and no training"
+    assert spec.notes == (f"not seen: a larger batch, training mode ({reason})",)
+    assert [(run.outcome, run.says) for run in spec.passes[1:]] == [("failed", reason)] * 3
 
 
-def test_what_there_is_no_room_for_is_said() -> None:
+def test_what_there_is_no_room_for_is_said(tmp_path: Path) -> None:
     spec = pg.auto_spec(Alternating(), (torch.randn(4, 3),), max_passes=2)
-    assert spec.notes[-1] == "not tried, for max_passes: two calls"
+    assert spec.notes == ("not seen: a second call (max_passes=2)",)
+    spec.save(tmp_path / "spec.json")
+    assert pg.PermutationSpec.load(tmp_path / "spec.json").passes == spec.passes
+    with pytest.raises(ValueError, match="max_passes=0 is no whole number from 1 on"):
+        pg.auto_spec(Alternating(), (torch.randn(4, 3),), max_passes=0)
+
+
+def test_as_given_is_said_to_be_so() -> None:
+    spec = pg.auto_spec(Alternating(), (torch.randn(4, 3),), vary=False)
+    assert spec.notes == ("inferred from one pass, in evaluation mode, on (float32[4, 3])",)
+    assert [run.name for run in spec.passes] == ["the first pass"]
+
+
+class Flagged(nn.Module):
+    """A flag, an argument with three values, an optional tensor, and a count; each reads a layer of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.out = nn.Linear(3, 6), nn.Linear(6, 2)
+        self.deep, self.wide, self.cross = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(4, 6)
+        self.steps = nn.ModuleList([nn.Linear(6, 6) for _ in range(3)])
+
+    def forward(
+        self,
+        x: Tensor,
+        deep: bool = False,
+        kind: Literal["plain", "wide"] = "plain",
+        context: Tensor | None = None,
+        steps: int = 1,
+    ) -> Tensor:
+        h = self.embed(x).relu()
+        for step in range(steps):
+            h = h + self.steps[step](h)
+        if deep:
+            h = h + self.deep(h)
+        if kind == "wide":
+            h = h + self.wide(h)
+        if context is not None:
+            h = h + self.cross(context)
+        y: Tensor = self.out(h)
+        return y
+
+
+def test_arguments_are_varied() -> None:
+    """Given or found: every value of a flag, tensors for what is left out, and a larger count."""
+    torch.manual_seed(0)
+    model, x = Flagged(), torch.randn(5, 3)
+    one, spec = (pg.auto_spec(model, (x,), vary=vary) for vary in (False, True))
+    context = torch.randn(5, 4)
+    calls = [(x, True), (x, False, "wide"), (x, False, "plain", context), (x, True, "wide", context, 2)]
+    for call in calls:
+        assert _error(model, one, call) > 1e-3, "the control"
+        assert _error(model, spec, call) < 1e-12
+    assert spec.log_order() == pytest.approx(S6)  # one stream
+    assert [run.name for run in spec.passes[1:]] == [
+        "a larger batch in training mode", "larger steps", "deep=True", "kind='wide'", "context given",
+    ]  # fmt: skip
+    assert spec.unused == ("steps.2.weight", "steps.2.bias")
+
+
+def test_a_tensor_that_may_be_left_out_is_left_out() -> None:
+    class Optional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.null, self.out = nn.Linear(3, 6), nn.Parameter(torch.randn(6)), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+            y: Tensor = self.out((self.null.expand(len(x), 6) if context is None else self.embed(context)).relu())
+            return y
+
+    torch.manual_seed(0)
+    model, x = Optional(), torch.randn(5, 3)
+    spec = pg.auto_spec(model, (x, torch.randn(5, 3)))
+    assert spec.log_order() == pytest.approx(S6)
+    assert _error(model, spec, (x,), (x, torch.randn(5, 3))) < 1e-12
+
+
+class Features(nn.Module):
+    """A flag that makes it return what it computes on the way, alone, or beside a head of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.out, self.aux = nn.Linear(3, 6), nn.Linear(6, 2), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor, features: bool = False, both: bool = False) -> Any:
+        h = self.embed(x).relu()
+        if features:
+            return h
+        return (self.out(h), h, self.aux(h)) if both else self.out(h)
+
+
+def test_what_a_flag_returns_on_the_way_pins_nothing() -> None:
+    """The features of ``features=True`` are not the result; the head that ``both=True`` adds is one."""
+    spec = pg.auto_spec(Features(), (torch.randn(5, 3),))
+    assert spec.log_order() == pytest.approx(S6)
+    assert spec.unused == ()
+    assert [str(axis) for axis in spec.axes["aux.weight"]] == ["2", "embed"]
+    says = {run.name: run.says for run in spec.passes}
+    assert says["features=True"] == "returns 1 intermediate results, whose units move"
+    assert says["both=True"] == "reads aux.weight, aux.bias; returns 1 intermediate results, whose units move"
+
+
+def test_features_returned_beside_the_result_without_any_flag_are_pinned() -> None:
+    class Pair(Features):
+        def forward(self, x: Tensor, features: bool = True, both: bool = False) -> Any:
+            h = self.embed(x).relu()
+            return (self.out(h), h) if features else self.out(h)
+
+    assert pg.auto_spec(Pair(), (torch.randn(5, 3),)).log_order() == 0
+
+
+def test_time_that_is_up_while_solving_pins_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After ten operators no other is looked at; what they touch stays put, and that is said."""
+    layers = [layer for _ in range(9) for layer in (nn.Linear(6, 6), nn.ReLU())]
+    model = nn.Sequential(*layers, nn.Linear(6, 2))
+    asked = iter(range(1000))
+    monkeypatch.setattr(Solution, "out_of_time", lambda solution: next(asked) >= 10)
+    spec = pg.auto_spec(model, (torch.randn(5, 6),), vary=False)
+    # Of 29 operators, three a layer (a transpose, a product and a ReLU), 19 are left: the fourth layer's product is the
+    # first left out, so that the units between the first three layers move, and no others.
+    assert spec.log_order() == pytest.approx(2 * S6)
+    assert spec.notes[0] == "max_seconds was up while solving: what 19 operators touch stays put"
+    assert {pin.reason for pin in spec.pins} >= {"max_seconds was up before its operator was looked at"}
+    assert _error(model, spec, (torch.randn(5, 6),)) < 1e-12
+
+
+def test_no_pass_is_begun_when_the_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Limits, "over", lambda limits: True)
+    monkeypatch.setattr(Limits, "check", lambda limits, count: None)
+    monkeypatch.setattr(Solution, "out_of_time", lambda solution: False)
+    spec = pg.auto_spec(Steps(), (torch.randn(4, 3),), max_seconds=5.0)
+    assert spec.notes == ("not seen: a larger batch, steps, training mode (max_seconds=5.0)",)

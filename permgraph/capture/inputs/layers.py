@@ -10,7 +10,7 @@ import inspect
 import itertools
 import math
 import numbers
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -329,6 +329,18 @@ def _shapes(model: nn.Module) -> Iterator[Tensor]:
     yield floats(model, BATCH, LENGTH)
     yield floats(model, BATCH, 3, 32, 32)
     yield integers(vocabulary(model), BATCH, LENGTH)
+
+
+def for_unread(model: nn.Module, name: str, unread: Collection[str]) -> Iterator[Tensor]:
+    """Tensors for an argument that may be what unread parameters wait for, the likeliest first.
+
+    By the argument's name where that says something, then for each layer all of whose parameters are unread.
+    """
+    yield from BY_NAME[name](model) if name in BY_NAME else ()
+    for path, layer in model.named_modules():
+        held = [f"{path}.{own}" if path else own for own, _ in layer.named_parameters(recurse=False)]
+        if held and all(own in unread for own in held):
+            yield from itertools.islice(_for_layer(model, layer), 2)
 
 
 def required(model: nn.Module) -> list[str]:
