@@ -35,16 +35,18 @@ def other_arguments(
         for other in _other_values(value, call.hints.get(name)):
             shown = f"{name}={other if isinstance(other, bool) else getattr(other, 'name', repr(other))}"
             yield shown, frozenset({shown}), call.with_({name: other}), True
-    given = [
-        name
-        for name, value in call.values.items()
-        if isinstance(value, Tensor) and call.parameters[name].default is None
-    ]
-    if given:
-        without = f"without {', '.join(given)}"
-        yield without, frozenset({without}), call.with_(dict.fromkeys(given)), False
+    for name in _may_be_left_out(call):
+        yield f"without {name}", frozenset({f"without {name}"}), call.with_({name: None}), False
     if unread:
         yield from _given(model, call, unread)
+
+
+def _may_be_left_out(call: _Call) -> list[str]:
+    """The tensors that the caller gave for arguments that default to None; one other tensor stays."""
+    tensors = [name for name, value in call.values.items() if isinstance(value, Tensor)]
+    if call.inputs.finder != "given" or len(tensors) < 2:
+        return []
+    return [name for name in tensors if call.parameters[name].default is None]
 
 
 def _given(

@@ -6,13 +6,12 @@ symmetry of whoever never sets the flag, so a pass that differs from the first b
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from dataclasses import replace
-from typing import Any
 
 from torch import fx
 
 from permgraph.capture.captured import Captured
+from permgraph.capture.numbering import Numbering
 
 
 def without_by_products(again: Captured, first: Captured) -> tuple[Captured, int]:
@@ -24,8 +23,8 @@ def without_by_products(again: Captured, first: Captured) -> tuple[Captured, int
     nodes = {node.op: node for node in again.graph.nodes}
     end: fx.Node = nodes["output"]
     outputs: list[fx.Node] = list(end.args[0])  # type: ignore[arg-type]
-    named: dict[Hashable, int] = {}
-    here, there = _values(again.graph, named), _values(first.graph, named)
+    numbering = Numbering((first, again))
+    there, here = ({n: numbering.of(n) for n in one.graph.nodes if n.op != "output"} for one in (first, again))
     returned = {there[node] for node in next(n for n in first.graph.nodes if n.op == "output").args[0]}
     on_the_way = set(there.values()) - returned
     above = _ancestors(outputs)
@@ -57,25 +56,3 @@ def _ancestors(nodes: list[fx.Node]) -> set[fx.Node]:
             found.add(node)
             waiting.extend(node.all_input_nodes)
     return found
-
-
-def _values(graph: fx.Graph, named: dict[Hashable, int]) -> dict[fx.Node, int]:
-    """A number for what each node computes: two nodes that apply the same operators to the same tensors share it."""
-    numbers: dict[fx.Node, int] = {}
-
-    def said(value: Any) -> Hashable:
-        if isinstance(value, fx.Node):
-            return "node", numbers[value]
-        if isinstance(value, (list, tuple)):
-            return tuple(map(said, value))
-        return type(value).__name__, repr(value)
-
-    for node in graph.nodes:
-        if node.op == "placeholder":
-            key: Hashable = (node.meta["kind"], tuple(node.meta["names"]))
-        elif node.op == "call_function":
-            key = (str(node.target), said(node.args), tuple((name, said(value)) for name, value in node.kwargs.items()))
-        else:
-            continue
-        numbers[node] = named.setdefault(key, len(named))
-    return numbers

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from permgraph.capture.by_products import without_by_products
 from permgraph.capture.captured import Captured
-from permgraph.capture.passes import ASPECTS, Variation, alike, joined, variations
+from permgraph.capture.joined import alike, joined
+from permgraph.capture.passes import ASPECTS, Variation, variations
 from permgraph.capture.record import Limits
 from permgraph.capture.run import capture_again, first_line
 from permgraph.capture.subject import unwrap
@@ -87,6 +88,11 @@ class FurtherPasses:
         """The passes as one graph over shared parameters."""
         return self.passes[0] if len(self.passes) == 1 else joined(self.passes)
 
+    def keep_the_first(self, reason: str) -> None:
+        """Let go of all passes but the first, since they cannot be solved together."""
+        self.passes = self.passes[:1]
+        self.tried = [replace(one, outcome="failed", says=reason) if at else one for at, one in enumerate(self.tried)]
+
     def notes(self) -> tuple[str, ...]:
         """What of that which a user may vary no pass has shown, in sentences."""
         return _uncovered(self.tried)
@@ -105,7 +111,7 @@ def _uncovered(tried: Sequence[Tried]) -> tuple[str, ...]:
     by_reason: dict[str, list[str]] = {}
     for aspect, reason in reasons.items():
         by_reason.setdefault(reason, []).append(ASPECTS.get(aspect, aspect))
-    return tuple(f"not seen: {', '.join(sorted(aspects))} ({reason})" for reason, aspects in by_reason.items())
+    return tuple(f"no pass ran with {', '.join(sorted(aspects))}: {reason}" for reason, aspects in by_reason.items())
 
 
 def _unread(captured: Captured) -> set[str]:

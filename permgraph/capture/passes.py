@@ -1,29 +1,36 @@
-"""Further passes: the same module on inputs of other sizes, in training mode, called twice, joined into one graph.
-
-A specification is inferred from what a forward pass did, and used for a model that runs on other inputs. What another
-pass ties or pins holds as well, so passes are solved together: their graphs are put side by side, and the parameters
-are the nodes that they share. A pass that differs from an earlier one in its sizes alone says nothing new (`alike`).
-"""
+"""Further passes: the same module on inputs of other sizes, in training mode, called twice, with other arguments."""
 
 from __future__ import annotations
 
 import functools
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from permgraph.capture.arguments import other_arguments
-from permgraph.capture.captured import Captured
 from permgraph.capture.inputs.registry import ExampleInputs
 from permgraph.capture.module_copy import copy_with
 
-Sizes = Mapping[int, int]
+
+@dataclass(frozen=True)
+class Sizes:
+    """New sizes of batches and of places, by the old ones, and which dimensions of a tensor are places."""
+
+    batch: Mapping[int, int]
+    places: Mapping[int, int]
+    which: Callable[[Tensor], range]
+
+    def of(self, tensor: Tensor, dim: int) -> int:
+        """The new size of a dimension."""
+        size = tensor.shape[dim]
+        if dim == 0:
+            return self.batch.get(size, size)
+        return self.places.get(size, size) if dim in self.which(tensor) else size
 
 
 @dataclass(frozen=True)
@@ -61,18 +68,15 @@ def variations(model: nn.Module, inputs: ExampleInputs, unread: Collection[str] 
 
     Where parameters are `unread` when it comes to that, tensors are made up for arguments that default to None.
     """
-    held = {size for tensor in (*model.parameters(), *model.buffers()) for size in _shape(tensor)}
-    every, batch = _larger(inputs, held, batch_only=False), _larger(inputs, held, batch_only=True)
-    larger: list[tuple[str, set[str], Sizes]] = []
-    if every != batch:
-        larger.append(("larger sizes", {"batch", "sizes"}, every))
-    if batch:
-        larger.append(("a larger batch", {"batch"}, batch))
-    for name, shows, sizes in larger:
-        resize = functools.partial(resized, sizes=sizes)
-        yield Variation(f"{name} in training mode", frozenset(shows | {"training"}), _mapped(inputs, resize), True)
-    for name, shows, sizes in larger:
-        yield Variation(name, frozenset(shows), _mapped(inputs, functools.partial(resized, sizes=sizes)))
+    larger = [(sizes, {"batch", "sizes"}, "larger sizes") for sizes in _larger_sizes(model, inputs)]
+    larger += [(sizes, {"batch"}, "a larger batch") for sizes in _larger_sizes(model, inputs, batch_only=True)]
+    for training in (True, False):
+        for sizes, shows, name in larger:
+            made = _mapped(inputs, functools.partial(resized, sizes=sizes))
+            if training:
+                yield Variation(f"{name} in training mode", frozenset(shows | {"training"}), made, True)
+            else:
+                yield Variation(name, frozenset(shows), made)
     yield Variation("training mode", frozenset({"training"}), inputs, training=True)
     yield Variation("two calls", frozenset({"calls"}), inputs, calls=2)
     for name, named, other, flags in other_arguments(model, inputs, unread):
@@ -98,20 +102,30 @@ def _tensors(inputs: ExampleInputs) -> list[Tensor]:
     return found
 
 
-def _places(tensor: Tensor) -> range:
+def _places_first(tensor: Tensor) -> range:
     """The dimensions, besides the batch, that are places of a text, steps of a sequence or rows of an image.
 
-    A guess by the conventions of `torch.nn`: of numbers all; of vectors the second of three, the later of more. Where
-    it is wrong, the pass fails, which is harmless.
+    A guess: of whole numbers all; of floats the second of three, the later of more, as in sequences of vectors, and in
+    images whose channels come first. Where it is wrong, the pass fails, which is harmless.
     """
-    whole = not (tensor.is_floating_point() or tensor.is_complex())
-    return (
-        range(1, tensor.ndim)
-        if whole or tensor.ndim == 0
-        else range(1, 2)
-        if tensor.ndim == 3
-        else range(2, tensor.ndim)
-    )
+    if _whole(tensor):
+        return range(1, tensor.ndim)
+    return range(1, 2) if tensor.ndim == 3 else range(2, tensor.ndim)
+
+
+def _places_last(tensor: Tensor) -> range:
+    """The other guess: the last of three, as in signals with channels, the middle ones of images with channels last."""
+    if _whole(tensor):
+        return range(1, tensor.ndim)
+    return range(2, 3) if tensor.ndim == 3 else range(1, tensor.ndim - 1)
+
+
+def _no_places(tensor: Tensor) -> range:
+    return range(0)
+
+
+def _whole(tensor: Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex())
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:
@@ -119,18 +133,37 @@ def _shape(tensor: Tensor) -> tuple[int, ...]:
     return () if is_lazy(tensor) else tuple(tensor.shape)
 
 
-def _larger(inputs: ExampleInputs, held: Collection[int], *, batch_only: bool) -> dict[int, int]:
-    """New sizes for those that a user may vary; no two become one, and none becomes one of the inputs or weights."""
+def _larger_sizes(model: nn.Module, inputs: ExampleInputs, *, batch_only: bool = False) -> Iterator[Sizes]:
+    """New sizes for those that a user may vary; no two become one, and none becomes one of the inputs or weights.
+
+    Sizes that are equal stay equal, for a mask has the length of its text twice. But first it is tried as if a batch
+    were as large as something else by chance.
+    """
     tensors = _tensors(inputs)
-    varied = dict.fromkeys(tensor.shape[0] for tensor in tensors if tensor.ndim)
-    if not batch_only:
-        varied.update(dict.fromkeys(tensor.shape[d] for tensor in tensors for d in _places(tensor)))
-    taken = {size for tensor in tensors for size in tensor.shape}.union(held)
-    sizes: dict[int, int] = {}
-    for size in varied:
-        sizes[size] = next(n for n in _above(size) if n not in taken)
-        taken.add(sizes[size])
-    return sizes
+    taken = {size for tensor in (*model.parameters(), *model.buffers()) for size in _shape(tensor)}
+    taken.update(size for tensor in tensors for size in tensor.shape)
+    seen: list[list[tuple[int, ...]]] = [[tuple(tensor.shape) for tensor in tensors]]
+    for places in (_no_places,) if batch_only else (_places_first, _places_last):
+        batches = dict.fromkeys(tensor.shape[0] for tensor in tensors if tensor.ndim)
+        others = dict.fromkeys(tensor.shape[d] for tensor in tensors for d in places(tensor))
+        if not batch_only and not others:
+            continue
+        used = set(taken)
+        batch = {size: _next(size, used) for size in batches}
+        apart = {size: _next(size, used) for size in others}
+        for of_places in (apart, {size: batch.get(size, apart[size]) for size in others}):
+            sizes = Sizes(batch, of_places, places)
+            shapes = [tuple(map(sizes.of, [tensor] * tensor.ndim, range(tensor.ndim))) for tensor in tensors]
+            if shapes not in seen:
+                seen.append(shapes)
+                yield sizes
+
+
+def _next(size: int, taken: set[int]) -> int:
+    """A larger size that is not taken, and is then."""
+    found = next(n for n in _above(size) if n not in taken)
+    taken.add(found)
+    return found
 
 
 def _above(size: int) -> Iterator[int]:
@@ -148,9 +181,8 @@ def _above(size: int) -> Iterator[int]:
 def resized(tensor: Tensor, sizes: Sizes) -> Tensor:
     """The tensor with other sizes: what it holds again from the start, and whole numbers that count go on counting."""
     made = tensor.detach()
-    for dim in (0, *_places(tensor)) if tensor.ndim else ():
-        size = tensor.shape[dim]
-        new = sizes.get(size, size)
+    for dim in range(tensor.ndim):
+        size, new = tensor.shape[dim], sizes.of(tensor, dim)
         if new == size:
             continue
         at = torch.arange(new, device=made.device)
@@ -161,89 +193,3 @@ def resized(tensor: Tensor, sizes: Sizes) -> Tensor:
             shape[dim] = new
             made = made + (at // size * size).to(made.dtype).view(shape)
     return made
-
-
-# -- graphs ------------------------------------------------------------------------------------------------------------
-
-
-def alike(first: Captured, second: Captured) -> bool:
-    """Whether two passes ran the same operators on the same nodes, with sizes of which each stands for one other.
-
-    Then the second ties and pins what the first does. Sizes of weights stand for themselves.
-    """
-    nodes, others = list(first.graph.nodes), list(second.graph.nodes)
-    if len(nodes) != len(others):
-        return False
-    number = {node: at for at, node in enumerate(nodes)}
-    other_number = {node: at for at, node in enumerate(others)}
-    forth: dict[int, int] = {1: 1}
-    back: dict[int, int] = {1: 1}
-
-    def same_size(a: int, b: int) -> bool:
-        return forth.setdefault(a, b) == b and back.setdefault(b, a) == a
-
-    def same(a: Any, b: Any) -> bool:
-        if isinstance(a, fx.Node):
-            return isinstance(b, fx.Node) and number[a] == other_number[b]
-        if isinstance(a, (list, tuple)):
-            return isinstance(b, (list, tuple)) and len(a) == len(b) and all(map(same, a, b))
-        if type(a) is int and type(b) is int:  # a number of a dimension stays; a size goes with the shapes' sizes
-            return a == b or same_size(a, b)
-        return type(a) is type(b) and (a == b or a != a)
-
-    def same_value(a: Any, b: Any) -> bool:
-        if isinstance(a, Tensor):
-            alike_dtype = isinstance(b, Tensor) and a.dtype == b.dtype and a.ndim == b.ndim
-            return alike_dtype and all(map(same_size, a.shape, b.shape))
-        if isinstance(a, (list, tuple)):
-            return isinstance(b, (list, tuple)) and len(a) == len(b) and all(map(same_value, a, b))
-        return True
-
-    for node, other in zip(nodes, others, strict=True):
-        if node.op != other.op or (node.target != other.target and node.op != "placeholder"):
-            return False
-        if node.op == "placeholder":
-            if node.meta["kind"] != other.meta["kind"]:
-                return False
-            if node.meta["kind"] in ("parameter", "buffer"):
-                if node.meta["names"] != other.meta["names"]:
-                    return False
-                if not all(same_size(size, size) for size in node.meta["val"].shape):
-                    return False
-        if not (same_value(node.meta["val"], other.meta["val"]) and same(node.args, other.args)):
-            return False
-        if node.kwargs.keys() != other.kwargs.keys() or not same(
-            list(node.kwargs.values()), [other.kwargs[key] for key in node.kwargs]
-        ):
-            return False
-    return True
-
-
-def joined(passes: Sequence[Captured]) -> Captured:
-    """Several passes as one: the first one's graph, and after it the others', over the same parameters and buffers."""
-    graph = fx.Graph()
-    shared: dict[tuple[str, ...], fx.Node] = {}
-    copies: dict[fx.Node, fx.Node] = {}
-    for node in (node for one in passes for node in one.graph.nodes if node.op == "placeholder"):
-        names = tuple(node.meta["names"]) if node.meta["kind"] in ("parameter", "buffer") else ()
-        if names and names in shared:
-            copies[node] = shared[names]
-            continue
-        copies[node] = graph.node_copy(node)
-        if names:
-            shared[names] = copies[node]
-    outputs: list[Any] = []
-    ends: list[fx.Node] = []
-    for one in passes:
-        for node in one.graph.nodes:
-            if node.op == "call_function":
-                copies[node] = graph.node_copy(node, lambda source: copies[source])
-            elif node.op == "output":
-                outputs.extend(node.args[0])
-                ends.append(node)
-    output = graph.output([copies[node] for node in outputs])
-    left = {copies[node]: name for end in ends for node, name in end.meta.get("left", {}).items()}
-    output.meta.update(ends[0].meta, val=[value for end in ends for value in end.meta["val"]], left=left)
-    graph.lint()
-    unused = tuple(name for name in passes[0].unused if all(name in one.unused for one in passes))
-    return replace(passes[0], graph=graph, unused=unused)

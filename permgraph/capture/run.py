@@ -327,6 +327,8 @@ def _pass(
     if not outputs:
         raise CaptureError(f"{type(subject.core).__name__} returned no tensor, but a {type(result).__name__}")
     graph = recorder.finish(outputs, left)
+    for node in graph.nodes if training else ():
+        node.meta["training"] = True
     unused = tuple(
         name
         for node in graph.nodes

@@ -15,6 +15,7 @@ from permgraph.capture import Captured, capture
 from permgraph.capture.environment import gc_paused
 from permgraph.capture.further import FurtherPasses, Tried
 from permgraph.capture.record import Limits
+from permgraph.errors import ConflictError
 from permgraph.inference.describe import describe
 from permgraph.inference.ends import pin_unread, pin_unseen
 from permgraph.inference.facts import GraphFacts
@@ -72,7 +73,14 @@ def auto_spec(
     limits = Limits(max_nodes, max_seconds, time.monotonic())
     captured = capture(model, example_inputs, example_kwargs, max_nodes=max_nodes, max_seconds=max_seconds)
     passes = FurtherPasses(model, captured, max_passes if vary else 1, limits)
-    spec = spec_of(passes.joined(), limits)
+    try:
+        spec = spec_of(passes.joined(), limits)
+    except ConflictError as error:
+        if len(passes.passes) == 1:
+            raise
+        log.debug("passes of %s cannot be solved together", captured.model_class, exc_info=True)
+        passes.keep_the_first(f"{type(error).__name__}: {error}")
+        spec = spec_of(captured, limits)
     notes = (
         passes.notes() if vary else (f"inferred from one pass, in evaluation mode, on {captured.inputs.describe()}",)
     )

@@ -72,6 +72,11 @@ class Call:
         return default if given is None else given
 
     @property
+    def exchangeable_noise(self) -> bool:
+        """Whether random values are training's: drawn each for itself, so that any order of them is as likely."""
+        return bool(self.node.meta.get("training"))
+
+    @property
     def out(self) -> TypedTensor:
         """The first (often the only) result."""
         first = self.outs[0] if self.outs else None

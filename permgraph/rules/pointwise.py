@@ -129,33 +129,50 @@ def glu(call: Call) -> None:
 
 @rule(*aten("native_dropout dropout feature_dropout alpha_dropout"), values="derived")
 def dropout(call: Call) -> None:
-    """The identity at inference; while training, noise that no numbering survives."""
+    """The identity at inference; in a pass that training needs, noise whose numbering does not matter."""
     x = call.tensors[0]
     call.pointwise(x, *call.results)
-    if call.get("train", True):
+    if call.get("train", True) and not call.exchangeable_noise:
         call.pin_all([x], "random values")
 
 
 @rule(*aten("rrelu rrelu_with_noise"), values="repeat")
 def rrelu(call: Call) -> None:
-    """The mean slope at inference; while training, noise that no numbering survives."""
+    """The mean slope at inference; in a pass that training needs, noise whose numbering does not matter."""
     call.pointwise(call["self"], call.out)
     call.ignore_values(*call.tensors[1:])
-    if call["training"]:
+    if call["training"] and not call.exchangeable_noise:
         call.pin_all([call["self"]], "random values")
 
 
-@rule("aten.bernoulli", "aten.normal", "aten.multinomial")
+@rule(*aten("bernoulli normal"))
 def random(call: Call) -> None:
-    """Random values have an order of their own, and which element they belong to matters."""
-    call.pin_all([*call.tensors, *call.results], "random values")
+    """Random values have an order of their own, and which element they belong to matters, but for training's noise."""
+    if call.exchangeable_noise:
+        call.pointwise(*call.tensors, *call.results)
+    else:
+        call.pin_all([*call.tensors, *call.results], "random values")
 
 
-@rule(*aten("rand_like randn_like randint_like uniform exponential random rand randn randint randperm"))
+@rule(*aten("rand_like randn_like uniform exponential rand randn"))
 def noise(call: Call) -> None:
-    """Random values in an order of their own, whatever the argument holds."""
+    """Random values in an order of their own, whatever the argument holds; training's noise has none that matters."""
+    call.ignore_values(*call.tensors)
+    if not call.exchangeable_noise:
+        call.pin_all(call.results, "random values")
+
+
+@rule(*aten("randint_like random randint randperm"))
+def random_numbers(call: Call) -> None:
+    """Whole numbers that may choose elements, in an order of their own."""
     call.ignore_values(*call.tensors)
     call.pin_all(call.results, "random values")
+
+
+@rule("aten.multinomial")
+def random_choice(call: Call) -> None:
+    """Indices of an axis, each drawn by its weight: which one comes out depends on their order."""
+    call.pin_all([*call.tensors, *call.results], "random values")
 
 
 NO_DATA = """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 import permgraph as pg
 from permgraph.capture import ExampleInputs, capture
 from permgraph.capture.further import FurtherPasses
-from permgraph.capture.passes import alike, joined, resized, variations
+from permgraph.capture.joined import alike, joined
+from permgraph.capture.passes import Sizes, resized, variations
 from permgraph.capture.record import Limits
 from permgraph.inference.solution import Solution
 
@@ -198,34 +199,78 @@ def test_sizes_that_are_equal_by_chance_are_no_likeness() -> None:
     assert alike(capture(model, (torch.randn(5, 3),)), second)
 
 
-def test_joined_passes_share_weights_and_nothing_else() -> None:
+def test_a_size_that_stands_for_two_things_elsewhere_is_no_difference() -> None:
+    """Two rows and four heads are eight, as half a head is: at no operator do the two meet."""
+
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.out = nn.Linear(3, 64), nn.Linear(64, 9)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.embed(x).view(*x.shape[:2], 4, 16).transpose(1, 2)
+            h = torch.cat((h[..., 8:], h[..., :8]), -1)
+            weights = torch.bmm(h.reshape(-1, x.shape[1], 16), h.reshape(-1, x.shape[1], 16).transpose(1, 2))
+            return self.out((weights @ h.reshape(-1, x.shape[1], 16)).view(h.shape).transpose(1, 2).flatten(2))
+
+    model = Heads()
+    first, second = (capture(model, (torch.randn(batch, length, 3),)) for batch, length in ((2, 5), (7, 11)))
+    assert alike(first, second)
+
+
+def test_a_view_that_cuts_otherwise_at_another_size_is_a_difference() -> None:
+    """Four places of 16 channels as 16 channels of 2 by 2 places keep blocks of 4; nine of 16 as 16 of 3 by 3 none."""
+
+    class Mixes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.out = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.embed(x)
+            y: Tensor = self.out(h.flatten(2).transpose(1, 2).reshape(h.shape))
+            return y
+
+    torch.manual_seed(0)
+    model = Mixes()
+    first, second = (capture(model, (torch.randn(n, 3, side, side),)) for n, side in ((2, 2), (5, 3)))
+    assert not alike(first, second)
+    spec = pg.auto_spec(model, (torch.randn(2, 3, 2, 2),))
+    assert _error(model, spec, (torch.randn(2, 3, 3, 3),), (torch.randn(2, 3, 5, 5),)) < 1e-12
+    assert _error(model, pg.auto_spec(model, (torch.randn(2, 3, 2, 2),), vary=False), (torch.randn(2, 3, 3, 3),)) > 1e-3
+
+
+def test_joined_passes_share_what_they_both_compute_from_weights() -> None:
     model = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 2))
     passes = [capture(model, (torch.randn(n, 3),)) for n in (4, 5)]
     both = joined(passes)
     assert len(both.placeholders("parameter")) == 4
     assert len(both.placeholders("input")) == 2
     calls = [[n for n in p.graph.nodes if n.op == "call_function"] for p in (*passes, both)]
-    assert len(calls[2]) == len(calls[0]) + len(calls[1])
+    # Two products and a ReLU in each; the two weights are transposed once.
+    assert (len(calls[0]), len(calls[1]), len(calls[2])) == (5, 5, 8)
     assert [len(p.graph.nodes) for p in passes] == [len(calls[0]) + 6] * 2, "the passes themselves are left alone"
 
 
 def test_sizes_grow_and_numbers_that_count_go_on() -> None:
+    def larger(tensor: Tensor, *sizes: Mapping[int, int]) -> Tensor:
+        return resized(tensor, Sizes(*sizes, lambda tensor: range(2 if tensor.ndim == 4 else 1, tensor.ndim)))
+
     places = torch.arange(4).expand(2, 4)
-    assert resized(places, {4: 6}).tolist() == [list(range(6))] * 2
-    assert resized(torch.tensor([[5, 5, 7, 9]]), {4: 6}).tolist() == [[5, 5, 7, 9, 5, 5]]
-    image = resized(torch.randn(2, 3, 32, 32), {2: 3, 32: 64})
-    assert image.shape == (3, 3, 64, 64)
+    assert larger(places, {}, {4: 6}).tolist() == [list(range(6))] * 2
+    assert larger(torch.tensor([[5, 5, 7, 9]]), {}, {4: 6}).tolist() == [[5, 5, 7, 9, 5, 5]]
+    assert larger(torch.randn(2, 3, 32, 32), {2: 3}, {32: 64}).shape == (3, 3, 64, 64)
     # The channels are no places, so that they keep their size though it is that of the batch.
-    assert resized(torch.randn(3, 3, 8, 8), {3: 5}).shape == (5, 3, 8, 8)
+    assert larger(torch.randn(3, 3, 8, 8), {3: 5}, {}).shape == (5, 3, 8, 8)
 
 
 def test_inputs_are_not_changed() -> None:
     given = torch.randn(2, 4, 3)
     before = given.clone()
     varied = list(variations(nn.Linear(3, 2), ExampleInputs((given,), {}, "given")))
-    # Two rows become five, since three are the features and four the places; the places seven.
-    assert varied[0].inputs.args[0].shape == (5, 7, 3)
-    assert varied[1].inputs.args[0].shape == (5, 4, 3)
+    # Two rows become five, since three are the features and four the places; the places seven, or else the features.
+    shapes = [tuple(one.inputs.args[0].shape) for one in varied]
+    assert shapes == [(5, 7, 3), (5, 4, 7), (5, 4, 3)] * 2 + [(2, 4, 3)] * 2
     assert torch.equal(given, before)
 
 
@@ -244,13 +289,13 @@ def test_a_pass_that_fails_is_said_and_harmless() -> None:
     spec = pg.auto_spec(Fixed(), (torch.randn(4, 3),), max_passes=6)
     assert spec.log_order() == pytest.approx(S6)
     reason = "ValueError: four rows, and no training"
-    assert spec.notes == (f"not seen: a larger batch, training mode ({reason})",)
+    assert spec.notes == (f"no pass ran with a larger batch, training mode: {reason}",)
     assert [(run.outcome, run.says) for run in spec.passes[1:]] == [("failed", reason)] * 3
 
 
 def test_what_there_is_no_room_for_is_said(tmp_path: Path) -> None:
     spec = pg.auto_spec(Alternating(), (torch.randn(4, 3),), max_passes=2)
-    assert spec.notes == ("not seen: a second call (max_passes=2)",)
+    assert spec.notes == ("no pass ran with a second call: max_passes=2",)
     spec.save(tmp_path / "spec.json")
     assert pg.PermutationSpec.load(tmp_path / "spec.json").passes == spec.passes
     with pytest.raises(ValueError, match="max_passes=0 is no whole number from 1 on"):
@@ -381,4 +426,4 @@ def test_no_pass_is_begun_when_the_time_is_up(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(Limits, "check", lambda limits, count: None)
     monkeypatch.setattr(Solution, "out_of_time", lambda solution: False)
     spec = pg.auto_spec(Steps(), (torch.randn(4, 3),), max_seconds=5.0)
-    assert spec.notes == ("not seen: a larger batch, steps, training mode (max_seconds=5.0)",)
+    assert spec.notes == ("no pass ran with a larger batch, steps, training mode: max_seconds=5.0",)
