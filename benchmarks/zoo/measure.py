@@ -18,8 +18,10 @@ import torch
 import permgraph as pg
 from benchmarks.zoo.names import ZOOS
 from permgraph.capture import capture
+from permgraph.capture.further import FurtherPasses
+from permgraph.capture.record import Limits
 from permgraph.errors import CaptureError
-from permgraph.inference.auto_spec import spec_of
+from permgraph.inference.auto_spec import MAX_NODES, MAX_PASSES, spec_of_passes
 
 Tell = Callable[[dict[str, Any]], object]
 
@@ -103,7 +105,9 @@ def _measure(
     record["status"] = "not inferred"
     tell(record)
     started = time.monotonic()
-    spec = spec_of(captured)
+    limits = Limits(MAX_NODES, None, started)
+    spec = spec_of_passes(FurtherPasses(model, captured, MAX_PASSES, limits))
+    record["passes"] = [[run.name, run.outcome, run.says] for run in spec.passes[1:]]
     record["infer_seconds"] = round(time.monotonic() - started, 2)
     record["groups"] = len(spec.moving)
     record["log_order"] = round(spec.log_order(), 3)

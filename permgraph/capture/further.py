@@ -47,10 +47,12 @@ class FurtherPasses:
     Attributes:
         passes: those that are to be solved together.
         tried: every pass that was thought of, and what became of it.
+        limits: when the time is up.
     """
 
     def __init__(self, model: Any, captured: Captured, max_passes: int, limits: Limits) -> None:
         self.passes = [captured]
+        self.limits = limits
         first = Variation("the first pass", frozenset(), captured.inputs)
         self.tried = [Tried(first, "solved", "", _count(captured))]
         shown: set[str] = set() if captured.keeps_state else {"calls"}  # else a second call is like the first

@@ -27,6 +27,11 @@ from permgraph.spec.spec import PermutationSpec
 
 log = logging.getLogger(__name__)
 
+MAX_PASSES = 6
+"""Most modules need two: as given, and with larger sizes in training mode."""
+
+MAX_NODES = 200_000
+
 
 def auto_spec(
     model: nn.Module | torch.export.ExportedProgram,
@@ -34,8 +39,8 @@ def auto_spec(
     example_kwargs: Mapping[str, Any] | None = None,
     *,
     vary: bool = True,
-    max_passes: int = 6,
-    max_nodes: int = 200_000,
+    max_passes: int = MAX_PASSES,
+    max_nodes: int = MAX_NODES,
     max_seconds: float | None = None,
 ) -> PermutationSpec:
     """Infer the groups of hidden units that can be renumbered without changing what a module computes.
@@ -72,18 +77,22 @@ def auto_spec(
         example_inputs = (example_inputs,)
     limits = Limits(max_nodes, max_seconds, time.monotonic())
     captured = capture(model, example_inputs, example_kwargs, max_nodes=max_nodes, max_seconds=max_seconds)
-    passes = FurtherPasses(model, captured, max_passes if vary else 1, limits)
+    return spec_of_passes(FurtherPasses(model, captured, max_passes if vary else 1, limits), vary=vary)
+
+
+def spec_of_passes(passes: FurtherPasses, *, vary: bool = True) -> PermutationSpec:
+    """The spec of several passes, which lists them, and says what they do not cover."""
+    captured = passes.passes[0]
     try:
-        spec = spec_of(passes.joined(), limits)
+        spec = spec_of(passes.joined(), passes.limits)
     except ConflictError as error:
         if len(passes.passes) == 1:
             raise
         log.debug("passes of %s cannot be solved together", captured.model_class, exc_info=True)
         passes.keep_the_first(f"{type(error).__name__}: {error}")
-        spec = spec_of(captured, limits)
-    notes = (
-        passes.notes() if vary else (f"inferred from one pass, in evaluation mode, on {captured.inputs.describe()}",)
-    )
+        spec = spec_of(captured, passes.limits)
+    as_given = f"inferred from one pass, in evaluation mode, on {captured.inputs.describe()}"
+    notes = passes.notes() if vary else (as_given,)
     return replace(spec, notes=(*spec.notes, *notes), passes=tuple(map(_pass, passes.tried)))
 
 
