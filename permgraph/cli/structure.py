@@ -71,6 +71,8 @@ def summary(spec: PermutationSpec, *, pins: bool = False) -> dict[str, Any]:
         "aliases": stored["aliases"],
         "unknown_operators": list(map(dataclasses.asdict, spec.unknown_ops)),
         "unused": stored["unused"],
+        "notes": stored["notes"],
+        "passes": list(map(dataclasses.asdict, spec.passes)),
     }
     if pins:
         data["pins"] = [

@@ -115,7 +115,9 @@ def report(
 def _facts(spec: PermutationSpec) -> list[tuple[str, str]]:
     still = sum(isinstance(axis, Fixed) and axis.size > 1 for axes in spec.axes.values() for axis in axes)
     order = spec.log_order()
+    ran = [run for run in spec.passes if run.outcome in ("solved", "alike")]
     return [
+        *([("runs of forward looked at", "; ".join(run.name for run in ran))] if ran else []),
         ("parameters and buffers", f"{len(spec.axes):,}"),
         ("groups", f"{len(spec.moving):,}"),
         ("ln of the number of permutations", f"{order:,.0f}" if order >= 1000 else f"{order:.4g}"),

@@ -20,8 +20,8 @@ def error_of(seed: int) -> tuple[float, pg.PermutationSpec]:
     model = RandomProgram(seed)
     x = model.example()
     spec = pg.auto_spec(model, (x,))
-    if not spec.moving or spec.notes:  # of one that reads values, the spec holds for one branch
-        return 0.0, spec
+    if not spec.moving or any(note.startswith("inferred on real tensors") for note in spec.notes):
+        return 0.0, spec  # of one that reads values, the spec holds for one branch
     model, worst = copy.deepcopy(model).double(), 0.0
     for draw in range(3):
         generator = torch.Generator().manual_seed(draw)
