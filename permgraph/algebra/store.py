@@ -204,6 +204,29 @@ class Axes:
             known = self._contains[axis] = self.changes, any(map(self.contains_family, axis.children))
         return known[1]
 
+    def families_within_themselves(self, axis: Axis) -> Iterator[Axis]:
+        """The families one of whose members has a sum of the very index by which they are told apart.
+
+        Two sums have become one there, as where channels are shuffled again and again: which of the two places says
+        which member is meant is then not known.
+        """
+        if not self.contains_family(axis):
+            return
+        axis = self.resolve(axis)
+        for child in axis.children:
+            yield from self.families_within_themselves(child)
+        if axis.kind is Kind.FAMILY and axis.index is not None and self._has_sum(axis.children, axis.index.find()):
+            yield axis
+
+    def _has_sum(self, axes: Iterable[Axis], index: Index) -> bool:
+        stack = list(axes)
+        while stack:
+            axis = self.resolve(stack.pop())
+            if axis.kind is Kind.SUM and axis.index is not None and axis.index.find() is index:
+                return True
+            stack.extend(axis.children)
+        return False
+
     def same(self, a: Axis, b: Axis) -> bool:
         """Whether two axes are the same type, structure and atoms alike."""
         a, b = self.resolve(a), self.resolve(b)

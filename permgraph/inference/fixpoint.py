@@ -150,8 +150,11 @@ def _apply(call: Call, rules: dict[Any, Rule | None]) -> None:
 
 
 def _collapse_families(solution: Solution) -> None:
+    """Collapse each family whose members nothing tells apart: no one other dimension has its sum, or they hold it."""
     for tensor in solution.tensors():
         for d, axis in enumerate(tensor.dims) if 0 not in tensor.shape else ():
+            for family in list(solution.axes.families_within_themselves(axis)):
+                solution.axes.collapse(family)
             for family in list(loose_families(solution.axes, axis)):
                 assert family.index is not None
                 index = family.index.find()
