@@ -8,6 +8,7 @@ is taken, may be found in few rows only.
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +21,7 @@ from torch import Tensor
 from permgraph.capture.inputs.registry import ExampleInputs
 from permgraph.capture.module_copy import copy_with
 from permgraph.capture.outputs import tensor_leaves
-from permgraph.capture.passes import Variation, variations
+from permgraph.capture.passes import Variation, resized, variations
 from permgraph.capture.subject import unwrap
 from permgraph.errors import in_one_line
 from permgraph.spec.permutation import Permutation
@@ -61,22 +62,29 @@ class FurtherRuns:
     runs: list[Run] = field(default_factory=list)
 
     def __call__(self, first: Variation) -> tuple[Run, ...]:
-        """Run all that there is time for."""
+        """Run all that there is time for; what seems to take too long is put off, until more is known of its cost."""
         deadline = time.monotonic() + self.seconds
         shown: set[str] = set() if self.trial.keeps_state else {"calls"}
         rankings = set(self.trial.rankings)
-        further = variations(unwrap(self.model).core, first.inputs)
-        for variation in (*further, *self._rows(first, rankings, deadline)):
+        costs = _Costs([(1.0, self.run_seconds)])
+        waiting = list(variations(unwrap(self.model).core, first.inputs)) + list(_odd_sizes(first))
+        put_off: list[Variation] = []
+        for variation, again in _twice(waiting, put_off):
             if variation.shows <= shown:
                 continue
             if variation.calls > 1:
                 variation = replace(variation, name=f"{CALLS} calls", calls=CALLS)
-            cost = 2 * self.run_seconds * variation.calls * _growth(first.inputs, variation.inputs)
-            if cost > deadline - time.monotonic():
-                self._say(variation, "no time was left")
-                continue
-            if self._compare(variation):
+            growth = variation.calls * _growth(first.inputs, variation.inputs)
+            if 2 * costs.of(growth) > deadline - time.monotonic():
+                if again:
+                    self._say(variation, "no time was left")
+                else:
+                    put_off.append(variation)
+            elif self._compare(variation):
                 shown |= variation.shows
+                costs.measured.append((growth, self.trial.run_seconds))
+        for variation in self._rows(first, rankings, deadline):
+            self._compare(variation)
         self.trial.vary(first)
         return tuple(self.runs)
 
@@ -144,6 +152,37 @@ class FurtherRuns:
             self._say(replace(first, name=f"units ranked in {ROWS:,} rows"), "no time was left")
             return
         yield Variation(rows, frozenset({"rows"}), many(first.inputs, factor))
+
+
+@dataclass
+class _Costs:
+    """What a run takes by how many times as large its inputs are: what was measured, and a line through that beyond."""
+
+    measured: list[tuple[float, float]]
+
+    def of(self, growth: float) -> float:
+        """The seconds of a run."""
+        (least, fewest), (most, longest) = min(self.measured), max(self.measured)
+        if most <= least or longest <= fewest:
+            return longest * max(1.0, growth / most)
+        return max(longest, fewest + (longest - fewest) * (growth - least) / (most - least))
+
+
+def _twice(first: Sequence[Variation], second: Sequence[Variation]) -> Iterator[tuple[Variation, bool]]:
+    """Those of the first list, and of the second, which grows meanwhile; with whether it is the second."""
+    yield from ((variation, False) for variation in first)
+    yield from ((variation, True) for variation in list(second))
+
+
+def _odd_sizes(first: Variation) -> Iterator[Variation]:
+    """Each size that a user may vary larger by one: what is a multiple of a patch or a stride is one no more."""
+    tensors = list(tensor_leaves((first.inputs.args, first.inputs.kwargs)))
+    varied = dict.fromkeys(size for tensor in tensors for size in tensor.shape[1:])
+    sizes = {size: size + 1 for size in varied if size + 1 not in varied}
+    args, kwargs = copy_with((first.inputs.args, first.inputs.kwargs), functools.partial(resized, sizes=sizes), {})
+    inputs = replace(first.inputs, args=args, kwargs=kwargs)
+    if inputs.describe() != first.inputs.describe():
+        yield Variation("sizes larger by one", frozenset({"odd sizes"}), inputs)
 
 
 def _growth(first: ExampleInputs, second: ExampleInputs) -> float:

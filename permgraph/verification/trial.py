@@ -7,6 +7,7 @@ import copy
 import math
 import random
 import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -43,7 +44,8 @@ class Trial:
 
     Attributes:
         looks_inside: whether outputs include what the modules return.
-        keeps_state: whether a run has changed something on the model, so that the next call may do something else.
+        run_seconds: that the last run took.
+        keeps_state: whether a run in evaluation mode has changed something on the model, so that the next call may do something else.
         rankings: of each operator that ranked values: how many it ranked, and in how many rows.
     """
 
@@ -74,6 +76,7 @@ class Trial:
         self._kept_bytes = 0
         self.looks_inside = False
         self.keeps_state = False
+        self.run_seconds = 0.0
         self.vary(variation)
 
     @property
@@ -146,6 +149,7 @@ class Trial:
         inside: list[Tensor] = []
         versions = {name: tensor._version for name, (_, tensor) in self._floating.items()}
         training = self._variation.training
+        began = time.monotonic()
         with reference_kernels(torch.device("cpu")), double_by_default(), torch.no_grad():
             for tensor, original in self._constants:
                 tensor.copy_(original)
@@ -173,18 +177,19 @@ class Trial:
                     f"shape {shapes}: {error}; pass example_inputs or example_kwargs that its forward takes"
                 ) from error
             outputs = [tensor.detach().clone() for tensor in returned_tensors(result)[0]]
+        self.run_seconds = time.monotonic() - began
         if any(isinstance(tensor, FakeTensor) or tensor.is_meta for tensor in outputs):
             raise CaptureError(
                 f"{type(self._copy.module).__name__} returns a tensor without values, which a pass without data has left "
                 "where its forward finds it: make the model anew, or clear what it keeps between calls"
             )
-        self.keeps_state |= constants != [tensor._version for tensor, _ in self._constants]
+        self.keeps_state |= not training and constants != [tensor._version for tensor, _ in self._constants]
         # A model that writes to its own weights, or gives them other memory, finds them as they were the next time.
         for name, (_, tensor) in self._floating.items():
             if tensor.data_ptr() != self._memory[name].data_ptr():
                 tensor.data = self._memory[name]
         written = [name for name, (_, t) in self._floating.items() if t._version != versions[name]]
-        self.keeps_state |= bool(written)
+        self.keeps_state |= bool(written) and not training
         self._restore(written)
         return [*outputs, *inside]
 
@@ -272,7 +277,7 @@ def _held(copied: ModuleCopy) -> Iterator[Tensor]:
     yield from (tensor for _, tensor in copied.tensors)
     for module in copied.modules:
         for name, value in vars(module).items():
-            inside = type(value) in _CONTAINERS and name not in _OF_MODULES and len(value) <= MAX_LENGTH
+            inside = isinstance(value, _CONTAINERS) and name not in _OF_MODULES and len(value) <= MAX_LENGTH
             for item in (value.values() if isinstance(value, dict) else value) if inside else (value,):
                 if isinstance(item, Tensor) and item.layout == torch.strided and not item.is_quantized:
                     yield item
@@ -305,8 +310,10 @@ def _changed(modules: Sequence[nn.Module], before: Attributes) -> bool:
     def same(now: Any, then: Any) -> bool:
         if now is then:
             return True
-        if type(now) is not type(then) or type(now) not in _CONTAINERS:
-            return type(now) is type(then) and isinstance(now, (bool, int, float, str)) and bool(now == then)
+        if type(now) is not type(then):
+            return False
+        if not isinstance(now, _CONTAINERS):
+            return isinstance(now, (int, float, str)) and bool(now == then)
         items, others = (list(v.items()) if isinstance(v, dict) else [*enumerate(v)] for v in (now, then))
         return len(items) == len(others) and all(
             a[0] == b[0] and a[1] is b[1] for a, b in zip(items, others, strict=True)
