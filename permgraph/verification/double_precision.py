@@ -24,7 +24,20 @@ SINGLE_ONLY = (
 """Operators that know no float64. Both round to few values, which are the same for float32."""
 RANKING = frozenset(
     getattr(torch.ops.aten, name)
-    for name in "topk sort argmax argmin max min median nanmedian mode kthvalue cummax cummin".split()
+    for name in [
+        "topk",
+        "sort",
+        "argmax",
+        "argmin",
+        "max",
+        "min",
+        "median",
+        "nanmedian",
+        "mode",
+        "kthvalue",
+        "cummax",
+        "cummin",
+    ]
 )
 """Operators that may tell which of several values is the largest, and so which of two equal ones comes first."""
 
@@ -99,7 +112,7 @@ def in_double(tensor: Tensor) -> Tensor:
 
 
 def has_values(tensor: Tensor) -> bool:
-    """Whether a tensor's values are all at hand: not on the meta device, a fake one, or in parts on several processes."""
+    """Whether a tensor's values are all at hand: neither fake, nor on the meta device, nor in parts on processes."""
     return not (tensor.is_meta or isinstance(tensor, FakeTensor) or is_traceable_wrapper_subclass(tensor))
 
 

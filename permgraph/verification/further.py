@@ -125,7 +125,7 @@ class FurtherRuns:
         return True
 
     def _rows(self, first: Variation, rankings: set[tuple[int, int]], deadline: float) -> Iterator[Variation]:
-        """The inputs with so large a batch that units are ranked in thousands of rows, or as many as there is time for."""
+        """The inputs with so large a batch that units are ranked in thousands of rows, or as many as time allows."""
         sizes = {group.size for group in self.trial.spec.moving.values()}
         ranked = [rows for count, rows in rankings if any(count % size == 0 for size in sizes)]
         if not ranked or min(ranked) >= ROWS:
@@ -216,7 +216,12 @@ def many(inputs: ExampleInputs, factor: int) -> ExampleInputs:
 
 def is_drawn(tensor: Tensor) -> bool:
     """Whether a tensor holds values that may as well be others."""
-    if tensor.dtype == torch.bool or tensor.is_complex() or tensor.numel() < 2 or bool((tensor == tensor.flatten()[0]).all()):
+    if (
+        tensor.dtype == torch.bool
+        or tensor.is_complex()
+        or tensor.numel() < 2
+        or bool((tensor == tensor.flatten()[0]).all())
+    ):
         return False
     if is_floating(tensor):
         return bool(torch.isfinite(tensor).all())

@@ -12,8 +12,8 @@ A detector that finds nothing returns empty tensors, and a decoder token ids; li
 another scale are tried then, and if no scale helps, what the modules inside return is compared as well. A symmetry only
 reorders it, so its mean magnitude and its mean square must stay; a torn one changes them.
 
-All this is done on one set of inputs, which need not be those of the inference. `FurtherRuns` then repeats the move, and
-not the controls, on others.
+All this is done on one set of inputs, which need not be those of the inference. `FurtherRuns` then repeats the move,
+and not the controls, on others.
 
 One copy of the model is held, in float64. Weights are a function of the seed, so that what a permutation overwrote need
 not be kept: it is drawn again.
@@ -36,6 +36,7 @@ from permgraph.capture.passes import Variation
 from permgraph.capture.subject import unwrap
 from permgraph.errors import CaptureError, EvaluationError, MismatchError
 from permgraph.inference.auto_spec import auto_spec
+from permgraph.spec.data import SpecData
 from permgraph.spec.permutation import Permutation
 from permgraph.spec.spec import PermutationSpec
 from permgraph.verification.further import LEAST_SECONDS, FurtherRuns
@@ -88,19 +89,19 @@ def verify(
 
     >>> import torch, permgraph as pg
     >>> model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.ReLU(), torch.nn.Linear(5, 2))
-    >>> [run.name for run in pg.verify(model).runs]
-    ['the inputs', 'a larger batch in training mode']
+    >>> print(pg.verify(model).runs[0])
+    the inputs, (float32[2, 3])
     """
     if controls not in ("one", "all", "none"):
         raise EvaluationError(f"controls is {controls!r}; it may be 'one', 'all' or 'none'")
-    if permutation is not None:
-        if spec is not None and spec.fingerprint != permutation.spec.fingerprint:
+    if permutation is None:
+        acting: SpecData = auto_spec(model, example_inputs, example_kwargs) if spec is None else spec
+    else:
+        acting = permutation.spec
+        if spec is not None and spec.fingerprint != acting.fingerprint:
             raise MismatchError("the permutation is of another spec than the one given with it: leave out spec=")
-        spec = permutation.spec
-    if spec is None:
-        spec = auto_spec(model, example_inputs, example_kwargs)
-    unread = tuple(name for name in spec.unused if spec.aliases.get(name, name) in spec.axes)  # not mere counters
-    if not spec.moving:
+    unread = tuple(name for name in acting.unused if acting.aliases.get(name, name) in acting.axes)  # not mere counters
+    if not acting.moving:
         note = "nothing to permute: the spec has no groups"
         return Verification(True, 0.0, tolerance, {}, note=note, unread=unread)
     if permutation is not None and permutation.is_identity:
@@ -111,7 +112,7 @@ def verify(
     else:
         given = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs or ())
         inputs = ExampleInputs(given, dict(example_kwargs or {}), "given")
-    proof = _Proof(model, spec, inputs, permutation, seed, tolerance, controls, started, max_seconds)
+    proof = _Proof(model, acting, inputs, permutation, seed, tolerance, controls, started, max_seconds)
     found = proof.on_the_first_inputs()
     late = max_seconds is not None and time.monotonic() - started > max_seconds
     if further > 0 and not late and (found.passed or found.max_error <= tolerance):
@@ -125,7 +126,7 @@ class _Proof:
     def __init__(
         self,
         model: nn.Module,
-        spec: PermutationSpec,
+        spec: SpecData,
         inputs: ExampleInputs,
         permutation: Permutation | None,
         seed: int,
@@ -139,7 +140,7 @@ class _Proof:
         self.own = permutation is not None
         self.first = Variation("the inputs", frozenset(), inputs)
         self.trial = Trial(model, spec, self.first, seed, own_weights=self.own)
-        self.everything = spec.random(seed, every_group=True) if permutation is None else permutation
+        self.everything = Permutation.random(spec, seed, every_group=True) if permutation is None else permutation
         moved = [name for name, count in self.everything.moved().items() if count and name in spec.moving]
         order = torch.randperm(len(moved), generator=seeded_generator(seed)).tolist()
         self.moved, self.order = moved, [moved[at] for at in order]
@@ -195,7 +196,9 @@ class _Proof:
             )
         reports = {name: reports[name] for name in self.moved}
         passed = max_error <= tolerance and all(report.passed for report in reports.values())
-        note = "outputs are empty or integers, so what the modules return was compared too" if trial.looks_inside else ""
+        note = (
+            "outputs are empty or integers, so what the modules return was compared too" if trial.looks_inside else ""
+        )
         left_out = tuple(name for name in self.moved if name in untried)
         failed = tuple(name for name, report in reports.items() if not report.passed)
         runs = (Run(self.first.name, self.first.inputs.describe(), max_error, failed=failed),)

@@ -1,4 +1,4 @@
-"""What `verify` reports: the whole verdict, that of each group, each control, and each of the inputs that were tried."""
+"""What `verify` reports: the whole verdict, that of each group, each control, and which inputs were tried."""
 
 from __future__ import annotations
 
@@ -109,9 +109,10 @@ class Verification:
 
     @property
     def without_influence(self) -> tuple[str, ...]:
-        """The groups of which no control changed the output: what they move has no part in it, so that any move is harmless.
+        """The groups of which no control changed the output.
 
-        Such are units that a model computes and leaves out. Nothing more was shown of them.
+        What they move has no part in it, so that any move is harmless. Such are units that a model computes and
+        leaves out. Nothing more was shown of them.
         """
         return tuple(name for name, group in self.groups.items() if group.inert_throughout)
 
@@ -135,7 +136,9 @@ class Verification:
         if self.untried:
             lines.append(f"no time for controls on {len(self.untried)} groups: {_some(self.untried)}")
         if self.without_influence:
-            lines.append(f"no control changed the output, on which these have no influence: {_some(self.without_influence)}")
+            lines.append(
+                f"no control changed the output, on which these have no influence: {_some(self.without_influence)}"
+            )
         if self.unread:
             lines.append(f"never read, so that nothing is known of them: {_some(self.unread)}")
         for run in self.runs:

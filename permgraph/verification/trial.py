@@ -24,8 +24,8 @@ from permgraph.capture.python_state import MAX_LENGTH, python_state_restored
 from permgraph.capture.state import StateTensor, state_tensors
 from permgraph.capture.subject import unwrap
 from permgraph.errors import CaptureError, MismatchError
+from permgraph.spec.data import SpecData
 from permgraph.spec.permutation import Permutation
-from permgraph.spec.spec import PermutationSpec
 from permgraph.verification.double_precision import InDoublePrecision, double_by_default, has_values, in_double
 
 #: Weights that a permutation overwrites are kept up to this many bytes; others are drawn again.
@@ -45,12 +45,13 @@ class Trial:
     Attributes:
         looks_inside: whether outputs include what the modules return.
         run_seconds: that the last run took.
-        keeps_state: whether a run in evaluation mode has changed something on the model, so that the next call may do something else.
+        keeps_state: whether a run in evaluation mode has changed something on the model, so that a second call may do
+            something else.
         rankings: of each operator that ranked values: how many it ranked, and in how many rows.
     """
 
     def __init__(
-        self, model: nn.Module, spec: PermutationSpec, variation: Variation, seed: int, *, own_weights: bool = False
+        self, model: nn.Module, spec: SpecData, variation: Variation, seed: int, *, own_weights: bool = False
     ) -> None:
         subject = unwrap(model)
         self.spec = spec
@@ -180,8 +181,8 @@ class Trial:
         self.run_seconds = time.monotonic() - began
         if any(isinstance(tensor, FakeTensor) or tensor.is_meta for tensor in outputs):
             raise CaptureError(
-                f"{type(self._copy.module).__name__} returns a tensor without values, which a pass without data has left "
-                "where its forward finds it: make the model anew, or clear what it keeps between calls"
+                f"{type(self._copy.module).__name__} returns a tensor without values, which a pass without data has "
+                "left where its forward finds it: make the model anew, or clear what it keeps between calls"
             )
         self.keeps_state |= not training and constants != [tensor._version for tensor, _ in self._constants]
         # A model that writes to its own weights, or gives them other memory, finds them as they were the next time.
