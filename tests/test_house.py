@@ -39,7 +39,7 @@ ARROWS = {
     "networks": "spec weights",
     "pictures": "spec weights io",
     "matching": "assignment io weights spec networks pictures capture inference",
-    "merging": "weights spec networks inference matching",
+    "merging": "weights spec networks matching",
     "connectivity": "weights spec networks pictures matching",
     "verification": "capture rules spec inference",
     "verify": "verification",

@@ -22,7 +22,6 @@ from permgraph.cli.options import FORMS
 from permgraph.cli.screen import Screen
 from permgraph.errors import CaptureError, MissingExtraError, NoInputsError, PermgraphError, in_one_line
 from permgraph.inference.auto_spec import auto_spec
-from permgraph.matching.agreement import Structure
 from permgraph.spec.spec import PermutationSpec
 
 log = logging.getLogger(__name__)
@@ -119,6 +118,8 @@ def require_one_structure(
     Raises:
         MismatchError: a configuration is of a model with other symmetries.
     """
+    from permgraph.matching.agreement import Structure
+
     args, kwargs = parse_inputs(inputs or [])
     first: Structure | None = None
     seen = {model: ""}
