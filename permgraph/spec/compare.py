@@ -27,7 +27,7 @@ def first_difference(a: SpecData, b: SpecData, names: tuple[str, str] = ("A", "B
                 return f"{others} has {key!r}, of axes {_text(other, key)}, and {whose} has not"
     if (tie := _ties(a, b, names)) is not None:
         return tie
-    pairing = _Pairing(a, b)
+    pairing = _Pairing(a, b, names)
     for key in a.axes:
         ours, theirs = a.axes[key], b.axes[b.canonical(key)]
         unread = ""
@@ -40,7 +40,7 @@ def first_difference(a: SpecData, b: SpecData, names: tuple[str, str] = ("A", "B
             clash = pairing.differ(one, its, f"{key!r}, dimension {dim}")
             if clash is not None:
                 says = f"{key!r}, dimension {dim}, is {_shown(a, one)} in {names[0]} but {_shown(b, its)} in {names[1]}"
-                return says + (f", and {clash}" if clash else "") + unread
+                return says + (f", where {clash}" if clash else "") + unread
     return None
 
 
@@ -50,6 +50,7 @@ class _Pairing:
 
     a: SpecData
     b: SpecData
+    names: tuple[str, str]
     forth: dict[str, str] = field(default_factory=dict)
     back: dict[str, str] = field(default_factory=dict)
     places: dict[str, str] = field(default_factory=dict)
@@ -81,8 +82,8 @@ class _Pairing:
         known = one in self.forth
         if not self._same(one, other, place):
             if known:
-                return f"{one} stands in {self.places[one]} too, where it is {self.forth[one]}"
-            return f"{other} stands in {self.places[self.back[other]]} too, where it is {self.back[other]}"
+                return f"only {self.names[0]} ties it to {self.places[one]}"
+            return f"only {self.names[1]} ties it to {self.places[self.back[other]]}"
         if known:
             return None
         if (ours.size, ours.fixed, len(ours.parents)) != (theirs.size, theirs.fixed, len(theirs.parents)):

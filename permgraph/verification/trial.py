@@ -73,6 +73,7 @@ class Trial:
         self._check_names()
         self._users = {group: {name for name, _ in spec.uses(group)} for group in spec.moving}
         self._scale = 1.0
+        self._drawn: float | None = None  # the scale of the weights as they stand
         self._kept: dict[str, Tensor] = {}
         self._kept_bytes = 0
         self.looks_inside = False
@@ -98,9 +99,11 @@ class Trial:
         `inside`.
         """
         self._scale, self.looks_inside = scale, inside
-        self._kept.clear()
-        self._kept_bytes = 0
-        self._restore(self._floating)
+        if self._drawn != scale:
+            self._kept.clear()
+            self._kept_bytes = 0
+            self._restore(self._floating)
+            self._drawn = scale
         reference = self.outputs(None)
         real = [t for t in reference if is_floating(t) and t.numel()]
         return None if any(bool(t.isnan().any() | t.isinf().all()) for t in real) else reference
@@ -128,6 +131,21 @@ class Trial:
             return self._run()
         finally:
             self._restore(moved)
+
+    def outputs_as_saved(self, permutation: Permutation) -> list[Tensor] | None:
+        """What the model returns when its state dict is permuted and loaded; None if that is the same by construction.
+
+        Hooks, and methods of the model's own, may save a weight in another layout than that in which it is used.
+        """
+        module = self._copy.module
+        saved = module.state_dict() if any(map(_saves_its_own_way, module.modules())) else {}
+        if not self.spec.axes.keys() <= saved.keys():  # those of a module inside a wrapper have other names
+            return None
+        try:
+            module.load_state_dict(permutation.apply(saved), strict=False)
+            return self._run()
+        finally:
+            self._restore(self._floating)
 
     def outputs_scaled(self, permutation: Permutation, name: str) -> list[Tensor]:
         """What the model returns when those elements of one weight that the permutation moves are scaled at random."""
@@ -271,6 +289,14 @@ def _seed_everything(seed: int) -> None:
     numpy_random = sys.modules.get("numpy.random")
     if numpy_random is not None:
         numpy_random.seed(seed)
+
+
+def _saves_its_own_way(module: nn.Module) -> bool:
+    """Whether a module does anything else with a state dict than to hold its tensors as they are."""
+    hooks = (name for name in vars(module) if "state_dict" in name and "hook" in name)
+    methods = ("state_dict", "_save_to_state_dict", "load_state_dict", "_load_from_state_dict")
+    own = any(getattr(type(module), name) is not getattr(nn.Module, name) for name in methods)
+    return any(vars(module)[name] for name in hooks) or (own and not type(module).__module__.startswith("torch.nn."))
 
 
 def _held(copied: ModuleCopy) -> Iterator[Tensor]:

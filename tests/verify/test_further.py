@@ -337,3 +337,25 @@ def test_tensors_without_values_that_a_model_holds_are_no_riddle() -> None:
     model.between = lambda h: outside["h"]  # type: ignore[method-assign]
     with pytest.raises(CaptureError, match="(?s)without values|cannot be run"):
         pg.verify(model, spec(), (ROWS,))
+
+
+@pytest.mark.parametrize("turned", [True, False])
+def test_a_weight_that_is_saved_in_another_layout_is_found_out(turned: bool) -> None:
+    class Turns(Stream):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(8, 8))
+            if turned:
+                self._register_state_dict_hook(lambda m, state, prefix, _: state.update(w=state["w"].t().contiguous()))
+                self._register_load_state_dict_pre_hook(lambda state, *_: state.update(w=state["w"].t()))
+            else:
+                self._register_state_dict_hook(lambda m, state, prefix, _: state.update(w=state["w"].clone()))
+
+        def between(self, h: Tensor) -> Tensor:
+            return h @ self.w
+
+    text = "a.weight  8x4  a .\na.bias  8  a\nw  8x8  a b\no.weight  2x8  . b\no.bias  2  .\ngroups: a 8 · b 8"
+    proof = pg.verify(Turns(), PermutationSpec.parse(text), (ROWS,))
+    assert "its state dict loaded" in [run.name for run in proof.runs if run.error is not None]
+    assert proof.passed is not turned
+    assert pg.verify(Turns(), PermutationSpec.parse(text), (ROWS,), further=0)
