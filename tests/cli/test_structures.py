@@ -1,9 +1,8 @@
-"""The commands take each checkpoint for a model of its own: its structure must be the others', and B is checked itself."""
+"""The commands take each checkpoint for a model of its own: of the same structure, and checked itself."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +36,10 @@ def save(folder: Path, kind: str = "Llama", seed: int = 0, **settings: Any) -> P
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("folders")
     heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
-    yield {
+    return {
         "a": save(root / "a", **heads),
         "alike": save(root / "alike", seed=1, **heads),
         "eight heads": save(root / "eight", seed=1, num_attention_heads=8, num_key_value_heads=8),
