@@ -20,8 +20,8 @@ from permgraph.capture.captured import Captured
 from permgraph.capture.python_state import attributes_of
 from permgraph.capture.state import state_tensors
 
-#: What modules and their configurations hold that no forward pass depends on: `training` is chosen by the capture.
-OF_NO_ACCOUNT = frozenset(("training", "_name_or_path", "name_or_path", "_commit_hash", "transformers_version"))
+#: What configurations hold of where they came from; no forward pass depends on it.
+OF_NO_ACCOUNT = frozenset(("_name_or_path", "name_or_path", "_commit_hash", "transformers_version"))
 _VALUES = (str, bytes, int, complex, range, slice, enum.Enum, torch.dtype, torch.device, torch.layout)  # fmt: skip
 _BY_IDENTITY = (type, types.BuiltinFunctionType, types.ModuleType, type(None), types.EllipsisType)
 _HOOKS = frozenset(name for name, value in vars(nn.Module()).items() if "hook" in name and isinstance(value, dict))
@@ -80,6 +80,7 @@ class _Likeness:
                 if not self._tensors(tensor, other, values=not weight or name in a._non_persistent_buffers_set):
                     return False
         own = _HOOKS | {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
+        own |= {"training"}  # the mode is chosen by the capture
         return self._mappings(*({k: v for k, v in vars(net).items() if k not in own} for net in (a, b)))
 
     def _mappings(self, a: Mapping[Any, Any], b: Mapping[Any, Any]) -> bool:

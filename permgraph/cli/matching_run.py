@@ -22,7 +22,7 @@ from permgraph.cli.matchers import describe, machine_memory, matcher_of
 from permgraph.cli.models import build, own_model, parse_inputs, require_one_structure, spec_of
 from permgraph.cli.options import FORMS, Data, Init, Matching, Split, Subject
 from permgraph.cli.screen import Screen
-from permgraph.errors import CaptureError, CheckpointError, MismatchError, NonFiniteError, in_one_line
+from permgraph.errors import CaptureError, CheckpointError, EvaluationError, MismatchError, NonFiniteError, in_one_line
 from permgraph.io import Checkpoint, Renamed, Staging, open_checkpoint
 from permgraph.io.torch_file import TorchFile
 from permgraph.io.write import check_target
@@ -189,7 +189,7 @@ class MatchingRun:
                 proof = verify(
                     self.module(number), None, args or None, kwargs or None, permutation=permutation, controls="none"
                 )
-            except CaptureError as error:
+            except (CaptureError, EvaluationError) as error:
                 self.screen.note(f"{path}: not checked: {in_one_line(error, 300)}")
                 return {}
         seconds = time.perf_counter() - started

@@ -85,7 +85,7 @@ def verify(
         CaptureError: the model cannot be run, or its output is not finite whatever the weights' scale.
         MismatchError: the spec is not of this model, or the permutation not of the spec; or the model's own weights,
             which a permutation is checked on, are not at hand.
-        EvaluationError: `controls` is none of the three.
+        EvaluationError: `controls` is none of the three; or the outputs on the model's own weights depend on rounding.
 
     >>> import torch, permgraph as pg
     >>> model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.ReLU(), torch.nn.Linear(5, 2))
@@ -176,6 +176,12 @@ class _Proof:
             outputs = len(reference)
             max_error = max(max_error, distance(reference, trial.outputs(self.everything)))
             ok = max_error <= tolerance
+            if self.own and not ok and 100 * (moved := trial.rounding(reference)) > max_error:
+                raise EvaluationError(
+                    f"{type(unwrap(self.model).core).__name__} amplifies rounding on its own weights: the outputs move "
+                    f"by {moved:.1e} when these move in their last place, and by {max_error:.1e} when they are permuted, "
+                    "so that nothing can be told; pass other example_inputs, or verify the spec on random weights"
+                )
             threshold = max(1e-10, 100 * max_error) if ok else tolerance
             for name in waiting:
                 late = self.max_seconds is not None and time.monotonic() - self.started > self.max_seconds

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import permgraph as pg
-from permgraph.errors import CaptureError, MismatchError
+from permgraph.errors import CaptureError, EvaluationError, MismatchError
 from permgraph.spec import PermutationSpec
 
 FURTHER = importlib.import_module("permgraph.verification.further")
@@ -307,6 +307,19 @@ def test_own_weights_are_what_is_computed_with() -> None:
         model.a.weight.fill_(math.nan)
     with pytest.raises(CaptureError, match="its own weights"):
         pg.verify(model, None, (ROWS,), permutation=move)
+
+
+def test_own_weights_that_amplify_rounding_prove_nothing() -> None:
+    class Chaotic(Stream):
+        def between(self, h: Tensor) -> Tensor:
+            y = h.exp().sum(-1, keepdim=True).sin().square()
+            for _ in range(300):
+                y = 3.99 * y * (1 - y)
+            return h * y
+
+    model = Chaotic()
+    with pytest.raises(EvaluationError, match="amplifies rounding"):
+        pg.verify(model, None, (ROWS,), permutation=spec().random(0, every_group=True))
 
 
 def test_what_cannot_be_proved_on_own_weights_is_refused() -> None:
