@@ -179,7 +179,7 @@ class _Proof:
             if self.own and not ok and 100 * (moved := trial.rounding(reference)) > max_error:
                 raise EvaluationError(
                     f"{type(unwrap(self.model).core).__name__} amplifies rounding on its own weights: the outputs move "
-                    f"by {moved:.1e} when these move in their last place, and by {max_error:.1e} when they are permuted, "
+                    f"by {moved:.1e} when these move in their last place, and {max_error:.1e} when they are permuted, "
                     "so that nothing can be told; pass other example_inputs, or verify the spec on random weights"
                 )
             threshold = max(1e-10, 100 * max_error) if ok else tolerance
