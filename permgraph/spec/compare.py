@@ -19,7 +19,7 @@ def first_difference(a: SpecData, b: SpecData, names: tuple[str, str] = ("A", "B
     >>> a = PermutationSpec.parse("w 6x2 h . | v 3x6 . h | groups: h 6".replace(" | ", chr(10)))
     >>> b = PermutationSpec.parse("w 6x2 (h d) . | v 3x6 . (h d) | groups: h 2 · d 3 per h".replace(" | ", chr(10)))
     >>> first_difference(a, b)
-    "'w', dimension 0, is h (6) in A but (h d) (h 2 · d 3 per h) in B"
+    "'w', dimension 0, is h (6) in A but (h d) with h 2 · d 3 per h in B"
     """
     for key in dict.fromkeys((*a.axes, *a.aliases, *b.axes, *b.aliases)):
         for spec, other, whose, others in ((a, b, names[0], names[1]), (b, a, names[1], names[0])):
@@ -130,7 +130,7 @@ def _shown(spec: SpecData, axis: Axis) -> str:
         f"{g.name} {g.size}{' fixed' if g.fixed else ''}{f' per {chr(32).join(g.parents)}' if g.parents else ''}"
         for g in groups
     ]
-    return f"{axis} ({' · '.join(described)})" if described else str(axis)
+    return f"{axis} with {' · '.join(described)}" if described else str(axis)
 
 
 def _named(axis: Axis) -> Iterator[str]:
