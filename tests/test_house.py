@@ -39,12 +39,12 @@ ARROWS = {
     "networks": "spec weights",
     "pictures": "spec weights io",
     "matching": "assignment io weights spec networks pictures capture inference",
-    "merging": "weights spec networks inference matching",
+    "merging": "weights spec networks matching",
     "connectivity": "weights spec networks pictures matching",
     "verification": "capture rules spec inference",
     "verify": "verification",
     "studies": "io weights spec networks pictures inference matching connectivity",
-    "cli": "io weights spec rules capture inference pictures matching merging connectivity verification studies",
+    "cli": "io weights spec rules inference pictures matching merging connectivity verification studies",
     "__main__": "cli",
 }
 FOR_ALL = {"errors", "display", "conventions"}

@@ -130,9 +130,8 @@ def _measure(
     record["untried"] = len(found.untried)
     record["tolerance"] = found.tolerance
     record["failed"] = list(found.failed)[:20]
-    wrong = not found.max_error <= found.tolerance
-    record["status"] = "verified" if found.passed else "wrong" if wrong else "inert"
-    if not found.passed:
+    record["status"] = "wrong" if not found.passed else "inert" if found.without_influence else "verified"
+    if record["status"] != "verified":
         record["error"] = str(found)[:1500]
 
 

@@ -68,6 +68,7 @@ def align(
             if staging.resumed:
                 screen.note("going on where an earlier run stopped")
             permutation, report = run.match(staging, 1)
+            report = {**report, "check": run.prove(1, permutation)}
             if permutation_file is not None:
                 permutation.save(permutation_file)
 

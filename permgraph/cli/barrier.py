@@ -65,9 +65,11 @@ def barrier(
             for name, tensor in state.items():
                 require_finite(name, tensor, checkpoint.path)
         lines = {"as given": states[1]}
+        check: dict[str, Any] = {}
         fit: MatchResult | None = None
         if aligned:
             fit = run.find(1)
+            check = run.prove(1, fit.permutation)
             lines["aligned"] = fit.permutation.apply(states[1])
         loader, module = run.loader, modules[0]
         assert loader is not None
@@ -93,7 +95,7 @@ def barrier(
             }
             for title, line in found.items()
         }
-        result = {"a": str(a), "b": str(b), "model": run.model, "lines": figures}
+        result = {"a": str(a), "b": str(b), "model": run.model, "check": check, "lines": figures}
         if output is not None and output.suffix in PAGES:
             about = {"A": str(a), "B": str(b), "weights of": run.model}
             models = (states[0], states[1])

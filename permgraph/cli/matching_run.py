@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +18,11 @@ import permgraph
 from permgraph.cli.checkpoints import fitted, identity_of, require_finite, whole_state
 from permgraph.cli.data import class_dim_of, identity_of_data, load_data
 from permgraph.cli.distributed import DistributedRun
-from permgraph.cli.matchers import describe, matcher_of
-from permgraph.cli.models import build, spec_of
+from permgraph.cli.matchers import describe, machine_memory, matcher_of
+from permgraph.cli.models import build, own_model, parse_inputs, require_one_structure, spec_of
 from permgraph.cli.options import FORMS, Data, Init, Matching, Split, Subject
 from permgraph.cli.screen import Screen
-from permgraph.errors import CheckpointError, MismatchError, NonFiniteError
+from permgraph.errors import CaptureError, CheckpointError, EvaluationError, MismatchError, NonFiniteError, in_one_line
 from permgraph.io import Checkpoint, Renamed, Staging, open_checkpoint
 from permgraph.io.torch_file import TorchFile
 from permgraph.io.write import check_target
@@ -30,6 +32,10 @@ from permgraph.matching.streamed import StreamedWeightMatching
 from permgraph.merging.compared import Compared
 from permgraph.spec.permutation import Permutation
 from permgraph.spec.spec import PermutationSpec
+from permgraph.verification import verify
+
+#: Bytes for each weight while a network is checked: as it is, in float64, and what a permutation makes of it.
+CHECK_BYTES = 24
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,8 @@ class MatchingRun:
         seed: of all random choices.
         leave: patterns of keys that the spec need not know.
         from_barycentre: whether the barycentre was asked for, and is not just where a matcher begins by itself.
+        inputs: shapes of example inputs, as they are written on the command line.
+        check: whether networks are to be checked after they were renumbered; if None, where memory is enough.
         screen: where to say what is going on.
         others: the processes that match together with this one.
     """
@@ -61,6 +69,8 @@ class MatchingRun:
     seed: int
     leave: tuple[str, ...]
     from_barycentre: bool
+    inputs: tuple[str, ...]
+    check: bool | None
     screen: Screen
     others: DistributedRun | None = None
 
@@ -108,6 +118,8 @@ class MatchingRun:
         matcher = matcher_of(asked, opened[0], loader, class_dim_of(data))
         model = subject.model or ("" if subject.spec_file or folder is None else f"hf:{folder}")
         spec = _spec(model, subject, opened[0], screen)
+        with screen.stage("comparing structures"):
+            require_one_structure([each.folder for each in opened], model, spec, subject.inputs, screen)
         if runs_networks(matcher) and not model:
             raise MismatchError(f"--matcher {asked.matcher.value} runs the networks: say --model {FORMS}")
         if others is not None and not isinstance(matcher, StreamedWeightMatching):
@@ -119,7 +131,11 @@ class MatchingRun:
         for other in weights[1:]:
             _require_alike(weights[0], other)
         barycentre = asked.init is Init.barycentre
-        return cls(opened, weights, spec, model, matcher, loader, data, asked.seed, leave, barycentre, screen, others)
+        inputs = tuple(subject.inputs or ())
+        return cls(
+            opened, weights, spec, model, matcher, loader, data, asked.seed, leave, barycentre, inputs, asked.check,
+            screen, others,
+        )  # fmt: skip
 
     def job(self, command: str, **more: Any) -> dict[str, Any]:
         """What the bytes of the output depend on."""
@@ -137,10 +153,62 @@ class MatchingRun:
         }
 
     def module(self, number: int) -> nn.Module:
-        """The network of a checkpoint, in evaluation mode."""
-        module = build(self.model, device=None)
+        """The network of a checkpoint, as its own configuration says if it has one, in evaluation mode."""
+        module = build(self.model_of(number), device=None)
         module.load_state_dict(whole_state(self.weights[number], self.spec, module))
         return module
+
+    def model_of(self, number: int) -> str:
+        """The model that a checkpoint holds the weights of, as it is named on the command line; empty if not known."""
+        own = own_model(self.checkpoints[number].folder)
+        return own if own and (not self.model or self.model.startswith("hf:")) else self.model
+
+    def prove(self, number: int, permutation: Permutation | None) -> dict[str, Any]:
+        """Check on a network itself that it computes the same after it was renumbered; what was found, as plain data.
+
+        Where that cannot be done, a note says so.
+
+        Raises MismatchError if it does not compute the same.
+        """
+        path, model = self.checkpoints[number].path, self.model_of(number)
+        if self.check is False or permutation is None or permutation.is_identity:
+            return {}
+        need = CHECK_BYTES * sum(math.prod(form.shape) for form in self.checkpoints[number].formats.values())
+        if not model:
+            self.screen.note(f"{path}: not checked: --spec does not say what the network computes")
+            return {}
+        if self.check is None and need > 0.5 * machine_memory():
+            self.screen.note(
+                f"{path}: not checked: that takes some {need / 2**30:,.1f} GiB of memory; --check does it all the same"
+            )
+            return {}
+        started = time.perf_counter()
+        args, kwargs = parse_inputs(list(self.inputs))
+        with self.screen.stage(f"checking {path.name}"):
+            try:
+                proof = verify(
+                    self.module(number), None, args or None, kwargs or None, permutation=permutation, controls="none"
+                )
+            except (CaptureError, EvaluationError) as error:
+                self.screen.note(f"{path}: not checked: {in_one_line(error, 300)}")
+                return {}
+        seconds = time.perf_counter() - started
+        if not proof.passed:
+            raise MismatchError(
+                f"{path} does not compute the same after renumbering, so nothing is written: "
+                f"{' '.join(str(proof).split())}. Its network is not what the symmetries were found for, or they are "
+                "wrong; --no-check leaves this check out"
+            )
+        self.screen.note(
+            f"{path}: computes the same after renumbering: relative error {proof.max_error:.1e} on "
+            f"{', '.join(run.name for run in proof.runs if run.error is not None)}; checked in {seconds:.1f} s"
+        )
+        return {
+            "checkpoint": str(path),
+            "max_error": proof.max_error,
+            "runs": [dataclasses.asdict(run) for run in proof.runs],
+            "seconds": seconds,
+        }
 
     def match(self, staging: Staging, number: int, reference: int = 0) -> tuple[Permutation, dict[str, Any]]:
         """Match one checkpoint to another, unless an earlier run has, and keep the outcome with the staging."""

@@ -79,6 +79,8 @@ def merge(
             report: dict[str, Any] = {}
             if aligned:
                 permutations, report = match_all(run, staging, method, reference)
+                checks = [run.prove(number, permutation) for number, permutation in enumerate(permutations)]
+                report = {**report, "checks": [check for check in checks if check]}
             mean = RenumberedMean(run, permutations, shares)
             if recalibrate:
                 with screen.stage("measuring statistics"):

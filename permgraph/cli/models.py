@@ -19,7 +19,8 @@ import torch
 from torch import nn
 
 from permgraph.cli.options import FORMS
-from permgraph.errors import CaptureError, MissingExtraError, NoInputsError, in_one_line
+from permgraph.cli.screen import Screen
+from permgraph.errors import CaptureError, MissingExtraError, NoInputsError, PermgraphError, in_one_line
 from permgraph.inference.auto_spec import auto_spec
 from permgraph.spec.spec import PermutationSpec
 
@@ -90,6 +91,55 @@ def spec_of(model: str, inputs: list[str] | None = None) -> PermutationSpec:
             f"{found_none} Give the shape of one: --input 1,3,224,224, int:2,16 for whole numbers, or name=2,16; "
             "--debug lists what was tried"
         ) from error
+
+
+def own_model(folder: Path | None) -> str:
+    """The model that a folder's own configuration describes, as it is named on the command line; empty if none does."""
+    return f"hf:{folder}" if folder is not None and (folder / "config.json").is_file() else ""
+
+
+def require_one_structure(
+    folders: Sequence[Path | None],
+    model: str,
+    spec: PermutationSpec,
+    inputs: list[str] | None,
+    screen: Screen,
+) -> None:
+    """Make sure that every checkpoint with a configuration of its own is of one structure with the others.
+
+    Args:
+        folders: in which the checkpoints lie.
+        model: what they are weights of, as it is named on the command line; if empty, only the spec is known, and the
+            configurations are compared with each other.
+        spec: the symmetries of that model.
+        inputs: example inputs as text.
+        screen: is told of configurations that cannot be read, and of models that compute something else.
+
+    Raises:
+        MismatchError: a configuration is of a model with other symmetries.
+    """
+    from permgraph.matching.agreement import Structure
+
+    args, kwargs = parse_inputs(inputs or [])
+    first: Structure | None = None
+    seen = {model: ""}
+    for own in dict.fromkeys(filter(None, map(own_model, folders))):
+        content = Path(own.removeprefix("hf:"), "config.json").read_text()
+        if own in seen or content in seen.values():
+            continue
+        seen[own] = content
+        try:
+            module = build(own)
+            if first is None and model:
+                first = Structure(model, build(model), args or None, kwargs or None, spec)
+        except PermgraphError as error:
+            screen.note(f"{own.removeprefix('hf:')}: its own configuration was not compared: {in_one_line(error, 200)}")
+            continue
+        if first is None:
+            first = Structure(own, module, args or None, kwargs or None)
+            continue
+        for note in first.compare(own, module, given=True):
+            screen.note(note)
 
 
 def parse_inputs(texts: list[str]) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:

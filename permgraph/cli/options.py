@@ -193,6 +193,14 @@ class Matching:
         _matching("--stream/--no-stream", help="Read tensors as they are needed; by default where memory is short."),
     ] = None
     seed: Annotated[int, _matching(help="Of all random choices.")] = 0
+    check: Annotated[
+        bool | None,
+        _matching(
+            "--check/--no-check",
+            help="Prove on each network, in float64, that it computes the same after renumbering; by default where "
+            "memory is enough.",
+        ),
+    ] = None
 
 
 DATA_HELP = (

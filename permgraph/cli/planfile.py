@@ -34,7 +34,7 @@ from torch import nn
 from permgraph.cli.checkpoints import fitted, require_finite, whole_state
 from permgraph.cli.data import class_dim_of, load_data
 from permgraph.cli.matchers import matcher_of
-from permgraph.cli.models import build, spec_of
+from permgraph.cli.models import build, require_one_structure, spec_of
 from permgraph.cli.options import Data, MatcherName, Matching, Split
 from permgraph.cli.screen import Screen
 from permgraph.connectivity import evaluate_on, recalibrate_batchnorm
@@ -102,6 +102,8 @@ def read_plan(path: Path, screen: Screen) -> StudyPlan:
         spec = spec_of(model, _inputs(content.get("input"), path))
     module = build(model, device=None).eval()
     checkpoints = {name: open_checkpoint(file) for name, file in _networks(content["networks"], root, path).items()}
+    inputs = _inputs(content.get("input"), path)
+    require_one_structure([each.folder for each in checkpoints.values()], model, spec, inputs, screen)
     networks = {name: _state(checkpoint, spec, module, model, screen) for name, checkpoint in checkpoints.items()}
     folder = next((checkpoint.folder for checkpoint in checkpoints.values() if checkpoint.folder), None)
     measured = _opened(content.get("data"), root, folder, Split.test, f"{path}: data")

@@ -11,10 +11,10 @@ import typer
 from permgraph.cli.options import FORMS, Inputs, Model, Shown, complete_model
 from permgraph.cli.report import PAGE, PAGES, check_file
 from permgraph.cli.screen import SAYS_NO, Screen, table
-from permgraph.errors import CaptureError
 
 if TYPE_CHECKING:
     from permgraph.spec.spec import PermutationSpec
+    from permgraph.verification import Verification
 
 
 def spec(
@@ -153,6 +153,10 @@ def verify(
     inputs: Inputs = None,
     seed: Annotated[int, typer.Option(help="Of the random weights and permutations.")] = 0,
     tolerance: Annotated[float, typer.Option(help="The largest relative error that counts as equal.")] = 1e-9,
+    further: Annotated[
+        float,
+        typer.Option(help="Further inputs may take so many times the seconds of the first, and five; 0: none."),
+    ] = 2.0,
     all_controls: Annotated[
         bool, typer.Option("--all-controls", help="A control on every axis, not one a group.")
     ] = False,
@@ -161,7 +165,7 @@ def verify(
     """Prove that the symmetries of a model preserve what it computes. Exit code 1 if they do not.
 
     Random weights, float64, every group moved; then, as a control, each group moved on all of its axes but one, which
-    must change the output.
+    must change the output. The move is repeated on larger inputs, in training mode and in later calls.
 
     [bold]Example[/bold]
 
@@ -186,6 +190,7 @@ def verify(
                 kwargs or None,
                 seed=seed,
                 tolerance=tolerance,
+                further=further,
                 controls="all" if all_controls else "one",
             )
         data: dict[str, Any] = {
@@ -195,58 +200,42 @@ def verify(
             "groups": len(proof.groups),
             "controls": len(proof.controls),
             "failed": list(proof.failed),
+            "runs": [dataclasses.asdict(run) for run in proof.runs],
+            "unread": list(proof.unread),
+            "without_influence": list(proof.without_influence),
             "inert": [f"{p}[{d}]" for group in proof.groups.values() for p, d in group.inert],
         }
         text, passed = str(proof), proof.passed
         if checkpoint is not None:
-            error = _error_on(checkpoint, model, found, (args, kwargs), seed, screen)
             # The weights were trained in their own precision, but compute in float64 here.
-            passed = passed and error <= tolerance
-            data["checkpoint"] = {"path": str(checkpoint), "max_error": error}
-            verdict = "computes the same" if error <= tolerance else "does NOT compute the same"
-            text += f"\n{checkpoint}: fits, is finite, and {verdict} when permuted: relative error {error:.1e}"
+            own = _own_weights(checkpoint, model, found, (args, kwargs), seed, tolerance, screen)
+            passed = passed and own.passed
+            data["checkpoint"] = {"path": str(checkpoint), "max_error": own.max_error}
+            verdict = "computes the same" if own.passed else "does NOT compute the same"
+            text += f"\n{checkpoint}: fits, is finite, and {verdict} when permuted: relative error {own.max_error:.1e}"
         screen.result({**data, "passed": passed}, text)
         if not passed:
             raise typer.Exit(SAYS_NO)
 
 
-def _error_on(
-    path: Path, model: str, spec: PermutationSpec, given: tuple[Any, Any], seed: int, screen: Screen
-) -> float:
-    """The relative change of the outputs when the checkpoint's own weights are permuted, in float64."""
-    import torch
-
-    from permgraph.capture import capture
-    from permgraph.capture.environment import make_transparent
-    from permgraph.capture.outputs import returned_tensors
+def _own_weights(
+    path: Path, model: str, spec: PermutationSpec, given: tuple[Any, Any], seed: int, tolerance: float, screen: Screen
+) -> Verification:
+    """The proof that the checkpoint's own weights compute the same when all groups are moved."""
     from permgraph.cli.checkpoints import fitted, require_finite, whole_state
     from permgraph.cli.models import build
     from permgraph.io import open_checkpoint
-    from permgraph.verification.double_precision import floating_to, in_double_precision
+    from permgraph.verification import verify as verify_spec
 
     checkpoint = open_checkpoint(path)
     weights = fitted(checkpoint, spec, screen, model=model)
     module = build(model, device=None)
-    args, kwargs = given
-    if not args and not kwargs:
-        inputs = capture(module).inputs
-        args, kwargs = inputs.args, inputs.kwargs
     state = whole_state(weights, spec, module)
     for name, tensor in state.items():
         require_finite(name, tensor, path)
-    module = module.double()
-    make_transparent(module.modules())  # caches of keys and values are outputs that do move
-    args, kwargs = floating_to(torch.float64, (args, kwargs))
-    outputs = []
-    with in_double_precision():
-        for permutation in (spec.identity(), spec.random(seed, every_group=True)):
-            module.load_state_dict(permutation.apply(state))
-            result = module(*args, **kwargs)
-            outputs.append([tensor.double() for tensor in returned_tensors(result)[0] if tensor.is_floating_point()])
-    if not outputs[0]:
-        raise CaptureError(f"{model} gives no floating-point output to compare")
-    return max(
-        float((one - other).abs().max() / one.abs().max().clamp(min=1e-300))
-        for one, other in zip(*outputs, strict=True)
-        if one.numel()
+    module.load_state_dict(state)
+    everything = spec.random(seed, every_group=True)
+    args, kwargs = given
+    return verify_spec(
+        module, spec, args or None, kwargs or None, permutation=everything, tolerance=tolerance, controls="none"
     )

@@ -21,13 +21,16 @@ from permgraph.spec.expressions import Axis as Expression
 from permgraph.spec.expressions import Family, Fixed, Label, Product, Ref, Sum
 from permgraph.spec.provenance import Constraints, SlotPin, Tie
 
+#: How the note begins that a spec holds for the branch which the values of weights and inputs chose.
+ON_REAL_TENSORS = "inferred on real tensors"
+
 
 def describe(captured: Captured, solution: Solution, fibres: Fibres) -> PermutationSpec:
     """The last stage: the spec of a captured graph, its groups named and its axes written as expressions."""
     writer = Writer(solution, fibres)
     notes = []
     if captured.mode == "real":
-        notes.append(f"inferred on real tensors, for the branch that they took, because {captured.fallback_reason}")
+        notes.append(f"{ON_REAL_TENSORS}, for the branch that they took, because {captured.fallback_reason}")
     if captured.opaque:
         notes.append(
             f"what objects of these types that the model returns hold was not seen: {', '.join(captured.opaque)}"

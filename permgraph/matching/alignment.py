@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 from torch import nn
@@ -71,12 +72,16 @@ def align(
     matcher: SupportsMatch | None = None,
     *,
     spec: PermutationSpec | None = None,
+    example_inputs: Sequence[Any] | None = None,
+    example_kwargs: Mapping[str, Any] | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Alignment:
     """Renumber B's hidden units, channels, heads and experts so that B corresponds to A.
 
-    The function that B computes is unchanged. Neither model is modified.
+    The function that B computes is unchanged. Neither model is modified. Where both are modules, the symmetries of
+    each are found, unless B is certain to be built as A is, and must agree: tensors of the same shapes may be those of
+    2 heads or of 8. `verify(model_b, permutation=...)` proves on B itself that the result computes what B did.
 
     Args:
         model_a, model_b: modules, or state dicts when `spec` is given. The two may differ in device and dtype. Tensors
@@ -84,11 +89,13 @@ def align(
             in the parts that they had; all processes must call this alike.
         matcher: how to choose the permutation; `WeightMatching()` by default.
         spec: the symmetries; inferred from `model_a` if it is a module.
+        example_inputs, example_kwargs: arguments of forward to infer the symmetries on; found if neither is given.
         seed: for all random choices.
         progress: called with a `Sweep` after each sweep of the matcher.
 
     Raises:
-        MismatchError: the models differ in their parameters, or do not fit the spec, or state dicts came without one.
+        MismatchError: the models differ in their parameters or in their symmetries, or do not fit the spec, or state
+            dicts came without one.
 
     Example:
         >>> spec = PermutationSpec.parse('''
@@ -104,12 +111,11 @@ def align(
     given = _state(model_b)
     a, b = gathered_state(_state(model_a)), gathered_state(given)
     _require_alike(a, b)
-    if spec is None:
-        if not isinstance(model_a, nn.Module):
-            raise MismatchError("state dicts do not say what their model computes: give align() a spec= with them")
-        from permgraph.inference.auto_spec import auto_spec
+    if spec is None and not isinstance(model_a, nn.Module):
+        raise MismatchError("state dicts do not say what their model computes: give align() a spec= with them")
+    from permgraph.matching.agreement import agreed_spec
 
-        spec = auto_spec(model_a)
+    spec, notes = agreed_spec((model_a, model_b), ("A", "B"), spec, example_inputs, example_kwargs)
     spec.check(a)
     spec.check(b)
     if matcher is None:
@@ -129,8 +135,9 @@ def align(
             aligned[name] = moved.setdefault(id(tensor), tensor.to(a[name].device))
     for note in result.notes:
         log.info(note)
+    reported = {f.name: getattr(result, f.name) for f in fields(MatchResult)}
     return Alignment(
-        **{f.name: getattr(result, f.name) for f in fields(MatchResult)},
+        **{**reported, "notes": (*result.notes, *notes)},
         state_dict=redistributed_state(aligned, given),
         _module=model_b if isinstance(model_b, nn.Module) else None,
     )

@@ -28,13 +28,16 @@ def merge(
     method: MergeMethod | None = None,
     *,
     spec: PermutationSpec | None = None,
+    example_inputs: Sequence[Any] | None = None,
+    example_kwargs: Mapping[str, Any] | None = None,
     weights: Sequence[float] | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Merge:
     """Renumber two or more networks so that they correspond to each other, and average them.
 
-    No model is modified. Any architecture will do.
+    No model is modified. Any architecture will do, as long as it is one: the symmetries of each module are found,
+    unless it is certain to be built as the first is, and must agree.
 
     Args:
         models: modules, or state dicts when `spec` is given or another of them is a module. They may differ in device
@@ -42,14 +45,15 @@ def merge(
             fetched; the result is sharded as the first is, and all processes must call this alike.
         method: how to choose the permutations: `CycleConsistent()` by default, `MergeMany` or `ToReference`.
         spec: the symmetries; inferred from the first module.
+        example_inputs, example_kwargs: arguments of forward to infer the symmetries on; found if neither is given.
         weights: how much each model counts in the mean, not in the choice of permutations; scaled to a sum of 1.
         seed: for all random choices.
         progress: called with a `Round` after each pass over the models.
 
     Raises:
         MismatchError: fewer than two models, or no list of them; something else than a method; models that differ in
-            their parameters, or do not fit the spec; state dicts without a spec; weights that do not fit. The message
-            names the models by number, from 0.
+            their parameters or symmetries, or do not fit the spec; state dicts without a spec; weights that do not
+            fit. The message names the models by number, from 0.
         NonFiniteError: a weight of a model is NaN or infinite.
 
     Example:
@@ -80,12 +84,12 @@ def merge(
     modules = [network for network in networks if isinstance(network, nn.Module)]
     for number, state in enumerate(states[1:], start=1):
         check_same_keys(states[0], state, ("model 0", f"model {number}"))
-    if spec is None:
-        if not modules:
-            raise MismatchError("state dicts do not say what their model computes: give merge() a spec= with them")
-        from permgraph.inference.auto_spec import auto_spec
+    if spec is None and not modules:
+        raise MismatchError("state dicts do not say what their model computes: give merge() a spec= with them")
+    from permgraph.matching.agreement import agreed_spec
 
-        spec = auto_spec(modules[0])
+    names = [f"model {number}" for number in range(len(networks))]
+    spec, notes = agreed_spec(networks, names, spec, example_inputs, example_kwargs)
     for number, state in enumerate(states):
         try:
             spec.check(state)
@@ -109,7 +113,7 @@ def merge(
         weights=shares,
         seed=seed,
         seconds=time.perf_counter() - started,
-        notes=result.notes,
+        notes=(*result.notes, *notes),
         _module=modules[0] if modules else None,
     )
     log.info("%s", merged)

@@ -3,12 +3,17 @@
 Every parameter and buffer is made random first, because a zero head, or a BatchNorm at its initial ones, makes any
 permutation look harmless. The model then runs in float64 before and after a random element of the group with every
 group moved; the outputs must agree. As a control, each group is moved on all of its axes but one: now the output must
-*change*, or the test above would have shown nothing about that group. A group that stands in one axis alone cannot be
-torn apart so; there the weights that it moves are scaled at random instead, to see that they matter.
+*change*, or the test above would have shown nothing about that group. A group that cannot be torn apart so, because it
+stands in one axis alone, or because the output stays also when its axes are moved apart, has the weights that it moves
+scaled at random instead, to see that they matter. Where that changes nothing either, they have no part in the output:
+moving them does no harm, and they are named.
 
 A detector that finds nothing returns empty tensors, and a decoder token ids; little can be seen on those. Weights of
 another scale are tried then, and if no scale helps, what the modules inside return is compared as well. A symmetry only
 reorders it, so its mean magnitude and its mean square must stay; a torn one changes them.
+
+All this is done on one set of inputs, which need not be those of the inference. `FurtherRuns` then repeats the move,
+and not the controls, on others.
 
 One copy of the model is held, in float64. Weights are a function of the seed, so that what a permutation overwrote need
 not be kept: it is drawn again.
@@ -19,18 +24,23 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from permgraph.capture import capture
+from permgraph.capture.inputs.registry import ExampleInputs
+from permgraph.capture.passes import Variation
 from permgraph.capture.subject import unwrap
-from permgraph.errors import CaptureError, EvaluationError
+from permgraph.errors import CaptureError, EvaluationError, MismatchError
 from permgraph.inference.auto_spec import auto_spec
+from permgraph.spec.data import SpecData
 from permgraph.spec.permutation import Permutation
 from permgraph.spec.spec import PermutationSpec
-from permgraph.verification.report import Control, GroupReport, Verification
+from permgraph.verification.further import LEAST_SECONDS, FurtherRuns
+from permgraph.verification.report import Control, GroupReport, Run, Verification
 from permgraph.verification.trial import Trial, distance, is_floating, seeded_generator
 
 SCALES = (1.0, 0.7, 0.5, 0.3, 0.05)
@@ -42,104 +52,201 @@ def verify(
     example_inputs: Sequence[Any] | None = None,
     example_kwargs: Mapping[str, Any] | None = None,
     *,
+    permutation: Permutation | None = None,
     seed: int = 0,
     tolerance: float = 1e-9,
     controls: Literal["one", "all", "none"] = "one",
+    further: float = 2.0,
     max_seconds: float | None = None,
 ) -> Verification:
-    """Check on random weights, in float64, that a spec's group preserves what a model computes.
+    """Check, in float64, that a spec's group preserves what a model computes.
+
+    Weights are made random, every group is moved, and the outputs are compared: on the inputs given, with controls, and
+    on further ones (larger sizes, training mode, later calls, thousands of rows where units are ranked). The report's
+    `runs` say which. What the model does not run on is said there, and is no failure.
 
     Args:
         model: the module; it is not changed, and may be on the meta device.
         spec: the spec to check; inferred if None.
         example_inputs: positional arguments of forward; found if neither these nor keyword arguments are given.
         example_kwargs: keyword arguments of forward.
+        permutation: check this one, on the model's own weights: that they compute the same after it, as
+            ``verify(b, permutation=align(a, b).permutation)`` does. Its spec is the one that counts.
         seed: for the weights and the permutations.
         tolerance: the largest relative error at which outputs count as equal.
         controls: for each group, try axes until leaving one unmoved changes the output (``"one"``), try every axis
-            (``"all"``), or none. A group on which no control changes anything fails.
+            (``"all"``), or none. Groups of which no control changes anything are in the report's `without_influence`.
+        further: the further inputs may take so many times the seconds of the given ones, and five seconds in any case;
+            0 leaves them out.
         max_seconds: begin with the controls of no further group after this many seconds, for models of which one
             forward pass takes minutes. The groups left out are drawn by the seed, and named in ``.untried``.
 
     Raises:
         CaptureError: the model cannot be run, or its output is not finite whatever the weights' scale.
-        MismatchError: the spec is not of this model.
-        EvaluationError: `controls` is none of the three.
+        MismatchError: the spec is not of this model, or the permutation not of the spec; or the model's own weights,
+            which a permutation is checked on, are not at hand.
+        EvaluationError: `controls` is none of the three; or the outputs on the model's own weights depend on rounding.
+
+    >>> import torch, permgraph as pg
+    >>> model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.ReLU(), torch.nn.Linear(5, 2))
+    >>> print(pg.verify(model).runs[0])
+    the inputs, (float32[2, 3])
     """
     if controls not in ("one", "all", "none"):
         raise EvaluationError(f"controls is {controls!r}; it may be 'one', 'all' or 'none'")
-    if spec is None:
-        spec = auto_spec(model, example_inputs, example_kwargs)
-    if not spec.moving:
-        return Verification(True, 0.0, tolerance, {}, note="nothing to permute: the spec has no groups")
+    if permutation is None:
+        acting: SpecData = auto_spec(model, example_inputs, example_kwargs) if spec is None else spec
+    else:
+        acting = permutation.spec
+        if spec is not None and spec.fingerprint != acting.fingerprint:
+            raise MismatchError("the permutation is of another spec than the one given with it: leave out spec=")
+    unread = tuple(name for name in acting.unused if acting.aliases.get(name, name) in acting.axes)  # not mere counters
+    if not acting.moving:
+        note = "nothing to permute: the spec has no groups"
+        return Verification(True, 0.0, tolerance, {}, note=note, unread=unread)
+    if permutation is not None and permutation.is_identity:
+        return Verification(True, 0.0, tolerance, {}, note="the permutation moves nothing", unread=unread)
     started = time.monotonic()
     if example_inputs is None and example_kwargs is None:
-        found = capture(model).inputs
-        example_inputs, example_kwargs = found.args, found.kwargs
-    trial = Trial(model, spec, example_inputs, example_kwargs, seed)
-    everything = spec.random(seed, every_group=True)
-    order = [list(spec.moving)[i] for i in torch.randperm(len(spec.moving), generator=seeded_generator(seed)).tolist()]
-    max_error, outputs = 0.0, 0
-    reports: dict[str, GroupReport] = {}
-    untried: set[str] = set()
-    says_little = False
-    for inside, scale in itertools.product((False, True), SCALES):
-        # A group that seems to have no influence is tried again on smaller weights: a softmax or a sigmoid that large
-        # ones drive to its limit hides what is before it.
-        waiting = [name for name in order if name not in reports or reports[name].inert_throughout]
-        if not waiting or (inside and not says_little):
-            break
-        reference = trial.randomise(scale, inside)
-        if reference is None:
-            continue  # the model blows up
-        if not inside and (any(t.numel() == 0 for t in reference) or not any(map(is_floating, reference))):
-            says_little = True  # a detector that finds nothing on these weights, or class numbers
-            continue
-        last = scale == SCALES[-1] and (inside or not says_little)
-        if (reports or not last) and trial.rounding(reference) > tolerance / 100:
-            continue  # it is chaotic on these weights: its rounding would pass for an error
-        outputs = len(reference)
-        max_error = max(max_error, distance(reference, trial.outputs(everything)))
-        ok = max_error <= tolerance
-        threshold = max(1e-10, 100 * max_error) if ok else tolerance
-        for name in waiting:
-            late = max_seconds is not None and time.monotonic() - started > max_seconds
-            alone = everything.restricted_to([name])
-            error = max_error if ok else distance(reference, trial.outputs(alone))
-            tried = []
-            if late and controls != "none":
-                untried.add(name)
-            elif controls != "none":
-                tried = list(_controls(trial, reference, alone, name, threshold, controls))
-            passed = error <= tolerance and (controls == "none" or late or any(control.passed for control in tried))
-            reports[name] = GroupReport(name, spec.groups[name].size, error, tuple(tried), passed)
-        if not ok:
-            break
-    if not reports:
-        raise CaptureError(f"{type(unwrap(model).core).__name__} gives NaN, or nothing finite, on random weights")
-    reports = {name: reports[name] for name in spec.moving}
-    passed = max_error <= tolerance and all(report.passed for report in reports.values())
-    note = "outputs are empty or integers, so what the modules return was compared too" if trial.looks_inside else ""
-    left_out = tuple(name for name in spec.moving if name in untried)
-    return Verification(passed, max_error, tolerance, reports, outputs, note, left_out)
+        inputs = capture(model).inputs
+    else:
+        given = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs or ())
+        inputs = ExampleInputs(given, dict(example_kwargs or {}), "given")
+    proof = _Proof(model, acting, inputs, permutation, seed, tolerance, controls, started, max_seconds)
+    found = proof.on_the_first_inputs()
+    late = max_seconds is not None and time.monotonic() - started > max_seconds
+    if further > 0 and not late and (found.passed or found.max_error <= tolerance):
+        found = proof.and_on_others(found, max(LEAST_SECONDS, further * (time.monotonic() - started)))
+    return replace(found, unread=unread)
 
 
-def _controls(
-    trial: Trial,
-    reference: Sequence[Tensor],
-    alone: Permutation,
-    name: str,
-    threshold: float,
-    controls: Literal["one", "all", "none"],
-) -> Iterator[Control]:
-    uses = trial.spec.uses(name)
-    for parameter, dim in uses:
+class _Proof:
+    """One call of `verify`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        spec: SpecData,
+        inputs: ExampleInputs,
+        permutation: Permutation | None,
+        seed: int,
+        tolerance: float,
+        controls: Literal["one", "all", "none"],
+        started: float,
+        max_seconds: float | None,
+    ) -> None:
+        self.model, self.spec, self.tolerance, self.controls = model, spec, tolerance, controls
+        self.started, self.max_seconds = started, max_seconds
+        self.own = permutation is not None
+        self.first = Variation("the inputs", frozenset(), inputs)
+        self.trial = Trial(model, spec, self.first, seed, own_weights=self.own)
+        self.everything = Permutation.random(spec, seed, every_group=True) if permutation is None else permutation
+        moved = [name for name, count in self.everything.moved().items() if count and name in spec.moving]
+        order = torch.randperm(len(moved), generator=seeded_generator(seed)).tolist()
+        self.moved, self.order = moved, [moved[at] for at in order]
+        self.scales = (1.0,) if self.own else SCALES
+        self.scale = self.scales[0]
+        self.run_seconds = 0.0
+
+    def on_the_first_inputs(self) -> Verification:
+        """Every group moved, and the controls."""
+        trial, tolerance = self.trial, self.tolerance
+        max_error, outputs = 0.0, 0
+        reports: dict[str, GroupReport] = {}
+        untried: set[str] = set()
+        says_little = False
+        for inside, scale in itertools.product((False, True), self.scales):
+            # A group that seems to have no influence is tried again on smaller weights: a softmax or a sigmoid that
+            # large ones drive to its limit hides what is before it.
+            waiting = [name for name in self.order if name not in reports or reports[name].inert_throughout]
+            if not waiting or (inside and not says_little):
+                break
+            reference = trial.randomise(scale, inside)
+            run_seconds = trial.run_seconds
+            if reference is None:
+                continue  # the model blows up
+            if not inside and (any(t.numel() == 0 for t in reference) or not any(map(is_floating, reference))):
+                says_little = True  # a detector that finds nothing on these weights, or class numbers
+                continue
+            last = scale == self.scales[-1] and (inside or not says_little)
+            if (reports or not last) and trial.rounding(reference) > tolerance / 100:
+                continue  # it is chaotic on these weights: its rounding would pass for an error
+            if not reports:
+                self.scale, self.run_seconds = scale, run_seconds
+            outputs = len(reference)
+            max_error = max(max_error, distance(reference, trial.outputs(self.everything)))
+            ok = max_error <= tolerance
+            if self.own and not ok and 100 * (moved := trial.rounding(reference)) > max_error:
+                raise EvaluationError(
+                    f"{type(unwrap(self.model).core).__name__} amplifies rounding on its own weights: the outputs move "
+                    f"by {moved:.1e} when these move in their last place, and {max_error:.1e} when they are permuted, "
+                    "so that nothing can be told; pass other example_inputs, or verify the spec on random weights"
+                )
+            threshold = max(1e-10, 100 * max_error) if ok else tolerance
+            for name in waiting:
+                late = self.max_seconds is not None and time.monotonic() - self.started > self.max_seconds
+                alone = self.everything.restricted_to([name])
+                error = max_error if ok else distance(reference, trial.outputs(alone))
+                tried: list[Control] = []
+                if late and self.controls != "none":
+                    untried.add(name)
+                elif self.controls != "none":
+                    tried = list(self._controls(reference, alone, name, threshold))
+                reports[name] = GroupReport(name, self.spec.groups[name].size, error, tuple(tried), error <= tolerance)
+            if not ok:
+                break
+        if not reports:
+            weights = "its own" if self.own else "random"
+            raise CaptureError(
+                f"{type(unwrap(self.model).core).__name__} gives NaN, or nothing finite, on {weights} weights"
+            )
+        reports = {name: reports[name] for name in self.moved}
+        passed = max_error <= tolerance and all(report.passed for report in reports.values())
+        note = (
+            "outputs are empty or integers, so what the modules return was compared too" if trial.looks_inside else ""
+        )
+        left_out = tuple(name for name in self.moved if name in untried)
+        failed = tuple(name for name, report in reports.items() if not report.passed)
+        runs = (Run(self.first.name, self.first.inputs.describe(), max_error, failed=failed),)
+        return Verification(passed, max_error, tolerance, reports, outputs, note, left_out, runs)
+
+    def _controls(
+        self, reference: Sequence[Tensor], alone: Permutation, name: str, threshold: float
+    ) -> Iterator[Control]:
+        uses = self.spec.uses(name)
+        changed = False
         if len(uses) > 1:
-            torn = trial.outputs(alone, exclude=[(parameter, dim)])
-        else:
-            torn = trial.outputs_scaled(alone, parameter)
-        change = distance(reference, torn)
-        passed = not change <= threshold  # an output that is no longer finite has changed as well
-        yield Control(name, parameter, dim, change, passed)
-        if passed and controls == "one":
-            return
+            for parameter, dim in uses:
+                change = distance(reference, self.trial.outputs(alone, exclude=[(parameter, dim)]))
+                passed = not change <= threshold  # an output that is no longer finite has changed as well
+                yield Control(name, parameter, dim, change, passed)
+                changed |= passed
+                if changed and self.controls == "one":
+                    return
+        for parameter, dim in () if changed else uses:
+            change = distance(reference, self.trial.outputs_scaled(alone, parameter))
+            passed = not change <= threshold
+            yield Control(name, parameter, dim, change, passed, scaled=True)
+            if passed:
+                return
+
+    def and_on_others(self, found: Verification, seconds: float) -> Verification:
+        """The verdict with what further inputs showed."""
+        likeliest = sorted(self.scales, key=lambda scale: scale != self.scale)
+        further = FurtherRuns(
+            self.trial, self.model, self.everything, self.tolerance, likeliest, seconds, self.run_seconds
+        )
+        runs = further(self.first)
+        errors = [run.error for run in runs if run.error is not None]
+        failed = {name for run in runs for name in run.failed}
+        groups = {
+            name: replace(report, passed=report.passed and name not in failed) for name, report in found.groups.items()
+        }
+        right = all(error <= self.tolerance for error in errors)
+        return replace(
+            found,
+            passed=found.passed and right,
+            max_error=max([found.max_error, *errors]),
+            groups=groups,
+            runs=(*found.runs, *runs),
+        )

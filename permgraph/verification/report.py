@@ -1,4 +1,4 @@
-"""What `verify` reports: the whole verdict, that of each group, and each control."""
+"""What `verify` reports: the whole verdict, that of each group, each control, and which inputs were tried."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 class Control:
     """What happened when a group was moved on all of its axes but this one: the relative change of the output.
 
-    Of a group with this one axis: what happened when the weights that it moves were scaled at random.
+    If `scaled`: what happened when what the group moves of this parameter was scaled at random instead. That is the
+    control of a group of one axis, and of one whose axes may each stay behind without harm.
     """
 
     group: str
@@ -19,6 +20,7 @@ class Control:
     dim: int
     change: float
     passed: bool
+    scaled: bool = False
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class GroupReport:
     @property
     def inert(self) -> tuple[tuple[str, int], ...]:
         """Axes on which leaving the group unmoved changed nothing: they have no influence on the output."""
-        return tuple((c.parameter, c.dim) for c in self.controls if not c.passed)
+        return tuple((c.parameter, c.dim) for c in self.controls if not c.passed and not c.scaled)
 
     @property
     def inert_throughout(self) -> bool:
@@ -46,11 +48,43 @@ class GroupReport:
 
 
 @dataclass(frozen=True)
+class Run:
+    """One way in which the model was run, and what moving all groups changed then.
+
+    Attributes:
+        name: what is varied, such as ``"larger sizes in training mode"``; of the first, ``"the inputs"``.
+        inputs: the arguments' dtypes and shapes.
+        error: the relative error; None if the outputs were not compared.
+        reason: why they were not.
+        failed: the groups which do not preserve the function on these inputs.
+    """
+
+    name: str
+    inputs: str
+    error: float | None = None
+    reason: str = ""
+    failed: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.name}, {self.inputs}" + (f": {self.reason}" if self.reason else "")
+
+
+@dataclass(frozen=True)
 class Verification:
     """Whether a spec preserves the model's function, and whether the test could have told.
 
-    `max_error` is relative to the largest magnitude in the outputs; `tolerance` is what it may be. `untried` names the
-    groups for which there was no time left to try a control: they were moved with the others, and that is all.
+    Attributes:
+        passed: whether it does, on all inputs that were tried.
+        max_error: relative to the largest magnitude in the outputs, over all runs.
+        tolerance: what it may be.
+        groups: what was found of each group.
+        outputs: the number of tensors compared in the first run.
+        note: what else to know.
+        untried: the groups for which there was no time left to try a control: they were moved with the others, and
+            that is all.
+        runs: the inputs on which the model was run, the given ones first, and those on which it was not, with the
+            reason.
+        unread: parameters and buffers that no pass of the inference read, so that nothing is known of them.
     """
 
     passed: bool
@@ -60,6 +94,8 @@ class Verification:
     outputs: int = 0
     note: str = ""
     untried: tuple[str, ...] = ()
+    runs: tuple[Run, ...] = ()
+    unread: tuple[str, ...] = ()
 
     @property
     def controls(self) -> tuple[Control, ...]:
@@ -68,8 +104,17 @@ class Verification:
 
     @property
     def failed(self) -> tuple[str, ...]:
-        """The groups which do not preserve the function, or on which no control changed anything."""
+        """The groups which do not preserve the function."""
         return tuple(name for name, group in self.groups.items() if not group.passed)
+
+    @property
+    def without_influence(self) -> tuple[str, ...]:
+        """The groups of which no control changed the output.
+
+        What they move has no part in it, so that any move is harmless. Such are units that a model computes and
+        leaves out. Nothing more was shown of them.
+        """
+        return tuple(name for name, group in self.groups.items() if group.inert_throughout)
 
     def __bool__(self) -> bool:
         return self.passed
@@ -80,16 +125,32 @@ class Verification:
             f"verification {verdict}: {len(self.groups)} groups moved, relative error {self.max_error:.1e} "
             f"(at most {self.tolerance:.0e}), {len(self.controls)} controls"
         ]
+        compared = [run for run in self.runs if run.error is not None]
+        if compared:
+            first, *others = compared
+            also = f"; also with {', '.join(run.name for run in others)}" if others else ""
+            lines.append(f"on {first.inputs}{also}")
+        lines += [f"not compared with {run}" for run in self.runs if run.error is None]
         if self.note:
             lines.append(self.note)
         if self.untried:
-            lines.append(f"no time for controls on {len(self.untried)} groups: {', '.join(self.untried[:6])}")
+            lines.append(f"no time for controls on {len(self.untried)} groups: {_some(self.untried)}")
+        if self.without_influence:
+            lines.append(
+                f"no control changed the output, on which these have no influence: {_some(self.without_influence)}"
+            )
+        if self.unread:
+            lines.append(f"never read, so that nothing is known of them: {_some(self.unread)}")
+        for run in self.runs:
+            if run.error is not None and not run.error <= self.tolerance:
+                lines.append(f"  wrong on {run.name}, {run.inputs}: relative error {run.error:.1e}")
         for name in self.failed:
             group = self.groups[name]
-            why = (
-                f"error {group.error:.1e}"
-                if group.error > self.tolerance or math.isnan(group.error)
-                else f"no control changed the output ({', '.join(f'{p}[{d}]' for p, d in group.inert)})"
-            )
-            lines.append(f"  {name} ({group.size}): {why}")
+            why = "" if math.isfinite(group.error) and group.error <= self.tolerance else f": error {group.error:.1e}"
+            where = [run.name for run in self.runs[1:] if name in run.failed]
+            lines.append(f"  {name} ({group.size}){why}" + (f", with {', '.join(where)}" if where else ""))
         return "\n".join(lines)
+
+
+def _some(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")

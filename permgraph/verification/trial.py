@@ -1,41 +1,57 @@
-"""A copy of a model in float64 with random weights, to be run under many permutations of them."""
+"""A copy of a model in float64, with random weights or its own, to be run under many permutations of them."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import random
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
-from permgraph.capture.environment import make_transparent, reference_kernels
-from permgraph.capture.module_copy import as_parameter_like, copy_module, copy_with
+from permgraph.capture.environment import WithoutDropout, make_transparent, reference_kernels, train
+from permgraph.capture.module_copy import ModuleCopy, as_parameter_like, copy_module, copy_with
 from permgraph.capture.outputs import returned_tensors, tensor_leaves
-from permgraph.capture.python_state import python_state_restored
+from permgraph.capture.passes import Variation
+from permgraph.capture.python_state import MAX_LENGTH, python_state_restored
 from permgraph.capture.state import StateTensor, state_tensors
 from permgraph.capture.subject import unwrap
 from permgraph.errors import CaptureError, MismatchError
+from permgraph.spec.data import SpecData
 from permgraph.spec.permutation import Permutation
-from permgraph.spec.spec import PermutationSpec
-from permgraph.verification.double_precision import InDoublePrecision, double_by_default, in_double
+from permgraph.verification.double_precision import InDoublePrecision, double_by_default, has_values, in_double
 
 #: Weights that a permutation overwrites are kept up to this many bytes; others are drawn again.
 KEEP_BYTES = 2**29
 
 
 class Trial:
-    """A private float64 copy of the model with random weights, to be run under many permutations of them."""
+    """A private float64 copy of the model, to be run under many permutations of its weights.
+
+    Args:
+        model: the module; it is not changed.
+        spec: what permutations move.
+        variation: what the copy is run on, until `vary` says otherwise.
+        seed: for the random weights.
+        own_weights: compute with the model's own weights, not with random ones.
+
+    Attributes:
+        looks_inside: whether outputs include what the modules return.
+        run_seconds: that the last run took.
+        keeps_state: whether a run in evaluation mode has changed something on the model, so that a second call may do
+            something else.
+        rankings: of each operator that ranked values: how many it ranked, and in how many rows.
+    """
 
     def __init__(
-        self,
-        model: nn.Module,
-        spec: PermutationSpec,
-        args: Sequence[Any] | None,
-        kwargs: Mapping[str, Any] | None,
-        seed: int,
+        self, model: nn.Module, spec: SpecData, variation: Variation, seed: int, *, own_weights: bool = False
     ) -> None:
         subject = unwrap(model)
         self.spec = spec
@@ -43,29 +59,51 @@ class Trial:
         self._copy = copy_module(subject.outer, subject.core, state, self._blank, in_double)
         make_transparent(self._copy.modules)
         self._floating = {e.names[0]: (e, t) for e, t in self._copy.tensors if _is_weight(e, t)}
+        self._own_weights = own_weights
+        if own_weights:
+            self._require_values()
         seeds = torch.randint(2**62, (len(self._floating),), generator=seeded_generator(seed)).tolist()
         self._seeds = dict(zip(self._floating, seeds, strict=True))
         originals = {id(t): made for e, made in self._copy.tensors for t in e.objects}
         self._mode = InDoublePrecision(originals)
         self._memory = {name: tensor.data for name, (_, tensor) in self._floating.items()}
-        self._constants = [(t, t.detach().clone()) for e, t in self._copy.tensors if not _is_weight(e, t)]
-        given = (args,) if isinstance(args, Tensor) else tuple(args or ())
-        self._inputs = copy_with((given, dict(kwargs or {})), in_double, {})
+        weights = {id(tensor) for _, tensor in self._floating.values()}
+        others = {id(t): t for t in _held(self._copy)}
+        self._constants = [(t, t.detach().clone()) for at, t in others.items() if at not in weights]
         self._check_names()
         self._users = {group: {name for name, _ in spec.uses(group)} for group in spec.moving}
         self._scale = 1.0
+        self._drawn: float | None = None  # the scale of the weights as they stand
         self._kept: dict[str, Tensor] = {}
         self._kept_bytes = 0
         self.looks_inside = False
+        self.keeps_state = False
+        self.run_seconds = 0.0
+        self.vary(variation)
+
+    @property
+    def rankings(self) -> set[tuple[int, int]]:
+        """Of each operator that ranked values in any run: how many it ranked, and in how many rows."""
+        return self._mode.rankings
+
+    def vary(self, variation: Variation) -> None:
+        """From now on, run on these inputs, in this mode, and so many times one after the other."""
+        self._variation = variation
+        given = (variation.inputs.args, dict(variation.inputs.kwargs))
+        self._inputs = copy_with(given, in_double, {})
 
     def randomise(self, scale: float, inside: bool) -> list[Tensor] | None:
-        """Make all weights random, and return the outputs on them; None if these hold NaN, or nothing finite.
+        """Make all weights random, or the model's own, and return the outputs; None if NaN, or nothing finite.
 
         Infinities are left by masks, and must stay in place. From now on, outputs include what the modules return if
         `inside`.
         """
         self._scale, self.looks_inside = scale, inside
-        self._restore(self._floating)
+        if self._drawn != scale:
+            self._kept.clear()
+            self._kept_bytes = 0
+            self._restore(self._floating)
+            self._drawn = scale
         reference = self.outputs(None)
         real = [t for t in reference if is_floating(t) and t.numel()]
         return None if any(bool(t.isnan().any() | t.isinf().all()) for t in real) else reference
@@ -94,47 +132,84 @@ class Trial:
         finally:
             self._restore(moved)
 
+    def outputs_as_saved(self, permutation: Permutation) -> list[Tensor] | None:
+        """What the model returns when its state dict is permuted and loaded; None if that is the same by construction.
+
+        Hooks, and methods of the model's own, may save a weight in another layout than that in which it is used.
+        """
+        module = self._copy.module
+        saved = module.state_dict() if any(map(_saves_its_own_way, module.modules())) else {}
+        if not self.spec.axes.keys() <= saved.keys():  # those of a module inside a wrapper have other names
+            return None
+        try:
+            module.load_state_dict(permutation.apply(saved), strict=False)
+            return self._run()
+        finally:
+            self._restore(self._floating)
+
     def outputs_scaled(self, permutation: Permutation, name: str) -> list[Tensor]:
         """What the model returns when those elements of one weight that the permutation moves are scaled at random."""
         weight = self._floating[name][1]
         places = torch.arange(weight.numel()).reshape(weight.shape)
         moved = permutation.apply_to(name, places) != places
-        factors = 0.5 + torch.rand(weight.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        factors = 0.5 + torch.rand(weight.shape, generator=seeded_generator(0), dtype=torch.float64)
         try:
             self._write(name, torch.where(moved, weight * factors, weight))
             return self._run()
         finally:
             self._restore([name])
 
-    def _run(self) -> list[Tensor]:
+    def draws(self, reference: Sequence[Tensor]) -> bool:
+        """Whether the outputs depend on numbers that the model draws at random."""
+        return distance(reference, self._run(seed=1)) > 0
+
+    def _run(self, seed: int = 0) -> list[Tensor]:
         """All tensors that the copy returns as it stands; if it looks inside, what its modules return besides."""
         inside: list[Tensor] = []
         versions = {name: tensor._version for name, (_, tensor) in self._floating.items()}
+        training = self._variation.training
+        began = time.monotonic()
         with reference_kernels(torch.device("cpu")), double_by_default(), torch.no_grad():
             for tensor, original in self._constants:
                 tensor.copy_(original)
-            torch.manual_seed(0)
+            constants = [tensor._version for tensor, _ in self._constants]
+            _seed_everything(seed)
             args, kwargs = copy_with(self._inputs, Tensor.clone, {})
             try:
                 with (
                     python_state_restored(self._copy.modules),
                     self._mode,
-                    attributes_restored(self._copy.modules),
+                    attributes_restored(self._copy.modules) as before,
+                    WithoutDropout() if training else contextlib.nullcontext(),
                     _observed(self._copy.modules if self.looks_inside else (), inside),
                 ):
+                    if training:
+                        train(self._copy.modules)
                     result = self._copy.module(*args, **kwargs)
+                    for _ in range(1, self._variation.calls):
+                        result = [result, self._copy.module(*args, **kwargs)]
+                    self.keeps_state |= not training and _changed(self._copy.modules, before)
             except Exception as error:
                 shapes = ", ".join(str(tuple(t.shape)) for t in tensor_leaves((args, kwargs))) or "none"
                 raise CaptureError(
-                    f"{type(self._copy.module).__name__} cannot be run on random weights in float64 with tensors of "
+                    f"{type(self._copy.module).__name__} cannot be run in float64 with tensors of "
                     f"shape {shapes}: {error}; pass example_inputs or example_kwargs that its forward takes"
                 ) from error
-        outputs = [tensor.detach().clone() for tensor in returned_tensors(result)[0]]
+            outputs = [tensor.detach().clone() for tensor in returned_tensors(result)[0]]
+        self.run_seconds = time.monotonic() - began
+        if any(isinstance(tensor, FakeTensor) or tensor.is_meta for tensor in outputs):
+            raise CaptureError(
+                f"{type(self._copy.module).__name__} returns a tensor without values, which a pass without data has "
+                "left where its forward finds it: make the model anew, or clear what it keeps between calls"
+            )
+        self.keeps_state |= not training and constants != [tensor._version for tensor, _ in self._constants]
         # A model that writes to its own weights, or gives them other memory, finds them as they were the next time.
         for name, (_, tensor) in self._floating.items():
             if tensor.data_ptr() != self._memory[name].data_ptr():
                 tensor.data = self._memory[name]
-        self._restore([name for name, (_, t) in self._floating.items() if t._version != versions[name]])
+        written = [name for name, (_, t) in self._floating.items() if t._version != versions[name]]
+        self.keeps_state |= bool(written) and not training
+        self._restore(written)
         return [*outputs, *inside]
 
     @torch.no_grad()
@@ -152,7 +227,9 @@ class Trial:
             entry, tensor = self._floating[name]
             kept = self._kept.pop(name, None)
             self._kept_bytes -= 0 if kept is None else kept.nbytes
-            tensor.copy_(self._random(entry, tensor) if kept is None else kept)
+            if kept is None:
+                kept = in_double(entry.objects[0]) if self._own_weights else self._random(entry, tensor)
+            tensor.copy_(kept)
 
     def _blank(self, entry: StateTensor) -> Tensor:
         return as_parameter_like(entry.objects[0], in_double(entry.objects[0]))
@@ -169,6 +246,14 @@ class Trial:
             return _normal(shape, generator).mul_(0.3 * self._scale)
         fan_in = max(1, made.numel() // max(1, shape[0]))
         return _normal(shape, generator).mul_(self._scale * 1.5 / math.sqrt(fan_in))
+
+    def _require_values(self) -> None:
+        for name, (entry, _) in self._floating.items():
+            if not has_values(entry.objects[0]):
+                raise MismatchError(
+                    f"{name!r} has no values here, being on the meta device, offloaded or in parts: what a permutation "
+                    "does to a model's own weights shows where these are whole"
+                )
 
     def _check_names(self) -> None:
         known = {name for entry, _ in self._floating.values() for name in entry.names}
@@ -197,17 +282,74 @@ def _is_weight(entry: StateTensor, tensor: Tensor) -> bool:
     return entry.kind in ("parameter", "buffer") and is_floating(tensor)
 
 
+def _seed_everything(seed: int) -> None:
+    """Let whatever draws random numbers draw the same; the generators are restored by whoever called."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    numpy_random = sys.modules.get("numpy.random")
+    if numpy_random is not None:
+        numpy_random.seed(seed)
+
+
+def _saves_its_own_way(module: nn.Module) -> bool:
+    """Whether a module does anything else with a state dict than to hold its tensors as they are."""
+    hooks = (name for name in vars(module) if "state_dict" in name and "hook" in name)
+    methods = ("state_dict", "_save_to_state_dict", "load_state_dict", "_load_from_state_dict")
+    own = any(getattr(type(module), name) is not getattr(nn.Module, name) for name in methods)
+    return any(vars(module)[name] for name in hooks) or (own and not type(module).__module__.startswith("torch.nn."))
+
+
+def _held(copied: ModuleCopy) -> Iterator[Tensor]:
+    """The tensors of a copy's state, and those that its modules hold as plain attributes or in containers."""
+    yield from (tensor for _, tensor in copied.tensors)
+    for module in copied.modules:
+        for name, value in vars(module).items():
+            inside = isinstance(value, _CONTAINERS) and name not in _OF_MODULES and len(value) <= MAX_LENGTH
+            for item in (value.values() if isinstance(value, dict) else value) if inside else (value,):
+                if isinstance(item, Tensor) and item.layout == torch.strided and not item.is_quantized:
+                    yield item
+
+
+_CONTAINERS = (dict, list, set, tuple)
+_OF_MODULES = frozenset(vars(nn.Module()))  # what every module has: its parameters, buffers, parts and hooks
+Attributes = list[dict[str, Any]]
+
+
 @contextmanager
-def attributes_restored(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Undo what a forward pass keeps on its modules, such as a table computed from weights that are about to change."""
+def attributes_restored(modules: Sequence[nn.Module]) -> Iterator[Attributes]:
+    """Undo what a forward pass keeps on its modules, such as a table computed from weights that are about to change.
+
+    Gives what they hold when it begins.
+    """
     containers = (dict, list, set)
     before = [{k: copy.copy(v) if isinstance(v, containers) else v for k, v in vars(m).items()} for m in modules]
     try:
-        yield
+        yield before
     finally:
         for module, attributes in zip(modules, before, strict=True):
             vars(module).clear()
             vars(module).update(attributes)
+
+
+def _changed(modules: Sequence[nn.Module], before: Attributes) -> bool:
+    """Whether modules hold anything else than before."""
+
+    def same(now: Any, then: Any) -> bool:
+        if now is then:
+            return True
+        if type(now) is not type(then):
+            return False
+        if not isinstance(now, _CONTAINERS):
+            return isinstance(now, (int, float, str)) and bool(now == then)
+        items, others = (list(v.items()) if isinstance(v, dict) else [*enumerate(v)] for v in (now, then))
+        return len(items) == len(others) and all(
+            a[0] == b[0] and a[1] is b[1] for a, b in zip(items, others, strict=True)
+        )
+
+    return any(
+        vars(module).keys() != held.keys() or not all(same(vars(module)[name], value) for name, value in held.items())
+        for module, held in zip(modules, before, strict=True)
+    )
 
 
 @contextmanager

@@ -1,0 +1,183 @@
+"""`agreed_spec`: one spec for several networks, each of which is a model of its own.
+
+Networks of equal keys and shapes need not be of one structure: with 2 heads or 8, with 4 or 8 groups of a norm, their
+tensors look the same. What renumbers the units of the one then changes what the other computes. So the symmetries of
+each module are found, and must be the same.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from permgraph.capture import Captured, capture
+from permgraph.capture.likeness import built_alike, operators_differ
+from permgraph.errors import CaptureError, MismatchError
+from permgraph.inference.auto_spec import auto_spec
+from permgraph.inference.describe import ON_REAL_TENSORS
+from permgraph.spec.compare import first_difference
+from permgraph.spec.spec import PermutationSpec
+from permgraph.weights.state_dict import Network
+
+log = logging.getLogger(__name__)
+
+
+def agreed_spec(
+    networks: Sequence[Network],
+    names: Sequence[str],
+    spec: PermutationSpec | None = None,
+    example_inputs: Sequence[Any] | None = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+) -> tuple[PermutationSpec, tuple[str, ...]]:
+    """The spec of networks that are to be matched, once it is sure that it is that of each of them.
+
+    Every module's own symmetries are inferred, on the inputs on which the first module runs, unless it is certain that
+    it is built as the first is. Of a state dict nothing is known but its shapes.
+
+    Args:
+        networks: modules and state dicts.
+        names: what to call them.
+        spec: of all of them, as the caller says; inferred from the first module if None.
+        example_inputs, example_kwargs: for the inference; found if neither is given.
+
+    Returns:
+        The spec, and what there is to know of networks that have the same symmetries and compute something else.
+
+    Raises:
+        MismatchError: two of them differ in their symmetries; the message names the first parameter and dimension on
+            which they do, and both expressions. Or there is no spec, and no module to infer it from.
+        CaptureError: no spec was given, and a module cannot be run.
+    """
+    modules = [(name, net) for name, net in zip(names, networks, strict=True) if isinstance(net, nn.Module)]
+    if not modules:
+        if spec is None:
+            raise MismatchError("state dicts do not say what their model computes: a spec must be given with them")
+        return spec, ()
+    first = Structure(*modules[0], example_inputs, example_kwargs)
+    found = first.spec if spec is None else spec
+    notes: list[str] = []
+    if spec is not None and not isinstance(networks[0], nn.Module):  # else the spec is taken to be that of the first
+        notes += first.must_be(spec)
+    for name, module in modules[1:]:
+        notes += first.compare(name, module, given=spec is not None)
+    for note in notes:
+        log.info(note)
+    return found, tuple(notes)
+
+
+class Structure:
+    """The structure of a module, found out when it is asked for, and that of others beside it.
+
+    Args:
+        name: what to call the module.
+        module: which may be on the meta device.
+        example_inputs, example_kwargs: for the inference; found if neither is given.
+        spec: its symmetries, where they are known.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        example_inputs: Sequence[Any] | None = None,
+        example_kwargs: Mapping[str, Any] | None = None,
+        spec: PermutationSpec | None = None,
+    ) -> None:
+        self.name, self.module = name, module
+        self.given = example_inputs, example_kwargs
+        self._spec = spec
+        self._captured: Captured | None = None
+
+    @property
+    def spec(self) -> PermutationSpec:
+        """Its symmetries."""
+        if self._spec is None:
+            self._spec = auto_spec(self.module, *self.given)
+        return self._spec
+
+    @property
+    def captured(self) -> Captured:
+        """One pass of it."""
+        if self._captured is None:
+            self._captured = capture(self.module, *self.given)
+        return self._captured
+
+    def must_be(self, spec: PermutationSpec) -> tuple[str, ...]:
+        """Refuse a given spec that is not its own."""
+        try:
+            difference = first_difference(spec, self.spec, ("the spec", self.name))
+        except CaptureError as error:
+            return (_not_compared(self.name, error),)
+        if difference is not None:
+            raise MismatchError(
+                f"{self.name}, as it is built, has other symmetries than the spec that was given: {difference}. Where "
+                "the spec is right all the same, pass the state dict in place of the module"
+            )
+        return ()
+
+    def compare(self, name: str, module: nn.Module, *, given: bool) -> list[str]:
+        """Refuse a module of other symmetries; notes on one that computes something else.
+
+        If a spec was `given`, modules that cannot be run are noted, and not refused.
+        """
+        alike = built_alike(self.module, module)
+        if alike and (given or not _rests_on_values(self.spec)):
+            return []
+        names = (self.name, name)
+        try:
+            ours, inputs = self.spec, self.captured.inputs
+            theirs = _own(module, inputs.args, inputs.kwargs)
+        except CaptureError as error:
+            if not given:
+                raise
+            return [_not_compared(name, error)]
+        difference = first_difference(ours, theirs, names)
+        if difference is not None and alike:
+            raise MismatchError(
+                f"{self.name} and {name} are built alike, but their forward passes branch on values, and on their "
+                f"weights they took branches of other symmetries: {difference}. check_branches(model).spec holds for "
+                "both branches: pass it as spec="
+            )
+        if difference is not None:
+            classes = [type(net).__name__ for net in (self.module, module)]
+            raise MismatchError(
+                f"{self.name} ({classes[0]}) and {name} ({classes[1]}) have tensors of the same shapes, but not the "
+                f"same symmetries: {difference}. What renumbers one would change what the other computes: "
+                "build both alike"
+            )
+        if alike:
+            return []
+        try:
+            other = capture(module, inputs.args, inputs.kwargs)
+        except CaptureError as error:
+            return [_not_compared(name, error)]
+        operators = operators_differ(self.captured, other, names)
+        if operators is None:
+            return []
+        return [
+            f"{self.name} and {name} have the same symmetries, but compute different functions of their weights: "
+            f"{operators}. Each keeps its own function when it is renumbered; a mean of the two is a network of neither"
+        ]
+
+
+def _own(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> PermutationSpec:
+    """The symmetries of a module on these inputs, or on some of its own where it does not take them."""
+    try:
+        return auto_spec(module, args, kwargs)
+    except CaptureError as error:
+        log.info("%s: %s; trying inputs of its own", type(module).__name__, error)
+        return auto_spec(module)
+
+
+def _rests_on_values(spec: PermutationSpec) -> bool:
+    return any(note.startswith(ON_REAL_TENSORS) for note in spec.notes)
+
+
+def _not_compared(name: str, error: CaptureError) -> str:
+    return (
+        f"whether {name} has the symmetries of the spec that was given is not known, since it cannot be run here "
+        f"({str(error).splitlines()[0][:200]}): verify(model, example_inputs, permutation=...) would tell"
+    )

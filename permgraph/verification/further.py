@@ -1,0 +1,247 @@
+"""`FurtherRuns`: a spec tried on inputs other than those of which it is known to hold.
+
+A spec is inferred from some passes and used for a model that runs on others. So after the inputs that were given, the
+weights are moved on larger sizes, in training mode with dropout as identity, in later calls, with larger whole numbers
+among the arguments; and on thousands of rows where the model ranks units, since two equal ones, of which the first one
+is taken, may be found in few rows only.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from permgraph.capture.inputs.registry import ExampleInputs
+from permgraph.capture.module_copy import copy_with
+from permgraph.capture.outputs import tensor_leaves
+from permgraph.capture.passes import Variation, resized, variations
+from permgraph.capture.subject import unwrap
+from permgraph.errors import in_one_line
+from permgraph.spec.permutation import Permutation
+from permgraph.verification.report import Run
+from permgraph.verification.trial import Trial, distance, is_floating, seeded_generator
+
+#: So many seconds are always there for further runs, however little the first one took.
+LEAST_SECONDS = 5.0
+#: Where units are ranked, they are in so many rows.
+ROWS = 10_000
+#: A model that keeps something from call to call is called so often.
+CALLS = 6
+#: Inputs of many rows take no more memory.
+MOST_BYTES = 2**28
+
+
+@dataclass
+class FurtherRuns:
+    """The runs of one trial beside its first.
+
+    Args:
+        trial: which has been run on the inputs given.
+        model: of which it is a copy.
+        everything: the permutation to apply.
+        tolerance: the largest relative error.
+        scales: of the weights, the likeliest first; the next one is tried where the outputs are not finite.
+        seconds: that all runs may take together.
+        run_seconds: that one run on the inputs given took.
+    """
+
+    trial: Trial
+    model: Any
+    everything: Permutation
+    tolerance: float
+    scales: Sequence[float]
+    seconds: float
+    run_seconds: float
+    runs: list[Run] = field(default_factory=list)
+
+    def __call__(self, first: Variation) -> tuple[Run, ...]:
+        """Run all that there is time for; what seems to take too long is put off, until more is known of its cost."""
+        deadline = time.monotonic() + self.seconds
+        shown: set[str] = set() if self.trial.keeps_state else {"calls"}
+        rankings = set(self.trial.rankings)
+        self._as_saved(first)
+        costs = _Costs([(1.0, self.run_seconds)])
+        waiting = list(variations(unwrap(self.model).core, first.inputs)) + list(_odd_sizes(first))
+        put_off: list[Variation] = []
+        for variation, again in _twice(waiting, put_off):
+            if variation.shows <= shown:
+                continue
+            if variation.calls > 1:
+                variation = replace(variation, name=f"{CALLS} calls", calls=CALLS)
+            growth = variation.calls * _growth(first.inputs, variation.inputs)
+            if 2 * costs.of(growth) > deadline - time.monotonic():
+                if again:
+                    self._say(variation, "no time was left")
+                else:
+                    put_off.append(variation)
+            elif self._compare(variation):
+                shown |= variation.shows
+                costs.measured.append((growth, self.trial.run_seconds))
+        for variation in self._rows(first, rankings, deadline):
+            self._compare(variation)
+        self.trial.vary(first)
+        return tuple(self.runs)
+
+    def _as_saved(self, first: Variation) -> None:
+        """Permute what the model saves and let it load that, where it does so in a way of its own."""
+        variation = replace(first, name="its state dict loaded")
+        try:
+            reference = self.trial.randomise(self.scales[0], self.trial.looks_inside)
+            outputs = None if reference is None else self.trial.outputs_as_saved(self.everything)
+        except Exception as failure:  # the module's own: not every one loads what it saves
+            self._say(variation, in_one_line(failure.__cause__ or failure, 160))
+            return
+        if reference is not None and outputs is not None:
+            error = distance(reference, outputs)
+            failed = () if error <= self.tolerance else tuple(self.everything.moved())
+            self.runs.append(Run(variation.name, variation.inputs.describe(), error, failed=failed))
+
+    def _say(self, variation: Variation, reason: str) -> None:
+        self.runs.append(Run(variation.name, variation.inputs.describe(), reason=reason))
+
+    def _compare(self, variation: Variation) -> bool:
+        """Compare outputs before and after; whether that was possible."""
+        try:
+            self.trial.vary(variation)
+            reference, reason = None, "the outputs are not finite"
+            for scale in self.scales:
+                reference = self.trial.randomise(scale, self.trial.looks_inside)
+                if reference is None:
+                    continue
+                error = distance(reference, self.trial.outputs(self.everything))
+                if error <= self.tolerance:
+                    break
+                if self.trial.draws(reference):
+                    reference, reason = None, "the outputs depend on random numbers"
+                    break
+                if self.trial.rounding(reference) <= self.tolerance / 100:
+                    break
+                reference, reason = None, "the outputs depend on rounding"
+        except Exception as failure:  # the module's own, on inputs that it was not written for
+            self._say(variation, in_one_line(failure.__cause__ or failure, 160))
+            return False
+        if reference is None:
+            self._say(variation, reason)
+            return False
+        failed: list[str] = []
+        if not error <= self.tolerance:
+            for name in self.everything.moved():
+                alone = self.everything.restricted_to([name])
+                if not distance(reference, self.trial.outputs(alone)) <= self.tolerance:
+                    failed.append(name)
+        self.runs.append(Run(variation.name, variation.inputs.describe(), error, failed=tuple(failed)))
+        return True
+
+    def _rows(self, first: Variation, rankings: set[tuple[int, int]], deadline: float) -> Iterator[Variation]:
+        """The inputs with so large a batch that units are ranked in thousands of rows, or as many as time allows."""
+        sizes = {group.size for group in self.trial.spec.moving.values()}
+        ranked = [rows for count, rows in rankings if any(count % size == 0 for size in sizes)]
+        if not ranked or min(ranked) >= ROWS:
+            return
+        wanted = math.ceil(ROWS / max(1, min(ranked)))
+        held = sum(tensor.nbytes for tensor in tensor_leaves((first.inputs.args, first.inputs.kwargs)))
+        wanted = max(1, min(wanted, MOST_BYTES // max(1, held)))
+        factor, seconds = 1, self.run_seconds
+        while factor < wanted:
+            step = min(wanted, 8 * factor)
+            if 3 * seconds * step / factor > deadline - time.monotonic():
+                break
+            larger = replace(first, inputs=many(first.inputs, step))
+            try:
+                self.trial.vary(larger)
+                began = time.monotonic()
+                self.trial.outputs(None)
+                seconds, factor = time.monotonic() - began, step
+            except Exception as failure:  # the module takes this batch only
+                self._say(replace(first, name="many rows", inputs=larger.inputs), in_one_line(failure, 160))
+                return
+        rows = f"units ranked in {factor * min(ranked):,} rows"
+        if factor == 1:
+            self._say(replace(first, name=f"units ranked in {ROWS:,} rows"), "no time was left")
+            return
+        yield Variation(rows, frozenset({"rows"}), many(first.inputs, factor))
+
+
+@dataclass
+class _Costs:
+    """What a run takes by how many times as large its inputs are: what was measured, and a line through that beyond."""
+
+    measured: list[tuple[float, float]]
+
+    def of(self, growth: float) -> float:
+        """The seconds of a run."""
+        (least, fewest), (most, longest) = min(self.measured), max(self.measured)
+        if most <= least or longest <= fewest:
+            return longest * max(1.0, growth / most)
+        return max(longest, fewest + (longest - fewest) * (growth - least) / (most - least))
+
+
+def _twice(first: Sequence[Variation], second: Sequence[Variation]) -> Iterator[tuple[Variation, bool]]:
+    """Those of the first list, and of the second, which grows meanwhile; with whether it is the second."""
+    yield from ((variation, False) for variation in first)
+    yield from ((variation, True) for variation in list(second))
+
+
+def _odd_sizes(first: Variation) -> Iterator[Variation]:
+    """Each size that a user may vary larger by one: what is a multiple of a patch or a stride is one no more."""
+    tensors = list(tensor_leaves((first.inputs.args, first.inputs.kwargs)))
+    varied = dict.fromkeys(size for tensor in tensors for size in tensor.shape[1:])
+    sizes = {size: size + 1 for size in varied if size + 1 not in varied}
+    args, kwargs = copy_with((first.inputs.args, first.inputs.kwargs), functools.partial(resized, sizes=sizes), {})
+    inputs = replace(first.inputs, args=args, kwargs=kwargs)
+    if inputs.describe() != first.inputs.describe():
+        yield Variation("sizes larger by one", frozenset({"odd sizes"}), inputs)
+
+
+def _growth(first: ExampleInputs, second: ExampleInputs) -> float:
+    """How many times as many elements the second inputs have."""
+    sizes = [sum(t.numel() for t in tensor_leaves((given.args, given.kwargs))) for given in (first, second)]
+    return sizes[1] / max(1, sizes[0])
+
+
+def many(inputs: ExampleInputs, factor: int) -> ExampleInputs:
+    """The inputs with so many times the batch, and other values in each row: random ones of the same spread.
+
+    What does not vary, such as a mask of ones, and what counts or says yes or no, is repeated.
+    """
+    generator = seeded_generator(0)
+
+    def larger(tensor: Tensor) -> Tensor:
+        if tensor.ndim == 0:
+            return tensor
+        if is_drawn(tensor):
+            shape = (tensor.shape[0] * factor, *tensor.shape[1:])
+            low, high = tensor.min(), tensor.max()
+            if not is_floating(tensor):
+                return torch.randint(int(low), int(high) + 1, shape, generator=generator).to(tensor.dtype)
+            made = torch.randn(shape, generator=generator, dtype=torch.float64) * tensor.double().std()
+            return (made + tensor.double().mean()).to(tensor.dtype)
+        return tensor.repeat(factor, *[1] * (tensor.ndim - 1))
+
+    args, kwargs = copy_with((inputs.args, inputs.kwargs), _on_cpu(larger), {})
+    return replace(inputs, args=args, kwargs=kwargs)
+
+
+def is_drawn(tensor: Tensor) -> bool:
+    """Whether a tensor holds values that may as well be others."""
+    if (
+        tensor.dtype == torch.bool
+        or tensor.is_complex()
+        or tensor.numel() < 2
+        or bool((tensor == tensor.flatten()[0]).all())
+    ):
+        return False
+    if is_floating(tensor):
+        return bool(torch.isfinite(tensor).all())
+    return not any(size > 1 and bool((tensor.diff(dim=d) == 1).all()) for d, size in enumerate(tensor.shape))
+
+
+def _on_cpu(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda tensor: change(tensor.detach().cpu())
