@@ -31,12 +31,14 @@ class Tried:
             that it says nothing new; ``"failed"``; or ``"not run"``.
         says: what it added, or why it did not run.
         operators: how many operators ran.
+        by_products: how many of its outputs are left out, see `without_by_products`.
     """
 
     variation: Variation
     outcome: Outcome
     says: str
     operators: int = 0
+    by_products: int = 0
 
 
 class FurtherPasses:
@@ -81,9 +83,10 @@ class FurtherPasses:
             if variation.flags:
                 again, left_out = without_by_products(again, captured)
             if any(alike(one, again) for one in self.passes):
-                self.tried.append(Tried(variation, "alike", "nothing new", _count(again)))
+                self.tried.append(Tried(variation, "alike", "nothing new", _count(again), left_out))
             else:
-                self.tried.append(Tried(variation, "solved", _added(self.passes, again, left_out), _count(again)))
+                says = _added(self.passes, again, left_out)
+                self.tried.append(Tried(variation, "solved", says, _count(again), left_out))
                 self.passes.append(again)
 
     def joined(self) -> Captured:
@@ -102,12 +105,10 @@ class FurtherPasses:
 
 def _uncovered(tried: Sequence[Tried]) -> tuple[str, ...]:
     shown = {aspect for one in tried if one.outcome in ("solved", "alike") for aspect in one.variation.shows}
-    reasons = {
-        aspect: one.says
-        for one in tried
-        if one.outcome in ("failed", "not run")
-        for aspect in one.variation.shows - shown
-    }
+    reasons: dict[str, str] = {}
+    for one in tried:
+        for aspect in one.variation.shows - shown if one.outcome in ("failed", "not run") else ():
+            reasons.setdefault(aspect, one.says)
     if "sizes" in reasons:
         reasons.pop("batch", None)  # where no size could be varied, neither could that of the batch
     by_reason: dict[str, list[str]] = {}

@@ -167,15 +167,24 @@ def _next(size: int, taken: set[int]) -> int:
 
 
 def _above(size: int) -> Iterator[int]:
-    """Sizes above this one: larger primes times the same power of two.
+    """Sizes above this one: larger primes times the same power of two, and twice these for one that is odd.
 
     Where a size of 64 became 128, and a map of 2 rows one of 4, a view could cut the one as it cut the other by
-    accident, such as 16 channels into rows of 4 again.
+    accident, such as 16 channels into rows of 4 again. What is done for odd lengths alone is not done again.
     """
-    step = size & -size if size > 4 else 1
+    step = (size & -size) if size > 4 else 1
+    if step == 1 and size > 4:
+        step = 2
     return (
         step * n for n in itertools.count(max(size // step + 1, 3)) if all(n % d for d in range(2, math.isqrt(n) + 1))
     )
+
+
+def larger_by_one(inputs: ExampleInputs) -> ExampleInputs:
+    """The inputs with every size but the batch's larger by one, where that makes no two equal."""
+    varied = dict.fromkeys(size for tensor in _tensors(inputs) for size in tensor.shape[1:])
+    sizes = Sizes({}, {size: size + 1 for size in varied if size + 1 not in varied}, _places_first)
+    return _mapped(inputs, functools.partial(resized, sizes=sizes))
 
 
 def resized(tensor: Tensor, sizes: Sizes) -> Tensor:

@@ -100,7 +100,8 @@ def _pass(tried: Tried) -> Pass:
     variation = tried.variation
     mode = "training" if variation.training else "evaluation"
     called = f"{mode}, {variation.calls} calls" if variation.calls > 1 else mode
-    return Pass(variation.name, tried.operators, tried.outcome, variation.inputs.describe(), called, tried.says)
+    inputs = variation.inputs.describe()
+    return Pass(variation.name, tried.operators, tried.outcome, inputs, called, tried.says, tried.by_products)
 
 
 def spec_of(captured: Captured, limits: Limits | None = None) -> PermutationSpec:

@@ -112,7 +112,7 @@ def from_json(content: Any) -> dict[str, Any]:
         unused=_names(content, "unused"),
         model_class=_get(content, "model_class", str),
         notes=_names(content, "notes"),
-        passes=_records(content, "passes", Pass, (str, int, str, str, str, str)) if "passes" in content else (),
+        passes=_records(content, "passes", Pass, (str, int, str, str, str, str, int)) if "passes" in content else (),
         constraints=None
         if constraints is None
         else Constraints(

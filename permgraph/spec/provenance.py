@@ -47,6 +47,7 @@ class Pass:
         inputs: dtypes and shapes of what the module was called on.
         mode: evaluation or training mode, and how often it was called.
         says: what it added, or why it did not run.
+        by_products: how many of its outputs are computed on the way to others, for which it is no promise.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Pass:
     inputs: str
     mode: str
     says: str
+    by_products: int = 0
 
 
 @dataclass(frozen=True, slots=True)

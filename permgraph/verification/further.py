@@ -8,7 +8,6 @@ is taken, may be found in few rows only.
 
 from __future__ import annotations
 
-import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +20,7 @@ from torch import Tensor
 from permgraph.capture.inputs.registry import ExampleInputs
 from permgraph.capture.module_copy import copy_with
 from permgraph.capture.outputs import tensor_leaves
-from permgraph.capture.passes import Variation, resized, variations
+from permgraph.capture.passes import Variation, larger_by_one, variations
 from permgraph.capture.subject import unwrap
 from permgraph.errors import in_one_line
 from permgraph.spec.permutation import Permutation
@@ -71,7 +70,7 @@ class FurtherRuns:
         waiting = list(variations(unwrap(self.model).core, first.inputs)) + list(_odd_sizes(first))
         put_off: list[Variation] = []
         for variation, again in _twice(waiting, put_off):
-            if variation.shows <= shown:
+            if variation.shows <= shown or (variation.flags and self._adds_by_products(variation)):
                 continue
             if variation.calls > 1:
                 variation = replace(variation, name=f"{CALLS} calls", calls=CALLS)
@@ -88,6 +87,11 @@ class FurtherRuns:
             self._compare(variation)
         self.trial.vary(first)
         return tuple(self.runs)
+
+    def _adds_by_products(self, variation: Variation) -> bool:
+        """Whether a flag makes the model return more than its result, or it is not known that it does not."""
+        known = {run.name: run for run in self.everything.spec.passes if run.outcome in ("solved", "alike")}
+        return variation.name not in known or known[variation.name].by_products > 0
 
     def _as_saved(self, first: Variation) -> None:
         """Permute what the model saves and let it load that, where it does so in a way of its own."""
@@ -191,11 +195,7 @@ def _twice(first: Sequence[Variation], second: Sequence[Variation]) -> Iterator[
 
 def _odd_sizes(first: Variation) -> Iterator[Variation]:
     """Each size that a user may vary larger by one: what is a multiple of a patch or a stride is one no more."""
-    tensors = list(tensor_leaves((first.inputs.args, first.inputs.kwargs)))
-    varied = dict.fromkeys(size for tensor in tensors for size in tensor.shape[1:])
-    sizes = {size: size + 1 for size in varied if size + 1 not in varied}
-    args, kwargs = copy_with((first.inputs.args, first.inputs.kwargs), functools.partial(resized, sizes=sizes), {})
-    inputs = replace(first.inputs, args=args, kwargs=kwargs)
+    inputs = larger_by_one(first.inputs)
     if inputs.describe() != first.inputs.describe():
         yield Variation("sizes larger by one", frozenset({"odd sizes"}), inputs)
 

@@ -49,7 +49,8 @@ class Further(nn.Module):
 
 def _network(channels: int, further: int) -> nn.Module:
     body = [First(channels), *(Further(channels) for _ in range(further))]
-    return nn.Sequential(nn.Conv2d(3, channels, 3), *body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 2))
+    ends = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 2)
+    return nn.Sequential(nn.Conv2d(3, channels, 3), *body, *ends)
 
 
 @pytest.mark.parametrize("channels", [8, 16])
