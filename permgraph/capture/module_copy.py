@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import types
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,6 +14,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from permgraph.capture.following_copy import Memo, copy_following
+from permgraph.capture.python_state import CopiedState, variables_of_classes
 from permgraph.capture.state import StateTensor, have_common_elements, shared_memory, tensor_key
 
 logger = logging.getLogger(__name__)
@@ -28,11 +31,12 @@ class ModuleCopy:
     of the copy or of the original, since a closure may still hold the latter. `overlapping` holds stand-ins for state
     of which a plain attribute or other state is another view, such as `self.decoder = self.encoder.weight.t()`.
     `transposed_aliases` holds pairs of which the second is the first with its dimensions in another order, and that
-    order.
+    order. `memo` says what each part of the original was copied as.
     """
 
     module: nn.Module
     modules: list[nn.Module]
+    memo: Memo
     tensors: list[tuple[StateTensor, Tensor]]
     paths: dict[int, str]
     overlapping: list[Tensor]
@@ -41,6 +45,15 @@ class ModuleCopy:
     def attribute_name(self, tensor: Tensor) -> tuple[str, ...]:
         """The dotted name of a plain tensor attribute, such as a table of rotary angles; empty for other tensors."""
         return self._attributes.get(id(tensor), ())
+
+    @contextlib.contextmanager
+    def state_restored(self) -> Iterator[None]:
+        """Undo what a forward pass changes on the modules of the copy and on what else was copied with them."""
+        state = CopiedState(self.modules, self.memo)
+        try:
+            yield
+        finally:
+            state.restore()
 
     @cached_property
     def _attributes(self) -> dict[int, tuple[str, ...]]:
@@ -75,6 +88,15 @@ def copy_with(value: Any, stand_in: StandIn, memo: dict[int, Any]) -> Any:
         return copy.deepcopy(value, memo)
 
 
+def copy_inputs(value: Any, stand_in: StandIn, copied: ModuleCopy) -> Any:
+    """`copy_with` for the arguments of a module: a function among them that holds the module gets the copy."""
+    modules = {key: made for key, made in copied.memo.items() if isinstance(made, nn.Module)}
+    with _CopiesTensors(stand_in):
+        made, memo = copy_following(value, modules, copied.memo.outer.values(), patient=False)
+    copied.memo.take(memo, [original for original in memo.originals() if not isinstance(original, Tensor)])
+    return made
+
+
 def copy_module(
     outer: nn.Module,
     core: nn.Module,
@@ -84,10 +106,11 @@ def copy_module(
 ) -> ModuleCopy:
     """Copies `core`, the module that runs; `outer` is the module whose state dict and paths name things.
 
-    A deep copy reaches what a walk over submodules does not: modules in plain lists, bound methods, shared configs.
-    Where something in the model refuses to be copied, only the module objects are, and the rest is shared.
+    A deep copy reaches what a walk over submodules does not: modules in plain lists, bound methods, shared configs, and
+    whatever else hooks and other functions hold. What refuses to be copied, such as a lock, is shared with the
+    original; where a module refuses, only the module objects are copied, and besides what can be by itself.
     """
-    memo: dict[int, Any] = {}
+    memo = Memo()
     tensors: list[tuple[StateTensor, Tensor]] = []
     for entry in state:
         made = stand_in_for_state(entry)
@@ -111,12 +134,15 @@ def copy_module(
                 overlapping[id(made)] = made
         return stand_in(tensor)
 
-    try:
-        module = copy_with(core, stand_in_for_attribute, memo)
-    except Exception as error:
-        logger.debug("deepcopy of %s failed (%s): copying its modules only", type(core).__name__, error)
-        memo = given
-        module = _copy_modules(core, memo)
+    variables = variables_of_classes(core.modules())
+    with _CopiesTensors(stand_in_for_attribute):
+        try:
+            module, memo = copy_following(core, given, variables)
+        except Exception as error:
+            logger.debug("deepcopy of %s failed (%s): copying its modules only", type(core).__name__, error)
+            memo = Memo(given, variables)
+            module = _copy_modules(core, memo)
+            _copy_attributes(list(core.modules()), memo)
     copies = {id(value): value for value in memo.values() if isinstance(value, nn.Module)}
     for copied in copies.values():
         _remove_offload_hook(copied)
@@ -133,7 +159,8 @@ def copy_module(
                 overlapping.update({id(first): first, id(second): second})
             else:
                 transposed_aliases.append((first, second, order))
-    return ModuleCopy(module, list(copies.values()), tensors, paths, list(overlapping.values()), transposed_aliases)
+    modules, shared = list(copies.values()), list(overlapping.values())
+    return ModuleCopy(module, modules, memo, tensors, paths, shared, transposed_aliases)
 
 
 def _remove_offload_hook(module: nn.Module) -> None:
@@ -168,6 +195,25 @@ def _copy_modules(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     shared["_modules"] = {k: None if m is None else _copy_modules(m, memo) for k, m in shared["_modules"].items()}
     vars(copied).update(shared)
     return copied
+
+
+def _copy_attributes(modules: Iterable[nn.Module], memo: Memo) -> None:
+    """Of the other attributes of modules that were copied, a deep copy each where they let themselves be copied."""
+    for module in modules:
+        copied = memo[id(module)]
+        for name, value in vars(module).items():
+            if name in _REGISTRIES or isinstance(value, (Tensor, nn.Module)):
+                continue
+            try:
+                made, more = copy_following(value, memo, memo.outer.values())
+            except Exception as error:
+                logger.debug("%s of %s is shared: %s", name, type(module).__name__, error)
+                continue
+            vars(copied)[name] = made
+            memo.take(more, more.originals())
+
+
+_REGISTRIES = ("_parameters", "_buffers", "_modules")
 
 
 def as_parameter_like(original: Tensor, made: Tensor) -> Tensor:

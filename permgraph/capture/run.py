@@ -29,7 +29,7 @@ from permgraph.capture.captured import Captured
 from permgraph.capture.environment import WithoutDropout, make_transparent, one_at_a_time, reference_kernels, train
 from permgraph.capture.inputs.registry import ExampleInputs, find_inputs
 from permgraph.capture.known import KnownValues
-from permgraph.capture.module_copy import as_parameter_like, copy_module, copy_with
+from permgraph.capture.module_copy import as_parameter_like, copy_inputs, copy_module
 from permgraph.capture.outputs import returned_tensors, tensor_leaves
 from permgraph.capture.passes import Variation
 from permgraph.capture.python_state import MAX_LENGTH, python_state_restored
@@ -283,7 +283,6 @@ def _pass(
         training = variation is not None and variation.training
         if training:
             train(copied.modules)
-        memo: dict[int, Any] = {}
         recorder = Recorder(
             device=device,
             paths=copied.paths,
@@ -297,8 +296,7 @@ def _pass(
             known = entry.kind == "constant" and not entry.objects[0].is_meta
             real = entry.objects[0] if known else None
             recorder.placeholder(entry.kind, entry.names, made, aliases=entry.objects, real=real)
-        args = copy_with(inputs.args, stand_in.of_input, memo)
-        kwargs = copy_with(inputs.kwargs, stand_in.of_input, memo)
+        args, kwargs = copy_inputs((inputs.args, inputs.kwargs), stand_in.of_input, copied)
         for path, made in _named_leaves(args, kwargs):
             recorder.placeholder("input", (path,), made)
         for shared in copied.overlapping:
@@ -311,7 +309,7 @@ def _pass(
         guard = memory_readers_refuse_fakes() if mode == "fake" else contextlib.nullcontext()
         before = _attributes(copied.modules)
         dropout = WithoutDropout() if training else contextlib.nullcontext()
-        with python_state_restored(copied.modules), guard, watch, recorder, dropout:
+        with python_state_restored(copied.modules, copied.memo), guard, watch, recorder, dropout:
             result = _run(copied.module, args, kwargs)
             for _ in range(1, 1 if variation is None else variation.calls):
                 result = [result, _run(copied.module, args, kwargs)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from permgraph.capture.environment import make_transparent, reference_kernels
-from permgraph.capture.module_copy import as_parameter_like, copy_module, copy_with
+from permgraph.capture.module_copy import as_parameter_like, copy_inputs, copy_module, copy_with
 from permgraph.capture.outputs import returned_tensors, tensor_leaves
 from permgraph.capture.python_state import python_state_restored
 from permgraph.capture.state import StateTensor, state_tensors
@@ -50,7 +49,7 @@ class Trial:
         self._memory = {name: tensor.data for name, (_, tensor) in self._floating.items()}
         self._constants = [(t, t.detach().clone()) for e, t in self._copy.tensors if not _is_weight(e, t)]
         given = (args,) if isinstance(args, Tensor) else tuple(args or ())
-        self._inputs = copy_with((given, dict(kwargs or {})), in_double, {})
+        self._inputs = copy_inputs((given, dict(kwargs or {})), in_double, self._copy)
         self._check_names()
         self._users = {group: {name for name, _ in spec.uses(group)} for group in spec.moving}
         self._scale = 1.0
@@ -117,9 +116,9 @@ class Trial:
             args, kwargs = copy_with(self._inputs, Tensor.clone, {})
             try:
                 with (
-                    python_state_restored(self._copy.modules),
+                    python_state_restored(self._copy.modules, self._copy.memo),
                     self._mode,
-                    attributes_restored(self._copy.modules),
+                    self._copy.state_restored(),
                     _observed(self._copy.modules if self.looks_inside else (), inside),
                 ):
                     result = self._copy.module(*args, **kwargs)
@@ -195,19 +194,6 @@ def is_floating(tensor: Tensor) -> bool:
 
 def _is_weight(entry: StateTensor, tensor: Tensor) -> bool:
     return entry.kind in ("parameter", "buffer") and is_floating(tensor)
-
-
-@contextmanager
-def attributes_restored(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Undo what a forward pass keeps on its modules, such as a table computed from weights that are about to change."""
-    containers = (dict, list, set)
-    before = [{k: copy.copy(v) if isinstance(v, containers) else v for k, v in vars(m).items()} for m in modules]
-    try:
-        yield
-    finally:
-        for module, attributes in zip(modules, before, strict=True):
-            vars(module).clear()
-            vars(module).update(attributes)
 
 
 @contextmanager
