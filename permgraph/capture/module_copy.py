@@ -6,16 +6,18 @@ import contextlib
 import copy
 import logging
 import types
-from collections.abc import Callable, Hashable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from permgraph.capture.following_copy import Memo, copy_following
 from permgraph.capture.python_state import CopiedState, variables_of_classes
+from permgraph.capture.saved_layout import MAX_BYTES_TO_TRY, Loading, loading, needs_loading, not_restored, random_like
 from permgraph.capture.state import StateTensor, have_common_elements, shared_memory, tensor_key
 
 logger = logging.getLogger(__name__)
@@ -31,7 +33,8 @@ class ModuleCopy:
     of the copy or of the original, since a closure may still hold the latter. `overlapping` holds stand-ins for state
     of which a plain attribute or other state is another view, such as `self.decoder = self.encoder.weight.t()`.
     `transposed_aliases` holds pairs of which the second is the first with its dimensions in another order, and that
-    order. `memo` says what each part of the original was copied as.
+    order. `memo` says what each part of the original was copied as. `loading` is what is to be loaded into the copy
+    before each pass, if anything is; `layout` says why what the module saves cannot be told from what it holds.
     """
 
     module: nn.Module
@@ -41,6 +44,8 @@ class ModuleCopy:
     paths: dict[int, str]
     overlapping: list[Tensor]
     transposed_aliases: list[tuple[Tensor, Tensor, tuple[int, ...]]]
+    loading: Loading | None = None
+    layout: str | None = None
 
     def attribute_name(self, tensor: Tensor) -> tuple[str, ...]:
         """The dotted name of a plain tensor attribute, such as a table of rotary angles; empty for other tensors."""
@@ -100,7 +105,7 @@ def copy_inputs(value: Any, stand_in: StandIn, copied: ModuleCopy) -> Any:
 def copy_module(
     outer: nn.Module,
     core: nn.Module,
-    state: Iterable[StateTensor],
+    state: Sequence[StateTensor],
     stand_in_for_state: Callable[[StateTensor], Tensor],
     stand_in: StandIn,
 ) -> ModuleCopy:
@@ -110,6 +115,44 @@ def copy_module(
     whatever else hooks and other functions hold. What refuses to be copied, such as a lock, is shared with the
     original; where a module refuses, only the module objects are copied, and besides what can be by itself.
     """
+    copied = _copy(outer, core, state, stand_in_for_state, stand_in)
+    if not needs_loading(core, state):
+        return copied
+    lost = _not_restored(outer, core, state)
+    if not lost:
+        return replace(copied, loading=loading(outer, core, copied.module, copied.tensors))
+    uncertain = [m for entry, m in copied.tensors if entry.role == "saved" or not lost.isdisjoint(entry.names)]
+    first = f"{min(lost)} and {len(lost) - 1} more" if len(lost) > 1 else min(lost)
+    reason = f"what is saved stays put where it is not the module's own, since loading it does not give back {first}"
+    return replace(copied, overlapping=[*copied.overlapping, *uncertain], layout=reason)
+
+
+def _not_restored(outer: nn.Module, core: nn.Module, state: Sequence[StateTensor]) -> frozenset[str]:
+    """The names of what a module does not have again when it loads what it has saved, tried on a copy of its own.
+
+    Nothing is tried on the meta device, and where the copy would be too large.
+    """
+    tensors = [tensor for entry in state for tensor in entry.objects[:1]]
+    if any(t.is_meta for t in tensors) or sum(t.numel() * t.element_size() for t in tensors) > MAX_BYTES_TO_TRY:
+        return frozenset()
+    with torch.no_grad():
+        tried = _copy(
+            outer, core, state, lambda e: as_parameter_like(e.objects[0], random_like(e.objects[0])), random_like
+        )
+        try:
+            return not_restored(tried.module, loading(outer, core, tried.module, tried.tensors))
+        except Exception as error:
+            logger.debug("%s does not load what it saves: %s: %s", type(core).__name__, type(error).__name__, error)
+            return frozenset(name for entry in state if entry.role != "own" for name in entry.names)
+
+
+def _copy(
+    outer: nn.Module,
+    core: nn.Module,
+    state: Sequence[StateTensor],
+    stand_in_for_state: Callable[[StateTensor], Tensor],
+    stand_in: StandIn,
+) -> ModuleCopy:
     memo = Memo()
     tensors: list[tuple[StateTensor, Tensor]] = []
     for entry in state:
@@ -119,7 +162,7 @@ def copy_module(
     given = dict(memo)
     by_key = {tensor_key(tensor): made for entry, made in tensors for tensor in entry.objects}
     by_memory: dict[Hashable, list[tuple[Tensor, Tensor]]] = {}
-    for entry, made in tensors:
+    for entry, made in ((entry, made) for entry, made in tensors if entry.role != "saved"):
         key = tensor_key(entry.objects[0])
         if isinstance(key, tuple):
             by_memory.setdefault(key[0], []).append((entry.objects[0], made))

@@ -97,6 +97,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._originals: dict[int, Tensor] = {}
         self._replaced: dict[int, Tensor] = {}
         self._last_placeholder: fx.Node | None = None
+        self._memory: list[torch.UntypedStorage] = []  # so that no memory lies where another's was
         self._keys: dict[int, Hashable] = {}  # where the memory of each tensor lay when its node was made
         self._state: set[int] = set()
         self._by_memory: dict[Hashable, Tensor] = {}
@@ -284,7 +285,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if id(tensor) not in self._nodes:
             self._alive.append(tensor)
         self._nodes[id(tensor)] = node
-        self._keys[id(tensor)] = tensor_key(tensor)
+        key = tensor_key(tensor)
+        if self._keys.get(id(tensor)) != key:
+            self._keys[id(tensor)] = key
+            if isinstance(key, tuple):
+                with torch._C.DisableTorchFunction():
+                    self._memory.append(tensor.untyped_storage())
 
     def _bind_result(self, result: Any, node: fx.Node, module: str, source: str | None) -> None:
         if isinstance(result, Tensor):

@@ -34,6 +34,7 @@ from permgraph.capture.outputs import returned_tensors, tensor_leaves
 from permgraph.capture.passes import Variation
 from permgraph.capture.python_state import MAX_LENGTH, python_state_restored
 from permgraph.capture.record import Limits, Recorder
+from permgraph.capture.saved_layout import Loading
 from permgraph.capture.schema import signature
 from permgraph.capture.state import StateTensor, state_tensors, strided_like
 from permgraph.capture.subject import Subject, unwrap
@@ -293,7 +294,7 @@ def _pass(
             kernels=kernels,
         )
         for entry, made in copied.tensors:
-            known = entry.kind == "constant" and not entry.objects[0].is_meta
+            known = entry.kind == "constant" and entry.role == "own" and not entry.objects[0].is_meta
             real = entry.objects[0] if known else None
             recorder.placeholder(entry.kind, entry.names, made, aliases=entry.objects, real=real)
         args, kwargs = copy_inputs((inputs.args, inputs.kwargs), stand_in.of_input, copied)
@@ -310,6 +311,8 @@ def _pass(
         before = _attributes(copied.modules)
         dropout = WithoutDropout() if training else contextlib.nullcontext()
         with python_state_restored(copied.modules, copied.memo), guard, watch, recorder, dropout:
+            if copied.loading is not None:
+                _load(copied.loading, mode, any(entry.role == "saved" for entry in state))
             result = _run(copied.module, args, kwargs)
             for _ in range(1, 1 if variation is None else variation.calls):
                 result = [result, _run(copied.module, args, kwargs)]
@@ -332,7 +335,23 @@ def _pass(
         for name in node.meta["names"]
     )
     keeps_state |= any(node.op == "call_function" and _writes_to_buffer(node) for node in graph.nodes)
-    return Captured(graph, type(subject.core).__name__, mode, reason, inputs, unused, opaque, keeps_state)
+    remarks = () if copied.layout is None else (copied.layout,)
+    return Captured(graph, type(subject.core).__name__, mode, reason, inputs, unused, opaque, keeps_state, remarks)
+
+
+def _load(loading: Loading, mode: Mode, needed: bool) -> None:
+    """Load what the module saves into the copy, where that is not what it holds."""
+    try:
+        loading.run()
+    except CaptureError:
+        raise
+    except Exception as error:
+        if mode == "fake" and _needs_values(error):
+            raise
+        message = f"{type(loading.module).__name__} does not load what it saves: {type(error).__name__}: {error}"
+        if needed:
+            raise CaptureError(f"{message}; the state dict has other tensors than the module") from error
+        logger.debug(message)
 
 
 def _attributes(modules: Sequence[nn.Module]) -> dict[tuple[int, str], Any]:

@@ -24,7 +24,7 @@ from permgraph.spec.provenance import Constraints, SlotPin, Tie
 def describe(captured: Captured, solution: Solution, fibres: Fibres) -> PermutationSpec:
     """The last stage: the spec of a captured graph, its groups named and its axes written as expressions."""
     writer = Writer(solution, fibres)
-    notes = []
+    notes = list(captured.remarks)
     if captured.mode == "real":
         notes.append(f"inferred on real tensors, for the branch that they took, because {captured.fallback_reason}")
     if captured.opaque:

@@ -121,6 +121,8 @@ class Trial:
                     self._copy.state_restored(),
                     _observed(self._copy.modules if self.looks_inside else (), inside),
                 ):
+                    if self._copy.loading is not None:
+                        self._copy.loading.run()
                     result = self._copy.module(*args, **kwargs)
             except Exception as error:
                 shapes = ", ".join(str(tuple(t.shape)) for t in tensor_leaves((args, kwargs))) or "none"

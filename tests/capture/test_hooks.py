@@ -77,7 +77,7 @@ variable: Any = None
 
 
 def tap(function: Tap) -> Tap:
-    """Enters a way to bring features along; it returns how the model reads them, and what of the caller's holds them."""
+    """Enters a way to bring features along; it returns how the model reads them, and what holds them then."""
     TAPS[function.__name__] = function
     return function
 
