@@ -20,11 +20,22 @@ from permgraph.capture.control import is_composite, is_higher_order, run_plainly
 from permgraph.capture.environment import mkldnn
 from permgraph.capture.frames import locate
 from permgraph.capture.known import KnownValues
+from permgraph.capture.schema import signature
 from permgraph.capture.state import strided_like, tensor_key
 from permgraph.capture.untracked import SAME_MEMORY, VALUES_LEAVE_TORCH
 from permgraph.errors import CaptureError
 
 _DEVICE = torch.ops.prim.device.default
+_RESIZE = torch.ops.aten.resize_.default
+_EMPTY = torch.ops.aten.empty.memory_format
+
+
+def _given_for_results(func: Any, kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors that an operator is given to write its results to, by name; it gives them the shape that these have."""
+    known = signature(func) if kwargs and func._schema.is_mutable else None
+    tensors = {name: value for name, value in kwargs.items() if isinstance(value, Tensor)} if known else {}
+    written = {argument.name for argument in known.arguments if argument.writes} if known and tensors else ()
+    return {name: tensor for name, tensor in tensors.items() if name in written}
 
 
 @dataclass(frozen=True)
@@ -203,12 +214,22 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self._replaced:
             args = tuple([self._substitute(a) for a in args])
             kwargs = {k: self._substitute(v) for k, v in kwargs.items()}
+        outs = _given_for_results(func, kwargs)
         if torch.Tag.inplace_view in func.tags:
-            self._keep_shape(args[0])
+            self._keep_shape(args[0], self._snapshot(args[0]))
+            if func is _RESIZE and not args[0].numel():
+                outs["self"] = args[0]
+        before = {name: self._snapshot(tensor) for name, tensor in outs.items()}
 
         result = self._execute(func, args, kwargs)
 
         module, source = locate(self._paths, self._stop)
+        for name, kept in before.items():
+            if outs[name].shape != kept.shape:
+                self._keep_shape(outs[name], kept)
+                node_kwargs[name] = self._fresh(outs[name], module, source)
+        if "self" in node_kwargs and func is _RESIZE:
+            return result
         name = func._schema.name.rpartition(":")[2]
         node = self.graph.create_node("call_function", func, node_args, node_kwargs, name=name)
         node.meta.update(val=self._val(result), module=module, source=source)
@@ -257,10 +278,17 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._known.after(result, real)
         return result
 
-    def _keep_shape(self, tensor: Tensor) -> None:
-        """An operator is about to change this object's shape: the nodes behind keep the old one."""
+    def _fresh(self, tensor: Tensor, module: str, source: str | None) -> fx.Node:
+        """A node for memory of which nothing was written yet, in place of that which a tensor had in another shape."""
+        shape = list(tensor.shape)
+        node = self.graph.create_node("call_function", _EMPTY, (shape,), {"dtype": tensor.dtype}, name="empty")
+        node.meta.update(val=self._snapshot(tensor), module=module, source=source)
+        self._bind(tensor, node)
+        return node
+
+    def _keep_shape(self, tensor: Tensor, kept: Tensor) -> None:
+        """An operator changes this object's shape: the nodes behind keep the old one, as that of another object."""
         node: Any = self._nodes[id(tensor)]
-        kept = self._snapshot(tensor)
         while isinstance(node, fx.Node) and node.meta["val"] is tensor:
             node.meta["val"] = kept
             node = node.args[0] if node.args else None  # an in-place chain holds one object many times
