@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from permgraph.capture.captured import Captured
-from permgraph.capture.passes import alike, joined, variations
+from permgraph.capture.draws import draws, mark_cuts
+from permgraph.capture.passes import Variation, alike, joined, variations
 from permgraph.capture.record import Limits
 from permgraph.capture.run import capture_again
 from permgraph.capture.subject import unwrap
@@ -40,7 +43,7 @@ class FurtherPasses:
         self.untried: list[str] = []
         limits = Limits(max_nodes, max_seconds, time.monotonic())
         shown: set[str] = set() if captured.keeps_state else {"calls"}  # else a second call is like the first
-        for variation in variations(unwrap(model).core, captured.inputs):
+        for variation in _alternating(draws(captured), variations(unwrap(model).core, captured.inputs)):
             if variation.shows <= shown:
                 continue
             if len(self.passes) + len(self.alike) >= max_passes:
@@ -49,10 +52,15 @@ class FurtherPasses:
             try:
                 again = capture_again(model, captured, variation, limits)
             except Exception as error:  # the module's own, on inputs that it was not written for
+                if variation.answers or variation.weights is not None:  # or on values that it never has
+                    log.debug("a pass with %s failed: %s", variation.name, error)
+                    continue
                 self.failed[variation.name] = f"{type(error).__name__}: {_first_line(error)}"
                 log.debug("a pass with %s failed: %s", variation.name, self.failed[variation.name])
                 continue
             shown |= variation.shows
+            if variation.answers or variation.weights is not None:
+                mark_cuts(captured, again)
             if any(alike(one, again) for one in self.passes):
                 self.alike.append(variation.name)
             else:
@@ -73,6 +81,12 @@ class FurtherPasses:
         if self.untried:
             said.append(f"not tried, for max_passes: {', '.join(self.untried)}")
         return tuple(said)
+
+
+def _alternating(*kinds: Iterable[Variation]) -> Iterator[Variation]:
+    """The first of each kind, the second of each, and so on."""
+    turns = itertools.zip_longest(*kinds)
+    return (variation for turn in turns for variation in turn if variation is not None)
 
 
 def _first_line(error: Exception) -> str:

@@ -35,6 +35,8 @@ class Variation:
         inputs: what the module is called on.
         training: in training mode, with dropout as identity.
         calls: how often it is called on them, one time after the other.
+        weights: a seed, for others than the module has.
+        answers: which of the values that Python asks for it is told otherwise, by their number, and how.
     """
 
     name: str
@@ -42,6 +44,8 @@ class Variation:
     inputs: ExampleInputs
     training: bool = False
     calls: int = 1
+    weights: int | None = None
+    answers: tuple[tuple[int, str], ...] = ()
 
 
 def variations(model: nn.Module, inputs: ExampleInputs) -> Iterator[Variation]:

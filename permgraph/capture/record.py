@@ -31,11 +31,21 @@ _EMPTY = torch.ops.aten.empty.memory_format
 
 
 def _given_for_results(func: Any, kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors that an operator is given to write its results to, by name; it gives them the shape that these have."""
+    """The tensors that an operator is given to write its results to, by name; it gives them these results' shapes."""
     known = signature(func) if kwargs and func._schema.is_mutable else None
     tensors = {name: value for name, value in kwargs.items() if isinstance(value, Tensor)} if known else {}
     written = {argument.name for argument in known.arguments if argument.writes} if known and tensors else ()
     return {name: tensor for name, tensor in tensors.items() if name in written}
+
+
+def otherwise(value: float, how: str) -> float:
+    """Another answer than this: the opposite of a truth value, the `"next"` number, one far `"above"` or `"below"`."""
+    if isinstance(value, bool):
+        return not value
+    if how == "next":
+        return value + 1
+    far = 10 * abs(value) + 10
+    return value + far if how == "above" else value - far
 
 
 @dataclass(frozen=True)
@@ -67,7 +77,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     that no `id` is used twice; an in-place operator returns the object that it was given, and moves it to the new node.
 
     `adopt` is asked about a tensor that nobody has seen; it returns its names and the tensor to compute with in its
-    place (which may be the tensor itself). `known` keeps values beside fake tensors.
+    place (which may be the tensor itself). `known` keeps values beside fake tensors. `answers` says which of the values
+    that Python asks for, by their number, it is told otherwise, and how.
     """
 
     supports_higher_order_operators = True
@@ -90,6 +101,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         limits: Limits,
         known: KnownValues | None = None,
         kernels: bool = True,
+        answers: Mapping[int, str] | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         show_higher_order(type(self))
@@ -101,6 +113,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._limits = limits
         self._known = known
         self._kernels = kernels
+        self._answers = answers or {}
+        self._reads = 0
         self._count = 0
         self._inside = 0
         self._nodes: dict[int, fx.Node] = {}
@@ -233,6 +247,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         name = func._schema.name.rpartition(":")[2]
         node = self.graph.create_node("call_function", func, node_args, node_kwargs, name=name)
         node.meta.update(val=self._val(result), module=module, source=source)
+        if torch.Tag.data_dependent_output in func.tags and isinstance(result, (bool, int, float)):
+            node.meta["read"] = self._reads
+            if self._reads in self._answers:
+                result = otherwise(result, self._answers[self._reads])
+            self._reads += 1
         self._bind_result(result, node, module, source)
         return result
 

@@ -26,6 +26,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._mode_utils import no_dispatch
 
 from permgraph.capture.captured import Captured
+from permgraph.capture.draws import drawn_like
 from permgraph.capture.environment import WithoutDropout, make_transparent, one_at_a_time, reference_kernels, train
 from permgraph.capture.inputs.registry import ExampleInputs, find_inputs
 from permgraph.capture.known import KnownValues
@@ -276,7 +277,11 @@ def _pass(
     state = state_tensors(subject.outer)
     device = _CPU if mode == "fake" else _real_device(state)
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
-    stand_in = _Fakes(fake_mode) if mode == "fake" else _Reals(state, device, inputs)
+    stand_in = (
+        _Fakes(fake_mode)
+        if mode == "fake"
+        else _Reals(state, device, inputs, None if variation is None else variation.weights)
+    )
     kernels = torch._C._get_mkldnn_enabled()
     with reference_kernels(device):
         copied = copy_module(subject.outer, subject.core, state, stand_in.of_state, stand_in.of_attribute)
@@ -292,6 +297,7 @@ def _pass(
             limits=limits,
             known=KnownValues(stand_in.of_input) if mode == "fake" else None,
             kernels=kernels,
+            answers=dict(variation.answers) if variation is not None else None,
         )
         for entry, made in copied.tensors:
             known = entry.kind == "constant" and entry.role == "own" and not entry.objects[0].is_meta
@@ -430,10 +436,13 @@ class _Fakes:
 
 
 class _Reals:
-    """Copies on one device; what lies on the meta device is made up."""
+    """Copies on one device; what lies on the meta device is made up, and so are all weights where there is a seed."""
 
-    def __init__(self, state: list[StateTensor], device: torch.device, inputs: ExampleInputs) -> None:
+    def __init__(
+        self, state: list[StateTensor], device: torch.device, inputs: ExampleInputs, seed: int | None = None
+    ) -> None:
         self._device = device
+        self._drawn = None if seed is None else torch.Generator().manual_seed(seed)
         self._values = torch.rand(2**16, generator=torch.Generator().manual_seed(0), device="cpu") * 0.1
         limit = _MATERIALISE_LIMIT if inputs.finder == "given" else _MATERIALISE_LIMIT_GUESSED
         missing = sum(e.objects[0].numel() * e.objects[0].element_size() for e in state if e.objects[0].is_meta)
@@ -445,7 +454,10 @@ class _Reals:
 
     def of_state(self, entry: StateTensor) -> Tensor:
         tensor = entry.objects[0]
-        return as_parameter_like(tensor, self.of_attribute(tensor))
+        made = self.of_attribute(tensor)
+        if self._drawn is not None and entry.kind in ("parameter", "buffer") and made.is_floating_point():
+            made.copy_(drawn_like(made, self._drawn, entry.kind == "parameter"))
+        return as_parameter_like(tensor, made)
 
     def of_unseen(self, tensor: Tensor) -> Tensor:
         return self.of_attribute(tensor) if tensor.device != self._device else tensor

@@ -1,8 +1,8 @@
 """State dicts whose tensors are not the module's own: what a module computes on saving, it undoes on loading.
 
 A permutation acts on what is saved. Where hooks transpose, fuse, split or convert weights on their way into the state
-dict, the axes of the saved tensors are not those of the parameters. So the run under observation begins with the loading
-of a state dict, by the module's own code, and what is permuted are the tensors that it loads.
+dict, the axes of the saved tensors are not those of the parameters. So the run under observation begins with the
+loading of a state dict, by the module's own code, and what is permuted are the tensors that it loads.
 """
 
 from __future__ import annotations

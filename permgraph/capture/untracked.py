@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 _library = torch.library.Library("permgraph", "DEF")  # type: ignore[no-untyped-call]
 _library.define("values_leave_torch(Tensor tensor) -> ()")  # type: ignore[no-untyped-call]
 _library.define("same_memory(Tensor tensor, Tensor turned, int[] dims) -> ()")  # type: ignore[no-untyped-call]
+_library.define("cut_anywhere(Tensor tensor, int dim) -> ()")  # type: ignore[no-untyped-call]
 
 #: Stands in the graph where numpy or Python took a tensor's values, or where an attribute shares the memory of a
 #: parameter in another shape. Its rule pins the tensor.
@@ -23,6 +24,9 @@ VALUES_LEAVE_TORCH = torch.ops.permgraph.values_leave_torch.default
 
 #: Stands in the graph where a parameter is another one with its dimensions in another order. Its rule ties the two.
 SAME_MEMORY = torch.ops.permgraph.same_memory.default
+
+#: Stands in the graph where a dimension is cut at a place that depends on values. Its rule pins the dimension.
+CUT_ANYWHERE = torch.ops.permgraph.cut_anywhere.default
 
 _READERS = frozenset({
     Tensor.numpy, Tensor.tolist, Tensor.data_ptr, Tensor.__array__, Tensor.__dlpack__, Tensor.__deepcopy__,

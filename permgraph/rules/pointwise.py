@@ -184,6 +184,12 @@ def leave(call: Call) -> None:
     call.pin_all(call.tensors, "its values were read outside torch")
 
 
+@rule("permgraph.cut_anywhere")
+def cut_anywhere(call: Call) -> None:
+    """A value says where the dimension is cut: on another one each of its indices may be on the other side."""
+    call.pin(call["tensor"], call["dim"], "where it is cut depends on values")
+
+
 @rule("permgraph.same_memory")
 def same_memory(call: Call) -> None:
     """Two parameters are one, the second with the dimensions of the first in another order."""
