@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import logging
 import types
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
@@ -189,6 +190,7 @@ def _copy(
     copies = {id(value): value for value in memo.values() if isinstance(value, nn.Module)}
     for copied in copies.values():
         _remove_offload_hook(copied)
+        vars(copied)["_apply"] = functools.partial(_convert, copied)
     paths: dict[int, str] = {}
     for path, original in outer.named_modules():
         paths[id(original)] = path
@@ -204,6 +206,19 @@ def _copy(
                 transposed_aliases.append((first, second, order))
     modules, shared = list(copies.values()), list(overlapping.values())
     return ModuleCopy(module, modules, memo, tensors, paths, shared, transposed_aliases)
+
+
+def _convert(module: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """What `module.to(...)` and the like do to a copy: its tensors are where they should be, and stay the same ones.
+
+    Of those that get another type, the module holds what was computed from them.
+    """
+    for held in module.modules() if recurse else [module]:
+        for registry in (held._parameters, held._buffers):
+            for name, tensor in registry.items():
+                if tensor is not None and (made := function(tensor)).dtype != tensor.dtype:
+                    registry[name] = made  # type: ignore[assignment]
+    return module
 
 
 def _remove_offload_hook(module: nn.Module) -> None:

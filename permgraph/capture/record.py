@@ -144,7 +144,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         with anchor:
             node = self.graph.placeholder(re.sub(r"\W", "_", names[0] if names else kind))
         node.meta.update(val=self._val(tensor), module="", source=None, kind=kind, names=names)
-        if real is not None:
+        if real is not None and real.layout == torch.strided and not real.is_quantized:
             node.meta["real"] = real
             if self._known is not None:
                 self._known.remember(tensor, real)
@@ -363,7 +363,6 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _snapshot(self, tensor: Tensor) -> Tensor:
         if isinstance(tensor, FakeTensor):
             return strided_like(tensor, self._device)
-        if tensor.is_nested:
-            raise CaptureError("a nested tensor, whose rows differ in length: pass padded sequences and a mask instead")
         with no_dispatch():
-            return strided_like(tensor, "meta") if tensor.layout == torch.strided else tensor.to("meta")
+            whole = tensor.layout == torch.strided or tensor.is_nested
+            return strided_like(tensor, "meta") if whole else tensor.to("meta")

@@ -146,6 +146,8 @@ def _may_be_a_weight(tensor: Tensor) -> bool:
 
 def strided_like(tensor: Tensor, device: torch.device | str) -> Tensor:
     """An uninitialised tensor with the shape, strides and dtype of another; under a fake mode it is a fake."""
+    if tensor.is_nested:
+        raise CaptureError("a nested tensor, whose rows differ in length: pass padded sequences and a mask instead")
     if tensor.is_quantized:
         raise CaptureError(
             f"a quantised tensor of {tensor.dtype} and shape {tuple(tensor.shape)}: its integers and their scales "
