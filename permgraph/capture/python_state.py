@@ -248,7 +248,7 @@ class PythonState:
             if id(cell) not in self._seen:
                 self._seen.add(id(cell))
                 self._cells.append((cell, _content(cell)))
-        for held in _held_by(function):
+        for held in held_by(function):
             self._note_value(held, depth + 1)
         if function.__kwdefaults__:
             self._note_container(function.__kwdefaults__, 0)
@@ -324,7 +324,7 @@ def _global_hooks() -> list[dict[int, Any]]:
     return [value for name, value in held.items() if name.startswith("_global_") and isinstance(value, dict)]
 
 
-def _held_by(function: types.FunctionType) -> Iterator[Any]:
+def held_by(function: types.FunctionType) -> Iterator[Any]:
     """The default arguments of a function, and what it closes over."""
     yield from function.__defaults__ or ()
     yield from (function.__kwdefaults__ or {}).values()

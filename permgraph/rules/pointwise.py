@@ -178,6 +178,14 @@ def read_value(call: Call) -> None:
         call.pin_values(tensor, "its value was read by Python code")
 
 
+@rule("permgraph.elementwise")
+def elementwise(call: Call) -> None:
+    """A function of Python's own makes a number of each element, and of those of other tensors at its place."""
+    call.pointwise(*call.tensors, call.out)
+    for tensor in call.tensors:
+        call.pin_values(tensor, "arithmetic on an index")
+
+
 @rule("permgraph.values_leave_torch")
 def leave(call: Call) -> None:
     """Code that is not torch reads all values, and may do anything with them."""

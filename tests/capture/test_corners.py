@@ -203,3 +203,70 @@ def test_nested_tensors_are_refused_with_the_next_step(name: str) -> None:
     rows = torch.nested.nested_tensor([torch.randn(1, 3), torch.randn(2, 3)], layout=torch.jagged)
     with pytest.raises(pg.errors.CaptureError, match="pass padded sequences and a mask instead"):
         pg.auto_spec(Net(lambda m, h: m.head(h)), (rows,))
+
+
+SLOPE = 0.25
+
+
+def slope(value: float) -> float:
+    return value if value > 0 else SLOPE * value
+
+
+def counting() -> Callable[[float], float]:
+    """A function that tells the elements apart by their order."""
+    seen: list[float] = []
+
+    def number(value: float) -> float:
+        seen.append(value)
+        return value * len(seen)
+
+    return number
+
+
+def stepping(start: float = 0.0) -> Callable[[float], float]:
+    count = start
+
+    def number(value: float) -> float:
+        nonlocal count
+        count += 1
+        return value * count
+
+    return number
+
+
+def taking() -> Callable[[float], float]:
+    numbers = iter(range(10**6))
+    return lambda v: v * next(numbers)
+
+
+PER_ELEMENT: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
+    "product": (lambda h: h.apply_(lambda v: 2 * v), SIX),
+    "global function": (lambda h: h.apply_(slope), SIX),
+    "of math": (lambda h: h.apply_(math.tanh), SIX),
+    "math inside": (lambda h: h.apply_(lambda v: max(0.0, math.sin(v)) ** 2), SIX),
+    "closure over a number": (lambda h: (lambda scale: h.apply_(lambda v: scale * v))(3.0), SIX),
+    "two tensors": (lambda h: h.map_(h.tanh(), lambda a, b: a * b), SIX),
+    "three tensors": (lambda h: h.map2_(h.tanh(), h.sin(), lambda a, b, c: a * b + c), SIX),
+    "unbound": (lambda h: Tensor.apply_(h, lambda v: v - 1), SIX),
+    "read through a view": (lambda h: (h.view(-1).apply_(lambda v: v + 1), h)[1], SIX),
+    "counts": (lambda h: h.apply_(counting()), 0.0),
+    "counts in a variable": (lambda h: h.apply_(stepping()), 0.0),
+    "takes from an iterator": (lambda h: h.apply_(taking()), 0.0),
+}
+
+
+@pytest.mark.parametrize("real", [False, True])
+@pytest.mark.parametrize("name", PER_ELEMENT)
+def test_functions_of_each_element(name: str, real: bool) -> None:
+    """One that computes a number from numbers moves with the units; one that may tell them apart pins them."""
+    function, expected = PER_ELEMENT[name]
+
+    def use(m: Net, h: Tensor) -> Tensor:
+        if real and h.sum().item() > 1e9:
+            return h
+        return m.head(function(h.clone()) + 0)
+
+    model = Net(use)
+    spec = pg.auto_spec(model, (torch.randn(4, 3),))
+    assert spec.log_order() == pytest.approx(expected)
+    assert pg.verify(model, spec, (torch.randn(4, 3),)).passed
