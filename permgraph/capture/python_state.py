@@ -10,10 +10,12 @@ anything.
 
 from __future__ import annotations
 
+import argparse
 import collections
 import contextlib
 import functools
 import sys
+import threading
 import types
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
@@ -29,6 +31,7 @@ MAX_LENGTH = 4096
 #: So many functions are looked at for the Python modules whose names they use.
 _MAX_FUNCTIONS = 200
 _MISSING = object()
+_NAMESPACES = (types.SimpleNamespace, argparse.Namespace, threading.local, collections.UserDict, collections.UserList)
 _CONTAINERS = (dict, list, set, collections.deque)
 
 
@@ -262,7 +265,7 @@ class PythonState:
         elif _is(value, types.FunctionType):
             if value.__module__ in self._names:
                 self._note_function(value, depth)
-        elif depth < 3 and type(value).__module__ in self._names and not _is(value, nn.Module):
+        elif depth < 3 and _may_hold(value):
             attributes = attributes_of(value)
             if attributes is not None:
                 self._note_owner(value, attributes, depth + 1)
@@ -316,6 +319,13 @@ def _set(owner: Any, now: Mapping[str, Any], name: str, value: Any) -> None:
         now[name] = value
     else:
         setattr(owner, name, value)
+
+
+def _may_hold(value: Any) -> bool:
+    """Whether something is an object by whose attributes one function may hand a tensor to another."""
+    if _is(value, _NAMESPACES):
+        return True
+    return not _is(value, (nn.Module, types.ModuleType)) and not _is_of_others(type(value).__module__)
 
 
 def _global_hooks() -> list[dict[int, Any]]:

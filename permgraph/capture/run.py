@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import contextvars
 import inspect
 import logging
 import re
@@ -319,9 +320,10 @@ def _pass(
         with python_state_restored(copied.modules, copied.memo), guard, watch, recorder, dropout:
             if copied.loading is not None:
                 _load(copied.loading, mode, any(entry.role == "saved" for entry in state))
-            result = _run(copied.module, args, kwargs)
+            context = contextvars.copy_context()  # what forward sets in it is not the caller's
+            result = context.run(_run, copied.module, args, kwargs)
             for _ in range(1, 1 if variation is None else variation.calls):
-                result = [result, _run(copied.module, args, kwargs)]
+                result = [result, context.run(_run, copied.module, args, kwargs)]
             keeps_state = _attributes(copied.modules) != before
         outputs, opaque = returned_tensors(result)
         left = [

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import collections
+import contextvars
 import copy
 import functools
 import gc
 import math
+import queue
 import threading
 import types
 import weakref
@@ -285,6 +287,46 @@ def a_weak_dictionary(model: Tapped) -> tuple[Callable[[Any], Tensor], Any]:
     kept: weakref.WeakKeyDictionary[nn.Module, list[Tensor]] = weakref.WeakKeyDictionary({model.second: []})
     model.second.register_forward_hook(lambda module, args, out: kept[module].append(out))
     return lambda m: kept[m.second][-1], kept[model.second]
+
+
+@tap
+def a_context_variable(model: Tapped) -> tuple[Callable[[Any], Tensor], Any]:
+    def hook(module: nn.Module, args: Any, out: Tensor) -> None:
+        CONTEXT.set(out)
+
+    model.second.register_forward_hook(hook)
+    return lambda m: CONTEXT.get(), [CONTEXT.get(None)]
+
+
+CONTEXT: contextvars.ContextVar[Any] = contextvars.ContextVar("feature")
+
+
+@tap
+def a_queue_with_locks(model: Tapped) -> tuple[Callable[[Any], Tensor], Any]:
+    model.queue = queue.Queue()
+    model.second.register_forward_hook(lambda module, args, out: model.queue.put(out))
+    return lambda m: m.queue.get(), model.queue.queue
+
+
+@tap
+def a_global_object(model: Tapped) -> tuple[Callable[[Any], Tensor], Any]:
+    SPACE.feature = None
+    model.second.register_forward_hook(write_to_space)
+    return lambda m: SPACE.feature, vars(SPACE)
+
+
+SPACE = types.SimpleNamespace()
+
+
+def write_to_space(module: nn.Module, args: Any, out: Tensor) -> None:
+    SPACE.feature = out
+
+
+@tap
+def a_dictionary_by_identity(model: Tapped) -> tuple[Callable[[Any], Tensor], Any]:
+    kept: dict[int, Tensor] = {}
+    model.second.register_forward_hook(lambda module, args, out: kept.__setitem__(id(module), out))
+    return lambda m: kept[id(m.second)], kept
 
 
 @tap
