@@ -43,29 +43,35 @@ class FurtherPasses:
         self.untried: list[str] = []
         limits = Limits(max_nodes, max_seconds, time.monotonic())
         shown: set[str] = set() if captured.keeps_state else {"calls"}  # else a second call is like the first
+        left = 0  # of those on other values, of which there are many
         for variation in _alternating(draws(captured), variations(unwrap(model).core, captured.inputs)):
             if variation.shows <= shown:
                 continue
             if len(self.passes) + len(self.alike) >= max_passes:
-                self.untried.append(variation.name)
+                if variation.on_other_values:
+                    left += 1
+                else:
+                    self.untried.append(variation.name)
                 continue
             try:
                 again = capture_again(model, captured, variation, limits)
             except Exception as error:  # the module's own, on inputs that it was not written for
-                if variation.answers or variation.weights is not None:  # or on values that it never has
+                if variation.on_other_values:  # or on values that it never has
                     log.debug("a pass with %s failed: %s", variation.name, error)
                     continue
                 self.failed[variation.name] = f"{type(error).__name__}: {_first_line(error)}"
                 log.debug("a pass with %s failed: %s", variation.name, self.failed[variation.name])
                 continue
             shown |= variation.shows
-            if variation.answers or variation.weights is not None:
+            if variation.on_other_values:
                 mark_cuts(captured, again)
             if any(alike(one, again) for one in self.passes):
                 self.alike.append(variation.name)
             else:
                 self.passes.append(again)
                 self.names.append(variation.name)
+        if left:
+            self.untried.append(f"{left} on other values")
 
     def joined(self) -> Captured:
         """The passes as one graph over shared parameters."""

@@ -47,6 +47,11 @@ class Variation:
     weights: int | None = None
     answers: tuple[tuple[int, str], ...] = ()
 
+    @property
+    def on_other_values(self) -> bool:
+        """Whether nothing but values differs from the first pass."""
+        return bool(self.answers) or self.weights is not None
+
 
 def variations(model: nn.Module, inputs: ExampleInputs) -> Iterator[Variation]:
     """What to vary, the passes that show most first: sizes and training mode, a second call, larger whole numbers."""
