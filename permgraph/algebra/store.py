@@ -129,14 +129,14 @@ class Axes:
             for child in axis.children:  # a comprehension would take one more frame of Python's stack at each level
                 parts.append(self.resolve(child))
             still = all(p.kind is Kind.ATOM and (p.pinned or p.size == 1) for p in parts)
-            if still and (axis.size > len(parts) or not (self.may_cut or self._tells_members(axis))):
+            if still and (axis.size > len(parts) or not (self.may_cut or self.tells_members(axis))):
                 why = next((p.pinned for p in parts if p.pinned), Pinned(RESTLESS, self.scope))
                 self.link(axis, self._pinned_sums.setdefault(axis, self.pinned(axis.size, why)))
                 return axis.find()
         axis.stamp = self.changes
         return axis
 
-    def _tells_members(self, total: Axis) -> bool:
+    def tells_members(self, total: Axis) -> bool:
         """Whether there is a family over a sum."""
         assert total.index is not None
         return total.index.find() in {index.find() for index in self._family_indices}

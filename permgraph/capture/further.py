@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from permgraph.capture.by_products import without_by_products
 from permgraph.capture.captured import Captured
+from permgraph.capture.draws import draws, mark_cuts
 from permgraph.capture.joined import alike, joined
 from permgraph.capture.passes import ASPECTS, Variation, variations
 from permgraph.capture.record import Limits
@@ -60,18 +62,19 @@ class FurtherPasses:
         shown: set[str] = set() if captured.keeps_state else {"calls"}  # else a second call is like the first
         runs = 1
         unread = _unread(captured)
-        for variation in variations(unwrap(model).core, captured.inputs, unread) if max_passes > 1 else ():
+        kinds = draws(captured), variations(unwrap(model).core, captured.inputs, unread)
+        for variation in _alternating(*kinds) if max_passes > 1 else ():
             if variation.shows <= shown:
                 continue
-            if runs >= max_passes:
-                self.tried.append(Tried(variation, "not run", f"max_passes={max_passes}"))
-                continue
-            if limits.over():
-                self.tried.append(Tried(variation, "not run", f"max_seconds={limits.max_seconds}"))
+            if runs >= max_passes or limits.over():
+                bound = f"max_passes={max_passes}" if runs >= max_passes else f"max_seconds={limits.max_seconds}"
+                self.tried.append(Tried(variation, "not run", bound))
                 continue
             try:
                 again = capture_again(model, captured, variation, limits)
-            except Exception as error:  # the module's own, on inputs that it was not written for
+            except (
+                Exception
+            ) as error:  # the module's own, on inputs that it was not written for, or values it never has
                 reason = f"{type(error).__name__}: {first_line(error)[:120]}"
                 self.tried.append(Tried(variation, "failed", reason))
                 log.debug("a pass with %s failed: %s", variation.name, reason)
@@ -79,6 +82,8 @@ class FurtherPasses:
             runs += 1
             shown |= variation.shows
             unread &= _unread(again)
+            if variation.on_other_values:
+                mark_cuts(captured, again)
             left_out = 0
             if variation.flags:
                 again, left_out = without_by_products(again, captured)
@@ -106,7 +111,12 @@ class FurtherPasses:
 def _uncovered(tried: Sequence[Tried]) -> tuple[str, ...]:
     shown = {aspect for one in tried if one.outcome in ("solved", "alike") for aspect in one.variation.shows}
     reasons: dict[str, str] = {}
+    values = [one for one in tried if one.variation.on_other_values and one.outcome == "not run"]
+    if values:
+        reasons[f"{len(values)} of the other values that Python might read"] = values[0].says
     for one in tried:
+        if one.variation.on_other_values:  # one that fails may be one that no input leads to
+            continue
         for aspect in one.variation.shows - shown if one.outcome in ("failed", "not run") else ():
             reasons.setdefault(aspect, one.says)
     if "sizes" in reasons:
@@ -115,6 +125,12 @@ def _uncovered(tried: Sequence[Tried]) -> tuple[str, ...]:
     for aspect, reason in reasons.items():
         by_reason.setdefault(reason, []).append(ASPECTS.get(aspect, aspect))
     return tuple(f"no pass ran with {', '.join(sorted(aspects))}: {reason}" for reason, aspects in by_reason.items())
+
+
+def _alternating(*kinds: Iterable[Variation]) -> Iterator[Variation]:
+    """The first of each kind, the second of each, and so on."""
+    turns = itertools.zip_longest(*kinds)
+    return (variation for turn in turns for variation in turn if variation is not None)
 
 
 def _unread(captured: Captured) -> set[str]:

@@ -44,6 +44,8 @@ class Variation:
         training: in training mode, with dropout as identity.
         calls: how often it is called on them, one time after the other.
         flags: it differs in flags, which may make the module return what it computes on the way, see `by_products`.
+        weights: a seed, for others than the module has.
+        answers: which of the values that Python asks for it is told otherwise, by their number, and how.
     """
 
     name: str
@@ -52,6 +54,13 @@ class Variation:
     training: bool = False
     calls: int = 1
     flags: bool = False
+    weights: int | None = None
+    answers: tuple[tuple[int, str], ...] = ()
+
+    @property
+    def on_other_values(self) -> bool:
+        """Whether nothing but values differs from the first pass."""
+        return bool(self.answers) or self.weights is not None
 
 
 ASPECTS: Mapping[str, str] = {

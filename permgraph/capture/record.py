@@ -20,11 +20,32 @@ from permgraph.capture.control import is_composite, is_higher_order, run_plainly
 from permgraph.capture.environment import mkldnn
 from permgraph.capture.frames import locate
 from permgraph.capture.known import KnownValues
+from permgraph.capture.schema import signature
 from permgraph.capture.state import strided_like, tensor_key
 from permgraph.capture.untracked import SAME_MEMORY, VALUES_LEAVE_TORCH
 from permgraph.errors import CaptureError
 
 _DEVICE = torch.ops.prim.device.default
+_RESIZE = torch.ops.aten.resize_.default
+_EMPTY = torch.ops.aten.empty.memory_format
+
+
+def _given_for_results(func: Any, kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors that an operator is given to write its results to, by name; it gives them these results' shapes."""
+    known = signature(func) if kwargs and func._schema.is_mutable else None
+    tensors = {name: value for name, value in kwargs.items() if isinstance(value, Tensor)} if known else {}
+    written = {argument.name for argument in known.arguments if argument.writes} if known and tensors else ()
+    return {name: tensor for name, tensor in tensors.items() if name in written}
+
+
+def otherwise(value: float, how: str) -> float:
+    """Another answer than this: the opposite of a truth value, the `"next"` number, one far `"above"` or `"below"`."""
+    if isinstance(value, bool):
+        return not value
+    if how == "next":
+        return value + 1
+    far = 10 * abs(value) + 10
+    return value + far if how == "above" else value - far
 
 
 @dataclass(frozen=True)
@@ -60,7 +81,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     that no `id` is used twice; an in-place operator returns the object that it was given, and moves it to the new node.
 
     `adopt` is asked about a tensor that nobody has seen; it returns its names and the tensor to compute with in its
-    place (which may be the tensor itself). `known` keeps values beside fake tensors.
+    place (which may be the tensor itself). `known` keeps values beside fake tensors. `answers` says which of the values
+    that Python asks for, by their number, it is told otherwise, and how.
     """
 
     supports_higher_order_operators = True
@@ -83,6 +105,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         limits: Limits,
         known: KnownValues | None = None,
         kernels: bool = True,
+        answers: Mapping[int, str] | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         show_higher_order(type(self))
@@ -94,6 +117,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._limits = limits
         self._known = known
         self._kernels = kernels
+        self._answers = answers or {}
+        self._reads = 0
         self._count = 0
         self._inside = 0
         self._nodes: dict[int, fx.Node] = {}
@@ -101,6 +126,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._originals: dict[int, Tensor] = {}
         self._replaced: dict[int, Tensor] = {}
         self._last_placeholder: fx.Node | None = None
+        self._memory: list[torch.UntypedStorage] = []  # so that no memory lies where another's was
         self._keys: dict[int, Hashable] = {}  # where the memory of each tensor lay when its node was made
         self._state: set[int] = set()
         self._by_memory: dict[Hashable, Tensor] = {}
@@ -122,7 +148,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         with anchor:
             node = self.graph.placeholder(re.sub(r"\W", "_", names[0] if names else kind))
         node.meta.update(val=self._val(tensor), module="", source=None, kind=kind, names=names)
-        if real is not None:
+        if real is not None and real.layout == torch.strided and not real.is_quantized:
             node.meta["real"] = real
             if self._known is not None:
                 self._known.remember(tensor, real)
@@ -206,15 +232,30 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self._replaced:
             args = tuple([self._substitute(a) for a in args])
             kwargs = {k: self._substitute(v) for k, v in kwargs.items()}
+        outs = _given_for_results(func, kwargs)
         if torch.Tag.inplace_view in func.tags:
-            self._keep_shape(args[0])
+            self._keep_shape(args[0], self._snapshot(args[0]))
+            if func is _RESIZE and not args[0].numel():
+                outs["self"] = args[0]
+        before = {name: self._snapshot(tensor) for name, tensor in outs.items()}
 
         result = self._execute(func, args, kwargs)
 
         module, source = locate(self._paths, self._stop)
+        for name, kept in before.items():
+            if outs[name].shape != kept.shape:
+                self._keep_shape(outs[name], kept)
+                node_kwargs[name] = self._fresh(outs[name], module, source)
+        if "self" in node_kwargs and func is _RESIZE:
+            return result
         name = func._schema.name.rpartition(":")[2]
         node = self.graph.create_node("call_function", func, node_args, node_kwargs, name=name)
         node.meta.update(val=self._val(result), module=module, source=source)
+        if torch.Tag.data_dependent_output in func.tags and isinstance(result, (bool, int, float)):
+            node.meta["read"] = self._reads
+            if self._reads in self._answers:
+                result = otherwise(result, self._answers[self._reads])
+            self._reads += 1
         self._bind_result(result, node, module, source)
         return result
 
@@ -260,10 +301,17 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._known.after(result, real)
         return result
 
-    def _keep_shape(self, tensor: Tensor) -> None:
-        """An operator is about to change this object's shape: the nodes behind keep the old one."""
+    def _fresh(self, tensor: Tensor, module: str, source: str | None) -> fx.Node:
+        """A node for memory of which nothing was written yet, in place of that which a tensor had in another shape."""
+        shape = list(tensor.shape)
+        node = self.graph.create_node("call_function", _EMPTY, (shape,), {"dtype": tensor.dtype}, name="empty")
+        node.meta.update(val=self._snapshot(tensor), module=module, source=source)
+        self._bind(tensor, node)
+        return node
+
+    def _keep_shape(self, tensor: Tensor, kept: Tensor) -> None:
+        """An operator changes this object's shape: the nodes behind keep the old one, as that of another object."""
         node: Any = self._nodes[id(tensor)]
-        kept = self._snapshot(tensor)
         while isinstance(node, fx.Node) and node.meta["val"] is tensor:
             node.meta["val"] = kept
             node = node.args[0] if node.args else None  # an in-place chain holds one object many times
@@ -288,7 +336,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if id(tensor) not in self._nodes:
             self._alive.append(tensor)
         self._nodes[id(tensor)] = node
-        self._keys[id(tensor)] = tensor_key(tensor)
+        key = tensor_key(tensor)
+        if self._keys.get(id(tensor)) != key:
+            self._keys[id(tensor)] = key
+            if isinstance(key, tuple):
+                with torch._C.DisableTorchFunction():
+                    self._memory.append(tensor.untyped_storage())
 
     def _bind_result(self, result: Any, node: fx.Node, module: str, source: str | None) -> None:
         if isinstance(result, Tensor):
@@ -314,7 +367,6 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _snapshot(self, tensor: Tensor) -> Tensor:
         if isinstance(tensor, FakeTensor):
             return strided_like(tensor, self._device)
-        if tensor.is_nested:
-            raise CaptureError("a nested tensor, whose rows differ in length: pass padded sequences and a mask instead")
         with no_dispatch():
-            return strided_like(tensor, "meta") if tensor.layout == torch.strided else tensor.to("meta")
+            whole = tensor.layout == torch.strided or tensor.is_nested
+            return strided_like(tensor, "meta") if whole else tensor.to("meta")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import contextvars
 import inspect
 import logging
 import re
@@ -26,14 +27,16 @@ from torch.utils import _pytree as pytree
 from torch.utils._mode_utils import no_dispatch
 
 from permgraph.capture.captured import Captured
+from permgraph.capture.draws import drawn_like
 from permgraph.capture.environment import WithoutDropout, make_transparent, one_at_a_time, reference_kernels, train
 from permgraph.capture.inputs.registry import ExampleInputs, find_inputs
 from permgraph.capture.known import KnownValues
-from permgraph.capture.module_copy import as_parameter_like, copy_module, copy_with
+from permgraph.capture.module_copy import as_parameter_like, copy_inputs, copy_module
 from permgraph.capture.outputs import returned_tensors, tensor_leaves
 from permgraph.capture.passes import Variation
 from permgraph.capture.python_state import MAX_LENGTH, python_state_restored
 from permgraph.capture.record import Limits, Recorder
+from permgraph.capture.saved_layout import Loading
 from permgraph.capture.schema import signature
 from permgraph.capture.state import StateTensor, state_tensors, strided_like
 from permgraph.capture.subject import Subject, unwrap
@@ -275,7 +278,11 @@ def _pass(
     state = state_tensors(subject.outer)
     device = _CPU if mode == "fake" else _real_device(state)
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
-    stand_in = _Fakes(fake_mode) if mode == "fake" else _Reals(state, device, inputs)
+    stand_in = (
+        _Fakes(fake_mode)
+        if mode == "fake"
+        else _Reals(state, device, inputs, None if variation is None else variation.weights)
+    )
     kernels = torch._C._get_mkldnn_enabled()
     with reference_kernels(device):
         copied = copy_module(subject.outer, subject.core, state, stand_in.of_state, stand_in.of_attribute)
@@ -283,7 +290,6 @@ def _pass(
         training = variation is not None and variation.training
         if training:
             train(copied.modules)
-        memo: dict[int, Any] = {}
         recorder = Recorder(
             device=device,
             paths=copied.paths,
@@ -292,13 +298,13 @@ def _pass(
             limits=limits,
             known=KnownValues(stand_in.of_input) if mode == "fake" else None,
             kernels=kernels,
+            answers=dict(variation.answers) if variation is not None else None,
         )
         for entry, made in copied.tensors:
-            known = entry.kind == "constant" and not entry.objects[0].is_meta
+            known = entry.kind == "constant" and entry.role == "own" and not entry.objects[0].is_meta
             real = entry.objects[0] if known else None
             recorder.placeholder(entry.kind, entry.names, made, aliases=entry.objects, real=real)
-        args = copy_with(inputs.args, stand_in.of_input, memo)
-        kwargs = copy_with(inputs.kwargs, stand_in.of_input, memo)
+        args, kwargs = copy_inputs((inputs.args, inputs.kwargs), stand_in.of_input, copied)
         for path, made in _named_leaves(args, kwargs):
             recorder.placeholder("input", (path,), made)
         for shared in copied.overlapping:
@@ -311,10 +317,13 @@ def _pass(
         guard = memory_readers_refuse_fakes() if mode == "fake" else contextlib.nullcontext()
         before = _attributes(copied.modules)
         dropout = WithoutDropout() if training else contextlib.nullcontext()
-        with python_state_restored(copied.modules), guard, watch, recorder, dropout:
-            result = _run(copied.module, args, kwargs)
+        with python_state_restored(copied.modules, copied.memo), guard, watch, recorder, dropout:
+            if copied.loading is not None:
+                _load(copied.loading, mode, any(entry.role == "saved" for entry in state))
+            context = contextvars.copy_context()  # what forward sets in it is not the caller's
+            result = context.run(_run, copied.module, args, kwargs)
             for _ in range(1, 1 if variation is None else variation.calls):
-                result = [result, _run(copied.module, args, kwargs)]
+                result = [result, context.run(_run, copied.module, args, kwargs)]
             keeps_state = _attributes(copied.modules) != before
         outputs, opaque = returned_tensors(result)
         left = [
@@ -336,7 +345,23 @@ def _pass(
         for name in node.meta["names"]
     )
     keeps_state |= any(node.op == "call_function" and _writes_to_buffer(node) for node in graph.nodes)
-    return Captured(graph, type(subject.core).__name__, mode, reason, inputs, unused, opaque, keeps_state)
+    remarks = () if copied.layout is None else (copied.layout,)
+    return Captured(graph, type(subject.core).__name__, mode, reason, inputs, unused, opaque, keeps_state, remarks)
+
+
+def _load(loading: Loading, mode: Mode, needed: bool) -> None:
+    """Load what the module saves into the copy, where that is not what it holds."""
+    try:
+        loading.run()
+    except CaptureError:
+        raise
+    except Exception as error:
+        if mode == "fake" and _needs_values(error):
+            raise
+        message = f"{type(loading.module).__name__} does not load what it saves: {type(error).__name__}: {error}"
+        if needed:
+            raise CaptureError(f"{message}; the state dict has other tensors than the module") from error
+        logger.debug(message)
 
 
 def _attributes(modules: Sequence[nn.Module]) -> dict[tuple[int, str], Any]:
@@ -415,10 +440,13 @@ class _Fakes:
 
 
 class _Reals:
-    """Copies on one device; what lies on the meta device is made up."""
+    """Copies on one device; what lies on the meta device is made up, and so are all weights where there is a seed."""
 
-    def __init__(self, state: list[StateTensor], device: torch.device, inputs: ExampleInputs) -> None:
+    def __init__(
+        self, state: list[StateTensor], device: torch.device, inputs: ExampleInputs, seed: int | None = None
+    ) -> None:
         self._device = device
+        self._drawn = None if seed is None else torch.Generator().manual_seed(seed)
         self._values = torch.rand(2**16, generator=torch.Generator().manual_seed(0), device="cpu") * 0.1
         limit = _MATERIALISE_LIMIT if inputs.finder == "given" else _MATERIALISE_LIMIT_GUESSED
         missing = sum(e.objects[0].numel() * e.objects[0].element_size() for e in state if e.objects[0].is_meta)
@@ -430,7 +458,10 @@ class _Reals:
 
     def of_state(self, entry: StateTensor) -> Tensor:
         tensor = entry.objects[0]
-        return as_parameter_like(tensor, self.of_attribute(tensor))
+        made = self.of_attribute(tensor)
+        if self._drawn is not None and entry.kind in ("parameter", "buffer") and made.is_floating_point():
+            made.copy_(drawn_like(made, self._drawn, entry.kind == "parameter"))
+        return as_parameter_like(tensor, made)
 
     def of_unseen(self, tensor: Tensor) -> Tensor:
         return self.of_attribute(tensor) if tensor.device != self._device else tensor

@@ -17,11 +17,16 @@ Kind = Literal["parameter", "buffer", "constant", "input"]
 
 @dataclass(frozen=True, eq=False)
 class StateTensor:
-    """One tensor of the model: tied parameters are one of these with several names and several `objects`."""
+    """One tensor of the model: tied parameters are one of these with several names and several `objects`.
+
+    `role` is `"own"` where what the state dict holds is the module's own tensor. Where the module computes what it
+    saves, that is one tensor which is `"saved"`, and the module's is another, `"made"` from such as it is loaded.
+    """
 
     kind: Kind
     names: tuple[str, ...]
     objects: tuple[Tensor, ...]
+    role: Literal["own", "saved", "made"] = "own"
 
 
 def tensor_key(tensor: Tensor) -> Hashable:
@@ -114,22 +119,35 @@ def state_tensors(model: nn.Module) -> list[StateTensor]:
         objects.setdefault(key, []).append(tensor)
         names.setdefault(key, []).append(name)
 
+    computed = {
+        key: stored for key, stored in saved_names.items() if key not in objects and _may_be_a_weight(saved[stored[0]])
+    }
     found: list[StateTensor] = []
     for key, tensors in objects.items():
-        # A state-dict hook may have replaced the tensor by a copy: then its name and shape must do.
-        stored = saved_names.get(key) or [
-            name for name in names[key] if name in saved and saved[name].shape == tensors[0].shape
-        ]
-        kind: Kind = "constant"
-        if stored:
-            kind = "parameter" if any(isinstance(t, nn.Parameter) for t in tensors) else "buffer"
-        found.append(StateTensor(kind, tuple(stored or names[key]), tuple({id(t): t for t in tensors}.values())))
+        is_parameter = any(isinstance(t, nn.Parameter) for t in tensors)
+        stored = saved_names.get(key, [])
+        kind: Kind = ("parameter" if is_parameter else "buffer") if stored else "constant"
+        made = not stored and bool(computed) and (is_parameter or any(name in saved for name in names[key]))
+        each = tuple({id(t): t for t in tensors}.values())
+        found.append(StateTensor(kind, tuple(stored or names[key]), each, "made" if made else "own"))
+    buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    for stored in computed.values():
+        kind = "buffer" if buffers.issuperset(stored) else "parameter"
+        found.append(StateTensor(kind, tuple(stored), tuple(saved[name] for name in stored), "saved"))
     order = {"parameter": 0, "buffer": 1, "constant": 2}
     return sorted(found, key=lambda state: order[state.kind])
 
 
+def _may_be_a_weight(tensor: Tensor) -> bool:
+    """Whether something of a tensor that a module computes on saving could be permuted."""
+    is_real = tensor.is_floating_point() or tensor.is_complex()
+    return is_real and tensor.ndim > 0 and tensor.layout == torch.strided and not tensor.is_quantized
+
+
 def strided_like(tensor: Tensor, device: torch.device | str) -> Tensor:
     """An uninitialised tensor with the shape, strides and dtype of another; under a fake mode it is a fake."""
+    if tensor.is_nested:
+        raise CaptureError("a nested tensor, whose rows differ in length: pass padded sequences and a mask instead")
     if tensor.is_quantized:
         raise CaptureError(
             f"a quantised tensor of {tensor.dtype} and shape {tuple(tensor.shape)}: its integers and their scales "

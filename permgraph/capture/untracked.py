@@ -13,9 +13,17 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
+from permgraph.capture.elementwise import of_each_element
+
 _library = torch.library.Library("permgraph", "DEF")  # type: ignore[no-untyped-call]
 _library.define("values_leave_torch(Tensor tensor) -> ()")  # type: ignore[no-untyped-call]
 _library.define("same_memory(Tensor tensor, Tensor turned, int[] dims) -> ()")  # type: ignore[no-untyped-call]
+_library.define("cut_anywhere(Tensor tensor, int dim) -> ()")  # type: ignore[no-untyped-call]
+_library.define(  # type: ignore[no-untyped-call]
+    "elementwise_(Tensor(a!) tensor, Tensor[] others) -> Tensor(a!)",
+    tags=(torch.Tag.nondeterministic_seeded,),  # what the tensor held before is not to be taken for what it holds
+)
+_library.impl("elementwise_", lambda tensor, others: tensor, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 
 #: Stands in the graph where numpy or Python took a tensor's values, or where an attribute shares the memory of a
 #: parameter in another shape. Its rule pins the tensor.
@@ -24,6 +32,13 @@ VALUES_LEAVE_TORCH = torch.ops.permgraph.values_leave_torch.default
 #: Stands in the graph where a parameter is another one with its dimensions in another order. Its rule ties the two.
 SAME_MEMORY = torch.ops.permgraph.same_memory.default
 
+#: Stands in the graph where a dimension is cut at a place that depends on values. Its rule pins the dimension.
+CUT_ANYWHERE = torch.ops.permgraph.cut_anywhere.default
+
+#: Stands in the graph where a tensor's elements were replaced by what a function makes of them, each by itself.
+ELEMENTWISE = torch.ops.permgraph.elementwise_.default
+
+_PER_ELEMENT = frozenset({Tensor.apply_, Tensor.map_, Tensor.map2_})
 _READERS = frozenset({
     Tensor.numpy, Tensor.tolist, Tensor.data_ptr, Tensor.__array__, Tensor.__dlpack__, Tensor.__deepcopy__,
     Tensor.__reduce_ex__, Tensor.untyped_storage, Tensor.storage, Tensor.apply_, Tensor.map_, Tensor.map2_,
@@ -31,7 +46,10 @@ _READERS = frozenset({
 
 
 class WatchUntrackedReads(TorchFunctionMode):
-    """Calls `report` with each tensor whose values are read without an operator (`.item()` is one)."""
+    """Calls `report` with each tensor whose values are read without an operator (`.item()` is one).
+
+    What a function computes of each element by itself is an operator, and is written down as one.
+    """
 
     def __init__(self, report: Callable[[Tensor], None]) -> None:
         super().__init__()
@@ -40,9 +58,11 @@ class WatchUntrackedReads(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in _READERS:
+        each = of_each_element(func.__name__, args) if func in _PER_ELEMENT else None
+        if func in _READERS and each is None:
             self._report(args[0])
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        return result if each is None else ELEMENTWISE(*each)
 
 
 @contextlib.contextmanager
@@ -72,6 +92,8 @@ def _refusing_fakes(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def guarded(tensor: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(tensor, FakeTensor):
+            if (each := of_each_element(function.__name__, (tensor, *args))) is not None:
+                return ELEMENTWISE(*each)
             raise NotImplementedError(f"{function.__name__} reads a tensor's memory, and a fake tensor has none")
         return function(tensor, *args, **kwargs)
 

@@ -28,7 +28,7 @@ ON_REAL_TENSORS = "inferred on real tensors"
 def describe(captured: Captured, solution: Solution, fibres: Fibres) -> PermutationSpec:
     """The last stage: the spec of a captured graph, its groups named and its axes written as expressions."""
     writer = Writer(solution, fibres)
-    notes = []
+    notes = list(captured.remarks)
     if captured.mode == "real":
         notes.append(f"{ON_REAL_TENSORS}, for the branch that they took, because {captured.fallback_reason}")
     if captured.opaque:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx
 
-from permgraph.algebra import Axis, Pinned
+from permgraph.algebra import Axis, Kind, Pinned
 from permgraph.inference.constancy import constant_along
 from permgraph.inference.liveness import met_zeros
 from permgraph.inference.repeats import UNREAD as PASSED_ON
@@ -63,9 +63,19 @@ def pin_unread(solution: Solution, run_until_stable: Callable[[Solution], None])
         for dim, axis in enumerate(solution.values[node].dims):
             found = unread.intersection(solution.axes.atoms(axis))
             for atom in found:
-                solution.axes.pin(atom, Pinned(UNREAD, number))
+                if _tells_members(solution, axis, atom):  # as one pinned atom the sum would no longer tell them
+                    solution.axes.unify(atom, solution.axes.sum([solution.axes.one] * atom.size))
+                else:
+                    solution.axes.pin(atom, Pinned(UNREAD, number))
             if found:
                 solution.ends.pins.append((solution.values[node], dim, UNREAD, number))
+
+
+def _tells_members(solution: Solution, axis: Axis, part: Axis) -> bool:
+    """Whether a family goes by the parts of a sum, of which this is one."""
+    total = solution.axes.resolve(axis)
+    parts = total.children if total.kind is Kind.SUM and solution.axes.tells_members(total) else ()
+    return any(solution.axes.resolve(child) is part for child in parts)
 
 
 def _join_all_unread(solution: Solution, unread: set[Axis]) -> bool:

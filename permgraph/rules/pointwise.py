@@ -195,10 +195,24 @@ def read_value(call: Call) -> None:
         call.pin_values(tensor, "its value was read by Python code")
 
 
+@rule("permgraph.elementwise")
+def elementwise(call: Call) -> None:
+    """A function of Python's own makes a number of each element, and of those of other tensors at its place."""
+    call.pointwise(*call.tensors, call.out)
+    for tensor in call.tensors:
+        call.pin_values(tensor, "arithmetic on an index")
+
+
 @rule("permgraph.values_leave_torch")
 def leave(call: Call) -> None:
     """Code that is not torch reads all values, and may do anything with them."""
     call.pin_all(call.tensors, "its values were read outside torch")
+
+
+@rule("permgraph.cut_anywhere")
+def cut_anywhere(call: Call) -> None:
+    """A value says where the dimension is cut: on another one each of its indices may be on the other side."""
+    call.pin(call["tensor"], call["dim"], "where it is cut depends on values")
 
 
 @rule("permgraph.same_memory")

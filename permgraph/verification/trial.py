@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from permgraph.capture.environment import WithoutDropout, make_transparent, reference_kernels, train
-from permgraph.capture.module_copy import ModuleCopy, as_parameter_like, copy_module, copy_with
+from permgraph.capture.module_copy import ModuleCopy, as_parameter_like, copy_inputs, copy_module, copy_with
 from permgraph.capture.outputs import returned_tensors, tensor_leaves
 from permgraph.capture.passes import Variation
 from permgraph.capture.python_state import MAX_LENGTH, python_state_restored
@@ -90,7 +90,7 @@ class Trial:
         """From now on, run on these inputs, in this mode, and so many times one after the other."""
         self._variation = variation
         given = (variation.inputs.args, dict(variation.inputs.kwargs))
-        self._inputs = copy_with(given, in_double, {})
+        self._inputs = copy_inputs(given, in_double, self._copy)
 
     def randomise(self, scale: float, inside: bool) -> list[Tensor] | None:
         """Make all weights random, or the model's own, and return the outputs; None if NaN, or nothing finite.
@@ -177,14 +177,17 @@ class Trial:
             args, kwargs = copy_with(self._inputs, Tensor.clone, {})
             try:
                 with (
-                    python_state_restored(self._copy.modules),
+                    python_state_restored(self._copy.modules, self._copy.memo),
                     self._mode,
-                    attributes_restored(self._copy.modules) as before,
+                    self._copy.state_restored(),
                     WithoutDropout() if training else contextlib.nullcontext(),
                     _observed(self._copy.modules if self.looks_inside else (), inside),
                 ):
                     if training:
                         train(self._copy.modules)
+                    if self._copy.loading is not None:
+                        self._copy.loading.run()
+                    before = _attributes(self._copy.modules)
                     result = self._copy.module(*args, **kwargs)
                     for _ in range(1, self._variation.calls):
                         result = [result, self._copy.module(*args, **kwargs)]
@@ -315,20 +318,10 @@ _OF_MODULES = frozenset(vars(nn.Module()))  # what every module has: its paramet
 Attributes = list[dict[str, Any]]
 
 
-@contextmanager
-def attributes_restored(modules: Sequence[nn.Module]) -> Iterator[Attributes]:
-    """Undo what a forward pass keeps on its modules, such as a table computed from weights that are about to change.
-
-    Gives what they hold when it begins.
-    """
+def _attributes(modules: Sequence[nn.Module]) -> Attributes:
+    """What modules hold, for the comparison with what they hold later."""
     containers = (dict, list, set)
-    before = [{k: copy.copy(v) if isinstance(v, containers) else v for k, v in vars(m).items()} for m in modules]
-    try:
-        yield before
-    finally:
-        for module, attributes in zip(modules, before, strict=True):
-            vars(module).clear()
-            vars(module).update(attributes)
+    return [{k: copy.copy(v) if isinstance(v, containers) else v for k, v in vars(m).items()} for m in modules]
 
 
 def _changed(modules: Sequence[nn.Module], before: Attributes) -> bool:

@@ -626,11 +626,12 @@ def test_a_pass_without_end_stops() -> None:
     assert time.monotonic() - started < 30
 
 
+KEPT: dict[str, float] = {}
 READS_MEMORY = {
-    "apply_": lambda h: h.apply_(lambda value: 2 * value),
-    "apply_ unbound": lambda h: torch.Tensor.apply_(h, lambda value: 2 * value),
-    "map_": lambda h: h.map_(h.clone(), lambda a, b: a + b),
-    "map2_": lambda h: h.map2_(h.clone(), h.clone(), lambda a, b, c: a + b + c),
+    "apply_": lambda h: h.apply_(lambda value: 2 * KEPT.setdefault("first", value)),
+    "apply_ unbound": lambda h: torch.Tensor.apply_(h, lambda value: 2 * KEPT.setdefault("first", value)),
+    "map_": lambda h: h.map_(h.clone(), lambda a, b: a + KEPT.setdefault("first", b)),
+    "map2_": lambda h: h.map2_(h.clone(), h.clone(), lambda a, b, c: a + b + KEPT.setdefault("first", c)),
     "dlpack": lambda h: torch.from_dlpack(h) + 1,
     "pickle": lambda h: pickle.loads(pickle.dumps(h)),
 }

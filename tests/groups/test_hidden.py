@@ -19,9 +19,7 @@ from tests.groups.test_layouts import Net, lin, par
 X = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0))
 
 
-def error_of(
-    model: nn.Module, given: Tensor, *inputs: Tensor, vary: bool = True
-) -> tuple[float, pg.PermutationSpec]:
+def error_of(model: nn.Module, given: Tensor, *inputs: Tensor, vary: bool = True) -> tuple[float, pg.PermutationSpec]:
     """How far the outputs on other inputs move, the most over a few permutations of the spec found with `given`."""
     spec = pg.auto_spec(model, (given,), vary=vary)
     model, worst = copy.deepcopy(model).double().eval(), 0.0
