@@ -327,6 +327,7 @@ def _pass(
     if not outputs:
         raise CaptureError(f"{type(subject.core).__name__} returned no tensor, but a {type(result).__name__}")
     graph = recorder.finish(outputs, left)
+    _note_classes(graph, subject.outer)
     unused = tuple(
         name
         for node in graph.nodes
@@ -335,6 +336,15 @@ def _pass(
     )
     keeps_state |= any(node.op == "call_function" and _writes_to_buffer(node) for node in graph.nodes)
     return Captured(graph, type(subject.core).__name__, mode, reason, inputs, unused, opaque, keeps_state)
+
+
+def _note_classes(graph: torch.fx.Graph, module: nn.Module) -> None:
+    """Note of each parameter and buffer the classes of the modules that hold it, outermost first."""
+    classes = {path: type(held) for path, held in module.named_modules(remove_duplicate=False)}
+    for node in graph.nodes:
+        if node.op == "placeholder" and node.meta["kind"] in ("parameter", "buffer"):
+            parts = node.meta["names"][0].split(".")
+            node.meta["classes"] = tuple(classes.get(".".join(parts[:depth])) for depth in range(len(parts)))
 
 
 def _attributes(modules: Sequence[nn.Module]) -> dict[tuple[int, str], Any]:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Collection
 from typing import Any
 
 from torch import fx
 
-from permgraph.algebra import Axis, Pinned
+from permgraph.algebra import Axis, Kind, Pinned
 from permgraph.inference.constancy import constant_along
 from permgraph.inference.liveness import met_zeros
 from permgraph.inference.repeats import UNREAD as PASSED_ON
-from permgraph.inference.solution import Solution, is_weight, tensors_in
+from permgraph.inference.solution import Solution, StandIn, is_weight, tensors_in
 from permgraph.rules.typed_tensor import TypedTensor, loose_families
 
 UNREAD = "no output depends on it"
@@ -52,6 +53,9 @@ def pin_unread(solution: Solution, run_until_stable: Callable[[Solution], None])
     left stays put. What the rules have said stands.
     """
     unread = _unread(solution)
+    if unread and _continue_periods(solution, unread):
+        run_until_stable(solution)
+        unread = _unread(solution)
     # Each round makes an axis that was not read one with an axis that was, so that there are no more rounds than such
     # axes. If cuts have made more of them meanwhile, these are pinned.
     for _ in range(len(unread)):
@@ -59,13 +63,56 @@ def pin_unread(solution: Solution, run_until_stable: Callable[[Solution], None])
             break
         run_until_stable(solution)
         unread = _unread(solution)
+    said = []
     for number, node in solution.weights_read() if unread else ():
         for dim, axis in enumerate(solution.values[node].dims):
             found = unread.intersection(solution.axes.atoms(axis))
             for atom in found:
                 solution.axes.pin(atom, Pinned(UNREAD, number))
             if found:
-                solution.ends.pins.append((solution.values[node], dim, UNREAD, number))
+                said.append((solution.values[node], dim, UNREAD, number))
+    if said and solution.axes.has_families:
+        run_until_stable(solution)  # where all of a sum is pinned, nothing tells the members of a family over it apart
+    solution.ends.pins += said
+
+
+def _continue_periods(solution: Solution, unread: set[Axis]) -> bool:
+    """Let the rest of a flat table go on as the part that was read: as more rows of what these are rows of.
+
+    That is so where all that was read are whole rows whose order is fixed, all of one kind, and the rest has room for
+    whole rows. Says whether there was any.
+    """
+    axes = solution.axes
+    continued: list[StandIn] = []
+    for _, node in solution.weights_read():
+        tensor = solution.values[node]
+        for dim, axis in enumerate(tensor.dims):
+            parts = axes.parts(axis)
+            idle = [part for part in parts if part in unread]
+            rows = [_row(solution, part) for part in parts if part not in unread]
+            row = next(iter(rows), None)
+            if not idle or row is None or not all(r is not None and axes.same(r, row) for r in rows):
+                continue
+            ends = list(itertools.accumulate(part.size for part in parts))
+            if any(end % row.size for end in ends):
+                continue
+            for part, end in zip(parts, ends, strict=True):
+                if part in unread:
+                    head, inner = axes.split(part, [part.size // row.size, row.size])
+                    axes.pin(head, Pinned(UNREAD))
+                    axes.unify(inner, row)
+                    place = ", ".join([*":" * dim, f"{end - part.size}:{end}"])
+                    continued.append(StandIn(f"{tensor.name}[{place}]", (f"the rest of {tensor.name}",)))
+    solution.stand_ins += tuple(continued)
+    return bool(continued)
+
+
+def _row(solution: Solution, part: Axis) -> Axis | None:
+    """What each of several rows in a part of an axis has, if their order is fixed and something in them moves."""
+    first, *rest = solution.axes.factors(part)
+    if not rest or first.kind is not Kind.ATOM or first.pinned is None or solution.axes.still(part):
+        return None
+    return solution.axes.product(rest)
 
 
 def _join_all_unread(solution: Solution, unread: set[Axis]) -> bool:

@@ -15,6 +15,14 @@ from permgraph.rules.ledger import Ledger
 from permgraph.rules.typed_tensor import TypedTensor
 
 
+@dataclass(frozen=True)
+class StandIn:
+    """A part of the model that no pass reached, and the siblings of it in whose places it was put."""
+
+    part: str
+    siblings: tuple[str, ...]
+
+
 @dataclass
 class Solution:
     """Every tensor of the graph with its axes, and what the rules said to make them so.
@@ -26,6 +34,7 @@ class Solution:
         unread: names of those that it never reads.
         calls: the operators, each with what its rule said.
         ends: what was said of inputs, outputs and what no operator reads.
+        stand_ins: the parts that no pass reached, and whose places they took.
     """
 
     facts: GraphFacts
@@ -36,6 +45,7 @@ class Solution:
     unread: Sequence[str] = ()
     calls: list[Call] = field(default_factory=list)
     ends: Ledger = field(default_factory=Ledger)
+    stand_ins: tuple[StandIn, ...] = ()
 
     @property
     def nodes(self) -> Sequence[fx.Node]:
