@@ -14,13 +14,14 @@ from permgraph.capture import Captured, capture
 from permgraph.capture.environment import gc_paused
 from permgraph.capture.further import FurtherPasses
 from permgraph.inference.describe import describe
-from permgraph.inference.ends import pin_unread, pin_unseen
+from permgraph.inference.ends import pin_unread
 from permgraph.inference.facts import GraphFacts
 from permgraph.inference.fibres import find_fibres
 from permgraph.inference.fixpoint import run_until_stable, settle
 from permgraph.inference.siblings import with_siblings
 from permgraph.inference.solution import Solution
 from permgraph.inference.unread import Policy, check_policy, pin_loose
+from permgraph.inference.unseen import pin_unseen
 from permgraph.spec.spec import PermutationSpec
 
 log = logging.getLogger(__name__)
@@ -92,7 +93,7 @@ def solve(graph: fx.Graph, results: Sequence[fx.Node] = (), *, unread: Policy = 
     solution = settle(facts)
     solution.stand_ins = stand_ins
     pin_unread(solution, run_until_stable)
-    pin_unseen(solution)
+    pin_unseen(solution, run_until_stable)
     if unread == "pin":
         pin_loose(solution, run_until_stable)
     return solution

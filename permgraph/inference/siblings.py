@@ -219,7 +219,7 @@ class _Rerun:
 
 
 def _closure(nodes: Sequence[fx.Node], core: Collection[fx.Node], *, forwards: bool) -> set[fx.Node]:
-    """These nodes and all that follow from them, or all that they follow from; of what has several results all parts."""
+    """These nodes and all that follow from them, or all that they follow from, of several results all parts."""
     found = set(core)
     if forwards:
         for node in nodes:

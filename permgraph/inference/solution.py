@@ -30,6 +30,7 @@ class Solution:
     Attributes:
         values: of each node a typed tensor, or a nest of them.
         parameters: the weights by their names.
+        uses: of tensors that one use alone sees, by their `id`, the node that is used.
         order: names of floating-point parameters in the order in which the forward pass first reads them.
         unread: names of those that it never reads.
         calls: the operators, each with what its rule said.
@@ -41,6 +42,7 @@ class Solution:
     axes: Axes
     values: dict[fx.Node, Any] = field(default_factory=dict)
     parameters: dict[str, TypedTensor] = field(default_factory=dict)
+    uses: dict[int, fx.Node] = field(default_factory=dict)
     order: Sequence[str] = ()
     unread: Sequence[str] = ()
     calls: list[Call] = field(default_factory=list)

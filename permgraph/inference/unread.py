@@ -2,8 +2,8 @@
 
 A mask token, the head of another task, the positions beyond the length: what a parameter that was not read is tied to,
 no pass shows. It stays put, which is right where it belongs to no group. Where one of its axes is as long as an axis
-near it that moves, it may belong to that one, and a run that reads it would then meet units in two orders. So the groups
-concerned are kept with the spec and named in its notes, or pinned.
+near it that moves, it may belong to that one, and a run that reads it would then meet units in two orders. So the
+groups concerned are kept with the spec and named in its notes, or pinned.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import Literal, get_args
 from permgraph.algebra import Axis, Kind, Pinned
 from permgraph.inference.ends import UNREAD as NO_EFFECT
 from permgraph.inference.solution import Solution
-from permgraph.rules.typed_tensor import TypedTensor
 
 Policy = Literal["note", "pin"]
 """What becomes of groups to which a parameter may belong that no pass reads."""
