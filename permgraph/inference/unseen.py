@@ -20,7 +20,7 @@ import torch
 from torch import fx
 
 from permgraph.algebra import Axis, Kind, Pinned
-from permgraph.inference.operators import is_real
+from permgraph.inference.operators import contracted_with, is_real
 from permgraph.inference.solution import Solution, is_weight, tensors_in
 from permgraph.rules.call import Call
 from permgraph.rules.typed_tensor import TypedTensor
@@ -37,10 +37,11 @@ MOVING = frozenset(["same", "kept", "moved", "joined", "padded", "looked up"])  
 
 def pin_unseen(solution: Solution, run_until_stable: Callable[[Solution], None]) -> None:
     """Pin what of weights met only constants, and all axes that may be the state for which these stood."""
-    unseen = dict(_Search(solution).unseen())
-    if not unseen:
+    search = _Search(solution)
+    unseen = dict(search.unseen())
+    states = search.states.union(*(found for _, found in unseen.values()))
+    if not unseen and not states:
         return
-    states = {state for _, found in unseen.values() for state in found}
     reasons = dict.fromkeys(unseen, UNSEEN)
     for call in solution.calls if states else ():
         for tensor in call.results:
@@ -77,6 +78,7 @@ class _Search:
         self._constant = self._find_constant()
         self._from_constants: dict[int, Atoms] = {}  # by the `id` of the tensor
         self._calls = {call.node: call for call in solution.calls}
+        self.states: set[State] = set()  # of constants that met a weight whose indices are told apart already
         self._margins: set[Axis] = set()  # what padding added: constant, and no state
         self._known: dict[Axis, Atoms] = {}
 
@@ -93,6 +95,7 @@ class _Search:
             if call is not None:
                 self._pass_on(call)
                 if node in live and self.properties(node).values not in MOVING:
+                    self.states.update(self._taken_apart(call))
                     candidates += [(a, number, states) for a, states in self._summed_up(call) if a in weights]
             if node in self._fed and node in shown and node not in self._constant:
                 for tensor in tensors_in(solution.values.get(node)):
@@ -195,6 +198,16 @@ class _Search:
                 sizes = self._sizes(axis, gone - self._margins)
                 states = frozenset((size, max(count // axis.size, 1)) for size in sizes for count in elements)
                 yield from ((atom, NO_STATES if atom in self._margins else states) for atom in gone)
+
+    def _taken_apart(self, call: Call) -> Iterator[State]:
+        """The states for which constants may stand that were taken index by index before a product sums over them."""
+        product = contracted_with(call.node, self.properties(call.node))
+        for factor, dim in (product[:2], product[2:]) if product is not None else ():
+            if factor in self._constant:
+                tensor = self.solution.values[factor]
+                size = tensor.shape[dim]
+                if size > 1 and not self._atoms_of(tensor.dims[dim]):
+                    yield size, max(math.prod(tensor.shape) // size, 1)
 
     def _sizes(self, axis: Axis, gone: set[Axis]) -> frozenset[int]:
         """The sizes of an axis, or of the parts of it, that consist of these."""
