@@ -36,6 +36,7 @@ class Solution:
         calls: the operators, each with what its rule said.
         ends: what was said of inputs, outputs and what no operator reads.
         stand_ins: the parts that no pass reached, and whose places they took.
+        unseen: the weights that met only constants where these are taken to be constant in every run.
     """
 
     facts: GraphFacts
@@ -48,6 +49,7 @@ class Solution:
     calls: list[Call] = field(default_factory=list)
     ends: Ledger = field(default_factory=Ledger)
     stand_ins: tuple[StandIn, ...] = ()
+    unseen: tuple[str, ...] = ()
 
     @property
     def nodes(self) -> Sequence[fx.Node]:

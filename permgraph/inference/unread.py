@@ -131,6 +131,8 @@ def notes(solution: Solution, loose: Sequence[tuple[str, Sequence[str]]], unused
             f"no pass reached {_some([part.part for part in parts])}, taken to be tied as "
             f"{_some(list(others))}, of the same kind, {'is' if len(others) == 1 else 'are'}"
         )
+    if solution.unseen:
+        yield f"{_some(solution.unseen)} met only constants in every pass, and is taken to do so in every run"
     parameters = list(dict.fromkeys(name for name, _ in loose))
     if parameters:
         groups = list(dict.fromkeys(group for _, groups in loose for group in groups))

@@ -3,7 +3,9 @@
 Such a step shows what comes out of the weight, and not what goes in: nothing tells the columns apart that a constant
 met, so that they seem free. From the second step on they meet the state: an axis of the same size, of a tensor with as
 many elements, or of one from which that was taken or to which it was broadcast. Which one, nothing shows. So these
-columns stay put, and with them all axes that could be it.
+columns stay put; and so do all axes that could be it, unless every input has more than one step in some pass and the
+model keeps no such state: what is still constant then, such as the zeros with which DETR's decoder begins, is taken to
+be constant in every run, and named in the notes.
 
 What is constant is told by what a tensor depends on, and not by the operators that it came through: neither inputs nor
 a product with weights stand between it and a tensor that the code itself made. A part of a tensor may be so too, as
@@ -12,8 +14,10 @@ where a state was joined to an input, and so is what does not vary along a dimen
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -43,7 +47,13 @@ def pin_unseen(solution: Solution, run_until_stable: Callable[[Solution], None])
     if not unseen and not states:
         return
     reasons = dict.fromkeys(unseen, UNSEEN)
-    for call in solution.calls if states else ():
+    held_back = _may_be_one_step(solution, {size for size, _ in states})
+    if not held_back:
+        tensors = [(name, tensor) for name, tensor in solution.parameters.items() if tensor.shape]
+        solution.unseen = tuple(
+            name for name, t in tensors if any(a in unseen for axis in t.dims for a in solution.axes.atoms(axis))
+        )
+    for call in solution.calls if held_back else ():
         for tensor in call.results:
             for size, axis in zip(tensor.shape, tensor.dims, strict=True):
                 for atom in solution.axes.atoms(axis):
@@ -60,6 +70,25 @@ def pin_unseen(solution: Solution, run_until_stable: Callable[[Solution], None])
     if solution.axes.has_families:
         run_until_stable(solution)
     solution.ends.pins += said
+
+
+def _may_be_one_step(solution: Solution, sizes: Collection[int]) -> bool:
+    """Whether a state of one of these sizes is kept on the model, or inputs have one element along something.
+
+    Of passes on inputs of several sizes the largest counts.
+    """
+    kept = [size for node in solution.nodes for left in node.meta.get("left", ()) for size in left.meta["val"].shape]
+    largest: dict[str, list[int]] = {}
+    for node in solution.nodes:
+        if node.op == "placeholder" and node.meta["kind"] == "input":
+            for name in node.meta["names"]:
+                for tensor in tensors_in(solution.values.get(node)):
+                    before = largest.get(name, [])
+                    largest[name] = [max(pair) for pair in itertools.zip_longest(before, tensor.shape, fillvalue=0)]
+    lists = {name[: found.start()] for name in largest for found in re.finditer(r"\[0\]", name)} - {"args"}
+    alone = any(not any(name.startswith(f"{place}[1]") for name in largest) for place in lists)
+    single = any(1 in shape for shape in largest.values())
+    return bool(sizes) and (alone or single or not set(sizes).isdisjoint(kept))
 
 
 def _may_be(tensor: TypedTensor, size: int, states: Iterable[State]) -> bool:
@@ -89,17 +118,19 @@ class _Search:
         shown = solution.facts.live_but_for(solution.facts.zeros)
         weights = {a for _, node in solution.weights_read() for a in self._atoms(solution.values[node])}
         real: set[Axis] = set()
+        apart: list[tuple[Atoms, State]] = []
         candidates: list[tuple[Axis, int, frozenset[State]]] = []
         for number, node in enumerate(solution.nodes):
             call = self._calls.get(node)
             if call is not None:
                 self._pass_on(call)
                 if node in live and self.properties(node).values not in MOVING:
-                    self.states.update(self._taken_apart(call))
+                    apart += self._taken_apart(call)
                     candidates += [(a, number, states) for a, states in self._summed_up(call) if a in weights]
             if node in self._fed and node in shown and node not in self._constant:
                 for tensor in tensors_in(solution.values.get(node)):
                     real |= self._atoms(tensor) - self._from_constants.get(id(tensor), NONE)
+        self.states = {state for atoms, state in apart if atoms.isdisjoint(real)}
         for atom, number, states in candidates:
             if atom not in real and atom.pinned is None:
                 yield atom, (number, states)
@@ -199,15 +230,20 @@ class _Search:
                 states = frozenset((size, max(count // axis.size, 1)) for size in sizes for count in elements)
                 yield from ((atom, NO_STATES if atom in self._margins else states) for atom in gone)
 
-    def _taken_apart(self, call: Call) -> Iterator[State]:
-        """The states for which constants may stand that were taken index by index before a product sums over them."""
+    def _taken_apart(self, call: Call) -> Iterator[tuple[Atoms, State]]:
+        """The states for which constants may stand whose indices are told apart before a product sums over them.
+
+        Those of zeros, whatever told them apart, and of others that were taken index by index; with the axes that they
+        meet. Of another constant, such as waves of positions, its own values may tell.
+        """
         product = contracted_with(call.node, self.properties(call.node))
-        for factor, dim in (product[:2], product[2:]) if product is not None else ():
+        for factor, dim, met, along in (product, (*product[2:], *product[:2])) if product is not None else ():
             if factor in self._constant:
                 tensor = self.solution.values[factor]
                 size = tensor.shape[dim]
-                if size > 1 and not self._atoms_of(tensor.dims[dim]):
-                    yield size, max(math.prod(tensor.shape) // size, 1)
+                if size > 1 and (factor in self.solution.facts.zeros or not self._atoms_of(tensor.dims[dim])):
+                    other = self._atoms_of(self.solution.values[met].dims[along])
+                    yield other, (size, max(math.prod(tensor.shape) // size, 1))
 
     def _sizes(self, axis: Axis, gone: set[Axis]) -> frozenset[int]:
         """The sizes of an axis, or of the parts of it, that consist of these."""

@@ -75,7 +75,7 @@ def test_two_steps_show_the_state():
 
 
 class Joined(nn.Module):
-    """The state is joined to the input before it meets the weight; a second level is updated at every fourth step."""
+    """The state is joined to the input before it meets the weight; a second level is updated at every third step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,17 +85,25 @@ class Joined(nn.Module):
         h, c = x.new_zeros(len(x), 6), x.new_ones(len(x), 7)
         for number, t in enumerate(x.unbind(1)):
             h = torch.tanh(self.fast(torch.cat([t, h], 1)))
-            if number % 4 == 0:
+            if number % 3 == 0:
                 c = torch.tanh(self.slow(torch.cat([h, c], 1)))
         return self.out(torch.cat([h, c], 1))
 
 
 def test_a_part_of_an_input_may_be_constant():
     model = Joined().eval()
-    one, three = (pg.auto_spec(model, (torch.randn(2, n, 3),)) for n in (1, 3))
+    one, four = (pg.auto_spec(model, (torch.randn(2, n, 3),)) for n in (1, 4))
     assert one.log_order() == 0
-    assert {name: group.size for name, group in three.moving.items()} == {"fast": 6}
-    assert max(error(model, spec, torch.randn(2, 9, 3)) for spec in (one, three)) < 1e-9
+    assert {name: group.size for name, group in four.moving.items()} == {"fast": 6, "slow": 7}
+    assert max(error(model, spec, torch.randn(2, 9, 3)) for spec in (one, four)) < 1e-9
+
+
+def test_what_is_taken_for_constant_is_named():
+    spec = pg.auto_spec(Joined().eval(), (torch.randn(2, 3, 3),))
+    assert [note for note in spec.notes if note.startswith("slow.weight met only constants")]
+    passes = pg.auto_spec(Joined().eval(), (torch.randn(2, 3, 3),), max_passes=4)
+    assert not [note for note in passes.notes if "constants" in note]
+    assert error(Joined().eval(), passes, torch.randn(2, 9, 3)) < 1e-9
 
 
 class Gated(nn.Module):
