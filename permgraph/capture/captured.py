@@ -18,7 +18,8 @@ class Captured:
     operator in the order of execution, then `output`, whose argument is the list of all tensors that the model
     returned. Each node carries `meta["val"]` (a tensor without memory, or a tuple or list of them, or a Python
     number), `meta["module"]` (the path of the innermost module) and `meta["source"]` (`"file.py:12"` or None);
-    placeholders carry `meta["kind"]` and `meta["names"]` besides, and constants whose values are known `meta["real"]`.
+    placeholders carry `meta["kind"]` and `meta["names"]` besides, and constants whose values are known `meta["real"]`;
+    parameters and buffers `meta["classes"]`, those of the modules that hold them, outermost first.
 
     `mode` is `"real"` where the model asked for a tensor's value; the graph then holds for the branch that it took,
     and `fallback_reason` says what it asked. `unused` names the parameters and buffers that no operator read, `opaque`

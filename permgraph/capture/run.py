@@ -338,6 +338,7 @@ def _pass(
     graph = recorder.finish(outputs, left)
     for node in graph.nodes if training else ():
         node.meta["training"] = True
+    _note_classes(graph, subject.outer)
     unused = tuple(
         name
         for node in graph.nodes
@@ -362,6 +363,15 @@ def _load(loading: Loading, mode: Mode, needed: bool) -> None:
         if needed:
             raise CaptureError(f"{message}; the state dict has other tensors than the module") from error
         logger.debug(message)
+
+
+def _note_classes(graph: torch.fx.Graph, module: nn.Module) -> None:
+    """Note of each parameter and buffer the classes of the modules that hold it, outermost first."""
+    classes = {path: type(held) for path, held in module.named_modules(remove_duplicate=False)}
+    for node in graph.nodes:
+        if node.op == "placeholder" and node.meta["kind"] in ("parameter", "buffer"):
+            parts = node.meta["names"][0].split(".")
+            node.meta["classes"] = tuple(classes.get(".".join(parts[:depth])) for depth in range(len(parts)))
 
 
 def _attributes(modules: Sequence[nn.Module]) -> dict[tuple[int, str], Any]:

@@ -71,8 +71,12 @@ def summary(spec: PermutationSpec, *, pins: bool = False) -> dict[str, Any]:
         "aliases": stored["aliases"],
         "unknown_operators": list(map(dataclasses.asdict, spec.unknown_ops)),
         "unused": stored["unused"],
-        "notes": stored["notes"],
         "passes": list(map(dataclasses.asdict, spec.passes)),
+        "unread": [
+            {"parameter": entry.parameter, "dim": entry.dim, "size": entry.size, "groups": list(entry.groups)}
+            for entry in spec.unread
+        ],
+        "notes": stored["notes"],
     }
     if pins:
         data["pins"] = [

@@ -17,11 +17,14 @@ from permgraph.capture.further import FurtherPasses, Tried
 from permgraph.capture.record import Limits
 from permgraph.errors import ConflictError
 from permgraph.inference.describe import describe
-from permgraph.inference.ends import pin_unread, pin_unseen
+from permgraph.inference.ends import pin_unread
 from permgraph.inference.facts import GraphFacts
 from permgraph.inference.fibres import find_fibres
 from permgraph.inference.fixpoint import run_until_stable, settle
+from permgraph.inference.siblings import with_siblings
 from permgraph.inference.solution import Solution
+from permgraph.inference.unread import Policy, check_policy, pin_loose
+from permgraph.inference.unseen import pin_unseen
 from permgraph.spec.provenance import Pass
 from permgraph.spec.spec import PermutationSpec
 
@@ -39,6 +42,7 @@ def auto_spec(
     example_kwargs: Mapping[str, Any] | None = None,
     *,
     vary: bool = True,
+    unread: Policy = "note",
     max_passes: int = MAX_PASSES,
     max_nodes: int = MAX_NODES,
     max_seconds: float | None = None,
@@ -56,6 +60,8 @@ def auto_spec(
         example_inputs: positional arguments of forward; found without being asked for if neither is given.
         example_kwargs: keyword arguments of forward.
         vary: False keeps to the inputs, in evaluation mode: the spec then holds for these sizes and branches alone.
+        unread: what becomes of groups as long as an axis of a parameter that no pass reads and that may belong to
+            them: `"note"` names them in `spec.unread` and in the notes, `"pin"` makes them stay put.
         max_passes: at most so many passes are looked at, the first one among them.
         max_nodes: a pass with more operators is given up.
         max_seconds: a first pass that takes longer is given up, no other is begun after so long, and while solving,
@@ -66,6 +72,7 @@ def auto_spec(
 
     Raises:
         CaptureError: the module could not be run, or no example input was found; it says what was tried.
+        ValueError: `unread` is neither of the two.
 
     >>> import torch, permgraph as pg
     >>> print(pg.auto_spec(torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.ReLU(), torch.nn.Linear(5, 2))).groups)
@@ -73,24 +80,26 @@ def auto_spec(
     """
     if type(max_passes) is not int or max_passes < 1:
         raise ValueError(f"max_passes={max_passes!r} is no whole number from 1 on")
+    check_policy(unread)
     if example_inputs is not None and not isinstance(example_inputs, (tuple, list)):
         example_inputs = (example_inputs,)
     limits = Limits(max_nodes, max_seconds, time.monotonic())
     captured = capture(model, example_inputs, example_kwargs, max_nodes=max_nodes, max_seconds=max_seconds)
-    return spec_of_passes(FurtherPasses(model, captured, max_passes if vary else 1, limits), vary=vary)
+    passes = FurtherPasses(model, captured, max_passes if vary else 1, limits)
+    return spec_of_passes(passes, vary=vary, unread=unread)
 
 
-def spec_of_passes(passes: FurtherPasses, *, vary: bool = True) -> PermutationSpec:
+def spec_of_passes(passes: FurtherPasses, *, vary: bool = True, unread: Policy = "note") -> PermutationSpec:
     """The spec of several passes, which lists them, and says what they do not cover."""
     captured = passes.passes[0]
     try:
-        spec = spec_of(passes.joined(), passes.limits)
+        spec = spec_of(passes.joined(), passes.limits, unread)
     except ConflictError as error:
         if len(passes.passes) == 1:
             raise
         log.debug("passes of %s cannot be solved together", captured.model_class, exc_info=True)
         passes.keep_the_first(f"{type(error).__name__}: {error}")
-        spec = spec_of(captured, passes.limits)
+        spec = spec_of(captured, passes.limits, unread)
     as_given = f"inferred from one pass, in evaluation mode, on {captured.inputs.describe()}"
     notes = passes.notes() if vary else (as_given,)
     return replace(spec, notes=(*spec.notes, *notes), passes=tuple(map(_pass, passes.tried)))
@@ -104,22 +113,32 @@ def _pass(tried: Tried) -> Pass:
     return Pass(variation.name, tried.operators, tried.outcome, inputs, called, tried.says, tried.by_products)
 
 
-def spec_of(captured: Captured, limits: Limits | None = None) -> PermutationSpec:
+def spec_of(captured: Captured, limits: Limits | None = None, unread: Policy = "note") -> PermutationSpec:
     """The spec of a captured graph; when the time is up, what operators touch that have no types yet is pinned."""
     with gc_paused():
-        solution = solve(captured.graph, limits=limits)
+        solution = solve(captured.graph, limits=limits, unread=unread)
         fibres = find_fibres(solution)
         spec = describe(captured, solution, fibres)
     log.info("%s: %d groups in %d operators", captured.model_class, len(spec.moving), len(solution.nodes))
     return spec
 
 
-def solve(graph: fx.Graph, results: Sequence[fx.Node] = (), limits: Limits | None = None) -> Solution:
+def solve(
+    graph: fx.Graph,
+    results: Sequence[fx.Node] = (),
+    *,
+    limits: Limits | None = None,
+    unread: Policy = "note",
+) -> Solution:
     """Type every tensor of a captured graph; of one without an output node, `results` are the results.
 
     Raises `ConflictError`, naming the operator and its place in the source, where a rule ties axes of different sizes.
     """
-    solution = settle(GraphFacts(list(graph.nodes), results), limits)
+    facts, stand_ins = with_siblings(GraphFacts(list(graph.nodes), results))
+    solution = settle(facts, limits)
+    solution.stand_ins = stand_ins
     pin_unread(solution, run_until_stable)
-    pin_unseen(solution)
+    pin_unseen(solution, run_until_stable)
+    if unread == "pin":
+        pin_loose(solution, run_until_stable)
     return solution

@@ -12,6 +12,7 @@ from torch import fx
 from permgraph.algebra import Axes, Axis, Index, Kind
 from permgraph.algebra.limits import OUT_OF_TIME
 from permgraph.capture import Captured
+from permgraph.inference import unread
 from permgraph.inference.fibres import Fibres
 from permgraph.inference.solution import Solution, is_weight
 from permgraph.rules.typed_tensor import TypedTensor
@@ -19,7 +20,7 @@ from permgraph.spec import PermutationSpec, Pin, UnknownOp
 from permgraph.spec.binding import Group
 from permgraph.spec.expressions import Axis as Expression
 from permgraph.spec.expressions import Family, Fixed, Label, Product, Ref, Sum
-from permgraph.spec.provenance import Constraints, SlotPin, Tie
+from permgraph.spec.provenance import Constraints, SlotPin, Tie, Unread
 
 #: How the note begins that a spec holds for the branch which the values of weights and inputs chose.
 ON_REAL_TENSORS = "inferred on real tensors"
@@ -35,11 +36,14 @@ def describe(captured: Captured, solution: Solution, fibres: Fibres) -> Permutat
         notes.append(
             f"what objects of these types that the model returns hold was not seen: {', '.join(captured.opaque)}"
         )
-    if kept := _kept_and_moving(captured, solution):
+    if kept := _kept_and_moving(solution):
         more = f" and {len(kept) - 3} more" if len(kept) > 3 else ""
         notes.append(f"the forward pass keeps tensors whose units move, as {', '.join(kept[:3])}{more}")
     if late := {number for *_, why, number in solution.ledger().pins if why == OUT_OF_TIME}:
         notes.append(f"max_seconds was up while solving: what {len(late)} operators touch stays put")
+    unused = tuple(dict.fromkeys((*captured.unused, *solution.unread)))
+    loose = writer.unread_axes()
+    notes += unread.notes(solution, [(entry.parameter, entry.groups) for entry in loose], solution.unread)
     names = [node.meta["names"] for node in solution.nodes if is_weight(node)]
     return PermutationSpec(
         groups=writer.groups(),
@@ -48,16 +52,17 @@ def describe(captured: Captured, solution: Solution, fibres: Fibres) -> Permutat
         aliases={alias: first for first, *aliases in names for alias in aliases},
         pins=writer.pins(),
         unknown_ops=writer.unknown_ops(),
-        unused=tuple(dict.fromkeys((*captured.unused, *solution.unread))),
+        unused=unused,
+        unread=loose,
         model_class=captured.model_class,
         notes=tuple(notes),
         constraints=writer.constraints(),
     )
 
 
-def _kept_and_moving(captured: Captured, solution: Solution) -> list[str]:
+def _kept_and_moving(solution: Solution) -> list[str]:
     """The attributes in which the forward pass leaves tensors on the model that a permutation renumbers."""
-    left = {node: name for end in captured.graph.nodes for node, name in end.meta.get("left", {}).items()}
+    left = {node: name for end in solution.nodes for node, name in end.meta.get("left", {}).items()}
     return sorted({
         name
         for node, name in left.items()
@@ -112,6 +117,16 @@ class Writer:
                     if atom.pinned is not None and atom not in seen:
                         seen.add(atom)
                         found.append(Pin(name, dim, atom.size, atom.pinned.reason, *self._place(atom.pinned.node)))
+        return tuple(found)
+
+    def unread_axes(self) -> tuple[Unread, ...]:
+        """Every parameter axis of which no pass read all, and that may belong to groups that move."""
+        found = []
+        for loose in unread.loose_axes(self.solution):
+            atoms = dict.fromkeys(self.fused.get(atom, atom) for atom in loose.atoms)
+            groups = tuple(self.names[atom] for atom in atoms if atom in self.names)
+            if groups:
+                found.append(Unread(loose.parameter, loose.dim, loose.size, groups))
         return tuple(found)
 
     def unknown_ops(self) -> tuple[UnknownOp, ...]:

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Collection
+import itertools
+from collections.abc import Callable
 from typing import Any
 
 from torch import fx
 
 from permgraph.algebra import Axis, Kind, Pinned
 from permgraph.inference.constancy import constant_along
-from permgraph.inference.liveness import met_zeros
 from permgraph.inference.repeats import UNREAD as PASSED_ON
-from permgraph.inference.solution import Solution, is_weight, tensors_in
+from permgraph.inference.solution import Solution, StandIn, tensors_in
 from permgraph.rules.typed_tensor import TypedTensor, loose_families
 
 UNREAD = "no output depends on it"
-UNSEEN = "its weight met only zeros"
-ONE_STEP = "a weight met only zeros, as in the first step of a sequence: one of this size may meet it in the second"
 
 
 def pin_ends(solution: Solution) -> None:
@@ -52,6 +49,9 @@ def pin_unread(solution: Solution, run_until_stable: Callable[[Solution], None])
     left stays put. What the rules have said stands.
     """
     unread = _unread(solution)
+    if unread and _continue_periods(solution, unread):
+        run_until_stable(solution)
+        unread = _unread(solution)
     # Each round makes an axis that was not read one with an axis that was, so that there are no more rounds than such
     # axes. If cuts have made more of them meanwhile, these are pinned.
     for _ in range(len(unread)):
@@ -59,6 +59,7 @@ def pin_unread(solution: Solution, run_until_stable: Callable[[Solution], None])
             break
         run_until_stable(solution)
         unread = _unread(solution)
+    said = []
     for number, node in solution.weights_read() if unread else ():
         for dim, axis in enumerate(solution.values[node].dims):
             found = unread.intersection(solution.axes.atoms(axis))
@@ -68,7 +69,49 @@ def pin_unread(solution: Solution, run_until_stable: Callable[[Solution], None])
                 else:
                     solution.axes.pin(atom, Pinned(UNREAD, number))
             if found:
-                solution.ends.pins.append((solution.values[node], dim, UNREAD, number))
+                said.append((solution.values[node], dim, UNREAD, number))
+    if said and solution.axes.has_families:
+        run_until_stable(solution)  # where all of a sum is pinned, nothing tells the members of a family over it apart
+    solution.ends.pins += said
+
+
+def _continue_periods(solution: Solution, unread: set[Axis]) -> bool:
+    """Let the rest of a flat table go on as the part that was read: as more rows of what these are rows of.
+
+    That is so where all that was read are whole rows whose order is fixed, all of one kind, and the rest has room for
+    whole rows. Says whether there was any.
+    """
+    axes = solution.axes
+    continued: list[StandIn] = []
+    for _, node in solution.weights_read():
+        tensor = solution.values[node]
+        for dim, axis in enumerate(tensor.dims):
+            parts = axes.parts(axis)
+            idle = [part for part in parts if part in unread]
+            rows = [_row(solution, part) for part in parts if part not in unread]
+            row = next(iter(rows), None)
+            if not idle or row is None or not all(r is not None and axes.same(r, row) for r in rows):
+                continue
+            ends = list(itertools.accumulate(part.size for part in parts))
+            if any(end % row.size for end in ends):
+                continue
+            for part, end in zip(parts, ends, strict=True):
+                if part in unread:
+                    head, inner = axes.split(part, [part.size // row.size, row.size])
+                    axes.pin(head, Pinned(UNREAD))
+                    axes.unify(inner, row)
+                    place = ", ".join([*":" * dim, f"{end - part.size}:{end}"])
+                    continued.append(StandIn(f"{tensor.name}[{place}]", (f"the rest of {tensor.name}",)))
+    solution.stand_ins += tuple(continued)
+    return bool(continued)
+
+
+def _row(solution: Solution, part: Axis) -> Axis | None:
+    """What each of several rows in a part of an axis has, if their order is fixed and something in them moves."""
+    first, *rest = solution.axes.factors(part)
+    if not rest or first.kind is not Kind.ATOM or first.pinned is None or solution.axes.still(part):
+        return None
+    return solution.axes.product(rest)
 
 
 def _tells_members(solution: Solution, axis: Axis, part: Axis) -> bool:
@@ -107,52 +150,3 @@ def _unread(solution: Solution) -> set[Axis]:
             read.update(solution.axes.atoms(axis))
     parameters = (axis for _, node in solution.weights_read() for axis in solution.values[node].dims)
     return {atom for axis in parameters for atom in solution.axes.atoms(axis) if atom.pinned is None} - read
-
-
-def pin_unseen(solution: Solution) -> None:
-    """Pin what a weight may meet in a longer sequence, where this one only multiplied it with zeros.
-
-    What the weight sums over stays put in any case, unless it stands elsewhere too. If the inputs may be one step
-    of a sequence, the weight of a recurrent layer meets that layer's own state from the second step on: an axis of
-    the same size, which one, no tensor shows.
-    """
-    live, zeros, operators = solution.facts.live, solution.facts.zeros, solution.facts.operators
-    if not any(met_zeros(node, operators, zeros) for node in live):
-        return
-    seen = solution.facts.live_but_for(zeros)
-    elsewhere = {atom for node in seen for tensor in tensors_in(solution.values.get(node))
-                 for axis in tensor.dims for atom in solution.axes.atoms(axis)}  # fmt: skip
-    unseen = set()  # what comes from a weight of which nothing is seen
-    sizes = set()
-    for number, node in enumerate(solution.nodes):
-        follows = is_weight(node) or any(source in unseen for source in node.all_input_nodes)
-        if follows and node in live and node not in seen:
-            unseen.add(node)
-        for factor, dim in met_zeros(node, operators, zeros).items() if node in live else ():
-            if factor in unseen and elsewhere.isdisjoint(solution.axes.atoms(solution.values[factor].dims[dim])):
-                sizes.add(solution.values[factor].shape[dim])
-                _pin_dim(solution, number, solution.values[factor], dim, UNSEEN)
-    if not _may_be_one_step(solution, sizes):
-        return
-    for number, node in enumerate(solution.nodes):
-        for tensor in tensors_in(solution.values.get(node)):
-            for dim, size in enumerate(tensor.shape):
-                if size in sizes:
-                    _pin_dim(solution, number, tensor, dim, ONE_STEP)
-
-
-def _pin_dim(solution: Solution, number: int, tensor: TypedTensor, dim: int, reason: str) -> None:
-    if tensor.shape[dim] > 1 and any(a.pinned is None for a in solution.axes.atoms(tensor.dims[dim])):
-        solution.axes.pin(tensor.dims[dim], Pinned(reason, number))
-        solution.ends.pins.append((tensor, dim, reason, number))
-
-
-def _may_be_one_step(solution: Solution, sizes: Collection[int]) -> bool:
-    """Whether a state of one of these sizes is kept on the model, or inputs have one element along something."""
-    kept = [size for node in solution.nodes for left in node.meta.get("left", ()) for size in left.meta["val"].shape]
-    inputs = [node for node in solution.nodes if node.op == "placeholder" and node.meta["kind"] == "input"]
-    names = [name for node in inputs for name in node.meta["names"]]
-    lists = {name[: found.start()] for name in names for found in re.finditer(r"\[0\]", name)} - {"args"}
-    alone = any(not any(name.startswith(f"{place}[1]") for name in names) for place in lists)
-    single = any(1 in tensor.shape for node in inputs for tensor in tensors_in(solution.values.get(node)))
-    return bool(sizes) and (alone or single or not set(sizes).isdisjoint(kept))

@@ -27,7 +27,8 @@ def live_nodes(
 ) -> set[fx.Node]:
     """The nodes on which a result depends, what the forward pass leaves in buffers, or what left torch as a number.
 
-    `results` are those of a graph that has no output node. On what is multiplied with one of `zeros` nothing depends.
+    `results` are those of a graph that has no output node. Nothing depends on what is multiplied with one of `zeros`,
+    nor on what these are computed from.
     """
     writers: dict[fx.Node, list[fx.Node]] = defaultdict(list)
     roots = list(results)
@@ -42,7 +43,7 @@ def live_nodes(
         node = roots.pop()
         if node not in live:
             live.add(node)
-            if operators.of(node).reads_values:
+            if operators.of(node).reads_values and node not in zeros:
                 factors = met_zeros(node, operators, zeros)
                 roots.extend(source for source in node.all_input_nodes if source not in factors)
             roots.extend(writers[memory.owner(node)])

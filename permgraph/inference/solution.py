@@ -16,6 +16,14 @@ from permgraph.rules.ledger import Ledger
 from permgraph.rules.typed_tensor import TypedTensor
 
 
+@dataclass(frozen=True)
+class StandIn:
+    """A part of the model that no pass reached, and the siblings of it in whose places it was put."""
+
+    part: str
+    siblings: tuple[str, ...]
+
+
 @dataclass
 class Solution:
     """Every tensor of the graph with its axes, and what the rules said to make them so.
@@ -23,22 +31,28 @@ class Solution:
     Attributes:
         values: of each node a typed tensor, or a nest of them.
         parameters: the weights by their names.
+        uses: of tensors that one use alone sees, by their `id`, the node that is used.
         order: names of floating-point parameters in the order in which the forward pass first reads them.
         unread: names of those that it never reads.
         calls: the operators, each with what its rule said.
         ends: what was said of inputs, outputs and what no operator reads.
         limits: when the time to solve is up, if ever.
+        stand_ins: the parts that no pass reached, and whose places they took.
+        unseen: the weights that met only constants where these are taken to be constant in every run.
     """
 
     facts: GraphFacts
     axes: Axes
     values: dict[fx.Node, Any] = field(default_factory=dict)
     parameters: dict[str, TypedTensor] = field(default_factory=dict)
+    uses: dict[int, fx.Node] = field(default_factory=dict)
     order: Sequence[str] = ()
     unread: Sequence[str] = ()
     calls: list[Call] = field(default_factory=list)
     ends: Ledger = field(default_factory=Ledger)
     limits: Limits | None = None
+    stand_ins: tuple[StandIn, ...] = ()
+    unseen: tuple[str, ...] = ()
 
     @property
     def nodes(self) -> Sequence[fx.Node]:

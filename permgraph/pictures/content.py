@@ -58,6 +58,11 @@ class _Writer:
             ],
             "unknown": [[op.operator, op.count, op.module, op.source] for op in spec.unknown_ops],
             "unused": list(spec.unused),
+            "unread": [
+                [self.parameter_at[u.parameter], u.dim, [self.group_at[group] for group in u.groups]]
+                for u in spec.unread
+                if u.parameter in self.parameter_at
+            ],
             "kept": constraints is not None,
             "ties": [n for tie in constraints.ties for n in (self.slot(tie.a), self.slot(tie.b), self.step(tie))]
             if constraints

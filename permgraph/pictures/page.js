@@ -484,6 +484,15 @@
       });
       panel.append(box);
     }
+    if (data.unread.length) {
+      panel.append(make("h2", {}, "Read whole in no pass, and as long as groups that move"));
+      panel.append(inPortions(data.unread, ([parameter, dim, concerned]) => {
+        const slot = parameters[parameter].first + dim;
+        return make("li", {}, button({ class: "goto", "aria-label": `show ${slotName(slot)}`,
+          onclick: () => reveal(slot, leavesOf(slot)[0]) }, slotName(slot)),
+        make("span", { class: "faint" }, ` ${concerned.map((at) => data.groups[at][0]).join(", ")}`));
+      }, make("ul", { class: "links" })));
+    }
     if (data.unused.length) {
       panel.append(make("h2", {}, "Never read by the forward pass"));
       panel.append(inPortions(data.unused, (name) => make("li", {}, make("code", {}, name)), make("ul", { class: "links" })));

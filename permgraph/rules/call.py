@@ -159,9 +159,8 @@ class Call:
 
     def regroup(self, source: TypedTensor, out: TypedTensor) -> None:
         """A view: the same elements in the same order under another shape."""
-        if 0 in source.shape:
-            return
-        for left, right in matching_dims(source.shape, out.shape):
+        runs = matching_dims(source.shape, out.shape) if 0 not in source.shape else self._around_none(source, out)
+        for left, right in runs:
             merged = self.axes.product([source.dims[d] for d in left])
             for d, factor in zip(right, self.axes.split(merged, [out.shape[d] for d in right]), strict=True):
                 self.axes.unify(out.dims[d], factor)
@@ -169,6 +168,19 @@ class Call:
                 self.note_tie(source, i, out, j)
         self.note_rearrangement(source, out)
         self.carry_values(source, out, all_of_them=True)
+
+    def _around_none(self, source: TypedTensor, out: TypedTensor) -> Sequence[tuple[Sequence[int], Sequence[int]]]:
+        """The runs of dimensions of a view without elements that would match if there were some.
+
+        With several dimensions of none, or others than these before and behind it, nothing tells, and all stay put.
+        """
+        i, j = source.shape.index(0), out.shape.index(0)
+        before, behind = (source.shape[:i], out.shape[:j]), (source.shape[i + 1 :], out.shape[j + 1 :])
+        if math.prod(before[0]) != math.prod(before[1]) or not 0 < math.prod(behind[0]) == math.prod(behind[1]):
+            self.pin_all([source, out], "viewed in another shape where there was no element")
+            return ()
+        after = [([d + i + 1 for d in left], [d + j + 1 for d in right]) for left, right in matching_dims(*behind)]
+        return [*matching_dims(*before), *after]
 
     def take(self, source: TypedTensor, out: TypedTensor, dim: int, start: int, end: int, *, keep: bool = True) -> None:
         """``out`` is indices start..end of one dimension of `source` (without that dimension if not `keep`)."""

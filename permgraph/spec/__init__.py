@@ -7,7 +7,7 @@ from permgraph.spec.data import SpecData
 from permgraph.spec.explain import Explanation
 from permgraph.spec.expressions import Axis, Family, Fixed, Label, Product, Ref, Sum, parse_axes, parse_axis
 from permgraph.spec.permutation import Permutation
-from permgraph.spec.provenance import Constraints, Pin, SlotPin, Tie, UnknownOp
+from permgraph.spec.provenance import Constraints, Pin, SlotPin, Tie, UnknownOp, Unread
 from permgraph.spec.spec import PermutationSpec
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "Sum",
     "Tie",
     "UnknownOp",
+    "Unread",
     "parse_axes",
     "parse_axis",
 ]

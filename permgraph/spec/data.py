@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 from permgraph.errors import MismatchError, SpecError
 from permgraph.spec.binding import Group, Layout, Occurrence, bind, check_groups
 from permgraph.spec.expressions import Axis, normalise, rename, size_of
-from permgraph.spec.provenance import Constraints, Pass, Pin, UnknownOp
+from permgraph.spec.provenance import Constraints, Pass, Pin, UnknownOp, Unread
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -41,6 +41,7 @@ class SpecData:
     notes: tuple[str, ...] = ()
     constraints: Constraints | None = field(default=None, repr=False)
     passes: tuple[Pass, ...] = field(default=(), repr=False)
+    unread: tuple[Unread, ...] = ()
     _layouts: dict[tuple[Axis, ...], Layout] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -302,6 +303,7 @@ class SpecData:
             self,
             groups={new(n): Group(new(n), g.size, tuple(map(new, g.parents)), g.fixed) for n, g in self.groups.items()},
             axes={name: tuple(rename(axis, new) for axis in axes) for name, axes in self.axes.items()},
+            unread=tuple(replace(entry, groups=tuple(map(new, entry.groups))) for entry in self.unread),
         )
 
     def __repr__(self) -> str:

@@ -12,7 +12,7 @@ from permgraph.errors import SpecError
 from permgraph.spec.binding import Group
 from permgraph.spec.data import SpecData
 from permgraph.spec.expressions import parse_axis
-from permgraph.spec.provenance import Constraints, Pass, Pin, SlotPin, Tie, UnknownOp
+from permgraph.spec.provenance import Constraints, Pass, Pin, SlotPin, Tie, UnknownOp, Unread
 
 FORMAT = "permgraph.spec"
 VERSION = 1
@@ -38,6 +38,7 @@ def to_json(spec: SpecData) -> dict[str, Any]:
         "pins": list(map(_record, spec.pins)),
         "unknown_ops": list(map(_record, spec.unknown_ops)),
         "unused": list(spec.unused),
+        "unread": [[*_record(entry)[:-1], list(entry.groups)] for entry in spec.unread],
         "notes": list(spec.notes),
         "passes": list(map(_record, spec.passes)),
         "constraints": None
@@ -110,6 +111,7 @@ def from_json(content: Any) -> dict[str, Any]:
         pins=_records(content, "pins", Pin, (str, int, int, str)),
         unknown_ops=_records(content, "unknown_ops", UnknownOp, (str, int)),
         unused=_names(content, "unused"),
+        unread=_unread(content),
         model_class=_get(content, "model_class", str),
         notes=_names(content, "notes"),
         passes=_records(content, "passes", Pass, (str, int, str, str, str, str, int)) if "passes" in content else (),
@@ -146,6 +148,18 @@ def _names(content: Any, key: str) -> tuple[str, ...]:
     if not all(isinstance(value, str) for value in values):
         raise SpecError(f"{key}: should be a list of texts")
     return tuple(values)
+
+
+def _unread(content: Any) -> tuple[Unread, ...]:
+    """The axes that no pass read; none in files from before they were kept."""
+    found = []
+    for at, row in enumerate(_get(content, "unread", list) if "unread" in content else ()):
+        match row:
+            case [str(name), int(dim), int(size), [*groups]] if all(isinstance(group, str) for group in groups):
+                found.append(Unread(name, dim, size, tuple(groups)))
+            case _:
+                raise SpecError(f"unread[{at}]: should be [parameter, dim, size, [groups]], found {row!r}")
+    return tuple(found)
 
 
 def _records(content: Any, key: str, record: type[T], required: tuple[type, ...], where: str = "") -> tuple[T, ...]:

@@ -26,6 +26,16 @@ class Pin:
 
 
 @dataclass(frozen=True, slots=True)
+class Unread:
+    """A dimension of a parameter of which no pass read all, and the moving groups to which it may belong."""
+
+    parameter: str
+    dim: int
+    size: int
+    groups: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class UnknownOp:
     """An operator without a rule, met ``count`` times: everything that it touches is pinned."""
 

@@ -44,6 +44,7 @@ class PermutationSpec(SpecData):
         unused: parameters and buffers that the forward pass never read.
         model_class: the class of the model from which the spec was inferred.
         notes: what a reader should know about how the spec came to be.
+        unread: axes of which no pass read all, with the groups to which they may belong.
         constraints: what tied the axes to each other, for `explain` and `to_networkx`.
 
     Raises:

@@ -31,12 +31,12 @@ class Net(nn.Module):
         return self.head.weight.t()
 
 
-def proven(model: nn.Module, expected: float, x: Tensor | None = None) -> pg.PermutationSpec:
+def proven(model: nn.Module, expected: float, x: Tensor | None = None, *, vary: bool = True) -> pg.PermutationSpec:
     """The spec of a model, with the order that it must have, proven on random weights."""
     inputs = (torch.randn(4, 3) if x is None else x,)
-    spec = pg.auto_spec(model, inputs)
+    spec = pg.auto_spec(model, inputs, vary=vary)
     assert spec.log_order() == pytest.approx(expected)
-    assert pg.verify(model, spec, inputs).passed
+    assert pg.verify(model, spec, inputs, further=2.0 if vary else 0).passed
     return spec
 
 
@@ -135,7 +135,7 @@ class Stack(nn.Module):
 @pytest.mark.parametrize("layers", [3, 4, 5, 9])
 def test_a_stack_of_which_the_first_two_are_read(layers: int) -> None:
     """6! before, between and behind the two; what is not read stays put."""
-    spec = proven(Stack(layers), 3 * SIX, torch.randn(2, 3))
+    spec = proven(Stack(layers), 3 * SIX, torch.randn(2, 3), vary=False)
     state = Stack(layers).state_dict()
     assert torch.equal(spec.random(seed=0).apply(state)["w"][2:], state["w"][2:])
 

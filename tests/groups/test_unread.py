@@ -1,0 +1,143 @@
+"""What no pass reads: named with the groups it may belong to, or pinned; and the rest of tables read in part."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import permgraph as pg
+from permgraph.spec import Unread
+from tests.groups.renumbered import error, factorials
+
+
+class MaskToken(nn.Module):
+    """A token that stands for what is missing, which no example needs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.inner, self.out = nn.Linear(3, 6), nn.Linear(6, 5), nn.Linear(5, 2)
+        self.token = nn.Parameter(torch.randn(1, 6))
+
+    def forward(self, x: Tensor, missing: bool = False) -> Tensor:
+        h = self.embed(x)
+        if missing:
+            h = torch.cat([h, self.token], 0)
+        return self.out(self.inner(h.tanh()).relu())
+
+
+def test_a_parameter_that_no_pass_reads_is_named_with_the_groups_as_long_as_it():
+    model = MaskToken().eval()
+    spec = pg.auto_spec(model, (torch.randn(4, 3),))
+    assert spec.unread == (Unread("token", 1, 6, ("embed",)),)
+    assert any("token" in note and "embed" in note and 'unread="pin"' in note for note in spec.notes)
+    assert "token" in str(spec).partition("note:")[2]
+    assert abs(spec.log_order() - factorials(6, 5)) < 1e-9
+    assert error(model, spec, torch.randn(4, 3)) < 1e-9
+    assert error(model, spec, torch.randn(4, 3), True) > 1e-3, "this is what the note warns of"
+
+
+def test_such_groups_are_pinned_on_request():
+    model = MaskToken().eval()
+    spec = pg.auto_spec(model, (torch.randn(4, 3),), unread="pin")
+    assert spec.unread == ()
+    assert abs(spec.log_order() - factorials(5)) < 1e-9
+    assert error(model, spec, torch.randn(4, 3), True) < 1e-9
+    reasons = {pin.reason for pin in spec.pins if pin.parameter == "embed.weight" and pin.dim == 0}
+    assert reasons == {"as long as dimension 1 of token, which no pass reads"}
+    assert "token" in str(spec.explain("embed.weight", 0))
+    with pytest.raises(ValueError, match="'tie' is none of 'note', 'pin'"):
+        pg.auto_spec(model, (torch.randn(4, 3),), unread="tie")
+
+
+def test_the_records_are_saved_renamed_and_shown(tmp_path):
+    spec = pg.auto_spec(MaskToken().eval(), (torch.randn(4, 3),))
+    spec.save(tmp_path / "spec.json")
+    assert pg.PermutationSpec.load(tmp_path / "spec.json").unread == spec.unread
+    assert spec.rename({"embed": "stream"}).unread == (Unread("token", 1, 6, ("stream",)),)
+    older = json.loads((tmp_path / "spec.json").read_text())
+    del older["unread"]
+    (tmp_path / "older.json").write_text(json.dumps(older))
+    assert pg.PermutationSpec.load(tmp_path / "older.json").unread == ()
+    older["unread"] = [["token", 1, 6]]
+    (tmp_path / "older.json").write_text(json.dumps(older))
+    with pytest.raises(pg.errors.SpecError, match=r"unread\[0\]: should be"):
+        pg.PermutationSpec.load(tmp_path / "older.json")
+
+
+class Towers(nn.Module):
+    """A tower for each of two optional inputs, of other widths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image, self.text = (nn.Sequential(nn.Linear(3, n), nn.ReLU(), nn.Linear(n, 2)) for n in (7, 5))
+
+    def forward(self, image: Tensor | None = None, text: Tensor | None = None) -> list[Tensor]:
+        given = ((self.image, image), (self.text, text))
+        return [tower(x) for tower, x in given if x is not None]
+
+
+def test_a_tower_that_does_not_run_is_named_too():
+    spec = pg.auto_spec(Towers().eval(), (torch.randn(4, 3),))
+    assert spec.unread == ()
+    assert [note for note in spec.notes if "text.0.weight" in note]
+    both = pg.auto_spec(Towers().eval(), (torch.randn(4, 3), torch.randn(4, 3)))
+    assert not both.notes
+
+
+class FlatTable(nn.Module):
+    """A table of rows kept flat, of which an input reads as many as it is long, from an offset."""
+
+    def __init__(self, length: int, offset: int = 0) -> None:
+        super().__init__()
+        self.embed, self.out, self.offset = nn.Linear(3, 8), nn.Linear(8, 2), offset
+        self.table = nn.Parameter(torch.randn(length))
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = x.shape[1]
+        return self.out((self.embed(x) + self.table[self.offset : self.offset + n * 8].view(n, 8)).tanh())
+
+
+def test_the_rest_of_a_flat_table_goes_on_as_its_rows_do():
+    for length, offset in ((128, 0), (136, 16)):
+        model = FlatTable(length, offset).eval()
+        spec = pg.auto_spec(model, (torch.randn(2, 4, 3),))
+        assert abs(spec.log_order() - factorials(8)) < 1e-9
+        assert error(model, spec, torch.randn(2, 9, 3)) < 1e-9
+        assert not spec.unread and any("table[" in note for note in spec.notes)
+
+
+def test_a_flat_table_without_room_for_whole_rows_is_named():
+    for length, offset in ((130, 0), (129, 1)):
+        model = FlatTable(length, offset).eval()
+        spec = pg.auto_spec(model, (torch.randn(2, 4, 3),))
+        assert [(entry.parameter, entry.groups) for entry in spec.unread] == [("table", ("embed",))]
+        pinned = pg.auto_spec(model, (torch.randn(2, 4, 3),), unread="pin")
+        assert pinned.log_order() == 0 and error(model, pinned, torch.randn(2, 9, 3)) < 1e-9
+
+
+class Stack(nn.Module):
+    """As many matrices of a stack are applied as there are rows in the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.out = nn.Linear(3, 6), nn.Linear(6, 2)
+        self.steps = nn.Parameter(torch.randn(4, 6, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x)
+        for t in range(len(x)):
+            h = torch.tanh(h @ self.steps[t])
+        return self.out(h)
+
+
+def test_a_stack_of_matrices_read_in_part_has_a_spec():
+    model = Stack().eval()
+    half = pg.auto_spec(model, (torch.randn(2, 3),))
+    assert error(model, half, torch.randn(4, 3)) < 1e-9
+    most = pg.auto_spec(model, (torch.randn(3, 3),))
+    assert {entry.parameter for entry in most.unread} == {"steps"}
+    pinned = pg.auto_spec(model, (torch.randn(3, 3),), unread="pin")
+    assert error(model, pinned, torch.randn(4, 3)) < 1e-9
