@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -40,7 +41,7 @@ def draws(captured: Captured) -> Iterator[Variation]:
     reads = _reads(captured)
     sites: dict[Any, list[fx.Node]] = {}
     for node in reads:
-        if "read" in node.meta:
+        if "read" in node.meta and not _asks_whether_finite(node):
             sites.setdefault((node.meta["module"], node.meta["source"]), []).append(node)
     rounds = itertools.zip_longest(*sites.values())
     turns = [nodes for nodes in sites.values() if len(nodes) > 1]
@@ -94,6 +95,30 @@ def _reads(captured: Captured) -> list[fx.Node]:
         if given or not varying.isdisjoint(node.all_input_nodes):
             varying.add(node)
     return [node for node in captured.graph.nodes if node in varying and _tells_values(node)]
+
+
+def _asks_whether_finite(read: fx.Node) -> bool:
+    """Whether a truth value says no more than that numbers are finite, as a spec takes them to be anyway."""
+    checks, waiting = [], list(read.all_input_nodes)
+    while waiting:
+        node = waiting.pop()
+        sources = [s for s in node.all_input_nodes if isinstance(s.meta["val"], Tensor)]
+        if not (isinstance(node.meta["val"], Tensor) and node.meta["val"].dtype == torch.bool):
+            return False
+        if sources and all(source.meta["val"].dtype == torch.bool for source in sources):
+            waiting += sources
+        else:
+            checks.append(node)
+    return bool(checks) and all(map(_checks_finiteness, checks))
+
+
+def _checks_finiteness(node: fx.Node) -> bool:
+    name = node.target._schema.name.rpartition(":")[2] if hasattr(node.target, "_schema") else ""
+    if name in ("isnan", "isinf", "isfinite", "isposinf", "isneginf"):
+        return True
+    left, right = (*node.args, None, None)[:2]
+    infinite = isinstance(right, (int, float)) and math.isinf(right)
+    return name in ("eq", "ne", "lt") and (left is right or infinite)
 
 
 def _tells_values(node: fx.Node) -> bool:

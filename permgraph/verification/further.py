@@ -65,7 +65,6 @@ class FurtherRuns:
         deadline = time.monotonic() + self.seconds
         shown: set[str] = set() if self.trial.keeps_state else {"calls"}
         rankings = set(self.trial.rankings)
-        self._as_saved(first)
         costs = _Costs([(1.0, self.run_seconds)])
         waiting = list(variations(unwrap(self.model).core, first.inputs)) + list(_odd_sizes(first))
         put_off: list[Variation] = []
@@ -92,20 +91,6 @@ class FurtherRuns:
         """Whether a flag makes the model return more than its result, or it is not known that it does not."""
         known = {run.name: run for run in self.everything.spec.passes if run.outcome in ("solved", "alike")}
         return variation.name not in known or known[variation.name].by_products > 0
-
-    def _as_saved(self, first: Variation) -> None:
-        """Permute what the model saves and let it load that, where it does so in a way of its own."""
-        variation = replace(first, name="its state dict loaded")
-        try:
-            reference = self.trial.randomise(self.scales[0], self.trial.looks_inside)
-            outputs = None if reference is None else self.trial.outputs_as_saved(self.everything)
-        except Exception as failure:  # the module's own: not every one loads what it saves
-            self._say(variation, in_one_line(failure.__cause__ or failure, 160))
-            return
-        if reference is not None and outputs is not None:
-            error = distance(reference, outputs)
-            failed = () if error <= self.tolerance else tuple(self.everything.moved())
-            self.runs.append(Run(variation.name, variation.inputs.describe(), error, failed=failed))
 
     def _say(self, variation: Variation, reason: str) -> None:
         self.runs.append(Run(variation.name, variation.inputs.describe(), reason=reason))

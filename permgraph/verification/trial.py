@@ -132,21 +132,6 @@ class Trial:
         finally:
             self._restore(moved)
 
-    def outputs_as_saved(self, permutation: Permutation) -> list[Tensor] | None:
-        """What the model returns when its state dict is permuted and loaded; None if that is the same by construction.
-
-        Hooks, and methods of the model's own, may save a weight in another layout than that in which it is used.
-        """
-        module = self._copy.module
-        saved = module.state_dict() if any(map(_saves_its_own_way, module.modules())) else {}
-        if not self.spec.axes.keys() <= saved.keys():  # those of a module inside a wrapper have other names
-            return None
-        try:
-            module.load_state_dict(permutation.apply(saved), strict=False)
-            return self._run()
-        finally:
-            self._restore(self._floating)
-
     def outputs_scaled(self, permutation: Permutation, name: str) -> list[Tensor]:
         """What the model returns when those elements of one weight that the permutation moves are scaled at random."""
         weight = self._floating[name][1]
@@ -292,14 +277,6 @@ def _seed_everything(seed: int) -> None:
     numpy_random = sys.modules.get("numpy.random")
     if numpy_random is not None:
         numpy_random.seed(seed)
-
-
-def _saves_its_own_way(module: nn.Module) -> bool:
-    """Whether a module does anything else with a state dict than to hold its tensors as they are."""
-    hooks = (name for name in vars(module) if "state_dict" in name and "hook" in name)
-    methods = ("state_dict", "_save_to_state_dict", "load_state_dict", "_load_from_state_dict")
-    own = any(getattr(type(module), name) is not getattr(nn.Module, name) for name in methods)
-    return any(vars(module)[name] for name in hooks) or (own and not type(module).__module__.startswith("torch.nn."))
 
 
 def _held(copied: ModuleCopy) -> Iterator[Tensor]:

@@ -129,7 +129,7 @@ def test_one_pass_alone_gets_these_wrong(name: str) -> None:
     for seed in range(3):
         torch.manual_seed(seed)
         model = Hidden(use)
-        spec = pg.auto_spec(model, (torch.randn(6, 3),))
+        spec = pg.auto_spec(model, (torch.randn(6, 3),), vary=False)
         assert any("branch" in note for note in spec.notes)
         if spec.log_order() > expected:
             worst = max(worst, *errors(model, spec))
