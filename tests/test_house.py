@@ -32,6 +32,7 @@ ARROWS = {
     "assignment": "",
     "io": "",
     "weights": "",
+    "structures": "",
     "rules": "algebra",
     "capture": "weights",
     "spec": "io weights",

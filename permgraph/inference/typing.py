@@ -88,6 +88,7 @@ def _used(solution: Solution, source: fx.Node, user: fx.Node) -> Any:
     used = TypedTensor(f"{value.name} in {user.name}", value.shape, value.dtype, solution.axes)
     used.dims = [used.dims[d] if d in dims else axis for d, axis in enumerate(value.dims)]
     used.uniform = dims
+    used.use_of = value
     used.asked_for_repeats = value.asked_for_repeats
     return used
 

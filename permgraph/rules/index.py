@@ -33,7 +33,7 @@ def _mark(call: Call, tensor: TypedTensor, dim: int, index: TypedTensor) -> str:
     return "_"
 
 
-@rule("aten.embedding", values="looked up")
+@rule("aten.embedding", values="looked up", acts="moved")
 def embedding(call: Call) -> None:
     """The rows of a table (v, c) at given positions."""
     weight, indices = call["weight"], call["indices"]
@@ -52,7 +52,7 @@ def embedding_bag(call: Call) -> None:
     call.pin(call.out, 0, LOOKED_UP)
 
 
-@rule("aten.index_select", values="looked up", zeros="all")
+@rule("aten.index_select", values="looked up", zeros="all", acts="moved")
 def index_select(call: Call) -> None:
     """Given indices of one dimension."""
     x, index = call["self"], call["index"]
