@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx, nn
@@ -13,6 +13,7 @@ from torch import fx, nn
 from permgraph.capture import Captured, capture
 from permgraph.capture.environment import gc_paused
 from permgraph.capture.further import FurtherPasses
+from permgraph.errors import SpecError
 from permgraph.inference.describe import describe
 from permgraph.inference.ends import pin_unread, pin_unseen
 from permgraph.inference.facts import GraphFacts
@@ -30,6 +31,7 @@ def auto_spec(
     example_kwargs: Mapping[str, Any] | None = None,
     *,
     max_passes: int = 1,
+    symmetry: Literal["permutation", "general"] = "permutation",
     **limits: Any,
 ) -> PermutationSpec:
     """Infer the groups of hidden units that can be renumbered without changing what a module computes.
@@ -44,34 +46,43 @@ def auto_spec(
         max_passes: up to so many passes that differ in what a user may vary are solved together: larger sizes,
             training mode without dropout, a second call, larger whole numbers among the arguments. What any of them
             ties or pins holds; the spec's `notes` say which ran.
+        symmetry: ``"general"`` also finds, for each group, the largest structure that acts on its axis: scales, signs,
+            rotations, any matrices (see the page on general symmetries).
         limits: `max_nodes` and `max_seconds`, at which the capture gives up.
 
     Returns:
         The spec: groups, and for each parameter axis the expression that places them.
 
     Raises:
+        SpecError: `symmetry` is neither of the two.
         CaptureError: the module could not be run, or no example input was found; it says what was tried.
 
     >>> import torch, permgraph as pg
     >>> print(pg.auto_spec(torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.ReLU(), torch.nn.Linear(5, 2))).groups)
     {'0.weight': Group(name='0.weight', size=5, parents=(), fixed=False)}
     """
+    if symmetry not in ("permutation", "general"):
+        raise SpecError(f"symmetry is {symmetry!r}; it may be 'permutation' or 'general'")
     if example_inputs is not None and not isinstance(example_inputs, (tuple, list)):
         example_inputs = (example_inputs,)
     captured = capture(model, example_inputs, example_kwargs, **limits)
     if max_passes == 1:
-        return spec_of(captured)
+        return spec_of(captured, symmetry)
     passes = FurtherPasses(model, captured, max_passes, **limits)
-    spec = spec_of(passes.joined())
+    spec = spec_of(passes.joined(), symmetry)
     return replace(spec, notes=(*spec.notes, *passes.notes()))
 
 
-def spec_of(captured: Captured) -> PermutationSpec:
+def spec_of(captured: Captured, symmetry: str = "permutation") -> PermutationSpec:
     """The spec of a captured graph."""
     with gc_paused():
         solution = solve(captured.graph)
         fibres = find_fibres(solution)
         spec = describe(captured, solution, fibres)
+        if symmetry == "general":
+            from permgraph.inference.general import with_structures
+
+            spec = with_structures(spec, solution, fibres)
     log.info("%s: %d groups in %d operators", captured.model_class, len(spec.moving), len(solution.nodes))
     return spec
 

@@ -25,8 +25,8 @@ class Structure:
         signs: how many independent signs each index has.
         flips: how many independent signs all indices have in common.
 
-    >>> str(Structure.parse("M·P")), Structure.parse("M·P").dimension(5)
-    ('M·P', 10)
+    >>> str(Structure.parse("M×P")), Structure.parse("M×P").dimension(5)
+    ('M×P', 10)
     """
 
     linear: str = ""
@@ -52,7 +52,7 @@ class Structure:
             return self.linear
         both = min(self.scales, self.signs)
         counts = {"M": both, "P": self.scales - both, "B": self.signs - both, "S±": self.flips}
-        return "·".join(name + (f"^{n}" if n > 1 else "") for name, n in counts.items() if n) or "S"
+        return "×".join(name + (f"^{n}" if n > 1 else "") for name, n in counts.items() if n) or "S"
 
     @classmethod
     def parse(cls, text: str) -> Structure:
@@ -61,10 +61,10 @@ class Structure:
         Raises SpecError if it is none.
         """
         counts: dict[str, int] = {}
-        for word in text.split("·"):
+        for word in text.split("×"):
             found = _TERM.fullmatch(word)
             if found is None:
-                raise SpecError(f"{text!r} is no structure: write GL, O, O1, or S, S±, B, P, M and products such as M·P")
+                raise SpecError(f"{text!r} is no structure: write GL, O, O1, or S, S±, B, P, M and products such as M×P")
             counts[found[1]] = counts.get(found[1], 0) + int(found[2] or 1)
         linear = [name for name in LINEAR if name in counts]
         if linear:

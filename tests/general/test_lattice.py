@@ -85,12 +85,12 @@ def test_dimensions_are_those_of_the_tangent_space(n: int) -> None:
     assert [dimension(name, n) for name in ("M", "P", "B", "S±", "S", "1")] == [n, n, 0, 0, 0, 0]
 
 
-@pytest.mark.parametrize("text", ["S", "S±", "B", "P", "M", "O", "O1", "GL", "M·P", "M^3·B^2", "P^2", "B·S±"])
+@pytest.mark.parametrize("text", ["S", "S±", "B", "P", "M", "O", "O1", "GL", "M×P", "M^3×B^2", "P^2", "B×S±"])
 def test_structures_are_read_as_they_are_written(text: str) -> None:
     assert str(Structure.parse(text)) == text
 
 
-@pytest.mark.parametrize("text", ["", "GL·P", "X", "O^2", "M·"])
+@pytest.mark.parametrize("text", ["", "GL×P", "X", "O^2", "M×"])
 def test_what_is_no_structure_is_refused(text: str) -> None:
     with pytest.raises(SpecError, match="no structure"):
         Structure.parse(text)
