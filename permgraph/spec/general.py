@@ -25,7 +25,7 @@ class Action:
 
     Args:
         powers: the exponent of each positive factor, or how a matrix acts.
-        signs: the exponent of each sign.
+        signs: the exponent of each sign, then of each common one.
         gains: parameters with exponents, for a matrix.
     """
 
@@ -107,6 +107,6 @@ class General:
 def _fits(action: Action, structure: Structure) -> bool:
     if structure.linear:
         return action.powers in ((), (1,), (-1,)) and not action.signs and (bool(action.powers) or not action.gains)
-    counts = (0, structure.scales), (0, structure.signs or structure.flips)
+    counts = (0, structure.scales), (0, structure.signs + structure.flips)
     lengths = len(action.powers) in counts[0], len(action.signs) in counts[1]
     return all(lengths) and set(action.signs) <= {0, 1} and not action.gains

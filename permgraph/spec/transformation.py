@@ -47,7 +47,7 @@ class Transformation:
         permutation: what permutes the indices; of a group of matrices, the identity.
         matrices: for each group of matrices (GL, O, O1) an array of shape ``(*parents' sizes, size, size)``.
         scales: for each group with positive factors an array of shape ``(*parents' sizes, size, factors)``.
-        signs: the same for signs, all of them ±1, and for common signs, which do not vary along the size.
+        signs: the same for signs, all of them ±1; the last ones are common signs, which do not vary along the size.
 
     A group that is left out is at rest.
 
@@ -131,8 +131,7 @@ class Transformation:
                 scales[name] = factors(shape, generator)
             if (shape := shapes["signs"]) is not None:
                 signs[name] = generator.choice((-1.0, 1.0), shape)
-                if structure.flips:
-                    signs[name] = np.broadcast_to(signs[name][..., :1, :], shape).copy()
+                signs[name][..., structure.signs :] = signs[name][..., :1, structure.signs :]
         return cls(spec, moved, matrices, scales, signs)
 
     # --- the group ----------------------------------------------------------------------------------------------------
@@ -394,7 +393,7 @@ def _sizes(spec: SpecData, name: str) -> tuple[int, ...]:
 def _shapes(spec: SpecData, name: str) -> dict[str, tuple[int, ...] | None]:
     """The shapes of what an element holds for a group; None for what it does not."""
     structure, sizes = spec.groups[name].structure, _sizes(spec, name)
-    signs = structure.signs or structure.flips
+    signs = structure.signs + structure.flips
     return {
         "matrices": (*sizes, sizes[-1]) if structure.linear else None,
         "scales": (*sizes, structure.scales) if structure.scales else None,
@@ -418,7 +417,8 @@ def _checked(spec: SpecData, name: str, kind: str, shape: tuple[int, ...], given
         fits = bool((array > 0).all())
     else:
         fits = bool((np.abs(array) == 1).all())
-        fits &= not structure.flips or bool((array == array[..., :1, :]).all())
+        common = array[..., structure.signs :]
+        fits &= bool((common == common[..., :1, :]).all())
     if not fits:
         raise MismatchError(f"group {name!r} has the structure {structure}, to which these {kind} do not belong")
     return array

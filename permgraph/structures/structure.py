@@ -23,7 +23,7 @@ class Structure:
         linear: ``"GL"``, ``"O"``, ``"O1"``, or empty.
         scales: how many independent positive factors each index has.
         signs: how many independent signs each index has.
-        flips: how many independent signs all indices have in common.
+        flips: how many further signs all indices have in common.
 
     >>> str(Structure.parse("M×P")), Structure.parse("M×P").dimension(5)
     ('M×P', 10)

@@ -206,6 +206,8 @@ class Statement:
 
     def _product(self, along: Along, factors: Sequence[str], addends: Sequence[str]) -> None:
         said, why, results = self.said, self.why, along.results()
+        if self.zeros.intersection(factors):  # nothing is left of the other factors
+            factors = ()
         within = [(x, labelled) for name in dict.fromkeys(factors) for x, labelled in along.of(name)]
         added = [x for name in dict.fromkeys(addends) for x in along.operands(name)]
         among = [name for name in addends if name not in self.zeros]
@@ -214,7 +216,7 @@ class Statement:
             if len(xs) == 2:
                 said.dual(*xs, why)
             elif len(xs) == 1 and along.is_square_sum:
-                pass  # the squares summed: said of what is squared
+                said.factors([(xs[0], 1)])  # what a matrix does is said of what is squared
             elif len(xs) == 1 and along.is_mean_taken_out:
                 said.factors([(xs[0], 1)], flips=False)
             elif len(xs) == 1:
@@ -545,8 +547,8 @@ class Along:
         return [x for role, found in self._by_role.items() if role != RESULT and name in (None, role) for x, _ in found]
 
     def results(self) -> list[int]:
-        """The unknowns of the results."""
-        return [x for x, _ in self.of(RESULT)]
+        """The unknowns of the results that are real numbers; positions of the largest, say, are told otherwise."""
+        return [x for x, labelled in self.of(RESULT) if labelled.tensor is None or labelled.tensor.dtype.is_floating_point]
 
     def everything(self) -> list[int]:
         """All unknowns."""

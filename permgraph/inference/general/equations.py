@@ -223,6 +223,18 @@ class System:
         return Fraction(int(c) % 2) if self.modulo_two else c
 
 
+def beyond(rows: Sequence[Sequence[int]], known: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Of vectors modulo two, so many that together with the known ones they span what all span."""
+    found: list[list[int]] = []
+    rank = len(known)
+    for row in rows:
+        together = [[Fraction(c) for c in r] for r in (*known, *found, row)]
+        if len(_echelon(together, True)) > rank:
+            rank += 1
+            found.append(list(row))
+    return found
+
+
 def _echelon(rows: list[list[Fraction]], modulo_two: bool) -> list[list[Fraction]]:
     """The reduced row echelon form, without rows of zeros."""
     rows = [list(row) for row in rows]

@@ -16,6 +16,7 @@ from permgraph.algebra import Axis
 from permgraph.inference.describe import Writer
 from permgraph.inference.fibres import Fibres
 from permgraph.inference.general.acts import Speaker
+from permgraph.inference.general.equations import beyond
 from permgraph.inference.general.gains import Gains
 from permgraph.inference.general.leaves import Leaves, UnreadableError
 from permgraph.inference.general.patterns import Patterns
@@ -153,12 +154,14 @@ def _solve(
         return Structure(linear[0]), linear[1], why
     scales = said.scales.solutions(unknowns)
     signs = said.signs.solutions(unknowns)
-    flips = [] if scales or signs else said.flips.solutions(unknowns)
+    # A sign that each index has of its own is one that all may have in common, too.
+    flips = beyond(said.flips.solutions(unknowns), signs)
     structure = Structure("", len(scales), len(signs), len(flips))
+    signed = [*signs, *flips]
     actions = [
         Action(
             tuple(row[i] for row in scales) if any(row[i] for row in scales) else (),
-            tuple(row[i] for row in signs or flips) if any(row[i] for row in signs or flips) else (),
+            tuple(row[i] for row in signed) if any(row[i] for row in signed) else (),
         )
         for i in range(len(places))
     ]
