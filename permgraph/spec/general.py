@@ -5,11 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from permgraph.errors import SpecError
 from permgraph.spec.binding import Group, Layout
 from permgraph.structures import Structure
+
+
+class Gain(NamedTuple):
+    """A vector that an axis is multiplied with: a parameter, or a number added to one, as in ``1 + weight``."""
+
+    name: str
+    added: float = 0.0
+
+    def __str__(self) -> str:
+        return f"{self.added:g} + {self.name}" if self.added else self.name
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +28,7 @@ class Action:
 
     Of a group of matrices g (GL, O, O1) it is g itself, ``powers=(1,)``, its inverse transpose, ``(-1,)``, or neither,
     ``()``: then the parameter is a gain that the axis was multiplied with, and stays. Between gains, g acts as D g D⁻¹,
-    where D is the diagonal matrix of these parameters to these powers.
+    where D is the diagonal matrix of these gains to these powers.
 
     Of a group with factors for each index, index j is multiplied by each positive factor to its power, and by each sign
     (or common sign) to its exponent, zero or one.
@@ -26,12 +36,12 @@ class Action:
     Args:
         powers: the exponent of each positive factor, or how a matrix acts.
         signs: the exponent of each sign, then of each common one.
-        gains: parameters with exponents, for a matrix.
+        gains: gains with exponents, for a matrix.
     """
 
     powers: tuple[int, ...] = ()
     signs: tuple[int, ...] = ()
-    gains: tuple[tuple[str, int], ...] = ()
+    gains: tuple[tuple[Gain, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -70,14 +80,14 @@ class General:
                 if not _fits(action, structure):
                     raise SpecError(f"{where} has powers {action.powers} and signs {action.signs}")
                 for gain, _ in action.gains:
-                    if gain not in shapes or max(shapes[gain], default=0) != groups[occurrence.group].size:
-                        raise SpecError(f"{where} is between the gains {gain!r}, which is no such parameter")
+                    if max(shapes.get(gain.name, ()), default=0) != groups[occurrence.group].size:
+                        raise SpecError(f"{where} is between the gains {gain}, which is no such parameter")
 
     def as_json(self) -> dict[str, Any]:
         """Lists and dictionaries that say the same."""
         return {
             "actions": {
-                name: [[list(a.powers), list(a.signs), list(map(list, a.gains))] for a in actions]
+                name: [[list(a.powers), list(a.signs), [[*gain, power] for gain, power in a.gains]] for a in actions]
                 for name, actions in self.actions.items()
             },
             "reasons": dict(self.reasons),
@@ -93,7 +103,11 @@ class General:
         try:
             actions = {
                 name: tuple(
-                    Action(tuple(map(int, powers)), tuple(map(int, signs)), tuple((str(n), int(p)) for n, p in gains))
+                    Action(
+                        tuple(map(int, powers)),
+                        tuple(map(int, signs)),
+                        tuple((Gain(str(gain), float(added)), int(power)) for gain, added, power in gains),
+                    )
                     for powers, signs, gains in rows
                 )
                 for name, rows in content["actions"].items()

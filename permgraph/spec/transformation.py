@@ -262,7 +262,7 @@ class Transformation:
         new = tensor.to(torch.float64, copy=True)
         for occurrence, action in acting:
             structure = self.spec.groups[occurrence.group].structure
-            where = _Where(self.spec, layout, occurrence)
+            where = Where(self.spec, layout, occurrence)
             if structure.linear:
                 matrices = self.matrices[occurrence.group]
                 if action.powers == (-1,):
@@ -282,11 +282,11 @@ class Transformation:
 
     def _gain(self, action: Action, state_dict: Mapping[str, Any], like: torch.Tensor) -> torch.Tensor | None:
         gain = None
-        for name, power in action.gains:
-            values = state_dict[name].detach().to(like.device, torch.float64).flatten()
+        for factor, power in action.gains:
+            values = state_dict[factor.name].detach().to(like.device, torch.float64).flatten() + factor.added
             if bool((values == 0).any()):
                 raise MismatchError(
-                    f"{name!r} has a zero, so that what it multiplies cannot be undone: the matrices of this spec act "
+                    f"the gain {factor} has a zero, so that what it multiplies cannot be undone: the matrices of this spec act "
                     f"between gains; take spec.permutations() for this network"
                 )
             gain = values**power if gain is None else gain * values**power
@@ -328,7 +328,7 @@ class Transformation:
         return cls(spec, moved, parts["matrices"], parts["scales"], parts["signs"])
 
 
-class _Where:
+class Where:
     """The coordinates of one occurrence in a tensor, of its parents, and of what must hold for it to be there."""
 
     def __init__(self, spec: SpecData, layout: Layout, occurrence: Occurrence) -> None:

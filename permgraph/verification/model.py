@@ -51,7 +51,8 @@ def verify(
 
     Args:
         model: the module; it is not changed, and may be on the meta device.
-        spec: the spec to check; inferred if None.
+        spec: the spec to check; inferred if None. Of one with general symmetries, random elements of the whole group
+            are tried, and larger structures are, too: see `GeneralVerification`.
         example_inputs: positional arguments of forward; found if neither these nor keyword arguments are given.
         example_kwargs: keyword arguments of forward.
         seed: for the weights and the permutations.
@@ -70,6 +71,13 @@ def verify(
         raise EvaluationError(f"controls is {controls!r}; it may be 'one', 'all' or 'none'")
     if spec is None:
         spec = auto_spec(model, example_inputs, example_kwargs)
+    if spec.general is not None:
+        from permgraph.verification.general import verify_general
+
+        if example_inputs is None and example_kwargs is None:
+            found = capture(model).inputs
+            example_inputs, example_kwargs = found.args, found.kwargs
+        return verify_general(model, spec, example_inputs, example_kwargs, seed, tolerance, controls, max_seconds)
     if not spec.moving:
         return Verification(True, 0.0, tolerance, {}, note="nothing to permute: the spec has no groups")
     started = time.monotonic()

@@ -25,7 +25,8 @@ from permgraph.inference.general.statements import CENTRED, ORTHOGONAL, Statemen
 from permgraph.rules.call import Call
 from permgraph.rules.ledger import Labelled, Relation
 from permgraph.rules.properties import Properties
-from permgraph.rules.typed_tensor import VALUE, TypedTensor
+from permgraph.rules.typed_tensor import TypedTensor
+from permgraph.spec.general import Gain
 
 RESULT = "the result"
 Unknowns = Sequence[int]
@@ -270,24 +271,24 @@ class Statement:
         gains = [(x, self._gain(labelled, along)) for x, labelled in within]
         if len(others) == 0 and len(within) > 1:
             others = [within[0]]
-        if len(others) == 1 and all(name is not None for x, name in gains if x != others[0][0]):
+        if len(others) == 1 and all(gain is not None for x, gain in gains if x != others[0][0]):
             x = others[0][0]
-            absorbed = [(y, name) for y, name in gains if y != x and name is not None]
-            power: dict[str, int] = {}
-            for y, name in absorbed:
+            absorbed = [(y, gain) for y, gain in gains if y != x and gain is not None]
+            power: dict[Gain, int] = {}
+            for y, gain in absorbed:
                 said.frames.stop(y, f"{why}, as a gain")
-                power[name] = power.get(name, 0) + 1
-                said.absorbed.add(name)
+                power[gain] = power.get(gain, 0) + 1
+                said.absorbed.add(gain.name)
             said.matrix(x, out, Acts(1, tuple(sorted(power.items()))), why)
         else:
             said.no_matrix([*(x for x, _ in within), out], f"{why}, element by element")
         said.factors([*((x, 1) for x, _ in within), (out, -1)])
 
-    def _gain(self, labelled: Labelled, along: Along) -> str | None:
-        """The parameter that a factor is, where it is a vector along this label and the label is one whole axis."""
+    def _gain(self, labelled: Labelled, along: Along) -> Gain | None:
+        """The gain that a factor is, where it is a vector along this label and the label is one whole axis."""
         axis = self.leaves.axes.resolve(labelled.axes[along.label])
         assert labelled.tensor is not None
-        return self.speaker.gains.name_of(labelled.tensor) if axis.kind is Kind.ATOM else None
+        return self.speaker.gains.of(labelled.tensor) if axis.kind is Kind.ATOM else None
 
     def quotient(self, along: Along) -> None:
         """One operand over another."""
@@ -450,8 +451,8 @@ class Statement:
             passes = None not in gains and (structure == ORTHOGONAL or along.is_alone)
             said.within(x[0], structure, why)
             if passes:
-                named = tuple((name, 1) for name in gains if name is not None)
-                said.absorbed.update(name for name, _ in named)
+                named = tuple((gain, 1) for gain in gains if gain is not None)
+                said.absorbed.update(gain.name for gain, _ in named)
                 said.matrix(x[0], out[0], Acts(1, named), why)
             else:
                 said.no_matrix(out, f"{why}, whose gain cannot be moved into what reads it")

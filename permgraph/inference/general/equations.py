@@ -18,8 +18,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 
-Gains = tuple[tuple[str, int], ...]
-"""A product of powers of gains: each a parameter's name with its exponent, by name, none of them zero."""
+from permgraph.spec.general import Gain
+
+Gains = tuple[tuple[Gain, int], ...]
+"""A product of powers of gains: each with its exponent, by name, none of them zero."""
 
 NO_GAINS: Gains = ()
 
@@ -138,12 +140,18 @@ class Frames:
 
 @dataclass
 class System:
-    """Homogeneous linear equations between unknowns, over the rational numbers or modulo two."""
+    """Homogeneous linear equations between unknowns, over the rational numbers or modulo two.
+
+    Args:
+        modulo_two: whether they are modulo two.
+        kinds: what tells the kinds of unknowns apart, none of which meet in an equation: their atoms.
+    """
 
     modulo_two: bool
-    rows: list[dict[int, Fraction]] = field(default_factory=list)
+    kinds: Sequence[object]
+    rows: dict[object, list[dict[int, Fraction]]] = field(default_factory=lambda: defaultdict(list))
     _parent: dict[int, int] = field(default_factory=dict)
-    _zero: set[int] = field(default_factory=set)
+    _zero: dict[object, set[int]] = field(default_factory=lambda: defaultdict(set))
 
     def find(self, x: int) -> int:
         root = x
@@ -162,19 +170,22 @@ class System:
             row = {x: Fraction(1) for x, c in row.items() if c % 2}
         row = {x: c for x, c in row.items() if c}
         if len(row) == 1:
-            self._zero.update(row)
+            (x,) = row
+            self._zero[self.kinds[x]].add(x)
         elif len(row) == 2 and (self.modulo_two or sum(row.values()) == 0):
             a, b = (self.find(x) for x in row)
             if a != b:
                 self._parent[b] = a
         elif row:
-            self.rows.append(row)
+            self.rows[self.kinds[next(iter(row))]].append(row)
 
     def solutions(self, of: Sequence[int]) -> list[list[int]]:
-        """A basis of the values that these unknowns may have, in whole numbers, in reduced row echelon form."""
-        zero = {self.find(x) for x in self._zero}
+        """A basis of the values that these unknowns of a kind may have, in whole numbers, in row echelon form."""
+        if not of:
+            return []
+        zero = {self.find(x) for x in self._zero.get(self.kinds[of[0]], ())}
         pivots: dict[int, dict[int, Fraction]] = {}
-        for given in self.rows:
+        for given in self.rows.get(self.kinds[of[0]], ()):
             row: dict[int, Fraction] = defaultdict(Fraction)
             for x, c in given.items():
                 root = self.find(x)

@@ -26,9 +26,9 @@ class Statements:
     def __init__(self, leaves: Leaves) -> None:
         self.leaves = leaves
         self.frames = Frames()
-        self.scales = System(modulo_two=False)
-        self.signs = System(modulo_two=True)
-        self.flips = System(modulo_two=True)
+        self.scales = System(modulo_two=False, kinds=leaves.atoms)
+        self.signs = System(modulo_two=True, kinds=leaves.atoms)
+        self.flips = System(modulo_two=True, kinds=leaves.atoms)
         self.at_most: dict[Axis, dict[str, str]] = {}
         self.plain: dict[Axis, str] = {}
         self.absorbed: set[str] = set()
