@@ -83,7 +83,7 @@ def align(
             in parts on several processes (DTensor, as FSDP-2 makes them) are put together on each, and B's are returned
             in the parts that they had; all processes must call this alike.
         matcher: how to choose the permutation; `WeightMatching()` by default.
-        spec: the symmetries; inferred from `model_a` if it is a module.
+        spec: the symmetries; inferred from `model_a` if it is a module. Of general ones, the permutations are used.
         seed: for all random choices.
         progress: called with a `Sweep` after each sweep of the matcher.
 
@@ -110,6 +110,7 @@ def align(
         from permgraph.inference.auto_spec import auto_spec
 
         spec = auto_spec(model_a)
+    spec = spec.permutations()
     spec.check(a)
     spec.check(b)
     if matcher is None:

@@ -41,7 +41,7 @@ def merge(
             and dtype; the result has the first one's. Sharded tensors (DTensor) are gathered, and offloaded ones
             fetched; the result is sharded as the first is, and all processes must call this alike.
         method: how to choose the permutations: `CycleConsistent()` by default, `MergeMany` or `ToReference`.
-        spec: the symmetries; inferred from the first module.
+        spec: the symmetries; inferred from the first module. Of general ones, the permutations are used.
         weights: how much each model counts in the mean, not in the choice of permutations; scaled to a sum of 1.
         seed: for all random choices.
         progress: called with a `Round` after each pass over the models.
@@ -86,6 +86,7 @@ def merge(
         from permgraph.inference.auto_spec import auto_spec
 
         spec = auto_spec(modules[0])
+    spec = spec.permutations()
     for number, state in enumerate(states):
         try:
             spec.check(state)

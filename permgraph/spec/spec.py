@@ -73,7 +73,7 @@ class PermutationSpec(SpecData):
         Of a spec with general symmetries it is a `Transformation`; see `Transformation.random`.
         """
         kind = Permutation if self.general is None else Transformation
-        return kind.random(self, seed, every_group=every_group)  # type: ignore[attr-defined]
+        return kind.random(self, seed, every_group=every_group)
 
     # --- provenance ---------------------------------------------------------------------------------------------------
 

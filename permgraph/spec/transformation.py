@@ -6,6 +6,7 @@ It is a permutation, and after that a matrix or factors for each index of each g
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -144,9 +145,7 @@ class Transformation:
     @property
     def is_identity(self) -> bool:
         """Whether nothing changes at all, not even by rounding."""
-        eyes = all(np.array_equal(m, np.broadcast_to(np.eye(m.shape[-1]), m.shape)) for m in self.matrices.values())
-        ones = all(bool((a == 1).all()) for a in (*self.scales.values(), *self.signs.values()))
-        return eyes and ones and self.permutation.is_identity
+        return self._at_rest == frozenset(self.spec.moving) and self.permutation.is_identity
 
     def __matmul__(self, other: Transformation) -> Transformation:
         """This element after ``other``: ``(g @ h).apply(x)`` is ``g.apply(h.apply(x))``, up to rounding.
@@ -173,7 +172,7 @@ class Transformation:
         return Transformation(
             self.spec,
             back,
-            {name: np.linalg.inv(matrix) for name, matrix in carried["matrices"].items()},
+            {name: np.asarray(np.linalg.inv(m), dtype=np.float64) for name, m in carried["matrices"].items()},
             {name: 1 / array for name, array in carried["scales"].items()},
             carried["signs"],
         )
@@ -223,7 +222,7 @@ class Transformation:
     def apply_to(
         self, name: str, tensor: torch.Tensor, state_dict: Mapping[str, Any], *, exclude: Collection[int] = ()
     ) -> torch.Tensor:
-        """A new tensor: the parameter or buffer ``name`` with this element applied; gains are read in ``state_dict``."""
+        """A new tensor: the parameter or buffer ``name`` under this element; gains are read in ``state_dict``."""
         name = self.spec.canonical(name)
         moved = self.permutation.apply_to(name, tensor, exclude=exclude)
         return self._acted(name, moved, state_dict, frozenset(exclude)) if name in self._acting else moved
@@ -233,6 +232,13 @@ class Transformation:
         moved = self.permutation.apply_axes(axes, tensor)
         layout = self.spec.layout(axes)
         return self._acted_by(layout, actions or [Action()] * len(layout.occurrences), moved, {}, frozenset())
+
+    @functools.cached_property
+    def _at_rest(self) -> frozenset[str]:
+        """The groups whose matrices and factors change nothing."""
+        moved = {n for n, m in self.matrices.items() if (m != np.eye(m.shape[-1])).any()}
+        moved |= {n for arrays in (self.scales, self.signs) for n, a in arrays.items() if (a != 1).any()}
+        return frozenset(self.spec.moving) - moved
 
     @property
     def _acting(self) -> Mapping[str, tuple[Action, ...]]:
@@ -255,7 +261,7 @@ class Transformation:
         acting = [
             (occurrence, action)
             for occurrence, action in zip(layout.occurrences, actions, strict=True)
-            if action != Action() and occurrence.dim not in still
+            if action != Action() and occurrence.dim not in still and occurrence.group not in self._at_rest
         ]
         if not acting:
             return tensor
@@ -277,7 +283,9 @@ class Transformation:
         product = np.ones(_sizes(self.spec, group))
         for kind, exponents in (("scales", action.powers), ("signs", action.signs)):
             if any(exponents):
-                product = product * np.prod(getattr(self, kind)[group] ** np.array(exponents, dtype=np.float64), axis=-1)
+                product = product * np.prod(
+                    getattr(self, kind)[group] ** np.array(exponents, dtype=np.float64), axis=-1
+                )
         return product
 
     def _gain(self, action: Action, state_dict: Mapping[str, Any], like: torch.Tensor) -> torch.Tensor | None:
@@ -286,8 +294,8 @@ class Transformation:
             values = state_dict[factor.name].detach().to(like.device, torch.float64).flatten() + factor.added
             if bool((values == 0).any()):
                 raise MismatchError(
-                    f"the gain {factor} has a zero, so that what it multiplies cannot be undone: the matrices of this spec act "
-                    f"between gains; take spec.permutations() for this network"
+                    f"the gain {factor} has a zero, which cannot be undone, so that no matrix can act between it and "
+                    f"its inverse; take spec.permutations() for this network"
                 )
             gain = values**power if gain is None else gain * values**power
         return gain
@@ -312,7 +320,7 @@ class Transformation:
         try:
             content = FilePath(path).read_bytes()
             arrays = safetensors.numpy.load(content)
-            with safetensors.safe_open(where, "np") as opened:  # type: ignore[no-untyped-call]
+            with safetensors.safe_open(where, "np") as opened:
                 metadata = opened.metadata() or {}
         except safetensors.SafetensorError as error:
             raise MismatchError(f"{where}: not a safetensors file: {error}") from None
@@ -378,6 +386,12 @@ class Where:
             if gain is not None:
                 block = block * gain
             tensor[index] = block.flatten(-2).movedim(-1, self.dim)
+
+    def at_first_parents(self, matrix: Array) -> Array:
+        """This matrix at the first index of each parent, and the identity at all others."""
+        matrices = np.broadcast_to(np.eye(self.size), (*self.parent_sizes, self.size, self.size)).copy()
+        matrices[tuple(0 for _ in self.parent_sizes)] = matrix
+        return matrices
 
     def _stride(self) -> int:
         if self.size == 1:

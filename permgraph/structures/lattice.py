@@ -129,20 +129,20 @@ def is_member(name: str, matrices: Matrix, tolerance: float = 1e-9) -> npt.NDArr
     if name == "B":
         return np.asarray(monomial & orthogonal)
     if name == "S±":
-        return is_member("S", matrices, tolerance) | is_member("S", -matrices, tolerance)
+        return np.asarray(is_member("S", matrices, tolerance) | is_member("S", -matrices, tolerance))
     if name == "S":
-        return is_member("B", matrices, tolerance) & is_member("P", matrices, tolerance)
+        return np.asarray(is_member("B", matrices, tolerance) & is_member("P", matrices, tolerance))
     if name == "O":
         return orthogonal
     if name == "O1":
         sums = matrices.sum(-1, keepdims=True)
-        return orthogonal & (close(sums, 1.0) | close(sums, -1.0))
+        return np.asarray(orthogonal & (close(sums, 1.0) | close(sums, -1.0)))
     if name == "T":
         half = n // 2
         a, b, c, d = (matrices[..., i : i + half, j : j + half] for i in (0, half) for j in (0, half))
         off = ~np.eye(half, dtype=bool)
         diagonal = close(a * off, 0.0) & close(b * off, 0.0)
-        return diagonal & close(a, d) & close(b, -c) & (np.abs(np.linalg.det(matrices)) > tolerance)
+        return np.asarray(diagonal & close(a, d) & close(b, -c) & (np.abs(np.linalg.det(matrices)) > tolerance))
     _known(name)
     return close(matrices, np.eye(n))
 
@@ -154,7 +154,7 @@ def random_element(name: str, n: int, generator: np.random.Generator) -> Matrix:
     """
     if name == "GL":
         left, right = _random_orthogonal(n, generator), _random_orthogonal(n, generator)
-        return (left * factors(n, generator)) @ right
+        return np.asarray((left * factors(n, generator)) @ right)
     if name == "O":
         return _random_orthogonal(n, generator)
     if name == "O1":
@@ -165,7 +165,7 @@ def random_element(name: str, n: int, generator: np.random.Generator) -> Matrix:
         inner = np.eye(n)
         inner[1:, 1:] = _random_orthogonal(n - 1, generator)
         inner[0, 0] = generator.choice((-1.0, 1.0))
-        return mirror @ inner @ mirror
+        return np.asarray(mirror @ inner @ mirror)
     if name == "T":
         if n % 2:
             raise SpecError(f"T acts on pairs of indices, and {n} is odd")
@@ -176,17 +176,17 @@ def random_element(name: str, n: int, generator: np.random.Generator) -> Matrix:
         return np.eye(n)
     moved = np.eye(n)[generator.permutation(n)]
     if name == "S±":
-        return moved * generator.choice((-1.0, 1.0))
+        return np.asarray(moved * generator.choice((-1.0, 1.0)))
     if name in ("P", "M"):
         moved = moved * factors(n, generator)[:, None]
     if name in ("B", "M"):
         moved = moved * generator.choice((-1.0, 1.0), n)[:, None]
-    return moved
+    return np.asarray(moved)
 
 
 def factors(shape: int | tuple[int, ...], generator: np.random.Generator) -> Matrix:
     """Random positive factors within [1/2, 2], whose logarithms are uniform."""
-    return np.exp2(generator.uniform(-1, 1, shape))
+    return np.asarray(np.exp2(generator.uniform(-1, 1, shape)))
 
 
 def _random_orthogonal(n: int, generator: np.random.Generator) -> Matrix:

@@ -64,7 +64,9 @@ class Structure:
         for word in text.split("×"):
             found = _TERM.fullmatch(word)
             if found is None:
-                raise SpecError(f"{text!r} is no structure: write GL, O, O1, or S, S±, B, P, M and products such as M×P")
+                raise SpecError(
+                    f"{text!r} is no structure: write GL, O, O1, or S, S±, B, P, M and products such as M×P"
+                )
             counts[found[1]] = counts.get(found[1], 0) + int(found[2] or 1)
         linear = [name for name in LINEAR if name in counts]
         if linear:

@@ -11,7 +11,6 @@ is not the largest. Signs have no directions; where a group stands in few places
 from __future__ import annotations
 
 import itertools
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,12 +26,12 @@ from permgraph.spec.binding import Occurrence
 from permgraph.spec.general import Action
 from permgraph.spec.spec import PermutationSpec
 from permgraph.spec.transformation import Transformation, Where
+from permgraph.verification.directions import NEGLIGIBLE, Index, free_combinations
 from permgraph.verification.report import Control, GroupReport, Verification
 from permgraph.verification.trial import Trial, distance, is_floating, seeded_generator
 
 SCALES = (1.0, 0.7, 0.5, 0.3, 0.05)
 STEP = 1e-5
-NEGLIGIBLE, CERTAIN = 1e-6, 1e-8
 MAX_SIGNS = 7
 ENOUGH = 3
 """So many outputs for each direction are needed to tell that some combination has no effect."""
@@ -155,7 +154,7 @@ class _Scrutiny:
         places = self._places(name)
         gains = sum(1 for _, _, action in places if structure.linear and action == Action())
         n = self.spec.groups[name].size
-        scaled = [self._derivative(place, (0, 0)) for place in places]
+        scaled = [self._derivative(place) for place in places]
         size = max((float(np.abs(column).max()) for column in scaled), default=0.0)
         loud: list[int] = []
         silent = []
@@ -195,39 +194,39 @@ class _Scrutiny:
         return bool(vectors) and 1 - abs(cosine) < NEGLIGIBLE**2 * 100
 
     def _fewest(
-        self, places: Sequence[tuple[str, Occurrence, Action]], tries: Sequence[Sequence[tuple[int, int]]], expected: int
+        self, places: Sequence[tuple[str, Occurrence, Action]], tries: Sequence[Sequence[Index]], expected: int
     ) -> int:
-        """The fewest free directions over several indices, no fewer than expected.
+        """How many directions are free, no fewer than expected; see `free_combinations`."""
 
-        A unit that is off for these inputs has too many. So has one between two norms, but for their ε: a step along
-        all that are free tells.
-        """
-        fewest = len(places) * 2
-        for directions in tries:
-            free = _free([self._derivative(place, at) for place in places for at in directions])
-            if len(free) <= expected:
-                return expected
-            chosen = free.T @ np.random.default_rng(0).standard_normal(len(free))
-            if self._step(places, directions, chosen / np.abs(chosen).max()) > CERTAIN:
-                return expected
-            fewest = min(fewest, len(free))
-        return fewest
+        def effect(place: int, at: Index, amount: float) -> Any:
+            return self._outputs(self._along(places, {place: {at: amount}}))
 
-    def _step(
-        self, places: Sequence[tuple[str, Occurrence, Action]], directions: Sequence[tuple[int, int]], along: Any
-    ) -> float:
-        """How far the output moves when the weights go a whole step along a combination of directions."""
+        def step(amounts: Mapping[int, Mapping[Index, float]]) -> float:
+            return distance(self.reference, self.trial.outputs_with(self._along(places, amounts)))
+
+        return free_combinations(expected, len(places), tries, effect, step, STEP)
+
+    def _along(
+        self, places: Sequence[tuple[str, Occurrence, Action]], amounts: Mapping[int, Mapping[Index, float]]
+    ) -> dict[str, Tensor]:
+        """The weights that change when index j is added to index i at some places, at the first of their parents."""
         moved: dict[str, Tensor] = {}
-        for place, speeds in zip(places, along.reshape(len(places), len(directions)), strict=True):
-            where = self._where(place)
+        for number, entries in amounts.items():
+            parameter, where = places[number][0], self._where(places[number])
             matrix = np.zeros((where.size, where.size))
-            for at, speed in zip(directions, speeds, strict=True):
-                matrix[at] += speed * math.log(2)
+            for at, amount in entries.items():
+                matrix[at] += amount
             matrix = torch.linalg.matrix_exp(torch.from_numpy(matrix)).numpy()
-            new = moved.get(place[0], self.weights[place[0]]).clone()
-            where.multiply(new, self._at_first(where, matrix), None)
-            moved[place[0]] = new
-        return distance(self.reference, self.trial.outputs_with(moved))
+            new = moved.get(parameter, self.weights[parameter]).clone()
+            where.multiply(new, where.at_first_parents(matrix), None)
+            moved[parameter] = new
+        return moved
+
+    def _outputs(self, weights: Mapping[str, Tensor]) -> Any:
+        """The real numbers that the model returns with these weights, in one vector."""
+        parts = [t.flatten() for t in self.trial.outputs_with(weights) if is_floating(t)]
+        whole = torch.cat([torch.view_as_real(p).flatten() if p.is_complex() else p.double() for p in parts])
+        return torch.nan_to_num(whole, posinf=0.0, neginf=0.0).numpy()
 
     def _places(self, name: str) -> list[tuple[str, Occurrence, Action]]:
         assert self.spec.general is not None
@@ -238,35 +237,13 @@ class _Scrutiny:
             found += [(parameter, o, a) for o, a in zip(occurrences, actions, strict=True) if o.group == name]
         return found
 
-    def _matrix(self, place: tuple[str, Occurrence, Action], at: tuple[int, int], step: float) -> Tensor:
-        """A parameter in which index `at[1]` of one place, times a number, was added to `at[0]`, at the first parents."""
-        where = self._where(place)
-        matrix = np.eye(where.size)
-        matrix[at] += step
-        moved = self.weights[place[0]].clone()
-        where.multiply(moved, self._at_first(where, matrix), None)
-        return moved
-
     def _where(self, place: tuple[str, Occurrence, Action]) -> Where:
         return Where(self.spec, self.spec.layout(self.spec.axes[place[0]]), place[1])
 
-    @staticmethod
-    def _at_first(where: Where, matrix: Any) -> Any:
-        """This matrix at the first index of each parent, and none at the others."""
-        matrices = np.broadcast_to(np.eye(where.size), (*where.parent_sizes, where.size, where.size)).copy()
-        matrices[tuple(0 for _ in where.parent_sizes)] = matrix
-        return matrices
-
-    def _derivative(self, place: tuple[str, Occurrence, Action], at: tuple[int, int]) -> Any:
-        """How the output changes along one direction of one place."""
-        ends = [self.trial.outputs_with({place[0]: self._matrix(place, at, step)}) for step in (STEP, -STEP)]
-        parts = [
-            ((a - b) / (2 * STEP)).flatten()
-            for a, b in zip(*ends, strict=True)
-            if is_floating(a) and a.shape == b.shape
-        ]
-        whole = torch.cat(parts) if parts else torch.zeros(1, dtype=torch.float64)
-        return torch.nan_to_num(torch.view_as_real(whole).flatten() if whole.is_complex() else whole).numpy()
+    def _derivative(self, place: tuple[str, Occurrence, Action]) -> Any:
+        """How the output changes when the first index of one place grows."""
+        ends = [self._outputs(self._along([place], {0: {(0, 0): amount}})) for amount in (STEP, -STEP)]
+        return (ends[0] - ends[1]) / (2 * STEP)
 
     def _flipped(self, places: Sequence[tuple[str, Occurrence, Action]]) -> float:
         """How far the output moves when the sign of index 0 changes at these places."""
@@ -282,12 +259,3 @@ class _Scrutiny:
 
 def _subsets(places: Sequence[Any]) -> itertools.chain[tuple[Any, ...]]:
     return itertools.chain.from_iterable(itertools.combinations(places, k) for k in range(len(places) + 1))
-
-
-def _free(columns: Sequence[Any]) -> Any:
-    """A basis of the combinations of these columns that vanish."""
-    matrix = np.stack(columns, axis=1)
-    lengths = np.linalg.norm(matrix, axis=0)
-    lengths[lengths == 0] = 1
-    _, values, rows = np.linalg.svd(matrix / lengths, full_matrices=False)
-    return rows[values <= NEGLIGIBLE] / lengths

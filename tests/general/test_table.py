@@ -114,7 +114,7 @@ class Gain(nn.Module):
 @pytest.fixture(params=ROWS, ids=[row[0] for row in ROWS])
 def row(request: pytest.FixtureRequest) -> Any:
     torch.manual_seed(0)
-    name, build, inputs, structures, dimension = request.param
+    _, build, inputs, structures, dimension = request.param
     return build().eval(), (inputs(),), structures, dimension
 
 

@@ -16,7 +16,7 @@ from torch import fx
 
 from permgraph.algebra import Kind
 from permgraph.inference.facts import GraphFacts
-from permgraph.inference.general.cases import Case, cases, pairs
+from permgraph.inference.general.cases import cases, pairs
 from permgraph.inference.general.equations import Acts
 from permgraph.inference.general.gains import Gains
 from permgraph.inference.general.leaves import UnreadableError
@@ -64,13 +64,13 @@ class Speaker:
         try:
             acts = self._acts(call, properties)
             if acts == "unknown":
-                self._nothing_passes(tensors, why)
+                self.nothing_passes(tensors, why)
                 return
             Statement(self, call, properties, acts, why).make()
         except UnreadableError:
             self.said.keep_plain(atoms, f"{why}, whose tensors have too many parts")
 
-    def _nothing_passes(self, tensors: Sequence[TypedTensor], why: str) -> None:
+    def nothing_passes(self, tensors: Sequence[TypedTensor], why: str) -> None:
         for tensor in tensors:
             for index in self.leaves.elements(tensor):
                 for unknowns in self.leaves.at(tensor, index).values():
@@ -112,6 +112,8 @@ class Statement:
                         self.said.still(unknowns, f"{self.why}, of whole numbers")
         for relation in self.call.ledger.relations:
             self._link(relation)
+        if self.acts == "moved" and self.call.get("value", 0) != 0 and "pad" in self.call.arguments:
+            self.speaker.nothing_passes([*self.call.tensors, *self.call.results], f"{self.why}, with a number")
         for number, moved in enumerate(self.call.ledger.rearrangements):
             for before, after in pairs(moved, self.leaves):
                 self._pair(number, before, after)
@@ -127,8 +129,6 @@ class Statement:
         elif self.acts == "moved":
             for x, y in zip(left, right, strict=True):
                 self.said.same(x, y, self.why)
-            if self.call.ledger.rearrangements[number].how[0] == "pad" and self.call.get("value", 0) != 0:
-                self.said.still([*left, *right], f"{self.why}, with a number that is not zero")
         elif self.acts == "gate" and number == 0:
             for x, y in zip(left, right, strict=True):
                 self.said.no_matrix((x, y), self.why)
@@ -172,10 +172,12 @@ class Statement:
             for tensor in value if isinstance(value, (list, tuple)) else (value,):
                 if isinstance(tensor, TypedTensor):
                     waiting[id(tensor)].append(name)
+        results = {id(tensor) for tensor in self.call.results}
+        last = {id(labelled.tensor): i for i, labelled in enumerate(tensors)}
         roles = []
-        for labelled in tensors:
-            names = waiting[id(labelled.tensor)]
-            roles.append(names.pop(0) if names else RESULT)
+        for i, labelled in enumerate(tensors):
+            names, own = waiting[id(labelled.tensor)], id(labelled.tensor)
+            roles.append(names.pop(0) if names and not (own in results and last[own] == i) else RESULT)
         return roles
 
     def _zero_arguments(self) -> frozenset[str]:
@@ -215,7 +217,7 @@ class Statement:
         xs = [x for x, _ in within]
         if not results:
             if len(xs) == 2:
-                said.dual(*xs, why)
+                said.dual(xs[0], xs[1], why)
             elif len(xs) == 1 and along.is_square_sum:
                 said.factors([(xs[0], 1)])  # what a matrix does is said of what is squared
             elif len(xs) == 1 and along.is_mean_taken_out:
@@ -446,9 +448,14 @@ class Statement:
                 if has_bias or not structure:
                     system.add([(out[0], 1)])
             return
-        if structure == ORTHOGONAL or (structure == CENTRED and along.is_alone):
+        centred = structure == CENTRED and along.is_alone
+        if centred and any(r.read for r in self.call.results[1:2]):
+            # The mean itself is read, of which a common change of sign changes the sign.
+            said.flips.add([(x[0], 1)])
+            said.no_matrix([x[0], *out], f"{why}, whose mean is read")
+        if structure == ORTHOGONAL or centred:
             gains = [self._gain(labelled, along) for _, labelled in along.of("weight")]
-            passes = None not in gains and (structure == ORTHOGONAL or along.is_alone)
+            passes = None not in gains
             said.within(x[0], structure, why)
             if passes:
                 named = tuple((gain, 1) for gain in gains if gain is not None)
@@ -549,7 +556,9 @@ class Along:
 
     def results(self) -> list[int]:
         """The unknowns of the results that are real numbers; positions of the largest, say, are told otherwise."""
-        return [x for x, labelled in self.of(RESULT) if labelled.tensor is None or labelled.tensor.dtype.is_floating_point]
+        return [
+            x for x, labelled in self.of(RESULT) if labelled.tensor is None or labelled.tensor.dtype.is_floating_point
+        ]
 
     def everything(self) -> list[int]:
         """All unknowns."""
@@ -585,15 +594,18 @@ class Along:
 
     @property
     def is_alone(self) -> bool:
-        """Whether this label is one whole atom, and no other that is taken together with it can be moved."""
+        """Whether this label is one whole atom, and no other dimension is taken together with it.
+
+        Over another one a sign could differ from index to index, and what is taken out would not be a mean of all.
+        """
         leaves = self._statement.leaves
         first = next(labelled for role, found in self._by_role.items() if role != RESULT for _, labelled in found)
         if leaves.axes.resolve(first.axes[self.label]).kind is not Kind.ATOM or first.tensor is None:
             return False
         dims = self._statement.speaker.patterns.taken_together(self._statement.call, first.tensor)
         own = first.where[self.label]
-        return sum(label_dim == own for label_dim in first.where.values()) == 1 and not any(
-            atom in leaves.movable for dim in dims if dim != own for atom in leaves.axes.atoms(first.tensor.dims[dim])
+        return list(first.where.values()).count(own) == 1 and all(
+            dim == own or first.tensor.shape[dim] == 1 for dim in dims
         )
 
 

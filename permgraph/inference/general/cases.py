@@ -64,8 +64,9 @@ def cases(relation: Relation, leaves: Leaves) -> Iterator[tuple[list[Labelled], 
                     for label, several in unknowns.items():
                         alike.extend(zip(of_labels[label], several, strict=True))
             found.append(of_labels or {})
-        yield tensors, Case(
-            tuple(found), tuple(dict.fromkeys(loose)), frozenset(numbered), _unlike(found, leaves), tuple(alike)
+        yield (
+            tensors,
+            Case(tuple(found), tuple(dict.fromkeys(loose)), frozenset(numbered), _unlike(found, leaves), tuple(alike)),
         )
 
 

@@ -19,9 +19,10 @@ class Gains:
         written = solution.facts.memory.written
         for node in solution.nodes:
             value = solution.values.get(node)
-            if is_weight(node) and isinstance(value, TypedTensor) and node not in written and _is_vector(value):
-                if value.dtype.is_floating_point:
-                    self._gains[id(value)] = Gain(node.meta["names"][0])
+            if not is_weight(node) or node in written or not isinstance(value, TypedTensor):
+                continue
+            if _is_vector(value) and value.dtype.is_floating_point:
+                self._gains[id(value)] = Gain(node.meta["names"][0])
         for call in solution.calls:
             if len(call.tensors) != 1 or len(call.results) != 1 or call.node in written:
                 continue
@@ -32,7 +33,11 @@ class Gains:
                 continue
             if properties_of(str(call.node.target)).acts == "moved":
                 self._gains[id(out)] = gain
-            elif name_of(call.node) == "add" and isinstance(call.get("other"), (int, float)) and call.get("alpha", 1) == 1:
+            elif (
+                name_of(call.node) == "add"
+                and isinstance(call.get("other"), (int, float))
+                and call.get("alpha", 1) == 1
+            ):
                 self._gains[id(out)] = Gain(gain.name, gain.added + call["other"])
 
     def of(self, tensor: TypedTensor) -> Gain | None:

@@ -121,7 +121,8 @@ class Leaves:
         """The leaves at one element, in order; those of one index are left out, as they hold no atom."""
         chosen: dict[Index, int] = {}
         while True:  # a family needs the part of a sum that may stand behind it
-            leaves, waiting, before = [], False, len(chosen)
+            leaves: list[tuple[int, tuple[int, ...], Axis]] = []
+            waiting, before = False, len(chosen)
             for dim, (axis, i) in enumerate(zip(dims, index, strict=True)):
                 waiting |= self._walk(axis, i, dim, (), chosen, leaves)
             if not waiting:

@@ -20,7 +20,7 @@ NONE: Dims = frozenset()
 
 
 class Patterns:
-    """The sums of squares of a graph, and the means that are taken out; by node and dimension, counted from the front."""
+    """The sums of squares of a graph and the means that are taken out, by node and dimension from the front."""
 
     def __init__(self, solution: Solution) -> None:
         self._squared: dict[fx.Node, Dims] = {}

@@ -1,4 +1,4 @@
-"""The stage that finds more than permutations: what structure each group of a spec has, and how it acts where it stands.
+"""The stage that finds more than permutations: the structure of each group of a spec, and how it acts where it stands.
 
 It comes after all others, over types that are at rest. Each atom of the types is one axis that is permuted alike
 wherever it stands; every operator says which matrices on it pass (`permgraph.inference.general.acts`), and what is left
@@ -44,6 +44,9 @@ def with_structures(spec: PermutationSpec, solution: Solution, fibres: Fibres) -
         if name in spec.moving and name not in parents and name not in joined
     }
     said = statements(solution, frozenset(movable))
+    for tensor in writer.parameters.values():
+        if tensor.use_of is not None:
+            _link_use(tensor, tensor.use_of, said)
     occurrences = {name: list(_unknowns(spec, name, writer.parameters[name], said, movable)) for name in spec.axes}
     by_atom: dict[Axis, list[tuple[str, int, int]]] = defaultdict(list)  # parameter, number of the occurrence, unknown
     for name, found in occurrences.items():
@@ -82,6 +85,9 @@ def statements(solution: Solution, movable: frozenset[Axis]) -> Statements:
 def _link_use(used: TypedTensor, source: TypedTensor, said: Statements) -> None:
     """One use of a tensor that does not vary along some dimensions is that tensor; along them nothing acts."""
     why = f"{source.name}, which does not vary along it"
+    if used.ndim != source.ndim:
+        said.keep_plain(said.leaves.movable_in(used), f"{source.name}, whose values number it")
+        return
     try:
         for index in said.leaves.elements(source):
             ours, its = said.leaves.at(used, index), said.leaves.at(source, index)
@@ -141,9 +147,7 @@ class _Places:
         return found
 
 
-def _solve(
-    atom: Axis, places: Sequence[tuple[str, int, int]], said: Statements
-) -> tuple[Structure, list[Action], str]:
+def _solve(atom: Axis, places: Sequence[tuple[str, int, int]], said: Statements) -> tuple[Structure, list[Action], str]:
     """The structure of one atom, its action at each place, and what kept it from being larger."""
     unknowns = [x for _, _, x in places]
     still = [Action()] * len(places)
