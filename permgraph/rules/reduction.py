@@ -129,10 +129,11 @@ def softmax(call: Call) -> None:
     call.link((x, every), (call.out, every), via=[call.names(x, skip=[call.dim(x)])])
 
 
-@rule(*aten("cumsum cumprod logcumsumexp"), values="reduced")
+@rule("aten.cumsum", values="reduced", acts="product")
+@rule(*aten("cumprod logcumsumexp"), values="reduced")
 @rule(*aten("cummax cummin"))
 @rule("aten.diff", values="derived")
-@rule(*aten("flip roll rot90"), values="moved", zeros="all")
+@rule(*aten("flip roll rot90"), values="moved", zeros="all", acts="moved")
 def ordered(call: Call) -> None:
     """Neighbours along a dimension matter: it stays put, the others pass."""
     x = call.tensors[0]

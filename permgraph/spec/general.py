@@ -52,19 +52,17 @@ class General:
         actions: for a parameter one action for each occurrence of a group in it, in the order of its text; parameters
             on which nothing but permutations acts may be left out.
         reasons: for a group what kept its structure from being larger.
-        null_directions: directions in parameter space that change nothing, and are no matrices on an axis.
     """
 
     actions: Mapping[str, tuple[Action, ...]]
     reasons: Mapping[str, str] = field(default_factory=dict)
-    null_directions: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("actions", "reasons"):
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return General, (dict(self.actions), dict(self.reasons), self.null_directions)
+        return General, (dict(self.actions), dict(self.reasons))
 
     def check(self, groups: Mapping[str, Group], layouts: Mapping[str, Layout], shapes: Mapping[str, Any]) -> None:
         """Raise SpecError, naming the parameter, unless the actions fit these groups and where they stand."""
@@ -91,7 +89,6 @@ class General:
                 for name, actions in self.actions.items()
             },
             "reasons": dict(self.reasons),
-            "null_directions": list(self.null_directions),
         }
 
     @classmethod
@@ -113,7 +110,7 @@ class General:
                 for name, rows in content["actions"].items()
             }
             reasons = {str(name): str(why) for name, why in content["reasons"].items()}
-            return cls(actions, reasons, tuple(map(str, content["null_directions"])))
+            return cls(actions, reasons)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise SpecError(f"general: malformed: {type(error).__name__}: {error}") from None
 

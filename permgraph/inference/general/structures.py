@@ -89,17 +89,15 @@ def _link_use(used: TypedTensor, source: TypedTensor, said: Statements) -> None:
         said.keep_plain(said.leaves.movable_in(used), f"{source.name}, whose values number it")
         return
     try:
-        for index in said.leaves.elements(source):
+        # Along what does not vary, the one may be cut where the other is not.
+        for index in dict.fromkeys((*said.leaves.elements(source), *said.leaves.elements(used))):
             ours, its = said.leaves.at(used, index), said.leaves.at(source, index)
             for dim in used.uniform:
                 said.still((*ours.get(dim, ()), *its.get(dim, ())), why)
-            for dim, unknowns in its.items():
+            for dim in ours.keys() | its.keys():
                 if dim not in used.uniform:
-                    for x, y in zip(unknowns, ours[dim], strict=True):
+                    for x, y in zip(its[dim], ours[dim], strict=True):
                         said.same(x, y, why)
-        for index in said.leaves.elements(used):
-            for dim in used.uniform:
-                said.still(said.leaves.at(used, index).get(dim, ()), why)
     except UnreadableError:
         said.keep_plain(said.leaves.movable_in(used, source), f"{source.name} has too many parts")
 
