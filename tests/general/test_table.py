@@ -7,6 +7,8 @@ for O(n), (n - 1) (n - 2) / 2 for what leaves the vector of ones in its place, n
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -64,6 +66,11 @@ ROWS: list[Row] = [
     ("gain between", lambda: nn.Sequential(nn.Linear(3, 7), Gain(), nn.Linear(7, 4)), vectors, ["GL"], 49),
     ("gram", models.Gram, vectors, ["O"], O7),
     ("cosines", models.Cosine, vectors, ["O"], O7),
+    ("norm", lambda: models.Elementwise(lambda x: x / (1 + x.norm(dim=-1, keepdim=True))), vectors, ["O"], O7),
+    ("norm of order one", lambda: models.Elementwise(lambda x: x / (1 + x.norm(1, -1, keepdim=True))), vectors,
+     ["B"], 0),
+    ("deviation", lambda: models.Elementwise(lambda x: x / (1 + x.std(-1, keepdim=True))), vectors, ["O1"], O7_1),
+    ("its own mean left in", lambda: models.Elementwise(lambda x: x + x.mean(-1, keepdim=True)), vectors, ["S"], 0),
     # heads: query-key and value-output, each at each head
     ("heads", models.Attention, lambda: sequences(11), ["S", "GL", "GL"], 2 * 2 * 25),
     ("heads in one", lambda: models.Attention(fused=True), lambda: sequences(11), ["S", "GL", "GL"], 100),
@@ -116,6 +123,14 @@ def row(request: pytest.FixtureRequest) -> Any:
     torch.manual_seed(0)
     _, build, inputs, structures, dimension = request.param
     return build().eval(), (inputs(),), structures, dimension
+
+
+def test_permutations_cost_nothing_more() -> None:
+    code = (
+        "import sys, torch, permgraph as pg; pg.auto_spec(torch.nn.Sequential(torch.nn.Linear(3, 5)));"
+        "assert not [name for name in sys.modules if name.startswith('permgraph.inference.general')]"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_structures_are_those_of_the_table(row: Any) -> None:

@@ -89,6 +89,8 @@ class Speaker:
             return "unknown"
         if acts == "power" and not isinstance(given.get("self"), TypedTensor):
             return "unknown"
+        if acts == "norm" and 0 in (given.get("p"), given.get("ord")):  # how many elements are not zero
+            return "unknown"
         # Of what was a number and is a whole one now, nothing but its place is left.
         real = any(t.dtype.is_floating_point for t in call.tensors)
         if acts == "moved" and real and not all(t.dtype.is_floating_point for t in call.results):
