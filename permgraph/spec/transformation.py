@@ -30,6 +30,7 @@ from permgraph.spec.general import Action
 from permgraph.spec.permutation import Permutation, old_parents
 from permgraph.structures import random_element
 from permgraph.structures.lattice import factors, is_member
+from permgraph.weights.distributed import gathered, redistributed_like
 
 if TYPE_CHECKING:
     from permgraph.spec.spec import PermutationSpec
@@ -265,6 +266,7 @@ class Transformation:
         ]
         if not acting:
             return tensor
+        sample, tensor = tensor, gathered(tensor)
         new = tensor.to(torch.float64, copy=True)
         for occurrence, action in acting:
             structure = self.spec.groups[occurrence.group].structure
@@ -276,7 +278,7 @@ class Transformation:
                 where.multiply(new, matrices, self._gain(action, state_dict, new))
             else:
                 new *= torch.from_numpy(where.spread(self._factor(occurrence.group, action))).to(new.device)
-        return new.to(tensor.dtype)
+        return redistributed_like(new.to(tensor.dtype), sample)
 
     def _factor(self, group: str, action: Action) -> Array:
         """What each index is multiplied with, of shape ``(*parents' sizes, size)``."""
@@ -291,7 +293,7 @@ class Transformation:
     def _gain(self, action: Action, state_dict: Mapping[str, Any], like: torch.Tensor) -> torch.Tensor | None:
         gain = None
         for factor, power in action.gains:
-            values = state_dict[factor.name].detach().to(like.device, torch.float64).flatten() + factor.added
+            values = gathered(state_dict[factor.name]).detach().to(like.device, torch.float64).flatten() + factor.added
             if bool((values == 0).any()):
                 raise MismatchError(
                     f"the gain {factor} has a zero, which cannot be undone, so that no matrix can act between it and "
