@@ -44,7 +44,7 @@ class GeneralVerification(Verification):
     """What `verify` says of a spec with general symmetries.
 
     Besides what `Verification` has, `beyond` says for each group whose structure could be larger in what way, and
-    `inert` names the places that can be scaled without influence on the output, such as the bias of keys under a softmax.
+    `inert` names the places that can be scaled without influence on the output, such as the keys' bias under a softmax.
     Neither makes a verification fail: what is claimed holds.
     """
 
