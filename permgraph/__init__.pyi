@@ -211,6 +211,9 @@ from .spec import (
 from .spec import (
     PermutationSpec as PermutationSpec,
 )
+from .spec import (
+    Transformation as Transformation,
+)
 from .studies import (
     StudyPlan as StudyPlan,
 )
@@ -219,6 +222,9 @@ from .studies import (
 )
 from .studies import (
     study as study,
+)
+from .verification import (
+    GeneralVerification as GeneralVerification,
 )
 from .verification import (
     RuleReport as RuleReport,

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx, nn
@@ -15,7 +15,7 @@ from permgraph.capture import Captured, capture
 from permgraph.capture.environment import gc_paused
 from permgraph.capture.further import FurtherPasses, Tried
 from permgraph.capture.record import Limits
-from permgraph.errors import ConflictError
+from permgraph.errors import ConflictError, SpecError
 from permgraph.inference.describe import describe
 from permgraph.inference.ends import pin_unread
 from permgraph.inference.facts import GraphFacts
@@ -41,6 +41,7 @@ def auto_spec(
     example_inputs: Sequence[Any] | None = None,
     example_kwargs: Mapping[str, Any] | None = None,
     *,
+    symmetry: Literal["permutation", "general"] = "permutation",
     vary: bool = True,
     unread: Policy = "note",
     max_passes: int = MAX_PASSES,
@@ -59,6 +60,8 @@ def auto_spec(
         model: any `nn.Module`, `fx.GraphModule` or `ExportedProgram`.
         example_inputs: positional arguments of forward; found without being asked for if neither is given.
         example_kwargs: keyword arguments of forward.
+        symmetry: ``"general"`` also finds, for each group, the largest structure that acts on its axis: scales, signs,
+            rotations, any matrices (see the page on general symmetries).
         vary: False keeps to the inputs, in evaluation mode: the spec then holds for these sizes and branches alone.
         unread: what becomes of groups as long as an axis of a parameter that no pass reads and that may belong to
             them: `"note"` names them in `spec.unread` and in the notes, `"pin"` makes them stay put.
@@ -71,6 +74,7 @@ def auto_spec(
         The spec: groups, and for each parameter axis the expression that places them.
 
     Raises:
+        SpecError: `symmetry` is neither of the two.
         CaptureError: the module could not be run, or no example input was found; it says what was tried.
         ValueError: `unread` is neither of the two.
 
@@ -78,6 +82,8 @@ def auto_spec(
     >>> print(pg.auto_spec(torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.ReLU(), torch.nn.Linear(5, 2))).groups)
     {'0.weight': Group(name='0.weight', size=5, parents=(), fixed=False)}
     """
+    if symmetry not in ("permutation", "general"):
+        raise SpecError(f"symmetry is {symmetry!r}; it may be 'permutation' or 'general'")
     if type(max_passes) is not int or max_passes < 1:
         raise ValueError(f"max_passes={max_passes!r} is no whole number from 1 on")
     check_policy(unread)
@@ -86,20 +92,22 @@ def auto_spec(
     limits = Limits(max_nodes, max_seconds, time.monotonic())
     captured = capture(model, example_inputs, example_kwargs, max_nodes=max_nodes, max_seconds=max_seconds)
     passes = FurtherPasses(model, captured, max_passes if vary else 1, limits)
-    return spec_of_passes(passes, vary=vary, unread=unread)
+    return spec_of_passes(passes, vary=vary, unread=unread, symmetry=symmetry)
 
 
-def spec_of_passes(passes: FurtherPasses, *, vary: bool = True, unread: Policy = "note") -> PermutationSpec:
+def spec_of_passes(
+    passes: FurtherPasses, *, vary: bool = True, unread: Policy = "note", symmetry: str = "permutation"
+) -> PermutationSpec:
     """The spec of several passes, which lists them, and says what they do not cover."""
     captured = passes.passes[0]
     try:
-        spec = spec_of(passes.joined(), passes.limits, unread)
+        spec = spec_of(passes.joined(), passes.limits, unread, symmetry)
     except ConflictError as error:
         if len(passes.passes) == 1:
             raise
         log.debug("passes of %s cannot be solved together", captured.model_class, exc_info=True)
         passes.keep_the_first(f"{type(error).__name__}: {error}")
-        spec = spec_of(captured, passes.limits, unread)
+        spec = spec_of(captured, passes.limits, unread, symmetry)
     as_given = f"inferred from one pass, in evaluation mode, on {captured.inputs.describe()}"
     notes = passes.notes() if vary else (as_given,)
     return replace(spec, notes=(*spec.notes, *notes), passes=tuple(map(_pass, passes.tried)))
@@ -113,12 +121,18 @@ def _pass(tried: Tried) -> Pass:
     return Pass(variation.name, tried.operators, tried.outcome, inputs, called, tried.says, tried.by_products)
 
 
-def spec_of(captured: Captured, limits: Limits | None = None, unread: Policy = "note") -> PermutationSpec:
+def spec_of(
+    captured: Captured, limits: Limits | None = None, unread: Policy = "note", symmetry: str = "permutation"
+) -> PermutationSpec:
     """The spec of a captured graph; when the time is up, what operators touch that have no types yet is pinned."""
     with gc_paused():
         solution = solve(captured.graph, limits=limits, unread=unread)
         fibres = find_fibres(solution)
         spec = describe(captured, solution, fibres)
+        if symmetry == "general":
+            from permgraph.inference.general import with_structures
+
+            spec = with_structures(spec, solution, fibres)
     log.info("%s: %d groups in %d operators", captured.model_class, len(spec.moving), len(solution.nodes))
     return spec
 

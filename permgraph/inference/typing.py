@@ -89,6 +89,7 @@ def _used(solution: Solution, source: fx.Node, user: fx.Node) -> Any:
     used.dims = [used.dims[d] if d in dims else axis for d, axis in enumerate(value.dims)]
     used.uniform = dims
     solution.uses[id(used)] = source
+    used.use_of = value
     used.asked_for_repeats = value.asked_for_repeats
     return used
 

@@ -88,7 +88,7 @@ def align(
             in parts on several processes (DTensor, as FSDP-2 makes them) are put together on each, and B's are returned
             in the parts that they had; all processes must call this alike.
         matcher: how to choose the permutation; `WeightMatching()` by default.
-        spec: the symmetries; inferred from `model_a` if it is a module.
+        spec: the symmetries; inferred from `model_a` if it is a module. Of general ones, the permutations are used.
         example_inputs, example_kwargs: arguments of forward to infer the symmetries on; found if neither is given.
         seed: for all random choices.
         progress: called with a `Sweep` after each sweep of the matcher.
@@ -116,6 +116,7 @@ def align(
     from permgraph.matching.agreement import agreed_spec
 
     spec, notes = agreed_spec((model_a, model_b), ("A", "B"), spec, example_inputs, example_kwargs)
+    spec = spec.permutations()
     spec.check(a)
     spec.check(b)
     if matcher is None:

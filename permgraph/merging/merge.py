@@ -44,7 +44,7 @@ def merge(
             and dtype; the result has the first one's. Sharded tensors (DTensor) are gathered, and offloaded ones
             fetched; the result is sharded as the first is, and all processes must call this alike.
         method: how to choose the permutations: `CycleConsistent()` by default, `MergeMany` or `ToReference`.
-        spec: the symmetries; inferred from the first module.
+        spec: the symmetries; inferred from the first module. Of general ones, the permutations are used.
         example_inputs, example_kwargs: arguments of forward to infer the symmetries on; found if neither is given.
         weights: how much each model counts in the mean, not in the choice of permutations; scaled to a sum of 1.
         seed: for all random choices.
@@ -90,6 +90,7 @@ def merge(
 
     names = [f"model {number}" for number in range(len(networks))]
     spec, notes = agreed_spec(networks, names, spec, example_inputs, example_kwargs)
+    spec = spec.permutations()
     for number, state in enumerate(states):
         try:
             spec.check(state)

@@ -14,7 +14,7 @@ KERNELS = """
 """
 
 
-@rule(*aten(KERNELS), values="mixed")
+@rule(*aten(KERNELS), values="mixed", acts="attention")
 def scaled_dot_product_attention(call: Call) -> None:
     """q is (.., h, s, d), k is (.., h, t, d), v is (.., h, t, e): softmax(q kᵀ) v, with a mask that is added to q kᵀ.
 

@@ -166,7 +166,7 @@ class Call:
                 self.axes.unify(out.dims[d], factor)
             for i, j in itertools.product(left, right):
                 self.note_tie(source, i, out, j)
-        self.note_rearrangement(source, out)
+        self.note_rearrangement(source, out, how=("view",))
         self.carry_values(source, out, all_of_them=True)
 
     def _around_none(self, source: TypedTensor, out: TypedTensor) -> Sequence[tuple[Sequence[int], Sequence[int]]]:
@@ -195,7 +195,7 @@ class Call:
             self.axes.unify(out.dims[at], axis)
             self.note_tie(source, d, out, at)
             at += 1
-        self.note_rearrangement(source, out)
+        self.note_rearrangement(source, out, how=("take", dim, start, keep))
         self.carry_values(source, out, all_of_them=True)
 
     def take_every(self, source: TypedTensor, out: TypedTensor, dim: int, start: int, step: int) -> None:
@@ -206,7 +206,7 @@ class Call:
             axis = rows if d == dim else source.dims[d]
             self.axes.unify(out.dims[d], self.axes.restrict(axis, restriction))
             self.note_tie(source, d, out, d)
-        self.note_rearrangement(source, out)
+        self.note_rearrangement(source, out, how=("every", dim, start, step))
         self.carry_values(source, out)
 
     def take_known(self, source: TypedTensor, out: TypedTensor, dim: int, indices: Sequence[int]) -> None:
@@ -240,7 +240,7 @@ class Call:
                     self.axes.unify(out.dims[d], self.axes.family(index, members))
             for part in parts:
                 self.note_tie(part, d, out, d)
-        self.note_rearrangement(*parts, out)
+        self.note_rearrangement(*parts, out, how=("join", dim))
         if out.is_integral:
             self.share_values([*parts, out])
         else:
@@ -259,7 +259,7 @@ class Call:
                 axis = self.remember(f"padded {d}", lambda m=around, inner=axis: self.axes.sum([m[0], inner, m[1]]))
             self.axes.unify(out.dims[d], axis)
             self.note_tie(source, d, out, d)
-        self.note_rearrangement(source, out)
+        self.note_rearrangement(source, out, how=("pad", tuple(margins)))
 
     def unify(self, a: TypedTensor, i: int, b: TypedTensor, j: int) -> None:
         """Make one axis of two dimensions, of one tensor or of two: rows and columns are renumbered alike."""
@@ -347,9 +347,9 @@ class Call:
         if a.shape[i] > 1 and b.shape[j] > 1:
             self.ledger.ties.append((a, i, b, j, self.number))
 
-    def note_rearrangement(self, *tensors: TypedTensor) -> None:
-        """Note that this call moved whole axes about between these tensors, for the question of what may depend."""
-        self.ledger.rearrangements.append(Rearrangement(self.number, tensors))
+    def note_rearrangement(self, *tensors: TypedTensor, how: tuple[Any, ...]) -> None:
+        """Note that this call moved whole axes about between these tensors, and how; see `Rearrangement`."""
+        self.ledger.rearrangements.append(Rearrangement(self.number, tensors, how))
 
     def tensor_like(self, tensor: TypedTensor, dim: int, size: int) -> TypedTensor:
         """A tensor inside the operator, of another's shape but for one dimension."""

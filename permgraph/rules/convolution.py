@@ -16,7 +16,10 @@ def _spread(value: Sequence[int], count: int) -> list[int]:
     return list(value) * count if len(value) == 1 else list(value)
 
 
-@rule(*aten("convolution _convolution"), values="mixed", factors=(("input", 1), ("weight", 1)), bias=("bias", 1))
+@rule(
+    *aten("convolution _convolution"), values="mixed", acts="product",
+    factors=(("input", 1), ("weight", 1)), bias=("bias", 1),
+)  # fmt: skip
 @rule(*aten("mkldnn_convolution cudnn_convolution"), values="mixed")
 def convolution(call: Call) -> None:
     """x is (n, g·i, space), w is (g·o, i, kernel), or (g·i, o, kernel) if transposed; the result is (n, g·o, space).
@@ -55,10 +58,13 @@ def convolution_slots(
     return (x, f"n (g i) {before}"), (weight, f"{channels} {inside}"), (None, "(g o)"), (out, f"n (g o) {after}")
 
 
-POOLING = """
-    max_pool1d max_pool2d max_pool3d max_pool2d_with_indices max_pool3d_with_indices avg_pool1d avg_pool2d avg_pool3d
-    adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d
-    adaptive_max_pool2d adaptive_max_pool3d
+LARGEST = """
+    max_pool1d max_pool2d max_pool3d max_pool2d_with_indices max_pool3d_with_indices adaptive_max_pool2d
+    adaptive_max_pool3d
+"""
+MEANS = """
+    avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d _adaptive_avg_pool2d
+    _adaptive_avg_pool3d
 """
 RESAMPLING = """
     upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d upsample_trilinear3d
@@ -71,7 +77,8 @@ BORDERS = """
 
 
 # Along space, which stays put, neighbours may be equal; the channels at one place are so only where they were before.
-@rule(*aten(POOLING + RESAMPLING + BORDERS), values="derived", zeros="all")
+@rule(*aten(LARGEST), values="derived", zeros="all", acts="homogeneous")
+@rule(*aten(MEANS + RESAMPLING + BORDERS), values="derived", zeros="all", acts="product")
 @rule(*aten("max_unpool2d max_unpool3d"), values="padded", zeros="all")
 def over_space(call: Call) -> None:
     """Each channel by itself; the last dimensions, as many as the operator's name says, are space."""
@@ -113,7 +120,7 @@ def pad(call: Call) -> None:
         _over_space(call, len(call["pad"]) // 2)
 
 
-@rule("aten.constant_pad_nd", values="padded")
+@rule("aten.constant_pad_nd", values="padded", acts="moved")
 def constant_pad(call: Call) -> None:
     """Constants before and after: they have no order of their own, the padded axis is a sum."""
     x, out, pad = call["self"], call.out, call["pad"]
@@ -122,7 +129,7 @@ def constant_pad(call: Call) -> None:
     call.pin_values(x, "indices are padded with a constant")
 
 
-@rule(*aten("pixel_shuffle pixel_unshuffle"), values="moved", zeros="all")
+@rule(*aten("pixel_shuffle pixel_unshuffle"), values="moved", zeros="all", acts="moved")
 def pixel_shuffle(call: Call) -> None:
     """Channels (c, r, r) become c channels of r times the height and width, or the reverse."""
     small, large = "... (c a b) h w", "... c (h a) (w b)"
@@ -131,13 +138,13 @@ def pixel_shuffle(call: Call) -> None:
     call.link((call["self"], before), (call.out, after), a=r, b=r)
 
 
-@rule(*aten("channel_shuffle native_channel_shuffle"), values="moved", zeros="all")
+@rule(*aten("channel_shuffle native_channel_shuffle"), values="moved", zeros="all", acts="moved")
 def channel_shuffle(call: Call) -> None:
     """Channels (g, c) become (c, g)."""
     call.link((call["self"], "n (g c) ..."), (call.out, "n (c g) ..."), g=call["groups"])
 
 
-@rule(*aten("im2col col2im"), values="padded", zeros="all")
+@rule(*aten("im2col col2im"), values="padded", zeros="all", acts="product")
 def columns(call: Call) -> None:
     """Windows of an image as columns, (n, c·kernel, windows); or such columns, added up into an image."""
     x: TypedTensor = call["self"]

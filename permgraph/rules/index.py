@@ -33,7 +33,7 @@ def _mark(call: Call, tensor: TypedTensor, dim: int, index: TypedTensor) -> str:
     return "_"
 
 
-@rule("aten.embedding", values="looked up")
+@rule("aten.embedding", values="looked up", acts="moved")
 def embedding(call: Call) -> None:
     """The rows of a table (v, c) at given positions."""
     weight, indices = call["weight"], call["indices"]
@@ -52,7 +52,7 @@ def embedding_bag(call: Call) -> None:
     call.pin(call.out, 0, LOOKED_UP)
 
 
-@rule("aten.index_select", values="looked up", zeros="all")
+@rule("aten.index_select", values="looked up", zeros="all", acts="moved")
 def index_select(call: Call) -> None:
     """Given indices of one dimension."""
     x, index = call["self"], call["index"]
@@ -65,7 +65,7 @@ def index_select(call: Call) -> None:
     call.carry_values(x, call.out)
 
 
-@rule("aten.gather", values="looked up", zeros="all")
+@rule("aten.gather", values="looked up", zeros="all", acts="moved")
 def gather(call: Call) -> None:
     """For each position of the index, one element along a dimension; the other dimensions run along."""
     x, index, dim = call["self"], call["index"], call.dim(call["self"])
@@ -133,7 +133,7 @@ def _along(
     call.link((x, " ".join(looked)), *((t, f"{shared} ; e{dim}" if is_index else shared) for t, is_index in others))
 
 
-@rule(*aten("index _unsafe_index"), values="looked up", zeros="all")
+@rule(*aten("index _unsafe_index"), values="looked up", zeros="all", acts="moved")
 def index(call: Call) -> None:
     """``x[i, :, j]``: index tensors, broadcast together, take the place of the dimensions that they look up."""
     x = call["self"]
@@ -146,7 +146,7 @@ def index(call: Call) -> None:
     call.carry_values(x, call.out)
 
 
-@rule(*aten("index_put _index_put_impl _unsafe_index_put"), values="joined")
+@rule(*aten("index_put _index_put_impl _unsafe_index_put"), values="joined", acts="moved")
 def index_put(call: Call) -> None:
     """``x[i, :, j] = values``."""
     x, values = call["self"], call["values"]
@@ -205,7 +205,8 @@ def _masked(
     return " ".join("_" if d in covered else label for d, label in enumerate(looked)), " ".join(found), []
 
 
-@rule(*aten("index_add index_copy index_reduce"), values="joined")
+@rule(*aten("index_add index_copy"), values="joined", acts="moved")
+@rule("aten.index_reduce", values="joined")
 def index_add(call: Call) -> None:
     """Add or write slices at given indices of one dimension."""
     x, index, source = call["self"], call["index"], call["source"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from permgraph.algebra import Axis
 from permgraph.rules.typed_tensor import TypedTensor
@@ -28,10 +29,19 @@ class Relation:
 
 @dataclass(frozen=True)
 class Rearrangement:
-    """A call which moved whole axes about (view, slice, concatenation): its tensors hold the same atoms."""
+    """A call which moved whole axes about (view, slice, concatenation): its tensors hold the same atoms.
+
+    Args:
+        node: the number of the call.
+        tensors: the sources, then the result.
+        how: which elements went where: ``("view",)``, the same in row-major order; ``("take", dim, start, keep)``, a
+            range of one dimension, which goes where not `keep`; ``("every", dim, start, step)``;
+            ``("join", dim)``, one after the other; ``("pad", margins)``, with others before and after.
+    """
 
     node: int
     tensors: tuple[TypedTensor, ...]
+    how: tuple[Any, ...]
 
 
 @dataclass

@@ -8,7 +8,7 @@ from permgraph.rules.registry import aten, rule
 from permgraph.rules.typed_tensor import TypedTensor
 
 
-@rule("aten.addmm", values="mixed", factors=(("mat1", -1), ("mat2", -2)), bias=("self", -1))
+@rule("aten.addmm", values="mixed", factors=(("mat1", -1), ("mat2", -2)), bias=("self", -1), acts="product")
 @rule("aten._addmm_activation")
 def addmm(call: Call) -> None:
     """``self + mat1 @ mat2``: x is (m, k), w is (k, o); the bias spans the last dimensions of the result."""
@@ -16,19 +16,19 @@ def addmm(call: Call) -> None:
     call.link((call["mat1"], "m k"), (call["mat2"], "k o"), (bias, last_labels("m o", bias)), (call.out, "m o"))
 
 
-@rule("aten.mm", values="mixed", zeros="any", factors=(("self", -1), ("mat2", -2)))
+@rule("aten.mm", values="mixed", zeros="any", factors=(("self", -1), ("mat2", -2)), acts="product")
 def mm(call: Call) -> None:
     """(m, k) times (k, o)."""
     call.link((call["self"], "m k"), (call["mat2"], "k o"), (call.out, "m o"))
 
 
-@rule("aten.bmm", values="mixed", zeros="any", factors=(("self", -1), ("mat2", -2)))
+@rule("aten.bmm", values="mixed", zeros="any", factors=(("self", -1), ("mat2", -2)), acts="product")
 def bmm(call: Call) -> None:
     """(b, m, k) times (b, k, o)."""
     call.link((call["self"], "b m k"), (call["mat2"], "b k o"), (call.out, "b m o"))
 
 
-@rule("aten.baddbmm", values="mixed", factors=(("batch1", -1), ("batch2", -2)), bias=("self", -1))
+@rule("aten.baddbmm", values="mixed", factors=(("batch1", -1), ("batch2", -2)), bias=("self", -1), acts="product")
 def baddbmm(call: Call) -> None:
     """``self + batch1 @ batch2`` for each b."""
     call.link(
@@ -37,7 +37,7 @@ def baddbmm(call: Call) -> None:
     )  # fmt: skip
 
 
-@rule("aten.addbmm", values="mixed", bias=("self", -1))
+@rule("aten.addbmm", values="mixed", bias=("self", -1), acts="product")
 def addbmm(call: Call) -> None:
     """``self`` and the sum over b of ``batch1 @ batch2``."""
     call.link(
@@ -54,38 +54,38 @@ def addr(call: Call) -> None:
     )
 
 
-@rule("aten.mv", values="mixed", zeros="any", factors=(("self", -1), ("vec", -1)))
+@rule("aten.mv", values="mixed", zeros="any", factors=(("self", -1), ("vec", -1)), acts="product")
 def mv(call: Call) -> None:
     """(m, k) times (k)."""
     call.link((call["self"], "m k"), (call["vec"], "k"), (call.out, "m"))
 
 
-@rule("aten.addmv", values="mixed", factors=(("mat", -1), ("vec", -1)), bias=("self", -1))
+@rule("aten.addmv", values="mixed", factors=(("mat", -1), ("vec", -1)), bias=("self", -1), acts="product")
 def addmv(call: Call) -> None:
     """``self + mat @ vec``."""
     call.link((call["mat"], "m k"), (call["vec"], "k"), (call["self"], last_labels("m", call["self"])), (call.out, "m"))
 
 
-@rule("aten.dot", values="mixed", zeros="any", factors=(("self", -1), ("tensor", -1)))
-@rule("aten.vdot", values="mixed", zeros="any", factors=(("self", -1), ("other", -1)))
+@rule("aten.dot", values="mixed", zeros="any", factors=(("self", -1), ("tensor", -1)), acts="product")
+@rule("aten.vdot", values="mixed", zeros="any", factors=(("self", -1), ("other", -1)), acts="product")
 def dot(call: Call) -> None:
     """The sum of products."""
     call.link((call.tensors[0], "k"), (call.tensors[1], "k"))
 
 
-@rule(*aten("ger outer"), values="derived", zeros="any")
+@rule(*aten("ger outer"), values="derived", zeros="any", acts="product")
 def outer(call: Call) -> None:
     """Every product of two vectors' elements."""
     call.link((call["self"], "m"), (call["vec2"], "n"), (call.out, "m n"))
 
 
-@rule("aten.linear", values="mixed", factors=(("input", -1), ("weight", -1)), bias=("bias", -1))
+@rule("aten.linear", values="mixed", factors=(("input", -1), ("weight", -1)), bias=("bias", -1), acts="product")
 def linear(call: Call) -> None:
     """x's last axis is w's second; w's first is b's; the result is x's leading axes, then w's first."""
     call.link((call["input"], "... k"), (call["weight"], "o k"), (call["bias"], "o"), (call.out, "... o"))
 
 
-@rule("aten._trilinear", values="mixed", zeros="any")
+@rule("aten._trilinear", values="mixed", zeros="any", acts="product")
 def trilinear(call: Call) -> None:
     """What `bilinear` runs: a product of three tensors, each broadcast along some dimensions, summed over others."""
     total = call.out.ndim + len(call["sumdim"])

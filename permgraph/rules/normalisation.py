@@ -11,7 +11,7 @@ BATCH_NORMS = """
 """
 
 
-@rule(*aten(BATCH_NORMS), values="derived")
+@rule(*aten(BATCH_NORMS), values="derived", acts="batch norm")
 def batch_norm(call: Call) -> None:
     """x is (b, c, space); weight, bias and running statistics are (c). Statistics are over all but c."""
     x = call["input"]
@@ -21,8 +21,8 @@ def batch_norm(call: Call) -> None:
     call.link((x, every), *((t, "c") for t in (*parameters, *saved)), (call.out, every))
 
 
-@rule(*aten("_fused_rms_norm rms_norm"), values="derived", zeros="any")
-@rule(*aten("native_layer_norm layer_norm"), values="derived")
+@rule(*aten("_fused_rms_norm rms_norm"), values="derived", zeros="any", acts="rms norm")
+@rule(*aten("native_layer_norm layer_norm"), values="derived", acts="layer norm")
 def layer_norm(call: Call) -> None:
     """Statistics over the last dimensions, those of the weight; each leading index has its own."""
     x = call["input"]
@@ -41,7 +41,7 @@ def layer_norm_labels(call: Call) -> tuple[str, str]:
     return lead, " ".join(f"n{i}" for i in range(count))
 
 
-@rule(*aten("native_group_norm group_norm"), values="derived")
+@rule(*aten("native_group_norm group_norm"), values="derived", acts="group norm")
 def group_norm(call: Call) -> None:
     """x is (n, g·i, space); statistics for each n and g."""
     x = call["input"]

@@ -6,14 +6,13 @@ from permgraph.rules.call import Call
 from permgraph.rules.registry import aten, rule
 
 DISTINCT = """
-    acos acosh arccos cos cosh digamma dequantize erfc exp exp2 frexp i0 lgamma log log10 log2
-    log_sigmoid log_sigmoid_forward logaddexp logaddexp2 polygamma reciprocal rsqrt sigmoid sinc softplus
-    special_expit special_ndtr
+    acos acosh arccos digamma dequantize erfc exp exp2 frexp lgamma log log10 log2 log_sigmoid log_sigmoid_forward
+    logaddexp logaddexp2 polygamma sigmoid softplus special_expit special_ndtr
 """
 DISTINCT_AND_ZERO_AT_ZERO = """
-    abs arcsin arctan asin asinh atan atanh celu conj _conj conj_physical deg2rad erf erfinv expm1 frac gelu hypot log1p
-    mish neg negative rad2deg resolve_neg selu silu sin sinh special_expm1 special_log1p sqrt square tan tanh
+    celu conj _conj conj_physical expm1 frac gelu log1p mish selu silu special_expm1 special_log1p
 """
+ODD = "arcsin arctan asin asinh atan atanh erf erfinv sin sinh tan tanh"
 REPEATING = """
     angle __and__ atan2 bitwise_and bitwise_left_shift bitwise_not bitwise_or bitwise_right_shift bitwise_xor ceil clamp
     clamp_max clamp_min clip complex copysign fake_quantize_per_tensor_affine fake_quantize_per_tensor_affine_cachemask
@@ -22,24 +21,36 @@ REPEATING = """
     __ixor__ logical_and logical_not logical_or logical_xor logit __lshift__ nan_to_num nextafter __or__ polar
     quantize_per_tensor real remainder __rshift__ signbit threshold __xor__
 """
-REPEATING_AND_ZERO_AT_ZERO = "hardshrink hardswish relu relu6 round sgn sign softshrink trunc"
-PRODUCTS = "addcdiv addcmul div divide lerp true_divide"
+REPEATING_AND_ZERO_AT_ZERO = "hardshrink hardswish relu6 round sgn sign softshrink trunc"
+PRODUCTS = "addcdiv addcmul lerp"
 
 
 # Forward-mode derivatives are written in torch's own primitive operators.
 @rule(*aten(DISTINCT), values="distinct")
-@rule(*aten("add rsub sub subtract"), "prims.add", "prims.sub", values="distinct", repeats_if_zero=("alpha",))
-@rule(*aten(DISTINCT_AND_ZERO_AT_ZERO), "prims.neg", values="distinct", zeros="all")
-@rule(*aten("leaky_relu"), values="distinct", zeros="all", repeats_if_zero=("negative_slope",))
+@rule(*aten("add sub subtract rsub"), values="distinct", repeats_if_zero=("alpha",), acts="sum")
+@rule("prims.add", "prims.sub", values="distinct")
+@rule(*aten(DISTINCT_AND_ZERO_AT_ZERO), values="distinct", zeros="all")
+@rule(*aten("neg negative deg2rad rad2deg resolve_neg"), "prims.neg", values="distinct", zeros="all", acts="product")
+@rule(*aten(ODD), values="distinct", zeros="all", acts="odd")
+@rule(*aten("cos cosh i0 sinc"), values="distinct", acts="even")
+@rule("aten.abs", values="distinct", zeros="all", acts="absolute")
+@rule("aten.square", values="distinct", zeros="all", acts="square")
+@rule("aten.sqrt", values="distinct", zeros="all", acts="root")
+@rule("aten.hypot", values="distinct", zeros="all", acts="homogeneous")
+@rule("aten.rsqrt", values="distinct", acts="inverse root")
+@rule("aten.reciprocal", values="distinct", acts="reciprocal")
+@rule("aten.leaky_relu", values="distinct", zeros="all", repeats_if_zero=("negative_slope",), acts="homogeneous")
 @rule(*aten("elu"), values="distinct", zeros="all", repeats_if_zero=("alpha", "scale", "input_scale"))
-@rule(*aten("pow float_power"), values="product", repeats_if_zero=("self", "exponent"))
-@rule(*aten("mul multiply"), "prims.mul", values="product", zeros="any", repeats_if_zero=("other",))
+@rule(*aten("pow float_power"), values="product", repeats_if_zero=("self", "exponent"), acts="power")
+@rule(*aten("mul multiply"), "prims.mul", values="product", zeros="any", repeats_if_zero=("other",), acts="product")
+@rule(*aten("div divide true_divide"), values="product", repeats_if_zero=("self",), acts="quotient")
 @rule(*aten(PRODUCTS), "prims.div", values="product", repeats_if_zero=("self",))
 @rule(*aten("special_xlog1py xlogy"), values="product", repeats_if_zero=("self", "other"))
 @rule(*aten(REPEATING), values="repeat")
 @rule(*aten(REPEATING_AND_ZERO_AT_ZERO), values="repeat", zeros="all")
+@rule("aten.relu", values="repeat", zeros="all", acts="homogeneous")
 @rule(*aten("ge greater gt le less lt"), values="repeat", compares=True)
-@rule(*aten("fmax fmin maximum minimum"), values="limit", zeros="all")
+@rule(*aten("fmax fmin maximum minimum"), values="limit", zeros="all", acts="homogeneous")
 def arithmetic(call: Call) -> None:
     """Every operand and the result share their dimensions, counted from the last."""
     call.pointwise(*call.tensors, *call.results)
@@ -53,7 +64,7 @@ COPIES = """
 """
 
 
-@rule(*aten(COPIES), values="same", zeros="all")
+@rule(*aten(COPIES), values="same", zeros="all", acts="moved")
 def copies(call: Call) -> None:
     """The same values in a new tensor."""
     if not call.tensors:  # a plain number, as `flex_attention` casts it
@@ -74,7 +85,7 @@ def equality(call: Call) -> None:
     arithmetic(call)
 
 
-@rule("aten.copy", values="joined")
+@rule("aten.copy", values="joined", acts="moved")
 def copy(call: Call) -> None:
     """Overwrite a tensor with another, broadcast to it: what it held before no longer matters."""
     call.pointwise(call["src"], call.out)
@@ -82,7 +93,7 @@ def copy(call: Call) -> None:
     call.share_values([call["src"], call.out])
 
 
-@rule(*aten("where.self where.ScalarOther where.ScalarSelf where.Scalar"), values="choice")
+@rule(*aten("where.self where.ScalarOther where.ScalarSelf where.Scalar"), values="choice", acts="choice")
 def where(call: Call) -> None:
     """One tensor or the other, by a condition."""
     call.pointwise(*call.tensors, call.out)
@@ -90,7 +101,7 @@ def where(call: Call) -> None:
 
 
 @rule("aten.fill", values="padded")
-@rule("aten.masked_fill", values="choice")
+@rule("aten.masked_fill", values="choice", acts="choice")
 def masked_fill(call: Call) -> None:
     """The tensor, or one value where the mask is set."""
     call.pointwise(*call.tensors, call.out)
@@ -108,7 +119,7 @@ def _choose(call: Call, names: tuple[str, str]) -> None:
             call.pin_values(tensor, "an index is mixed with a number")
 
 
-@rule(*aten("prelu _prelu_kernel"), values="derived")
+@rule(*aten("prelu _prelu_kernel"), values="derived", acts="slope")
 def prelu(call: Call) -> None:
     """A slope for each channel, the second dimension of a plain tensor."""
     x, weight = call.tensors
@@ -118,7 +129,7 @@ def prelu(call: Call) -> None:
         call.pointwise(x, weight, call.out)
 
 
-@rule("aten.glu", values="derived")
+@rule("aten.glu", values="derived", acts="gate")
 def glu(call: Call) -> None:
     """The first half of a dimension, gated by the second half."""
     x, dim = call["self"], call.dim(call["self"], default=-1)
@@ -127,7 +138,7 @@ def glu(call: Call) -> None:
         call.take(x, call.out, dim, start, start + half)
 
 
-@rule(*aten("native_dropout dropout feature_dropout alpha_dropout"), values="derived")
+@rule(*aten("native_dropout dropout feature_dropout alpha_dropout"), values="derived", acts="moved")
 def dropout(call: Call) -> None:
     """The identity at inference; in a pass that training needs, noise whose numbering does not matter."""
     x = call.tensors[0]

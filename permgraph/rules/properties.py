@@ -41,6 +41,41 @@ Otherwise:
 - ``"unknown"``: nothing is known: elements may be equal, and so may whole slices. This is the default.
 """
 
+Acts = Literal[
+    "unknown", "moved", "sum", "product", "quotient", "choice", "gate",
+    "homogeneous", "odd", "even", "absolute", "square", "root", "inverse root", "reciprocal", "power", "slope",
+    "norm", "spread", "rms norm", "layer norm", "group norm", "batch norm", "attention",
+]  # fmt: skip
+"""How an operator acts, and so which scalings, rotations and other matrices along an axis pass through it.
+
+A rule's labels say which axes are permuted alike; this says what more than a permutation may happen to them. Linear, or
+linear in each operand:
+
+- ``"moved"``: elements in other places, all of them unchanged; zeros may be added.
+- ``"sum"``: operands are added or subtracted, with broadcasting.
+- ``"product"``: the product of the operands, summed over the labels that the result lacks; the operand named by `bias`
+  is added. With one operand, any linear map that treats all indices of a label alike: a sum, a mean, a change of sign.
+- ``"quotient"``: the first operand over the second.
+- ``"choice"``: one operand or another, by a mask of truth values.
+- ``"gate"``: the first half of a dimension times a function of the second half.
+
+A function f of each element by itself, or of all those along labels that the result lacks:
+
+- ``"homogeneous"``: f(c x) = c f(x) for c > 0, of all operands together; of maxima and of a ReLU.
+- ``"odd"``, ``"even"``: f(-x) = -f(x), f(-x) = f(x).
+- ``"absolute"``, ``"square"``, ``"root"``, ``"inverse root"``, ``"reciprocal"``: the functions of these names.
+- ``"power"``: the operand to the power that is the argument ``exponent``.
+- ``"slope"``: homogeneous in the first operand; the second one has a slope for each index.
+
+Along the labels that the result lacks, or those that are normalised:
+
+- ``"norm"``: the root of the sum of squares, and of nothing else.
+- ``"spread"``: a variance or a standard deviation.
+- ``"rms norm"``, ``"layer norm"``, ``"group norm"``, ``"batch norm"``, ``"attention"``: the layers of these names.
+
+``"unknown"`` is the default: nothing but permutations passes.
+"""
+
 ELEMENTWISE = frozenset(["repeat", "distinct", "product", "limit", "choice", "same"])
 
 
@@ -56,6 +91,7 @@ class Properties:
         factors: the two factors of a product, each with the dimension over which the product sums.
         bias: the argument that is added to a product, and the dimension of the result along which it varies.
         reads_values: whether any element of the arguments is read, rather than their shape alone.
+        acts: how the operator acts on matrices along its axes, see `Acts`.
     """
 
     values: Values = "unknown"
@@ -65,10 +101,13 @@ class Properties:
     factors: tuple[tuple[str, int], tuple[str, int]] | None = None
     bias: tuple[str, int] | None = None
     reads_values: bool = True
+    acts: Acts = "unknown"
 
     def __post_init__(self) -> None:
         if self.values not in get_args(Values):
             raise ValueError(f"values={self.values!r} is none of {', '.join(map(repr, get_args(Values)))}")
+        if self.acts not in get_args(Acts):
+            raise ValueError(f"acts={self.acts!r} is none of {', '.join(map(repr, get_args(Acts)))}")
         if self.zeros not in (None, "all", "any"):
             raise ValueError(f"zeros={self.zeros!r} is neither 'all' nor 'any'")
 

@@ -12,7 +12,7 @@ from permgraph.rules.pattern import last_labels
 from permgraph.rules.registry import aten, rule
 from permgraph.rules.typed_tensor import TypedTensor
 
-REDUCTIONS = "sum mean amax amin aminmax prod var std var_mean std_mean nansum frobenius_norm"
+REDUCTIONS = "aminmax prod var_mean std_mean nansum"
 
 
 def _reduced(call: Call, x: TypedTensor, out: TypedTensor, dims: Collection[int]) -> str:
@@ -23,7 +23,11 @@ def _reduced(call: Call, x: TypedTensor, out: TypedTensor, dims: Collection[int]
 
 
 @rule(*aten(REDUCTIONS), values="reduced", zeros="all")
-@rule(*aten("norm linalg_vector_norm"), values="reduced", zeros="all", repeats_if_zero=("p", "ord"))
+@rule(*aten("sum mean"), values="reduced", zeros="all", acts="product")
+@rule(*aten("amax amin"), values="reduced", zeros="all", acts="homogeneous")
+@rule(*aten("var std"), values="reduced", zeros="all", acts="spread")
+@rule("aten.frobenius_norm", values="reduced", zeros="all", acts="norm")
+@rule(*aten("norm linalg_vector_norm"), values="reduced", zeros="all", repeats_if_zero=("p", "ord"), acts="norm")
 @rule("aten.logsumexp", values="reduced")
 @rule(*aten("any all count_nonzero _is_all_true"))
 def reduction(call: Call) -> None:
@@ -125,10 +129,11 @@ def softmax(call: Call) -> None:
     call.link((x, every), (call.out, every), via=[call.names(x, skip=[call.dim(x)])])
 
 
-@rule(*aten("cumsum cumprod logcumsumexp"), values="reduced")
+@rule("aten.cumsum", values="reduced", acts="product")
+@rule(*aten("cumprod logcumsumexp"), values="reduced")
 @rule(*aten("cummax cummin"))
 @rule("aten.diff", values="derived")
-@rule(*aten("flip roll rot90"), values="moved", zeros="all")
+@rule(*aten("flip roll rot90"), values="moved", zeros="all", acts="moved")
 def ordered(call: Call) -> None:
     """Neighbours along a dimension matter: it stays put, the others pass."""
     x = call.tensors[0]

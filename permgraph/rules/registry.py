@@ -22,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeVar
 
-from permgraph.rules.properties import UNDECLARED, Properties, Values
+from permgraph.rules.properties import UNDECLARED, Acts, Properties, Values
 
 if TYPE_CHECKING:
     from permgraph.rules.call import Call
@@ -69,6 +69,7 @@ def rule(
     factors: tuple[tuple[str, int], tuple[str, int]] | None = None,
     bias: tuple[str, int] | None = None,
     reads_values: bool = True,
+    acts: Acts = "unknown",
 ) -> Callable[[F], F]:
     """Register a function as the rule of these operators, and declare what is known of the values of their results.
 
@@ -87,16 +88,18 @@ def rule(
         factors: the two factors of a product, each with the dimension over which the product sums.
         bias: the argument that is added to a product, and the dimension of the result along which it varies.
         reads_values: whether any element of the arguments is read, rather than their shape alone.
+        acts: how the operator acts on scalings, rotations and other matrices along its axes, see
+            `permgraph.rules.properties.Acts`. If nothing is said, only permutations pass.
 
     Raises:
-        ValueError: `values` or `zeros` is none of the words above.
+        ValueError: `values`, `acts` or `zeros` is none of the words above.
 
     >>> @rule("mylib.scale_channels")
     ... def scale_channels(call):
     ...     call.link((call["x"], "n c ..."), (call["scale"], "c"), (call.out, "n c ..."))
     """
 
-    properties = Properties(values, repeats_if_zero, compares, zeros, factors, bias, reads_values)
+    properties = Properties(values, repeats_if_zero, compares, zeros, factors, bias, reads_values, acts)
 
     def register(function: F) -> F:
         for operator in operators:

@@ -11,7 +11,7 @@ VIEWS = """
 """
 
 
-@rule(*aten(VIEWS), values="moved", zeros="all")
+@rule(*aten(VIEWS), values="moved", zeros="all", acts="moved")
 def view(call: Call) -> None:
     """The same elements in row-major order."""
     x = call["self"]
@@ -21,14 +21,14 @@ def view(call: Call) -> None:
         call.regroup(x, call.out)
 
 
-@rule(*aten("permute permute_copy"), values="kept", zeros="all")
+@rule(*aten("permute permute_copy"), values="kept", zeros="all", acts="moved")
 def permute(call: Call) -> None:
     """Dimensions in the order given."""
     x = call["self"]
     call.move(x, call.out, [d % x.ndim for d in call["dims"]])
 
 
-@rule(*aten("transpose swapaxes swapdims"), values="kept", zeros="all")
+@rule(*aten("transpose swapaxes swapdims"), values="kept", zeros="all", acts="moved")
 def transpose(call: Call) -> None:
     """Two dimensions change places."""
     x = call["self"]
@@ -39,7 +39,7 @@ def transpose(call: Call) -> None:
     call.move(x, call.out, order)
 
 
-@rule(*aten("t numpy_T mT mH adjoint matrix_H"), values="kept", zeros="all")
+@rule(*aten("t numpy_T mT mH adjoint matrix_H"), values="kept", zeros="all", acts="moved")
 def reverse_dimensions(call: Call) -> None:
     """The last two dimensions change places (all of them, in `numpy_T`)."""
     x = call["self"]
@@ -48,7 +48,7 @@ def reverse_dimensions(call: Call) -> None:
     call.move(x, call.out, order[::-1] if "numpy_T" in name else [*order[:-2], *order[-2:][::-1]])
 
 
-@rule("aten.movedim", values="kept", zeros="all")
+@rule("aten.movedim", values="kept", zeros="all", acts="moved")
 def movedim(call: Call) -> None:
     """Dimensions go to new places, the others keep their order."""
     x = call["self"]
@@ -59,7 +59,7 @@ def movedim(call: Call) -> None:
     call.move(x, call.out, [placed[d] if d in placed else next(rest) for d in range(x.ndim)])
 
 
-@rule("aten.unsqueeze", values="kept", zeros="all")
+@rule("aten.unsqueeze", values="kept", zeros="all", acts="moved")
 def unsqueeze(call: Call) -> None:
     """A new dimension of one."""
     x = call["self"]
@@ -69,7 +69,7 @@ def unsqueeze(call: Call) -> None:
     call.move(x, call.out, order)
 
 
-@rule("aten.squeeze", values="kept", zeros="all")
+@rule("aten.squeeze", values="kept", zeros="all", acts="moved")
 def squeeze(call: Call) -> None:
     """Dimensions of one go."""
     x = call["self"]
@@ -77,7 +77,7 @@ def squeeze(call: Call) -> None:
     call.move(x, call.out, [d for d in range(x.ndim) if not (d in dims and x.shape[d] == 1)])
 
 
-@rule(*aten("expand broadcast_to expand_as expand_copy"), values="kept", zeros="all")
+@rule(*aten("expand broadcast_to expand_as expand_copy"), values="kept", zeros="all", acts="moved")
 def expand(call: Call) -> None:
     """Dimensions of one, and new ones in front, are repeated: nothing tells the copies apart."""
     x, out = call["self"], call.out
@@ -86,7 +86,7 @@ def expand(call: Call) -> None:
     call.move(x, out, order)
 
 
-@rule(*aten("repeat tile"), values="padded", zeros="all")
+@rule(*aten("repeat tile"), values="padded", zeros="all", acts="moved")
 def repeat(call: Call) -> None:
     """Each dimension several times over: (copies, dimension)."""
     x, out = call["self"], call.out
@@ -102,7 +102,7 @@ def repeat(call: Call) -> None:
     call.carry_values(x, out)
 
 
-@rule("aten.repeat_interleave.self_int", values="padded", zeros="all")
+@rule("aten.repeat_interleave.self_int", values="padded", zeros="all", acts="moved")
 def repeat_interleave(call: Call) -> None:
     """Each index of a dimension several times in a row: (dimension, copies)."""
     x, out = call["self"], call.out
@@ -115,7 +115,7 @@ def repeat_interleave(call: Call) -> None:
     call.carry_values(x, out)
 
 
-@rule(*aten("slice narrow slice_copy"), values="moved", zeros="all")
+@rule(*aten("slice narrow slice_copy"), values="moved", zeros="all", acts="moved")
 def slice_(call: Call) -> None:
     """A range of one dimension. With a step that divides the dimension, one column of (steps, step)."""
     x, out = call["self"], call.out
@@ -134,7 +134,7 @@ def slice_(call: Call) -> None:
         call.carry_values(x, out)
 
 
-@rule(*aten("select select_copy"), values="moved", zeros="all")
+@rule(*aten("select select_copy"), values="moved", zeros="all", acts="moved")
 def select(call: Call) -> None:
     """One index of a dimension."""
     x = call["self"]
@@ -146,7 +146,7 @@ def select(call: Call) -> None:
 SPLITS = "split split_with_sizes chunk unsafe_split unsafe_chunk tensor_split unsafe_split_with_sizes split_copy"
 
 
-@rule(*aten(SPLITS), values="moved", zeros="all")
+@rule(*aten(SPLITS), values="moved", zeros="all", acts="moved")
 def split(call: Call) -> None:
     """Consecutive ranges of one dimension."""
     x: TypedTensor = call.get("self", call.tensors[0])
@@ -157,7 +157,7 @@ def split(call: Call) -> None:
         start += out.shape[dim]
 
 
-@rule(*aten("unbind unbind_copy"), values="moved", zeros="all")
+@rule(*aten("unbind unbind_copy"), values="moved", zeros="all", acts="moved")
 def unbind(call: Call) -> None:
     """Each index of one dimension by itself."""
     x = call["self"]
@@ -166,13 +166,13 @@ def unbind(call: Call) -> None:
         call.take(x, out, dim, at, at + 1, keep=False)
 
 
-@rule(*aten("cat concat concatenate"), values="joined", zeros="all")
+@rule(*aten("cat concat concatenate"), values="joined", zeros="all", acts="moved")
 def cat(call: Call) -> None:
     """Tensors one after the other along a dimension."""
     call.concatenate(call["tensors"], call.out, call.dim(call.out, default=0))
 
 
-@rule("aten.stack", values="joined", zeros="all")
+@rule("aten.stack", values="joined", zeros="all", acts="moved")
 def stack(call: Call) -> None:
     """Tensors side by side along a new dimension."""
     out = call.out
@@ -185,7 +185,7 @@ def stack(call: Call) -> None:
     call.concatenate(rows, out, dim)
 
 
-@rule(*aten("slice_scatter select_scatter"), values="joined", zeros="all")
+@rule(*aten("slice_scatter select_scatter"), values="joined", zeros="all", acts="moved")
 def scatter_into_range(call: Call) -> None:
     """A copy of a tensor with a range of one dimension overwritten."""
     x, src, out = call["self"], call["src"], call.out
@@ -203,7 +203,7 @@ def scatter_into_range(call: Call) -> None:
     call.share_values([x, src, out])
 
 
-@rule(*aten("unfold unfold_copy"), values="derived", zeros="all")
+@rule(*aten("unfold unfold_copy"), values="derived", zeros="all", acts="moved")
 def unfold(call: Call) -> None:
     """Windows of one dimension, in a new last dimension. Windows that do not overlap are a view."""
     x, out = call["self"], call.out
@@ -219,7 +219,7 @@ def unfold(call: Call) -> None:
     call.carry_values(x, out)
 
 
-@rule(*aten("tril triu"), values="padded", zeros="all")
+@rule(*aten("tril triu"), values="padded", zeros="all", acts="moved")
 def triangle(call: Call) -> None:
     """Part of a matrix is set to zero: rows and columns stay put."""
     x = call["self"]
@@ -252,7 +252,7 @@ def trace(call: Call) -> None:
         call.link((x, "v _"), (call.out, ""))
 
 
-@rule(*aten("as_strided as_strided_copy"), values="derived", zeros="all")
+@rule(*aten("as_strided as_strided_copy"), values="derived", zeros="all", acts="moved")
 def as_strided(call: Call) -> None:
     """Memory read in another pattern: understood where that only moves dimensions, recognised by their strides."""
     x, out = call["self"], call.out

@@ -18,7 +18,7 @@ class TypedTensor:
 
     __slots__ = (
         "_origin", "asked_for_repeats", "counts", "dims", "dtype", "known", "name", "permutes", "read", "shape",
-        "uniform", "value", "viewed", "written",
+        "uniform", "use_of", "value", "viewed", "written",
     )  # fmt: skip
 
     def __init__(self, name: str, shape: Sequence[int], dtype: torch.dtype, axes: Axes) -> None:
@@ -30,6 +30,7 @@ class TypedTensor:
         self._origin: TypedTensor | None = None  # no cycle: thousands of them go as soon as nobody holds them
         # Dimensions along which it does not vary: no link ties them, as if they were broadcast.
         self.uniform: frozenset[int] = frozenset()
+        self.use_of: TypedTensor | None = None  # the tensor of which this is one use, where dimensions do not vary
         self.asked_for_repeats: tuple[Callable[[], frozenset[int]], ...] = ()  # see `may_repeat`
         self.read = True  # whether anything depends on it
         self.viewed = False  # whether its memory is seen through other tensors as well

@@ -29,6 +29,7 @@ from permgraph.spec.expressions import (
     size_of,
     walk,
 )
+from permgraph.structures import Structure
 
 IntArray: TypeAlias = npt.NDArray[np.int64]
 
@@ -42,12 +43,14 @@ class Group:
         size: the number of indices that it permutes.
         parents: the groups over which it is fibred, outermost first, and with each of them all of that one's parents.
         fixed: only the identity acts; the group is a name for an axis over which others are fibred.
+        structure: what acts on the axis; permutations alone unless more was asked for.
     """
 
     name: str
     size: int
     parents: tuple[str, ...] = ()
     fixed: bool = False
+    structure: Structure = field(default=Structure(), repr=False)
 
     def __post_init__(self) -> None:
         require_name(self.name, "a group")

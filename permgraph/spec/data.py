@@ -19,7 +19,9 @@ from torch.nn.parameter import is_lazy
 from permgraph.errors import MismatchError, SpecError
 from permgraph.spec.binding import Group, Layout, Occurrence, bind, check_groups
 from permgraph.spec.expressions import Axis, normalise, rename, size_of
+from permgraph.spec.general import General
 from permgraph.spec.provenance import Constraints, Pass, Pin, UnknownOp, Unread
+from permgraph.structures import Structure
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -42,6 +44,7 @@ class SpecData:
     constraints: Constraints | None = field(default=None, repr=False)
     passes: tuple[Pass, ...] = field(default=(), repr=False)
     unread: tuple[Unread, ...] = ()
+    general: General | None = field(default=None, repr=False)
     _layouts: dict[tuple[Axis, ...], Layout] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -73,6 +76,10 @@ class SpecData:
         freeze("axes", MappingProxyType(axes))
         freeze("shapes", MappingProxyType(shapes))
         freeze("aliases", MappingProxyType(dict(self.aliases)))
+        if self.general is not None:
+            self.general.check(self.groups, {name: self.layout(axes[name]) for name in axes}, self.shapes)
+        elif any(not group.structure.is_plain for group in self.groups.values()):
+            raise SpecError("a group has a structure beyond permutations, but nothing says how it acts")
 
     def _shape(self, name: str, axes: tuple[Axis, ...]) -> tuple[int, ...]:
         try:
@@ -108,10 +115,13 @@ class SpecData:
         Two specs share it when they call the same permutations by the same names; what was pinned why, notes and
         shapes of what no group acts on do not count. Renaming a group or a parameter changes it.
         """
-        content = {
+        content: dict[str, Any] = {
             "groups": {name: [g.size, list(g.parents), g.fixed] for name, g in self.groups.items()},
             "axes": {name: list(map(str, axes)) for name, axes in self.axes.items()},
         }
+        if self.general is not None:
+            content["structures"] = {name: str(group.structure) for name, group in self.groups.items()}
+            content["actions"] = self.general.as_json()["actions"]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     # --- groups and where they stand ----------------------------------------------------------------------------------
@@ -173,6 +183,24 @@ class SpecData:
     def multiplicity(self, group: str) -> int:
         """The number of independent permutations that ``group`` has: the product of its parents' sizes."""
         return math.prod(self.groups[parent].size for parent in self.groups[group].parents)
+
+    @property
+    def symmetry(self) -> str:
+        """``"general"`` if groups may have structures beyond permutations, else ``"permutation"``."""
+        return "permutation" if self.general is None else "general"
+
+    def dimension(self) -> int:
+        """The dimension of the continuous part of the group: how many real numbers an element near the identity has."""
+        return sum(
+            self.multiplicity(name) * group.structure.dimension(group.size) for name, group in self.moving.items()
+        )
+
+    def permutations(self) -> Self:
+        """The same spec with permutations alone; itself if there is nothing more."""
+        if self.general is None:
+            return self
+        groups = {name: replace(group, structure=Structure()) for name, group in self.groups.items()}
+        return replace(self, groups=groups, general=None)
 
     def log_order(self) -> float:
         """The natural logarithm of the number of permutations; groups that stand in no parameter do not count."""
@@ -275,7 +303,8 @@ class SpecData:
 
         def show_group(group: Group) -> str:
             over = f" over {' '.join(group.parents)}" if group.parents else ""
-            return f"{group.size}{' fixed' if group.fixed else ''}{over}"
+            structure = "" if group.structure.is_plain else f" {group.structure}"
+            return f"{group.size}{structure}{' fixed' if group.fixed else ''}{over}"
 
         compare("group", self.groups, other.groups, show_group)
         compare("axes of", self.axes, other.axes, lambda axes: " ".join(map(str, axes)) or "scalar")
@@ -301,9 +330,13 @@ class SpecData:
             raise SpecError(f"cannot rename: more than one group would be named {clashes[0]!r}")
         return replace(
             self,
-            groups={new(n): Group(new(n), g.size, tuple(map(new, g.parents)), g.fixed) for n, g in self.groups.items()},
+            groups={
+                new(n): replace(g, name=new(n), parents=tuple(map(new, g.parents))) for n, g in self.groups.items()
+            },
             axes={name: tuple(rename(axis, new) for axis in axes) for name, axes in self.axes.items()},
             unread=tuple(replace(entry, groups=tuple(map(new, entry.groups))) for entry in self.unread),
+            general=self.general
+            and replace(self.general, reasons={new(name): why for name, why in self.general.reasons.items()}),
         )
 
     def __repr__(self) -> str:

@@ -12,7 +12,9 @@ from permgraph.errors import SpecError
 from permgraph.spec.binding import Group
 from permgraph.spec.data import SpecData
 from permgraph.spec.expressions import parse_axis
+from permgraph.spec.general import General
 from permgraph.spec.provenance import Constraints, Pass, Pin, SlotPin, Tie, UnknownOp, Unread
+from permgraph.structures import Structure
 
 FORMAT = "permgraph.spec"
 VERSION = 1
@@ -23,7 +25,7 @@ T = TypeVar("T")
 def to_json(spec: SpecData) -> dict[str, Any]:
     """``spec`` as plain lists and dictionaries; records without names are lists, in the order of their fields."""
     constraints = spec.constraints
-    return {
+    content = {
         "format": FORMAT,
         "version": VERSION,
         "model_class": spec.model_class,
@@ -45,6 +47,10 @@ def to_json(spec: SpecData) -> dict[str, Any]:
         if constraints is None
         else {"ties": list(map(_record, constraints.ties)), "pins": list(map(_record, constraints.pins))},
     }
+    if spec.general is not None:
+        structures = {name: str(group.structure) for name, group in spec.groups.items()}
+        content["general"] = {"structures": structures, **spec.general.as_json()}
+    return content
 
 
 def _record(value: Any) -> list[Any]:
@@ -86,9 +92,12 @@ def from_json(content: Any) -> dict[str, Any]:
         )
 
     groups = {}
+    more = content.get("general")
+    structures = {} if more is None else _get(more, "structures", dict, "general")
     for name, entry in _get(content, "groups", dict).items():
         with _at(f"groups.{name}"):
-            groups[name] = Group(name, _get(entry, "size", int), _names(entry, "parents"), _get(entry, "fixed", bool))
+            size, parents, fixed = _get(entry, "size", int), _names(entry, "parents"), _get(entry, "fixed", bool)
+            groups[name] = Group(name, size, parents, fixed, Structure.parse(structures.get(name, "S")))
     axes, shapes = {}, {}
     for name, entry in _get(content, "parameters", dict).items():
         where = f"parameters.{name}"
@@ -121,6 +130,7 @@ def from_json(content: Any) -> dict[str, Any]:
             _records(constraints, "ties", Tie, (str, str), "constraints"),
             _records(constraints, "pins", SlotPin, (str, str), "constraints"),
         ),
+        general=None if more is None else General.from_json(more),
     )
 
 

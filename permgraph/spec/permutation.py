@@ -64,6 +64,11 @@ class Permutation:
     _plans: dict[Any, tuple[Block, ...]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
+        if self.spec.general is not None:
+            raise SpecError(
+                "this spec has general symmetries, of which permutations are a part: take spec.permutations() for "
+                "whatever knows permutations alone, or an element of the whole group, a Transformation"
+            )
         for name, array in self.arrays.items():
             if name not in self.spec.groups:
                 raise SpecError(f"no group {name!r} in the spec; it has {', '.join(self.spec.groups) or 'none'}")

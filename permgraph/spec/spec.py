@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path as FilePath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from permgraph.display import display
 from permgraph.errors import SpecError
@@ -19,6 +19,7 @@ from permgraph.spec.explain import Explanation, explain, slot_graph
 from permgraph.spec.json import from_json, to_json, write_json
 from permgraph.spec.permutation import Permutation
 from permgraph.spec.text import read_spec, write_spec
+from permgraph.spec.transformation import Transformation
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -63,13 +64,17 @@ class PermutationSpec(SpecData):
 
     # --- permutations -------------------------------------------------------------------------------------------------
 
-    def identity(self) -> Permutation:
-        """The permutation that moves nothing."""
-        return Permutation(self, {})
+    def identity(self) -> Any:
+        """The permutation that moves nothing; the `Transformation` if the spec has general symmetries."""
+        return Permutation(self, {}) if self.general is None else Transformation.identity(self)
 
-    def random(self, seed: int | np.random.Generator | torch.Generator, *, every_group: bool = False) -> Permutation:
-        """A uniformly random permutation; see `Permutation.random`."""
-        return Permutation.random(self, seed, every_group=every_group)
+    def random(self, seed: int | np.random.Generator | torch.Generator, *, every_group: bool = False) -> Any:
+        """A uniformly random permutation; see `Permutation.random`.
+
+        Of a spec with general symmetries it is a `Transformation`; see `Transformation.random`.
+        """
+        kind = Permutation if self.general is None else Transformation
+        return kind.random(self, seed, every_group=every_group)
 
     # --- provenance ---------------------------------------------------------------------------------------------------
 

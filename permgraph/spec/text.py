@@ -9,13 +9,15 @@
     groups: hidden 64
     pinned: 3 axes: model input 1 · model output 2
 
-A group that is fibred over others says so, ``d 16 per h``; one that only names an axis is ``fixed``. A scalar has the
+A group that is fibred over others says so, ``d 16 per h``; one that only names an axis is ``fixed``. A structure beyond
+permutations, as in ``d 16 GL per h``, is for people: what is read has permutations alone. A scalar has the
 shape ``scalar``. A name with spaces or punctuation stands in double quotes, as in JSON. Lines that begin with ``#``,
 and the lines ``pinned``, ``unknown operators``, ``unused`` and ``note``, are for people: reading skips them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import textwrap
@@ -27,6 +29,7 @@ from permgraph.errors import SpecError
 from permgraph.spec.binding import Group
 from permgraph.spec.data import SpecData
 from permgraph.spec.expressions import Axis, Fixed, is_name, parse_axes
+from permgraph.structures import Structure
 
 _WIDTH = 118
 _NOTHING = "Nothing to permute:"
@@ -71,7 +74,8 @@ def _whole(axis: Axis) -> str:
 
 def _group(group: Group) -> str:
     over = f" per {' '.join(group.parents)}" if group.parents else ""
-    return f"{group.name} {group.size}{' fixed' if group.fixed else ''}{over}"
+    structure = "" if group.structure.is_plain else f" {group.structure}"
+    return f"{group.name} {group.size}{structure}{' fixed' if group.fixed else ''}{over}"
 
 
 def _pinned(spec: SpecData) -> list[str]:
@@ -160,6 +164,10 @@ def _read_groups(number: int, text: str) -> Iterator[Group]:
             case []:
                 continue
             case [name, size, *rest] if size.isdecimal():
+                if rest and rest[0] not in ("fixed", "per"):
+                    with contextlib.suppress(SpecError):
+                        Structure.parse(rest[0])
+                        rest = rest[1:]
                 fixed = rest[:1] == ["fixed"]
                 parents = rest[1:] if fixed else rest
                 if not parents or (parents[0] == "per" and len(parents) > 1):

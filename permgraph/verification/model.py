@@ -67,7 +67,8 @@ def verify(
 
     Args:
         model: the module; it is not changed, and may be on the meta device.
-        spec: the spec to check; inferred if None.
+        spec: the spec to check; inferred if None. Of one with general symmetries, random elements of the whole group
+            are tried, and larger structures are, too: see `GeneralVerification`.
         example_inputs: positional arguments of forward; found if neither these nor keyword arguments are given.
         example_kwargs: keyword arguments of forward.
         permutation: check this one, on the model's own weights: that they compute the same after it, as
@@ -112,6 +113,12 @@ def verify(
     else:
         given = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs or ())
         inputs = ExampleInputs(given, dict(example_kwargs or {}), "given")
+    if permutation is None and acting.general is not None:
+        from permgraph.verification.general import verify_general
+
+        assert isinstance(acting, PermutationSpec)
+        first = Variation("the inputs", frozenset(), inputs)
+        return replace(verify_general(model, acting, first, seed, tolerance, controls, max_seconds), unread=unread)
     proof = _Proof(model, acting, inputs, permutation, seed, tolerance, controls, started, max_seconds)
     found = proof.on_the_first_inputs()
     late = max_seconds is not None and time.monotonic() - started > max_seconds

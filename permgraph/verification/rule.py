@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 from permgraph.rules.registry import find_rule
 from permgraph.spec.permutation import Permutation
 from permgraph.spec.spec import PermutationSpec
+from permgraph.verification.structure_of_rule import more_than_declared, structure_law, structures_text
 from permgraph.verification.trial_of_rule import Trial, Typed, attempt, canonical
 from permgraph.verification.witness import denied
 
@@ -37,6 +39,8 @@ class RuleReport:
         operators: the operators that ran.
         max_error: the largest difference between results that should be equal.
         spec: the groups that the rule allows on the inputs and results.
+        structures: what acts on each of these groups by what the rule declares with ``acts=``, as in ``"a GL · b P"``;
+            groups of which nothing is said but permutations are left out.
     """
 
     verdict: Verdict
@@ -45,6 +49,16 @@ class RuleReport:
     operators: tuple[str, ...]
     max_error: float
     spec: PermutationSpec
+    structures: str = ""
+    _more: Callable[[], Iterator[str]] = field(default=lambda: iter(()), repr=False, compare=False)
+
+    @functools.cached_property
+    def beyond(self) -> tuple[str, ...]:
+        """What acts on an axis besides what the rule declares, one sentence each; worked out when it is asked for.
+
+        It is no mistake to declare less.
+        """
+        return tuple(self._more())
 
     @property
     def passed(self) -> bool:
@@ -60,7 +74,9 @@ class RuleReport:
 
     def __str__(self) -> str:
         names = ", ".join(self.operators)
-        return "\n".join([f"{names}: {self.axes}: {self.verdict}", *(f"  {problem}" for problem in self.problems)])
+        lines = [f"{names}: {self.axes}: {self.verdict}"]
+        lines += [f"  acts: {self.structures}"] if self.structures else []
+        return "\n".join([*lines, *(f"  {sentence}" for sentence in (*self.problems, *self.beyond))])
 
 
 def check_rule(op: Callable[..., Any], *args: Any, **kwargs: Any) -> RuleReport:
@@ -70,6 +86,10 @@ def check_rule(op: Callable[..., Any], *args: Any, **kwargs: Any) -> RuleReport:
     the group's action on the former results, f(πx) = ρf(x). *Exactness*: the axes are returned as text to compare with
     what they should be, and every exchange of two indices, on each axis and set of axes of one size, is tried; if it
     renumbers the results but is not in the group, the rule is too strict.
+
+    What the rule declares with ``acts=`` is tried in the same way: random scales, signs and matrices of the structures
+    that follow act on inputs and results; and directions are counted along which no more than these acts, see
+    `RuleReport.beyond`.
 
     Give floating-point tensors random float64 values, and dimensions that have nothing to do with each other different
     sizes, best distinct primes: then nothing is equal by chance.
@@ -89,18 +109,26 @@ def check_rule(op: Callable[..., Any], *args: Any, **kwargs: Any) -> RuleReport:
 
     >>> print(check_rule(torch.ops.aten.mm.default, torch.randn(2, 3).double(), torch.randn(3, 5).double()))
     aten.mm.default: (a b), (b c) -> (a c): ok
+      acts: a GL · b GL · c GL
     """
     trial = attempt(op, args, kwargs)
     without = [name for name in dict.fromkeys(trial.operators) if find_rule(name) is None]
     before = trial.call(trial.tensors)
     max_error, problems = _law(trial, before)
+    if not problems:
+        error, problems = structure_law(trial, before)
+        max_error = max(max_error, error)
     verdict: Verdict = "incorrect" if problems else "ok"
+    more = functools.partial(more_than_declared, trial, before if not problems else None)
     if not problems:
         problems = list(denied(trial))
         verdict = "too strict" if problems else "ok"
     if without:
         verdict, problems = "no rule", [*(f"there is no rule for {name}" for name in without), *problems]
-    return RuleReport(verdict, trial.axes_text(), tuple(problems), trial.operators, max_error, trial.spec)
+    return RuleReport(
+        verdict, trial.axes_text(), tuple(problems), trial.operators, max_error, trial.spec,
+        structures_text(trial), more,
+    )  # fmt: skip
 
 
 def _law(trial: Trial, before: Sequence[Tensor]) -> tuple[float, list[str]]:

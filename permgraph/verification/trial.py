@@ -8,7 +8,7 @@ import math
 import random
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -131,6 +131,19 @@ class Trial:
             return self._run()
         finally:
             self._restore(moved)
+
+    def weights(self) -> dict[str, Tensor]:
+        """The weights as they are now, by their canonical names."""
+        return {name: tensor.detach() for name, (_, tensor) in self._floating.items()}
+
+    def outputs_with(self, weights: Mapping[str, Tensor]) -> list[Tensor]:
+        """What the model returns with these weights in the place of its own."""
+        try:
+            for name, values in weights.items():
+                self._write(name, values)
+            return self._run()
+        finally:
+            self._restore(weights)
 
     def outputs_scaled(self, permutation: Permutation, name: str) -> list[Tensor]:
         """What the model returns when those elements of one weight that the permutation moves are scaled at random."""

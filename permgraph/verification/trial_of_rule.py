@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 from permgraph.inference.auto_spec import solve
 from permgraph.inference.describe import Writer
 from permgraph.inference.fibres import find_fibres
+from permgraph.inference.general import with_structures
 from permgraph.inference.solution import Solution
 from permgraph.rules.typed_tensor import TypedTensor
 from permgraph.spec.expressions import Axis, Fixed, refs, rename
@@ -70,6 +71,7 @@ class Trial:
         outputs: the tensors among the results.
         tensors: the values of the inputs.
         call: from other input tensors to the results' tensors.
+        general: the same spec with the structures of the groups.
     """
 
     operators: tuple[str, ...]
@@ -78,14 +80,20 @@ class Trial:
     outputs: tuple[Typed, ...]
     tensors: tuple[Tensor, ...]
     call: Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
+    general: PermutationSpec
 
-    def axes_text(self) -> str:
-        """``(a b), (c b) -> (a c) where a per b``: groups by letters, in the order in which they are met."""
+    def letters(self) -> dict[str, str]:
+        """A letter for each group, in the order in which they are met."""
         names: dict[str, str] = {}
         for typed in (*self.inputs, *self.outputs):
             for axis in typed.axes:
                 for group in refs(axis):
                     names.setdefault(group, _letters(len(names)) + ("!" if self.spec.groups[group].fixed else ""))
+        return names
+
+    def axes_text(self) -> str:
+        """``(a b), (c b) -> (a c) where a per b``: groups by letters, in the order in which they are met."""
+        names = self.letters()
         shown = [
             ", ".join(_renamed(typed, names).text() for typed in side) or "()" for side in (self.inputs, self.outputs)
         ]
@@ -175,9 +183,9 @@ def attempt(op: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, 
     outs += [ins[i] for i in written]
     values = [*tensors, *first, *(held[i] for i in written)]
     names = [*(f"input{i}" for i in range(len(ins))), *(f"result{i}" for i in range(len(outs)))]
-    spec, typed = _typed(solution, names, [*ins, *outs], values)
+    spec, general, typed = _typed(solution, names, [*ins, *outs], values)
     operators = tuple(str(node.target) for node in recorder.graph.nodes if isinstance(node.target, OpOverload))
-    return Trial(operators, spec, typed[: len(ins)], typed[len(ins) :], tensors, call)
+    return Trial(operators, spec, typed[: len(ins)], typed[len(ins) :], tensors, call, general)
 
 
 def _tensors(result: Any) -> tuple[Tensor, ...]:
@@ -213,8 +221,8 @@ def undivided(op: OpOverload) -> Callable[..., Any]:
 
 def _typed(
     solution: Solution, names: Sequence[str], tensors: Sequence[TypedTensor], values: Sequence[Tensor]
-) -> tuple[PermutationSpec, tuple[Typed, ...]]:
-    """The spec in which all these tensors are parameters, index tensors as their one-hot codes."""
+) -> tuple[PermutationSpec, PermutationSpec, tuple[Typed, ...]]:
+    """The spec in which all these tensors are parameters, index tensors as their one-hot codes; and with structures."""
     shown: dict[str, TypedTensor] = {}
     indexed: dict[str, int | None] = {}
     for name, tensor, value in zip(names, tensors, values, strict=True):
@@ -224,11 +232,14 @@ def _typed(
         shape = tensor.shape if size is None else (*tensor.shape, size)
         shown[name] = TypedTensor(name, shape, torch.float64, solution.axes)
         shown[name].dims = list(tensor.dims) if size is None else [*tensor.dims, tensor.axis(-1)]
+        shown[name].use_of = tensor
         indexed[name] = size
     everything = replace(solution, parameters=shown, order=list(shown), unread=())
-    writer = Writer(everything, find_fibres(everything))
+    fibres = find_fibres(everything)
+    writer = Writer(everything, fibres)
     spec = PermutationSpec(groups=writer.groups(), axes=writer.expressions(), unknown_ops=writer.unknown_ops())
-    return spec, tuple(Typed(name, spec.axes[name], indexed[name]) for name in names)
+    general = with_structures(spec, everything, fibres)
+    return spec, general, tuple(Typed(name, spec.axes[name], indexed[name]) for name in names)
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -70,7 +70,7 @@ def test_the_list_as_json_is_that_of_the_library() -> None:
     assert code == 0
     assert [entry["name"] for entry in entries] == [entry.name for entry in pg.list_rules("relu")]
     (relu,) = [entry for entry in entries if entry["name"] == "aten.relu"]
-    assert relu["declared"] == {"values": "repeat", "zeros": "all"}
+    assert relu["declared"] == {"values": "repeat", "zeros": "all", "acts": "homogeneous"}
     file, _, line = relu["place"].rpartition(":")
     assert "@rule" in Path(file).read_text().splitlines()[int(line) - 1]
 

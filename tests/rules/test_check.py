@@ -33,7 +33,7 @@ def test_a_right_rule() -> None:
     assert report.passed
     assert report.matches("(o), (m k), (k o) -> (m o)")
     assert not report.matches("(o), (m k), (k o) -> (o m)")
-    assert str(report) == "aten.addmm.default: (a), (b c), (c a) -> (b a): ok"
+    assert str(report) == "aten.addmm.default: (a), (b c), (c a) -> (b a): ok\n  acts: a GL · c GL"
 
 
 @pytest.mark.usefixtures("restored")

@@ -1,0 +1,203 @@
+"""The stage that finds more than permutations: the structure of each group of a spec, and how it acts where it stands.
+
+It comes after all others, over types that are at rest. Each atom of the types is one axis that is permuted alike
+wherever it stands; every operator says which matrices on it pass (`permgraph.inference.general.acts`), and what is left
+in the end is the group. All of these groups hold every permutation, so that nothing of the spec changes but what is
+added.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+from permgraph.algebra import Axis
+from permgraph.inference.describe import Writer
+from permgraph.inference.fibres import Fibres
+from permgraph.inference.general.acts import Speaker
+from permgraph.inference.general.equations import beyond
+from permgraph.inference.general.gains import Gains
+from permgraph.inference.general.leaves import Leaves, UnreadableError
+from permgraph.inference.general.patterns import Patterns
+from permgraph.inference.general.statements import ORTHOGONAL, Statements
+from permgraph.inference.solution import Solution
+from permgraph.rules.registry import properties_of
+from permgraph.rules.typed_tensor import TypedTensor
+from permgraph.spec.binding import Layout, coordinates
+from permgraph.spec.general import Action, General
+from permgraph.spec.spec import PermutationSpec
+from permgraph.structures import Structure, meet
+
+FIBRED = "other groups are fibred over it"
+JOINED = "it is one axis that a view splits"
+
+
+def with_structures(spec: PermutationSpec, solution: Solution, fibres: Fibres) -> PermutationSpec:
+    """The same spec with the structure of each group, and how it acts on each parameter."""
+    writer = Writer(solution, fibres)
+    parents = {parent for group in spec.groups.values() for parent in group.parents}
+    joined = {writer.names[whole] for whole in writer.fused.values() if whole in writer.names}
+    movable = {
+        atom: name
+        for atom, name in writer.names.items()
+        if name in spec.moving and name not in parents and name not in joined
+    }
+    said = statements(solution, frozenset(movable))
+    for tensor in writer.parameters.values():
+        if tensor.use_of is not None:
+            _link_use(tensor, tensor.use_of, said)
+    occurrences = {name: list(_unknowns(spec, name, writer.parameters[name], said, movable)) for name in spec.axes}
+    by_atom: dict[Axis, list[tuple[str, int, int]]] = defaultdict(list)  # parameter, number of the occurrence, unknown
+    for name, found in occurrences.items():
+        for number, unknowns in enumerate(found):
+            if unknowns:
+                for other in unknowns[1:]:
+                    said.same(unknowns[0], other, f"{name} holds it as one axis")
+                by_atom[said.leaves.atoms[unknowns[0]]].append((name, number, unknowns[0]))
+    actions = {name: [Action()] * len(found) for name, found in occurrences.items()}
+    groups = dict(spec.groups)
+    reasons = {name: FIBRED for name in spec.moving if name in parents}
+    reasons |= dict.fromkeys((name for name in spec.moving if name in joined), JOINED)
+    for atom, name in movable.items():
+        structure, of_places, why = _solve(atom, by_atom[atom], said)
+        groups[name] = replace(groups[name], structure=structure)
+        for (parameter, number, _), action in zip(by_atom[atom], of_places, strict=True):
+            actions[parameter][number] = action
+        if why:
+            reasons[name] = why
+    told = {name: tuple(found) for name, found in actions.items() if any(action != Action() for action in found)}
+    return replace(spec, groups=groups, general=General(told, reasons))
+
+
+def statements(solution: Solution, movable: frozenset[Axis]) -> Statements:
+    """All that the operators of a graph say of the structure of these atoms."""
+    said = Statements(Leaves(solution.axes, movable))
+    speaker = Speaker(said, solution.facts, Gains(solution), Patterns(solution))
+    for call in solution.calls:
+        for tensor in call.tensors:
+            if tensor.use_of is not None:
+                _link_use(tensor, tensor.use_of, said)
+        speaker.speak(call, properties_of(str(call.node.target)))
+    return said
+
+
+def _link_use(used: TypedTensor, source: TypedTensor, said: Statements) -> None:
+    """One use of a tensor that does not vary along some dimensions is that tensor; along them nothing acts."""
+    why = f"{source.name}, which does not vary along it"
+    if used.ndim != source.ndim:
+        said.keep_plain(said.leaves.movable_in(used), f"{source.name}, whose values number it")
+        return
+    try:
+        # Along what does not vary, the one may be cut where the other is not.
+        for index in dict.fromkeys((*said.leaves.elements(source), *said.leaves.elements(used))):
+            ours, its = said.leaves.at(used, index), said.leaves.at(source, index)
+            for dim in used.uniform:
+                said.still((*ours.get(dim, ()), *its.get(dim, ())), why)
+            for dim in ours.keys() | its.keys():
+                if dim not in used.uniform:
+                    for x, y in zip(its[dim], ours[dim], strict=True):
+                        said.same(x, y, why)
+    except UnreadableError:
+        said.keep_plain(said.leaves.movable_in(used, source), f"{source.name} has too many parts")
+
+
+def _unknowns(
+    spec: PermutationSpec, name: str, tensor: TypedTensor, said: Statements, movable: Mapping[Axis, str]
+) -> Iterator[list[int]]:
+    """For each occurrence in a parameter the unknowns at its leaves."""
+    layout = spec.layout(spec.axes[name])
+    found: list[dict[int, None]] = [{} for _ in layout.occurrences]
+    if said.leaves.concerns(tensor) and name not in spec.unused:
+        try:
+            there = _Places(spec, layout)
+            for index in said.leaves.elements(tensor):
+                unknowns = said.leaves.at(tensor, index)
+                numbers = there.at(index, frozenset(movable.values()))
+                for dim in range(tensor.ndim):
+                    own = unknowns.get(dim, ())
+                    names = [movable[said.leaves.atoms[x]] for x in own]
+                    if names != [layout.occurrences[n].group for n in numbers.get(dim, ())]:
+                        raise UnreadableError
+                    for n, x in zip(numbers.get(dim, ()), own, strict=True):
+                        found[n][x] = None
+        except UnreadableError:
+            said.keep_plain(said.leaves.movable_in(tensor), f"{name}, which has too many parts")
+    return (list(unknowns) for unknowns in found)
+
+
+class _Places:
+    """Which occurrences of a parameter are there at one element of it."""
+
+    def __init__(self, spec: PermutationSpec, layout: Layout) -> None:
+        self.layout = layout
+        self._along = {
+            (dim, path, part): coordinates(layout.axes[dim], (*path, part), spec.groups)
+            for occurrence in layout.occurrences
+            for dim, path, part in occurrence.guards
+        }
+
+    def at(self, index: Sequence[int], groups: frozenset[str]) -> dict[int, list[int]]:
+        found: dict[int, list[int]] = defaultdict(list)
+        for number, occurrence in enumerate(self.layout.occurrences):
+            if occurrence.group in groups and all(self._along[g][index[g[0]]] >= 0 for g in occurrence.guards):
+                found[occurrence.dim].append(number)
+        return found
+
+
+def _solve(atom: Axis, places: Sequence[tuple[str, int, int]], said: Statements) -> tuple[Structure, list[Action], str]:
+    """The structure of one atom, its action at each place, and what kept it from being larger."""
+    unknowns = [x for _, _, x in places]
+    still = [Action()] * len(places)
+    if atom in said.plain:
+        return Structure(), still, said.plain[atom]
+    linear, why = _matrices(atom, places, said)
+    if linear is not None:
+        return Structure(linear[0]), linear[1], why
+    scales = said.scales.solutions(unknowns)
+    signs = said.signs.solutions(unknowns)
+    # A sign that each index has of its own is one that all may have in common, too.
+    flips = beyond(said.flips.solutions(unknowns), signs)
+    structure = Structure("", len(scales), len(signs), len(flips))
+    signed = [*signs, *flips]
+    actions = [
+        Action(
+            tuple(row[i] for row in scales) if any(row[i] for row in scales) else (),
+            tuple(row[i] for row in signed) if any(row[i] for row in signed) else (),
+        )
+        for i in range(len(places))
+    ]
+    return structure, actions, why
+
+
+def _matrices(
+    atom: Axis, places: Sequence[tuple[str, int, int]], said: Statements
+) -> tuple[tuple[str, list[Action]] | None, str]:
+    """The group of matrices on an atom, if one larger than that of monomial matrices acts; and what limits it.
+
+    All that the atom stands in must move with the matrix, but for gains, between which it acts.
+    """
+    structure, why = "GL", ""
+    for within, reason in said.at_most.get(atom, {}).items():
+        smaller = meet(structure, within)
+        structure, why = smaller, reason if smaller != structure else why
+    actions = []
+    acts = [(parameter, said.frames.action(x), x) for parameter, _, x in places]
+    if not any(action is not None for _, action, _ in acts):
+        return None, next((_why_inert(said, x) for _, _, x in acts), "")
+    for parameter, action, x in acts:
+        root, _ = said.frames.find(x)
+        if action is None:
+            if parameter not in said.absorbed:
+                return None, _why_inert(said, x)
+            actions.append(Action())
+            continue
+        if root in said.frames.self_dual:
+            smaller = meet(structure, ORTHOGONAL)
+            structure, why = smaller, said.frames.self_dual[root] if smaller != structure else why
+        actions.append(Action((action.sign,), (), action.gains))
+    return (structure, actions), why
+
+
+def _why_inert(said: Statements, x: int) -> str:
+    return said.frames.inert.get(said.frames.find(x)[0], "")

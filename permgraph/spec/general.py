@@ -1,0 +1,123 @@
+"""What a spec says beyond permutations: how the structure of each group acts where the group stands."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from permgraph.errors import SpecError
+from permgraph.spec.binding import Group, Layout
+from permgraph.structures import Structure
+
+
+class Gain(NamedTuple):
+    """A vector that an axis is multiplied with: a parameter, or a number added to one, as in ``1 + weight``."""
+
+    name: str
+    added: float = 0.0
+
+    def __str__(self) -> str:
+        return f"{self.added:g} + {self.name}" if self.added else self.name
+
+
+@dataclass(frozen=True, slots=True)
+class Action:
+    """How the element of a group's structure acts at one place of a parameter, besides the permutation.
+
+    Of a group of matrices g (GL, O, O1) it is g itself, ``powers=(1,)``, its inverse transpose, ``(-1,)``, or neither,
+    ``()``: then the parameter is a gain that the axis was multiplied with, and stays. Between gains, g acts as D g D⁻¹,
+    where D is the diagonal matrix of these gains to these powers.
+
+    Of a group with factors for each index, index j is multiplied by each positive factor to its power, and by each sign
+    (or common sign) to its exponent, zero or one.
+
+    Args:
+        powers: the exponent of each positive factor, or how a matrix acts.
+        signs: the exponent of each sign, then of each common one.
+        gains: gains with exponents, for a matrix.
+    """
+
+    powers: tuple[int, ...] = ()
+    signs: tuple[int, ...] = ()
+    gains: tuple[tuple[Gain, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class General:
+    """The part of a spec that is about more than permutations.
+
+    Args:
+        actions: for a parameter one action for each occurrence of a group in it, in the order of its text; parameters
+            on which nothing but permutations acts may be left out.
+        reasons: for a group what kept its structure from being larger.
+    """
+
+    actions: Mapping[str, tuple[Action, ...]]
+    reasons: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("actions", "reasons"):
+            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return General, (dict(self.actions), dict(self.reasons))
+
+    def check(self, groups: Mapping[str, Group], layouts: Mapping[str, Layout], shapes: Mapping[str, Any]) -> None:
+        """Raise SpecError, naming the parameter, unless the actions fit these groups and where they stand."""
+        for name, actions in self.actions.items():
+            if name not in layouts:
+                raise SpecError(f"there are actions for {name!r}, but no axes")
+            occurrences = layouts[name].occurrences
+            if len(actions) != len(occurrences):
+                raise SpecError(f"{name!r} has {len(occurrences)} axes of groups, but {len(actions)} actions")
+            for action, occurrence in zip(actions, occurrences, strict=True):
+                structure = groups[occurrence.group].structure
+                where = f"{name!r}, dimension {occurrence.dim}: the action of {occurrence.group}, {structure},"
+                if not _fits(action, structure):
+                    raise SpecError(f"{where} has powers {action.powers} and signs {action.signs}")
+                for gain, _ in action.gains:
+                    if max(shapes.get(gain.name, ()), default=0) != groups[occurrence.group].size:
+                        raise SpecError(f"{where} is between the gains {gain}, which is no such parameter")
+
+    def as_json(self) -> dict[str, Any]:
+        """Lists and dictionaries that say the same."""
+        return {
+            "actions": {
+                name: [[list(a.powers), list(a.signs), [[*gain, power] for gain, power in a.gains]] for a in actions]
+                for name, actions in self.actions.items()
+            },
+            "reasons": dict(self.reasons),
+        }
+
+    @classmethod
+    def from_json(cls, content: Any) -> General:
+        """Read what `as_json` wrote.
+
+        Raises SpecError if it is malformed.
+        """
+        try:
+            actions = {
+                name: tuple(
+                    Action(
+                        tuple(map(int, powers)),
+                        tuple(map(int, signs)),
+                        tuple((Gain(str(gain), float(added)), int(power)) for gain, added, power in gains),
+                    )
+                    for powers, signs, gains in rows
+                )
+                for name, rows in content["actions"].items()
+            }
+            reasons = {str(name): str(why) for name, why in content["reasons"].items()}
+            return cls(actions, reasons)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise SpecError(f"general: malformed: {type(error).__name__}: {error}") from None
+
+
+def _fits(action: Action, structure: Structure) -> bool:
+    if structure.linear:
+        return action.powers in ((), (1,), (-1,)) and not action.signs and (bool(action.powers) or not action.gains)
+    counts = (0, structure.scales), (0, structure.signs + structure.flips)
+    lengths = len(action.powers) in counts[0], len(action.signs) in counts[1]
+    return all(lengths) and set(action.signs) <= {0, 1} and not action.gains

@@ -1,0 +1,455 @@
+"""`Transformation`: an element of the group of a spec with general symmetries, and how it acts on state dicts.
+
+It is a permutation, and after that a matrix or factors for each index of each group, at each index of its parents:
+``new = g · old[p]``. What it holds is read at the *new* indices, as a permutation's arrays are.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path as FilePath
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import safetensors
+import safetensors.numpy
+import torch
+
+from permgraph.errors import MismatchError, SpecError
+from permgraph.io.files import write_atomically
+from permgraph.spec.binding import IntArray, Layout, Occurrence, coordinates
+from permgraph.spec.data import SpecData
+from permgraph.spec.expressions import Axis
+from permgraph.spec.general import Action
+from permgraph.spec.permutation import Permutation, old_parents
+from permgraph.structures import random_element
+from permgraph.structures.lattice import factors, is_member
+from permgraph.weights.distributed import gathered, redistributed_like
+
+if TYPE_CHECKING:
+    from permgraph.spec.spec import PermutationSpec
+
+FORMAT = "permgraph.transformation"
+VERSION = "1"
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Transformation:
+    """One element of the group of a spec whose groups have structures beyond permutations.
+
+    Args:
+        spec: the spec to whose groups this belongs.
+        permutation: what permutes the indices; of a group of matrices, the identity.
+        matrices: for each group of matrices (GL, O, O1) an array of shape ``(*parents' sizes, size, size)``.
+        scales: for each group with positive factors an array of shape ``(*parents' sizes, size, factors)``.
+        signs: the same for signs, all of them ±1; the last ones are common signs, which do not vary along the size.
+
+    A group that is left out is at rest.
+
+    Raises:
+        SpecError: the spec has permutations alone.
+        MismatchError: an array has another shape, or other values, than the structure asks for.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+        >>> spec = pg.auto_spec(net, symmetry="general")
+        >>> g = spec.random(seed=0)
+        >>> net.load_state_dict((g @ g.inverse()).apply(net.state_dict()))
+        <All keys matched successfully>
+    """
+
+    spec: PermutationSpec
+    permutation: Permutation
+    matrices: Mapping[str, Array]
+    scales: Mapping[str, Array]
+    signs: Mapping[str, Array]
+
+    def __post_init__(self) -> None:
+        spec = self.spec
+        if spec.general is None:
+            raise SpecError("the spec has permutations alone: its elements are of the class Permutation")
+        complete: dict[str, dict[str, Array]] = {"matrices": {}, "scales": {}, "signs": {}}
+        for kind in complete:
+            for name in getattr(self, kind):
+                if name not in spec.moving or _shapes(spec, name)[kind] is None:
+                    raise MismatchError(f"group {name!r} has no {kind} in this spec")
+        for name in spec.moving:
+            for kind, shape in _shapes(spec, name).items():
+                if shape is not None:
+                    complete[kind][name] = _checked(spec, name, kind, shape, getattr(self, kind).get(name))
+        for name, array in self.permutation.arrays.items():
+            if spec.groups[name].structure.linear and bool((array != np.arange(array.shape[-1])).any()):
+                raise MismatchError(f"group {name!r} is moved by a matrix, so the permutation must leave it alone")
+        for kind, arrays in complete.items():
+            object.__setattr__(self, kind, MappingProxyType(arrays))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Transformation, (
+            self.spec, self.permutation, dict(self.matrices), dict(self.scales), dict(self.signs)
+        )  # fmt: skip
+
+    # --- making -------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def identity(cls, spec: PermutationSpec) -> Transformation:
+        """The element that changes nothing."""
+        return cls(spec, Permutation.identity(spec.permutations()), {}, {}, {})
+
+    @classmethod
+    def random(
+        cls,
+        spec: PermutationSpec,
+        seed: int | np.random.Generator | torch.Generator,
+        *,
+        every_group: bool = False,
+    ) -> Transformation:
+        """A random element: permutations are uniform, and matrices have singular values within [1/2, 2].
+
+        Args:
+            spec: whose groups to draw from.
+            seed: an integer, or a generator of NumPy or PyTorch, which is advanced.
+            every_group: draw permutations again until they move something.
+        """
+        if isinstance(seed, torch.Generator):
+            seed = int(torch.randint(2**62, (), generator=seed, device=seed.device))
+        generator = np.random.default_rng(seed)
+        linear = [name for name in spec.moving if spec.groups[name].structure.linear]
+        moved = Permutation.random(spec.permutations(), generator, every_group=every_group)
+        moved = moved.restricted_to(name for name in moved.arrays if name not in linear)
+        matrices, scales, signs = {}, {}, {}
+        for name in spec.moving:
+            structure, shapes = spec.groups[name].structure, _shapes(spec, name)
+            if (shape := shapes["matrices"]) is not None:
+                drawn = [random_element(structure.linear, shape[-1], generator) for _ in range(math.prod(shape[:-2]))]
+                matrices[name] = np.array(drawn).reshape(shape)
+            if (shape := shapes["scales"]) is not None:
+                scales[name] = factors(shape, generator)
+            if (shape := shapes["signs"]) is not None:
+                signs[name] = generator.choice((-1.0, 1.0), shape)
+                signs[name][..., structure.signs :] = signs[name][..., :1, structure.signs :]
+        return cls(spec, moved, matrices, scales, signs)
+
+    # --- the group ----------------------------------------------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        names = ", ".join(f"{name} {self.spec.groups[name].structure}" for name in list(self.spec.moving)[:4])
+        more = len(self.spec.moving) - 4
+        return f"<Transformation of {names}{f' and {more} more' if more > 0 else ''}>"
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether nothing changes at all, not even by rounding."""
+        return self._at_rest == frozenset(self.spec.moving) and self.permutation.is_identity
+
+    def __matmul__(self, other: Transformation) -> Transformation:
+        """This element after ``other``: ``(g @ h).apply(x)`` is ``g.apply(h.apply(x))``, up to rounding.
+
+        Raises MismatchError if the two belong to different specs.
+        """
+        if not isinstance(other, Transformation):
+            return NotImplemented
+        if self.spec.fingerprint != other.spec.fingerprint:
+            raise MismatchError("the transformations belong to different specs")
+        first = _carried(self.spec, self.permutation, other)
+        return Transformation(
+            self.spec,
+            self.permutation @ other.permutation,
+            {name: matrix @ first["matrices"][name] for name, matrix in self.matrices.items()},
+            {name: array * first["scales"][name] for name, array in self.scales.items()},
+            {name: array * first["signs"][name] for name, array in self.signs.items()},
+        )
+
+    def inverse(self) -> Transformation:
+        """The element that undoes this one, up to rounding."""
+        back = self.permutation.inverse()
+        carried = _carried(self.spec, back, self)
+        return Transformation(
+            self.spec,
+            back,
+            {name: np.asarray(np.linalg.inv(m), dtype=np.float64) for name, m in carried["matrices"].items()},
+            {name: 1 / array for name, array in carried["scales"].items()},
+            carried["signs"],
+        )
+
+    def restricted_to(self, groups: Iterable[str]) -> Transformation:
+        """The same on ``groups``, and the identity on all others."""
+        keep = set(groups)
+
+        def kept(arrays: Mapping[str, Array]) -> dict[str, Array]:
+            return {name: array for name, array in arrays.items() if name in keep}
+
+        moved = self.permutation.restricted_to(keep)
+        return Transformation(self.spec, moved, kept(self.matrices), kept(self.scales), kept(self.signs))
+
+    # --- acting -------------------------------------------------------------------------------------------------------
+
+    def apply(self, state_dict: Mapping[str, Any], *, exclude: Collection[tuple[str, int]] = ()) -> dict[str, Any]:
+        """A new state dict with this element applied; the input is not changed.
+
+        It is computed in float64, and given in each tensor's own type. Keys, ties and what is no tensor are treated as
+        `Permutation.apply` does.
+
+        Args:
+            state_dict: name to tensor.
+            exclude: parameter and dimension of axes to leave as they are. The result is then no longer the same
+                network: this is for controls.
+
+        Raises:
+            SpecError: ``exclude`` names a parameter or dimension that the spec does not know.
+            MismatchError: the state dict does not fit the spec, or a gain that a matrix acts between has a zero.
+        """
+        moved = self.permutation.apply(state_dict, exclude=exclude)
+        known = {self.spec.aliases.get(key, key): value for key, value in state_dict.items()}
+        done: dict[int, torch.Tensor] = {}
+        out = {}
+        for key, value in moved.items():
+            name = self.spec.aliases.get(key, key)
+            if isinstance(value, torch.Tensor) and name in self._acting:
+                if id(value) not in done:
+                    still = frozenset(dim for parameter, dim in exclude if self.spec.canonical(parameter) == name)
+                    done[id(value)] = self._acted(name, value, known, still)
+                out[key] = done[id(value)]
+            else:
+                out[key] = value
+        return out
+
+    def apply_to(
+        self, name: str, tensor: torch.Tensor, state_dict: Mapping[str, Any], *, exclude: Collection[int] = ()
+    ) -> torch.Tensor:
+        """A new tensor: the parameter or buffer ``name`` under this element; gains are read in ``state_dict``."""
+        name = self.spec.canonical(name)
+        moved = self.permutation.apply_to(name, tensor, exclude=exclude)
+        return self._acted(name, moved, state_dict, frozenset(exclude)) if name in self._acting else moved
+
+    def apply_axes(self, axes: tuple[Axis, ...], tensor: torch.Tensor, actions: Sequence[Action] = ()) -> torch.Tensor:
+        """A new tensor: ``tensor``, whose dimensions are ``axes``, with these actions, none of them between gains."""
+        moved = self.permutation.apply_axes(axes, tensor)
+        layout = self.spec.layout(axes)
+        return self._acted_by(layout, actions or [Action()] * len(layout.occurrences), moved, {}, frozenset())
+
+    @functools.cached_property
+    def _at_rest(self) -> frozenset[str]:
+        """The groups whose matrices and factors change nothing."""
+        moved = {n for n, m in self.matrices.items() if (m != np.eye(m.shape[-1])).any()}
+        moved |= {n for arrays in (self.scales, self.signs) for n, a in arrays.items() if (a != 1).any()}
+        return frozenset(self.spec.moving) - moved
+
+    @property
+    def _acting(self) -> Mapping[str, tuple[Action, ...]]:
+        assert self.spec.general is not None
+        return self.spec.general.actions
+
+    def _acted(
+        self, name: str, tensor: torch.Tensor, state_dict: Mapping[str, Any], still: frozenset[int]
+    ) -> torch.Tensor:
+        return self._acted_by(self.spec.layout(self.spec.axes[name]), self._acting[name], tensor, state_dict, still)
+
+    def _acted_by(
+        self,
+        layout: Layout,
+        actions: Sequence[Action],
+        tensor: torch.Tensor,
+        state_dict: Mapping[str, Any],
+        still: frozenset[int],
+    ) -> torch.Tensor:
+        acting = [
+            (occurrence, action)
+            for occurrence, action in zip(layout.occurrences, actions, strict=True)
+            if action != Action() and occurrence.dim not in still and occurrence.group not in self._at_rest
+        ]
+        if not acting:
+            return tensor
+        sample, tensor = tensor, gathered(tensor)
+        new = tensor.to(torch.float64, copy=True)
+        for occurrence, action in acting:
+            structure = self.spec.groups[occurrence.group].structure
+            where = Where(self.spec, layout, occurrence)
+            if structure.linear:
+                matrices = self.matrices[occurrence.group]
+                if action.powers == (-1,):
+                    matrices = np.swapaxes(np.linalg.inv(matrices), -1, -2)
+                where.multiply(new, matrices, self._gain(action, state_dict, new))
+            else:
+                new *= torch.from_numpy(where.spread(self._factor(occurrence.group, action))).to(new.device)
+        return redistributed_like(new.to(tensor.dtype), sample)
+
+    def _factor(self, group: str, action: Action) -> Array:
+        """What each index is multiplied with, of shape ``(*parents' sizes, size)``."""
+        product = np.ones(_sizes(self.spec, group))
+        for kind, exponents in (("scales", action.powers), ("signs", action.signs)):
+            if any(exponents):
+                product = product * np.prod(
+                    getattr(self, kind)[group] ** np.array(exponents, dtype=np.float64), axis=-1
+                )
+        return product
+
+    def _gain(self, action: Action, state_dict: Mapping[str, Any], like: torch.Tensor) -> torch.Tensor | None:
+        gain = None
+        for factor, power in action.gains:
+            values = gathered(state_dict[factor.name]).detach().to(like.device, torch.float64).flatten() + factor.added
+            if bool((values == 0).any()):
+                raise MismatchError(
+                    f"the gain {factor} has a zero, which cannot be undone, so that no matrix can act between it and "
+                    f"its inverse; take spec.permutations() for this network"
+                )
+            gain = values**power if gain is None else gain * values**power
+        return gain
+
+    # --- files --------------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the element to ``path`` as safetensors, with the spec's fingerprint, in one step."""
+        arrays: dict[str, Any] = {f"permutation/{n}": np.array(a) for n, a in self.permutation.arrays.items()}
+        for kind in ("matrices", "scales", "signs"):
+            arrays |= {f"{kind}/{name}": np.ascontiguousarray(a) for name, a in getattr(self, kind).items()}
+        metadata = {"format": FORMAT, "version": VERSION, "fingerprint": self.spec.fingerprint}
+        write_atomically(path, safetensors.numpy.save(arrays, metadata))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], spec: PermutationSpec) -> Transformation:
+        """Read an element of ``spec``'s group that `save` wrote.
+
+        Raises MismatchError, naming the file, if it is none, or belongs to another spec.
+        """
+        where = os.fspath(path)
+        try:
+            content = FilePath(path).read_bytes()
+            arrays = safetensors.numpy.load(content)
+            with safetensors.safe_open(where, "np") as opened:
+                metadata = opened.metadata() or {}
+        except safetensors.SafetensorError as error:
+            raise MismatchError(f"{where}: not a safetensors file: {error}") from None
+        if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:
+            raise MismatchError(f"{where}: not a transformation of version {VERSION}")
+        if metadata.get("fingerprint") != spec.fingerprint:
+            raise MismatchError(f"{where}: this transformation belongs to another spec than the one given")
+        parts: dict[str, dict[str, Any]] = {kind: {} for kind in ("permutation", "matrices", "scales", "signs")}
+        for key, array in arrays.items():
+            kind, _, name = key.partition("/")
+            parts[kind][name] = array
+        moved = Permutation(spec.permutations(), parts["permutation"])
+        return cls(spec, moved, parts["matrices"], parts["scales"], parts["signs"])
+
+
+class Where:
+    """The coordinates of one occurrence in a tensor, of its parents, and of what must hold for it to be there."""
+
+    def __init__(self, spec: SpecData, layout: Layout, occurrence: Occurrence) -> None:
+        self.ndim, self.dim = len(layout.axes), occurrence.dim
+        self.size = spec.groups[occurrence.group].size
+        axes, groups = layout.axes, spec.groups
+        self.own = coordinates(axes[occurrence.dim], occurrence.path, groups)
+        self.parents = [(o.dim, coordinates(axes[o.dim], o.path, groups)) for o in occurrence.parents]
+        self.guards = [(d, coordinates(axes[d], (*path, part), groups) >= 0) for d, path, part in occurrence.guards]
+        self.parent_sizes = tuple(groups[o.group].size for o in occurrence.parents)
+
+    def _along(self, dim: int, vector: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        return vector.reshape([-1 if at == dim else 1 for at in range(self.ndim)])
+
+    def spread(self, factor: Array) -> Array:
+        """A factor for each index, of shape ``(*parents' sizes, size)``, as one that broadcasts over the tensor."""
+        index = [self._along(dim, np.maximum(c, 0)) for dim, c in self.parents]
+        spread = factor[(*index, self._along(self.dim, np.maximum(self.own, 0)))]
+        there = self._along(self.dim, self.own >= 0)
+        for dim, mask in self.guards:
+            there = there & self._along(dim, mask)
+        return np.where(there, spread, 1.0)
+
+    def multiply(self, tensor: torch.Tensor, matrices: Array, gain: torch.Tensor | None) -> None:
+        """Multiply a tensor, in place, along this occurrence by the matrix for each index of its parents."""
+        for at in np.ndindex(*self.parent_sizes):
+            chosen = [np.ones(n, dtype=bool) for n in tensor.shape]
+            chosen[self.dim] &= self.own >= 0
+            for dim, mask in self.guards:
+                chosen[dim] &= mask
+            for (dim, coordinate), value in zip(self.parents, at, strict=True):
+                chosen[dim] &= coordinate == value
+            places = [np.flatnonzero(mask) for mask in chosen]
+            if not all(len(place) for place in places):
+                continue
+            own = self.own[places[self.dim]]
+            stride = self._stride()
+            # Positions that differ in this coordinate alone stand in one row, in its order.
+            rows = places[self.dim][np.lexsort((own, places[self.dim] - own * stride))].reshape(-1, self.size)
+            places[self.dim] = rows.reshape(-1)
+            index = torch.meshgrid(*(torch.from_numpy(p).to(tensor.device) for p in places), indexing="ij")
+            block = tensor[index].movedim(self.dim, -1)
+            block = block.reshape(*block.shape[:-1], -1, self.size)
+            if gain is not None:
+                block = block / gain
+            block = block @ torch.from_numpy(np.array(matrices[at].T)).to(tensor.device)
+            if gain is not None:
+                block = block * gain
+            tensor[index] = block.flatten(-2).movedim(-1, self.dim)
+
+    def at_first_parents(self, matrix: Array) -> Array:
+        """This matrix at the first index of each parent, and the identity at all others."""
+        matrices = np.broadcast_to(np.eye(self.size), (*self.parent_sizes, self.size, self.size)).copy()
+        matrices[tuple(0 for _ in self.parent_sizes)] = matrix
+        return matrices
+
+    def _stride(self) -> int:
+        if self.size == 1:
+            return 1
+        return int((self.own == 1).argmax() - (self.own == 0).argmax())
+
+
+def _sizes(spec: SpecData, name: str) -> tuple[int, ...]:
+    group = spec.groups[name]
+    return (*(spec.groups[parent].size for parent in group.parents), group.size)
+
+
+def _shapes(spec: SpecData, name: str) -> dict[str, tuple[int, ...] | None]:
+    """The shapes of what an element holds for a group; None for what it does not."""
+    structure, sizes = spec.groups[name].structure, _sizes(spec, name)
+    signs = structure.signs + structure.flips
+    return {
+        "matrices": (*sizes, sizes[-1]) if structure.linear else None,
+        "scales": (*sizes, structure.scales) if structure.scales else None,
+        "signs": (*sizes, signs) if signs else None,
+    }
+
+
+def _checked(spec: SpecData, name: str, kind: str, shape: tuple[int, ...], given: Any) -> Array:
+    if given is None:
+        rest = np.broadcast_to(np.eye(shape[-1]), shape) if kind == "matrices" else np.ones(shape)
+        return np.array(rest)
+    array = np.array(given, dtype=np.float64)
+    structure = spec.groups[name].structure
+    if array.shape != shape:
+        raise MismatchError(f"group {name!r}: {kind} of shape {array.shape}, but {shape} is due")
+    if not np.isfinite(array).all():
+        raise MismatchError(f"group {name!r}: {kind} that are not finite")
+    if kind == "matrices":
+        fits = bool(np.all(is_member(structure.linear, array, 1e-6 if structure.linear != "GL" else 1e-300)))
+    elif kind == "scales":
+        fits = bool((array > 0).all())
+    else:
+        fits = bool((np.abs(array) == 1).all())
+        common = array[..., structure.signs :]
+        fits &= bool((common == common[..., :1, :]).all())
+    if not fits:
+        raise MismatchError(f"group {name!r} has the structure {structure}, to which these {kind} do not belong")
+    return array
+
+
+def _carried(spec: SpecData, permutation: Permutation, element: Transformation) -> dict[str, dict[str, Array]]:
+    """What an element holds, read at the indices to which a permutation that comes after it takes them."""
+    found: dict[str, dict[str, Array]] = {}
+    for kind in ("matrices", "scales", "signs"):
+        found[kind] = {}
+        for name, array in getattr(element, kind).items():
+            old: list[IntArray] = old_parents(spec.groups, permutation.arrays, name)
+            if kind == "matrices":
+                found[kind][name] = array[tuple(old)] if old else array
+            else:
+                own = permutation.arrays[name]
+                found[kind][name] = array[(*(index[..., None] for index in old), own)]
+    return found

@@ -1,0 +1,200 @@
+"""The lattice of matrix groups on n indices: which lies within which, what two have in common, who belongs.
+
+========  ============================================================  =================
+name      group                                                         dimension
+========  ============================================================  =================
+``GL``    all invertible matrices                                       n²
+``O``     orthogonal matrices                                           n (n - 1) / 2
+``O1``    orthogonal Q with Q·1 = ±1: what taking the mean out allows   (n - 1) (n - 2) / 2
+``M``     monomial: a permutation, and a factor for each index          n
+``P``     the same with positive factors                                n
+``B``     the same with factors ±1                                      0
+``S±``    a permutation, and one sign for all indices                   0
+``S``     permutations                                                  0
+``T``     a complex factor for each pair (j, j + n/2) of indices        n
+``1``     the identity                                                  0
+========  ============================================================  =================
+
+::
+
+                  GL
+               /   |   \\
+             O     M     T
+            / \\   / \\    |
+          O1    B    P   |
+            \\  /    /    |
+             S±    /     |
+               \\  /      |
+                S        |
+                 \\      /
+                    1
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from permgraph.errors import SpecError
+
+Matrix = npt.NDArray[np.float64]
+
+_BELOW = {
+    "1": "",
+    "S": "1",
+    "S±": "S",
+    "P": "S",
+    "B": "S±",
+    "O1": "S±",
+    "O": "O1 B",
+    "M": "B P",
+    "T": "1",
+    "GL": "O M T",
+}
+
+NAMES: tuple[str, ...] = tuple(_BELOW)
+"""The names of the groups, none before one that lies within it."""
+
+
+def _within(name: str) -> frozenset[str]:
+    return frozenset((name,)).union(*(_within(below) for below in _BELOW[name].split()))
+
+
+_WITHIN = {name: _within(name) for name in NAMES}
+
+
+def is_within(small: str, large: str) -> bool:
+    """Whether every element of one group belongs to the other, whatever n.
+
+    >>> is_within("B", "M"), is_within("P", "O")
+    (True, False)
+    """
+    return small in _WITHIN[_known(large)]
+
+
+def meet(a: str, b: str) -> str:
+    """The largest group of the lattice within both. It is their intersection, but where T meets any but GL and S.
+
+    There it is smaller: what T has in common with O, rotations of each pair, has no name here.
+
+    >>> meet("O", "M"), meet("O1", "B"), meet("P", "O")
+    ('B', 'S±', 'S')
+    """
+    common = _WITHIN[_known(a)] & _WITHIN[_known(b)]
+    return next(name for name in reversed(NAMES) if name in common and common <= _WITHIN[name])
+
+
+def larger(name: str) -> tuple[str, ...]:
+    """The next larger groups.
+
+    >>> larger("S")
+    ('S±', 'P')
+    """
+    _known(name)
+    return tuple(above for above, below in _BELOW.items() if name in below.split())
+
+
+def dimension(name: str, n: int) -> int:
+    """The dimension of the group as a manifold: how many real numbers an element near the identity has."""
+    return {
+        "GL": n * n,
+        "O": n * (n - 1) // 2,
+        "O1": (n - 1) * (n - 2) // 2 if n > 1 else 0,
+        "M": n,
+        "P": n,
+        "T": n,
+    }.get(_known(name), 0)
+
+
+def is_member(name: str, matrices: Matrix, tolerance: float = 1e-9) -> npt.NDArray[np.bool_]:
+    """Of matrices of shape ``(..., n, n)``, which belong to the group, up to errors of this size.
+
+    >>> bool(is_member("S", np.eye(3)[[2, 0, 1]])), bool(is_member("P", -np.eye(3)))
+    (True, False)
+    """
+    n = matrices.shape[-1]
+    present = np.abs(matrices) > tolerance
+
+    def close(left: Matrix | float, right: Matrix | float) -> npt.NDArray[np.bool_]:
+        return np.asarray((np.abs(left - right) <= tolerance).all(axis=(-2, -1)))
+
+    monomial = (present.sum(-1) == 1).all(-1) & (present.sum(-2) == 1).all(-1)
+    orthogonal = close(matrices @ np.swapaxes(matrices, -1, -2), np.eye(n))
+    if name == "GL":
+        return np.asarray(np.abs(np.linalg.det(matrices)) > tolerance)
+    if name == "M":
+        return np.asarray(monomial)
+    if name == "P":
+        return np.asarray(monomial & (matrices >= -tolerance).all((-2, -1)))
+    if name == "B":
+        return np.asarray(monomial & orthogonal)
+    if name == "S±":
+        return np.asarray(is_member("S", matrices, tolerance) | is_member("S", -matrices, tolerance))
+    if name == "S":
+        return np.asarray(is_member("B", matrices, tolerance) & is_member("P", matrices, tolerance))
+    if name == "O":
+        return orthogonal
+    if name == "O1":
+        sums = matrices.sum(-1, keepdims=True)
+        return np.asarray(orthogonal & (close(sums, 1.0) | close(sums, -1.0)))
+    if name == "T":
+        half = n // 2
+        a, b, c, d = (matrices[..., i : i + half, j : j + half] for i in (0, half) for j in (0, half))
+        off = ~np.eye(half, dtype=bool)
+        diagonal = close(a * off, 0.0) & close(b * off, 0.0)
+        return np.asarray(diagonal & close(a, d) & close(b, -c) & (np.abs(np.linalg.det(matrices)) > tolerance))
+    _known(name)
+    return close(matrices, np.eye(n))
+
+
+def random_element(name: str, n: int, generator: np.random.Generator) -> Matrix:
+    """A random element whose singular values lie within [1/2, 2], and that in no smaller group but by chance.
+
+    Raises SpecError where n is odd and the group is T.
+    """
+    if name == "GL":
+        left, right = _random_orthogonal(n, generator), _random_orthogonal(n, generator)
+        return np.asarray((left * factors(n, generator)) @ right)
+    if name == "O":
+        return _random_orthogonal(n, generator)
+    if name == "O1":
+        # A reflection that takes the first unit vector to 1/√n, around an orthogonal matrix of the others.
+        first = np.eye(n)[0] - np.full(n, n**-0.5)
+        length = float(first @ first)
+        mirror = np.eye(n) - (2 * np.outer(first, first) / length if length > 1e-12 else 0.0)
+        inner = np.eye(n)
+        inner[1:, 1:] = _random_orthogonal(n - 1, generator)
+        inner[0, 0] = generator.choice((-1.0, 1.0))
+        return np.asarray(mirror @ inner @ mirror)
+    if name == "T":
+        if n % 2:
+            raise SpecError(f"T acts on pairs of indices, and {n} is odd")
+        scale, angle = factors(n // 2, generator), generator.uniform(0, 2 * np.pi, n // 2)
+        cosine, sine = np.diag(scale * np.cos(angle)), np.diag(scale * np.sin(angle))
+        return np.block([[cosine, -sine], [sine, cosine]])
+    if _known(name) == "1":
+        return np.eye(n)
+    moved = np.eye(n)[generator.permutation(n)]
+    if name == "S±":
+        return np.asarray(moved * generator.choice((-1.0, 1.0)))
+    if name in ("P", "M"):
+        moved = moved * factors(n, generator)[:, None]
+    if name in ("B", "M"):
+        moved = moved * generator.choice((-1.0, 1.0), n)[:, None]
+    return np.asarray(moved)
+
+
+def factors(shape: int | tuple[int, ...], generator: np.random.Generator) -> Matrix:
+    """Random positive factors within [1/2, 2], whose logarithms are uniform."""
+    return np.asarray(np.exp2(generator.uniform(-1, 1, shape)))
+
+
+def _random_orthogonal(n: int, generator: np.random.Generator) -> Matrix:
+    q, r = np.linalg.qr(generator.standard_normal((n, n)))
+    return np.asarray(q * np.where(np.diagonal(r) < 0, -1.0, 1.0))
+
+
+def _known(name: str) -> str:
+    if name not in _BELOW:
+        raise SpecError(f"{name!r} is no structure; there are {', '.join(NAMES)}")
+    return name
