@@ -10,6 +10,7 @@ that a mask has left, unless the mask tells large elements from small.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from operator import getitem
@@ -89,6 +90,8 @@ class _Search:
             return every
         if _is_flat(node, properties) or node.kwargs.get("rounding_mode") is not None:
             return every
+        if values == "derived" and _is_of_one_element(node):
+            return every
         if values == "looked up" and not self._equal_in(sources[:1]):
             return _looked_up(node, name_of(node), ndim)
         if values in CARRIED:
@@ -148,6 +151,10 @@ class _Search:
             return True
         if node.op == "call_function" and (properties.values in ("unknown", "repeat") or _is_flat(node, properties)):
             return True
+        if node.op == "call_function" and properties.elementwise:
+            varying = [s for s in node.all_input_nodes if _widest(s.meta.get("val")) and self._varies_at_all(s)]
+            if len(varying) > 1 and self._may_cancel(node, varying):
+                return True
         passing = properties.values in UNREAD or properties.values == "product"
         return passing and any(source in self._may_be_zero for source in node.all_input_nodes)
 
@@ -193,6 +200,7 @@ class _Search:
         """The tensors of which a node is a function element by element; the parts of a split are tensors apart."""
         properties = self._operators.of(node)
         passing = properties.elementwise or (properties.values in ("moved", "kept") and node.target is not getitem)
+        passing |= properties.values == "reduced" and _reduces_nothing(node)
         if not depth or not passing or not (sources := [n for n in node.all_input_nodes if self._varies_at_all(n)]):
             yield node
             return
@@ -238,6 +246,26 @@ def _is_flat(node: fx.Node, properties: Properties) -> bool:
     given = arguments_of(node)
     numbers = [given.get(name) for name in properties.repeats_if_zero]
     return any(isinstance(number, (int, float)) and number == 0 for number in numbers)
+
+
+def _is_of_one_element(node: fx.Node) -> bool:
+    """Whether what an operator normalises, or ranks, along a dimension has one element there: the same everywhere."""
+    given, source = arguments_of(node), node.args[0] if node.args else None
+    if not isinstance(source, fx.Node) or not isinstance(source.meta["val"], torch.Tensor):
+        return False
+    if "normalized_shape" in given:
+        return math.prod(given["normalized_shape"]) == 1
+    if "HxW" in given:
+        return given["C"] * given["HxW"] == given["group"]
+    shape, dim = source.meta["val"].shape, given.get("dim")
+    return bool(shape) and isinstance(dim, int) and shape[dim] == 1
+
+
+def _reduces_nothing(node: fx.Node) -> bool:
+    """Whether a reduction, over dimensions of one element, leaves the elements as they are."""
+    source, val = node.args[0], node.meta["val"]
+    given = source.meta["val"] if isinstance(source, fx.Node) else None
+    return isinstance(given, torch.Tensor) and isinstance(val, torch.Tensor) and given.numel() == val.numel()
 
 
 def _has_bias(node: fx.Node, properties: Properties) -> bool:

@@ -64,6 +64,12 @@ REPEATING: dict[str, Callable[[Ranked, Tensor], Tensor]] = {
     "a count, as a norm": lambda m, h: torch.stack([h, h.relu()], -1).norm(p=0, dim=-1),
     "a power of nothing": lambda m, h: h ** h.relu(),
     "dropped, and zero before": lambda m, h: F.dropout(h.relu(), training=False),
+    "less its logsumexp of one": lambda m, h: h - h[..., None].logsumexp(-1),
+    "less its logsumexp of one, mixed": lambda m, h: m.mix(h - h[..., None].logsumexp(-1)),
+    "log_softmax of one": lambda m, h: h[..., None].log_softmax(-1)[..., 0],
+    "layer_norm of one": lambda m, h: nn.functional.layer_norm(h[..., None], (1,))[..., 0],
+    "group_norm of one": lambda m, h: nn.functional.group_norm(h, h.shape[-1]),
+    "normalised alone": lambda m, h: nn.functional.normalize(h[..., None], dim=-1)[..., 0],
 }
 
 
