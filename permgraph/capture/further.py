@@ -9,11 +9,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from permgraph.capture.arguments import fixed_arguments
 from permgraph.capture.by_products import without_by_products
 from permgraph.capture.captured import Captured
 from permgraph.capture.draws import draws, mark_cuts
 from permgraph.capture.joined import alike, joined
-from permgraph.capture.passes import ASPECTS, Variation, variations
+from permgraph.capture.passes import ASPECTS, IF_DIFFERENT, Variation, variations
 from permgraph.capture.record import Limits
 from permgraph.capture.run import capture_again, first_line
 from permgraph.capture.subject import unwrap
@@ -52,14 +53,16 @@ class FurtherPasses:
         passes: those that are to be solved together.
         tried: every pass that was thought of, and what became of it.
         limits: when the time is up.
+        fixed: the arguments of which nothing says what else they may be.
     """
 
     def __init__(self, model: Any, captured: Captured, max_passes: int, limits: Limits) -> None:
         self.passes = [captured]
         self.limits = limits
+        self.fixed = fixed_arguments(unwrap(model).core, captured.inputs)
         first = Variation("the first pass", frozenset(), captured.inputs)
         self.tried = [Tried(first, "solved", "", _count(captured))]
-        shown: set[str] = set() if captured.keeps_state else {"calls"}  # else a second call is like the first
+        shown = set(IF_DIFFERENT) if captured.keeps_state else {"calls", *IF_DIFFERENT}  # else one call is like another
         runs = 1
         unread = _unread(captured)
         kinds = draws(captured), variations(unwrap(model).core, captured.inputs, unread)
@@ -81,6 +84,8 @@ class FurtherPasses:
                 continue
             runs += 1
             shown |= variation.shows
+            if variation.training and again.keeps_attributes and variation.calls == 1:
+                shown.discard("calls in training")
             unread &= _unread(again)
             if variation.on_other_values:
                 mark_cuts(captured, again)
@@ -90,6 +95,7 @@ class FurtherPasses:
             if any(alike(one, again) for one in self.passes):
                 self.tried.append(Tried(variation, "alike", "nothing new", _count(again), left_out))
             else:
+                shown -= _to_be_told_apart(variation, captured, again)
                 says = _added(self.passes, again, left_out)
                 self.tried.append(Tried(variation, "solved", says, _count(again), left_out))
                 self.passes.append(again)
@@ -105,7 +111,12 @@ class FurtherPasses:
 
     def notes(self) -> tuple[str, ...]:
         """What of that which a user may vary no pass has shown, in sentences."""
-        return _uncovered(self.tried)
+        fixed = f"no pass ran with another {', '.join(self.fixed)}: nothing says what else it may be"
+        return (*_uncovered(self.tried), *([fixed] if self.fixed else []))
+
+
+#: What could not be shown where something else could not: of two, the second is not said besides.
+_PARTS = (("batch", "sizes alone"), ("sizes", "batch"), ("training", "training alone"), ("calls", "calls in training"))
 
 
 def _uncovered(tried: Sequence[Tried]) -> tuple[str, ...]:
@@ -119,12 +130,26 @@ def _uncovered(tried: Sequence[Tried]) -> tuple[str, ...]:
             continue
         for aspect in one.variation.shows - shown if one.outcome in ("failed", "not run") else ():
             reasons.setdefault(aspect, one.says)
-    if "sizes" in reasons:
-        reasons.pop("batch", None)  # where no size could be varied, neither could that of the batch
+    for whole, part in _PARTS:
+        if whole in reasons:
+            reasons.pop(part, None)
     by_reason: dict[str, list[str]] = {}
     for aspect, reason in reasons.items():
         by_reason.setdefault(reason, []).append(ASPECTS.get(aspect, aspect))
     return tuple(f"no pass ran with {', '.join(sorted(aspects))}: {reason}" for reason, aspects in by_reason.items())
+
+
+def _to_be_told_apart(variation: Variation, first: Captured, again: Captured) -> frozenset[str]:
+    """What is to be varied by itself, after it was varied together with something else, and the pass was no other's like.
+
+    A layer of training alone may follow one that short inputs alone run: where larger sizes in training mode are not
+    like the first pass, larger sizes in evaluation mode tell which of the two it comes from; both, where they differ too.
+    """
+    if variation.training and "batch" in variation.shows:
+        return frozenset({"sizes alone"})
+    if "sizes alone" in variation.shows and not alike(first, again):
+        return frozenset({"training alone"})
+    return frozenset()
 
 
 def _alternating(*kinds: Iterable[Variation]) -> Iterator[Variation]:

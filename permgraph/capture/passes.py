@@ -43,6 +43,7 @@ class Variation:
         inputs: what the module is called on.
         training: in training mode, with dropout as identity.
         calls: how often it is called on them, one time after the other.
+        ends_in_evaluation: the last of the calls is in evaluation mode, after others in training mode.
         flags: it differs in flags, which may make the module return what it computes on the way, see `by_products`.
         weights: a seed, for others than the module has.
         answers: which of the values that Python asks for it is told otherwise, by their number, and how.
@@ -53,6 +54,7 @@ class Variation:
     inputs: ExampleInputs
     training: bool = False
     calls: int = 1
+    ends_in_evaluation: bool = False
     flags: bool = False
     weights: int | None = None
     answers: tuple[tuple[int, str], ...] = ()
@@ -68,8 +70,14 @@ ASPECTS: Mapping[str, str] = {
     "batch": "a larger batch",
     "training": "training mode",
     "calls": "a second call",
+    "sizes alone": "larger sizes in evaluation mode",
+    "training alone": "training mode on these sizes",
+    "calls in training": "several calls in training mode",
 }
 """What a user may vary of any module's inputs, in words; the names of arguments come on top."""
+
+IF_DIFFERENT = frozenset({"sizes alone", "training alone", "calls in training"})
+"""What is looked at only where another pass was found to differ from the first, see `FurtherPasses`."""
 
 
 def variations(model: nn.Module, inputs: ExampleInputs, unread: Collection[str] = ()) -> Iterator[Variation]:
@@ -85,9 +93,11 @@ def variations(model: nn.Module, inputs: ExampleInputs, unread: Collection[str] 
             if training:
                 yield Variation(f"{name} in training mode", frozenset(shows | {"training"}), made, True)
             else:
-                yield Variation(name, frozenset(shows), made)
-    yield Variation("training mode", frozenset({"training"}), inputs, training=True)
+                yield Variation(name, frozenset(shows | {"sizes alone"}), made)
+    yield Variation("training mode", frozenset({"training", "training alone"}), inputs, training=True)
     yield Variation("two calls", frozenset({"calls"}), inputs, calls=2)
+    in_turn = frozenset({"calls in training"})
+    yield Variation("two calls in training mode, one in evaluation", in_turn, inputs, True, 3, True)
     for name, named, other, flags in other_arguments(model, inputs, unread):
         yield Variation(name, named, other, flags=flags)
 
@@ -160,7 +170,9 @@ def _larger_sizes(model: nn.Module, inputs: ExampleInputs, *, batch_only: bool =
         used = set(taken)
         batch = {size: _next(size, used) for size in batches}
         apart = {size: _next(size, used) for size in others}
-        for of_places in (apart, {size: batch.get(size, apart[size]) for size in others}):
+        odd = {size: _next_odd(new, used) for size, new in apart.items()}
+        as_batch = {size: batch.get(size, apart[size]) for size in others}
+        for of_places in (odd, apart, as_batch):
             sizes = Sizes(batch, of_places, places)
             shapes = [tuple(map(sizes.of, [tensor] * tensor.ndim, range(tensor.ndim))) for tensor in tensors]
             if shapes not in seen:
@@ -175,6 +187,22 @@ def _next(size: int, taken: set[int]) -> int:
     return found
 
 
+def _next_odd(size: int, taken: set[int]) -> int:
+    """An odd size that is not smaller, nor taken unless it is this one, and is then.
+
+    What is done for even lengths alone, or where one is the multiple of another, was seen; what is cut or padded, not.
+    """
+    if size % 2:
+        return size
+    found = next(n for n in itertools.count(size + 1, 2) if n not in taken and _is_prime(n))
+    taken.add(found)
+    return found
+
+
+def _is_prime(n: int) -> bool:
+    return all(n % d for d in range(2, math.isqrt(n) + 1))
+
+
 def _above(size: int) -> Iterator[int]:
     """Sizes above this one: larger primes times the same power of two, and twice these for one that is odd.
 
@@ -184,9 +212,7 @@ def _above(size: int) -> Iterator[int]:
     step = (size & -size) if size > 4 else 1
     if step == 1 and size > 4:
         step = 2
-    return (
-        step * n for n in itertools.count(max(size // step + 1, 3)) if all(n % d for d in range(2, math.isqrt(n) + 1))
-    )
+    return (step * n for n in itertools.count(max(size // step + 1, 3)) if _is_prime(n))
 
 
 def larger_by_one(inputs: ExampleInputs) -> ExampleInputs:

@@ -322,9 +322,11 @@ def _pass(
                 _load(copied.loading, mode, any(entry.role == "saved" for entry in state))
             context = contextvars.copy_context()  # what forward sets in it is not the caller's
             result = context.run(_run, copied.module, args, kwargs)
-            for _ in range(1, 1 if variation is None else variation.calls):
+            keeps_attributes = _attributes(copied.modules) != before
+            for number in range(1, 1 if variation is None else variation.calls):
+                if variation is not None and variation.ends_in_evaluation and number + 1 == variation.calls:
+                    train(copied.modules, False)
                 result = [result, context.run(_run, copied.module, args, kwargs)]
-            keeps_state = _attributes(copied.modules) != before
         outputs, opaque = returned_tensors(result)
         left = [
             (".".join(filter(None, (copied.paths.get(id(copied.modules[at])), name))), tensor)
@@ -345,9 +347,20 @@ def _pass(
         if node.op == "placeholder" and node.meta["kind"] in ("parameter", "buffer") and not node.users
         for name in node.meta["names"]
     )
-    keeps_state |= any(node.op == "call_function" and _writes_to_buffer(node) for node in graph.nodes)
+    keeps_state = keeps_attributes or any(node.op == "call_function" and _writes_to_buffer(node) for node in graph.nodes)
     remarks = () if copied.layout is None else (copied.layout,)
-    return Captured(graph, type(subject.core).__name__, mode, reason, inputs, unused, opaque, keeps_state, remarks)
+    return Captured(
+        graph,
+        type(subject.core).__name__,
+        mode,
+        reason,
+        inputs,
+        unused,
+        opaque,
+        keeps_state,
+        keeps_attributes,
+        remarks,
+    )
 
 
 def _load(loading: Loading, mode: Mode, needed: bool) -> None:
