@@ -12,7 +12,7 @@ from typing import Any, Literal
 from permgraph.capture.arguments import fixed_arguments
 from permgraph.capture.by_products import without_by_products
 from permgraph.capture.captured import Captured
-from permgraph.capture.draws import draws, mark_cuts
+from permgraph.capture.draws import draws, mark_cuts, more_draws
 from permgraph.capture.joined import alike, joined
 from permgraph.capture.passes import ASPECTS, IF_DIFFERENT, Variation, variations
 from permgraph.capture.record import Limits
@@ -66,7 +66,9 @@ class FurtherPasses:
         runs = 1
         unread = _unread(captured)
         kinds = draws(captured), variations(unwrap(model).core, captured.inputs, unread)
-        for variation in _alternating(*kinds) if max_passes > 1 else ():
+        later: list[Variation] = []
+        bases: dict[str, Captured] = {}
+        for variation in itertools.chain(_alternating(*kinds), later) if max_passes > 1 else ():
             if variation.shows <= shown:
                 continue
             if runs >= max_passes or limits.over():
@@ -79,7 +81,8 @@ class FurtherPasses:
                 Exception
             ) as error:  # the module's own, on inputs that it was not written for, or values it never has
                 reason = f"{type(error).__name__}: {first_line(error)[:120]}"
-                self.tried.append(Tried(variation, "failed", reason))
+                if "rows" not in variation.shows:  # which most models refuse
+                    self.tried.append(Tried(variation, "failed", reason))
                 log.debug("a pass with %s failed: %s", variation.name, reason)
                 continue
             runs += 1
@@ -88,7 +91,11 @@ class FurtherPasses:
                 shown.discard("calls in training")
             unread &= _unread(again)
             if variation.on_other_values:
-                mark_cuts(captured, again)
+                mark_cuts(bases.get(variation.name, captured), again)
+            elif again.mode == "real":
+                more = list(more_draws(variation, again, self.passes))
+                later += more
+                bases.update((one.name, again) for one in more)
             left_out = 0
             if variation.flags:
                 again, left_out = without_by_products(again, captured)
@@ -112,7 +119,10 @@ class FurtherPasses:
     def notes(self) -> tuple[str, ...]:
         """What of that which a user may vary no pass has shown, in sentences."""
         fixed = f"no pass ran with another {', '.join(self.fixed)}: nothing says what else it may be"
-        return (*_uncovered(self.tried), *([fixed] if self.fixed else []))
+        real = next((one.fallback_reason for one in self.passes if one.mode == "real"), None)
+        branch = f"a further pass ran on real tensors, for the branch that they took, because {real}"
+        said = [(fixed, bool(self.fixed)), (branch, real is not None and self.passes[0].mode == "fake")]
+        return (*_uncovered(self.tried), *(note for note, holds in said if holds))
 
 
 #: What could not be shown where something else could not: of two, the second is not said besides.
@@ -140,10 +150,11 @@ def _uncovered(tried: Sequence[Tried]) -> tuple[str, ...]:
 
 
 def _to_be_told_apart(variation: Variation, first: Captured, again: Captured) -> frozenset[str]:
-    """What is to be varied by itself, after it was varied together with something else, and the pass was no other's like.
+    """What is to be varied by itself, after a pass that varied it together with something else said something new.
 
-    A layer of training alone may follow one that short inputs alone run: where larger sizes in training mode are not
-    like the first pass, larger sizes in evaluation mode tell which of the two it comes from; both, where they differ too.
+    A layer of training alone may follow one of short inputs alone. Where larger sizes in training mode are like no
+    other pass, larger sizes in evaluation mode tell which of the two it comes from; if from both, training mode shows
+    the rest.
     """
     if variation.training and "batch" in variation.shows:
         return frozenset({"sizes alone"})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -70,6 +70,7 @@ ASPECTS: Mapping[str, str] = {
     "batch": "a larger batch",
     "training": "training mode",
     "calls": "a second call",
+    "rows": "longer rows",
     "sizes alone": "larger sizes in evaluation mode",
     "training alone": "training mode on these sizes",
     "calls in training": "several calls in training mode",
@@ -85,8 +86,10 @@ def variations(model: nn.Module, inputs: ExampleInputs, unread: Collection[str] 
 
     Where parameters are `unread` when it comes to that, tensors are made up for arguments that default to None.
     """
-    larger = [(sizes, {"batch", "sizes"}, "larger sizes") for sizes in _larger_sizes(model, inputs)]
-    larger += [(sizes, {"batch"}, "a larger batch") for sizes in _larger_sizes(model, inputs, batch_only=True)]
+    larger = [(sizes, {"batch", "sizes"}, "larger sizes") for sizes in _larger_sizes(model, inputs, _GUESSES)]
+    if not larger:
+        larger = [(sizes, {"batch", "rows"}, "longer rows") for sizes in _larger_sizes(model, inputs, (_rows,))]
+    larger += [(sizes, {"batch"}, "a larger batch") for sizes in _larger_sizes(model, inputs, (_no_places,))]
     for training in (True, False):
         for sizes, shows, name in larger:
             made = _mapped(inputs, functools.partial(resized, sizes=sizes))
@@ -139,6 +142,16 @@ def _places_last(tensor: Tensor) -> range:
     return range(2, 3) if tensor.ndim == 3 else range(1, tensor.ndim - 1)
 
 
+def _all_places(tensor: Tensor) -> range:
+    """The boldest guess, which all but images without channels refuse: all of three."""
+    return range(1, 3) if tensor.ndim == 3 else _places_first(tensor)
+
+
+def _rows(tensor: Tensor) -> range:
+    """A bolder guess: rows of floats are waveforms. Mostly they are features, for which the model has weights."""
+    return range(1, 2) if tensor.ndim == 2 else range(0)
+
+
 def _no_places(tensor: Tensor) -> range:
     return range(0)
 
@@ -152,7 +165,12 @@ def _shape(tensor: Tensor) -> tuple[int, ...]:
     return () if is_lazy(tensor) else tuple(tensor.shape)
 
 
-def _larger_sizes(model: nn.Module, inputs: ExampleInputs, *, batch_only: bool = False) -> Iterator[Sizes]:
+_GUESSES = (_all_places, _places_first, _places_last)
+
+
+def _larger_sizes(
+    model: nn.Module, inputs: ExampleInputs, guesses: Sequence[Callable[[Tensor], range]]
+) -> Iterator[Sizes]:
     """New sizes for those that a user may vary; no two become one, and none becomes one of the inputs or weights.
 
     Sizes that are equal stay equal, for a mask has the length of its text twice. But first it is tried as if a batch
@@ -162,10 +180,10 @@ def _larger_sizes(model: nn.Module, inputs: ExampleInputs, *, batch_only: bool =
     taken = {size for tensor in (*model.parameters(), *model.buffers()) for size in _shape(tensor)}
     taken.update(size for tensor in tensors for size in tensor.shape)
     seen: list[list[tuple[int, ...]]] = [[tuple(tensor.shape) for tensor in tensors]]
-    for places in (_no_places,) if batch_only else (_places_first, _places_last):
+    for places in guesses:
         batches = dict.fromkeys(tensor.shape[0] for tensor in tensors if tensor.ndim)
         others = dict.fromkeys(tensor.shape[d] for tensor in tensors for d in places(tensor))
-        if not batch_only and not others:
+        if places is not _no_places and not others:
             continue
         used = set(taken)
         batch = {size: _next(size, used) for size in batches}

@@ -259,12 +259,19 @@ def _held_tensors(modules: Sequence[nn.Module]) -> Iterator[tuple[int, str, torc
 
 
 def capture_again(model: Any, captured: Captured, variation: Variation, limits: Limits) -> Captured:
-    """A further pass of a module, on the kind of tensors that the first one needed.
+    """A further pass of a module, on the kind of tensors that the first one needed; on real ones if it asks for values.
 
     Raises whatever the module raises on inputs that it does not take, and `CaptureError` beyond the limits.
     """
     with one_at_a_time():
-        return _pass(unwrap(model), variation.inputs, limits, captured.mode, captured.fallback_reason, variation)
+        subject = unwrap(model)
+        try:
+            return _pass(subject, variation.inputs, limits, captured.mode, captured.fallback_reason, variation)
+        except Exception as error:
+            if captured.mode == "real" or not _needs_values(error):
+                raise
+            reason = f"{type(error).__name__}: {first_line(error)}"
+        return _pass(subject, variation.inputs, limits, "real", reason, variation)
 
 
 def _pass(
@@ -347,7 +354,9 @@ def _pass(
         if node.op == "placeholder" and node.meta["kind"] in ("parameter", "buffer") and not node.users
         for name in node.meta["names"]
     )
-    keeps_state = keeps_attributes or any(node.op == "call_function" and _writes_to_buffer(node) for node in graph.nodes)
+    keeps_state = keeps_attributes or any(
+        node.op == "call_function" and _writes_to_buffer(node) for node in graph.nodes
+    )
     remarks = () if copied.layout is None else (copied.layout,)
     return Captured(
         graph,
