@@ -598,7 +598,9 @@ def random_variation(seed: int) -> tuple[Varied, Tensor, Occasion]:
         torch.manual_seed(seed)
         argument = rng.choice(["", "", "", "steps", "second", "given"])
         model = CLASSES[argument](rng, argument).eval()
-        x, other = torch.randn(2, 4, 3), torch.randn(rng.choice([2, 3, 5]), rng.choice([4, 5, 6, 7, 9, 11]), 3)
+        length = rng.choice([4, 4, 5, 6, 8])
+        longer = length + rng.choice([0, 0, 1, 2, 3, 5])
+        x, other = torch.randn(2, length, 3), torch.randn(rng.choice([2, 3, 5]), longer, 3)
         values = {"steps": rng.choice([1, 3, 4, 6]), "second": True, "given": torch.randn(len(other), 3, GIVEN)}
         arguments = {argument: values[argument]} if argument and rng.random() < 0.8 else {}
         return model, x, Occasion(other, arguments, rng.random() < 0.4, rng.choice([1, 1, 2, 3]))
