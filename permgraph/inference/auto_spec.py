@@ -30,7 +30,7 @@ from permgraph.spec.spec import PermutationSpec
 
 log = logging.getLogger(__name__)
 
-MAX_PASSES = 8
+MAX_PASSES = 10
 """Most modules need two: as given, and with larger sizes in training mode. Those that read values need more."""
 
 MAX_NODES = 200_000
