@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from permgraph.capture.inputs.layers import for_unread
 from permgraph.capture.inputs.registry import ExampleInputs
 
+_INSTEAD_OF_NONE = {bool: True, int: 2, float: 0.5}
+"""What is given for an argument that is None, by what its annotation says that it may be."""
+
 MAX_GUESSES = 6
 """So many sets of tensors are made up for the arguments that default to None, each of which costs a pass."""
 
@@ -33,12 +36,22 @@ def other_arguments(
         yield f"larger {', '.join(larger)}", frozenset(larger), call.with_(larger), False
     for name, value in call.values.items():
         for other in _other_values(value, call.hints.get(name)):
-            shown = f"{name}={other if isinstance(other, bool) else getattr(other, 'name', repr(other))}"
+            shown = f"{name}={getattr(other, 'name', repr(other))}"
             yield shown, frozenset({shown}), call.with_({name: other}), True
+    for name, value in call.values.items():
+        for other in _other_numbers(value):
+            yield f"{name}={other}", frozenset({f"another {name}"}), call.with_({name: other}), False
     for name in _may_be_left_out(call):
         yield f"without {name}", frozenset({f"without {name}"}), call.with_({name: None}), False
     if unread:
         yield from _given(model, call, unread)
+
+
+def fixed_arguments(model: nn.Module, inputs: ExampleInputs) -> list[str]:
+    """The arguments that choose by a word, where no annotation lists the words."""
+    call = _Call.of(model, inputs)
+    values = call.values.items() if call is not None else ()
+    return [f"{n}={v!r}" for n, v in values if isinstance(v, str) and call and not _other_values(v, call.hints.get(n))]
 
 
 def _may_be_left_out(call: _Call) -> list[str]:
@@ -80,7 +93,17 @@ def _other_values(value: Any, hint: Any) -> list[Any]:
         return [other for other in type(value) if other is not value]
     options = (hint, *typing.get_args(hint)) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     literals = [typing.get_args(option) for option in options if typing.get_origin(option) is typing.Literal]
-    return [other for values in literals for other in values if other != value]
+    found = [other for values in literals for other in values if other != value]
+    if value is None and not found:
+        return [other for kind, other in _INSTEAD_OF_NONE.items() if kind in options][:1]
+    return found
+
+
+def _other_numbers(value: Any) -> list[float]:
+    """Other values of a number that may turn something off: the first that the module takes."""
+    if type(value) is not float:
+        return []
+    return [0.0, value / 2] if value else [0.5]
 
 
 class _Call:

@@ -25,7 +25,8 @@ class Captured:
     and `fallback_reason` says what it asked. `unused` names the parameters and buffers that no operator read, `opaque`
     the types of returned objects that could not be searched for tensors. The `output` node's `meta["left"]` maps the
     tensors that the pass left on the model to the names of the attributes. `keeps_state` says whether the pass changed
-    something on the module, so that a second call may do something else. `remarks` are sentences for people about what
+    something on the module, so that a second call may do something else, and `keeps_attributes` whether that is more
+    than what its buffers hold. `remarks` are sentences for people about what
     this pass could not make certain.
     """
 
@@ -37,6 +38,7 @@ class Captured:
     unused: tuple[str, ...]
     opaque: tuple[str, ...] = ()
     keeps_state: bool = False
+    keeps_attributes: bool = False
     remarks: tuple[str, ...] = ()
 
     def placeholders(self, kind: str | None = None) -> list[torch.fx.Node]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -39,18 +39,38 @@ _TAKES_FROM = frozenset({"aten::index", "aten::index_select", "aten::embedding",
 def draws(captured: Captured) -> Iterator[Variation]:
     """Passes on which the values that Python reads are others; none where it reads none that could be."""
     reads = _reads(captured)
+    drawn = [_drawn(captured.inputs, seed) for seed in range(1, 1 + MAX_DRAWS)] if reads else []
+    for every in itertools.zip_longest(itertools.islice(_answered(_sites(reads)), MAX_ANSWERS), drawn):
+        for name, varied in filter(None, every):
+            yield Variation(name, frozenset({name}), **{"inputs": captured.inputs, **varied})
+
+
+def more_draws(variation: Variation, again: Captured, passes: Sequence[Captured]) -> Iterator[Variation]:
+    """A further pass once more, with other answers to what its code asks at places where no earlier pass asked."""
+    if variation.on_other_values:
+        return
+    known = {site for one in passes for site in _sites(_reads(one))}
+    sites = {site: nodes for site, nodes in _sites(_reads(again)).items() if site not in known}
+    for name, varied in itertools.islice(_answered(sites), MAX_ANSWERS):
+        named = f"{variation.name}, {name}"
+        yield replace(variation, name=named, shows=frozenset({named}), **varied)
+
+
+def _sites(reads: Sequence[fx.Node]) -> dict[Any, list[fx.Node]]:
+    """The values that Python read, by the module and the line of the code that asked."""
     sites: dict[Any, list[fx.Node]] = {}
     for node in reads:
         if "read" in node.meta and not _asks_whether_finite(node):
             sites.setdefault((node.meta["module"], node.meta["source"]), []).append(node)
+    return sites
+
+
+def _answered(sites: Mapping[Any, list[fx.Node]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The values of each line answered otherwise together, then each by itself."""
     rounds = itertools.zip_longest(*sites.values())
     turns = [nodes for nodes in sites.values() if len(nodes) > 1]
     turns += [[node] for each in rounds for node in each if node is not None]
-    answers = itertools.chain.from_iterable(map(_answers, turns))
-    drawn = [_drawn(captured.inputs, seed) for seed in range(1, 1 + MAX_DRAWS)] if reads else []
-    for every in itertools.zip_longest(itertools.islice(answers, MAX_ANSWERS), drawn):
-        for name, varied in filter(None, every):
-            yield Variation(name, frozenset({name}), **{"inputs": captured.inputs, **varied})
+    return itertools.chain.from_iterable(map(_answers, turns))
 
 
 def _answers(nodes: Sequence[fx.Node]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -86,13 +106,14 @@ def drawn_like(tensor: Tensor, generator: torch.Generator, signed: bool) -> Tens
 
 
 def _reads(captured: Captured) -> list[fx.Node]:
-    """The nodes by which Python read values that depend on weights or inputs, or by which these gave a size."""
+    """The nodes by which Python read values that depend on weights, inputs or random numbers, or these gave a size."""
     if captured.mode == "fake":
         return []
     varying: set[fx.Node] = set()
     for node in captured.graph.nodes:
         given = node.op == "placeholder" and node.meta["kind"] != "constant"
-        if given or not varying.isdisjoint(node.all_input_nodes):
+        drawn = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+        if given or drawn or not varying.isdisjoint(node.all_input_nodes):
             varying.add(node)
     return [node for node in captured.graph.nodes if node in varying and _tells_values(node)]
 

@@ -47,10 +47,10 @@ def make_transparent(modules: Iterable[nn.Module]) -> None:
             _make_config_transparent(value, seen)
 
 
-def train(modules: Iterable[nn.Module]) -> None:
-    """Chooses training mode. Changes its arguments: give it a copy."""
+def train(modules: Iterable[nn.Module], training: bool = True) -> None:
+    """Chooses training mode, or evaluation mode again. Changes its arguments: give it a copy."""
     for module in modules:
-        vars(module)["training"] = True
+        vars(module)["training"] = training
 
 
 class WithoutDropout(TorchFunctionMode):

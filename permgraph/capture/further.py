@@ -9,11 +9,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from permgraph.capture.arguments import fixed_arguments
 from permgraph.capture.by_products import without_by_products
 from permgraph.capture.captured import Captured
-from permgraph.capture.draws import draws, mark_cuts
+from permgraph.capture.draws import draws, mark_cuts, more_draws
 from permgraph.capture.joined import alike, joined
-from permgraph.capture.passes import ASPECTS, Variation, variations
+from permgraph.capture.passes import ASPECTS, IF_DIFFERENT, Variation, variations
 from permgraph.capture.record import Limits
 from permgraph.capture.run import capture_again, first_line
 from permgraph.capture.subject import unwrap
@@ -52,44 +53,59 @@ class FurtherPasses:
         passes: those that are to be solved together.
         tried: every pass that was thought of, and what became of it.
         limits: when the time is up.
+        fixed: the arguments of which nothing says what else they may be.
     """
 
     def __init__(self, model: Any, captured: Captured, max_passes: int, limits: Limits) -> None:
         self.passes = [captured]
         self.limits = limits
+        self.fixed = fixed_arguments(unwrap(model).core, captured.inputs)
         first = Variation("the first pass", frozenset(), captured.inputs)
         self.tried = [Tried(first, "solved", "", _count(captured))]
-        shown: set[str] = set() if captured.keeps_state else {"calls"}  # else a second call is like the first
+        shown = set(IF_DIFFERENT) if captured.keeps_state else {"calls", *IF_DIFFERENT}  # else one call is like another
         runs = 1
         unread = _unread(captured)
         kinds = draws(captured), variations(unwrap(model).core, captured.inputs, unread)
-        for variation in _alternating(*kinds) if max_passes > 1 else ():
+        later: list[Variation] = []
+        refused: set[str] = set()
+        bases: dict[str, Captured] = {}
+        for variation in itertools.chain(_alternating(*kinds), later) if max_passes > 1 else ():
             if variation.shows <= shown:
                 continue
             if runs >= max_passes or limits.over():
                 bound = f"max_passes={max_passes}" if runs >= max_passes else f"max_seconds={limits.max_seconds}"
                 self.tried.append(Tried(variation, "not run", bound))
                 continue
+            if "training" in shown and variation.inputs.describe() in refused:
+                continue  # training mode runs, so that it were the inputs that it refused
             try:
                 again = capture_again(model, captured, variation, limits)
-            except (
-                Exception
-            ) as error:  # the module's own, on inputs that it was not written for, or values it never has
+            except Exception as error:  # the module's own: it was not written for these inputs, or has no such values
                 reason = f"{type(error).__name__}: {first_line(error)[:120]}"
-                self.tried.append(Tried(variation, "failed", reason))
+                if variation.training:
+                    refused.add(variation.inputs.describe())
+                if "rows" not in variation.shows:  # which most models refuse
+                    self.tried.append(Tried(variation, "failed", reason))
                 log.debug("a pass with %s failed: %s", variation.name, reason)
                 continue
             runs += 1
             shown |= variation.shows
+            if variation.training and again.keeps_attributes and variation.calls == 1:
+                shown.discard("calls in training")
             unread &= _unread(again)
             if variation.on_other_values:
-                mark_cuts(captured, again)
+                mark_cuts(bases.get(variation.name, captured), again)
+            elif again.mode == "real":
+                more = list(more_draws(variation, again, self.passes))
+                later += more
+                bases.update((one.name, again) for one in more)
             left_out = 0
             if variation.flags:
                 again, left_out = without_by_products(again, captured)
             if any(alike(one, again) for one in self.passes):
                 self.tried.append(Tried(variation, "alike", "nothing new", _count(again), left_out))
             else:
+                shown -= _to_be_told_apart(variation, captured, again)
                 says = _added(self.passes, again, left_out)
                 self.tried.append(Tried(variation, "solved", says, _count(again), left_out))
                 self.passes.append(again)
@@ -105,7 +121,15 @@ class FurtherPasses:
 
     def notes(self) -> tuple[str, ...]:
         """What of that which a user may vary no pass has shown, in sentences."""
-        return _uncovered(self.tried)
+        fixed = f"no pass ran with another {', '.join(self.fixed)}: nothing says what else it may be"
+        real = next((one.fallback_reason for one in self.passes if one.mode == "real"), None)
+        branch = f"a further pass ran on real tensors, for the branch that they took, because {real}"
+        said = [(fixed, bool(self.fixed)), (branch, real is not None and self.passes[0].mode == "fake")]
+        return (*_uncovered(self.tried), *(note for note, holds in said if holds))
+
+
+#: What could not be shown where something else could not: of two, the second is not said besides.
+_PARTS = (("batch", "sizes alone"), ("sizes", "batch"), ("training", "training alone"), ("calls", "calls in training"))
 
 
 def _uncovered(tried: Sequence[Tried]) -> tuple[str, ...]:
@@ -119,12 +143,28 @@ def _uncovered(tried: Sequence[Tried]) -> tuple[str, ...]:
             continue
         for aspect in one.variation.shows - shown if one.outcome in ("failed", "not run") else ():
             reasons.setdefault(aspect, one.says)
-    if "sizes" in reasons:
-        reasons.pop("batch", None)  # where no size could be varied, neither could that of the batch
+    reasons.pop("rows", None)  # a bold guess, which says nothing where it is wrong
+    for whole, part in _PARTS:
+        if whole in reasons:
+            reasons.pop(part, None)
     by_reason: dict[str, list[str]] = {}
     for aspect, reason in reasons.items():
         by_reason.setdefault(reason, []).append(ASPECTS.get(aspect, aspect))
     return tuple(f"no pass ran with {', '.join(sorted(aspects))}: {reason}" for reason, aspects in by_reason.items())
+
+
+def _to_be_told_apart(variation: Variation, first: Captured, again: Captured) -> frozenset[str]:
+    """What is to be varied by itself, after a pass that varied it together with something else said something new.
+
+    A layer of training alone may follow one of short inputs alone. Where larger sizes in training mode are like no
+    other pass, larger sizes in evaluation mode tell which of the two it comes from; if from both, training mode shows
+    the rest.
+    """
+    if variation.training and "batch" in variation.shows:
+        return frozenset({"sizes alone"})
+    if "sizes alone" in variation.shows and not alike(first, again):
+        return frozenset({"training alone"})
+    return frozenset()
 
 
 def _alternating(*kinds: Iterable[Variation]) -> Iterator[Variation]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -43,6 +43,7 @@ class Variation:
         inputs: what the module is called on.
         training: in training mode, with dropout as identity.
         calls: how often it is called on them, one time after the other.
+        ends_in_evaluation: the last of the calls is in evaluation mode, after others in training mode.
         flags: it differs in flags, which may make the module return what it computes on the way, see `by_products`.
         weights: a seed, for others than the module has.
         answers: which of the values that Python asks for it is told otherwise, by their number, and how.
@@ -53,6 +54,7 @@ class Variation:
     inputs: ExampleInputs
     training: bool = False
     calls: int = 1
+    ends_in_evaluation: bool = False
     flags: bool = False
     weights: int | None = None
     answers: tuple[tuple[int, str], ...] = ()
@@ -68,8 +70,15 @@ ASPECTS: Mapping[str, str] = {
     "batch": "a larger batch",
     "training": "training mode",
     "calls": "a second call",
+    "rows": "longer rows",
+    "sizes alone": "larger sizes in evaluation mode",
+    "training alone": "training mode on these sizes",
+    "calls in training": "several calls in training mode",
 }
 """What a user may vary of any module's inputs, in words; the names of arguments come on top."""
+
+IF_DIFFERENT = frozenset({"sizes alone", "training alone", "calls in training"})
+"""What is looked at only where another pass was found to differ from the first, see `FurtherPasses`."""
 
 
 def variations(model: nn.Module, inputs: ExampleInputs, unread: Collection[str] = ()) -> Iterator[Variation]:
@@ -77,17 +86,21 @@ def variations(model: nn.Module, inputs: ExampleInputs, unread: Collection[str] 
 
     Where parameters are `unread` when it comes to that, tensors are made up for arguments that default to None.
     """
-    larger = [(sizes, {"batch", "sizes"}, "larger sizes") for sizes in _larger_sizes(model, inputs)]
-    larger += [(sizes, {"batch"}, "a larger batch") for sizes in _larger_sizes(model, inputs, batch_only=True)]
+    larger = [(sizes, {"batch", "sizes"}, "larger sizes") for sizes in _larger_sizes(model, inputs, _GUESSES)]
+    if not larger:
+        larger = [(sizes, {"batch", "rows"}, "longer rows") for sizes in _larger_sizes(model, inputs, (_rows,))]
+    larger += [(sizes, {"batch"}, "a larger batch") for sizes in _larger_sizes(model, inputs, (_no_places,))]
     for training in (True, False):
         for sizes, shows, name in larger:
             made = _mapped(inputs, functools.partial(resized, sizes=sizes))
             if training:
                 yield Variation(f"{name} in training mode", frozenset(shows | {"training"}), made, True)
             else:
-                yield Variation(name, frozenset(shows), made)
-    yield Variation("training mode", frozenset({"training"}), inputs, training=True)
+                yield Variation(name, frozenset(shows | {"sizes alone"}), made)
+    yield Variation("training mode", frozenset({"training", "training alone"}), inputs, training=True)
     yield Variation("two calls", frozenset({"calls"}), inputs, calls=2)
+    in_turn = frozenset({"calls in training"})
+    yield Variation("two calls in training mode, one in evaluation", in_turn, inputs, True, 3, True)
     for name, named, other, flags in other_arguments(model, inputs, unread):
         yield Variation(name, named, other, flags=flags)
 
@@ -129,6 +142,16 @@ def _places_last(tensor: Tensor) -> range:
     return range(2, 3) if tensor.ndim == 3 else range(1, tensor.ndim - 1)
 
 
+def _all_places(tensor: Tensor) -> range:
+    """The boldest guess, which all but images without channels refuse: all of three."""
+    return range(1, 3) if tensor.ndim == 3 else _places_first(tensor)
+
+
+def _rows(tensor: Tensor) -> range:
+    """A bolder guess: rows of floats are waveforms. Mostly they are features, for which the model has weights."""
+    return range(1, 2) if tensor.ndim == 2 else range(0)
+
+
 def _no_places(tensor: Tensor) -> range:
     return range(0)
 
@@ -142,7 +165,12 @@ def _shape(tensor: Tensor) -> tuple[int, ...]:
     return () if is_lazy(tensor) else tuple(tensor.shape)
 
 
-def _larger_sizes(model: nn.Module, inputs: ExampleInputs, *, batch_only: bool = False) -> Iterator[Sizes]:
+_GUESSES = (_all_places, _places_first, _places_last)
+
+
+def _larger_sizes(
+    model: nn.Module, inputs: ExampleInputs, guesses: Sequence[Callable[[Tensor], range]]
+) -> Iterator[Sizes]:
     """New sizes for those that a user may vary; no two become one, and none becomes one of the inputs or weights.
 
     Sizes that are equal stay equal, for a mask has the length of its text twice. But first it is tried as if a batch
@@ -152,15 +180,17 @@ def _larger_sizes(model: nn.Module, inputs: ExampleInputs, *, batch_only: bool =
     taken = {size for tensor in (*model.parameters(), *model.buffers()) for size in _shape(tensor)}
     taken.update(size for tensor in tensors for size in tensor.shape)
     seen: list[list[tuple[int, ...]]] = [[tuple(tensor.shape) for tensor in tensors]]
-    for places in (_no_places,) if batch_only else (_places_first, _places_last):
+    for places in guesses:
         batches = dict.fromkeys(tensor.shape[0] for tensor in tensors if tensor.ndim)
         others = dict.fromkeys(tensor.shape[d] for tensor in tensors for d in places(tensor))
-        if not batch_only and not others:
+        if places is not _no_places and not others:
             continue
         used = set(taken)
         batch = {size: _next(size, used) for size in batches}
         apart = {size: _next(size, used) for size in others}
-        for of_places in (apart, {size: batch.get(size, apart[size]) for size in others}):
+        odd = {size: _next_odd(new, used) for size, new in apart.items()}
+        as_batch = {size: batch.get(size, apart[size]) for size in others}
+        for of_places in (odd, apart, as_batch):
             sizes = Sizes(batch, of_places, places)
             shapes = [tuple(map(sizes.of, [tensor] * tensor.ndim, range(tensor.ndim))) for tensor in tensors]
             if shapes not in seen:
@@ -175,6 +205,22 @@ def _next(size: int, taken: set[int]) -> int:
     return found
 
 
+def _next_odd(size: int, taken: set[int]) -> int:
+    """An odd size that is not smaller, nor taken unless it is this one, and is then.
+
+    What is done for even lengths alone, or where one is the multiple of another, was seen; what is cut or padded, not.
+    """
+    if size % 2:
+        return size
+    found = next(n for n in itertools.count(size + 1, 2) if n not in taken and _is_prime(n))
+    taken.add(found)
+    return found
+
+
+def _is_prime(n: int) -> bool:
+    return all(n % d for d in range(2, math.isqrt(n) + 1))
+
+
 def _above(size: int) -> Iterator[int]:
     """Sizes above this one: larger primes times the same power of two, and twice these for one that is odd.
 
@@ -184,9 +230,7 @@ def _above(size: int) -> Iterator[int]:
     step = (size & -size) if size > 4 else 1
     if step == 1 and size > 4:
         step = 2
-    return (
-        step * n for n in itertools.count(max(size // step + 1, 3)) if all(n % d for d in range(2, math.isqrt(n) + 1))
-    )
+    return (step * n for n in itertools.count(max(size // step + 1, 3)) if _is_prime(n))
 
 
 def larger_by_one(inputs: ExampleInputs) -> ExampleInputs:

@@ -259,12 +259,19 @@ def _held_tensors(modules: Sequence[nn.Module]) -> Iterator[tuple[int, str, torc
 
 
 def capture_again(model: Any, captured: Captured, variation: Variation, limits: Limits) -> Captured:
-    """A further pass of a module, on the kind of tensors that the first one needed.
+    """A further pass of a module, on the kind of tensors that the first one needed; on real ones if it asks for values.
 
     Raises whatever the module raises on inputs that it does not take, and `CaptureError` beyond the limits.
     """
     with one_at_a_time():
-        return _pass(unwrap(model), variation.inputs, limits, captured.mode, captured.fallback_reason, variation)
+        subject = unwrap(model)
+        try:
+            return _pass(subject, variation.inputs, limits, captured.mode, captured.fallback_reason, variation)
+        except Exception as error:
+            if captured.mode == "real" or not _needs_values(error):
+                raise
+            reason = f"{type(error).__name__}: {first_line(error)}"
+        return _pass(subject, variation.inputs, limits, "real", reason, variation)
 
 
 def _pass(
@@ -322,9 +329,11 @@ def _pass(
                 _load(copied.loading, mode, any(entry.role == "saved" for entry in state))
             context = contextvars.copy_context()  # what forward sets in it is not the caller's
             result = context.run(_run, copied.module, args, kwargs)
-            for _ in range(1, 1 if variation is None else variation.calls):
+            keeps_attributes = _attributes(copied.modules) != before
+            for number in range(1, 1 if variation is None else variation.calls):
+                if variation is not None and variation.ends_in_evaluation and number + 1 == variation.calls:
+                    train(copied.modules, False)
                 result = [result, context.run(_run, copied.module, args, kwargs)]
-            keeps_state = _attributes(copied.modules) != before
         outputs, opaque = returned_tensors(result)
         left = [
             (".".join(filter(None, (copied.paths.get(id(copied.modules[at])), name))), tensor)
@@ -345,9 +354,22 @@ def _pass(
         if node.op == "placeholder" and node.meta["kind"] in ("parameter", "buffer") and not node.users
         for name in node.meta["names"]
     )
-    keeps_state |= any(node.op == "call_function" and _writes_to_buffer(node) for node in graph.nodes)
+    keeps_state = keeps_attributes or any(
+        node.op == "call_function" and _writes_to_buffer(node) for node in graph.nodes
+    )
     remarks = () if copied.layout is None else (copied.layout,)
-    return Captured(graph, type(subject.core).__name__, mode, reason, inputs, unused, opaque, keeps_state, remarks)
+    return Captured(
+        graph,
+        type(subject.core).__name__,
+        mode,
+        reason,
+        inputs,
+        unused,
+        opaque,
+        keeps_state,
+        keeps_attributes,
+        remarks,
+    )
 
 
 def _load(loading: Loading, mode: Mode, needed: bool) -> None:

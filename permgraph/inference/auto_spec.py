@@ -30,7 +30,7 @@ from permgraph.spec.spec import PermutationSpec
 
 log = logging.getLogger(__name__)
 
-MAX_PASSES = 8
+MAX_PASSES = 10
 """Most modules need two: as given, and with larger sizes in training mode. Those that read values need more."""
 
 MAX_NODES = 200_000
@@ -51,10 +51,10 @@ def auto_spec(
     """Infer the groups of hidden units that can be renumbered without changing what a module computes.
 
     The module's own forward runs on tensors without data; each operator that it calls has a rule that says which
-    axes it ties together. It runs again on what a user may vary: larger sizes, training mode without dropout, a second
-    call where the first one changed something, larger whole numbers and other flags among the arguments, optional
-    tensors left out. What any pass ties or pins holds. `spec.passes` lists them, and `spec.notes` says what was not
-    covered. Nothing of the module changes, no weight is read, and modules on the meta device work.
+    axes it ties together. It runs again on what a user may vary: larger sizes, training mode without dropout,
+    further calls where one changed something, other numbers and flags among the arguments, optional tensors left
+    out. What any pass ties or pins holds. `spec.passes` lists them, and `spec.notes` says what was not covered.
+    Nothing of the module changes, no weight is read, and modules on the meta device work.
 
     Args:
         model: any `nn.Module`, `fx.GraphModule` or `ExportedProgram`.

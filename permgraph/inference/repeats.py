@@ -254,9 +254,9 @@ def _is_of_one_element(node: fx.Node) -> bool:
     if not isinstance(source, fx.Node) or not isinstance(source.meta["val"], torch.Tensor):
         return False
     if "normalized_shape" in given:
-        return math.prod(given["normalized_shape"]) == 1
+        return bool(math.prod(given["normalized_shape"]) == 1)
     if "HxW" in given:
-        return given["C"] * given["HxW"] == given["group"]
+        return bool(given["C"] * given["HxW"] == given["group"])
     shape, dim = source.meta["val"].shape, given.get("dim")
     return bool(shape) and isinstance(dim, int) and shape[dim] == 1
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from permgraph.capture.inputs.registry import ExampleInputs
 from permgraph.capture.module_copy import copy_with
 from permgraph.capture.outputs import tensor_leaves
-from permgraph.capture.passes import Variation, larger_by_one, variations
+from permgraph.capture.passes import IF_DIFFERENT, Variation, larger_by_one, variations
 from permgraph.capture.subject import unwrap
 from permgraph.errors import in_one_line
 from permgraph.spec.permutation import Permutation
@@ -63,7 +63,7 @@ class FurtherRuns:
     def __call__(self, first: Variation) -> tuple[Run, ...]:
         """Run all that there is time for; what seems to take too long is put off, until more is known of its cost."""
         deadline = time.monotonic() + self.seconds
-        shown: set[str] = set() if self.trial.keeps_state else {"calls"}
+        shown = set(IF_DIFFERENT) if self.trial.keeps_state else {"calls", *IF_DIFFERENT}
         rankings = set(self.trial.rankings)
         costs = _Costs([(1.0, self.run_seconds)])
         waiting = list(variations(unwrap(self.model).core, first.inputs)) + list(_odd_sizes(first))

@@ -134,7 +134,7 @@ def test_align_shows_every_stage_on_a_terminal(tmp_path: Path, monkeypatch: pyte
     app(
         ["align", "a.safetensors", "b.safetensors", "-m", NET, "-o", "c.safetensors", "--stream"], standalone_mode=False
     )
-    assert stages == ["finding symmetries", "matching b.safetensors", "writing"]
+    assert stages == ["finding symmetries", "comparing structures", "matching b.safetensors", "writing"]
     assert "matching b.safetensors" in terminal.getvalue()
 
 
