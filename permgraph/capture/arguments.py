@@ -35,7 +35,7 @@ def other_arguments(
     if larger:
         yield f"larger {', '.join(larger)}", frozenset(larger), call.with_(larger), False
     for name, value in call.values.items():
-        for other in _other_values(value, call.hints.get(name)):
+        for other in _other_values(value, call.hints.get(name), instead_of_none=bool(unread) or not _is_setting(name)):
             shown = f"{name}={getattr(other, 'name', repr(other))}"
             yield shown, frozenset({shown}), call.with_({name: other}), True
     for name, value in call.values.items():
@@ -85,7 +85,7 @@ def _of_batch(tensor: Tensor, batch: int) -> Tensor:
     return tensor[torch.arange(batch) % len(tensor)] if batch and tensor.ndim else tensor
 
 
-def _other_values(value: Any, hint: Any) -> list[Any]:
+def _other_values(value: Any, hint: Any, *, instead_of_none: bool = False) -> list[Any]:
     """The other values of a flag, or of an argument that its annotation says is one of several."""
     if isinstance(value, bool):
         return [not value]
@@ -94,9 +94,14 @@ def _other_values(value: Any, hint: Any) -> list[Any]:
     options = (hint, *typing.get_args(hint)) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     literals = [typing.get_args(option) for option in options if typing.get_origin(option) is typing.Literal]
     found = [other for values in literals for other in values if other != value]
-    if value is None and not found:
+    if value is None and not found and instead_of_none:
         return [other for kind, other in _INSTEAD_OF_NONE.items() if kind in options][:1]
     return found
+
+
+def _is_setting(name: str) -> bool:
+    """Whether a flag, by its name, says what is returned or cached: it is looked at where a parameter is unread."""
+    return name.startswith(("output_", "return_", "use_cache"))
 
 
 def _other_numbers(value: Any) -> list[float]:

@@ -105,7 +105,8 @@ class FurtherPasses:
             if any(alike(one, again) for one in self.passes):
                 self.tried.append(Tried(variation, "alike", "nothing new", _count(again), left_out))
             else:
-                shown -= _to_be_told_apart(variation, captured, again)
+                if unread or _unread(again) != _unread(captured):
+                    shown -= _to_be_told_apart(variation, captured, again)
                 says = _added(self.passes, again, left_out)
                 self.tried.append(Tried(variation, "solved", says, _count(again), left_out))
                 self.passes.append(again)
@@ -156,7 +157,8 @@ def _uncovered(tried: Sequence[Tried]) -> tuple[str, ...]:
 def _to_be_told_apart(variation: Variation, first: Captured, again: Captured) -> frozenset[str]:
     """What is to be varied by itself, after a pass that varied it together with something else said something new.
 
-    A layer of training alone may follow one of short inputs alone. Where larger sizes in training mode are like no
+    A layer of training alone may follow one of short inputs alone; where all weights were read in both passes, no such
+    layer is left. Where larger sizes in training mode are like no
     other pass, larger sizes in evaluation mode tell which of the two it comes from; if from both, training mode shows
     the rest.
     """

@@ -190,7 +190,8 @@ def _larger_sizes(
         apart = {size: _next(size, used) for size in others}
         odd = {size: _next_odd(new, used) for size, new in apart.items()}
         as_batch = {size: batch.get(size, apart[size]) for size in others}
-        for of_places in (odd, apart, as_batch):
+        images = any(tensor.ndim > 3 for tensor in tensors)  # which are mostly halved several times
+        for of_places in (apart, as_batch) if images else (odd, apart, as_batch):
             sizes = Sizes(batch, of_places, places)
             shapes = [tuple(map(sizes.of, [tensor] * tensor.ndim, range(tensor.ndim))) for tensor in tensors]
             if shapes not in seen:
