@@ -75,7 +75,7 @@ def verify_general(
     max_seconds: float | None,
 ) -> Verification:
     """Check a spec with general symmetries; the arguments are those of `verify`, with inputs to run on."""
-    if not spec.moving:
+    if not spec.acting:
         return GeneralVerification(True, 0.0, tolerance, {}, note="nothing to move: the spec has no groups")
     started = time.monotonic()
     trial = Trial(model, spec.permutations(), first, seed)
@@ -92,7 +92,7 @@ def verify_general(
     beyond: dict[str, str] = {}
     inert: dict[str, None] = {}
     untried = []
-    order = [list(spec.moving)[i] for i in torch.randperm(len(spec.moving), generator=seeded_generator(seed)).tolist()]
+    order = [list(spec.acting)[i] for i in torch.randperm(len(spec.acting), generator=seeded_generator(seed)).tolist()]
     for name in order:
         alone = elements[0].restricted_to([name])
         error = max_error if ok else scrutiny.change(alone)
@@ -113,7 +113,7 @@ def verify_general(
                     beyond[name] = found
         passed = error <= tolerance and (controls == "none" or late or any(control.passed for control in tried))
         reports[name] = GroupReport(name, spec.groups[name].size, error, tuple(tried), passed)
-    reports = {name: reports[name] for name in spec.moving}
+    reports = {name: reports[name] for name in spec.acting}
     passed = ok and all(report.passed for report in reports.values())
     return GeneralVerification(
         passed, max_error, tolerance, reports, len(reference), "", tuple(untried), beyond=beyond, inert=tuple(inert)
@@ -170,18 +170,28 @@ class _Scrutiny:
         if not places or 2 * len(places) * ENOUGH > scaled[0].size:
             return "", silent
         found = []
-        expected = {"GL": 1, "O": 0, "O1": 0}.get(structure.linear, structure.scales) + gains
+        expected = (structure.scales if not structure.linear else int(structure.linear == "GL")) + gains
         free = self._fewest(places, [[(i, i)] for i in range(min(n, TRIES))], expected)
         if free > expected:
             found.append(f"{free} independent scales leave the output as it is, not {expected}")
-        if n > 1 and not (structure.linear == "O1" and n == 2):
+        if n > 1 and not (structure.linear in ("O1", "T", "T2") and n == 2):
             expected = {"GL": 2, "O": 1}.get(structure.linear, 0)
-            pairs = [[(i, (i + 1) % n), ((i + 1) % n, i)] for i in range(min(n, TRIES))]
-            free = self._fewest(places, pairs, expected)
+            # Of pairs that have a factor each, indices of two of them are mixed: no neighbours where they make a pair.
+            pairs = [[(i, j), (j, i)] for i in range(min(n, TRIES)) if (j := (i + 1 + structure.is_paired) % n) != i]
+            if structure.is_paired and n == 4:
+                pairs = [[(i, j), (j, i)] for i, j in ([(0, 1)] if structure.linear == "T" else [(0, 2)])]
+            free = self._fewest(places, pairs, expected) if pairs else expected
             if free > expected:
                 found.append(f"{free} ways to mix two indices leave the output as it is, not {expected}")
+        if structure.is_paired:
+            whole = [
+                (i, i + n // 2) if structure.linear == "T" else (2 * i, 2 * i + 1) for i in range(min(n // 2, TRIES))
+            ]
+            free = self._fewest(places, [[(i, i), (i, j), (j, i), (j, j)] for i, j in whole], 2)
+            if free > 2:
+                found.append(f"{free} ways to mix the two of a pair leave the output as it is, not 2")
         if len(places) <= MAX_SIGNS:
-            signs = {"GL": 1, "O": 1, "O1": 0}.get(structure.linear, structure.signs) + gains
+            signs = (int(structure.linear in ("GL", "O")) if structure.linear else structure.signs) + gains
             count = sum(self._flipped(chosen) <= threshold for chosen in _subsets(places))
             if count > 2**signs:
                 found.append(f"{count} choices of signs leave the output as it is, not {2**signs}")
