@@ -38,9 +38,9 @@ REDUCED = (torch.float32, torch.float16, torch.bfloat16)
 
 #: The operators that a turn is written with: sums, products, and what puts elements elsewhere.
 _STEPS = """
-add sub rsub neg mul addcmul cat stack slice select split split_with_sizes chunk unbind getitem narrow flip roll unsqueeze
-squeeze view reshape _unsafe_view flatten unflatten transpose permute expand clone contiguous alias detach lift_fresh
-_to_copy to view_as_complex view_as_real complex real imag
+add sub rsub neg mul addcmul cat stack slice select split split_with_sizes chunk unbind getitem narrow flip roll
+unsqueeze squeeze view reshape _unsafe_view flatten unflatten transpose permute expand clone contiguous alias detach
+lift_fresh _to_copy to view_as_complex view_as_real complex real imag
 """
 STEPS = frozenset(_STEPS.split())
 ENDS = frozenset(("add", "sub", "addcmul", "cat", "stack", "view", "reshape", "_unsafe_view", "flatten"))
