@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 from permgraph.errors import MismatchError, SpecError
 from permgraph.spec.binding import Group, Layout, Occurrence, bind, check_groups
 from permgraph.spec.expressions import Axis, Fixed, Ref, normalise, rename, size_of, substitute
-from permgraph.spec.general import Action, General
+from permgraph.spec.general import Action, General, NullDirection
 from permgraph.spec.provenance import Constraints, Pass, Pin, UnknownOp, Unread
 from permgraph.structures import Structure
 
@@ -191,6 +191,11 @@ class SpecData:
         return math.prod(self.groups[parent].size for parent in self.groups[group].parents)
 
     @property
+    def null_directions(self) -> tuple[NullDirection, ...]:
+        """What can be added to parameters without effect; only a spec with general symmetries knows."""
+        return () if self.general is None else self.general.null_directions
+
+    @property
     def symmetry(self) -> str:
         """``"general"`` if groups may have structures beyond permutations, else ``"permutation"``."""
         return "permutation" if self.general is None else "general"
@@ -233,7 +238,8 @@ class SpecData:
             for name, own in general.actions.items():
                 standing = zip(own, self.occurrences(name), strict=True)
                 actions[name] = tuple(Action() if o.group in names else a for a, o in standing if o.group not in gone)
-            general = General(actions, {name: why for name, why in general.reasons.items() if name not in names})
+            reasons = {name: why for name, why in general.reasons.items() if name not in names}
+            general = replace(general, actions=actions, reasons=reasons)
         return replace(
             self,
             groups=still,

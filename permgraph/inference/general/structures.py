@@ -19,6 +19,7 @@ from permgraph.inference.general.acts import Speaker
 from permgraph.inference.general.equations import beyond
 from permgraph.inference.general.gains import Gains
 from permgraph.inference.general.leaves import Leaves, UnreadableError
+from permgraph.inference.general.nulls import null_directions
 from permgraph.inference.general.patterns import Patterns
 from permgraph.inference.general.statements import ORTHOGONAL, Statements
 from permgraph.inference.general.turns import TURN
@@ -73,7 +74,8 @@ def with_structures(spec: PermutationSpec, solution: Solution, fibres: Fibres) -
     told = {name: tuple(found) for name, found in actions.items() if any(action != Action() for action in found)}
     paired = {name for name in turned if groups[name].structure.is_paired}
     groups |= {name: replace(groups[name], fixed=True) for name in paired}
-    whole = replace(spec, groups=groups, general=General(told, reasons)).without(turned - paired)
+    general = General(told, reasons, null_directions(solution))
+    whole = replace(spec, groups=groups, general=general).without(turned - paired)
     return whole.rename(_names_of_pairs(whole, turned))
 
 
