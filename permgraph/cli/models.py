@@ -13,14 +13,14 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from permgraph.cli.options import FORMS
 from permgraph.cli.screen import Screen
-from permgraph.errors import CaptureError, MissingExtraError, NoInputsError, PermgraphError, in_one_line
+from permgraph.errors import CaptureError, MissingExtraError, NoInputsError, PermgraphError, SpecError, in_one_line
 from permgraph.inference.auto_spec import auto_spec
 from permgraph.spec.spec import PermutationSpec
 
@@ -67,24 +67,32 @@ def build(model: str, device: str | None = "meta") -> nn.Module:
             raise CaptureError(f"{model} cannot be built: {type(error).__name__}: {error}") from error
 
 
-def spec_of(model: str, inputs: list[str] | None = None) -> PermutationSpec:
+def spec_of(
+    model: str, inputs: list[str] | None = None, symmetry: Literal["permutation", "general"] = "permutation"
+) -> PermutationSpec:
     """The spec in a file (.json or text), or that of the model which a text names.
 
     Args:
         model: a file that `PermutationSpec.save` wrote, or one of the `FORMS`.
         inputs: example inputs as text, see `parse_inputs`.
+        symmetry: that of `auto_spec`; a file holds what it holds.
 
     Raises:
         CaptureError: there is no such file or model, or it does not run; without inputs, because none were found.
-        SpecError: the file holds no spec.
+        SpecError: the file holds no spec, or one with permutations alone where more is asked for.
     """
     if model.endswith(SPEC_SUFFIXES) and ".py:" not in model:
         if not Path(model).is_file():
             raise CaptureError(f"{model}: no such file")
-        return PermutationSpec.load(model)
+        found = PermutationSpec.load(model)
+        if found.symmetry != symmetry == "general":
+            raise SpecError(
+                f"{model} holds permutations alone: infer the spec again from the model, --symmetry general"
+            )
+        return found
     args, kwargs = parse_inputs(inputs or [])
     try:
-        return auto_spec(build(model), args or None, kwargs or None)
+        return auto_spec(build(model), args or None, kwargs or None, symmetry=symmetry)
     except NoInputsError as error:
         found_none = str(error).splitlines()[0].removesuffix(" Tried:")
         raise CaptureError(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import textwrap
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -17,6 +18,12 @@ if TYPE_CHECKING:
     from permgraph.verification import Verification
 
 
+Symmetry = Annotated[
+    Literal["permutation", "general"],
+    typer.Option("--symmetry", help="Permutations alone, or also scales, signs, rotations, any matrices."),
+]
+
+
 def spec(
     model: Model,
     *,
@@ -24,9 +31,12 @@ def spec(
     page: Annotated[Path | None, typer.Option("--report", help=PAGE)] = None,
     inputs: Inputs = None,
     pins: Annotated[bool, typer.Option("--pins", help="List what stays put, and why.")] = False,
+    symmetry: Symmetry = "permutation",
     shown: Shown,
 ) -> None:
     """Show every permutation symmetry of a model: its groups, and where they act on each parameter.
+
+    With --symmetry general also the structure of each group, what keeps it from being larger, and the dimension of all.
 
     [bold]Examples[/bold]
 
@@ -35,6 +45,8 @@ def spec(
         permgraph spec hf:./my-llama --pins
 
         permgraph spec timm:convnext_atto --report convnext.html
+
+        permgraph spec torchvision:vit_b_16 --symmetry general
     """
     from permgraph.cli.models import spec_of
     from permgraph.pictures import report
@@ -43,7 +55,7 @@ def spec(
         check_file(output, "--output", ())
         check_file(page, "--report", PAGES)
         with screen.stage("finding symmetries"):
-            found = spec_of(model, inputs)
+            found = spec_of(model, inputs, symmetry)
         if output is not None:
             found.save(output)
             screen.note(f"saved to {output}")
@@ -51,10 +63,25 @@ def spec(
             report(found, page, about={"model": model})
             screen.note(f"report written to {page}")
         text = str(found)
+        if found.general is not None:
+            text += "\n" + textwrap.indent(_structures(found), "# ")  # as a comment, so that the text is still a spec
         if pins:
             rows = [(f"{pin.parameter}[{pin.dim}]", str(pin.size), pin.reason) for pin in found.pins]
             text += "\n" + table(rows, ("stays put", "size", "why"))
         screen.result(summary(found, pins=pins), text)
+
+
+def _structures(spec: PermutationSpec) -> str:
+    """The structure of each group as text, and the dimension of all."""
+    assert spec.general is not None
+    columns = ("group", "structure", "times", "dimension", "what keeps it from being larger")
+    rows = []
+    for name, group in spec.acting.items():
+        times = spec.multiplicity(name)
+        dimension = f"{times * group.structure.dimension(group.size):,}"
+        own = f"{group.structure}({group.size})"
+        rows.append((name, own, str(times), dimension, spec.general.reasons.get(name, "")))
+    return f"{table(rows, columns)}\ndimension of the continuous part: {spec.dimension():,}"
 
 
 def summary(spec: PermutationSpec, *, pins: bool = False) -> dict[str, Any]:
@@ -78,6 +105,18 @@ def summary(spec: PermutationSpec, *, pins: bool = False) -> dict[str, Any]:
         ],
         "notes": stored["notes"],
     }
+    if spec.general is not None:
+        data["dimension"] = spec.dimension()
+        data["structures"] = {
+            name: {
+                "structure": str(group.structure),
+                "size": group.size,
+                "times": spec.multiplicity(name),
+                "dimension": spec.multiplicity(name) * group.structure.dimension(group.size),
+                "reason": spec.general.reasons.get(name),
+            }
+            for name, group in spec.acting.items()
+        }
     if pins:
         data["pins"] = [
             {"parameter": pin.parameter, "dim": pin.dim, "size": pin.size, "reason": pin.reason} for pin in spec.pins
@@ -155,6 +194,7 @@ def verify(
     ] = None,
     spec_file: Annotated[Path | None, typer.Option("--spec", help="Check this spec, not the one found now.")] = None,
     inputs: Inputs = None,
+    symmetry: Symmetry = "permutation",
     seed: Annotated[int, typer.Option(help="Of the random weights and permutations.")] = 0,
     tolerance: Annotated[float, typer.Option(help="The largest relative error that counts as equal.")] = 1e-9,
     further: Annotated[
@@ -180,12 +220,13 @@ def verify(
     from permgraph.cli.models import build, parse_inputs, spec_of
     from permgraph.spec.spec import PermutationSpec
     from permgraph.verification import verify as verify_spec
+    from permgraph.verification.general import GeneralVerification
 
     with Screen(shown) as screen:
         module = build(model)
         args, kwargs = parse_inputs(inputs or [])
         with screen.stage("finding symmetries"):
-            found = PermutationSpec.load(spec_file) if spec_file else spec_of(model, inputs)
+            found = PermutationSpec.load(spec_file) if spec_file else spec_of(model, inputs, symmetry)
         with screen.stage("verifying"):
             proof = verify_spec(
                 module,
@@ -209,6 +250,8 @@ def verify(
             "without_influence": list(proof.without_influence),
             "inert": [f"{p}[{d}]" for group in proof.groups.values() for p, d in group.inert],
         }
+        if isinstance(proof, GeneralVerification):
+            data |= {"maximal": proof.maximal, "beyond": dict(proof.beyond), "can_be_scaled": list(proof.inert)}
         text, passed = str(proof), proof.passed
         if checkpoint is not None:
             # The weights were trained in their own precision, but compute in float64 here.

@@ -126,6 +126,10 @@ def spec_of(
 ) -> PermutationSpec:
     """The spec of a captured graph; when the time is up, what operators touch that have no types yet is pinned."""
     with gc_paused():
+        if symmetry == "general":
+            from permgraph.inference.general import free_turns
+
+            free_turns(captured.graph)
         solution = solve(captured.graph, limits=limits, unread=unread)
         fibres = find_fibres(solution)
         spec = describe(captured, solution, fibres)

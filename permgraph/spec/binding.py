@@ -42,7 +42,8 @@ class Group:
         name: one word; usually the path of the module that makes the axis.
         size: the number of indices that it permutes.
         parents: the groups over which it is fibred, outermost first, and with each of them all of that one's parents.
-        fixed: only the identity acts; the group is a name for an axis over which others are fibred.
+        fixed: no permutation acts: the group is a name for an axis over which others are fibred, or of the structure
+            `T` or `T2`.
         structure: what acts on the axis; permutations alone unless more was asked for.
     """
 

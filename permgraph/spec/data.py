@@ -9,7 +9,7 @@ import itertools
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -18,8 +18,8 @@ from torch.nn.parameter import is_lazy
 
 from permgraph.errors import MismatchError, SpecError
 from permgraph.spec.binding import Group, Layout, Occurrence, bind, check_groups
-from permgraph.spec.expressions import Axis, normalise, rename, size_of
-from permgraph.spec.general import General
+from permgraph.spec.expressions import Axis, Fixed, Ref, normalise, rename, size_of, substitute
+from permgraph.spec.general import Action, General, NullDirection
 from permgraph.spec.provenance import Constraints, Pass, Pin, UnknownOp, Unread
 from permgraph.structures import Structure
 
@@ -138,6 +138,12 @@ class SpecData:
             {name: g for name, g in self.groups.items() if not g.fixed and g.size > 1 and name in standing}
         )
 
+    @functools.cached_property
+    def acting(self) -> Mapping[str, Group]:
+        """The groups that act: those that move something, and those of pairs that no permutation moves."""
+        paired = {name: g for name, g in self.groups.items() if g.structure.is_paired and self.uses(name)}
+        return MappingProxyType({name: g for name, g in self.groups.items() if name in self.moving or name in paired})
+
     def canonical(self, name: str) -> str:
         """The canonical name of a parameter or buffer.
 
@@ -185,6 +191,11 @@ class SpecData:
         return math.prod(self.groups[parent].size for parent in self.groups[group].parents)
 
     @property
+    def null_directions(self) -> tuple[NullDirection, ...]:
+        """What can be added to parameters without effect; only a spec with general symmetries knows."""
+        return () if self.general is None else self.general.null_directions
+
+    @property
     def symmetry(self) -> str:
         """``"general"`` if groups may have structures beyond permutations, else ``"permutation"``."""
         return "permutation" if self.general is None else "general"
@@ -192,15 +203,50 @@ class SpecData:
     def dimension(self) -> int:
         """The dimension of the continuous part of the group: how many real numbers an element near the identity has."""
         return sum(
-            self.multiplicity(name) * group.structure.dimension(group.size) for name, group in self.moving.items()
+            self.multiplicity(name) * group.structure.dimension(group.size) for name, group in self.acting.items()
         )
 
     def permutations(self) -> Self:
         """The same spec with permutations alone; itself if there is nothing more."""
         if self.general is None:
             return self
-        groups = {name: replace(group, structure=Structure()) for name, group in self.groups.items()}
-        return replace(self, groups=groups, general=None)
+        plain = {name: replace(group, structure=Structure()) for name, group in self.groups.items()}
+        paired = [name for name, group in self.groups.items() if group.structure.is_paired]
+        return replace(self, groups=plain, general=None).without(paired)
+
+    def without(self, names: Collection[str]) -> Self:
+        """The same spec where nothing acts on these groups: their indices stay put.
+
+        One over which others are fibred goes on naming its axis. Raises SpecError if a group is unknown.
+        """
+        for name in names:
+            self.uses(name)
+        named = {parent for group in self.groups.values() for parent in group.parents}
+        gone = frozenset(names) - named
+        still = {
+            name: replace(group, fixed=True, structure=Structure()) if name in names else group
+            for name, group in self.groups.items()
+            if name not in gone
+        }
+
+        def new(name: str) -> Axis:
+            return Fixed(self.groups[name].size) if name in gone else Ref(name)
+
+        general = self.general
+        if general is not None:
+            actions = {}
+            for name, own in general.actions.items():
+                standing = zip(own, self.occurrences(name), strict=True)
+                actions[name] = tuple(Action() if o.group in names else a for a, o in standing if o.group not in gone)
+            reasons = {name: why for name, why in general.reasons.items() if name not in names}
+            general = replace(general, actions=actions, reasons=reasons)
+        return replace(
+            self,
+            groups=still,
+            axes={name: tuple(substitute(axis, new) for axis in axes) for name, axes in self.axes.items()},
+            unread=tuple(replace(e, groups=tuple(n for n in e.groups if n not in names)) for e in self.unread),
+            general=general,
+        )
 
     def log_order(self) -> float:
         """The natural logarithm of the number of permutations; groups that stand in no parameter do not count."""

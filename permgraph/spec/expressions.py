@@ -194,19 +194,24 @@ def size_of(axis: Axis, groups: Mapping[str, Sized]) -> int:
 
 def rename(axis: Axis, group: Callable[[str], str]) -> Axis:
     """``axis`` with each group's name replaced by ``group(name)``."""
+    return substitute(axis, lambda name: Ref(group(name)))
+
+
+def substitute(axis: Axis, new: Callable[[str], Axis]) -> Axis:
+    """``axis`` with ``new(name)`` in the place of each group."""
     match axis:
         case Fixed():
             return axis
         case Ref(name):
-            return Ref(group(name))
+            return new(name)
         case Product(factors):
-            return Product(tuple(rename(factor, group) for factor in factors))
+            return Product(tuple(substitute(factor, new) for factor in factors))
         case Sum(parts):
-            return Sum(tuple(rename(part, group) for part in parts))
+            return Sum(tuple(substitute(part, new) for part in parts))
         case Label(name, expr):
-            return Label(name, rename(expr, group))
+            return Label(name, substitute(expr, new))
         case Family(on, members):
-            return Family(on, tuple(rename(member, group) for member in members))
+            return Family(on, tuple(substitute(member, new) for member in members))
 
 
 def normalise(axis: Axis) -> Axis:

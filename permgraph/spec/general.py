@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, NamedTuple
+
+import torch
 
 from permgraph.errors import SpecError
 from permgraph.spec.binding import Group, Layout
@@ -44,6 +46,40 @@ class Action:
     gains: tuple[tuple[Gain, int], ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class NullDirection:
+    """A direction in which a parameter can be moved by any amount without effect on what the model computes.
+
+    Args:
+        parameter: its name.
+        uniform: the dimensions along which what is added is the same for all indices: multiples of the vector of ones.
+            Along all others it is arbitrary.
+        part: dimension, start and stop of the indices to which something is added; None for all of them.
+        reason: the operator that takes no notice of it.
+    """
+
+    parameter: str
+    uniform: tuple[int, ...]
+    part: tuple[int, int, int] | None
+    reason: str
+
+    def random(self, shape: Sequence[int], generator: torch.Generator) -> torch.Tensor:
+        """A random multiple, of the parameter's shape, in float64."""
+        sizes = [1 if dim in self.uniform else size for dim, size in enumerate(shape)]
+        added = torch.randn(sizes, generator=generator, dtype=torch.float64).expand(*shape).clone()
+        if self.part is not None:
+            dim, start, stop = self.part
+            there = torch.zeros(shape[dim], dtype=torch.bool)
+            there[start:stop] = True
+            added *= there.reshape([-1 if d == dim else 1 for d in range(len(shape))])
+        return added
+
+    def __str__(self) -> str:
+        where = f"[{self.part[1]}:{self.part[2]}]" if self.part is not None else ""
+        what = f"the same along {' and '.join(map(str, self.uniform))}" if self.uniform else "anything"
+        return f"{self.parameter}{where}: {what}, for {self.reason}"
+
+
 @dataclass(frozen=True)
 class General:
     """The part of a spec that is about more than permutations.
@@ -52,20 +88,25 @@ class General:
         actions: for a parameter one action for each occurrence of a group in it, in the order of its text; parameters
             on which nothing but permutations acts may be left out.
         reasons: for a group what kept its structure from being larger.
+        null_directions: what can be added to parameters without effect.
     """
 
     actions: Mapping[str, tuple[Action, ...]]
     reasons: Mapping[str, str] = field(default_factory=dict)
+    null_directions: tuple[NullDirection, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("actions", "reasons"):
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return General, (dict(self.actions), dict(self.reasons))
+        return General, (dict(self.actions), dict(self.reasons), self.null_directions)
 
     def check(self, groups: Mapping[str, Group], layouts: Mapping[str, Layout], shapes: Mapping[str, Any]) -> None:
         """Raise SpecError, naming the parameter, unless the actions fit these groups and where they stand."""
+        for direction in self.null_directions:
+            if direction.parameter not in layouts:
+                raise SpecError(f"there is a null direction of {direction.parameter!r}, but no axes")
         for name, actions in self.actions.items():
             if name not in layouts:
                 raise SpecError(f"there are actions for {name!r}, but no axes")
@@ -89,6 +130,9 @@ class General:
                 for name, actions in self.actions.items()
             },
             "reasons": dict(self.reasons),
+            "null_directions": [
+                [d.parameter, list(d.uniform), d.part and list(d.part), d.reason] for d in self.null_directions
+            ],
         }
 
     @classmethod
@@ -110,7 +154,11 @@ class General:
                 for name, rows in content["actions"].items()
             }
             reasons = {str(name): str(why) for name, why in content["reasons"].items()}
-            return cls(actions, reasons)
+            nulls = tuple(
+                NullDirection(str(name), tuple(map(int, uniform)), part and tuple(map(int, part)), str(why))
+                for name, uniform, part, why in content.get("null_directions", ())
+            )
+            return cls(actions, reasons, nulls)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise SpecError(f"general: malformed: {type(error).__name__}: {error}") from None
 

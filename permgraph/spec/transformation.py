@@ -25,7 +25,7 @@ from permgraph.errors import MismatchError, SpecError
 from permgraph.io.files import write_atomically
 from permgraph.spec.binding import IntArray, Layout, Occurrence, coordinates
 from permgraph.spec.data import SpecData
-from permgraph.spec.expressions import Axis
+from permgraph.spec.expressions import Axis, Fixed, Ref, substitute
 from permgraph.spec.general import Action
 from permgraph.spec.permutation import Permutation, old_parents
 from permgraph.structures import random_element
@@ -47,7 +47,7 @@ class Transformation:
     Args:
         spec: the spec to whose groups this belongs.
         permutation: what permutes the indices; of a group of matrices, the identity.
-        matrices: for each group of matrices (GL, O, O1) an array of shape ``(*parents' sizes, size, size)``.
+        matrices: for each group of matrices (GL, O, O1, T, T2) an array of shape ``(*parents' sizes, size, size)``.
         scales: for each group with positive factors an array of shape ``(*parents' sizes, size, factors)``.
         signs: the same for signs, all of them ±1; the last ones are common signs, which do not vary along the size.
 
@@ -78,9 +78,9 @@ class Transformation:
         complete: dict[str, dict[str, Array]] = {"matrices": {}, "scales": {}, "signs": {}}
         for kind in complete:
             for name in getattr(self, kind):
-                if name not in spec.moving or _shapes(spec, name)[kind] is None:
+                if name not in spec.acting or _shapes(spec, name)[kind] is None:
                     raise MismatchError(f"group {name!r} has no {kind} in this spec")
-        for name in spec.moving:
+        for name in spec.acting:
             for kind, shape in _shapes(spec, name).items():
                 if shape is not None:
                     complete[kind][name] = _checked(spec, name, kind, shape, getattr(self, kind).get(name))
@@ -120,11 +120,11 @@ class Transformation:
         if isinstance(seed, torch.Generator):
             seed = int(torch.randint(2**62, (), generator=seed, device=seed.device))
         generator = np.random.default_rng(seed)
-        linear = [name for name in spec.moving if spec.groups[name].structure.linear]
+        linear = [name for name in spec.acting if spec.groups[name].structure.linear]
         moved = Permutation.random(spec.permutations(), generator, every_group=every_group)
         moved = moved.restricted_to(name for name in moved.arrays if name not in linear)
         matrices, scales, signs = {}, {}, {}
-        for name in spec.moving:
+        for name in spec.acting:
             structure, shapes = spec.groups[name].structure, _shapes(spec, name)
             if (shape := shapes["matrices"]) is not None:
                 drawn = [random_element(structure.linear, shape[-1], generator) for _ in range(math.prod(shape[:-2]))]
@@ -139,14 +139,14 @@ class Transformation:
     # --- the group ----------------------------------------------------------------------------------------------------
 
     def __repr__(self) -> str:
-        names = ", ".join(f"{name} {self.spec.groups[name].structure}" for name in list(self.spec.moving)[:4])
-        more = len(self.spec.moving) - 4
+        names = ", ".join(f"{name} {self.spec.groups[name].structure}" for name in list(self.spec.acting)[:4])
+        more = len(self.spec.acting) - 4
         return f"<Transformation of {names}{f' and {more} more' if more > 0 else ''}>"
 
     @property
     def is_identity(self) -> bool:
         """Whether nothing changes at all, not even by rounding."""
-        return self._at_rest == frozenset(self.spec.moving) and self.permutation.is_identity
+        return self._at_rest == frozenset(self.spec.acting) and self.permutation.is_identity
 
     def __matmul__(self, other: Transformation) -> Transformation:
         """This element after ``other``: ``(g @ h).apply(x)`` is ``g.apply(h.apply(x))``, up to rounding.
@@ -185,7 +185,7 @@ class Transformation:
         def kept(arrays: Mapping[str, Array]) -> dict[str, Array]:
             return {name: array for name, array in arrays.items() if name in keep}
 
-        moved = self.permutation.restricted_to(keep)
+        moved = self.permutation.restricted_to(keep.intersection(self.permutation.spec.groups))
         return Transformation(self.spec, moved, kept(self.matrices), kept(self.scales), kept(self.signs))
 
     # --- acting -------------------------------------------------------------------------------------------------------
@@ -230,7 +230,9 @@ class Transformation:
 
     def apply_axes(self, axes: tuple[Axis, ...], tensor: torch.Tensor, actions: Sequence[Action] = ()) -> torch.Tensor:
         """A new tensor: ``tensor``, whose dimensions are ``axes``, with these actions, none of them between gains."""
-        moved = self.permutation.apply_axes(axes, tensor)
+        paired = {name: g.size for name, g in self.spec.groups.items() if g.structure.is_paired}
+        permuted = tuple(substitute(a, lambda n: Fixed(paired[n]) if n in paired else Ref(n)) for a in axes)
+        moved = self.permutation.apply_axes(permuted, tensor)
         layout = self.spec.layout(axes)
         return self._acted_by(layout, actions or [Action()] * len(layout.occurrences), moved, {}, frozenset())
 
@@ -239,7 +241,7 @@ class Transformation:
         """The groups whose matrices and factors change nothing."""
         moved = {n for n, m in self.matrices.items() if (m != np.eye(m.shape[-1])).any()}
         moved |= {n for arrays in (self.scales, self.signs) for n, a in arrays.items() if (a != 1).any()}
-        return frozenset(self.spec.moving) - moved
+        return frozenset(self.spec.acting) - moved
 
     @property
     def _acting(self) -> Mapping[str, tuple[Action, ...]]:

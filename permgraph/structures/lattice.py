@@ -12,6 +12,7 @@ name      group                                                         dimensio
 ``S±``    a permutation, and one sign for all indices                   0
 ``S``     permutations                                                  0
 ``T``     a complex factor for each pair (j, j + n/2) of indices        n
+``T2``    the same for each pair (2 j, 2 j + 1)                         n
 ``1``     the identity                                                  0
 ========  ============================================================  =================
 
@@ -19,7 +20,7 @@ name      group                                                         dimensio
 
                   GL
                /   |   \\
-             O     M     T
+             O     M     T, T2
             / \\   / \\    |
           O1    B    P   |
             \\  /    /    |
@@ -49,7 +50,8 @@ _BELOW = {
     "O": "O1 B",
     "M": "B P",
     "T": "1",
-    "GL": "O M T",
+    "T2": "1",
+    "GL": "O M T T2",
 }
 
 NAMES: tuple[str, ...] = tuple(_BELOW)
@@ -73,7 +75,7 @@ def is_within(small: str, large: str) -> bool:
 
 
 def meet(a: str, b: str) -> str:
-    """The largest group of the lattice within both. It is their intersection, but where T meets any but GL and S.
+    """The largest group of the lattice within both. It is their intersection, but where T or T2 meets any but GL and S.
 
     There it is smaller: what T has in common with O, rotations of each pair, has no name here.
 
@@ -103,6 +105,7 @@ def dimension(name: str, n: int) -> int:
         "M": n,
         "P": n,
         "T": n,
+        "T2": n,
     }.get(_known(name), 0)
 
 
@@ -137,6 +140,10 @@ def is_member(name: str, matrices: Matrix, tolerance: float = 1e-9) -> npt.NDArr
     if name == "O1":
         sums = matrices.sum(-1, keepdims=True)
         return np.asarray(orthogonal & (close(sums, 1.0) | close(sums, -1.0)))
+    if name in ("T", "T2") and n % 2:
+        return np.zeros(matrices.shape[:-2], dtype=bool)
+    if name == "T2":
+        return is_member("T", _as_halves(matrices), tolerance)
     if name == "T":
         half = n // 2
         a, b, c, d = (matrices[..., i : i + half, j : j + half] for i in (0, half) for j in (0, half))
@@ -150,7 +157,7 @@ def is_member(name: str, matrices: Matrix, tolerance: float = 1e-9) -> npt.NDArr
 def random_element(name: str, n: int, generator: np.random.Generator) -> Matrix:
     """A random element whose singular values lie within [1/2, 2], and that in no smaller group but by chance.
 
-    Raises SpecError where n is odd and the group is T.
+    Raises SpecError where n is odd and the group is T or T2.
     """
     if name == "GL":
         left, right = _random_orthogonal(n, generator), _random_orthogonal(n, generator)
@@ -166,12 +173,13 @@ def random_element(name: str, n: int, generator: np.random.Generator) -> Matrix:
         inner[1:, 1:] = _random_orthogonal(n - 1, generator)
         inner[0, 0] = generator.choice((-1.0, 1.0))
         return np.asarray(mirror @ inner @ mirror)
-    if name == "T":
+    if name in ("T", "T2"):
         if n % 2:
-            raise SpecError(f"T acts on pairs of indices, and {n} is odd")
+            raise SpecError(f"{name} acts on pairs of indices, and {n} is odd")
         scale, angle = factors(n // 2, generator), generator.uniform(0, 2 * np.pi, n // 2)
         cosine, sine = np.diag(scale * np.cos(angle)), np.diag(scale * np.sin(angle))
-        return np.block([[cosine, -sine], [sine, cosine]])
+        halves = np.block([[cosine, -sine], [sine, cosine]])
+        return halves if name == "T" else _as_neighbours(halves)
     if _known(name) == "1":
         return np.eye(n)
     moved = np.eye(n)[generator.permutation(n)]
@@ -192,6 +200,17 @@ def factors(shape: int | tuple[int, ...], generator: np.random.Generator) -> Mat
 def _random_orthogonal(n: int, generator: np.random.Generator) -> Matrix:
     q, r = np.linalg.qr(generator.standard_normal((n, n)))
     return np.asarray(q * np.where(np.diagonal(r) < 0, -1.0, 1.0))
+
+
+def _as_halves(matrices: Matrix) -> Matrix:
+    """Matrices on pairs (2j, 2j + 1), on an axis where the same pairs are (j, j + n/2)."""
+    order = np.arange(matrices.shape[-1]).reshape(-1, 2).T.reshape(-1)
+    return np.asarray(matrices[..., order, :][..., order])
+
+
+def _as_neighbours(matrix: Matrix) -> Matrix:
+    order = np.arange(matrix.shape[-1]).reshape(2, -1).T.reshape(-1)
+    return np.asarray(matrix[order][:, order])
 
 
 def _known(name: str) -> str:

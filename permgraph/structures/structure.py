@@ -8,19 +8,21 @@ from dataclasses import dataclass
 from permgraph.errors import SpecError
 from permgraph.structures.lattice import dimension
 
-LINEAR = ("GL", "O", "O1")
-_TERM = re.compile(r"(GL|O1|O|S±|[SPBM])(?:\^(\d+))?")
+PAIRED = ("T", "T2")
+LINEAR = ("GL", "O", "O1", *PAIRED)
+_TERM = re.compile(r"(GL|O1|O|T2|T|S±|[SPBM])(?:\^(\d+))?")
 
 
 @dataclass(frozen=True)
 class Structure:
-    """A matrix group on an axis of n indices that holds all permutations of them.
+    """A matrix group on an axis of n indices.
 
     It is one of `GL`, `O` and `O1`, or permutations with factors for each index. One permutation may go with several
-    factors, each on other tensors: the gate and the values of a gated unit are permuted alike and scaled apart.
+    factors, each on other tensors: the gate and the values of a gated unit are permuted alike and scaled apart. All of
+    these hold every permutation. `T` and `T2`, a complex factor for each pair of indices, hold none but the identity.
 
     Args:
-        linear: ``"GL"``, ``"O"``, ``"O1"``, or empty.
+        linear: ``"GL"``, ``"O"``, ``"O1"``, ``"T"``, ``"T2"``, or empty.
         scales: how many independent positive factors each index has.
         signs: how many independent signs each index has.
         flips: how many further signs all indices have in common.
@@ -42,6 +44,11 @@ class Structure:
     def is_plain(self) -> bool:
         """Whether it is that of permutations, and of nothing else."""
         return self == Structure()
+
+    @property
+    def is_paired(self) -> bool:
+        """Whether it acts on pairs of indices, and permutes none."""
+        return self.linear in PAIRED
 
     def dimension(self, size: int) -> int:
         """The dimension of its continuous part on an axis of this size."""
@@ -65,7 +72,7 @@ class Structure:
             found = _TERM.fullmatch(word)
             if found is None:
                 raise SpecError(
-                    f"{text!r} is no structure: write GL, O, O1, or S, S±, B, P, M and products such as M×P"
+                    f"{text!r} is no structure: write GL, O, O1, T, T2, or S, S±, B, P, M and products such as M×P"
                 )
             counts[found[1]] = counts.get(found[1], 0) + int(found[2] or 1)
         linear = [name for name in LINEAR if name in counts]

@@ -35,7 +35,7 @@ def free_combinations(
         step: of amounts for some pairs at some places, how large their effect is together.
         size: the small amount.
     """
-    fewest = places * 2
+    fewest = places * len(tries[0])
     for pairs in tries:
         columns = [
             (effect(place, pair, size) - effect(place, pair, -size)) / (2 * size)

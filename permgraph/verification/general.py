@@ -24,7 +24,7 @@ from permgraph.capture.passes import Variation
 from permgraph.capture.subject import unwrap
 from permgraph.errors import CaptureError
 from permgraph.spec.binding import Occurrence
-from permgraph.spec.general import Action
+from permgraph.spec.general import Action, NullDirection
 from permgraph.spec.spec import PermutationSpec
 from permgraph.spec.transformation import Transformation, Where
 from permgraph.verification.directions import NEGLIGIBLE, Index, free_combinations
@@ -46,11 +46,13 @@ class GeneralVerification(Verification):
 
     Besides what `Verification` has, `beyond` says for each group whose structure could be larger in what way, and
     `inert` names the places that can be scaled without influence on the output, such as the keys' bias under a softmax.
-    Neither makes a verification fail: what is claimed holds.
+    Neither makes a verification fail: what is claimed holds. `null_errors` says for each null direction how far the
+    output moves when a random multiple of it is added, which must be within the tolerance.
     """
 
     beyond: Mapping[str, str] = field(default_factory=dict)
     inert: tuple[str, ...] = ()
+    null_errors: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def maximal(self) -> bool:
@@ -60,6 +62,8 @@ class GeneralVerification(Verification):
     def __str__(self) -> str:
         lines = [super().__str__()]
         lines += [f"  {name}: {what}" for name, what in self.beyond.items()]
+        wrong = [what for what, error in self.null_errors.items() if not error <= self.tolerance]
+        lines += [f"  no null direction: {what}" for what in wrong]
         if self.inert:
             lines.append(f"  without influence: {', '.join(self.inert)}")
         return "\n".join(lines)
@@ -75,7 +79,7 @@ def verify_general(
     max_seconds: float | None,
 ) -> Verification:
     """Check a spec with general symmetries; the arguments are those of `verify`, with inputs to run on."""
-    if not spec.moving:
+    if not spec.acting and not spec.null_directions:
         return GeneralVerification(True, 0.0, tolerance, {}, note="nothing to move: the spec has no groups")
     started = time.monotonic()
     trial = Trial(model, spec.permutations(), first, seed)
@@ -84,6 +88,7 @@ def verify_general(
         name = type(unwrap(model).core).__name__
         raise CaptureError(f"{name} gives nothing finite to compare on random weights; pass inputs on which it does")
     scrutiny = _Scrutiny(trial, spec, reference)
+    null_errors = {str(direction): scrutiny.added(direction, seed) for direction in spec.null_directions}
     elements = [spec.random(seed + i, every_group=True) for i in range(2)]
     max_error = max(scrutiny.change(element) for element in elements)
     ok = max_error <= tolerance
@@ -92,7 +97,7 @@ def verify_general(
     beyond: dict[str, str] = {}
     inert: dict[str, None] = {}
     untried = []
-    order = [list(spec.moving)[i] for i in torch.randperm(len(spec.moving), generator=seeded_generator(seed)).tolist()]
+    order = [list(spec.acting)[i] for i in torch.randperm(len(spec.acting), generator=seeded_generator(seed)).tolist()]
     for name in order:
         alone = elements[0].restricted_to([name])
         error = max_error if ok else scrutiny.change(alone)
@@ -113,10 +118,19 @@ def verify_general(
                     beyond[name] = found
         passed = error <= tolerance and (controls == "none" or late or any(control.passed for control in tried))
         reports[name] = GroupReport(name, spec.groups[name].size, error, tuple(tried), passed)
-    reports = {name: reports[name] for name in spec.moving}
+    reports = {name: reports[name] for name in spec.acting}
+    ok = ok and all(error <= tolerance for error in null_errors.values())
     passed = ok and all(report.passed for report in reports.values())
     return GeneralVerification(
-        passed, max_error, tolerance, reports, len(reference), "", tuple(untried), beyond=beyond, inert=tuple(inert)
+        passed,
+        max_error,
+        tolerance,
+        reports,
+        len(reference),
+        untried=tuple(untried),
+        beyond=beyond,
+        inert=tuple(inert),
+        null_errors=null_errors,
     )
 
 
@@ -146,6 +160,12 @@ class _Scrutiny:
             moved[name] = element.apply_to(name, tensor, self.weights, exclude=still)
         return distance(self.reference, self.trial.outputs_with(moved))
 
+    def added(self, direction: NullDirection, seed: int) -> float:
+        """How far the output moves when a random multiple of a null direction is added."""
+        old = self.weights[direction.parameter]
+        more = direction.random(old.shape, seeded_generator(seed)).to(old.device)
+        return distance(self.reference, self.trial.outputs_with({direction.parameter: old + more}))
+
     def beyond(self, name: str, threshold: float) -> tuple[str, list[str]]:
         """What a larger structure of a group could do, and the places that have no influence."""
         structure = self.spec.groups[name].structure
@@ -170,18 +190,28 @@ class _Scrutiny:
         if not places or 2 * len(places) * ENOUGH > scaled[0].size:
             return "", silent
         found = []
-        expected = {"GL": 1, "O": 0, "O1": 0}.get(structure.linear, structure.scales) + gains
+        expected = (structure.scales if not structure.linear else int(structure.linear == "GL")) + gains
         free = self._fewest(places, [[(i, i)] for i in range(min(n, TRIES))], expected)
         if free > expected:
             found.append(f"{free} independent scales leave the output as it is, not {expected}")
-        if n > 1 and not (structure.linear == "O1" and n == 2):
+        if n > 1 and not (structure.linear in ("O1", "T", "T2") and n == 2):
             expected = {"GL": 2, "O": 1}.get(structure.linear, 0)
-            pairs = [[(i, (i + 1) % n), ((i + 1) % n, i)] for i in range(min(n, TRIES))]
-            free = self._fewest(places, pairs, expected)
+            # Of pairs that have a factor each, indices of two of them are mixed: no neighbours where they make a pair.
+            pairs = [[(i, j), (j, i)] for i in range(min(n, TRIES)) if (j := (i + 1 + structure.is_paired) % n) != i]
+            if structure.is_paired and n == 4:
+                pairs = [[(i, j), (j, i)] for i, j in ([(0, 1)] if structure.linear == "T" else [(0, 2)])]
+            free = self._fewest(places, pairs, expected) if pairs else expected
             if free > expected:
                 found.append(f"{free} ways to mix two indices leave the output as it is, not {expected}")
+        if structure.is_paired:
+            whole = [
+                (i, i + n // 2) if structure.linear == "T" else (2 * i, 2 * i + 1) for i in range(min(n // 2, TRIES))
+            ]
+            free = self._fewest(places, [[(i, i), (i, j), (j, i), (j, j)] for i, j in whole], 2)
+            if free > 2:
+                found.append(f"{free} ways to mix the two of a pair leave the output as it is, not 2")
         if len(places) <= MAX_SIGNS:
-            signs = {"GL": 1, "O": 1, "O1": 0}.get(structure.linear, structure.signs) + gains
+            signs = (int(structure.linear in ("GL", "O")) if structure.linear else structure.signs) + gains
             count = sum(self._flipped(chosen) <= threshold for chosen in _subsets(places))
             if count > 2**signs:
                 found.append(f"{count} choices of signs leave the output as it is, not {2**signs}")

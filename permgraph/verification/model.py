@@ -102,7 +102,7 @@ def verify(
         if spec is not None and spec.fingerprint != acting.fingerprint:
             raise MismatchError("the permutation is of another spec than the one given with it: leave out spec=")
     unread = tuple(name for name in acting.unused if acting.aliases.get(name, name) in acting.axes)  # not mere counters
-    if not acting.moving:
+    if not acting.acting and not acting.null_directions:
         note = "nothing to permute: the spec has no groups"
         return Verification(True, 0.0, tolerance, {}, note=note, unread=unread)
     if permutation is not None and permutation.is_identity:

@@ -86,6 +86,27 @@ def test_spec_as_json(run: Run) -> None:
     ]
 
 
+def test_structures_of_a_spec(run: Run) -> None:
+    general = pg.auto_spec(Net(), symmetry="general")
+    result = run("spec", NET, "--symmetry", "general", "-o", "general.json")
+    assert pg.PermutationSpec.load("general.json").fingerprint == general.fingerprint
+    assert f"dimension of the continuous part: {general.dimension():,}" in result.stdout
+    assert pg.PermutationSpec.parse(result.stdout).log_order() == general.log_order()
+    data = json.loads(run("spec", "general.json", "--symmetry", "general", "--json").stdout)
+    assert data["dimension"] == general.dimension() == sum(e["dimension"] for e in data["structures"].values())
+    assert {n: e["structure"] for n, e in data["structures"].items()} == {
+        name: str(group.structure) for name, group in general.acting.items()
+    }
+    assert "dimension" not in json.loads(run("spec", NET, "--json").stdout)
+    run("spec", NET, "-o", "plain.json")
+    assert "infer the spec again" in run("spec", "plain.json", "--symmetry", "general", code=2).stderr
+
+
+def test_verify_of_general_symmetries(run: Run) -> None:
+    data = json.loads(run("verify", NET, "--symmetry", "general", "--json").stdout)
+    assert data["passed"] and data["maximal"] and not data["beyond"]
+
+
 def test_spec_of_a_model_with_arguments(run: Run) -> None:
     data = json.loads(run("spec", f"{NET}(7, depth=2)", "--json").stdout)
     assert sorted(group["size"] for group in data["groups"].values() if not group["fixed"]) == [7, 7]

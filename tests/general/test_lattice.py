@@ -12,7 +12,8 @@ from permgraph.structures import NAMES, Structure, is_member, is_within, larger,
 from permgraph.structures.lattice import dimension
 
 #: What T has in common with these has no name in the lattice.
-UNNAMED = {frozenset(("T", other)) for other in ("O", "O1", "M", "P", "B", "S±")}
+PAIRED = ("T", "T2")
+UNNAMED = {frozenset((pairs, other)) for pairs in PAIRED for other in ("O", "O1", "M", "P", "B", "S±", "T", "T2")}
 
 
 def _pool(n: int) -> np.ndarray:
@@ -26,7 +27,9 @@ def _pool(n: int) -> np.ndarray:
     turn = np.eye(n)
     turn[:2, :2] = [[0.6, -0.8], [0.8, 0.6]]
     generator = np.random.default_rng(0)
-    drawn = [random_element(name, n, generator) for name in NAMES if name != "T" or n % 2 == 0 for _ in range(20)]
+    drawn = [
+        random_element(name, n, generator) for name in NAMES if name not in PAIRED or n % 2 == 0 for _ in range(20)
+    ]
     more = [mirror, -mirror, turn, turn @ mirror @ turn.T, mirror @ places[-1]]
     return np.concatenate([every, monomial, np.array(drawn + more)])
 
@@ -34,7 +37,7 @@ def _pool(n: int) -> np.ndarray:
 @pytest.mark.parametrize("n", [2, 3, 4])
 def test_meets_are_intersections(n: int) -> None:
     pool = _pool(n)
-    member = {name: is_member(name, pool) for name in NAMES if name != "T" or n % 2 == 0}
+    member = {name: is_member(name, pool) for name in NAMES if name not in PAIRED or n % 2 == 0}
     for a, b in itertools.product(member, repeat=2):
         both, said = member[a] & member[b], member[meet(a, b)]
         assert not (said & ~both).any(), (a, b)
@@ -85,12 +88,14 @@ def test_dimensions_are_those_of_the_tangent_space(n: int) -> None:
     assert [dimension(name, n) for name in ("M", "P", "B", "S±", "S", "1")] == [n, n, 0, 0, 0, 0]
 
 
-@pytest.mark.parametrize("text", ["S", "S±", "B", "P", "M", "O", "O1", "GL", "M×P", "M^3×B^2", "P^2", "B×S±"])
+@pytest.mark.parametrize(
+    "text", ["S", "S±", "B", "P", "M", "O", "O1", "GL", "T", "T2", "M×P", "M^3×B^2", "P^2", "B×S±"]
+)
 def test_structures_are_read_as_they_are_written(text: str) -> None:
     assert str(Structure.parse(text)) == text
 
 
-@pytest.mark.parametrize("text", ["", "GL×P", "X", "O^2", "M×"])
+@pytest.mark.parametrize("text", ["", "GL×P", "X", "O^2", "M×", "T×S"])
 def test_what_is_no_structure_is_refused(text: str) -> None:
     with pytest.raises(SpecError, match="no structure"):
         Structure.parse(text)

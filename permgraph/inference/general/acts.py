@@ -22,6 +22,7 @@ from permgraph.inference.general.gains import Gains
 from permgraph.inference.general.leaves import UnreadableError
 from permgraph.inference.general.patterns import Patterns
 from permgraph.inference.general.statements import CENTRED, ORTHOGONAL, Statements
+from permgraph.inference.general.turns import TURN
 from permgraph.rules.call import Call
 from permgraph.rules.ledger import Labelled, Relation
 from permgraph.rules.properties import Properties
@@ -67,8 +68,19 @@ class Speaker:
                 self.nothing_passes(tensors, why)
                 return
             Statement(self, call, properties, acts, why).make()
+            self._turn(call, why)
         except UnreadableError:
             self.said.keep_plain(atoms, f"{why}, whose tensors have too many parts")
+
+    def _turn(self, call: Call, why: str) -> None:
+        """Of what stands for pairs that are turned, what passes is a complex factor for each pair."""
+        turn = call.node.meta.get(TURN)
+        if turn is None:
+            return
+        for tensor in (*call.tensors, *call.results):
+            for index in self.leaves.elements(tensor):
+                for x in self.leaves.at(tensor, index).get(tensor.ndim - 1, ()):
+                    self.said.within(x, turn, f"{why}, which turns pairs")
 
     def nothing_passes(self, tensors: Sequence[TypedTensor], why: str) -> None:
         for tensor in tensors:

@@ -9,7 +9,7 @@ added.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 
 from permgraph.algebra import Axis
@@ -19,15 +19,17 @@ from permgraph.inference.general.acts import Speaker
 from permgraph.inference.general.equations import beyond
 from permgraph.inference.general.gains import Gains
 from permgraph.inference.general.leaves import Leaves, UnreadableError
+from permgraph.inference.general.nulls import null_directions
 from permgraph.inference.general.patterns import Patterns
 from permgraph.inference.general.statements import ORTHOGONAL, Statements
+from permgraph.inference.general.turns import TURN
 from permgraph.inference.solution import Solution
 from permgraph.rules.registry import properties_of
 from permgraph.rules.typed_tensor import TypedTensor
 from permgraph.spec.binding import Layout, coordinates
 from permgraph.spec.general import Action, General
 from permgraph.spec.spec import PermutationSpec
-from permgraph.structures import Structure, meet
+from permgraph.structures import LINEAR, Structure, meet
 
 FIBRED = "other groups are fibred over it"
 JOINED = "it is one axis that a view splits"
@@ -66,8 +68,46 @@ def with_structures(spec: PermutationSpec, solution: Solution, fibres: Fibres) -
             actions[parameter][number] = action
         if why:
             reasons[name] = why
+    turned = {
+        writer.names[own] for atom in turned_atoms(solution) if (own := writer.fused.get(atom, atom)) in writer.names
+    }
     told = {name: tuple(found) for name, found in actions.items() if any(action != Action() for action in found)}
-    return replace(spec, groups=groups, general=General(told, reasons))
+    paired = {name for name in turned if groups[name].structure.is_paired}
+    groups |= {name: replace(groups[name], fixed=True) for name in paired}
+    general = General(told, reasons, null_directions(solution))
+    whole = replace(spec, groups=groups, general=general).without(turned - paired)
+    return whole.rename(_names_of_pairs(whole, turned))
+
+
+def turned_atoms(solution: Solution) -> set[Axis]:
+    """The atoms of axes whose pairs of indices are turned: no permutation of them is a symmetry."""
+    return {
+        atom
+        for call in solution.calls
+        if TURN in call.node.meta
+        for tensor in (*call.tensors, *call.results)
+        for atom in solution.axes.atoms(tensor.dims[-1])
+    }
+
+
+def _names_of_pairs(spec: PermutationSpec, turned: Set[str]) -> dict[str, str]:
+    """Names that leave those of all other groups as they are where nothing acts on what is turned."""
+    modules = {name.partition("#")[0] for name in turned}
+    by_module: dict[str, list[str]] = defaultdict(list)
+    for name in spec.groups:
+        by_module[name.partition("#")[0]].append(name)
+    names = {}
+    for module, all_of_it in by_module.items():
+        if module not in modules:
+            continue
+        numbered = sorted(all_of_it, key=lambda name: int(name.partition("#")[2] or 0))
+        paired = [name for name in numbered if spec.groups[name].structure.is_paired]
+        others = [name for name in numbered if name not in paired]
+        for at, name in enumerate(others):
+            names[name] = module if len(others) == 1 else f"{module}#{at}"
+        for at, name in enumerate(paired):
+            names[name] = f"{module}#pairs" + (f"{at}" if len(paired) > 1 else "")
+    return names
 
 
 def statements(solution: Solution, movable: frozenset[Axis]) -> Statements:
@@ -196,6 +236,8 @@ def _matrices(
             smaller = meet(structure, ORTHOGONAL)
             structure, why = smaller, said.frames.self_dual[root] if smaller != structure else why
         actions.append(Action((action.sign,), (), action.gains))
+    if structure not in LINEAR:  # what two of them have in common may have no name
+        return None, why
     return (structure, actions), why
 
 

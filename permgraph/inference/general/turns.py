@@ -1,0 +1,271 @@
+"""Rotary positions: parts of a graph that turn pairs of indices of an axis, found by what they compute.
+
+A query or key with rotary positions is read as n/2 complex numbers, each multiplied by one that depends on the position
+alone. So a complex factor for each pair passes, and nothing else does: not even a permutation, as each pair has a
+frequency of its own. The cosines and sines of one pair are two elements of a table each, or one, in whichever way the
+model writes it; what says that they are equal is how the table is made. So a part of the graph between a tensor and a
+later one of the same shape is run by itself, in float64, on random numbers, with tables made of random constants, and
+is *a turn* if it is linear, treats every row apart, and commutes with random factors for each pair, but with no matrix.
+
+Such a part is replaced by what it means for all other dimensions: the tensor is multiplied by a number for each index
+along which the table varies. Then the axis is free in all that comes after, and the node that ends the part tells
+(`TURN`) which pairs were turned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from permgraph.inference.memory import Memory
+from permgraph.inference.operators import Operators, name_of
+from permgraph.inference.solution import is_weight
+from permgraph.structures import random_element
+
+TURN = "turn"
+"""The key in a node's `meta` under which stands the structure, `T` or `T2`, that passes along its last dimension."""
+
+PAIRED = ("T", "T2")
+MOST_NODES = 40
+"""So many operators a turn may have."""
+MOST_ELEMENTS = 1 << 22
+TOLERANCE = 1e-9
+REDUCED = (torch.float32, torch.float16, torch.bfloat16)
+
+#: The operators that a turn is written with: sums, products, and what puts elements elsewhere.
+_STEPS = """
+add sub rsub neg mul addcmul cat stack slice select split split_with_sizes chunk unbind getitem narrow flip roll
+unsqueeze squeeze view reshape _unsafe_view flatten unflatten transpose permute expand clone contiguous alias detach
+lift_fresh _to_copy to view_as_complex view_as_real complex real imag
+"""
+STEPS = frozenset(_STEPS.split())
+ENDS = frozenset(("add", "sub", "addcmul", "cat", "stack", "view", "reshape", "_unsafe_view", "flatten"))
+
+
+def free_turns(graph: fx.Graph) -> None:
+    """Replace, in place, all parts of a captured graph that turn pairs."""
+    nodes = list(graph.nodes)
+    at = {node: number for number, node in enumerate(nodes)}
+    moving: set[fx.Node] = set()
+    for node in nodes:
+        if is_weight(node) or any(source in moving for source in node.all_input_nodes):
+            moving.add(node)
+    if not any(name_of(node) in ENDS and node in moving for node in nodes):
+        return
+    tables = _Tables(moving)
+    judged: dict[Any, tuple[str, tuple[int, ...]] | None] = {}
+    found: list[tuple[fx.Node, fx.Node, list[fx.Node], str, tuple[int, ...]]] = []
+    inside: set[fx.Node] = set()
+    for end in nodes:
+        if end not in moving or name_of(end) not in ENDS or not _is_float(end):
+            continue
+        for start, part in _parts(end, moving, at):
+            if start in inside or not inside.isdisjoint(part):
+                break  # what is larger than a turn would say less of which pairs are turned
+            if not _may_turn(start, end, part, moving):
+                continue
+            key = _key(start, end, part)
+            if key not in judged:
+                judged[key] = _judge(start, end, part, tables)
+            verdict = judged[key]
+            if verdict is not None:
+                found.append((start, end, part, *verdict))
+                inside.update(part)
+                break
+    if not found:
+        return
+    written = Memory(nodes, Operators()).written
+    left = {node for one in nodes for node in one.meta.get("left", ())}
+    for start, end, part, structure, varies in found:
+        if written.isdisjoint([start, *part, *(source for node in part for source in node.all_input_nodes)]):
+            _replace(graph, start, end, structure, varies)
+    for node in reversed(nodes):
+        if not node.users and node in inside and node not in left:
+            graph.erase_node(node)
+
+
+def _parts(end: fx.Node, moving: set[fx.Node], at: Mapping[fx.Node, int]) -> Iterator[tuple[fx.Node, list[fx.Node]]]:
+    """Tensors on which a node depends alone, with the nodes between, the nearest first."""
+    part: list[fx.Node] = [end]
+    waiting = {source for source in end.all_input_nodes if source in moving}
+    while waiting and len(part) <= MOST_NODES:
+        last = max(waiting, key=at.__getitem__)
+        waiting.remove(last)
+        if not waiting:
+            yield last, sorted(part, key=at.__getitem__)
+        if last.op != "call_function" or not _is_step(last):
+            return
+        part.append(last)
+        waiting.update(source for source in last.all_input_nodes if source in moving)
+
+
+def _is_step(node: fx.Node) -> bool:
+    name = name_of(node) or getattr(node.target, "__name__", "")
+    return name in STEPS and not getattr(node.target, "_opname", "").endswith("_")
+
+
+def _is_float(node: fx.Node) -> bool:
+    val = node.meta.get("val")
+    return isinstance(val, Tensor) and val.is_floating_point()
+
+
+def _may_turn(start: fx.Node, end: fx.Node, part: Sequence[fx.Node], moving: set[fx.Node]) -> bool:
+    """Whether a part begins and ends alike, on pairs, and multiplies by something that varies along them."""
+    if not _is_float(start) or not _is_step(end):
+        return False
+    shape = start.meta["val"].shape
+    if not shape or shape != end.meta["val"].shape or shape[-1] % 2 or shape[-1] < 2 or shape.numel() > MOST_ELEMENTS:
+        return False
+    factors = [
+        source for node in part if name_of(node) in ("mul", "addcmul") for source in node.all_input_nodes
+        if source not in moving
+    ]  # fmt: skip
+    return any(isinstance(val := f.meta.get("val"), Tensor) and val.numel() > 1 and not _is_whole(val) for f in factors)
+
+
+def _is_whole(val: Tensor) -> bool:
+    return not (val.is_floating_point() or val.is_complex())
+
+
+def _key(start: fx.Node, end: fx.Node, part: Sequence[fx.Node]) -> Any:
+    """What two parts have in common that compute the same of tensors of one shape, with the same tables."""
+    numbers = {start: 0} | {node: number for number, node in enumerate(part, start=1)}
+
+    def named(node: fx.Node) -> str:
+        return f"%{numbers[node]}" if node in numbers else f"table {node.name}"
+
+    steps = tuple(
+        (str(node.target), str(fx.node.map_arg((node.args, node.kwargs), lambda n: _Named(named(n))))) for node in part
+    )
+    return tuple(start.meta["val"].shape), steps
+
+
+class _Named(str):
+    __slots__ = ()
+
+
+class _Tables:
+    """The values of what depends on no weight, of random constants and inputs."""
+
+    def __init__(self, moving: set[fx.Node]) -> None:
+        self.moving = moving
+        self.values: dict[fx.Node, Any] = {}
+        self.generator = torch.Generator().manual_seed(0)
+
+    def of(self, node: fx.Node) -> Any:
+        """The value of one node.
+
+        Raises what its operators raise on numbers for which they were not meant.
+        """
+        waiting = [node]
+        while waiting:
+            last = waiting[-1]
+            if last in self.values:
+                waiting.pop()
+                continue
+            if last.op != "call_function":
+                self.values[last] = self._drawn(last)
+                continue
+            missing = [source for source in last.all_input_nodes if source not in self.values]
+            if not missing:
+                self.values[last] = run(last, self.values)
+            waiting += missing
+        return self.values[node]
+
+    def _drawn(self, node: fx.Node) -> Any:
+        val = node.meta["val"]
+        if not isinstance(val, Tensor) or val.numel() > MOST_ELEMENTS:
+            raise ValueError(f"{node.name} is no tensor, or too large to try")
+        if _is_whole(val):
+            # Positions that differ, but few enough of them for a table that is looked up.
+            return (torch.arange(val.numel()) % (2 if val.dtype == torch.bool else 16)).reshape(val.shape).to(val.dtype)
+        real = 0.5 + torch.rand((*val.shape, 2), generator=self.generator, dtype=torch.float64)
+        return torch.view_as_complex(real) if val.is_complex() else real[..., 0].clone()
+
+
+def run(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+    """What the operator of a node makes of these values, in double precision, on this machine."""
+
+    def replaced(value: Any) -> Any:
+        if isinstance(value, torch.dtype):
+            return torch.float64 if value in REDUCED else torch.complex128 if value == torch.complex64 else value
+        return torch.device("cpu") if isinstance(value, torch.device) else value
+
+    given: Any = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+    args = [replaced(value) for value in given[0]]
+    return node.target(*args, **{name: replaced(value) for name, value in given[1].items()})  # type: ignore[operator]
+
+
+def _judge(
+    start: fx.Node, end: fx.Node, part: Sequence[fx.Node], tables: _Tables
+) -> tuple[str, tuple[int, ...]] | None:
+    """Of a part that turns pairs, which pairs, and along which dimensions it varies; None of any other part."""
+    shape = tuple(start.meta["val"].shape)
+    generator = torch.Generator().manual_seed(1)
+    try:
+        inner = set(part) | {start}
+        given = {source: tables.of(source) for node in part for source in node.all_input_nodes if source not in inner}
+
+        def turned(x: Tensor) -> Tensor:
+            values = {**given, start: x}
+            for node in part:
+                values[node] = run(node, values)
+            found: Tensor = values[end]
+            return found
+
+        def drawn(*sizes: int) -> Tensor:
+            return torch.randn(sizes, generator=generator, dtype=torch.float64)
+
+        def close(a: Tensor, b: Tensor) -> bool:
+            return a.shape == b.shape and bool((a - b).abs().max() <= TOLERANCE * b.abs().max())
+
+        x, rows = drawn(*shape), drawn(*shape[:-1], 1)
+        y = turned(x)
+        if y.dtype != torch.float64 or not bool(y.isfinite().all()) or not bool(y.abs().max() > 0):
+            return None
+        other = drawn(*shape)
+        if not close(turned(x + other), y + turned(other)) or not close(turned(rows * x), rows * y):
+            return None
+        numbers = np.random.default_rng(0)
+
+        def passes(structure: str) -> bool:
+            g = torch.from_numpy(random_element(structure, shape[-1], numbers))
+            return close(turned(x @ g.T), y @ g.T)
+
+        structure = next((structure for structure in PAIRED if passes(structure)), None)
+        if structure is None or passes("GL"):
+            return None
+        same = turned(drawn(shape[-1]).expand(shape).clone())
+        varies = tuple(
+            d for d in range(len(shape) - 1) if not close(same, same.select(d, 0).unsqueeze(d).expand(shape))
+        )
+    except Exception:  # whatever an operator says of numbers that are not the model's: then it is not known
+        return None
+    return structure, varies
+
+
+def _replace(graph: fx.Graph, start: fx.Node, end: fx.Node, structure: str, varies: Iterable[int]) -> None:
+    """Put in the place of a turn what it means for the dimensions along which it varies."""
+    val = start.meta["val"]
+    about: dict[str, Any] = {key: end.meta[key] for key in ("module", "source") if key in end.meta}
+
+    def call(target: Any, args: tuple[Any, ...], like: Tensor, **more: Any) -> fx.Node:
+        node = graph.call_function(target, args)
+        node.meta = {**about, "val": like, **more}
+        return node
+
+    ops = torch.ops.aten
+    with graph.inserting_before(end):
+        node = start
+        for dim in varies:
+            n, ndim = val.shape[dim], val.ndim
+            shape = [n if d == dim else 1 for d in range(ndim)]
+            numbers = call(ops.arange.default, (n,), val.new_empty([n], dtype=torch.int64))
+            placed = call(ops.view.default, (numbers, shape), val.new_empty(shape, dtype=torch.int64))
+            node = call(ops.mul.Tensor, (node, placed), val.new_empty(val.shape))
+        node = call(ops.clone.default, (node,), end.meta["val"], **{TURN: structure})
+    end.replace_all_uses_with(node)

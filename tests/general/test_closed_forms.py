@@ -1,0 +1,231 @@
+"""The dimension of the whole group of real architectures, against closed forms that were worked out by hand.
+
+Each row has a formula over the sizes, and why it is so; the same formula holds for a small instance and, on the meta
+device, for the published sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import permgraph as pg
+
+Sizes = dict[str, Any]
+Row = tuple[Callable[..., nn.Module], Callable[..., int], Sizes, Sizes]
+
+
+def orthogonal(n: int) -> int:
+    return n * (n - 1) // 2
+
+
+def _hf(kind: str, head: str, **config: Any) -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    return getattr(transformers, kind + head)(getattr(transformers, kind + "Config")(**config))  # type: ignore[no-any-return]
+
+
+ROWS: dict[str, Row] = {}
+
+
+def row(small: Sizes, full: Sizes, dimension: Callable[..., int]) -> Callable[..., Any]:
+    def keep(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+        ROWS[build.__name__] = build, dimension, small, full
+        return build
+
+    return keep
+
+
+# Any matrix for query and key, and for value and output, of each head. The table is tied to the head, behind the last
+# gain, so the stream has signs alone; but the gains of the 2 norms of each layer are read by linear layers: one each.
+@row(
+    dict(d=24, layers=2, heads=4, vocabulary=31),
+    dict(d=768, layers=12, heads=12, vocabulary=50257),
+    lambda d, layers, heads, **_: layers * heads * 2 * (d // heads) ** 2 + 2 * layers * d,
+)
+def gpt2(d: int, layers: int, heads: int, vocabulary: int) -> nn.Module:
+    ids = dict(bos_token_id=0, eos_token_id=0)
+    return _hf("GPT2", "LMHeadModel", n_embd=d, n_layer=layers, n_head=heads, vocab_size=vocabulary, **ids)
+
+
+def _llama(d: int, layers: int, heads: int, keys: int, each: int, inner: int, vocabulary: int, **more: Any) -> Sizes:
+    return dict(
+        hidden_size=d, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=keys, head_dim=each,
+        intermediate_size=inner, vocab_size=vocabulary, tie_word_embeddings=False, pad_token_id=0, bos_token_id=0,
+        eos_token_id=0, **more,
+    )  # fmt: skip
+
+
+SMALL = dict(d=24, layers=2, heads=4, keys=2, each=8, inner=20, vocabulary=31)
+
+
+# Rotations of the stream; of each key-value head any matrix on values, and a complex factor for each pair of its keys;
+# a factor for each unit of the gated layer.
+@row(
+    SMALL,
+    dict(d=4096, layers=32, heads=32, keys=8, each=128, inner=14336, vocabulary=128256),
+    lambda d, layers, keys, each, inner, **_: orthogonal(d) + layers * (keys * (each**2 + each) + inner),
+)
+def llama3(**sizes: int) -> nn.Module:
+    return _hf("Llama", "ForCausalLM", **_llama(**sizes))
+
+
+# The same, but the gains on queries and keys are shared by all heads, and each norm is over one head: nothing there.
+@row(
+    SMALL,
+    dict(d=4096, layers=36, heads=32, keys=8, each=128, inner=12288, vocabulary=151936),
+    lambda d, layers, keys, each, inner, **_: orthogonal(d) + layers * (keys * each**2 + inner),
+)
+def qwen3(**sizes: int) -> nn.Module:
+    return _hf("Qwen3", "ForCausalLM", **_llama(**sizes))
+
+
+# Norms on the branches, and gains of the form 1 + w, which no factor can be moved into: the stream has signs alone.
+@row(
+    SMALL,
+    dict(d=2560, layers=34, heads=8, keys=4, each=256, inner=10240, vocabulary=262208),
+    lambda layers, keys, each, inner, **_: layers * (keys * each**2 + inner),
+)
+def gemma3(**sizes: int) -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    return transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**_llama(**sizes)))  # type: ignore[no-any-return]
+
+
+# Norms on the branches alone: the last one of all is read by the head, which takes up its gain; the others' are added.
+@row(
+    SMALL | dict(each=6),
+    dict(d=4096, layers=32, heads=32, keys=32, each=128, inner=11008, vocabulary=100352),
+    lambda d, layers, keys, each, inner, **_: d + layers * (keys * each**2 + inner),
+)
+def olmo2(**sizes: int) -> nn.Module:
+    return _hf("Olmo2", "ForCausalLM", **_llama(**sizes))
+
+
+# Post-norm: the stream has a common sign between each two norms, and the gain of the last norm is read by the pooler.
+@row(
+    dict(d=24, layers=2, heads=4, inner=20, vocabulary=31),
+    dict(d=768, layers=12, heads=12, inner=3072, vocabulary=30522),
+    lambda d, layers, heads, **_: layers * heads * 2 * (d // heads) ** 2 + d,
+)
+def bert(d: int, layers: int, heads: int, inner: int, vocabulary: int) -> nn.Module:
+    return _hf(
+        "Bert", "ForSequenceClassification", hidden_size=d, num_hidden_layers=layers, num_attention_heads=heads,
+        intermediate_size=inner, vocab_size=vocabulary,
+    )  # fmt: skip
+
+
+# The encoder's stream is returned, and the decoder shares its table: no rotation. Attention of three kinds, and ReLU.
+@row(
+    dict(d=24, layers=2, heads=4, each=6, inner=20, vocabulary=31),
+    dict(d=768, layers=12, heads=12, each=64, inner=3072, vocabulary=32128),
+    lambda layers, heads, each, inner, **_: 3 * layers * heads * 2 * each**2 + 2 * layers * inner,
+)
+def t5(d: int, layers: int, heads: int, each: int, inner: int, vocabulary: int) -> nn.Module:
+    return _hf(
+        "T5", "ForConditionalGeneration", d_model=d, num_layers=layers, num_heads=heads, d_kv=each, d_ff=inner,
+        vocab_size=vocabulary,
+    )  # fmt: skip
+
+
+# LayerNorm before each branch, and an untied head: rotations that leave the vector of ones in its place.
+@row(
+    dict(d=24, layers=2, heads=4, inner=20, image=32),
+    dict(d=768, layers=12, heads=12, inner=3072, image=224),
+    lambda d, layers, heads, **_: (d - 1) * (d - 2) // 2 + layers * heads * 2 * (d // heads) ** 2,
+)
+def vit(d: int, layers: int, heads: int, inner: int, image: int) -> nn.Module:
+    return _hf(
+        "ViT", "ForImageClassification", hidden_size=d, num_hidden_layers=layers, num_attention_heads=heads,
+        intermediate_size=inner, image_size=image,
+    )  # fmt: skip
+
+
+# Of each block the gain of its norm and the scale of its layer; the norm before each change of size, and the last one.
+@row(
+    dict(depths=[1, 2], dims=[6, 10]),
+    dict(depths=[3, 3, 9, 3], dims=[96, 192, 384, 768]),
+    lambda depths, dims: 2 * sum(n * d for n, d in zip(depths, dims, strict=True)) + sum(dims),
+)
+def convnext(depths: list[int], dims: list[int]) -> nn.Module:
+    stages = len(depths)
+    return _hf("ConvNext", "ForImageClassification", depths=depths, hidden_sizes=dims, num_stages=stages)
+
+
+# Positive factors through ReLU: of the stem, of the two inner layers of each block, and of each stage's stream.
+@row(
+    dict(blocks=[1, 1, 1, 1]),
+    dict(blocks=[3, 4, 6, 3]),
+    lambda blocks: 64 + sum(2 * n * w for n, w in zip(blocks, (64, 128, 256, 512), strict=True)) + 256 * 15,
+)
+def resnet50(blocks: list[int]) -> nn.Module:
+    resnet = pytest.importorskip("torchvision").models.resnet
+    return resnet.ResNet(resnet.Bottleneck, blocks)  # type: ignore[no-any-return]
+
+
+# ReLU6 lets no scale pass; the bottlenecks between have a factor for each channel, in the gain of BatchNorm.
+@row(
+    dict(setting=[[1, 16, 1, 1], [6, 24, 2, 2]]),
+    dict(setting=None),
+    lambda setting: 16 + 24 + (0 if setting else 32 + 64 + 96 + 160 + 320),
+)
+def mobilenet_v2(setting: list[list[int]] | None) -> nn.Module:
+    torchvision = pytest.importorskip("torchvision")
+    return torchvision.models.MobileNetV2(inverted_residual_setting=setting)  # type: ignore[no-any-return]
+
+
+# As Llama, with the gated units of each expert.
+@row(
+    SMALL | dict(experts=3),
+    dict(d=4096, layers=32, heads=32, keys=8, each=128, inner=14336, vocabulary=32000, experts=8),
+    lambda d, layers, keys, each, inner, experts, **_: (
+        orthogonal(d) + layers * (keys * (each**2 + each) + experts * inner)
+    ),
+)
+def mixtral(experts: int, **sizes: int) -> nn.Module:
+    return _hf("Mixtral", "ForCausalLM", **_llama(**sizes, num_local_experts=experts))
+
+
+# Between the two factors of each adapter any matrix.
+@row(dict(n=10, rank=3), dict(n=4096, rank=16), lambda rank, **_: 2 * rank**2)
+def lora(n: int, rank: int) -> nn.Module:
+    class Adapted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.whole, self.dropout = nn.Linear(n, n), nn.Dropout(0.1)
+            self.a, self.b = nn.Linear(n, rank, bias=False), nn.Linear(rank, n, bias=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.whole(x) + 2.0 * self.b(self.a(self.dropout(x)))
+
+    return nn.Sequential(Adapted(), nn.GELU(), Adapted())
+
+
+@row(dict(n=7), dict(n=1024), lambda n: 0)
+def lstm(n: int) -> nn.Module:
+    return nn.LSTM(3, n, batch_first=True, proj_size=0)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_small(name: str) -> None:
+    build, dimension, small, _ = ROWS[name]
+    torch.manual_seed(0)
+    spec = pg.auto_spec(build(**small).eval(), symmetry="general")
+    assert spec.dimension() == dimension(**small), f"\n{spec}"
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("name", ROWS)
+def test_full_size(name: str) -> None:
+    build, dimension, _, full = ROWS[name]
+    with torch.device("meta"):
+        model = build(**full).eval()
+    assert pg.auto_spec(model, symmetry="general").dimension() == dimension(**full)
+
+
+def test_gpt2_small_has_the_published_number() -> None:
+    """Of the attention of GPT-2 small alone, 12 · 12 · 2 · 64²."""
+    _, dimension, _, full = ROWS["gpt2"]
+    assert dimension(**full) - 2 * 12 * 768 == 1_179_648

@@ -1,0 +1,116 @@
+"""Null directions: what can be added without effect is found, nothing else is, and `verify` tells them apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import permgraph as pg
+from permgraph.spec.general import NullDirection
+from tests.general import models
+from tests.general.models import sequences, tokens, vectors
+from tests.general.test_rotary import Rotary, halves
+
+Found = set[tuple[str, tuple[int, ...], tuple[int, int, int] | None]]
+STREAM: Found = {
+    (f"blocks.{i}.down.{name}", (0,), None) for i in range(2) for name in ("weight", "bias")
+}  # fmt: skip
+
+
+class Router(nn.Module):
+    """A mixture of three experts by a softmax, or by a sigmoid."""
+
+    def __init__(self, softmax: bool, cap: bool = False) -> None:
+        super().__init__()
+        self.router, self.experts = nn.Linear(3, 5), nn.Linear(3, 5)
+        self.softmax, self.cap = softmax, cap
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.router(x)
+        if self.cap:
+            logits = 30 * torch.tanh(logits / 30)
+        weights = logits.softmax(-1) if self.softmax else logits.sigmoid()
+        return (weights * self.experts(x)).sum(-1)
+
+
+class Sinks(models.Attention):
+    """Attention with one more logit for each head, to which nothing belongs."""
+
+    def __init__(self) -> None:
+        super().__init__(kernel=False)
+        self.sinks = nn.Parameter(torch.zeros(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, _ = x.shape
+        q, k, v = (f(x).view(b, t, -1, 5).transpose(1, 2) for f in (self.q, self.k, self.v))
+        logits = torch.cat([q @ k.transpose(-1, -2), self.sinks.view(1, 2, 1, 1).expand(b, 2, t, 1)], -1)
+        return self.o((logits.softmax(-1)[..., :-1] @ v).transpose(1, 2).reshape(b, t, -1))
+
+
+class Split(models.Attention):
+    """Attention whose queries, keys and values are three parts of one layer."""
+
+    def __init__(self) -> None:
+        super().__init__(fused=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, _ = x.shape
+        q, k, v = (y.view(b, t, -1, 5).transpose(1, 2) for y in self.qkv(x).split(10, -1))
+        return self.o(((q @ k.transpose(-1, -2)).softmax(-1) @ v).transpose(1, 2).reshape(b, t, -1))
+
+
+ROWS: list[tuple[str, Callable[[], nn.Module], Callable[[], Tensor], Found]] = [
+    ("keys", lambda: models.Attention(kernel=False), lambda: sequences(11), {("k.bias", (), None)}),
+    ("keys of a kernel", models.Attention, lambda: sequences(11), {("k.bias", (), None)}),
+    ("a part", Split, lambda: sequences(11), {("qkv.bias", (), (0, 10, 20))}),
+    ("turned keys", lambda: Rotary(halves), lambda: sequences(11), set()),
+    ("sinks", Sinks, lambda: sequences(11), set()),
+    ("stream", lambda: models.Residual(nn.LayerNorm), tokens, {*STREAM, ("table.weight", (1,), None)}),
+    ("tied stream", lambda: models.Residual(nn.LayerNorm, tied=True), tokens, STREAM),
+    ("norm after", lambda: models.Residual(nn.LayerNorm, "after"), tokens, STREAM),
+    ("no mean", lambda: models.Residual(models.Rms), tokens, set()),
+    ("router", lambda: Router(True), vectors, {("router.weight", (0,), None), ("router.bias", (0,), None)}),
+    ("sigmoids", lambda: Router(False), vectors, set()),
+    ("cap", lambda: Router(True, cap=True), vectors, set()),
+    ("linear", lambda: models.mlp(nn.ReLU()), vectors, set()),
+]
+
+
+@pytest.mark.parametrize(("build", "inputs", "expected"), [row[1:] for row in ROWS], ids=[row[0] for row in ROWS])
+def test_null_directions(build: Callable[[], nn.Module], inputs: Callable[[], Tensor], expected: Found) -> None:
+    torch.manual_seed(0)
+    model = build().eval()
+    spec = pg.auto_spec(model, (inputs(),), symmetry="general")
+    assert {(d.parameter, d.uniform, d.part) for d in spec.null_directions} == expected
+    assert all(d.reason for d in spec.null_directions)
+    proof = pg.verify(model, spec, (inputs(),), controls="none")
+    assert proof.passed and len(proof.null_errors) == len(expected)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        NullDirection("q.bias", (), None, "a mistake"),
+        NullDirection("k.weight", (0,), None, "a mistake"),
+        NullDirection("o.bias", (0,), None, "a mistake"),
+    ],
+)
+def test_what_is_none_is_refused(wrong: NullDirection) -> None:
+    model = models.Attention(kernel=False).eval()
+    spec = pg.auto_spec(model, (sequences(11),), symmetry="general")
+    assert spec.general is not None
+    claimed = replace(spec, general=replace(spec.general, null_directions=(*spec.null_directions, wrong)))
+    proof = pg.verify(model, claimed, (sequences(11),), controls="none")
+    assert not proof.passed and "no null direction" in str(proof)
+
+
+def test_they_are_saved(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    spec = pg.auto_spec(Split().eval(), (sequences(11),), symmetry="general")
+    spec.save(tmp_path / "spec.json")
+    assert (
+        spec.null_directions and pg.PermutationSpec.load(tmp_path / "spec.json").null_directions == spec.null_directions
+    )
