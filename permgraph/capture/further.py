@@ -13,7 +13,7 @@ from permgraph.capture.arguments import fixed_arguments
 from permgraph.capture.by_products import without_by_products
 from permgraph.capture.captured import Captured
 from permgraph.capture.draws import draws, mark_cuts, more_draws
-from permgraph.capture.joined import alike, joined
+from permgraph.capture.joined import alike
 from permgraph.capture.passes import ASPECTS, IF_DIFFERENT, Variation, variations
 from permgraph.capture.record import Limits
 from permgraph.capture.run import capture_again, first_line
@@ -110,10 +110,6 @@ class FurtherPasses:
                 says = _added(self.passes, again, left_out)
                 self.tried.append(Tried(variation, "solved", says, _count(again), left_out))
                 self.passes.append(again)
-
-    def joined(self) -> Captured:
-        """The passes as one graph over shared parameters."""
-        return self.passes[0] if len(self.passes) == 1 else joined(self.passes)
 
     def keep_the_first(self, reason: str) -> None:
         """Let go of all passes but the first, since they cannot be solved together."""

@@ -14,6 +14,7 @@ from torch import fx, nn
 from permgraph.capture import Captured, capture
 from permgraph.capture.environment import gc_paused
 from permgraph.capture.further import FurtherPasses, Tried
+from permgraph.capture.joined import joined
 from permgraph.capture.record import Limits
 from permgraph.errors import ConflictError, SpecError
 from permgraph.inference.describe import describe
@@ -101,7 +102,7 @@ def spec_of_passes(
     """The spec of several passes, which lists them, and says what they do not cover."""
     captured = passes.passes[0]
     try:
-        spec = spec_of(passes.joined(), passes.limits, unread, symmetry)
+        spec = spec_of(_joined(passes.passes), passes.limits, unread, symmetry)
     except ConflictError as error:
         if len(passes.passes) == 1:
             raise
@@ -111,6 +112,24 @@ def spec_of_passes(
     as_given = f"inferred from one pass, in evaluation mode, on {captured.inputs.describe()}"
     notes = passes.notes() if vary else (as_given,)
     return replace(spec, notes=(*spec.notes, *notes), passes=tuple(map(_pass, passes.tried)))
+
+
+def _joined(passes: Sequence[Captured]) -> Captured:
+    """Several passes as one; what one of them did not reach, and another did, stands where its siblings do there.
+
+    Of layers of which as many run as there are steps, passes of one and of five steps show the first and the last.
+    """
+    if len(passes) == 1:
+        return passes[0]
+    unread = [set(one.unused) for one in passes]
+    somewhere = set.intersection(*unread)
+    return joined([_filled(one) if own > somewhere else one for one, own in zip(passes, unread, strict=True)])
+
+
+def _filled(captured: Captured) -> Captured:
+    """A pass whose graph ends with what parts that it did not reach would have done in their siblings' places."""
+    facts, stand_ins = with_siblings(GraphFacts(list(captured.graph.nodes)))
+    return replace(captured, graph=facts.nodes[0].graph) if stand_ins else captured
 
 
 def _pass(tried: Tried) -> Pass:

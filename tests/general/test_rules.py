@@ -17,6 +17,7 @@ LESS = {
     "aten.copy": "what was there before no longer matters",
     "aten.native_dropout": "its mask is constant in evaluation mode",
     "aten.constant_pad_nd": "the number around it is not zero in the example, but scales of the rest pass",
+    "aten.index_copy": "what is overwritten no longer matters",
     "aten.slice_scatter": "what is overwritten no longer matters",
     "aten.select_scatter": "what is overwritten no longer matters",
     "aten.masked_fill": "an index at which nothing is filled in",
