@@ -30,7 +30,7 @@ class MaskToken(nn.Module):
 
 def test_a_parameter_that_no_pass_reads_is_named_with_the_groups_as_long_as_it():
     model = MaskToken().eval()
-    spec = pg.auto_spec(model, (torch.randn(4, 3),))
+    spec = pg.auto_spec(model, (torch.randn(4, 3),), vary=False)
     assert spec.unread == (Unread("token", 1, 6, ("embed",)),)
     assert any("token" in note and "embed" in note and 'unread="pin"' in note for note in spec.notes)
     assert "token" in str(spec).partition("note:")[2]
@@ -41,7 +41,7 @@ def test_a_parameter_that_no_pass_reads_is_named_with_the_groups_as_long_as_it()
 
 def test_such_groups_are_pinned_on_request():
     model = MaskToken().eval()
-    spec = pg.auto_spec(model, (torch.randn(4, 3),), unread="pin")
+    spec = pg.auto_spec(model, (torch.randn(4, 3),), unread="pin", vary=False)
     assert spec.unread == ()
     assert abs(spec.log_order() - factorials(5)) < 1e-9
     assert error(model, spec, torch.randn(4, 3), True) < 1e-9
@@ -49,11 +49,11 @@ def test_such_groups_are_pinned_on_request():
     assert reasons == {"as long as dimension 1 of token, which no pass reads"}
     assert "token" in str(spec.explain("embed.weight", 0))
     with pytest.raises(ValueError, match="'tie' is none of 'note', 'pin'"):
-        pg.auto_spec(model, (torch.randn(4, 3),), unread="tie")
+        pg.auto_spec(model, (torch.randn(4, 3),), unread="tie", vary=False)
 
 
 def test_the_records_are_saved_renamed_and_shown(tmp_path):
-    spec = pg.auto_spec(MaskToken().eval(), (torch.randn(4, 3),))
+    spec = pg.auto_spec(MaskToken().eval(), (torch.randn(4, 3),), vary=False)
     spec.save(tmp_path / "spec.json")
     assert pg.PermutationSpec.load(tmp_path / "spec.json").unread == spec.unread
     assert spec.rename({"embed": "stream"}).unread == (Unread("token", 1, 6, ("stream",)),)
@@ -80,11 +80,11 @@ class Towers(nn.Module):
 
 
 def test_a_tower_that_does_not_run_is_named_too():
-    spec = pg.auto_spec(Towers().eval(), (torch.randn(4, 3),))
+    spec = pg.auto_spec(Towers().eval(), (torch.randn(4, 3),), vary=False)
     assert spec.unread == ()
     assert [note for note in spec.notes if "text.0.weight" in note]
-    both = pg.auto_spec(Towers().eval(), (torch.randn(4, 3), torch.randn(4, 3)))
-    assert not both.notes
+    both = pg.auto_spec(Towers().eval(), (torch.randn(4, 3), torch.randn(4, 3)), vary=False)
+    assert not [note for note in both.notes if "no pass" in note]
 
 
 class FlatTable(nn.Module):
@@ -103,7 +103,7 @@ class FlatTable(nn.Module):
 def test_the_rest_of_a_flat_table_goes_on_as_its_rows_do():
     for length, offset in ((128, 0), (136, 16)):
         model = FlatTable(length, offset).eval()
-        spec = pg.auto_spec(model, (torch.randn(2, 4, 3),))
+        spec = pg.auto_spec(model, (torch.randn(2, 4, 3),), vary=False)
         assert abs(spec.log_order() - factorials(8)) < 1e-9
         assert error(model, spec, torch.randn(2, 9, 3)) < 1e-9
         assert not spec.unread and any("table[" in note for note in spec.notes)
@@ -112,9 +112,9 @@ def test_the_rest_of_a_flat_table_goes_on_as_its_rows_do():
 def test_a_flat_table_without_room_for_whole_rows_is_named():
     for length, offset in ((130, 0), (129, 1)):
         model = FlatTable(length, offset).eval()
-        spec = pg.auto_spec(model, (torch.randn(2, 4, 3),))
+        spec = pg.auto_spec(model, (torch.randn(2, 4, 3),), vary=False)
         assert [(entry.parameter, entry.groups) for entry in spec.unread] == [("table", ("embed",))]
-        pinned = pg.auto_spec(model, (torch.randn(2, 4, 3),), unread="pin")
+        pinned = pg.auto_spec(model, (torch.randn(2, 4, 3),), unread="pin", vary=False)
         assert pinned.log_order() == 0 and error(model, pinned, torch.randn(2, 9, 3)) < 1e-9
 
 
@@ -135,9 +135,9 @@ class Stack(nn.Module):
 
 def test_a_stack_of_matrices_read_in_part_has_a_spec():
     model = Stack().eval()
-    half = pg.auto_spec(model, (torch.randn(2, 3),))
-    assert error(model, half, torch.randn(4, 3)) < 1e-9
-    most = pg.auto_spec(model, (torch.randn(3, 3),))
+    half = pg.auto_spec(model, (torch.randn(2, 3),), vary=False)
+    assert {entry.parameter for entry in half.unread} == {"steps"}, "wrong on longer inputs, and said to be so"
+    most = pg.auto_spec(model, (torch.randn(3, 3),), vary=False)
     assert {entry.parameter for entry in most.unread} == {"steps"}
-    pinned = pg.auto_spec(model, (torch.randn(3, 3),), unread="pin")
+    pinned = pg.auto_spec(model, (torch.randn(3, 3),), unread="pin", vary=False)
     assert error(model, pinned, torch.randn(4, 3)) < 1e-9
