@@ -32,7 +32,7 @@ from benchmarks.zoo.names import ZOOS
 from benchmarks.zoo.sweep import RESULTS, warm_up
 from permgraph.capture import capture
 from permgraph.inference.auto_spec import spec_of
-from permgraph.verification.trial import attributes_restored
+from permgraph.capture.python_state import python_state_restored
 
 MODELS = {
     "torchvision": (
@@ -65,7 +65,7 @@ def build(zoo: str, name: str, seed: int) -> nn.Module:
 
 def outputs(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
     """What a model returns; what forward keeps on its modules is not there the next time."""
-    with attributes_restored(list(model.modules())):
+    with python_state_restored(model.modules()):
         return model(*inputs)
 
 
