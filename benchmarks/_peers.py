@@ -13,7 +13,7 @@ from scipy.optimize import linear_sum_assignment
 
 from benchmarks._networks import Network, State
 from permgraph.matching import FrankWolfe, WeightMatching
-from permgraph.matching.problem.blocks import blocks_of
+from permgraph.spec.blocks import blocks_of
 from permgraph.matching.problem.objective import pair
 from permgraph.matching.problem.renumber import act
 from permgraph.spec import PermutationSpec

@@ -15,7 +15,7 @@ from permgraph.assignment.solve import Solver
 from permgraph.conventions.outcomes import Outcome
 from permgraph.matching.ascent.step import choose, choose_each
 from permgraph.matching.matcher import Progress, Sweep
-from permgraph.matching.problem.blocks import Block
+from permgraph.spec.blocks import Block
 from permgraph.matching.problem.moves import Plan
 from permgraph.matching.problem.objective import Pair
 from permgraph.matching.problem.renumber import Arrays

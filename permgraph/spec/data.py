@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 from permgraph.errors import MismatchError, SpecError
 from permgraph.spec.binding import Group, Layout, Occurrence, bind, check_groups
 from permgraph.spec.expressions import Axis, Fixed, Ref, normalise, rename, size_of, substitute
-from permgraph.spec.general import Action, General, NullDirection
+from permgraph.spec.general import Action, Gain, General, NullDirection
 from permgraph.spec.provenance import Constraints, Pass, Pin, UnknownOp, Unread
 from permgraph.structures import Structure
 
@@ -194,6 +194,16 @@ class SpecData:
     def null_directions(self) -> tuple[NullDirection, ...]:
         """What can be added to parameters without effect; only a spec with general symmetries knows."""
         return () if self.general is None else self.general.null_directions
+
+    @functools.cached_property
+    def general_gains(self) -> Mapping[str, Gain]:
+        """The gains between which matrices act, by the parameter's name; without those that are read in two ways."""
+        found: dict[str, Gain | None] = {}
+        for actions in {} if self.general is None else self.general.actions.values():
+            for action in actions:
+                for gain, _ in action.gains:
+                    found[gain.name] = gain if found.get(gain.name, gain) == gain else None
+        return MappingProxyType({name: gain for name, gain in found.items() if gain is not None})
 
     @property
     def symmetry(self) -> str:

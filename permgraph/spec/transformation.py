@@ -10,7 +10,7 @@ import functools
 import math
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -50,8 +50,10 @@ class Transformation:
         matrices: for each group of matrices (GL, O, O1, T, T2) an array of shape ``(*parents' sizes, size, size)``.
         scales: for each group with positive factors an array of shape ``(*parents' sizes, size, factors)``.
         signs: the same for signs, all of them ±1; the last ones are common signs, which do not vary along the size.
+        gains: for gains between which matrices act (see `PermutationSpec.general_gains`) the factors, none of them zero, by which each
+            is multiplied; what reads its axis is divided by them. So one network can be given the gains of another.
 
-    A group that is left out is at rest.
+    A group, or a gain, that is left out is at rest.
 
     Raises:
         SpecError: the spec has permutations alone.
@@ -70,6 +72,7 @@ class Transformation:
     matrices: Mapping[str, Array]
     scales: Mapping[str, Array]
     signs: Mapping[str, Array]
+    gains: Mapping[str, Array] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         spec = self.spec
@@ -87,12 +90,13 @@ class Transformation:
         for name, array in self.permutation.arrays.items():
             if spec.groups[name].structure.linear and bool((array != np.arange(array.shape[-1])).any()):
                 raise MismatchError(f"group {name!r} is moved by a matrix, so the permutation must leave it alone")
+        complete["gains"] = {name: _checked_gain(spec, name, factors) for name, factors in self.gains.items()}
         for kind, arrays in complete.items():
             object.__setattr__(self, kind, MappingProxyType(arrays))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Transformation, (
-            self.spec, self.permutation, dict(self.matrices), dict(self.scales), dict(self.signs)
+            self.spec, self.permutation, dict(self.matrices), dict(self.scales), dict(self.signs), dict(self.gains)
         )  # fmt: skip
 
     # --- making -------------------------------------------------------------------------------------------------------
@@ -110,7 +114,7 @@ class Transformation:
         *,
         every_group: bool = False,
     ) -> Transformation:
-        """A random element: permutations are uniform, and matrices have singular values within [1/2, 2].
+        """A random element: permutations are uniform, and matrices have singular values within [1/2, 2]; so have gains.
 
         Args:
             spec: whose groups to draw from.
@@ -134,7 +138,11 @@ class Transformation:
             if (shape := shapes["signs"]) is not None:
                 signs[name] = generator.choice((-1.0, 1.0), shape)
                 signs[name][..., structure.signs :] = signs[name][..., :1, structure.signs :]
-        return cls(spec, moved, matrices, scales, signs)
+        gains = {
+            name: factors((max(spec.shapes[name]),), generator) * generator.choice((-1.0, 1.0), max(spec.shapes[name]))
+            for name in spec.general_gains
+        }
+        return cls(spec, moved, matrices, scales, signs, gains)
 
     # --- the group ----------------------------------------------------------------------------------------------------
 
@@ -146,7 +154,8 @@ class Transformation:
     @property
     def is_identity(self) -> bool:
         """Whether nothing changes at all, not even by rounding."""
-        return self._at_rest == frozenset(self.spec.acting) and self.permutation.is_identity
+        still = self._at_rest == frozenset(self.spec.acting) and self.permutation.is_identity
+        return still and all(bool((factors == 1).all()) for factors in self.gains.values())
 
     def __matmul__(self, other: Transformation) -> Transformation:
         """This element after ``other``: ``(g @ h).apply(x)`` is ``g.apply(h.apply(x))``, up to rounding.
@@ -164,6 +173,10 @@ class Transformation:
             {name: matrix @ first["matrices"][name] for name, matrix in self.matrices.items()},
             {name: array * first["scales"][name] for name, array in self.scales.items()},
             {name: array * first["signs"][name] for name, array in self.signs.items()},
+            {
+                name: self.gains.get(name, np.float64(1)) * other.gains.get(name, np.float64(1))
+                for name in (*self.gains, *other.gains)
+            },
         )
 
     def inverse(self) -> Transformation:
@@ -176,10 +189,11 @@ class Transformation:
             {name: np.asarray(np.linalg.inv(m), dtype=np.float64) for name, m in carried["matrices"].items()},
             {name: 1 / array for name, array in carried["scales"].items()},
             carried["signs"],
+            {name: 1 / factors for name, factors in self.gains.items()},
         )
 
     def restricted_to(self, groups: Iterable[str]) -> Transformation:
-        """The same on ``groups``, and the identity on all others."""
+        """The same on ``groups``, and the identity on all others and on gains."""
         keep = set(groups)
 
         def kept(arrays: Mapping[str, Array]) -> dict[str, Array]:
@@ -211,7 +225,7 @@ class Transformation:
         out = {}
         for key, value in moved.items():
             name = self.spec.aliases.get(key, key)
-            if isinstance(value, torch.Tensor) and name in self._acting:
+            if isinstance(value, torch.Tensor) and (name in self._acting or name in self.gains):
                 if id(value) not in done:
                     still = frozenset(dim for parameter, dim in exclude if self.spec.canonical(parameter) == name)
                     done[id(value)] = self._acted(name, value, known, still)
@@ -226,7 +240,8 @@ class Transformation:
         """A new tensor: the parameter or buffer ``name`` under this element; gains are read in ``state_dict``."""
         name = self.spec.canonical(name)
         moved = self.permutation.apply_to(name, tensor, exclude=exclude)
-        return self._acted(name, moved, state_dict, frozenset(exclude)) if name in self._acting else moved
+        concerned = name in self._acting or name in self.gains
+        return self._acted(name, moved, state_dict, frozenset(exclude)) if concerned else moved
 
     def apply_axes(self, axes: tuple[Axis, ...], tensor: torch.Tensor, actions: Sequence[Action] = ()) -> torch.Tensor:
         """A new tensor: ``tensor``, whose dimensions are ``axes``, with these actions, none of them between gains."""
@@ -251,6 +266,12 @@ class Transformation:
     def _acted(
         self, name: str, tensor: torch.Tensor, state_dict: Mapping[str, Any], still: frozenset[int]
     ) -> torch.Tensor:
+        if name in self.gains and not still:
+            added = self.spec.general_gains[name].added
+            factors = torch.from_numpy(np.array(self.gains[name])).to(tensor.device).reshape(tensor.shape)
+            return redistributed_like(((gathered(tensor).double() + added) * factors - added).to(tensor.dtype), tensor)
+        if name not in self._acting:
+            return tensor
         return self._acted_by(self.spec.layout(self.spec.axes[name]), self._acting[name], tensor, state_dict, still)
 
     def _acted_by(
@@ -264,7 +285,7 @@ class Transformation:
         acting = [
             (occurrence, action)
             for occurrence, action in zip(layout.occurrences, actions, strict=True)
-            if action != Action() and occurrence.dim not in still and occurrence.group not in self._at_rest
+            if action != Action() and occurrence.dim not in still and not self._rests(occurrence.group, action)
         ]
         if not acting:
             return tensor
@@ -277,7 +298,7 @@ class Transformation:
                 matrices = self.matrices[occurrence.group]
                 if action.powers == (-1,):
                     matrices = np.swapaxes(np.linalg.inv(matrices), -1, -2)
-                where.multiply(new, matrices, self._gain(action, state_dict, new))
+                where.multiply(new, matrices, *self._gain(action, state_dict, new))
             else:
                 new *= torch.from_numpy(where.spread(self._factor(occurrence.group, action))).to(new.device)
         return redistributed_like(new.to(tensor.dtype), sample)
@@ -292,8 +313,14 @@ class Transformation:
                 )
         return product
 
-    def _gain(self, action: Action, state_dict: Mapping[str, Any], like: torch.Tensor) -> torch.Tensor | None:
-        gain = None
+    def _rests(self, group: str, action: Action) -> bool:
+        return group in self._at_rest and not any(gain.name in self.gains for gain, _ in action.gains)
+
+    def _gain(
+        self, action: Action, state_dict: Mapping[str, Any], like: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
+        """The gains that a matrix acts between: by what is divided before it, and multiplied after it."""
+        gain = new = None
         for factor, power in action.gains:
             values = gathered(state_dict[factor.name]).detach().to(like.device, torch.float64).flatten() + factor.added
             if bool((values == 0).any()):
@@ -301,15 +328,19 @@ class Transformation:
                     f"the gain {factor} has a zero, which cannot be undone, so that no matrix can act between it and "
                     f"its inverse; take spec.permutations() for this network"
                 )
+            changed = values
+            if factor.name in self.gains:
+                changed = values * torch.from_numpy(np.array(self.gains[factor.name])).to(values.device)
             gain = values**power if gain is None else gain * values**power
-        return gain
+            new = changed**power if new is None else new * changed**power
+        return (None, None) if gain is None or new is None else (gain, new)
 
     # --- files --------------------------------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the element to ``path`` as safetensors, with the spec's fingerprint, in one step."""
         arrays: dict[str, Any] = {f"permutation/{n}": np.array(a) for n, a in self.permutation.arrays.items()}
-        for kind in ("matrices", "scales", "signs"):
+        for kind in ("matrices", "scales", "signs", "gains"):
             arrays |= {f"{kind}/{name}": np.ascontiguousarray(a) for name, a in getattr(self, kind).items()}
         metadata = {"format": FORMAT, "version": VERSION, "fingerprint": self.spec.fingerprint}
         write_atomically(path, safetensors.numpy.save(arrays, metadata))
@@ -332,12 +363,14 @@ class Transformation:
             raise MismatchError(f"{where}: not a transformation of version {VERSION}")
         if metadata.get("fingerprint") != spec.fingerprint:
             raise MismatchError(f"{where}: this transformation belongs to another spec than the one given")
-        parts: dict[str, dict[str, Any]] = {kind: {} for kind in ("permutation", "matrices", "scales", "signs")}
+        parts: dict[str, dict[str, Any]] = {
+            kind: {} for kind in ("permutation", "matrices", "scales", "signs", "gains")
+        }
         for key, array in arrays.items():
             kind, _, name = key.partition("/")
             parts[kind][name] = array
         moved = Permutation(spec.permutations(), parts["permutation"])
-        return cls(spec, moved, parts["matrices"], parts["scales"], parts["signs"])
+        return cls(spec, moved, parts["matrices"], parts["scales"], parts["signs"], parts["gains"])
 
 
 class Where:
@@ -364,8 +397,13 @@ class Where:
             there = there & self._along(dim, mask)
         return np.where(there, spread, 1.0)
 
-    def multiply(self, tensor: torch.Tensor, matrices: Array, gain: torch.Tensor | None) -> None:
-        """Multiply a tensor, in place, along this occurrence by the matrix for each index of its parents."""
+    def multiply(
+        self, tensor: torch.Tensor, matrices: Array, gain: torch.Tensor | None = None, after: torch.Tensor | None = None
+    ) -> None:
+        """Multiply a tensor, in place, along this occurrence by the matrix for each index of its parents.
+
+        Before it, the tensor is divided by `gain`, and after it multiplied by `after`.
+        """
         for at in np.ndindex(*self.parent_sizes):
             chosen = [np.ones(n, dtype=bool) for n in tensor.shape]
             chosen[self.dim] &= self.own >= 0
@@ -387,8 +425,8 @@ class Where:
             if gain is not None:
                 block = block / gain
             block = block @ torch.from_numpy(np.array(matrices[at].T)).to(tensor.device)
-            if gain is not None:
-                block = block * gain
+            if after is not None:
+                block = block * after
             tensor[index] = block.flatten(-2).movedim(-1, self.dim)
 
     def at_first_parents(self, matrix: Array) -> Array:
@@ -440,6 +478,16 @@ def _checked(spec: SpecData, name: str, kind: str, shape: tuple[int, ...], given
     if not fits:
         raise MismatchError(f"group {name!r} has the structure {structure}, to which these {kind} do not belong")
     return array
+
+
+def _checked_gain(spec: SpecData, name: str, given: Any) -> Array:
+    if name not in spec.general_gains:
+        raise MismatchError(f"{name!r} is no gain that the matrices of this spec act between")
+    factors = np.array(given, dtype=np.float64).reshape(-1)
+    size = max(spec.shapes[name])
+    if factors.shape != (size,) or not np.isfinite(factors).all() or (factors == 0).any():
+        raise MismatchError(f"the gain {name!r} takes {size} factors, finite and other than zero")
+    return factors
 
 
 def _carried(spec: SpecData, permutation: Permutation, element: Transformation) -> dict[str, dict[str, Array]]:

@@ -248,7 +248,7 @@ class _Scrutiny:
                 matrix[at] += amount
             matrix = torch.linalg.matrix_exp(torch.from_numpy(matrix)).numpy()
             new = moved.get(parameter, self.weights[parameter]).clone()
-            where.multiply(new, where.at_first_parents(matrix), None)
+            where.multiply(new, where.at_first_parents(matrix))
             moved[parameter] = new
         return moved
 

@@ -176,7 +176,7 @@ def _broken_at(
             matrix[index] += amount
         matrix = torch.linalg.matrix_exp(torch.from_numpy(matrix)).numpy()
         if tensors[at].is_floating_point():
-            where.multiply(tensors[at], where.at_first_parents(matrix), None)
+            where.multiply(tensors[at], where.at_first_parents(matrix))
     after = trial.call(given)
     parts = [
         torch.nan_to_num(new - old, posinf=0.0, neginf=0.0).flatten()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from permgraph.matching.problem.blocks import blocks_of
+from permgraph.spec.blocks import blocks_of
 from permgraph.spec import PermutationSpec
 from tests.matching.examples import SPECS
 

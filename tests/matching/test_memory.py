@@ -13,7 +13,7 @@ import torch
 from permgraph.matching import WeightMatching, tuned
 from permgraph.matching.ascent import in_memory
 from permgraph.matching.ascent.permuted_model import PermutedModel
-from permgraph.matching.problem.blocks import blocks_of
+from permgraph.spec.blocks import blocks_of
 from permgraph.matching.problem.objective import Pair
 from permgraph.matching.problem.renumber import act
 from permgraph.spec import PermutationSpec

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from permgraph.matching import tuned
-from permgraph.matching.problem.blocks import Block
+from permgraph.spec.blocks import Block
 from permgraph.matching.problem.moves import Move, Place, Tensors
 
 

@@ -19,7 +19,7 @@ import torch
 from permgraph.assignment.solve import assign
 from permgraph.matching import tuned
 from permgraph.matching.ascent.step import Scene
-from permgraph.matching.problem.blocks import Block
+from permgraph.spec.blocks import Block
 from permgraph.matching.problem.moves import Move
 
 States = dict[str, torch.Tensor]

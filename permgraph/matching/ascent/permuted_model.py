@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from permgraph.matching.problem.blocks import Block
+from permgraph.spec.blocks import Block
 from permgraph.matching.problem.renumber import Arrays, act
 from permgraph.spec.spec import PermutationSpec
 

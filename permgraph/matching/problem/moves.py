@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import torch
 
 from permgraph.matching import tuned
-from permgraph.matching.problem.blocks import Block, blocks_of
+from permgraph.spec.blocks import Block, blocks_of
 from permgraph.spec.spec import PermutationSpec
 
 Tensors = Mapping[str, torch.Tensor]

@@ -17,7 +17,7 @@ import torch
 
 from permgraph.spec.binding import Layout
 from permgraph.spec.expressions import Axis, Family, Fixed, Label, Path, Product, Ref, Sum, size_of
-from permgraph.spec.spec import PermutationSpec
+from permgraph.spec.data import SpecData
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,13 @@ class Leaf:
         size: its length.
         group: the group that acts on it; None where the axis stays put.
         parents: for each parent of the group, the axis of the block whose index chooses the permutation.
+        occurrence: which of the parameter's occurrences of groups this is, in the order of its text; -1 where none is.
     """
 
     size: int
     group: str | None = None
     parents: tuple[int, ...] = ()
+    occurrence: int = -1
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +61,7 @@ class Block:
         return tuple(axis for axis, leaf in enumerate(self.leaves) if leaf.group == group)
 
 
-def blocks_of(spec: PermutationSpec, parameter: str) -> tuple[Block, ...]:
+def blocks_of(spec: SpecData, parameter: str) -> tuple[Block, ...]:
     """The blocks of one parameter: together they hold each of its elements once."""
     layout = spec.layout(spec.axes[parameter], parameter)
     found: list[tuple[tuple[Cut, ...], _Choices]] = [((), {})]
@@ -70,12 +72,18 @@ def blocks_of(spec: PermutationSpec, parameter: str) -> tuple[Block, ...]:
             for cut, chosen in _cuts(axis, (dim, ()), choices, spec, layout)
         ]
     parents = {(o.dim, o.path): o.parents for o in layout.occurrences}
+    number = {(o.dim, o.path): at for at, o in enumerate(layout.occurrences)}
     blocks = []
     for cuts, _ in found:
         places = [(dim, leaf) for dim, cut in enumerate(cuts) for leaf in cut.leaves()]
         position = {(dim, leaf.path): axis for axis, (dim, leaf) in enumerate(places)}
         leaves = tuple(
-            Leaf(leaf.length, leaf.group, tuple(position[o.dim, o.path] for o in parents.get((dim, leaf.path), ())))
+            Leaf(
+                leaf.length,
+                leaf.group,
+                tuple(position[o.dim, o.path] for o in parents.get((dim, leaf.path), ())),
+                number.get((dim, leaf.path), -1),
+            )
             for dim, leaf in places
         )
         if all(leaf.size for leaf in leaves):
@@ -121,7 +129,7 @@ class Cut:
 
 
 def _cuts(
-    axis: Axis, place: tuple[int, Path], choices: _Choices, spec: PermutationSpec, layout: Layout
+    axis: Axis, place: tuple[int, Path], choices: _Choices, spec: SpecData, layout: Layout
 ) -> Iterator[tuple[Cut, _Choices]]:
     """Every way through the concatenations in one expression, and the choices made on the way."""
     dim, path = place

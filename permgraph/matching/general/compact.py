@@ -1,0 +1,174 @@
+"""The best element of each compact structure for given Gram matrices: assignments, signs, polar factors, phases.
+
+A Gram matrix G says how well A's indices agree with B's, so that an element g is worth the inner product <g, G>. Where
+a group has signs, each place where it stands counts with the signs that act there: Gram matrices come apart by the
+exponents of the signs.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from permgraph.assignment.solve import Solver, assign
+from permgraph.matching.general.polar import nuclear_norm, polar
+from permgraph.structures import Structure
+from permgraph.structures.pairs import pairs_of
+
+Grams = Mapping[tuple[int, ...], Tensor]
+"""For each combination of exponents of signs (empty where none acts) a Gram matrix (..., n, n): A's indices, B's."""
+
+
+class Best(NamedTuple):
+    """The best element: its value (...), and what of it there is: (..., n), (..., n, n), (..., n, number of signs)."""
+
+    value: Tensor
+    array: Tensor | None = None
+    matrix: Tensor | None = None
+    signs: Tensor | None = None
+
+
+def best_value(structure: Structure, grams: Grams, solver: Solver = "auto") -> Tensor:
+    """What the best element is worth: (...)."""
+    if structure.linear in ("", "1"):
+        return best_element(structure, grams, solver).value
+    gram = _whole(grams)
+    if structure.linear in ("T", "T2"):
+        return _phases(structure.linear, gram).abs().sum(-1)
+    if structure.linear == "O1":
+        inner, along = _apart(gram)
+        return nuclear_norm(inner) + along.abs()
+    return nuclear_norm(gram)
+
+
+def best_element(structure: Structure, grams: Grams, solver: Solver = "auto") -> Best:
+    """The element of a structure's compact part that is worth most.
+
+    Scales are at rest, and of invertible matrices only rotations are tried: models are balanced beforehand.
+    """
+    if structure.linear:
+        return _best_matrix(structure.linear, _whole(grams))
+    number = structure.signs + structure.flips
+    found: Best | None = None
+    for flips in itertools.product((1.0, -1.0), repeat=structure.flips):
+        best, chosen = None, None
+        combinations = list(itertools.product((1.0, -1.0), repeat=structure.signs))
+        for at, signs in enumerate(combinations):
+            total = _signed(grams, (*signs, *flips))
+            if best is None or chosen is None:
+                best, chosen = total, torch.zeros_like(total, dtype=torch.long)
+            else:
+                better = total > best
+                best, chosen = torch.where(better, total, best), torch.where(better, at, chosen)
+        assert best is not None and chosen is not None
+        found = _better(found, _assigned(best, chosen, combinations, flips, number, solver))
+    assert found is not None
+    return found
+
+
+def _whole(grams: Grams) -> Tensor:
+    total = None
+    for gram in grams.values():
+        total = gram if total is None else total + gram
+    assert total is not None
+    return total
+
+
+def _signed(grams: Grams, signs: tuple[float, ...]) -> Tensor:
+    total = None
+    for exponents, gram in grams.items():
+        odd = sum(e for e, sign in zip(exponents, signs, strict=False) if sign < 0) % 2
+        term = -gram if odd else gram
+        total = term if total is None else total + term
+    assert total is not None
+    return total
+
+
+def _assigned(
+    best: Tensor,
+    chosen: Tensor,
+    combinations: list[tuple[float, ...]],
+    flips: tuple[float, ...],
+    number: int,
+    solver: Solver,
+) -> Best:
+    found = assign(best, maximise=True, solver=solver, name="a Gram matrix")
+    columns = torch.from_numpy(found.columns).to(best.device)
+    value = torch.take_along_dim(best, columns[..., None], -1).sum((-2, -1))
+    signs = None
+    if number:
+        table = torch.tensor(combinations, dtype=best.dtype, device=best.device).reshape(len(combinations), -1)
+        own = table[torch.take_along_dim(chosen, columns[..., None], -1)[..., 0]]
+        common = torch.tensor(flips, dtype=best.dtype, device=best.device).expand(*own.shape[:-1], len(flips))
+        signs = torch.cat([own, common], -1)
+    return Best(value, columns, None, signs)
+
+
+def _better(one: Best | None, other: Best) -> Best:
+    if one is None:
+        return other
+    assert one.array is not None and other.array is not None and one.signs is not None and other.signs is not None
+    first = one.value >= other.value
+    return Best(
+        torch.where(first, one.value, other.value),
+        torch.where(first[..., None], one.array, other.array),
+        None,
+        torch.where(first[..., None, None], one.signs, other.signs),
+    )
+
+
+def _best_matrix(name: str, gram: Tensor) -> Best:
+    n = gram.shape[-1]
+    if name in ("T", "T2"):
+        z = _phases(name, gram)
+        size = z.abs()
+        cosine = torch.where(size > 0, z.real / size.clamp_min(torch.finfo(size.dtype).tiny), torch.ones_like(size))
+        sine = torch.where(size > 0, z.imag / size.clamp_min(torch.finfo(size.dtype).tiny), torch.zeros_like(size))
+        first, second = (torch.arange(n, device=gram.device)[part] for part in pairs_of(name, n))
+        matrix = torch.zeros_like(gram)
+        matrix[..., first, first] = matrix[..., second, second] = cosine
+        matrix[..., second, first], matrix[..., first, second] = sine, -sine
+        return Best(size.sum(-1), None, matrix)
+    if name == "O1":
+        inner, along = _apart(gram)
+        turned = polar(inner)
+        sign = torch.where(along < 0, -torch.ones_like(along), torch.ones_like(along))
+        mirror = _mirror(gram)
+        whole = torch.nn.functional.pad(turned, (1, 0, 1, 0))
+        whole[..., 0, 0] = sign
+        return Best((turned * inner).sum((-2, -1)) + along.abs(), None, mirror @ whole @ mirror)
+    matrix = polar(gram)
+    return Best((matrix * gram).sum((-2, -1)), None, matrix)
+
+
+def _phases(name: str, gram: Tensor) -> Tensor:
+    """For each pair of indices the complex number whose phase turns B's pair to A's, and whose size is its worth."""
+    first, second = pairs_of(name, gram.shape[-1])
+
+    def diagonal(i: slice, j: slice) -> Tensor:
+        return torch.diagonal(gram[..., i, j], dim1=-2, dim2=-1)
+
+    return torch.complex(
+        diagonal(first, first) + diagonal(second, second), diagonal(second, first) - diagonal(first, second)
+    )
+
+
+def _mirror(like: Tensor) -> Tensor:
+    """The reflection that takes the first unit vector to the direction of ones."""
+    n = like.shape[-1]
+    first = -torch.full((n,), n**-0.5, dtype=like.dtype, device=like.device)
+    first[0] += 1
+    length = first @ first
+    identity = torch.eye(n, dtype=like.dtype, device=like.device)
+    return identity - (2 / length) * torch.outer(first, first) if float(length) > 1e-12 else identity
+
+
+def _apart(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """A Gram matrix on the complement of the vector of ones, and along that vector."""
+    mirror = _mirror(gram)
+    turned = mirror @ gram @ mirror
+    return turned[..., 1:, 1:], turned[..., 0, 0]

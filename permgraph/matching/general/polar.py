@@ -1,0 +1,23 @@
+"""Polar factors and nuclear norms: the orthogonal matrix nearest to a matrix, and what it is worth."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def polar(gram: Tensor) -> Tensor:
+    """The orthogonal matrices (..., n, n) that maximise <Q, gram>: U Vᵀ of the singular value decomposition U S Vᵀ.
+
+    Where a singular value is zero the factor is not unique; the decomposition's choice is deterministic.
+
+    References:
+        Schönemann, "A generalized solution of the orthogonal Procrustes problem", 1966.
+    """
+    u, _, v = torch.linalg.svd(gram)
+    return u @ v
+
+
+def nuclear_norm(gram: Tensor) -> Tensor:
+    """The sums of singular values of matrices (..., n, n): what their polar factors are worth."""
+    return torch.linalg.svdvals(gram).sum(-1)
