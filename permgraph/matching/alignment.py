@@ -116,7 +116,6 @@ def align(
     from permgraph.matching.agreement import agreed_spec
 
     spec, notes = agreed_spec((model_a, model_b), ("A", "B"), spec, example_inputs, example_kwargs)
-    spec = spec.permutations()
     spec.check(a)
     spec.check(b)
     if matcher is None:
@@ -128,8 +127,11 @@ def align(
         if not (isinstance(model_a, nn.Module) and isinstance(model_b, nn.Module)):
             raise MismatchError(f"{type(matcher).__name__} runs the networks: give align() modules, not state dicts")
         matcher = matcher.with_models(model_a, model_b)
+    if spec.general is not None and not getattr(matcher, "general", False):
+        notes = (*notes, f"{type(matcher).__name__} knows permutations alone: what else the spec allows stays at rest")
+        spec = spec.permutations()
     result = matcher.match(a, b, spec, seed, progress)
-    aligned = result.permutation.apply(b)
+    aligned = result.element.apply(b)
     moved: dict[int, torch.Tensor] = {}
     for name, tensor in aligned.items():
         if isinstance(tensor, torch.Tensor):

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Protocol, TypeGuard, runtime_checkable
+from typing import ClassVar, Protocol, TypeGuard, runtime_checkable
 
 import numpy as np
 from torch import nn
@@ -16,6 +16,7 @@ from permgraph.errors import MismatchError
 from permgraph.pictures.tables import alignment_table
 from permgraph.spec.permutation import Permutation
 from permgraph.spec.spec import PermutationSpec
+from permgraph.spec.transformation import Transformation
 from permgraph.weights.state_dict import StateDict
 
 
@@ -66,6 +67,9 @@ class MatchResult:
         seed: what all random choices followed from.
         seconds: of wall time.
         notes: what else the user should know, in sentences.
+        details: further figures of the matcher's own.
+        transformation: of a spec with general symmetries, the element to be applied to B, of which `permutation` is a
+            part; None of permutations alone.
     """
 
     permutation: Permutation
@@ -78,6 +82,12 @@ class MatchResult:
     seconds: float = 0.0
     notes: tuple[str, ...] = ()
     details: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    transformation: Transformation | None = None
+
+    @property
+    def element(self) -> Permutation | Transformation:
+        """What is to be applied to B: the transformation of a spec with general symmetries, else the permutation."""
+        return self.permutation if self.transformation is None else self.transformation
 
     @property
     def sweeps(self) -> int:
@@ -117,6 +127,9 @@ class Matcher(ABC):
     modules of a matcher that runs them.
     """
 
+    general: ClassVar[bool] = False
+    """Whether it takes specs with general symmetries; one that does not is given their permutations."""
+
     @property
     def needs_models(self) -> bool:
         """Whether it runs the networks in its present settings; `align` then gives it the modules."""
@@ -142,8 +155,10 @@ class Matcher(ABC):
                 f"{type(self).__name__} runs the networks: call align() with modules, or with_models() first"
             )
         init = getattr(self, "init", None)
-        if isinstance(init, Permutation) and init.spec.fingerprint != spec.fingerprint:
+        if isinstance(init, Permutation) and init.spec.fingerprint != spec.permutations().fingerprint:
             raise MismatchError("init is a permutation of another spec than the one to match over")
+        if isinstance(init, Transformation) and init.spec.fingerprint != spec.fingerprint:
+            raise MismatchError("init is a transformation of another spec than the one to match over")
         for state in states:
             spec.check(state)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias
+from typing import ClassVar, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -27,9 +27,10 @@ from permgraph.matching.problem.renumber import Arrays
 from permgraph.matching.relaxation import relaxed_start
 from permgraph.spec.permutation import Permutation
 from permgraph.spec.spec import PermutationSpec
+from permgraph.spec.transformation import Transformation
 from permgraph.weights.state_dict import STATISTICS, StateDict
 
-Init: TypeAlias = Permutation | Literal["identity", "barycentre"]
+Init: TypeAlias = Permutation | Transformation | Literal["identity", "barycentre"]
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,8 @@ class WeightMatching(Matcher):
     References:
         Ainsworth, Hayase & Srinivasa 2022, section 3.2.
     """
+
+    general: ClassVar[bool] = True
 
     max_sweeps: int = 100
     restarts: int | None = None
@@ -139,6 +142,10 @@ class WeightMatching(Matcher):
         """
         started = time.perf_counter()
         self.require_fit(spec)
+        if spec.general is not None:
+            from permgraph.matching.general.weights import match_general
+
+            return match_general(self, a, b, spec, seed, progress)
         compared = pair(
             a, b, spec, objective=self.objective, weights=self.weights, ignore=self.ignore, dtype=self.dtype
         )

@@ -147,6 +147,11 @@ class Acting:
                 assert place.leaf.group is not None
                 self.of_group.setdefault(place.leaf.group, []).append(place)
 
+    def action(self, block: Block, axis: int) -> Action:
+        """How the group that stands at an axis of a block acts there."""
+        actions = self.spec.general.actions.get(block.parameter) if self.spec.general is not None else None
+        return actions[block.leaves[axis].occurrence] if actions else Action()
+
     def structure(self, group: str) -> Structure:
         """The structure of a group."""
         return self.spec.groups[group].structure

@@ -34,7 +34,9 @@ def balance(acting: Acting, tensors: dict[str, Tensor]) -> tuple[Element, dict[s
         tensors: the parameters, in float64 best.
     """
     element = Element()
-    groups = [g for g in acting.of_group if acting.structure(g).scales or acting.structure(g).linear in ("GL", "T", "T2")]
+    groups = [
+        g for g in acting.of_group if acting.structure(g).scales or acting.structure(g).linear in ("GL", "T", "T2")
+    ]
     tensors = dict(tensors)
     for _ in range(SWEEPS if len(groups) > 1 else 1):
         change = 0.0

@@ -145,7 +145,7 @@ def pair(
         if weights is not None:
             if objective == "l2":
                 raise PermgraphError("the objective 'l2' takes no weights; use 'inner'")
-            x = x * _weight(weights, name, x, spec.shapes[name])
+            x = x * weight_of(weights, name, x, spec.shapes[name])
         ours[name], theirs[name] = x, y
     if any(ours[name].ndim != theirs[name].ndim for name in ours):
         name = next(name for name in ours if ours[name].ndim != theirs[name].ndim)
@@ -175,7 +175,13 @@ def comparable(tensor: torch.Tensor, name: str, model: str) -> torch.Tensor:
     return as_real(tensor)
 
 
-def _weight(weights: Weights, name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> Weight:
+def weight_of(weights: Weights, name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> Weight:
+    """How much a tensor counts: a number, or a tensor that broadcasts over it.
+
+    Raises:
+        PermgraphError: a weight does not fit its tensor.
+        NonFiniteError: it holds NaN or infinity.
+    """
     is_complex = tensor.ndim > len(shape)
     if callable(weights):
         weight = weights(name, torch.view_as_complex(tensor) if is_complex else tensor)

@@ -1,0 +1,214 @@
+"""Coordinate ascent over groups of all structures: each step is the best element of one group with all others at rest.
+
+The moves are those of weight matching over permutations (`permgraph.matching.problem.moves`): a group with those that
+are fibred over it is solved by nesting, so that what two heads are worth to each other is what their inner groups can
+make of them: nuclear norms for rotations, phases for rotary pairs, assignments for units.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import Tensor
+
+from permgraph.assignment.solve import Solver
+from permgraph.conventions.outcomes import Outcome
+from permgraph.matching.general.acting import Acting, Element, composed, powered
+from permgraph.matching.general.compact import Best, best_element, best_value
+from permgraph.matching.matcher import Progress, Sweep
+from permgraph.matching.problem.moves import Move, Node, Place, Plan
+from permgraph.structures import Structure
+
+TOLERANCE = 1e-7
+"""An ascent has converged when a whole sweep adds less than this, relative to the objective."""
+
+HOLDS = (0.0, 0.1, 0.4, 1.6, 6.4)
+"""How strongly a step is held back where the objective is quadratic in it, one after the other, until it helps."""
+
+
+class Climb:
+    """One ascent: where B stands, what it is worth there, and the element that took it there.
+
+    Args:
+        acting: how the groups act on the compared parameters.
+        a, b: the parameters to compare, balanced and without gains.
+        moves: what one step can move.
+        start: the element at which to begin.
+        unknown: groups that no step has placed yet: until one does, what is seen across them is no evidence.
+    """
+
+    def __init__(
+        self,
+        acting: Acting,
+        a: Mapping[str, Tensor],
+        b: Mapping[str, Tensor],
+        moves: tuple[Move, ...],
+        start: Element,
+        *,
+        unknown: Collection[str] = (),
+        solver: Solver = "auto",
+        started: float = 0.0,
+    ) -> None:
+        self.acting, self.a, self.moves, self.solver, self.started = acting, a, moves, solver, started
+        self.element = start
+        self.b = {name: acting.act(name, tensor, start) for name, tensor in b.items()}
+        self.worth = {name: _inner(a[name], tensor) for name, tensor in self.b.items()}
+        self.unknown = set(unknown)
+        self.history: list[Sweep] = []
+        self.outcome: Outcome = "converged"
+
+    @property
+    def objective(self) -> float:
+        """The sum of inner products with A, where B stands."""
+        return sum(self.worth.values())
+
+    def climb(self, max_sweeps: int, progress: Progress | None = None) -> None:
+        """Sweep over the moves until a whole sweep adds nothing; Ctrl-C ends it where it stands."""
+        try:
+            for number in range(1, max_sweeps + 1):
+                before, first = self.objective, bool(self.unknown)
+                moved: dict[str, int] = {}
+                gains: dict[str, float] = {}
+                for move in self.moves:
+                    at = self.objective
+                    if self.step(move):
+                        moved[move.name] = self.acting.spec.groups[move.name].size
+                        gains[move.name] = self.objective - at
+                self.unknown.clear()
+                sweep = Sweep(number, self.objective, moved, {} if first else gains, time.perf_counter() - self.started)
+                self.history.append(sweep)
+                if progress is not None:
+                    progress(sweep)
+                if not first and self.objective - before <= TOLERANCE * abs(self.objective):
+                    return
+            self.outcome = "sweep limit"
+        except KeyboardInterrupt:
+            self.outcome = "interrupted"
+
+    # --- one step -----------------------------------------------------------------------------------------------------
+
+    def step(self, move: Move) -> bool:
+        """Move the groups of one move to where they are worth most; false if that helps nothing."""
+        held = move.quadratic and not self.unknown
+        before = self.objective
+        for hold in HOLDS if held else HOLDS[:1]:
+            kept = self.b, self.worth, self.element
+            self.b, self.worth = dict(self.b), dict(self.worth)
+            self._place(move, hold)
+            if self.unknown or self.objective > before:
+                self.unknown -= move.groups
+                return True
+            self.b, self.worth, self.element = kept
+        return False
+
+    def _place(self, move: Move, hold: float) -> None:
+        """Place the root of a move, then what is inside it."""
+        node = move.root
+        best = best_element(self.acting.structure(node.group), self._held(self._grams(node), hold), self.solver)
+        self._apply(node.group, _as_element(node.group, best))
+        for inner in move.then:
+            self._place(inner, hold)
+
+    def _apply(self, group: str, step: Element) -> None:
+        for name in self.acting.touched([group]):
+            self.b[name] = self.acting.act(name, self.b[name], step)
+            self.worth[name] = _inner(self.a[name], self.b[name])
+        self.element = composed(self.acting, step, self.element)
+
+    def _held(self, grams: dict[tuple[int, ...], Tensor], hold: float) -> dict[tuple[int, ...], Tensor]:
+        """Gram matrices to which staying is worth something more."""
+        if not hold:
+            return grams
+        scale = max(float(gram.abs().amax()) for gram in grams.values())
+        n = next(iter(grams.values())).shape[-1]
+        return {
+            key: gram + hold * scale * torch.eye(n, dtype=gram.dtype, device=gram.device) for key, gram in grams.items()
+        }
+
+    # --- Gram matrices ------------------------------------------------------------------------------------------------
+
+    def _grams(self, node: Node) -> dict[tuple[int, ...], Tensor]:
+        """What each pair of a node's indices is worth, by the exponents of its signs; shape (*batch, *pairs).
+
+        The pairs are those of the groups of the move above it, from the root's to its own.
+        """
+        structure = self.acting.structure(node.group)
+        number = structure.signs + structure.flips
+        sums: dict[tuple[int, ...], Tensor] = {}
+        for place in node.places:
+            if self._is_evidence(place):
+                key = self._exponents(place, structure)
+                view = place.block.view(self.b[place.block.parameter])
+                gram = place.gram(place.block.view(self.a[place.block.parameter]), view, self._averaged)
+                sums[key] = sums[key] + gram if key in sums else gram
+        for inner in node.inner:
+            grams = self._grams(inner)
+            if grams:
+                value = best_value(self.acting.structure(inner.group), grams, self.solver)
+                lost = [at for at, name in enumerate(inner.batch) if name not in node.batch]
+                value = value.sum(lost) if lost else value
+                sums[()] = sums[()] + value if () in sums else value
+        if not sums:
+            sizes = [self.acting.spec.groups[name].size for name in node.batch]
+            pairs = [self.acting.spec.groups[name].size for name in node.chain for _ in range(2)]
+            some = next(iter(self.a.values()))
+            sums[()] = some.new_zeros(*sizes, *pairs)
+            # Nothing speaks for any place: stay.
+            sums[()].diagonal(dim1=-2, dim2=-1).fill_(1.0)
+        return sums if number else {(): _total(sums)}
+
+    def _exponents(self, place: Place, structure: Structure) -> tuple[int, ...]:
+        action = self.acting.action(place.block, place.own[-1])
+        return action.signs if any(action.signs) else ()
+
+    def _is_evidence(self, place: Place) -> bool:
+        """Whether what is seen here hangs on no group yet unplaced whose elements have a mean of zero."""
+        for axis, leaf in enumerate(place.block.leaves):
+            if leaf.group in self.unknown and axis not in place.own:
+                structure = self.acting.structure(leaf.group)
+                action = self.acting.action(place.block, axis)
+                if structure.linear or any(action.signs):
+                    return False
+        action = self.acting.action(place.block, place.own[-1])
+        leaf = place.block.leaves[place.own[-1]]
+        assert leaf.group is not None
+        # A gain, which its group's matrices leave alone.
+        return bool(action.powers) or not self.acting.structure(leaf.group).linear
+
+    @property
+    def _averaged(self) -> frozenset[str]:
+        return frozenset(self.unknown)
+
+
+def _total(sums: Mapping[tuple[int, ...], Tensor]) -> Tensor:
+    total = None
+    for gram in sums.values():
+        total = gram if total is None else total + gram
+    assert total is not None
+    return total
+
+
+def _as_element(group: str, best: Best) -> Element:
+    step = Element()
+    if best.array is not None:
+        step.arrays[group] = best.array
+    if best.matrix is not None:
+        step.matrices[group] = best.matrix
+    if best.signs is not None:
+        step.signs[group] = best.signs
+    return step
+
+
+def _inner(a: Tensor, b: Tensor) -> float:
+    return float((a.double() * b.double()).sum()) if a.numel() < 1 << 20 else float(torch.dot(a.flatten(), b.flatten()))
+
+
+def moves_of(plan: Plan) -> tuple[Move, ...]:
+    """The moves of a plan, of groups of matrices first, largest first: they see most.
+
+    Where groups inside a root meet, so that no nesting chooses both, the root moves alone, and each of them by itself.
+    """
+    moves = [plan.move(move.name, []) if move.paired else move for move in plan.moves]
+    return tuple(moves)

@@ -1,0 +1,160 @@
+"""Weight matching over the whole group of a general spec."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from permgraph.errors import PermgraphError
+from permgraph.matching.general.acting import Element
+from permgraph.matching.general.ascent import Climb, moves_of
+from permgraph.matching.general.gauge import Gauge
+from permgraph.matching.matcher import NOTHING_TO_PERMUTE, MatchResult, Progress
+from permgraph.matching.problem.moves import Plan
+from permgraph.spec.permutation import Permutation
+from permgraph.spec.spec import PermutationSpec
+from permgraph.spec.transformation import Transformation
+from permgraph.weights.state_dict import StateDict
+
+if TYPE_CHECKING:
+    from permgraph.matching.weight_matching import WeightMatching
+
+
+def match_general(
+    settings: WeightMatching,
+    a: StateDict,
+    b: StateDict,
+    spec: PermutationSpec,
+    seed: int,
+    progress: Progress | None,
+) -> MatchResult:
+    """The element of a general spec that `WeightMatching` with these settings chooses for B."""
+    started = time.perf_counter()
+    gauge = Gauge(spec, a, b, ignore=settings.ignore, dtype=settings.dtype)
+    weighted, scale, offset = _weighted(settings, gauge)
+    frozen = _frozen(spec, settings)
+    plan = Plan(gauge.acting.plain, gauge.a, frozen)
+    moves = moves_of(plan)
+    notes: list[str] = [] if moves else [NOTHING_TO_PERMUTE]
+    best: Climb | None = None
+    runs: list[float] = []
+    before = scale * sum(float((weighted[n].double() * gauge.b[n].double()).sum()) for n in weighted) + offset
+    interrupted = False
+    try:
+        for start, unknown in _starts(settings, gauge, a, b, spec, seed, frozen):
+            climb = Climb(
+                gauge.acting, weighted, gauge.b, moves, start, unknown=unknown, solver=settings.solver, started=started
+            )
+            if best is None:
+                best = climb
+            climb.climb(settings.max_sweeps, progress)
+            runs.append(scale * climb.objective + offset)
+            if climb.objective > best.objective:
+                best = climb
+            if climb.outcome == "interrupted":
+                interrupted = True
+                break
+    except KeyboardInterrupt:
+        interrupted = True
+    if best is None or best.objective * scale + offset < before:
+        best = Climb(gauge.acting, weighted, gauge.b, moves, Element(), started=started)
+    found = gauge.transformation(best.element)
+    return MatchResult(
+        permutation=found.permutation,
+        transformation=found,
+        objective=scale * best.objective + offset,
+        objective_before=before,
+        outcome="interrupted" if interrupted else best.outcome,
+        history=tuple(best.history),
+        runs=tuple(runs),
+        seed=seed,
+        seconds=time.perf_counter() - started,
+        notes=tuple(notes),
+    )
+
+
+def _starts(
+    settings: WeightMatching,
+    gauge: Gauge,
+    a: StateDict,
+    b: StateDict,
+    spec: PermutationSpec,
+    seed: int,
+    frozen: set[str],
+) -> Iterator[tuple[Element, Sequence[str]]]:
+    """Where runs begin, and which groups are unknown there."""
+    init = settings.init
+    if isinstance(init, Transformation):
+        yield gauge.element(init), ()
+        return
+    groups = [name for name in gauge.acting.of_group if name not in frozen]
+    if init == "identity":
+        yield Element(), ()
+        return
+    if isinstance(init, Permutation):
+        yield gauge.element(as_transformation(init, spec)), ()
+        return
+    yield Element(), groups
+    yield Element(), ()
+    from permgraph.matching.weight_matching import WeightMatching
+
+    permuted = WeightMatching(
+        max_sweeps=settings.max_sweeps,
+        weights=settings.weights,
+        ignore=settings.ignore,
+        solver=settings.solver,
+        dtype=settings.dtype,
+        frozen=[name for name in frozen if name in spec.permutations().moving],
+    ).match(a, b, spec.permutations(), seed)
+    yield gauge.element(as_transformation(permuted.permutation, spec)), ()
+
+
+def as_transformation(permutation: Permutation, spec: PermutationSpec) -> Transformation:
+    """A permutation of `spec.permutations()` as an element of the whole group: of matrices, permutation matrices."""
+    arrays, matrices = {}, {}
+    for name, array in permutation.arrays.items():
+        if spec.groups[name].structure.linear:
+            matrices[name] = torch.eye(array.shape[-1], dtype=torch.float64)[torch.from_numpy(array.copy())].numpy()
+        else:
+            arrays[name] = array
+    return Transformation(spec, Permutation(spec.permutations(), arrays), matrices, {}, {})
+
+
+def _frozen(spec: PermutationSpec, settings: WeightMatching) -> set[str]:
+    import fnmatch
+
+    if settings.max_moves is not None:
+        raise PermgraphError("max_moves counts indices, which rotations have not: take spec.permutations() with it")
+    given = settings.frozen if isinstance(settings.frozen, dict) else dict.fromkeys(settings.frozen)
+    frozen: set[str] = set()
+    for pattern, indices in given.items():
+        if indices is not None:
+            raise PermgraphError(f"frozen: of {pattern!r} single indices: take spec.permutations() with them")
+        found = [name for name in spec.acting if fnmatch.fnmatchcase(name, pattern)]
+        if not found:
+            raise PermgraphError(f"frozen: no group is named {pattern!r}; the spec has {', '.join(spec.acting)}")
+        frozen.update(found)
+    return frozen
+
+
+def _weighted(settings: WeightMatching, gauge: Gauge) -> tuple[dict[str, Tensor], float, float]:
+    """A's parameters with weights, and the scale and the offset of the objective that is reported."""
+    weighted = dict(gauge.a)
+    offset = 0.0
+    for name, tensor in gauge.a.items():
+        if settings.objective == "l2":
+            offset -= float(tensor.double().square().sum() + gauge.b[name].double().square().sum())
+        if settings.objective == "cosine":
+            norms = float(torch.linalg.vector_norm(tensor)) * float(torch.linalg.vector_norm(gauge.b[name]))
+            weighted[name] = tensor / norms if norms > 0 else tensor
+        if settings.weights is not None:
+            if settings.objective == "l2":
+                raise PermgraphError("the objective 'l2' takes no weights; use 'inner'")
+            from permgraph.matching.problem.objective import weight_of
+
+            weighted[name] = weighted[name] * weight_of(settings.weights, name, tensor, gauge.spec.shapes[name])
+    return weighted, 2.0 if settings.objective == "l2" else 1.0, offset
