@@ -13,10 +13,10 @@ from scipy.optimize import linear_sum_assignment
 
 from benchmarks._networks import Network, State
 from permgraph.matching import FrankWolfe, WeightMatching
-from permgraph.spec.blocks import blocks_of
 from permgraph.matching.problem.objective import pair
 from permgraph.matching.problem.renumber import act
 from permgraph.spec import PermutationSpec
+from permgraph.spec.blocks import blocks_of
 from permgraph.spec.expressions import Fixed, Ref
 from permgraph.spec.permutation import Permutation
 

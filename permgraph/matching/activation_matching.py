@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -74,6 +74,8 @@ class ActivationMatching(Matcher):
         'converged'
     """
 
+    general: ClassVar[bool] = True
+
     loader: Loader
     measure: Literal["correlation", "covariance", "inner"] = "correlation"
     weight: float = 0.0
@@ -122,7 +124,11 @@ class ActivationMatching(Matcher):
         device = next((p.device for p in self.models[0].parameters()), torch.device("cpu"))
         with seeded(seed, device):
             observed = _observe(self, self.models, a, b, spec)
-        grams = observed.grams
+        if spec.general is not None:
+            from permgraph.matching.general.activations import match_observed
+
+            return match_observed(self, observed, a, b, spec, seed, progress, started)
+        grams = {name: (site.axis, observed.gram(name, self.measure).float()) for name, site in observed.sites.items()}
         # <A, pi(B)> is the gain of an assignment where A holds the Gram matrix and B the identity: so activations
         # become parameters of a larger spec, and any search over weights serves for them, nested groups included.
         axes: dict[str, tuple[Axis, ...]] = {
@@ -161,28 +167,84 @@ class ActivationMatching(Matcher):
         )
 
 
-@dataclass
-class _Observed:
-    """Gram matrices by what they are of, each with the axis of its units; and what could not be seen."""
+@dataclass(frozen=True)
+class Watched:
+    """A module whose output is compared.
 
-    grams: dict[str, tuple[Axis, torch.Tensor]]
+    Attributes:
+        axis: the expression of its units.
+        dim: which dimension of the output they are.
+        parameter, of: the parameter, and its dimension, that has these units.
+        gain: whether that parameter is a gain, by which the output was multiplied.
+    """
+
+    axis: Axis
+    dim: int
+    parameter: str
+    of: int = 0
+    gain: bool = False
+
+
+@dataclass
+class Observed:
+    """What both networks were seen to do, by what it is of; and what could not be seen.
+
+    Attributes:
+        sites: for each name the units' axis and the sums over samples; where a module was watched, it too.
+        notes: what was left out, in sentences.
+        interrupted: whether Ctrl-C ended it early.
+    """
+
+    sites: dict[str, SeenSite]
     notes: tuple[str, ...]
     interrupted: bool = False
+
+    def gram(self, name: str, measure: str) -> torch.Tensor:
+        """The agreement of A's units with B's.
+
+        Raises:
+            NonFiniteError: an activation was NaN or infinite.
+        """
+        return self._finite(name, self.sites[name].moments.gram(measure, name))
+
+    def gram_of_vectors(self, name: str) -> torch.Tensor:
+        """The covariance of A's units with B's, over the lengths of both: what does not hang on one basis of them."""
+        moments = self.sites[name].moments
+        sizes = [variance.clamp_min(0).sum() for variance in moments.variances()]
+        scale = (sizes[0] * sizes[1]).clamp_min(1e-300).rsqrt()
+        return self._finite(name, moments.covariance(name) * scale)
+
+    def _finite(self, name: str, gram: torch.Tensor) -> torch.Tensor:
+        if not bool(torch.isfinite(gram).all()):
+            raise NonFiniteError(f"an output of {name!r} is NaN or infinite on these inputs")
+        return gram
+
+
+@dataclass(frozen=True)
+class SeenSite:
+    """The axis of some units, the sums over their samples, and the module that was watched; None for other tensors."""
+
+    axis: Axis
+    moments: Moments
+    watched: Watched | None
 
 
 def _observe(
     settings: ActivationMatching, models: tuple[nn.Module, nn.Module], a: StateDict, b: StateDict, spec: PermutationSpec
-) -> _Observed:
+) -> Observed:
     """Run both networks over the loader once, and compare the units of A with those of B."""
     watched = {} if settings.tensors == "graph" else dict(_watched(models[0], spec))
     notes = []
-    for name, (axis, _) in list(watched.items()):
-        if (units := size_of(axis, spec.groups)) > settings.max_units:
+    for name, seen_module in list(watched.items()):
+        if (units := size_of(seen_module.axis, spec.groups)) > settings.max_units:
             notes.append(f"{name!r} has {units} units, more than max_units={settings.max_units}, and is left out")
             del watched[name]
-    missing = set(spec.moving) - {group for axis, _ in watched.values() for group in refs(axis)}
+    missing = set(spec.moving) - {group for module in watched.values() for group in refs(module.axis)}
+    if spec.general is not None:
+        # How the matrices and signs of a group act on a tensor between modules, no parameter says.
+        missing = {name for name in missing if not (g := spec.groups[name].structure).linear and not g.signs}
     networks = [_Watch(model, state, watched, models[0]) for model, state in zip(models, (a, b), strict=True)]
-    found: dict[str, tuple[Axis, Moments]] = {name: (axis, Moments()) for name, (axis, _) in watched.items()}
+    found: dict[str, tuple[Axis, Moments]] = {name: (module.axis, Moments()) for name, module in watched.items()}
     replay: Replay | None = None
     wanted: dict[int, Site] = {}
     uneven: set[str] = set()
@@ -232,14 +294,12 @@ def _observe(
     if not seen_batches:
         raise EvaluationError(NO_BATCH)
     notes += [f"{name} has as many samples as the weights decide, and is left out" for name in sorted(uneven)]
-    grams = {}
-    for name, (axis, moments) in found.items():
-        if moments.count and name not in uneven:
-            gram = moments.gram(settings.measure, name)
-            if not bool(torch.isfinite(gram).all()):
-                raise NonFiniteError(f"an output of {name!r} is NaN or infinite on these inputs")
-            grams[name] = (axis, gram.float())
-    return _Observed(grams, tuple(notes), interrupted)
+    sites = {
+        name: SeenSite(axis, moments, watched.get(name))
+        for name, (axis, moments) in found.items()
+        if moments.count and name not in uneven
+    }
+    return Observed(sites, tuple(notes), interrupted)
 
 
 def _over_all(
@@ -284,41 +344,40 @@ class _Scaled:
         return own * self.factor
 
 
-def _watched(model: nn.Module, spec: PermutationSpec) -> Iterator[tuple[str, tuple[Axis, int]]]:
-    """Each module whose output has an axis that moves: its name, that axis's expression, and which dimension it is."""
+def _watched(model: nn.Module, spec: PermutationSpec) -> Iterator[tuple[str, Watched]]:
+    """Each module whose output has an axis on which something acts."""
     for name, module in model.named_modules():
         weight = f"{name}.weight" if name else "weight"
         weight = spec.aliases.get(weight, weight)
         if weight not in spec.axes or not spec.axes[weight]:
             continue
         axes = spec.axes[weight]
-        if isinstance(module, nn.Linear | nn.LayerNorm):
+        found = None
+        if isinstance(module, nn.Linear):
+            found = Watched(axes[0], -1, weight)
+        elif isinstance(module, nn.LayerNorm) or weight in spec.general_gains:
             # A LayerNorm over several dimensions has as many at its output's end; only one of a single is one axis.
-            found = (axes[0], -1) if isinstance(module, nn.Linear) or len(axes) == 1 else None
+            found = Watched(axes[0], -1, weight, gain=True) if len(axes) == 1 else None
         elif isinstance(module, nn.Embedding):
-            found = (axes[1], -1)
+            found = Watched(axes[1], -1, weight, 1)
         elif isinstance(module, nn.modules.conv._ConvTransposeNd):
-            found = (axes[1], 1) if module.groups == 1 else None
+            found = Watched(axes[1], 1, weight, 1) if module.groups == 1 else None
         elif isinstance(module, nn.modules.conv._ConvNd | nn.modules.batchnorm._BatchNorm | nn.GroupNorm):
-            found = (axes[0], 1)
-        else:
-            found = None
+            found = Watched(axes[0], 1, weight)
         if found is None:
             continue
         try:
-            moves = any(o.group in spec.moving for o in spec.layout((found[0], Fixed(1)), name).occurrences)
+            acts = any(o.group in spec.acting for o in spec.layout((found.axis, Fixed(1)), name).occurrences)
         except SpecError:  # the axis is fibred over one that stands in another dimension of the weight
             continue
-        if moves:
+        if acts:
             yield name, found
 
 
 class _Watch:
     """A copy of a network that keeps the outputs of some of its modules, as (units, samples)."""
 
-    def __init__(
-        self, model: nn.Module, state: StateDict, watched: Mapping[str, tuple[Axis, int]], like: nn.Module
-    ) -> None:
+    def __init__(self, model: nn.Module, state: StateDict, watched: Mapping[str, Watched], like: nn.Module) -> None:
         self.model = copy.deepcopy(model).eval()
         self.model.load_state_dict(state)
         # Where A is, and as precise, so that one batch serves both.
@@ -327,12 +386,13 @@ class _Watch:
             if name in there:
                 tensor.data = tensor.data.to(there[name])
         self.outputs: dict[str, list[torch.Tensor]] = {}
-        for name, (_, dim) in watched.items():
-            self.model.get_submodule(name).register_forward_hook(self._hook(name, dim))
+        for name, module in watched.items():
+            self.model.get_submodule(name).register_forward_hook(self._hook(name, module.dim))
 
     def _hook(self, name: str, dim: int) -> Any:
         def keep(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
-            self.outputs[name].append(output.detach().movedim(dim, 0).flatten(1))
+            if isinstance(output, torch.Tensor):
+                self.outputs[name].append(output.detach().movedim(dim, 0).flatten(1))
 
         return keep
 

@@ -29,6 +29,12 @@ class Moments:
     def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
         """Add a batch: (units, samples) of A and of B; real and imaginary parts are samples like others."""
         x, y = as_real(x).flatten(1).float(), as_real(y).flatten(1).float()
+        # Scores that a mask has set to minus infinity are the same in all units of both: no sample at all.
+        masked = (x == -torch.inf).all(0) & (y == -torch.inf).all(0)
+        if bool(masked.any()):
+            x, y = x[:, ~masked], y[:, ~masked]
+            if not x.shape[1]:
+                return
         if not self.count:
             self._begin(x.mean(1, keepdim=True), y.mean(1, keepdim=True))
         x, y = x - self.shifts[0], y - self.shifts[1]
@@ -76,6 +82,13 @@ class Moments:
             )
         means = [total / self.count for total in self.sums]
         return self.products / self.count - torch.outer(means[0], means[1])
+
+    def variances(self) -> list[torch.Tensor]:
+        """The variance of each unit of A, and of each of B."""
+        return [
+            square / self.count - (total / self.count).square()
+            for total, square in zip(self.sums, self.squares, strict=True)
+        ]
 
     def correlation(self, name: str) -> torch.Tensor:
         """Pearson's correlation of each pair of units; 0 for a unit that does not vary."""

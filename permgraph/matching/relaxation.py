@@ -15,10 +15,10 @@ from permgraph.assignment.solve import Solver
 from permgraph.conventions.outcomes import Outcome
 from permgraph.matching.ascent.step import choose, choose_each
 from permgraph.matching.matcher import Progress, Sweep
-from permgraph.spec.blocks import Block
 from permgraph.matching.problem.moves import Plan
 from permgraph.matching.problem.objective import Pair
 from permgraph.matching.problem.renumber import Arrays
+from permgraph.spec.blocks import Block
 from permgraph.spec.permutation import Permutation, old_parents
 from permgraph.spec.spec import PermutationSpec
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 
 from permgraph.spec.binding import Layout
-from permgraph.spec.expressions import Axis, Family, Fixed, Label, Path, Product, Ref, Sum, size_of
 from permgraph.spec.data import SpecData
+from permgraph.spec.expressions import Axis, Family, Fixed, Label, Path, Product, Ref, Sum, size_of
 
 
 @dataclass(frozen=True)

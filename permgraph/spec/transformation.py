@@ -50,8 +50,9 @@ class Transformation:
         matrices: for each group of matrices (GL, O, O1, T, T2) an array of shape ``(*parents' sizes, size, size)``.
         scales: for each group with positive factors an array of shape ``(*parents' sizes, size, factors)``.
         signs: the same for signs, all of them ±1; the last ones are common signs, which do not vary along the size.
-        gains: for gains between which matrices act (see `PermutationSpec.general_gains`) the factors, none of them zero, by which each
-            is multiplied; what reads its axis is divided by them. So one network can be given the gains of another.
+        gains: for gains between which matrices act (see `PermutationSpec.general_gains`) the factors, none of them
+            zero, by which each is multiplied; what reads its axis is divided by them. So one network can be given the
+            gains of another.
 
     A group, or a gain, that is left out is at rest.
 
@@ -174,7 +175,7 @@ class Transformation:
             {name: array * first["scales"][name] for name, array in self.scales.items()},
             {name: array * first["signs"][name] for name, array in self.signs.items()},
             {
-                name: self.gains.get(name, np.float64(1)) * other.gains.get(name, np.float64(1))
+                name: np.asarray(self.gains.get(name, 1.0)) * np.asarray(other.gains.get(name, 1.0))
                 for name in (*self.gains, *other.gains)
             },
         )

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from permgraph.spec.blocks import blocks_of
 from permgraph.spec import PermutationSpec
+from permgraph.spec.blocks import blocks_of
 from tests.matching.examples import SPECS
 
 MORE = PermutationSpec.parse("""

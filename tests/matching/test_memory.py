@@ -13,10 +13,10 @@ import torch
 from permgraph.matching import WeightMatching, tuned
 from permgraph.matching.ascent import in_memory
 from permgraph.matching.ascent.permuted_model import PermutedModel
-from permgraph.spec.blocks import blocks_of
 from permgraph.matching.problem.objective import Pair
 from permgraph.matching.problem.renumber import act
 from permgraph.spec import PermutationSpec
+from permgraph.spec.blocks import blocks_of
 from permgraph.spec.permutation import compose
 from tests.matching.examples import SPECS, state
 

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from permgraph.matching import tuned
-from permgraph.spec.blocks import Block
 from permgraph.matching.problem.moves import Move, Place, Tensors
+from permgraph.spec.blocks import Block
 
 
 class GramCache:

@@ -19,8 +19,8 @@ import torch
 from permgraph.assignment.solve import assign
 from permgraph.matching import tuned
 from permgraph.matching.ascent.step import Scene
-from permgraph.spec.blocks import Block
 from permgraph.matching.problem.moves import Move
+from permgraph.spec.blocks import Block
 
 States = dict[str, torch.Tensor]
 """For each group inside, what has been chosen for one i with every j: integers (n, size)."""

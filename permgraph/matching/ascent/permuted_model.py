@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from permgraph.spec.blocks import Block
 from permgraph.matching.problem.renumber import Arrays, act
+from permgraph.spec.blocks import Block
 from permgraph.spec.spec import PermutationSpec
 
 

@@ -1,8 +1,9 @@
 """How elements given as torch tensors act on parameters, block by block, in a way that can be differentiated.
 
 `Transformation` acts on whole state dicts, exactly and in float64. Matching and learning act thousands of times on a
-few parameters, and with factors that carry gradients: here each parameter is seen as its blocks (`permgraph.spec.blocks`),
-in which every axis is one group, so that an element acts along an axis by one gather, product or multiplication.
+few parameters, and with factors that carry gradients: here each parameter is seen as its blocks
+(`permgraph.spec.blocks`), in which every axis is one group, so that an element acts along an axis by one gather,
+product or multiplication.
 """
 
 from __future__ import annotations
@@ -326,7 +327,12 @@ def _carried(acting: Acting, group: str, tensor: Tensor, after: Element, *, own:
         return tensor[tuple(index)] if moved else tensor
     if not names:
         return tensor[array]
-    return tensor[(*(i[..., None] for i in torch.broadcast_tensors(*index)), array)]
+    return tensor[(*(i[..., None] for i in _broadcast(index)), array)]
+
+
+def _broadcast(tensors: list[Tensor]) -> list[Tensor]:
+    shape = np.broadcast_shapes(*(tuple(tensor.shape) for tensor in tensors))
+    return [tensor.expand(shape) for tensor in tensors]
 
 
 def _along(at: int, ndim: int, sizes: tuple[int, ...], like: Tensor) -> Tensor:

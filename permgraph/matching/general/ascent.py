@@ -15,7 +15,7 @@ from torch import Tensor
 
 from permgraph.assignment.solve import Solver
 from permgraph.conventions.outcomes import Outcome
-from permgraph.matching.general.acting import Acting, Element, composed, powered
+from permgraph.matching.general.acting import Acting, Element, composed
 from permgraph.matching.general.compact import Best, best_element, best_value
 from permgraph.matching.matcher import Progress, Sweep
 from permgraph.matching.problem.moves import Move, Node, Place, Plan

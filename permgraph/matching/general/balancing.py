@@ -93,9 +93,9 @@ def _add(sums: dict[tuple[int, ...], Tensor], key: tuple[int, ...], tensor: Tens
 
 
 def _least_scales(squares: dict[tuple[int, ...], Tensor], number: int) -> Tensor:
-    """The logarithms s (..., number) that minimise the sum of squares · exp(2 e·s) over exponents e, by Newton's method.
+    """The logarithms s (..., number) that minimise the sum of squares · exp(2 e·s) over exponents e.
 
-    They are held at zero a little (`TETHER`).
+    Found by Newton's method. They are held at zero a little (`TETHER`).
     """
     exponents = torch.tensor(list(squares), dtype=torch.float64)
     sums = torch.stack(list(squares.values()), -1).double()
@@ -134,4 +134,5 @@ def _ridged(gram: Tensor) -> Tensor:
 
 def _power(matrix: Tensor, power: float) -> Tensor:
     values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
-    return (vectors * values.clamp_min(torch.finfo(values.dtype).tiny)[..., None, :] ** power) @ vectors.mT
+    powered: Tensor = (vectors * values.clamp_min(torch.finfo(values.dtype).tiny)[..., None, :] ** power) @ vectors.mT
+    return powered

@@ -15,9 +15,11 @@ def polar(gram: Tensor) -> Tensor:
         Schönemann, "A generalized solution of the orthogonal Procrustes problem", 1966.
     """
     u, _, v = torch.linalg.svd(gram)
-    return u @ v
+    factor: Tensor = u @ v
+    return factor
 
 
 def nuclear_norm(gram: Tensor) -> Tensor:
     """The sums of singular values of matrices (..., n, n): what their polar factors are worth."""
-    return torch.linalg.svdvals(gram).sum(-1)
+    norm: Tensor = torch.linalg.svdvals(gram).sum(-1)
+    return norm

@@ -1,0 +1,125 @@
+"""Activation matching over the whole group of a general spec."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from permgraph.matching.general.acting import Acting, Element
+from permgraph.matching.general.ascent import Climb, moves_of
+from permgraph.matching.general.gauge import Gauge
+from permgraph.matching.matcher import MatchResult, Progress
+from permgraph.matching.problem.moves import Plan
+from permgraph.spec.expressions import Axis, Fixed, refs
+from permgraph.spec.general import Action, General
+from permgraph.spec.spec import PermutationSpec
+from permgraph.weights.state_dict import StateDict
+
+if TYPE_CHECKING:
+    from permgraph.matching.activation_matching import ActivationMatching, Observed, SeenSite
+
+
+def match_observed(
+    settings: ActivationMatching,
+    observed: Observed,
+    a: StateDict,
+    b: StateDict,
+    spec: PermutationSpec,
+    seed: int,
+    progress: Progress | None,
+    started: float,
+) -> MatchResult:
+    """The element for which B's activations agree most with A's; see `ActivationMatching`.
+
+    As over permutations, Gram matrices become parameters: with A the Gram matrix and with B the identity, an element g
+    is worth the inner product of the two after g. Both are written in the models' common gauge first.
+    """
+    gauge = Gauge(spec, a, b)
+    ours: dict[str, Tensor] = {}
+    actions: dict[str, tuple[Action, ...]] = {}
+    axes: dict[str, tuple[Axis, ...]] = {}
+    for name, site in observed.sites.items():
+        own = _actions(spec, site)
+        linear = any(spec.groups[group].structure.linear for group in refs(site.axis))
+        gram = observed.gram_of_vectors(name) if linear else observed.gram(name, settings.measure)
+        key = f"output of {name}"
+        axes[key], ours[key] = (site.axis, Fixed(len(gram))), gram.to(gauge.device, gauge.dtype)
+        if own is not None:
+            actions[key] = own
+    larger = PermutationSpec(
+        dict(spec.groups),
+        axes,
+        general=General({n: tuple(Action(x.powers, x.signs) for x in own) for n, own in actions.items()}),
+    )
+    acting = Acting(larger, ours)
+    for key, own in actions.items():
+        gram = ours[key]
+        with_gains = _Gained(
+            PermutationSpec(dict(spec.groups), {**axes, **_gains(spec, own)}, general=General({key: own}))
+        )
+        for state, element in ((gauge.state_a, gauge.of_a), (gauge.state_b, gauge.of_b)):
+            gram = with_gains.folded(key, gram, state)
+            gram = acting.act(key, gram, element).mT.contiguous()
+        ours[key] = gram
+    theirs = {name: torch.eye(len(gram), dtype=gram.dtype, device=gram.device) for name, gram in ours.items()}
+    moves = moves_of(Plan(acting.plain, ours))
+    best: Climb | None = None
+    groups = list(acting.of_group)
+    for unknown in (groups, []):
+        climb = Climb(
+            acting, ours, theirs, moves, Element(), unknown=unknown, solver=settings.matcher.solver, started=started
+        )
+        climb.climb(settings.matcher.max_sweeps, progress)
+        if best is None or climb.objective > best.objective:
+            best = climb
+    assert best is not None
+    found = gauge.transformation(best.element)
+    unseen = sorted(set(spec.acting) - set(groups))
+    notes = observed.notes
+    if unseen:
+        notes = (*notes, f"no tensor that was compared carries {', '.join(unseen)}, so they stay as they are")
+    return MatchResult(
+        permutation=found.permutation,
+        transformation=found,
+        objective=best.objective,
+        objective_before=sum(float((ours[n].double() * theirs[n].double()).sum()) for n in ours),
+        outcome="interrupted" if observed.interrupted else best.outcome,
+        history=tuple(best.history),
+        runs=(best.objective,),
+        seed=seed,
+        seconds=time.perf_counter() - started,
+        notes=notes,
+    )
+
+
+class _Gained(Acting):
+    """How gains stand in the Gram matrices of activations: in their rows."""
+
+    def __init__(self, spec: PermutationSpec) -> None:
+        name = next(iter(spec.general.actions)) if spec.general is not None else ""
+        super().__init__(spec, {name: torch.empty(spec.shapes[name], device="meta")})
+
+
+def _gains(spec: PermutationSpec, actions: tuple[Action, ...]) -> dict[str, tuple[Axis, ...]]:
+    return {gain.name: spec.axes[gain.name] for action in actions for gain, _ in action.gains}
+
+
+def _actions(spec: PermutationSpec, site: SeenSite) -> tuple[Action, ...] | None:
+    """How the groups of a site's axis act on its units; None where they only permute them."""
+    assert spec.general is not None
+    watched = site.watched
+    if watched is None:
+        return None
+    if watched.gain and watched.parameter in spec.general_gains:
+        gain = spec.general_gains[watched.parameter]
+        return (Action((1,), (), ((gain, 1),)),)
+    actions = spec.general.actions.get(watched.parameter)
+    if actions is None:
+        return None
+    occurrences = spec.occurrences(watched.parameter)
+    own = tuple(replace(x) for x, o in zip(actions, occurrences, strict=True) if o.dim == watched.of)
+    return own
