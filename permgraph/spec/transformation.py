@@ -152,6 +152,21 @@ class Transformation:
         more = len(self.spec.acting) - 4
         return f"<Transformation of {names}{f' and {more} more' if more > 0 else ''}>"
 
+    def moved(self) -> dict[str, int]:
+        """For each group, how many of its indices it moves or changes, over all indices of its parents."""
+        counts = {}
+        for name in self.spec.acting:
+            if name in self.matrices:
+                away = (self.matrices[name] != np.eye(self.matrices[name].shape[-1])).any(-1)
+            else:
+                order = self.permutation.arrays.get(name)
+                away = np.zeros(_sizes(self.spec, name), bool) if order is None else order != np.arange(order.shape[-1])
+                for arrays in (self.scales, self.signs):
+                    if name in arrays:
+                        away = away | (arrays[name] != 1).any(-1)
+            counts[name] = int(away.sum())
+        return counts
+
     @property
     def is_identity(self) -> bool:
         """Whether nothing changes at all, not even by rounding."""

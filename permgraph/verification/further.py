@@ -24,6 +24,7 @@ from permgraph.capture.passes import IF_DIFFERENT, Variation, larger_by_one, var
 from permgraph.capture.subject import unwrap
 from permgraph.errors import in_one_line
 from permgraph.spec.permutation import Permutation
+from permgraph.spec.transformation import Transformation
 from permgraph.verification.report import Run
 from permgraph.verification.trial import Trial, distance, is_floating, seeded_generator
 
@@ -53,7 +54,7 @@ class FurtherRuns:
 
     trial: Trial
     model: Any
-    everything: Permutation
+    everything: Permutation | Transformation
     tolerance: float
     scales: Sequence[float]
     seconds: float

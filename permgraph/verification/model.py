@@ -39,6 +39,7 @@ from permgraph.inference.auto_spec import auto_spec
 from permgraph.spec.data import SpecData
 from permgraph.spec.permutation import Permutation
 from permgraph.spec.spec import PermutationSpec
+from permgraph.spec.transformation import Transformation
 from permgraph.verification.further import LEAST_SECONDS, FurtherRuns
 from permgraph.verification.report import Control, GroupReport, Run, Verification
 from permgraph.verification.trial import Trial, distance, is_floating, seeded_generator
@@ -52,7 +53,7 @@ def verify(
     example_inputs: Sequence[Any] | None = None,
     example_kwargs: Mapping[str, Any] | None = None,
     *,
-    permutation: Permutation | None = None,
+    permutation: Permutation | Transformation | None = None,
     seed: int = 0,
     tolerance: float = 1e-9,
     controls: Literal["one", "all", "none"] = "one",
@@ -72,7 +73,8 @@ def verify(
         example_inputs: positional arguments of forward; found if neither these nor keyword arguments are given.
         example_kwargs: keyword arguments of forward.
         permutation: check this one, on the model's own weights: that they compute the same after it, as
-            ``verify(b, permutation=align(a, b).permutation)`` does. Its spec is the one that counts.
+            ``verify(b, permutation=align(a, b).element)`` does. Its spec is the one that counts. It may be a
+            `Transformation`, of a spec with general symmetries.
         seed: for the weights and the permutations.
         tolerance: the largest relative error at which outputs count as equal.
         controls: for each group, try axes until leaving one unmoved changes the output (``"one"``), try every axis
@@ -135,7 +137,7 @@ class _Proof:
         model: nn.Module,
         spec: SpecData,
         inputs: ExampleInputs,
-        permutation: Permutation | None,
+        permutation: Permutation | Transformation | None,
         seed: int,
         tolerance: float,
         controls: Literal["one", "all", "none"],
@@ -147,8 +149,8 @@ class _Proof:
         self.own = permutation is not None
         self.first = Variation("the inputs", frozenset(), inputs)
         self.trial = Trial(model, spec, self.first, seed, own_weights=self.own)
-        self.everything = Permutation.random(spec, seed, every_group=True) if permutation is None else permutation
-        moved = [name for name, count in self.everything.moved().items() if count and name in spec.moving]
+        self.everything: Permutation | Transformation = permutation or Permutation.random(spec, seed, every_group=True)
+        moved = [name for name, count in self.everything.moved().items() if count and name in spec.acting]
         order = torch.randperm(len(moved), generator=seeded_generator(seed)).tolist()
         self.moved, self.order = moved, [moved[at] for at in order]
         self.scales = (1.0,) if self.own else SCALES
@@ -218,7 +220,7 @@ class _Proof:
         return Verification(passed, max_error, tolerance, reports, outputs, note, left_out, runs)
 
     def _controls(
-        self, reference: Sequence[Tensor], alone: Permutation, name: str, threshold: float
+        self, reference: Sequence[Tensor], alone: Permutation | Transformation, name: str, threshold: float
     ) -> Iterator[Control]:
         uses = self.spec.uses(name)
         changed = False

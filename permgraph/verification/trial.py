@@ -26,6 +26,7 @@ from permgraph.capture.subject import unwrap
 from permgraph.errors import CaptureError, MismatchError
 from permgraph.spec.data import SpecData
 from permgraph.spec.permutation import Permutation
+from permgraph.spec.transformation import Transformation
 from permgraph.verification.double_precision import InDoublePrecision, double_by_default, has_values, in_double
 
 #: Weights that a permutation overwrites are kept up to this many bytes; others are drawn again.
@@ -119,8 +120,21 @@ class Trial:
         finally:
             self._restore(self._floating)
 
-    def outputs(self, permutation: Permutation | None, exclude: Sequence[tuple[str, int]] = ()) -> list[Tensor]:
-        """What the model returns when its weights are permuted: all its tensors, detached."""
+    def outputs(
+        self, permutation: Permutation | Transformation | None, exclude: Sequence[tuple[str, int]] = ()
+    ) -> list[Tensor]:
+        """What the model returns when its weights are permuted, or transformed: all its tensors, detached."""
+        if isinstance(permutation, Transformation):
+            weights = self.weights()
+            return self.outputs_with(
+                {
+                    name: permutation.apply_to(
+                        name, weights[name], weights, exclude=[dim for other, dim in exclude if other == name]
+                    )
+                    for name in permutation.spec.axes
+                    if name in weights
+                }
+            )
         counts = {} if permutation is None else permutation.moved()
         moved = {name for group, count in counts.items() if count for name in self._users[group]}
         try:
@@ -145,11 +159,14 @@ class Trial:
         finally:
             self._restore(weights)
 
-    def outputs_scaled(self, permutation: Permutation, name: str) -> list[Tensor]:
+    def outputs_scaled(self, permutation: Permutation | Transformation, name: str) -> list[Tensor]:
         """What the model returns when those elements of one weight that the permutation moves are scaled at random."""
         weight = self._floating[name][1]
         places = torch.arange(weight.numel()).reshape(weight.shape)
-        moved = permutation.apply_to(name, places) != places
+        if isinstance(permutation, Transformation):
+            moved = places >= 0
+        else:
+            moved = permutation.apply_to(name, places) != places
         factors = 0.5 + torch.rand(weight.shape, generator=seeded_generator(0), dtype=torch.float64)
         try:
             self._write(name, torch.where(moved, weight * factors, weight))
