@@ -21,7 +21,8 @@ def align(
     *,
     writing: Writing,
     permutation_file: Annotated[
-        Path | None, typer.Option("--permutation", "-p", help="Save the permutation here as safetensors.")
+        Path | None,
+        typer.Option("--permutation", "-p", help="Save the permutation, or the transformation, here as safetensors."),
     ] = None,
     page: Annotated[Path | None, typer.Option("--report", help=PAGE)] = None,
     subject: Subject,
@@ -43,7 +44,7 @@ def align(
 
         torchrun --nproc-per-node 2 -m permgraph align ./model-a ./model-b -o ./out --stream
     """
-    from permgraph.cli.checkpoints import permuted, require_finite
+    from permgraph.cli.checkpoints import moved_by, require_finite
     from permgraph.cli.distributed import distributed_run
     from permgraph.cli.matching_run import MatchingRun, in_words, match_of
     from permgraph.io import Staging, write_checkpoint
@@ -74,7 +75,7 @@ def align(
 
             def moved(key: str, tensor: torch.Tensor) -> torch.Tensor:
                 require_finite(key, tensor, b)
-                return permuted(permutation, names[key], tensor) if key in names else tensor
+                return moved_by(permutation, names[key], tensor, run.weights[1]) if key in names else tensor
 
             with screen.stage("writing", other.nbytes) as update:
                 write_checkpoint(other, staging, moved, progress=lambda done, whole: update(done))

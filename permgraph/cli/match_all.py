@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from permgraph.cli.checkpoints import require_finite, tensor_of
-from permgraph.cli.matching_run import MatchingRun, keep_json, save
+from permgraph.cli.matching_run import Element, MatchingRun, keep_json, load_element, save
 from permgraph.cli.mean import working_dtype
 from permgraph.cli.options import Method
 from permgraph.errors import MismatchError
@@ -23,11 +23,12 @@ from permgraph.merging.compared import Compared
 from permgraph.merging.streamed import StreamedRounds
 from permgraph.spec.permutation import Permutation
 from permgraph.spec.spec import PermutationSpec
+from permgraph.spec.transformation import Transformation
 
 
 def match_all(
     run: MatchingRun, staging: Staging, method: Method, reference: int
-) -> tuple[Sequence[Permutation], dict[str, Any]]:
+) -> tuple[Sequence[Element], dict[str, Any]]:
     """For each checkpoint the permutation that brings it to the numbering of the first, and how they were found."""
     if method is Method.reference:
         permutations = [run.spec.identity()] * len(run.weights)
@@ -43,19 +44,24 @@ def match_all(
         for name, permutation in zip(files, _from_first(found), strict=True):
             save(staging, name, permutation)
         keep_json(staging, ".report.json", {"method": method.value, **report})
-    kept = [Permutation.load(staging.path(name), run.spec) for name in files]
+    kept = [load_element(staging.path(name), run.spec) for name in files]
     return kept, json.loads(staging.path(".report.json").read_bytes())
 
 
-def _from_first(permutations: Sequence[Permutation]) -> list[Permutation]:
+def _from_first(permutations: Sequence[Element]) -> list[Element]:
     """Permutations to a common numbering, as those to the numbering of the first."""
     if permutations[0].is_identity:
         return list(permutations)
     back = permutations[0].inverse()
-    return [Permutation.identity(back.spec), *(back @ permutation for permutation in permutations[1:])]
+    first: Element = back @ back.inverse() if isinstance(back, Transformation) else Permutation.identity(back.spec)
+    return [first, *(_after(back, permutation) for permutation in permutations[1:])]
 
 
-def _jointly(run: MatchingRun, staging: Staging, method: Method) -> tuple[Sequence[Permutation], dict[str, Any]]:
+def _after(one: Element, other: Element) -> Element:
+    return one @ other  # type: ignore[operator]
+
+
+def _jointly(run: MatchingRun, staging: Staging, method: Method) -> tuple[Sequence[Element], dict[str, Any]]:
     """All checkpoints at once, by a method of the library's that knows no reference."""
     matcher, modules = run.matcher, None
     states: tuple[Mapping[str, torch.Tensor], ...] = run.weights

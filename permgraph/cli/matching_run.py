@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeAlias
 
 import torch
 from torch import nn
@@ -32,7 +32,10 @@ from permgraph.matching.streamed import StreamedWeightMatching
 from permgraph.merging.compared import Compared
 from permgraph.spec.permutation import Permutation
 from permgraph.spec.spec import PermutationSpec
+from permgraph.spec.transformation import Transformation
 from permgraph.verification import verify
+
+Element: TypeAlias = Permutation | Transformation
 
 #: Bytes for each weight while a network is checked: as it is, in float64, and what a permutation makes of it.
 CHECK_BYTES = 24
@@ -118,6 +121,11 @@ class MatchingRun:
         matcher = matcher_of(asked, opened[0], loader, class_dim_of(data))
         model = subject.model or ("" if subject.spec_file or folder is None else f"hf:{folder}")
         spec = _spec(model, subject, opened[0], screen)
+        if spec.general is not None and isinstance(matcher, StreamedWeightMatching):
+            raise MismatchError(
+                "tensors are streamed here, and general symmetries are matched in memory: say --no-stream if there is "
+                "enough of it, or leave out --symmetry general"
+            )
         with screen.stage("comparing structures"):
             require_one_structure([each.folder for each in opened], model, spec, subject.inputs, screen)
         if runs_networks(matcher) and not model:
@@ -163,7 +171,7 @@ class MatchingRun:
         own = own_model(self.checkpoints[number].folder)
         return own if own and (not self.model or self.model.startswith("hf:")) else self.model
 
-    def prove(self, number: int, permutation: Permutation | None) -> dict[str, Any]:
+    def prove(self, number: int, permutation: Element | None) -> dict[str, Any]:
         """Check on a network itself that it computes the same after it was renumbered; what was found, as plain data.
 
         Where that cannot be done, a note says so.
@@ -210,21 +218,21 @@ class MatchingRun:
             "seconds": seconds,
         }
 
-    def match(self, staging: Staging, number: int, reference: int = 0) -> tuple[Permutation, dict[str, Any]]:
+    def match(self, staging: Staging, number: int, reference: int = 0) -> tuple[Element, dict[str, Any]]:
         """Match one checkpoint to another, unless an earlier run has, and keep the outcome with the staging."""
         kept, told = f".permutation-{number}.safetensors", f".report-{number}.json"
         if kept not in staging.finished or told not in staging.finished:
             result = self.find(number, reference, staging)
-            save(staging, kept, result.permutation)
+            save(staging, kept, result.element)
             keep_json(staging, told, self.report(result))
-        return Permutation.load(staging.path(kept), self.spec), json.loads(staging.path(told).read_bytes())
+        return load_element(staging.path(kept), self.spec), json.loads(staging.path(told).read_bytes())
 
     def find(self, number: int, reference: int = 0, staging: Staging | None = None) -> MatchResult:
         """Match one checkpoint to another; a streamed run keeps each sweep with the staging, and goes on after it."""
         matcher = self.matcher
         a: Mapping[str, torch.Tensor] = self.weights[reference]
         b: Mapping[str, torch.Tensor] = self.weights[number]
-        if not self.spec.moving:
+        if not self.spec.acting:
             self.screen.note("nothing to permute: the spec has no groups")
         # Weight matching looks at what it compares; a model with NaN elsewhere is none to align to either.
         weight = isinstance(matcher, (WeightMatching, StreamedWeightMatching))
@@ -284,9 +292,9 @@ class MatchingRun:
             "objective": result.objective,
             "sweeps": result.history[-1].number if result.history else 0,
             "seed": self.seed,
-            "groups": len(self.spec.moving),
-            "moved": sum(result.permutation.moved().values()),
-            "of": sum(array.size for array in result.permutation.arrays.values()),
+            "groups": len(self.spec.acting),
+            "moved": sum(result.element.moved().values()),
+            "of": sum(self.spec.multiplicity(name) * group.size for name, group in self.spec.acting.items()),
             "seconds": result.seconds,
             "history": [
                 {
@@ -316,14 +324,14 @@ def _spec(model: str, subject: Subject, reference: Checkpoint, screen: Screen) -
         if not subject.spec_file.is_file():
             raise CheckpointError(f"{subject.spec_file}: no such file")
         if not subject.model:
-            return PermutationSpec.load(subject.spec_file)
+            return spec_of(str(subject.spec_file), symmetry=subject.symmetry)
         raise MismatchError("--model and --spec both say what the checkpoints are weights of: give one")
     if not model:
         raise MismatchError(
             f"{reference.path} does not say what it holds the weights of: say --model {FORMS}; or --spec FILE"
         )
     with screen.stage("finding symmetries"):
-        return spec_of(model, subject.inputs)
+        return spec_of(model, subject.inputs, subject.symmetry)
 
 
 def resumed(
@@ -342,8 +350,13 @@ def resumed(
     return dataclasses.replace(matcher, init=reached, done=done, keep=keep)
 
 
-def save(staging: Staging, name: str, permutation: Permutation) -> None:
-    """Keep a permutation with the staging."""
+def load_element(path: Path, spec: PermutationSpec) -> Element:
+    """Read what `save` kept."""
+    return Permutation.load(path, spec) if spec.general is None else Transformation.load(path, spec)
+
+
+def save(staging: Staging, name: str, permutation: Element) -> None:
+    """Keep a permutation, or a transformation, with the staging."""
     permutation.save(staging.path(name))
     content = staging.path(name).read_bytes()
     staging.make(name, lambda file: _write(file, content))
@@ -366,18 +379,20 @@ def in_words(report: Mapping[str, Any]) -> str:
     )
 
 
-def match_of(kept: Mapping[str, Any], permutation: Permutation) -> MatchResult:
+def match_of(kept: Mapping[str, Any], element: Element) -> MatchResult:
     """The outcome of matching, from what `MatchingRun.report` made of it; of each sweep only totals are known."""
     history = tuple(
         Sweep(sweep["sweep"], sweep["objective"], {"all groups": sweep["moved"]}, {}, sweep["seconds"])
         for sweep in kept.get("history", ())
     )
+    transformation = element if isinstance(element, Transformation) else None
     return MatchResult(
-        permutation,
+        element.permutation if isinstance(element, Transformation) else element,
         kept["objective"],
         kept["objective_before"],
         kept["outcome"],
         history,
         seed=kept["seed"],
         seconds=kept.get("seconds", 0.0),
+        transformation=transformation,
     )

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from permgraph.cli.checkpoints import permuted, require_finite, tensor_of, whole_state
+from permgraph.cli.checkpoints import moved_by, require_finite, tensor_of, whole_state
 from permgraph.cli.matching_run import MatchingRun
 from permgraph.cli.models import build
 from permgraph.connectivity import recalibrate_batchnorm
@@ -14,6 +14,7 @@ from permgraph.errors import MismatchError
 from permgraph.io import Renamed
 from permgraph.spec.permutation import Permutation
 from permgraph.spec.spec import PermutationSpec
+from permgraph.spec.transformation import Transformation
 from permgraph.weights.combine import mean, shares_of
 
 
@@ -40,7 +41,9 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
 class RenumberedMean:
     """The weighted mean of the renumbered checkpoints, a tensor at a time."""
 
-    def __init__(self, run: MatchingRun, permutations: Sequence[Permutation | None], shares: Sequence[float]) -> None:
+    def __init__(
+        self, run: MatchingRun, permutations: Sequence[Permutation | Transformation | None], shares: Sequence[float]
+    ) -> None:
         self.run, self.shares = run, shares
         self.members = tuple(zip(run.checkpoints, run.weights, permutations, strict=True))
         self.names = {key: name for name, key in run.weights[0].keys_of.items()}
@@ -69,7 +72,7 @@ class RenumberedMean:
             other = tensor_of(weights, name, self.run.spec)
             require_finite(key, other, checkpoint.path)
             if permutation is not None:
-                other = permuted(permutation, name, other)
+                other = moved_by(permutation, name, other, weights)
             yield other.to(working_dtype(other.dtype))
 
     def measure(self) -> None:

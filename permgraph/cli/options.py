@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
 
@@ -155,6 +155,12 @@ class Subject:
     ] = None
     spec_file: Annotated[Path | None, typer.Option("--spec", help="A saved spec, in place of --model.")] = None
     inputs: Inputs = None
+    symmetry: Annotated[
+        Literal["permutation", "general"],
+        typer.Option(
+            help="With general, also rotations, scales, signs and invertible maps where the model allows them."
+        ),
+    ] = "permutation"
     leave: Annotated[
         list[str] | None,
         typer.Option("--leave", help="Pattern of keys that the model does not know: leave them as they are."),

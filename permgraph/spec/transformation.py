@@ -267,6 +267,10 @@ class Transformation:
         layout = self.spec.layout(axes)
         return self._acted_by(layout, actions or [Action()] * len(layout.occurrences), moved, {}, frozenset())
 
+    def gains_of(self, name: str) -> tuple[str, ...]:
+        """The gains between which this element acts on a parameter: what `apply_to` reads besides it."""
+        return tuple(dict.fromkeys(gain.name for action in self._acting.get(name, ()) for gain, _ in action.gains))
+
     @functools.cached_property
     def _at_rest(self) -> frozenset[str]:
         """The groups whose matrices and factors change nothing."""
