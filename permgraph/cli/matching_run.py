@@ -201,6 +201,8 @@ class MatchingRun:
                 self.screen.note(f"{path}: not checked: {in_one_line(error, 300)}")
                 return {}
         seconds = time.perf_counter() - started
+        if proof.own_precision is not None:
+            self.screen.note(f"{path}: {proof.own_precision}")
         if not proof.passed:
             raise MismatchError(
                 f"{path} does not compute the same after renumbering, so nothing is written: "
@@ -215,6 +217,7 @@ class MatchingRun:
             "checkpoint": str(path),
             "max_error": proof.max_error,
             "runs": [dataclasses.asdict(run) for run in proof.runs],
+            "own_precision": None if proof.own_precision is None else proof.own_precision._asdict(),
             "seconds": seconds,
         }
 

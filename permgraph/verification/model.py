@@ -34,13 +34,14 @@ from permgraph.capture import capture
 from permgraph.capture.inputs.registry import ExampleInputs
 from permgraph.capture.passes import Variation
 from permgraph.capture.subject import unwrap
-from permgraph.errors import CaptureError, EvaluationError, MismatchError
+from permgraph.errors import CaptureError, EvaluationError, MismatchError, in_one_line
 from permgraph.inference.auto_spec import auto_spec
 from permgraph.spec.data import SpecData
 from permgraph.spec.permutation import Permutation
 from permgraph.spec.spec import PermutationSpec
 from permgraph.spec.transformation import Transformation
 from permgraph.verification.further import LEAST_SECONDS, FurtherRuns
+from permgraph.verification.own_precision import in_own_precision
 from permgraph.verification.report import Control, GroupReport, Run, Verification
 from permgraph.verification.trial import Trial, distance, is_floating, seeded_generator
 
@@ -126,6 +127,11 @@ def verify(
     late = max_seconds is not None and time.monotonic() - started > max_seconds
     if further > 0 and not late and (found.passed or found.max_error <= tolerance):
         found = proof.and_on_others(found, max(LEAST_SECONDS, further * (time.monotonic() - started)))
+    if isinstance(permutation, Transformation):
+        try:
+            found = replace(found, own_precision=in_own_precision(model, permutation, inputs.args, inputs.kwargs))
+        except RuntimeError as error:  # the inputs were found for another device or precision
+            found = replace(found, note=f"not run in its own precision: {in_one_line(error, 160)}")
     return replace(found, unread=unread)
 
 

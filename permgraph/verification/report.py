@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,23 @@ class Run:
         return f"{self.name}, {self.inputs}" + (f": {self.reason}" if self.reason else "")
 
 
+class OwnPrecision(NamedTuple):
+    """Relative errors in a model's own precision.
+
+    Attributes:
+        moved: of the transformed model's outputs, against the model's own in float64.
+        rounding: of the model's own outputs as they are, against the same.
+        dtype: the precision.
+    """
+
+    moved: float
+    rounding: float
+    dtype: str
+
+    def __str__(self) -> str:
+        return f"in {self.dtype} the outputs are {self.moved:.1e} from exact ones, and were {self.rounding:.1e} before"
+
+
 @dataclass(frozen=True)
 class Verification:
     """Whether a spec preserves the model's function, and whether the test could have told.
@@ -85,6 +103,7 @@ class Verification:
         runs: the inputs on which the model was run, the given ones first, and those on which it was not, with the
             reason.
         unread: parameters and buffers that no pass of the inference read, so that nothing is known of them.
+        own_precision: of a transformation of the model's own weights, what it does in their own precision.
     """
 
     passed: bool
@@ -96,6 +115,7 @@ class Verification:
     untried: tuple[str, ...] = ()
     runs: tuple[Run, ...] = ()
     unread: tuple[str, ...] = ()
+    own_precision: OwnPrecision | None = None
 
     @property
     def controls(self) -> tuple[Control, ...]:
@@ -130,6 +150,8 @@ class Verification:
             first, *others = compared
             also = f"; also with {', '.join(run.name for run in others)}" if others else ""
             lines.append(f"on {first.inputs}{also}")
+        if self.own_precision is not None:
+            lines.append(str(self.own_precision))
         lines += [f"not compared with {run}" for run in self.runs if run.error is None]
         if self.note:
             lines.append(self.note)
