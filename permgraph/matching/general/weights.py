@@ -11,7 +11,7 @@ from torch import Tensor
 
 from permgraph.errors import PermgraphError
 from permgraph.matching.general.acting import Element
-from permgraph.matching.general.ascent import Climb, moves_of
+from permgraph.matching.general.ascent import Climb
 from permgraph.matching.general.gauge import Gauge
 from permgraph.matching.matcher import NOTHING_TO_PERMUTE, MatchResult, Progress
 from permgraph.matching.problem.moves import Plan
@@ -38,8 +38,7 @@ def match_general(
     weighted, scale, offset = _weighted(settings, gauge)
     frozen = _frozen(spec, settings)
     plan = Plan(gauge.acting.plain, gauge.a, frozen)
-    moves = moves_of(plan)
-    notes: list[str] = [] if moves else [NOTHING_TO_PERMUTE]
+    notes: list[str] = [] if plan.moves else [NOTHING_TO_PERMUTE]
     best: Climb | None = None
     runs: list[float] = []
     before = scale * sum(float((weighted[n].double() * gauge.b[n].double()).sum()) for n in weighted) + offset
@@ -47,7 +46,7 @@ def match_general(
     try:
         for start, unknown in _starts(settings, gauge, a, b, spec, seed, frozen):
             climb = Climb(
-                gauge.acting, weighted, gauge.b, moves, start, unknown=unknown, solver=settings.solver, started=started
+                gauge.acting, weighted, gauge.b, plan, start, unknown=unknown, solver=settings.solver, started=started
             )
             if best is None:
                 best = climb
@@ -61,7 +60,7 @@ def match_general(
     except KeyboardInterrupt:
         interrupted = True
     if best is None or best.objective * scale + offset < before:
-        best = Climb(gauge.acting, weighted, gauge.b, moves, Element(), started=started)
+        best = Climb(gauge.acting, weighted, gauge.b, plan, Element(), started=started)
     found = gauge.transformation(best.element)
     return MatchResult(
         permutation=found.permutation,
