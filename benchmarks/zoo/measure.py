@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import permgraph as pg
 from benchmarks.zoo.names import ZOOS
-from permgraph.capture import capture
+from permgraph.capture import Captured, capture
 from permgraph.capture.further import FurtherPasses
 from permgraph.capture.record import Limits
 from permgraph.errors import CaptureError
@@ -33,15 +34,31 @@ STATUSES = ("not built", "not captured", "not inferred", "not verified", "wrong"
 LATER = ("assignment", "cli", "connectivity", "io", "matching", "merging", "networks", "pictures", "studies")
 
 
+#: What only specs with general symmetries use.
+GENERAL = (
+    "structures", "inference/general", "spec/general.py", "spec/transformation.py", "verification/general.py",
+    "verification/own_precision.py", "verification/structure_of_rule.py",
+)  # fmt: skip
+
+
 @cache
 def code() -> str:
-    """A fingerprint of the code that infers and verifies specs, comments aside, by which older records are known."""
+    """A fingerprint of the code that infers and verifies permutations, by which older records are known."""
+    return _fingerprint(lambda path: not path.startswith((*LATER, *GENERAL)))
+
+
+@cache
+def general_code() -> str:
+    """The same of what infers and verifies more than permutations."""
+    return _fingerprint(lambda path: path.startswith(GENERAL))
+
+
+def _fingerprint(counts: Callable[[str], bool]) -> str:
     package = Path(pg.__file__).parent
-    paths = [path.relative_to(package) for path in sorted(package.rglob("*.py"))]
-    parsed = {path: ast.parse((package / path).read_text()) for path in paths if path.parts[0] not in LATER}
-    return hashlib.sha256("\0".join(f"{path}\0{ast.dump(tree)}" for path, tree in parsed.items()).encode()).hexdigest()[
-        :12
-    ]
+    paths = [path.relative_to(package).as_posix() for path in sorted(package.rglob("*.py"))]
+    parsed = {path: ast.parse((package / path).read_text()) for path in paths if counts(path)}
+    text = "\0".join(f"{path}\0{ast.dump(tree)}" for path, tree in parsed.items())
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def measure(
@@ -106,7 +123,8 @@ def _measure(
     tell(record)
     started = time.monotonic()
     limits = Limits(MAX_NODES, None, started)
-    spec = spec_of_passes(FurtherPasses(model, captured, MAX_PASSES, limits))
+    passes = FurtherPasses(model, captured, MAX_PASSES, limits)
+    spec = spec_of_passes(passes)
     record["passes"] = [[run.name, run.outcome, run.says] for run in spec.passes[1:]]
     record["infer_seconds"] = round(time.monotonic() - started, 2)
     record["groups"] = len(spec.moving)
@@ -117,7 +135,10 @@ def _measure(
     record["free_share"] = _free_share(spec)
 
     record["status"] = "inferred"
-    if zoo.meta or not spec.moving:
+    if zoo.meta:
+        return
+    if not spec.moving:
+        _measure_general(record, model, passes, captured, tell)
         return
     record["status"] = "not verified"
     tell(record)
@@ -131,8 +152,40 @@ def _measure(
     record["tolerance"] = found.tolerance
     record["failed"] = list(found.failed)[:20]
     record["status"] = "wrong" if not found.passed else "inert" if found.without_influence else "verified"
+    record["runs"] = [[run.name, run.error if run.error is None else float(run.error)] for run in found.runs]
     if record["status"] != "verified":
         record["error"] = str(found)[:1500]
+    _measure_general(record, model, passes, captured, tell)
+
+
+def _measure_general(
+    record: dict[str, Any], model: nn.Module, passes: FurtherPasses, captured: Captured, tell: Tell
+) -> None:
+    """Infer the structures from the same passes, and verify random elements of them."""
+    general: dict[str, Any] = {"status": "not inferred", "code": general_code()}
+    record["general"] = general
+    tell(record)
+    started = time.monotonic()
+    try:
+        spec = spec_of_passes(passes, symmetry="general")
+        general["infer_seconds"] = round(time.monotonic() - started, 2)
+        general["structures"] = dict(Counter(str(group.structure) for group in spec.acting.values()))
+        general["dimension"] = spec.dimension()
+        general["null_directions"] = len(spec.null_directions)
+        general["status"] = "not verified"
+        if not spec.acting and not spec.null_directions:
+            general["status"] = "inferred"
+            return
+        tell(record)
+        found = pg.verify(model, spec, captured.inputs.args, captured.inputs.kwargs, controls="none")
+        general["max_error"] = found.max_error if math.isfinite(found.max_error) else str(found.max_error)
+        general["status"] = "verified" if found.passed else "wrong"
+        if not found.passed:
+            general["error"] = str(found)[:1500]
+    except Exception as error:
+        general["error"] = f"{type(error).__name__}: {error}"[:1500]
+    finally:
+        general["seconds"] = round(time.monotonic() - started, 2)
 
 
 def _free_share(spec: Any) -> float:

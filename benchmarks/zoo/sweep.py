@@ -92,6 +92,10 @@ def line(record: dict[str, Any]) -> str:
         text += f", error {record['max_error']:.1e}" if isinstance(record["max_error"], float) else ", error not finite"
     if record.get("unknown"):
         text += f", no rule for {', '.join(record['unknown'])}"
+    if "general" in record:
+        general = record["general"]
+        text += f"; general: {general['status']}, {general.get('structures', {})}"
+        text += f" {general['error'][:300]!r}" if "error" in general else ""
     return text + (f"  {record['error'][:300]!r}" if "error" in record else "")
 
 
