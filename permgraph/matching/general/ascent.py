@@ -118,8 +118,8 @@ class Climb:
             return
         best = best_element(self.acting.structure(node.group), self._held(self._grams(node), hold), self.solver)
         self._apply(node.group, _as_element(node.group, best))
-        for inner in move.then:
-            self._place(inner, hold)
+        for below in move.then:
+            self._place(below, hold)
 
     def _settle(self, moves: Sequence[Move]) -> None:
         """Move some groups in turns, as if none of them had a place yet, for a few rounds."""

@@ -40,18 +40,18 @@ def match_general(
     plan = Plan(gauge.acting.plain, gauge.a, frozen)
     notes: list[str] = [] if plan.moves else [NOTHING_TO_PERMUTE]
     best: Climb | None = None
-    runs: list[float] = []
+    runs: dict[str, float] = {}
     before = scale * sum(float((weighted[n].double() * gauge.b[n].double()).sum()) for n in weighted) + offset
     interrupted = False
     try:
-        for start, unknown in _starts(settings, gauge, a, b, spec, seed, frozen):
+        for begun, start, unknown in _starts(settings, gauge, a, b, spec, seed, frozen):
             climb = Climb(
                 gauge.acting, weighted, gauge.b, plan, start, unknown=unknown, solver=settings.solver, started=started
             )
             if best is None:
                 best = climb
             climb.climb(settings.max_sweeps, progress)
-            runs.append(scale * climb.objective + offset)
+            runs[begun] = scale * climb.objective + offset
             if climb.objective > best.objective:
                 best = climb
             if climb.outcome == "interrupted":
@@ -69,7 +69,8 @@ def match_general(
         objective_before=before,
         outcome="interrupted" if interrupted else best.outcome,
         history=tuple(best.history),
-        runs=tuple(runs),
+        runs=tuple(runs.values()),
+        details={f"from {begun}": objective for begun, objective in runs.items()},
         seed=seed,
         seconds=time.perf_counter() - started,
         notes=tuple(notes),
@@ -84,21 +85,21 @@ def _starts(
     spec: PermutationSpec,
     seed: int,
     frozen: set[str],
-) -> Iterator[tuple[Element, Sequence[str]]]:
-    """Where runs begin, and which groups are unknown there."""
+) -> Iterator[tuple[str, Element, Sequence[str]]]:
+    """Where runs begin, in words and as an element, and which groups are unknown there."""
     init = settings.init
     if isinstance(init, Transformation):
-        yield gauge.element(init), ()
+        yield "init", gauge.element(init), ()
         return
     groups = [name for name in gauge.acting.of_group if name not in frozen]
     if init == "identity":
-        yield Element(), ()
+        yield "the identity", Element(), ()
         return
     if isinstance(init, Permutation):
-        yield gauge.element(as_transformation(init, spec)), ()
+        yield "init", gauge.element(as_transformation(init, spec)), ()
         return
-    yield Element(), groups
-    yield Element(), ()
+    yield "nothing known", Element(), groups
+    yield "the identity", Element(), ()
     from permgraph.matching.weight_matching import WeightMatching
 
     permuted = WeightMatching(
@@ -109,7 +110,13 @@ def _starts(
         dtype=settings.dtype,
         frozen=[name for name in frozen if name in spec.permutations().moving],
     ).match(a, b, spec.permutations(), seed)
-    yield gauge.element(as_transformation(permuted.permutation, spec)), ()
+    yield "permutations", gauge.element(as_transformation(permuted.permutation, spec)), ()
+    if settings.loader is not None and settings.models is not None:
+        from permgraph.matching.activation_matching import ActivationMatching
+
+        activations = ActivationMatching(settings.loader, models=settings.models).match(a, b, spec, seed)
+        assert activations.transformation is not None
+        yield "activations", gauge.element(activations.transformation), ()
 
 
 def as_transformation(permutation: Permutation, spec: PermutationSpec) -> Transformation:
