@@ -47,10 +47,11 @@ class WeightMatching(Matcher):
 
     Of a spec with general symmetries each group's step is the best element of its structure: an assignment, one with
     signs on the absolute Gram matrix, a polar factor, a phase for each rotary pair, and for heads the assignment of
-    what these are worth inside. Gains of norms are taken up by what reads them, and scales and invertible maps are balanced
-    in both models first, because the objective has no maximum over them; B is then brought into A's own gauge. Where an
-    ascent ends hangs on where it begins, and the objective tells: so runs begin with nothing known, at the identity,
-    at the best permutation, and where activations agree if there is a `loader`. `details` has what each reached.
+    what these are worth inside. Gains of norms are taken up by what reads them, and scales and invertible maps are
+    balanced in both models first, because the objective has no maximum over them; B is then brought into A's own gauge.
+    Where an ascent ends hangs on where it begins, and the objective tells: so runs begin with nothing known, at the
+    identity, at the best permutation, and where activations agree if there is a `loader`. `details` has what each
+    reached.
 
     Args:
         max_sweeps: stop after so many passes over the groups.
