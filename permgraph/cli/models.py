@@ -139,12 +139,12 @@ def require_one_structure(
         try:
             module = build(own)
             if first is None and model:
-                first = Structure(model, build(model), args or None, kwargs or None, spec)
+                first = Structure(model, build(model), args or None, kwargs or None, spec, spec.symmetry)
         except PermgraphError as error:
             screen.note(f"{own.removeprefix('hf:')}: its own configuration was not compared: {in_one_line(error, 200)}")
             continue
         if first is None:
-            first = Structure(own, module, args or None, kwargs or None)
+            first = Structure(own, module, args or None, kwargs or None, symmetry=spec.symmetry)
             continue
         for note in first.compare(own, module, given=True):
             screen.note(note)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from torch import nn
 
@@ -23,6 +23,8 @@ from permgraph.spec.spec import PermutationSpec
 from permgraph.weights.state_dict import Network
 
 log = logging.getLogger(__name__)
+
+Symmetry: TypeAlias = Literal["permutation", "general"]
 
 
 def agreed_spec(
@@ -56,7 +58,8 @@ def agreed_spec(
         if spec is None:
             raise MismatchError("state dicts do not say what their model computes: a spec must be given with them")
         return spec, ()
-    first = Structure(*modules[0], example_inputs, example_kwargs)
+    symmetry: Symmetry = "permutation" if spec is None else spec.symmetry
+    first = Structure(*modules[0], example_inputs, example_kwargs, symmetry=symmetry)
     found = first.spec if spec is None else spec
     notes: list[str] = []
     if spec is not None and not isinstance(networks[0], nn.Module):  # else the spec is taken to be that of the first
@@ -76,6 +79,7 @@ class Structure:
         module: which may be on the meta device.
         example_inputs, example_kwargs: for the inference; found if neither is given.
         spec: its symmetries, where they are known.
+        symmetry: whether permutations count or all that a spec can say; see `auto_spec`.
     """
 
     def __init__(
@@ -85,8 +89,9 @@ class Structure:
         example_inputs: Sequence[Any] | None = None,
         example_kwargs: Mapping[str, Any] | None = None,
         spec: PermutationSpec | None = None,
+        symmetry: Symmetry = "permutation",
     ) -> None:
-        self.name, self.module = name, module
+        self.name, self.module, self.symmetry = name, module, symmetry
         self.given = example_inputs, example_kwargs
         self._spec = spec
         self._captured: Captured | None = None
@@ -95,7 +100,7 @@ class Structure:
     def spec(self) -> PermutationSpec:
         """Its symmetries."""
         if self._spec is None:
-            self._spec = auto_spec(self.module, *self.given)
+            self._spec = auto_spec(self.module, *self.given, symmetry=self.symmetry)
         return self._spec
 
     @property
@@ -129,7 +134,7 @@ class Structure:
         names = (self.name, name)
         try:
             ours, inputs = self.spec, self.captured.inputs
-            theirs = _own(module, inputs.args, inputs.kwargs)
+            theirs = _own(module, inputs.args, inputs.kwargs, self.symmetry)
         except CaptureError as error:
             if not given:
                 raise
@@ -163,13 +168,13 @@ class Structure:
         ]
 
 
-def _own(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> PermutationSpec:
+def _own(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], symmetry: Symmetry) -> PermutationSpec:
     """The symmetries of a module on these inputs, or on some of its own where it does not take them."""
     try:
-        return auto_spec(module, args, kwargs)
+        return auto_spec(module, args, kwargs, symmetry=symmetry)
     except CaptureError as error:
         log.info("%s: %s; trying inputs of its own", type(module).__name__, error)
-        return auto_spec(module)
+        return auto_spec(module, symmetry=symmetry)
 
 
 def _rests_on_values(spec: PermutationSpec) -> bool:

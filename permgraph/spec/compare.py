@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from permgraph.spec.data import SpecData
 from permgraph.spec.expressions import Axis, Family, Fixed, Label, Product, Ref, Sum, children
+from permgraph.spec.general import Action
 
 
 def first_difference(a: SpecData, b: SpecData, names: tuple[str, str] = ("A", "B")) -> str | None:
@@ -41,6 +42,30 @@ def first_difference(a: SpecData, b: SpecData, names: tuple[str, str] = ("A", "B
             if clash is not None:
                 says = f"{key!r}, dimension {dim}, is {_shown(a, one)} in {names[0]} but {_shown(b, its)} in {names[1]}"
                 return says + (f", where {clash}" if clash else "") + unread
+        if (structures := _structures(a, b, key, names)) is not None:
+            return structures
+    return None
+
+
+def _structures(a: SpecData, b: SpecData, key: str, names: tuple[str, str]) -> str | None:
+    """How structures act differently on a parameter of two specs with general symmetries; None if they do not."""
+    if a.general is None or b.general is None:
+        return None
+    ours, theirs = a.occurrences(key), b.occurrences(key)
+    rows = [spec.general.actions.get(spec.canonical(key)) for spec in (a, b) if spec.general is not None]
+    for at, (one, other) in enumerate(zip(ours, theirs, strict=True)):
+        structures = [spec.groups[o.group].structure for spec, o in ((a, one), (b, other))]
+        if structures[0] != structures[1]:
+            return (
+                f"{key!r}, dimension {one.dim}, has the structure {structures[0]} in {names[0]} but {structures[1]} in "
+                f"{names[1]}"
+            )
+        actions = [Action() if row is None else row[at] for row in rows]
+        if actions[0] != actions[1]:
+            return (
+                f"{key!r}, dimension {one.dim}: {structures[0]} acts by {actions[0]} in {names[0]} but by "
+                f"{actions[1]} in {names[1]}"
+            )
     return None
 
 

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch.nn.parameter import is_lazy
 
@@ -206,7 +206,7 @@ class SpecData:
         return MappingProxyType({name: gain for name, gain in found.items() if gain is not None})
 
     @property
-    def symmetry(self) -> str:
+    def symmetry(self) -> Literal["permutation", "general"]:
         """``"general"`` if groups may have structures beyond permutations, else ``"permutation"``."""
         return "permutation" if self.general is None else "general"
 

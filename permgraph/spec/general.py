@@ -45,6 +45,11 @@ class Action:
     signs: tuple[int, ...] = ()
     gains: tuple[tuple[Gain, int], ...] = ()
 
+    def __str__(self) -> str:
+        words = [f"powers {self.powers}" if self.powers else "", f"signs {self.signs}" if self.signs else ""]
+        words += [f"between {gain}^{power}" for gain, power in self.gains]
+        return ", ".join(word for word in words if word) or "nothing"
+
 
 @dataclass(frozen=True, slots=True)
 class NullDirection:
