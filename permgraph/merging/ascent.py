@@ -74,7 +74,13 @@ class Rounds(ABC):
 
 
 class Ascent(Rounds):
-    """A run over models in memory, which holds the models at their present permutations."""
+    """A run over models in memory, which holds the models at their present permutations.
+
+    Attributes:
+        least_gain: what a matcher of another objective must report for a step to count, relative to the objective.
+    """
+
+    least_gain = 0.0
 
     def __init__(self, models: Models, matcher: SupportsMatch, rng: np.random.Generator, started: float) -> None:
         super().__init__(models, rng, started)
@@ -128,7 +134,7 @@ class Ascent(Rounds):
             # In float64, where the matcher's own figures may be of float32.
             if not self.compared.rises(others, self.moved[number], new):
                 return False
-        elif result.objective <= result.objective_before:
+        elif result.objective - result.objective_before <= self.least_gain * abs(result.objective):
             return False
         self.permutations[number] = result.element @ self.permutations[number]
         self.moved[number] = new

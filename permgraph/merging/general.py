@@ -170,6 +170,8 @@ class ElementsAscent(Ascent):
         reference: the number of that model.
     """
 
+    least_gain = 1e-5  # Rotations come near to where they end for ever.
+
     def __init__(
         self, models: Models, matcher: SupportsMatch, rng: np.random.Generator, started: float, reference: int = 0
     ) -> None:

@@ -35,7 +35,7 @@ def match_general(
     """The element of a general spec that `WeightMatching` with these settings chooses for B."""
     started = time.perf_counter()
     gauge = Gauge(spec, a, b, ignore=settings.ignore, dtype=settings.dtype)
-    weighted, scale, offset = _weighted(settings, gauge)
+    weighted, scale, offset = weighted_by(settings, gauge)
     frozen = frozen_groups(spec, settings)
     plan = Plan(gauge.acting.plain, gauge.a, frozen)
     moves = moves_of(plan)
@@ -168,7 +168,7 @@ def frozen_groups(spec: PermutationSpec, settings: WeightMatching) -> set[str]:
     return frozen
 
 
-def _weighted(settings: WeightMatching, gauge: Gauge) -> tuple[dict[str, Tensor], float, float]:
+def weighted_by(settings: WeightMatching, gauge: Gauge) -> tuple[dict[str, Tensor], float, float]:
     """A's parameters with weights, and the scale and the offset of the objective that is reported."""
     weighted = dict(gauge.a)
     offset = 0.0
