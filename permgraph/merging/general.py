@@ -107,9 +107,7 @@ class GeneralAscent(Rounds):
             raise KeyboardInterrupt
 
     def _mean(self, numbers: Sequence[int]) -> Tensors:
-        return {
-            name: torch.stack([self.moved[number][name] for number in numbers]).mean(0) for name in self.moved[0]
-        }
+        return {name: torch.stack([self.moved[number][name] for number in numbers]).mean(0) for name in self.moved[0]}
 
     def _matched(self, number: int, target: Tensors, matcher: WeightMatching) -> tuple[Climb | None, bool]:
         """The best climb of one model to a target, and whether Ctrl-C ended it."""
@@ -124,9 +122,7 @@ class GeneralAscent(Rounds):
         best, _, interrupted = best_climb(self._starts(number, target, matcher), climb, matcher.max_sweeps)
         return best, interrupted
 
-    def _starts(
-        self, number: int, target: Tensors, matcher: WeightMatching
-    ) -> Iterator[tuple[Element, Sequence[str]]]:
+    def _starts(self, number: int, target: Tensors, matcher: WeightMatching) -> Iterator[tuple[Element, Sequence[str]]]:
         """Where climbs begin, and which groups are unknown there."""
         if matcher.init == "barycentre":
             yield Element(), [name for name in self.acting.of_group if name not in self.frozen]
@@ -159,7 +155,6 @@ class GeneralAscent(Rounds):
             ),
         ]
         return found_of(transformations, self, runs, notes)
-
 
 
 class ElementsAscent(Ascent):

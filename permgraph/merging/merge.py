@@ -15,7 +15,9 @@ from permgraph.matching import Matcher
 from permgraph.merging.compared import Compared, require_all_finite, sum_over_pairs
 from permgraph.merging.methods import CycleConsistent
 from permgraph.merging.result import Merge, MergeMethod, Models, Progress
+from permgraph.spec.permutation import Permutation
 from permgraph.spec.spec import PermutationSpec
+from permgraph.spec.transformation import Transformation
 from permgraph.weights.combine import average, shares_of
 from permgraph.weights.distributed import gathered_state, redistributed_state
 from permgraph.weights.state_dict import Network, check_same_keys, is_continuous, own_state
@@ -108,7 +110,8 @@ def merge(
     working = tuple(_working(state, states[0]) for state in states)
     models_given = Models(working, spec, tuple(modules) if len(modules) == len(networks) else None)
     result = method.find(models_given, seed, progress)
-    renumbered = [p.apply(state) for p, state in zip(result.elements, working, strict=True)]
+    elements: tuple[Permutation | Transformation, ...] = result.elements
+    renumbered = [p.apply(state) for p, state in zip(elements, working, strict=True)]
     if spec.general is None:
         before, objective = compared.pairs(working), compared.pairs(renumbered)
         del renumbered  # permutations move tensors of any type as they are

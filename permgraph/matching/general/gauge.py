@@ -91,7 +91,7 @@ class Written:
         return found
 
     def image(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Another model's parameters as they are in this one's gauge: without its gains, and balanced as this one is."""
+        """Another model's parameters in this one's gauge: without its gains, and balanced as this one is."""
         state = _canonical(self.spec, state)
         seen = {}
         for name, own in self.tensors.items():

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from permgraph.errors import PermgraphError
 from permgraph.assignment.solve import Solver, assign
+from permgraph.errors import PermgraphError
 from permgraph.matching.general.acting import Acting, Element
 from permgraph.matching.general.compact import best_element
 from permgraph.matching.problem.objective import Pair
