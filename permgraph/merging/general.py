@@ -35,7 +35,12 @@ Run: TypeAlias = "Ascent | GeneralAscent"
 
 
 class GeneralAscent(Rounds):
-    """A run over models that are written in one gauge, matched by weights."""
+    """A run over models that are written in one gauge, matched by weights.
+
+    Attributes:
+        anew: the matcher of the first round, where models that have joined may be in the wrong place, so that no step
+            from there is the right one: each is also matched anew.
+    """
 
     def __init__(self, models: Models, matcher: WeightMatching, rng: np.random.Generator, started: float) -> None:
         super().__init__(models, rng, started)
@@ -49,6 +54,7 @@ class GeneralAscent(Rounds):
         self.moves = moves_of(Plan(self.acting.plain, first.tensors, self.frozen))
         self.elements = [Element()] * len(models)
         self.moved: list[Tensors] = [written.tensors for written in self.written]
+        self.anew: WeightMatching | None = None
 
     @property
     def objective(self) -> float:
@@ -85,7 +91,8 @@ class GeneralAscent(Rounds):
         others = [other for other in range(len(self.models)) if other != number]
         target = self._mean(others)
         here = sum(dot(tensor, self.moved[number][name]) for name, tensor in target.items())
-        best, interrupted = self._matched(number, target, self.matcher)
+        matcher = self.matcher if self.anew is None or self.history else self.anew
+        best, interrupted = self._matched(number, target, matcher)
         gain = 0.0 if best is None else best.objective - here
         if best is not None and gain > 0:
             self.put(number, best.element)
@@ -100,6 +107,7 @@ class GeneralAscent(Rounds):
         Raises:
             KeyboardInterrupt: the climb was interrupted; the best that it had found is kept.
         """
+        self.anew = matcher
         best, interrupted = self._matched(number, self._mean(joined), matcher)
         if best is not None:
             self.put(number, best.element)
