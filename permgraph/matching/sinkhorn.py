@@ -183,7 +183,7 @@ class Sinkhorn(Matcher):
         if spec.general is not None:
             matcher = WeightMatching(ignore=self.ignore) if self.matcher is None else self.matcher
             init = None if isinstance(self.init, str) else self.init
-            kept = kept_part(matcher, init, a, b, spec, seed)
+            kept = kept_part(matcher, init, a, b, spec, seed, self.models)
             if isinstance(kept, MatchResult):
                 return kept
             above = replace(

@@ -172,7 +172,7 @@ class StraightThrough(Matcher):
         started = time.perf_counter()
         self.require_fit(spec, a, b)
         if spec.general is not None:
-            kept = kept_part(self.matcher, self.init, a, b, spec, seed)
+            kept = kept_part(self.matcher, self.init, a, b, spec, seed, self.models)
             if isinstance(kept, MatchResult):
                 return kept
             above = replace(self, init=None, matcher=on_top(self.matcher, spec, kept))

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, TypeAlias
 
 import numpy as np
 import torch
+from torch import nn
 
 from permgraph.assignment.solve import Solver
 from permgraph.conventions.choices import require_choice
@@ -25,6 +26,7 @@ from permgraph.matching.problem.moves import Plan
 from permgraph.matching.problem.objective import Objective, Pair, Weights, pair
 from permgraph.matching.problem.renumber import Arrays
 from permgraph.matching.relaxation import relaxed_start
+from permgraph.networks.batches import Loader
 from permgraph.spec.permutation import Permutation
 from permgraph.spec.spec import PermutationSpec
 from permgraph.spec.transformation import Transformation
@@ -42,6 +44,14 @@ class WeightMatching(Matcher):
     inside. A group that meets itself in one parameter, as the hidden units of a recurrent layer do, makes the step
     quadratic: it is linearised, held back until the objective rises, and left out if it never does. So the objective
     never falls, and a run ends when no step raises it.
+
+    Of a spec with general symmetries each group's step is the best element of its structure: an assignment, one with
+    signs on the absolute Gram matrix, a polar factor, a phase for each rotary pair, and for heads the assignment of
+    what these are worth inside. Gains of norms are taken up by what reads them, and scales and invertible maps are
+    balanced in both models first, because the objective has no maximum over them; B is then brought into A's own gauge.
+    Where an ascent ends hangs on where it begins, and the objective tells: so runs begin with nothing known, at the
+    identity, at the best permutation, and where activations agree if there is a `loader`. `details` has what each
+    reached.
 
     Args:
         max_sweeps: stop after so many passes over the groups.
@@ -71,6 +81,9 @@ class WeightMatching(Matcher):
         max_moves: how many indices of a group may leave their place in B: a number for every group that is not fibred,
             or a mapping from patterns. Each step is then the best one where `assign_limited` can prove it, else a
             feasible one near it.
+        loader: batches as `ActivationMatching` takes them: of a spec with general symmetries, one run then begins where
+            the networks' activations on them agree best.
+        models: the modules, which `align` fills in where there is a loader.
         memory: bytes that Gram matrices may take between steps; what does not fit is computed anew when it is needed.
             B's weights as they are permuted take as many as they have, besides. By default both together take what
             keeps a run within the size of one model and of its largest Gram matrix, beyond the two models themselves
@@ -95,6 +108,17 @@ class WeightMatching(Matcher):
     memory: int | None = None
     frozen: Frozen = ()
     max_moves: int | Mapping[str, int] | None = None
+    loader: Loader | None = None
+    models: tuple[nn.Module, nn.Module] | None = field(default=None, repr=False)
+
+    @property
+    def needs_models(self) -> bool:
+        """Whether there is a loader to run them on."""
+        return self.loader is not None
+
+    def with_models(self, model_a: nn.Module, model_b: nn.Module) -> WeightMatching:
+        """The same matcher for these two modules, which it copies before it runs them."""
+        return replace(self, models=(model_a, model_b))
 
     def __post_init__(self) -> None:
         if self.max_sweeps < 0 or (self.restarts is not None and self.restarts < 1):

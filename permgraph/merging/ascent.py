@@ -189,3 +189,8 @@ def require_plain(matcher: WeightMatching) -> None:
         raise PermgraphError(
             "the sum over pairs is one of plain inner products: matcher must have objective='inner' and no weights"
         )
+    if runs_networks(matcher):
+        raise PermgraphError(
+            "the models are compared by their weights alone: matcher must have no loader; ToReference and MergeMany "
+            "take one"
+        )

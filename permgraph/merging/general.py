@@ -18,7 +18,7 @@ from torch import Tensor
 from permgraph.errors import PermgraphError
 from permgraph.matching import WeightMatching
 from permgraph.matching.general.acting import Element
-from permgraph.matching.general.ascent import TOLERANCE, Climb, moves_of
+from permgraph.matching.general.ascent import TOLERANCE, Climb
 from permgraph.matching.general.weights import as_transformation, best_climb, frozen_groups
 from permgraph.matching.matcher import SupportsMatch
 from permgraph.matching.problem.moves import Plan
@@ -51,7 +51,7 @@ class GeneralAscent(Rounds):
         first = self.written[0]
         self.acting = first.acting
         self.frozen = frozen_groups(spec, matcher)
-        self.moves = moves_of(Plan(self.acting.plain, first.tensors, self.frozen))
+        self.plan = Plan(self.acting.plain, first.tensors, self.frozen)
         self.elements = [Element()] * len(models)
         self.moved: list[Tensors] = [written.tensors for written in self.written]
         self.anew: WeightMatching | None = None
@@ -123,20 +123,22 @@ class GeneralAscent(Rounds):
 
         def climb(start: Element, unknown: Sequence[str]) -> Climb:
             return Climb(
-                self.acting, target, own, self.moves, start, unknown=unknown, solver=matcher.solver,
+                self.acting, target, own, self.plan, start, unknown=unknown, solver=matcher.solver,
                 started=self.started,
             )  # fmt: skip
 
         best, _, interrupted = best_climb(self._starts(number, target, matcher), climb, matcher.max_sweeps)
         return best, interrupted
 
-    def _starts(self, number: int, target: Tensors, matcher: WeightMatching) -> Iterator[tuple[Element, Sequence[str]]]:
-        """Where climbs begin, and which groups are unknown there."""
+    def _starts(
+        self, number: int, target: Tensors, matcher: WeightMatching
+    ) -> Iterator[tuple[str, Element, Sequence[str]]]:
+        """Where climbs begin, in words and as an element, and which groups are unknown there."""
         if matcher.init == "barycentre":
-            yield Element(), [name for name in self.acting.of_group if name not in self.frozen]
-        yield self.elements[number], ()
+            yield "nothing known", Element(), [name for name in self.acting.of_group if name not in self.frozen]
+        yield "here", self.elements[number], ()
         if matcher.init == "barycentre":
-            yield self._permuted(number, target, matcher), ()
+            yield "permutations", self._permuted(number, target, matcher), ()
 
     def _permuted(self, number: int, target: Tensors, matcher: WeightMatching) -> Element:
         """Where weight matching over permutations alone ends, in the common gauge."""
@@ -206,7 +208,9 @@ def ascent_of(models: Models, matcher: SupportsMatch, rng: np.random.Generator, 
     """A run over these models with this matcher."""
     if models.spec.general is None:
         return Ascent(models, matcher, rng, started)
-    if isinstance(matcher, WeightMatching) and matcher.weights is None and matcher.objective != "cosine":
+    if not isinstance(matcher, WeightMatching):
+        return ElementsAscent(models, matcher, rng, started)
+    if matcher.loader is None and matcher.weights is None and matcher.objective != "cosine":
         return GeneralAscent(models, matcher, rng, started)
     return ElementsAscent(models, matcher, rng, started)
 

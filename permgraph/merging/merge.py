@@ -20,6 +20,7 @@ from permgraph.spec.spec import PermutationSpec
 from permgraph.spec.transformation import Transformation
 from permgraph.weights.combine import average, shares_of
 from permgraph.weights.distributed import gathered_state, redistributed_state
+from permgraph.weights.identity import SameTensor
 from permgraph.weights.state_dict import Network, check_same_keys, is_continuous, own_state
 
 log = logging.getLogger(__name__)
@@ -149,10 +150,15 @@ def _state(network: object, number: int) -> Mapping[str, Any]:
 
 
 def _working(state: Mapping[str, Any], first: Mapping[str, Any]) -> dict[str, Any]:
-    """A state dict to compute with: on the first one's devices, in float32 or better."""
-    result = {}
+    """A state dict to compute with: on the first one's devices, in float32 or better; ties are kept."""
+    result: dict[str, Any] = {}
+    same = SameTensor()
     for name, value in state.items():
         if isinstance(value, torch.Tensor):
+            tied = same.first_name(name, value)
+            if tied != name:
+                result[name] = result[tied]
+                continue
             value = value.detach().to(first[name].device)
             if is_continuous(value):
                 value = value.to(torch.promote_types(value.dtype, torch.float32))

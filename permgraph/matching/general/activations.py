@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from permgraph.matching.general.acting import Acting, Element
-from permgraph.matching.general.ascent import Climb, moves_of
+from permgraph.matching.general.ascent import Climb
 from permgraph.matching.general.gauge import Gauge
 from permgraph.matching.matcher import MatchResult, Progress
 from permgraph.matching.problem.moves import Plan
@@ -66,12 +66,12 @@ def match_observed(
             gram = acting.act(key, gram, element).mT.contiguous()
         ours[key] = gram
     theirs = {name: torch.eye(len(gram), dtype=gram.dtype, device=gram.device) for name, gram in ours.items()}
-    moves = moves_of(Plan(acting.plain, ours))
+    plan = Plan(acting.plain, ours)
     best: Climb | None = None
     groups = list(acting.of_group)
     for unknown in (groups, []):
         climb = Climb(
-            acting, ours, theirs, moves, Element(), unknown=unknown, solver=settings.matcher.solver, started=started
+            acting, ours, theirs, plan, Element(), unknown=unknown, solver=settings.matcher.solver, started=started
         )
         climb.climb(settings.matcher.max_sweeps, progress)
         if best is None or climb.objective > best.objective:

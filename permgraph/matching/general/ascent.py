@@ -8,7 +8,7 @@ make of them: nuclear norms for rotations, phases for rotary pairs, assignments 
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -24,6 +24,9 @@ from permgraph.structures import Structure
 TOLERANCE = 1e-7
 """An ascent has converged when a whole sweep adds less than this, relative to the objective."""
 
+INNER_SWEEPS = 6
+"""Rounds over the groups inside a root that meet each other, for each pair of its indices."""
+
 HOLDS = (0.0, 0.1, 0.4, 1.6, 6.4)
 """How strongly a step is held back where the objective is quadratic in it, one after the other, until it helps."""
 
@@ -34,7 +37,7 @@ class Climb:
     Args:
         acting: how the groups act on the compared parameters.
         a, b: the parameters to compare, balanced and without gains.
-        moves: what one step can move.
+        plan: what one step can move.
         start: the element at which to begin.
         unknown: groups that no step has placed yet: until one does, what is seen across them is no evidence.
     """
@@ -44,14 +47,15 @@ class Climb:
         acting: Acting,
         a: Mapping[str, Tensor],
         b: Mapping[str, Tensor],
-        moves: tuple[Move, ...],
+        plan: Plan,
         start: Element,
         *,
         unknown: Collection[str] = (),
         solver: Solver = "auto",
         started: float = 0.0,
     ) -> None:
-        self.acting, self.a, self.moves, self.solver, self.started = acting, a, moves, solver, started
+        self.acting, self.a, self.plan, self.solver, self.started = acting, a, plan, solver, started
+        self.moves = plan.moves
         self.element = start
         self.b = {name: acting.act(name, tensor, start) for name, tensor in b.items()}
         self.worth = {name: _inner(a[name], tensor) for name, tensor in self.b.items()}
@@ -106,10 +110,55 @@ class Climb:
     def _place(self, move: Move, hold: float) -> None:
         """Place the root of a move, then what is inside it."""
         node = move.root
+        if move.paired:
+            inner = [other for other in self.moves if other.name in self.plan.inside(move.name)]
+            best = best_element(Structure(), {(): self._pairs(move, inner)}, self.solver)
+            self._apply(node.group, _as_element(node.group, best))
+            self._settle(inner)
+            return
         best = best_element(self.acting.structure(node.group), self._held(self._grams(node), hold), self.solver)
         self._apply(node.group, _as_element(node.group, best))
-        for inner in move.then:
-            self._place(inner, hold)
+        for below in move.then:
+            self._place(below, hold)
+
+    def _settle(self, moves: Sequence[Move]) -> None:
+        """Move some groups in turns, as if none of them had a place yet, for a few rounds."""
+        self.unknown |= {name for move in moves for name in move.groups}
+        for _ in range(INNER_SWEEPS):
+            before = self.objective
+            for move in moves:
+                self.step(move)
+            if self.objective - before <= TOLERANCE * abs(self.objective):
+                break
+
+    def _pairs(self, move: Move, inner: Sequence[Move]) -> Tensor:
+        """What it is worth to put each of B's indices of a root in the place of each of A's: (*batch, i, j).
+
+        Groups inside the root that meet each other cannot be chosen by one nesting. So for each i, A's index stands at
+        all places of the root, and an ascent of its own finds what each j can make of it.
+        """
+        root, names = move.name, self.acting.touched([move.name])
+        size, sizes = self.acting.spec.groups[root].size, self.acting.parents(root)
+        rows = []
+        for i in range(size):
+            alike = Element({root: torch.full((*sizes, size), i, dtype=torch.long, device=self.a[names[0]].device)})
+            a = {**self.a, **{name: self.acting.act(name, self.a[name], alike) for name in names}}
+            b = {name: self.b[name] for name in names}
+            each = Climb(self.acting, a, b, self.plan, Element(), unknown=self.unknown, solver=self.solver)
+            each._settle(inner)
+            rows.append(each._worth_by(root))
+        return torch.stack(rows, -2)
+
+    def _worth_by(self, root: str) -> Tensor:
+        """How much of the objective stands at each index of a group: (*parents' sizes, size)."""
+        total = None
+        for place in self.acting.of_group[root]:
+            name = place.block.parameter
+            product = place.block.view(self.a[name]) * place.block.view(self.b[name])
+            own = place.rows(product).sum(-2)
+            total = own if total is None else total + own
+        assert total is not None
+        return total
 
     def _apply(self, group: str, step: Element) -> None:
         for name in self.acting.touched([group]):
@@ -203,12 +252,3 @@ def _as_element(group: str, best: Best) -> Element:
 
 def _inner(a: Tensor, b: Tensor) -> float:
     return float((a.double() * b.double()).sum()) if a.numel() < 1 << 20 else float(torch.dot(a.flatten(), b.flatten()))
-
-
-def moves_of(plan: Plan) -> tuple[Move, ...]:
-    """The moves of a plan, of groups of matrices first, largest first: they see most.
-
-    Where groups inside a root meet, so that no nesting chooses both, the root moves alone, and each of them by itself.
-    """
-    moves = [plan.move(move.name, []) if move.paired else move for move in plan.moves]
-    return tuple(moves)

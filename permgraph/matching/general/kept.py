@@ -11,10 +11,12 @@ import time
 from dataclasses import dataclass, replace
 from typing import Any
 
+from torch import nn
+
 from permgraph.errors import MismatchError
 from permgraph.matching.general.gauge import Written
 from permgraph.matching.general.weights import as_transformation, frozen_groups
-from permgraph.matching.matcher import MatchResult
+from permgraph.matching.matcher import MatchResult, runs_networks
 from permgraph.matching.weight_matching import WeightMatching
 from permgraph.spec.expressions import Axis, Fixed, Ref, substitute
 from permgraph.spec.permutation import Permutation
@@ -65,12 +67,15 @@ def kept_part(
     b: StateDict,
     spec: PermutationSpec,
     seed: int,
+    models: tuple[nn.Module, nn.Module] | None = None,
 ) -> Kept | MatchResult:
     """Bring B to A by `init`, or else by weight matching over the whole group, and both into A's gauge, balanced.
 
     Where Ctrl-C ends the weight matching, its result is returned: that is then the best so far.
     """
     if init is None:
+        if models is not None and runs_networks(matcher):
+            matcher = matcher.with_models(*models)
         plain = matcher.match(a, b, spec, seed)
         if plain.outcome == "interrupted":
             return replace(plain, notes=(*plain.notes, "interrupted in weight matching, whose objective this is"))
@@ -104,7 +109,9 @@ def on_top(matcher: WeightMatching, spec: PermutationSpec, kept: Kept) -> Weight
     """The same weight matching for what is left to choose."""
     frozen = frozen_groups(spec, matcher)
     init = matcher.init if isinstance(matcher.init, str) else "identity"
-    return replace(matcher, init=init, frozen=[name for name in frozen if name in kept.spec.moving])
+    return replace(
+        matcher, init=init, loader=None, models=None, frozen=[name for name in frozen if name in kept.spec.moving]
+    )
 
 
 def permutation_of(init: Permutation | Transformation) -> Permutation:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from permgraph.errors import PermgraphError
 from permgraph.matching.general.acting import Element
-from permgraph.matching.general.ascent import Climb, moves_of
+from permgraph.matching.general.ascent import Climb
 from permgraph.matching.general.gauge import Gauge
 from permgraph.matching.matcher import NOTHING_TO_PERMUTE, MatchResult, Progress
 from permgraph.matching.problem.moves import Plan
@@ -38,18 +38,17 @@ def match_general(
     weighted, scale, offset = weighted_by(settings, gauge)
     frozen = frozen_groups(spec, settings)
     plan = Plan(gauge.acting.plain, gauge.a, frozen)
-    moves = moves_of(plan)
-    notes: list[str] = [] if moves else [NOTHING_TO_PERMUTE]
+    notes: list[str] = [] if plan.moves else [NOTHING_TO_PERMUTE]
     before = scale * sum(float((weighted[n].double() * gauge.b[n].double()).sum()) for n in weighted) + offset
 
     def climb(start: Element, unknown: Sequence[str]) -> Climb:
         return Climb(
-            gauge.acting, weighted, gauge.b, moves, start, unknown=unknown, solver=settings.solver, started=started
+            gauge.acting, weighted, gauge.b, plan, start, unknown=unknown, solver=settings.solver, started=started
         )
 
     starts = _starts(settings, gauge, a, b, spec, seed, frozen)
     best, reached, interrupted = best_climb(starts, climb, settings.max_sweeps, progress)
-    runs = [scale * objective + offset for objective in reached]
+    runs = {begun: scale * objective + offset for begun, objective in reached.items()}
     if best is None or best.objective * scale + offset < before:
         best = climb(Element(), ())
     found = gauge.transformation(best.element)
@@ -60,7 +59,8 @@ def match_general(
         objective_before=before,
         outcome="interrupted" if interrupted else best.outcome,
         history=tuple(best.history),
-        runs=tuple(runs),
+        runs=tuple(runs.values()),
+        details={f"from {begun}": objective for begun, objective in runs.items()},
         seed=seed,
         seconds=time.perf_counter() - started,
         notes=tuple(notes),
@@ -68,28 +68,28 @@ def match_general(
 
 
 def best_climb(
-    starts: Iterable[tuple[Element, Sequence[str]]],
+    starts: Iterable[tuple[str, Element, Sequence[str]]],
     climb: Callable[[Element, Sequence[str]], Climb],
     max_sweeps: int,
     progress: Progress | None = None,
-) -> tuple[Climb | None, list[float], bool]:
+) -> tuple[Climb | None, dict[str, float], bool]:
     """The best of the climbs from several starts, what each reached, and whether Ctrl-C ended them.
 
     Args:
-        starts: where climbs begin, each with the groups that are unknown there.
+        starts: where climbs begin, in words and as an element, each with the groups that are unknown there.
         climb: makes one.
         max_sweeps: of each.
         progress: called after each sweep.
     """
     best: Climb | None = None
-    reached: list[float] = []
+    reached: dict[str, float] = {}
     try:
-        for start, unknown in starts:
+        for begun, start, unknown in starts:
             run = climb(start, unknown)
             if best is None:
                 best = run
             run.climb(max_sweeps, progress)
-            reached.append(run.objective)
+            reached[begun] = run.objective
             if run.objective > best.objective:
                 best = run
             if run.outcome == "interrupted":
@@ -107,21 +107,21 @@ def _starts(
     spec: PermutationSpec,
     seed: int,
     frozen: set[str],
-) -> Iterator[tuple[Element, Sequence[str]]]:
-    """Where runs begin, and which groups are unknown there."""
+) -> Iterator[tuple[str, Element, Sequence[str]]]:
+    """Where runs begin, in words and as an element, and which groups are unknown there."""
     init = settings.init
     if isinstance(init, Transformation):
-        yield gauge.element(init), ()
+        yield "init", gauge.element(init), ()
         return
     groups = [name for name in gauge.acting.of_group if name not in frozen]
     if init == "identity":
-        yield Element(), ()
+        yield "the identity", Element(), ()
         return
     if isinstance(init, Permutation):
-        yield gauge.element(as_transformation(init, spec)), ()
+        yield "init", gauge.element(as_transformation(init, spec)), ()
         return
-    yield Element(), groups
-    yield Element(), ()
+    yield "nothing known", Element(), groups
+    yield "the identity", Element(), ()
     from permgraph.matching.weight_matching import WeightMatching
 
     permuted = WeightMatching(
@@ -132,7 +132,13 @@ def _starts(
         dtype=settings.dtype,
         frozen=[name for name in frozen if name in spec.permutations().moving],
     ).match(a, b, spec.permutations(), seed)
-    yield gauge.element(as_transformation(permuted.permutation, spec)), ()
+    yield "permutations", gauge.element(as_transformation(permuted.permutation, spec)), ()
+    if settings.loader is not None and settings.models is not None:
+        from permgraph.matching.activation_matching import ActivationMatching
+
+        activations = ActivationMatching(settings.loader, models=settings.models).match(a, b, spec, seed)
+        assert activations.transformation is not None
+        yield "activations", gauge.element(activations.transformation), ()
 
 
 def as_transformation(permutation: Permutation, spec: PermutationSpec) -> Transformation:
