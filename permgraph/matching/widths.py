@@ -130,6 +130,8 @@ def common_spec(spec_a: PermutationSpec, spec_b: PermutationSpec) -> Permutation
     Raises:
         MismatchError: the two differ in more than the sizes of groups.
     """
+    if spec_a.symmetry != spec_b.symmetry:
+        raise MismatchError("one of the specs is of general symmetries and the other of permutations alone")
     if list(spec_a.groups) != list(spec_b.groups):
         different = sorted(set(spec_a.groups) ^ set(spec_b.groups)) or "the order of their names"
         raise MismatchError(f"A and B have different groups, so that there is nothing to match by size: {different}")
@@ -150,8 +152,6 @@ def common_spec(spec_a: PermutationSpec, spec_b: PermutationSpec) -> Permutation
         if name not in spec_a.axes:
             raise MismatchError(f"A has no {name!r}, which B has with shape {spec_b.shapes[name]}")
     if spec_a.general is None or spec_b.general is None:
-        if spec_a.general is not spec_b.general:
-            raise MismatchError("one of the specs is of general symmetries and the other of permutations alone")
         return PermutationSpec(groups, spec_a.axes, aliases=spec_a.aliases, model_class=spec_a.model_class)
     for name in (*spec_a.general.actions, *spec_b.general.actions):
         if spec_a.general.actions.get(name) != spec_b.general.actions.get(name):
