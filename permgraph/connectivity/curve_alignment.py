@@ -28,14 +28,17 @@ from torch import Tensor, nn
 
 from permgraph.connectivity.curves import Curve, Shape
 from permgraph.conventions.outcomes import StepProgress, TrainingOutcome
-from permgraph.errors import EvaluationError
+from permgraph.errors import EvaluationError, MismatchError
 from permgraph.matching import WeightMatching
+from permgraph.matching.matcher import MatchResult
 from permgraph.networks.batches import Loader, Loss, MakeOptimizer
 from permgraph.networks.blended import Parts, Perturb, State, Workbench
 from permgraph.networks.descend import adam, descend, first_batches, mean_loss
 from permgraph.networks.evaluate import template_of
+from permgraph.spec.elements import AnyElement, element_of
 from permgraph.spec.permutation import Permutation
 from permgraph.spec.spec import PermutationSpec
+from permgraph.spec.transformation import Transformation
 from permgraph.weights.state_dict import Network, as_state_dict, check_same_keys
 
 log = logging.getLogger(__name__)
@@ -49,11 +52,12 @@ class AlignedCurve:
 
     Attributes:
         curve: its far end is the permuted b.
-        permutation: what was applied to b.
+        permutation: what was applied to b; over general symmetries, a part of it.
         losses: the mean loss on the curve when the measured batches were read: at the start, and after each round.
         moved: in each round, whether the permutation changed.
         seconds: of wall time.
         outcome: "done": all rounds were made; "interrupted": by the keyboard, and this is the best so far.
+        transformation: over general symmetries, what was applied to b.
     """
 
     curve: Curve
@@ -62,6 +66,12 @@ class AlignedCurve:
     moved: tuple[bool, ...]
     seconds: float = field(default=0.0, compare=False)
     outcome: TrainingOutcome = field(default="done", compare=False)
+    transformation: Transformation | None = None
+
+    @property
+    def element(self) -> AnyElement:
+        """What was applied to b."""
+        return self.permutation if self.transformation is None else self.transformation
 
     def __str__(self) -> str:
         return (
@@ -76,7 +86,7 @@ def fit_aligned_curve(
     loader: Loader,
     spec: PermutationSpec,
     *,
-    init: Permutation | None = None,
+    init: AnyElement | MatchResult | None = None,
     shape: Shape = "bezier",
     bends: int = 1,
     rounds: int = 5,
@@ -96,8 +106,8 @@ def fit_aligned_curve(
 
     Args:
         a, b, loader, shape, bends, loss, optimizer, perturb, model: as for ``fit_curve``.
-        spec: the symmetries.
-        init: the permutation to begin with, such as that of an alignment; the identity by default.
+        spec: the symmetries. Over general ones a step may also turn and scale the far end.
+        init: the permutation or transformation to begin with, or an alignment; the identity by default.
         rounds: how many times bends and permutation take their turns.
         epochs: of the bends' training in each round.
         proximity: λ, how far a step may go, as a squared distance of weights for each unit of loss.
@@ -136,7 +146,9 @@ def fit_aligned_curve(
     first, given = as_state_dict(a), as_state_dict(b)
     check_same_keys(first, given)
     spec.check(first)
-    now = spec.identity() if init is None else init
+    now: Any = spec.identity() if init is None else element_of(init)
+    if now.spec.fingerprint != spec.fingerprint:
+        raise MismatchError("init is an element of another spec than the one given")
     bench = Workbench(template, first, loss, perturb)
     search = _Search(bench, given, spec, loader, measured_batches, matcher or WeightMatching(), seed)
     curve = Curve.straight(a, now.apply(given), bends=bends, shape=shape)
@@ -150,7 +162,7 @@ def fit_aligned_curve(
     try:
         for number in range(rounds):
             new = search.step(curve, start, free, now, proximity, relaxed_steps, optimizer)
-            moved.append(new != now)
+            moved.append(new is not now)
             now = new
             end = bench.parameters_of(now.apply(given))
             centre = reached[1]
@@ -194,7 +206,16 @@ def fit_aligned_curve(
         inner.append(bench.state_dict({name: own[name] + offset[name] for name in own}, point))
     points, seconds = (line.points[0], *inner, line.points[-1]), time.perf_counter() - began
     fitted = Curve(points, shape, tuple(losses[1:]), (losses[0], losses[-1]), seconds, outcome)
-    result = AlignedCurve(fitted, now, tuple(losses), tuple(moved), seconds, outcome)
+    general = isinstance(now, Transformation)
+    result = AlignedCurve(
+        fitted,
+        now.permutation if general else now,
+        tuple(losses),
+        tuple(moved),
+        seconds,
+        outcome,
+        now if general else None,
+    )
     log.info("%s", result)
     return result
 
@@ -224,7 +245,7 @@ class _Search:
         self.bench, self.given, self.spec, self.matcher, self.seed = bench, given, spec, matcher, seed
         self.batches = first_batches(loader, measured_batches, bench, seed)
 
-    def loss(self, curve: Curve, start: State, free: list[State], permutation: Permutation) -> float:
+    def loss(self, curve: Curve, start: State, free: list[State], permutation: AnyElement) -> float:
         """The mean loss over batches and places."""
         return self._mean(curve, start, free, self.bench.parameters_of(permutation.apply(self.given)))
 
@@ -238,12 +259,12 @@ class _Search:
         curve: Curve,
         start: State,
         free: list[State],
-        now: Permutation,
+        now: Any,
         proximity: float,
         steps: int,
         optimizer: MakeOptimizer,
-    ) -> Permutation:
-        """The next permutation, or the same."""
+    ) -> Any:
+        """The next permutation, or the same; over general symmetries, the next transformation."""
         bench = self.bench
         moved = now.apply(self.given)
         end = bench.parameters_of(moved, free=True)
@@ -266,9 +287,9 @@ class _Search:
             turn = replace(self.matcher, init="identity", restarts=1).match(target, moved, self.spec, self.seed)
             if turn.outcome == "interrupted":  # it swallowed Ctrl-C, which was for the whole run
                 raise KeyboardInterrupt
-            if turn.permutation.is_identity:
+            if turn.element.is_identity:
                 break
-            new = turn.permutation @ now
+            new = turn.element @ now
             there = new.apply(self.given)
             gap = sum(float((there[name] - moved[name]).double().square().sum()) for name in bench.names)
             if self.loss(curve, start, fixed, new) + gap / (2 * proximity) < here:

@@ -12,6 +12,9 @@ apart. Two networks are connected where the barrier between them is at most a to
   (Sonthalia et al. 2024, "Do Deep Neural Network Solutions Form a Star Domain?"). It is weaker than the strong claim.
 
 A claim that holds is shown by the permutations at hand. One that fails is not refuted: others may do better.
+
+Wherever a permutation is taken, so is a `Transformation` of general symmetries, or the result that has either:
+``align(a, b)``, or ``merge(networks)`` for several.
 """
 
 from __future__ import annotations
@@ -21,20 +24,31 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from torch import Tensor, nn
 
 from permgraph.connectivity.barriers import Barrier, Evaluate, Prepare, barrier
 from permgraph.errors import EvaluationError, MismatchError
 from permgraph.networks.evaluate import template_of
+from permgraph.spec.elements import AnyElement, element_of, elements_of
+from permgraph.spec.transformation import Transformation
 from permgraph.weights.state_dict import Network, as_state_dict
 
 if TYPE_CHECKING:
-    from permgraph.spec.permutation import Permutation
+    from permgraph.matching.matcher import MatchResult
 
 Kind = Literal["weak", "simultaneous", "strong", "star"]
 End = Callable[[], Network]
+
+
+class SeveralElements(Protocol):
+    """What has one element for each of several networks, such as a `Merge`."""
+
+    @property
+    def elements(self) -> Sequence[AnyElement]: ...
+
+
 Pairs = dict[tuple[int, ...], tuple[End, End]]
 
 
@@ -79,7 +93,7 @@ class Claim:
 def weak_connectivity(
     a: Network,
     b: Network,
-    permutation: Permutation,
+    permutation: AnyElement | MatchResult,
     evaluate: Evaluate,
     tolerance: float,
     points: int | Sequence[float] = 11,
@@ -94,7 +108,7 @@ def weak_connectivity(
     Args:
         a: a module or a state dict.
         b: another of the same architecture.
-        permutation: applied to ``b``; that of an alignment of ``b`` to ``a``, say.
+        permutation: applied to ``b``: an alignment of ``b`` to ``a``, say, or its permutation or transformation.
         evaluate, points, model, prepare: as for ``barrier``.
         tolerance: how high a barrier may be.
 
@@ -119,7 +133,7 @@ def weak_connectivity(
 def simultaneous_connectivity(
     sequence_a: Sequence[Network],
     sequence_b: Sequence[Network],
-    permutation: Permutation,
+    permutation: AnyElement | MatchResult,
     evaluate: Evaluate,
     tolerance: float,
     points: int | Sequence[float] = 11,
@@ -165,7 +179,7 @@ def simultaneous_connectivity(
 
 def strong_connectivity(
     networks: Sequence[Network],
-    permutations: Sequence[Permutation],
+    permutations: Sequence[AnyElement] | SeveralElements,
     evaluate: Evaluate,
     tolerance: float,
     points: int | Sequence[float] = 11,
@@ -177,7 +191,7 @@ def strong_connectivity(
 
     Args:
         networks: three or more, for two this is the weak claim.
-        permutations: one for each network, such as ``merge(...).permutations``.
+        permutations: one for each network, such as ``merge(...)`` or its ``.elements``.
         evaluate, points, model, prepare: as for ``barrier``.
         tolerance: how high a barrier may be.
 
@@ -207,7 +221,7 @@ def strong_connectivity(
 def star_connectivity(
     centre: Network,
     networks: Sequence[Network],
-    permutations: Sequence[Permutation] | None,
+    permutations: Sequence[AnyElement] | SeveralElements | None,
     evaluate: Evaluate,
     tolerance: float,
     points: int | Sequence[float] = 11,
@@ -220,8 +234,8 @@ def star_connectivity(
     Args:
         centre: the mean of merged networks, say, or what ``fit_star`` has trained.
         networks: one or more others.
-        permutations: one for each of them, such as ``merge(...).permutations``; None if they are in the centre's
-            numbering.
+        permutations: one for each of them, such as ``merge(...)`` or its ``.elements``; None if they are in the
+            centre's numbering.
         evaluate, points, model, prepare: as for ``barrier``.
         tolerance: how high a barrier may be.
 
@@ -247,7 +261,7 @@ def star_connectivity(
     return _claim("star", pairs, evaluate, tolerance, points, template, prepare)
 
 
-def permute_masks(permutation: Permutation, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def permute_masks(permutation: AnyElement | MatchResult, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Move the masks of a pruned network with its weights.
 
     Args:
@@ -258,7 +272,7 @@ def permute_masks(permutation: Permutation, masks: Mapping[str, Tensor]) -> dict
 
     Raises:
         SpecError: the spec does not know a name.
-        MismatchError: a mask has another shape than its parameter.
+        MismatchError: a mask has another shape than its parameter, or matrices act on it.
 
     Example:
         >>> spec = pg.PermutationSpec.parse("0.weight 2x1 h . | 1.weight 1x2 . h | groups: h 2".replace(" | ", chr(10)))
@@ -266,7 +280,18 @@ def permute_masks(permutation: Permutation, masks: Mapping[str, Tensor]) -> dict
         >>> permute_masks(turn, {"1.weight": torch.tensor([[True, False]])})
         {'1.weight': tensor([[False,  True]])}
     """
-    return {name: permutation.apply_to(name, mask) for name, mask in masks.items()}
+    element = element_of(permutation)
+    if not isinstance(element, Transformation):
+        return {name: element.apply_to(name, mask) for name, mask in masks.items()}
+    for name in masks:
+        for occurrence in element.spec.occurrences(name):
+            structure = element.spec.groups[occurrence.group].structure
+            if structure.linear:
+                raise MismatchError(
+                    f"{structure} acts on {name!r} by the group {occurrence.group!r}: matrices mix the weights that a "
+                    f"mask keeps with those that it does not; align with spec.permutations()"
+                )
+    return {name: element.permutation.apply_to(name, mask) for name, mask in masks.items()}
 
 
 def _claim(
@@ -288,20 +313,20 @@ def _claim(
     return Claim(kind, MappingProxyType(barriers), tolerance)
 
 
-def _moved(permutation: Permutation | None, network: Network) -> End:
-    if permutation is not None and not hasattr(permutation, "apply"):
-        raise MismatchError(
-            f"a permutation is needed, such as align(a, b).permutation, not a {type(permutation).__name__}"
-        )
-    return lambda: network if permutation is None else permutation.apply(as_state_dict(network))
+def _moved(element: Any, network: Network) -> End:
+    if element is None:
+        return lambda: network
+    chosen = element_of(element)
+    return lambda: chosen.apply(as_state_dict(network))
 
 
-def _ends(networks: Sequence[Network], permutations: Sequence[Permutation] | None) -> list[End]:
-    if permutations is None:
+def _ends(networks: Sequence[Network], elements: Any) -> list[End]:
+    if elements is None:
         return [_moved(None, network) for network in networks]
-    if len(permutations) != len(networks):
-        raise MismatchError(f"{len(permutations)} permutations for {len(networks)} networks: give one for each")
-    return [_moved(permutation, network) for permutation, network in zip(permutations, networks, strict=True)]
+    chosen = elements_of(elements)
+    if len(chosen) != len(networks):
+        raise MismatchError(f"{len(chosen)} permutations for {len(networks)} networks: give one for each")
+    return [_moved(element, network) for element, network in zip(chosen, networks, strict=True)]
 
 
 def _template(model: nn.Module | None, **sequences: Sequence[Network]) -> nn.Module:

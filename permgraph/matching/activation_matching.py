@@ -27,6 +27,7 @@ from permgraph.matching.weight_matching import WeightMatching
 from permgraph.matching.workers import Workers, require_each_once
 from permgraph.networks.batches import NO_BATCH, Loader, fitting, seeded, to
 from permgraph.spec.expressions import Axis, Fixed, refs, size_of
+from permgraph.spec.general import Action
 from permgraph.spec.permutation import Permutation
 from permgraph.spec.spec import PermutationSpec
 from permgraph.weights.state_dict import StateDict, is_continuous
@@ -355,16 +356,20 @@ def _watched(model: nn.Module, spec: PermutationSpec) -> Iterator[tuple[str, Wat
         found = None
         if isinstance(module, nn.Linear):
             found = Watched(axes[0], -1, weight)
-        elif isinstance(module, nn.LayerNorm) or weight in spec.general_gains:
-            # A LayerNorm over several dimensions has as many at its output's end; only one of a single is one axis.
+        elif weight in spec.general_gains:
             found = Watched(axes[0], -1, weight, gain=True) if len(axes) == 1 else None
+        elif isinstance(module, nn.LayerNorm):
+            # A LayerNorm over several dimensions has as many at its output's end; only one of a single is one axis.
+            found = Watched(axes[0], -1, _as_output(name, weight, spec)) if len(axes) == 1 else None
         elif isinstance(module, nn.Embedding):
             found = Watched(axes[1], -1, weight, 1)
         elif isinstance(module, nn.modules.conv._ConvTransposeNd):
             found = Watched(axes[1], 1, weight, 1) if module.groups == 1 else None
-        elif isinstance(module, nn.modules.conv._ConvNd | nn.modules.batchnorm._BatchNorm | nn.GroupNorm):
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm | nn.GroupNorm):
+            found = Watched(axes[0], 1, _as_output(name, weight, spec))
+        elif isinstance(module, nn.modules.conv._ConvNd):
             found = Watched(axes[0], 1, weight)
-        if found is None:
+        if found is None or not found.parameter:
             continue
         try:
             acts = any(o.group in spec.acting for o in spec.layout((found.axis, Fixed(1)), name).occurrences)
@@ -372,6 +377,18 @@ def _watched(model: nn.Module, spec: PermutationSpec) -> Iterator[tuple[str, Wat
             continue
         if acts:
             yield name, found
+
+
+def _as_output(name: str, weight: str, spec: PermutationSpec) -> str:
+    """The parameter on which groups act as on a norm's output: what is added to it; empty where none is known to.
+
+    The weight is multiplied with what the norm was given, and each may have a sign and a scale of its own.
+    """
+    bias = spec.aliases.get(f"{name}.bias", f"{name}.bias")
+    if bias in spec.axes and spec.axes[bias] == spec.axes[weight]:
+        return bias
+    plain = spec.general is None or all(action == Action() for action in spec.general.actions.get(weight, ()))
+    return weight if plain else ""
 
 
 class _Watch:

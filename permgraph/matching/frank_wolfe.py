@@ -7,18 +7,24 @@ is Frank & Wolfe's of 1956. Here over any spec, dependent groups included.
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import ClassVar
 
 from permgraph.conventions.choices import require_choice
 from permgraph.conventions.renamed import renamed
 from permgraph.errors import PermgraphError
+from permgraph.matching.general.acting import Element
+from permgraph.matching.general.gauge import Gauge
+from permgraph.matching.general.relaxation import GeneralRelaxation
+from permgraph.matching.general.weights import as_transformation, weighted_by
 from permgraph.matching.matcher import NOTHING_TO_PERMUTE, Matcher, MatchResult, Progress, Sweep
-from permgraph.matching.problem.objective import pair
-from permgraph.matching.relaxation import Relaxation, RelaxedAscent
-from permgraph.matching.weight_matching import WeightMatching
+from permgraph.matching.problem.objective import Pair, pair
+from permgraph.matching.relaxation import Matrices, Relaxation, RelaxedAscent
+from permgraph.matching.weight_matching import Init, WeightMatching
 from permgraph.spec.permutation import Permutation
 from permgraph.spec.spec import PermutationSpec
+from permgraph.spec.transformation import Transformation
 from permgraph.weights.state_dict import StateDict
 
 
@@ -37,6 +43,12 @@ class FrankWolfe(Matcher):
     the objective is the true one, and no corner is better than the best permutation, so nothing is lost by
     relaxing. It costs memory: H^2 D^2 numbers for H heads of D channels.
 
+    Over general symmetries both models are compared without gains and balanced, as `WeightMatching` does, and each
+    structure has the hull of its compact part: the ball of spectral norm one for rotations, where the best corner is a
+    polar factor; for signed permutations a weight for each combination of signs, all of them together doubly
+    stochastic. From the barycentre, which is zero where rotations or signs act, a group moves once the slope tells
+    something of it.
+
     At the end each group is rounded by an assignment. If `polish`, an ascent of weight matching goes on from there, and
     the best of that and of the same ascent from its own start is kept. So the result is never worse than weight
     matching with the same seed, nor than the rounded permutation. Without, it is never worse than the identity.
@@ -44,7 +56,8 @@ class FrankWolfe(Matcher):
     Args:
         max_steps: stop after so many steps.
         tolerance: stop when no direction promises more than this share of the objective's own size.
-        init: where to begin: "barycentre", all entries equal; "identity"; or a `Permutation` of the spec.
+        init: where to begin: "barycentre", the mean over the whole group: all entries equal, and zero for rotations and
+            signs; "identity"; or a `Permutation` of the spec, or a `Transformation`.
         polish: whether to go on from the rounded permutation by `matcher`, and to compare with `matcher` itself.
         matcher: the weight matching; its objective, weights, patterns to ignore, solver and dtype are those of the
             relaxation as well.
@@ -64,9 +77,11 @@ class FrankWolfe(Matcher):
         [1, 2, 0]
     """
 
+    general: ClassVar[bool] = True
+
     max_steps: int = 50
     tolerance: float = 1e-4
-    init: Permutation | Literal["identity", "barycentre"] = "barycentre"
+    init: Init = "barycentre"
     polish: bool = True
     matcher: WeightMatching = field(default_factory=WeightMatching)
 
@@ -99,21 +114,19 @@ class FrankWolfe(Matcher):
         started = time.perf_counter()
         self.require_fit(spec)
         inner = self.matcher
-        compared = pair(
-            a, b, spec, objective=inner.objective, weights=inner.weights, ignore=inner.ignore, dtype=inner.dtype
-        )
-        relaxation = Relaxation(compared, spec)
-        run = RelaxedAscent(relaxation, inner.solver, self.init, self.max_steps, self.tolerance, started)
+        problem: _Problem = (_Permutations if spec.general is None else _Elements)(inner, a, b, spec)
+        compared, relaxation = problem.compared, problem.relaxation
+        start = problem.start(self.init)
+        run = RelaxedAscent(relaxation, inner.solver, start, self.max_steps, self.tolerance, started)
         run.climb(progress)
         try:
-            rounded = Permutation(spec, run.rounded())
+            rounded, reached = problem.rounded(run.matrices)
         except KeyboardInterrupt:
             if run.outcome == "interrupted":  # for the second time
                 raise
             run.outcome = "interrupted"
-            rounded = Permutation(spec, run.rounded())
+            rounded, reached = problem.rounded(run.matrices)
         before = compared.objective(compared.b)
-        reached = compared.objective_at(spec, rounded.arrays)
         details = {
             "relaxed": compared.reported(run.value),
             "rounded": reached,
@@ -152,10 +165,10 @@ class FrankWolfe(Matcher):
                 details=details,
             )
         if reached < before:
-            rounded, reached = spec.identity(), before
+            rounded, reached = problem.at_rest(), before
             notes = (*notes, "rounding ended below the identity, which is kept")
         return MatchResult(
-            rounded,
+            rounded.permutation if isinstance(rounded, Transformation) else rounded,
             reached,
             before,
             run.outcome,
@@ -165,4 +178,83 @@ class FrankWolfe(Matcher):
             time.perf_counter() - started,
             notes,
             details,
+            rounded if isinstance(rounded, Transformation) else None,
         )
+
+
+class _Problem(ABC):
+    """What is climbed, and how its matrices become elements of the group.
+
+    Attributes:
+        compared: the tensors to compare.
+        relaxation: the objective over the hull of the group.
+    """
+
+    compared: Pair
+    relaxation: Relaxation
+
+    @abstractmethod
+    def start(self, init: Init) -> Matrices:
+        """The matrices to begin with."""
+
+    @abstractmethod
+    def rounded(self, matrices: Matrices) -> tuple[Permutation | Transformation, float]:
+        """The element nearest to the matrices, and its objective."""
+
+    @abstractmethod
+    def at_rest(self) -> Permutation | Transformation:
+        """The element that leaves B where it was, as far as it can be compared there."""
+
+
+class _Permutations(_Problem):
+    """Permutations alone."""
+
+    def __init__(self, inner: WeightMatching, a: StateDict, b: StateDict, spec: PermutationSpec) -> None:
+        self.inner, self.spec = inner, spec
+        self.compared = pair(
+            a, b, spec, objective=inner.objective, weights=inner.weights, ignore=inner.ignore, dtype=inner.dtype
+        )
+        self.relaxation = Relaxation(self.compared, spec)
+
+    def start(self, init: Init) -> Matrices:
+        if init == "barycentre":
+            return self.relaxation.barycentre()
+        return self.relaxation.corner(init.arrays if isinstance(init, Permutation) else {})
+
+    def rounded(self, matrices: Matrices) -> tuple[Permutation | Transformation, float]:
+        found = Permutation(self.spec, self.relaxation.round(matrices, self.inner.solver))
+        return found, self.compared.objective_at(self.spec, found.arrays)
+
+    def at_rest(self) -> Permutation | Transformation:
+        return Permutation.identity(self.spec)
+
+
+class _Elements(_Problem):
+    """Elements of a general spec, between models without gains and balanced."""
+
+    relaxation: GeneralRelaxation
+
+    def __init__(self, inner: WeightMatching, a: StateDict, b: StateDict, spec: PermutationSpec) -> None:
+        self.inner, self.spec = inner, spec
+        self.gauge = Gauge(spec, a, b, ignore=inner.ignore, dtype=inner.dtype)
+        weighted, scale, offset = weighted_by(inner, self.gauge)
+        self.compared = Pair(weighted, self.gauge.b, scale, offset)
+        self.relaxation = GeneralRelaxation(self.compared, self.gauge.acting)
+
+    def start(self, init: Init) -> Matrices:
+        if init == "barycentre":
+            return self.relaxation.barycentre()
+        element = Element()
+        if not isinstance(init, str):
+            given = as_transformation(init, self.spec) if isinstance(init, Permutation) else init
+            element = self.gauge.element(given)
+        return self.relaxation.corner_at(element)
+
+    def rounded(self, matrices: Matrices) -> tuple[Permutation | Transformation, float]:
+        element = self.relaxation.round_to_element(matrices, self.inner.solver)
+        acting = self.gauge.acting
+        there = {name: acting.act(name, tensor, element) for name, tensor in self.gauge.b.items()}
+        return self.gauge.transformation(element), self.compared.objective(there)
+
+    def at_rest(self) -> Permutation | Transformation:
+        return self.gauge.transformation(Element())

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from permgraph.matching.problem.moves import Plan
 from permgraph.matching.problem.objective import Pair
 from permgraph.matching.problem.renumber import Arrays
 from permgraph.spec.blocks import Block
-from permgraph.spec.permutation import Permutation, old_parents
+from permgraph.spec.permutation import old_parents
 from permgraph.spec.spec import PermutationSpec
 
 log = logging.getLogger(__name__)
@@ -51,7 +51,9 @@ class Relaxation:
         self.groups = [name for name in self.spec.moving if self.plan.blocks_with[name]]
         self.like = next(iter(compared.a.values()), torch.zeros(()))
         self.terms = [
-            Term(block, self.spec, frozenset(self.groups)) for blocks in self.plan.blocks.values() for block in blocks
+            Term(block, [self.matrix_at(block, axis) for axis in range(len(block.leaves))])
+            for blocks in self.plan.blocks.values()
+            for block in blocks
         ]
         self.degree = max((len(term.factors) for term in self.terms), default=0)
         self.size = sum(
@@ -59,6 +61,15 @@ class Relaxation:
             for name, tensor in compared.a.items()
         )
         """No permutation's objective is further from 0 than this."""
+
+    def matrix_at(self, block: Block, axis: int) -> str | None:
+        """The name of the matrix that an axis of a block goes through; None where it stays put."""
+        group = block.leaves[axis].group
+        return group if group in self.groups else None
+
+    def through(self, matrices: Matrices) -> Matrices:
+        """What the axes go through, by the names that `matrix_at` gives; here the matrices themselves."""
+        return matrices
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a group's matrices."""
@@ -70,6 +81,10 @@ class Relaxation:
     def barycentre(self) -> Matrices:
         """All entries equal."""
         return {name: self.like.new_full(self.shape(name), 1 / self.spec.groups[name].size) for name in self.groups}
+
+    def identity(self) -> Matrices:
+        """The matrices of the identity."""
+        return self.corner({})
 
     def corner(self, arrays: Mapping[str, np.ndarray]) -> Matrices:
         """The matrices of a permutation; for pairs that it does not match, what is inside is the same for all."""
@@ -83,8 +98,14 @@ class Relaxation:
             corner[name] = self._one_hot(np.broadcast_to(array[(*keep, slice(None))], shape[:-1]))
         return corner
 
-    def best_corner(self, slope: Matrices, solver: Solver) -> Matrices:
-        """The permutation matrices that the slope favours."""
+    def best_corner(self, slope: Matrices, solver: Solver, here: Matrices | None = None) -> Matrices:
+        """The permutation matrices that the slope favours.
+
+        Args:
+            slope: the derivative of what is climbed.
+            solver: for the assignments.
+            here: the present matrices, for structures that have reason to stay; these have none.
+        """
         return {name: self._one_hot(columns) for name, (columns, _) in choose_each(slope, solver).items()}
 
     def _one_hot(self, columns: np.ndarray) -> torch.Tensor:
@@ -97,22 +118,26 @@ class Relaxation:
         """The permutations nearest to the matrices, parents first; inside, only for the pairs that they match."""
         arrays: Arrays = {}
         for name in sorted(self.groups, key=lambda name: len(self.spec.groups[name].parents)):
-            matrix = matrices[name]
-            parents = self.spec.groups[name].parents
-            new = np.indices([self.spec.groups[parent].size for parent in parents], sparse=True)
-            index: list[Any] = []
-            for parent, here, old in zip(parents, new, old_parents(self.spec.groups, arrays, name), strict=True):
-                index += [here, old] if parent in self.groups else [here]
-            if index:
-                at = np.broadcast_arrays(*index)
-                matrix = matrix[tuple(torch.from_numpy(np.array(i)).to(matrix.device) for i in at)]
-            arrays[name] = choose(matrix, solver, name)[0]
+            arrays[name] = choose(self.matched(name, matrices[name], arrays), solver, name)[0]
         return arrays
+
+    def matched(self, name: str, matrix: torch.Tensor, arrays: Arrays) -> torch.Tensor:
+        """Of a group's matrices those for the pairs of its parents' indices that these arrays match."""
+        parents = self.spec.groups[name].parents
+        new = np.indices([self.spec.groups[parent].size for parent in parents], sparse=True)
+        index: list[Any] = []
+        for parent, here, old in zip(parents, new, old_parents(self.spec.groups, arrays, name), strict=True):
+            index += [here, old] if parent in self.groups else [here]
+        if not index:
+            return matrix
+        at = np.broadcast_arrays(*index)
+        return matrix[tuple(torch.from_numpy(np.array(i)).to(matrix.device) for i in at)]
 
     def value(self, matrices: Matrices) -> float:
         """The relaxed objective, before scale and offset."""
         with torch.no_grad():
-            return sum(float(term.value(self.compared, matrices)) for term in self.terms)
+            seen = self.through(matrices)
+            return sum(float(term.value(self.compared, seen)) for term in self.terms)
 
     def permuted(self, matrices: Matrices) -> dict[str, torch.Tensor]:
         """B's compared tensors under the matrices, as new tensors through which gradients flow.
@@ -176,19 +201,23 @@ class Term:
     """One block's part of the objective: A's block times B's, each moving axis through its group's matrix.
 
     Attributes:
-        factors: (group, axes of its matrix, axes of the running product before, and after) for each moving axis, those
-            inside others first. Axes are numbered: new indices from 0, old ones from the number of leaves.
+        factors: (name of its matrix, axes of that, axes of the running product before, and after) for each moving axis,
+            those inside others first. Axes are numbered: new indices from 0, old ones from the number of leaves.
+
+    Args:
+        block: the block.
+        names: for each axis the name of the matrix that it goes through, None where it stays put.
     """
 
-    def __init__(self, block: Block, spec: PermutationSpec, moving: frozenset[str]) -> None:
+    def __init__(self, block: Block, names: Sequence[str | None]) -> None:
         self.block = block
         leaves = block.leaves
         count = len(leaves)
 
         def labels(axis: int) -> list[int]:
-            return [axis, count + axis] if leaves[axis].group in moving else [axis]
+            return [axis, count + axis] if names[axis] is not None else [axis]
 
-        axes = [axis for axis in range(count) if leaves[axis].group in moving]
+        axes = [axis for axis in range(count) if names[axis] is not None]
         # An axis with others inside it gives up its old index only once they no longer need it; until then both stand.
         # Those that have nothing to do with any other come first, while the product is smallest.
         axes.sort(
@@ -200,9 +229,9 @@ class Term:
         for axis in axes:
             matrix = [label for parent in leaves[axis].parents for label in labels(parent)] + labels(axis)
             after = [label for label in dict.fromkeys([*present, *matrix]) if label != count + axis]
-            group = leaves[axis].group
-            assert group is not None
-            self.factors.append((group, matrix, present, after))
+            name = names[axis]
+            assert name is not None
+            self.factors.append((name, matrix, present, after))
             present = after
 
     def value(self, compared: Pair, matrices: Matrices) -> torch.Tensor:
@@ -222,8 +251,8 @@ class Term:
 
     def _product(self, tensor: torch.Tensor, matrices: Matrices) -> torch.Tensor:
         product = self.block.view(tensor)
-        for group, matrix, before, after in self.factors:
-            product = torch.einsum(product, before, matrices[group], matrix, after)
+        for name, matrix, before, after in self.factors:
+            product = torch.einsum(product, before, matrices[name], matrix, after)
         return product
 
 
@@ -237,7 +266,7 @@ class RelaxedAscent:
     Args:
         relaxation: what to climb.
         solver: for the assignments.
-        start: where to begin.
+        start: the matrices to begin with; the barycentre by default.
         max_steps, tolerance: as in `FrankWolfe`.
         started: what the seconds in the records are counted from.
     """
@@ -246,7 +275,7 @@ class RelaxedAscent:
         self,
         relaxation: Relaxation,
         solver: Solver = "auto",
-        start: Permutation | Literal["identity", "barycentre"] = "barycentre",
+        start: Matrices | None = None,
         max_steps: int = 50,
         tolerance: float = 1e-4,
         started: float | None = None,
@@ -254,10 +283,7 @@ class RelaxedAscent:
         self.relaxation, self.compared, self.solver = relaxation, relaxation.compared, solver
         self.max_steps, self.tolerance = max_steps, tolerance
         self.started = time.perf_counter() if started is None else started
-        if start == "barycentre":
-            self.matrices = relaxation.barycentre()
-        else:
-            self.matrices = relaxation.corner(start.arrays if isinstance(start, Permutation) else {})
+        self.matrices = relaxation.barycentre() if start is None else start
         self.value = self.gap = math.nan
         self.history: list[Sweep] = []
         self.outcome: Outcome = "sweep limit"
@@ -272,7 +298,7 @@ class RelaxedAscent:
         try:
             self.value, slope = relaxation.value_and_slope(self.matrices)
             while True:
-                towards = relaxation.best_corner(slope, self.solver)
+                towards = relaxation.best_corner(slope, self.solver, self.matrices)
                 direction = {name: towards[name] - matrix for name, matrix in self.matrices.items()}
                 self.gap = sum(float((slope[name] * step).sum(dtype=torch.float64)) for name, step in direction.items())
                 if self.gap <= self.tolerance * relaxation.size:

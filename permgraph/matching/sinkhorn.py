@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -25,6 +25,7 @@ from permgraph.conventions.outcomes import Outcome
 from permgraph.conventions.renamed import renamed
 from permgraph.errors import NonFiniteError, PermgraphError
 from permgraph.matching.balance import balance
+from permgraph.matching.general.kept import kept_part, on_top
 from permgraph.matching.matcher import NOTHING_TO_PERMUTE, Matcher, MatchResult, Progress, Sweep, moved_between
 from permgraph.matching.problem.objective import Pair, pair
 from permgraph.matching.relaxation import Matrices, Relaxation
@@ -33,6 +34,7 @@ from permgraph.networks.batches import Loader, Loss, MakeOptimizer, batches, req
 from permgraph.networks.blended import MIDPOINT, Between
 from permgraph.spec.permutation import Permutation
 from permgraph.spec.spec import PermutationSpec
+from permgraph.spec.transformation import Transformation
 from permgraph.weights.state_dict import STATISTICS, StateDict
 
 log = logging.getLogger(__name__)
@@ -65,6 +67,11 @@ class Sinkhorn(Matcher):
     identity and, unless `matcher` is None, of plain weight matching and weight matching from the best of them. So the
     result is never worse than these.
 
+    Over general symmetries (`auto_spec(model, symmetry="general")`) matrices, scales and signs are kept as weight
+    matching over the whole group leaves them, or as a `Transformation` given as `init` has them. What is relaxed are
+    the permutations of the groups on which no matrices act, with both models in A's gauge and balanced; the objective
+    before is then that of the kept part.
+
     Args:
         objective: what to minimise. "l2": the squared distance of the weights, which needs no data. "midpoint": the
             loss of the network halfway between A and B. "random": that at points of the line from A to B drawn anew in
@@ -80,7 +87,8 @@ class Sinkhorn(Matcher):
         round_every: steps from one rounding to the next.
         max_batches: measure each permutation on the first so many batches of the loader; None for all.
         init: where to begin: "barycentre", all entries equal; "identity"; "matched", where weight matching ends; or a
-            `Permutation` of the spec. The last three begin with half of each row's weight on that permutation.
+            `Permutation` of the spec. The last three begin with half of each row's weight on that permutation. Or a
+            `Transformation` of a general spec, to be kept.
         ignore: for "l2", patterns (as in `fnmatch`) of names that are permuted, but do not count.
         matcher: the weight matching to compare with and to go on by; None for none. Its solver and dtype are those of
             the relaxation as well.
@@ -101,6 +109,8 @@ class Sinkhorn(Matcher):
         [1, 2, 0]
     """
 
+    general: ClassVar[bool] = True
+
     objective: Literal["l2", "midpoint", "random"] = "l2"
     loader: Loader | None = None
     loss: Loss = nn.functional.cross_entropy
@@ -110,7 +120,7 @@ class Sinkhorn(Matcher):
     iterations: int = 20
     round_every: int = 20
     max_batches: int | None = 32
-    init: Permutation | Literal["barycentre", "identity", "matched"] = "barycentre"
+    init: Permutation | Transformation | Literal["barycentre", "identity", "matched"] = "barycentre"
     ignore: Sequence[str] = STATISTICS
     matcher: WeightMatching | None = field(default_factory=WeightMatching)
     models: tuple[nn.Module, nn.Module] | None = field(default=None, repr=False)
@@ -170,6 +180,18 @@ class Sinkhorn(Matcher):
         """
         started = time.perf_counter()
         self.require_fit(spec, a, b)
+        if spec.general is not None:
+            matcher = WeightMatching(ignore=self.ignore) if self.matcher is None else self.matcher
+            init = None if isinstance(self.init, str) else self.init
+            kept = kept_part(matcher, init, a, b, spec, seed, self.models)
+            if isinstance(kept, MatchResult):
+                return kept
+            above = replace(
+                self,
+                init=self.init if isinstance(self.init, str) else "identity",
+                matcher=None if self.matcher is None else on_top(matcher, spec, kept),
+            )
+            return kept.result(above.match(kept.a, kept.b, kept.spec, seed, progress), started)
         task = _Weights(self, a, b, spec) if not self.needs_models else _Line(self, a, b, spec)
         with seeded(seed, task.device), torch.enable_grad():  # the caller may have switched gradients off
             return self._search(task, a, b, seed, progress, started)
@@ -201,6 +223,7 @@ class Sinkhorn(Matcher):
                 details["matched"] = keep_if_better(matched)
                 if plain.outcome == "interrupted":  # it swallowed Ctrl-C, which was for the whole run
                     raise KeyboardInterrupt
+            assert not isinstance(self.init, Transformation)  # of a general spec, for which see `match`
             start = matched if self.init == "matched" else self.init
             if isinstance(start, Permutation):
                 keep_if_better(start)

@@ -9,7 +9,7 @@ import logging
 import os
 import time
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from permgraph.conventions.outcomes import Outcome
 from permgraph.conventions.renamed import renamed
 from permgraph.errors import NonFiniteError, PermgraphError
+from permgraph.matching.general.kept import kept_part, on_top, permutation_of
 from permgraph.matching.matcher import Matcher, MatchResult, Progress, Sweep, moved_between
 from permgraph.matching.projection_interval import counted, steps_between
 from permgraph.matching.run_checkpoint import described, digest, read_run, write_run
@@ -27,6 +28,7 @@ from permgraph.networks.batches import Loader, Loss, MakeOptimizer, batches, req
 from permgraph.networks.blended import Between
 from permgraph.spec.permutation import Permutation
 from permgraph.spec.spec import PermutationSpec
+from permgraph.spec.transformation import Transformation
 from permgraph.weights.state_dict import StateDict
 
 log = logging.getLogger(__name__)
@@ -58,6 +60,11 @@ class StraightThrough(Matcher):
     statistics are wrong at a midpoint. Everything but what the spec moves stands halfway between A and B too, integers
     as in A.
 
+    Over general symmetries (`auto_spec(model, symmetry="general")`) matrices, scales and signs are kept as weight
+    matching over the whole group leaves them, or as `init` has them. What is searched for are permutations of the
+    groups on which no matrices act, with both models in A's gauge and balanced, where the midpoint computes what it
+    does between A and the transformed B; the objective before is then that of the kept part.
+
     Args:
         loader: batches, read once for each epoch and for each measurement: a tuple whose last item is the targets and
             whose others are the inputs; or a mapping of keyword arguments, the targets under "labels". A list or a
@@ -72,7 +79,7 @@ class StraightThrough(Matcher):
         max_batches: measure each candidate on the first so many batches of the loader; None for all.
         matcher: the weight matching that projects. Its `init` serves for the first projection.
         init: a permutation to measure and to project from at first, to go on where another run stopped. The free
-            weights and the optimizer start afresh.
+            weights and the optimizer start afresh. Of a general spec, the element to keep and to begin with.
         free_weights: where they begin. "a", as in the paper: at A, so that the first projection is plain weight
             matching, and the search goes on from there. "b": at B as `init` permutes it, or as it is; a search that
             owes nothing to weight matching, and does not measure it.
@@ -99,6 +106,8 @@ class StraightThrough(Matcher):
         True
     """
 
+    general: ClassVar[bool] = True
+
     loader: Loader
     loss: Loss = nn.functional.cross_entropy
     optimizer: MakeOptimizer = adam
@@ -106,7 +115,7 @@ class StraightThrough(Matcher):
     project_every: int | None = None
     max_batches: int | None = 32
     matcher: WeightMatching = field(default_factory=WeightMatching)
-    init: Permutation | None = None
+    init: Permutation | Transformation | None = None
     free_weights: Literal["a", "b"] = "a"
     projection_sweeps: int | None = 1
     checkpoint: str | os.PathLike[str] | None = None
@@ -162,6 +171,12 @@ class StraightThrough(Matcher):
         """
         started = time.perf_counter()
         self.require_fit(spec, a, b)
+        if spec.general is not None:
+            kept = kept_part(self.matcher, self.init, a, b, spec, seed, self.models)
+            if isinstance(kept, MatchResult):
+                return kept
+            above = replace(self, init=None, matcher=on_top(self.matcher, spec, kept))
+            return kept.result(above.match(kept.a, kept.b, kept.spec, seed, progress), started)
         run = _Run(self, a, b, spec, seed, started)
         with seeded(seed, run.midpoint.device), torch.enable_grad():  # the caller may have switched gradients off
             return run.search(progress)
@@ -181,7 +196,7 @@ class _Run:
     ) -> None:
         self.settings, self.spec, self.seed, self.started = settings, spec, seed, started
         assert settings.models is not None
-        self.init = spec.identity() if settings.init is None else settings.init
+        self.init: Permutation = spec.identity() if settings.init is None else permutation_of(settings.init)
         device = None if settings.accelerator is None else settings.accelerator.device
         self.midpoint = Between(settings.models[0], a, b, spec, settings.loss, device)
         own = self.midpoint.model.named_parameters(remove_duplicate=False)
@@ -242,7 +257,8 @@ class _Run:
             self.now = self.init
             self._keep_if_better(self.now)
             return
-        matcher, init = self.settings.matcher, self.settings.init
+        matcher = self.settings.matcher
+        init = None if self.settings.init is None else self.init
         self.now = self._nearest(matcher if init is None else replace(matcher, init=init), self.seed)
         for candidate in (self.now, *(() if init is None else (init,))):
             self._keep_if_better(candidate)

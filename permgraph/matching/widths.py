@@ -1,5 +1,8 @@
 """Matching of networks whose groups differ in size: every group is filled up with zeros to the greater of the two.
 
+A group of matrices, such as a stream between norms, is embedded in the wider one by an isometry instead, and the polar
+factor of the Gram matrix turns it from there: together a rectangular one.
+
 An index of A that falls to one of the added zeros of B has no partner, and so has an index of B beyond A's. Between one
 and the other the assignment is the rectangular one: which of the wider network's indices stay alone is part of what is
 chosen.
@@ -8,18 +11,22 @@ chosen.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
+from permgraph.conventions.choices import require_choice
 from permgraph.errors import MismatchError
+from permgraph.matching.general.widening import Norms, embedded, factor_of
 from permgraph.matching.matcher import MatchResult, Progress, SupportsMatch
 from permgraph.matching.weight_matching import WeightMatching
 from permgraph.spec.binding import IntArray
 from permgraph.spec.expressions import Axis, Family, Fixed, Label, Product, Ref, Sum, size_of
+from permgraph.spec.general import General
 from permgraph.spec.permutation import Permutation, old_parents
 from permgraph.spec.spec import PermutationSpec
+from permgraph.spec.transformation import Transformation
 
 
 @dataclass(frozen=True)
@@ -31,8 +38,10 @@ class PartialMatch:
         permutation: of B as filled up, an element of the common spec's group.
         state_dict: B filled up with zeros and renumbered. Where no group of B is wider than A's it has A's shapes.
         partners: for each moving group, integers (*sizes of A's parents, size in A): B's index that was matched to A's,
-            or -1 where there is none.
+            or -1 where there is none. Groups of matrices have none.
         result: what the matcher reported of the common problem.
+        transformation: over general symmetries the element of which the permutation is a part.
+        factors: for each group of matrices that is narrower in B, what its stream was multiplied with.
     """
 
     spec: PermutationSpec
@@ -40,6 +49,8 @@ class PartialMatch:
     state_dict: dict[str, torch.Tensor]
     partners: Mapping[str, IntArray]
     result: MatchResult
+    transformation: Transformation | None = None
+    factors: Mapping[str, float] = field(default_factory=dict)
 
 
 def match_widths(
@@ -49,6 +60,7 @@ def match_widths(
     spec_b: PermutationSpec,
     matcher: SupportsMatch | None = None,
     *,
+    norms: Norms | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> PartialMatch:
@@ -56,16 +68,26 @@ def match_widths(
 
     The added indices read and write zeros, so that B as filled up computes what it did wherever a unit without inputs
     or outputs is without effect. That is so between linear layers and convolutions, and for BatchNorm; it is not where
-    a norm or a mean runs over the group itself, as LayerNorm's over a residual stream does.
+    a norm or a mean runs over the group itself, as LayerNorm's over a residual stream does, nor where the code takes a
+    factor from a size, as attention does from that of a head.
+
+    Over general symmetries, groups on which orthogonal matrices act are embedded isometrically instead, and B as
+    embedded computes what it did with norms over them too; the result has A's gains.
 
     Args:
         a, b: the two state dicts.
         spec_a, spec_b: what `auto_spec` finds for each; they must have the same groups and axes but for sizes.
-        matcher: `WeightMatching()` by default, or any that needs nothing but weights.
+        matcher: `WeightMatching()` by default, or any that needs nothing but weights. One that knows permutations alone
+            is given these of general specs.
+        norms: how the norms over a group of orthogonal matrices add squares up: by their "mean", as LayerNorm and
+            RMSNorm do, so that a stream grows with the root of its width; or by their "sum", as cosine similarity and
+            inner products of a stream do, so that it stays. Not in a spec; by default "mean" where the norms have gains
+            or take the mean off.
         seed, progress: as in `align`.
 
     Raises:
-        MismatchError: the two differ in more than the sizes of groups; the message names the first difference.
+        MismatchError: the two differ in more than the sizes of groups; the message names the first difference. Or
+            groups of rotary pairs differ in size, or a gain is zero between which matrices act.
 
     Example:
         >>> text = "w 3x2 h . | v 1x3 . h | groups: h 3".replace(" | ", chr(10))
@@ -76,12 +98,30 @@ def match_widths(
         >>> match_widths(a, b, wide, narrow).partners["h"].tolist()
         [1, -1, 0]
     """
+    matcher = WeightMatching() if matcher is None else matcher
+    if not getattr(matcher, "general", False):
+        spec_a, spec_b = spec_a.permutations(), spec_b.permutations()
     spec = common_spec(spec_a, spec_b)
     wide_a, wide_b = fill_up(a, spec_a, spec), fill_up(b, spec_b, spec)
-    result = (WeightMatching() if matcher is None else matcher).match(wide_a, wide_b, spec, seed, progress)
-    permutation = result.permutation
-    partners = {name: _partners(permutation, name, spec_a, spec_b) for name in spec.moving}
-    return PartialMatch(spec, permutation, permutation.apply(wide_b), partners, result)
+    factors: dict[str, float] = {}
+    if spec.general is not None:
+        if norms is not None:
+            require_choice("norms", norms, "mean", "sum")
+        of_a, factors = (
+            {n: factor_of(own, spec, n, norms) for n, g in own.groups.items() if g.size != spec.groups[n].size}
+            for own in (spec_a, spec_b)
+        )
+        wide_a, wide_b = embedded(wide_a, spec_a, spec, of_a), embedded(wide_b, spec_b, spec, factors)
+    result = matcher.match(wide_a, wide_b, spec, seed, progress)
+    partners = {
+        name: _partners(result.permutation, name, spec_a, spec_b)
+        for name, group in spec.moving.items()
+        if not group.structure.linear
+    }
+    factors = {name: factor for name, factor in factors.items() if spec.groups[name].structure.linear}
+    return PartialMatch(
+        spec, result.permutation, result.element.apply(wide_b), partners, result, result.transformation, factors
+    )
 
 
 def common_spec(spec_a: PermutationSpec, spec_b: PermutationSpec) -> PermutationSpec:
@@ -90,6 +130,8 @@ def common_spec(spec_a: PermutationSpec, spec_b: PermutationSpec) -> Permutation
     Raises:
         MismatchError: the two differ in more than the sizes of groups.
     """
+    if spec_a.symmetry != spec_b.symmetry:
+        raise MismatchError("one of the specs is of general symmetries and the other of permutations alone")
     if list(spec_a.groups) != list(spec_b.groups):
         different = sorted(set(spec_a.groups) ^ set(spec_b.groups)) or "the order of their names"
         raise MismatchError(f"A and B have different groups, so that there is nothing to match by size: {different}")
@@ -109,7 +151,15 @@ def common_spec(spec_a: PermutationSpec, spec_b: PermutationSpec) -> Permutation
     for name in spec_b.axes:
         if name not in spec_a.axes:
             raise MismatchError(f"A has no {name!r}, which B has with shape {spec_b.shapes[name]}")
-    return PermutationSpec(groups, spec_a.axes, aliases=spec_a.aliases, model_class=spec_a.model_class)
+    if spec_a.general is None or spec_b.general is None:
+        return PermutationSpec(groups, spec_a.axes, aliases=spec_a.aliases, model_class=spec_a.model_class)
+    for name in (*spec_a.general.actions, *spec_b.general.actions):
+        if spec_a.general.actions.get(name) != spec_b.general.actions.get(name):
+            raise MismatchError(f"the symmetries of A act on {name!r} otherwise than those of B")
+    return PermutationSpec(
+        groups, spec_a.axes, aliases=spec_a.aliases, model_class=spec_a.model_class,
+        general=General(spec_a.general.actions, spec_a.general.reasons),
+    )  # fmt: skip
 
 
 def fill_up(

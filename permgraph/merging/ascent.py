@@ -21,8 +21,9 @@ from permgraph.errors import MismatchError, PermgraphError
 from permgraph.matching import MatchResult, WeightMatching
 from permgraph.matching.matcher import SupportsMatch, runs_networks
 from permgraph.merging.compared import Compared
-from permgraph.merging.result import Models, Progress, Round
+from permgraph.merging.result import Found, Models, Progress, Round
 from permgraph.spec.permutation import Permutation
+from permgraph.spec.transformation import Transformation
 from permgraph.weights.combine import average
 
 log = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ class Rounds(ABC):
 
     def __init__(self, models: Models, rng: np.random.Generator, started: float) -> None:
         self.models, self.rng, self.started = models, rng, started
-        self.permutations = [models.spec.identity()] * len(models)
+        self.permutations: list[Any] = [models.spec.identity()] * len(models)
         self.history: list[Round] = []
         self.outcome: Outcome = "sweep limit"
         self.moving: list[int] = []  # the models that have moved in the present round
@@ -73,7 +74,13 @@ class Rounds(ABC):
 
 
 class Ascent(Rounds):
-    """A run over models in memory, which holds the models at their present permutations."""
+    """A run over models in memory, which holds the models at their present permutations.
+
+    Attributes:
+        least_gain: what a matcher of another objective must report for a step to count, relative to the objective.
+    """
+
+    least_gain = 0.0
 
     def __init__(self, models: Models, matcher: SupportsMatch, rng: np.random.Generator, started: float) -> None:
         super().__init__(models, rng, started)
@@ -86,7 +93,7 @@ class Ascent(Rounds):
         """The sum over all pairs of models of the inner products of their permuted weights."""
         return self.compared.pairs(self.moved)
 
-    def put(self, number: int, permutation: Permutation) -> None:
+    def put(self, number: int, permutation: Permutation | Transformation) -> None:
         """Give one model this permutation, from the numbering in which it was given."""
         self.permutations[number] = permutation
         self.moved[number] = permutation.apply(self.models.states[number])
@@ -120,18 +127,34 @@ class Ascent(Rounds):
 
     def _take(self, result: MatchResult, others: Mapping[str, Any], number: int) -> bool:
         """Give a model the permutation that a matcher has chosen for it, if that is better; whether it is."""
-        if result.permutation.is_identity:
+        if result.element.is_identity:
             return False
-        new = result.permutation.apply(self.moved[number])
+        new = result.element.apply(self.moved[number])
         if self.compared.linear:
             # In float64, where the matcher's own figures may be of float32.
             if not self.compared.rises(others, self.moved[number], new):
                 return False
-        elif result.objective <= result.objective_before:
+        elif result.objective - result.objective_before <= self.least_gain * abs(result.objective):
             return False
-        self.permutations[number] = result.permutation @ self.permutations[number]
+        self.permutations[number] = result.element @ self.permutations[number]
         self.moved[number] = new
         return True
+
+    def join(self, number: int, joined: Sequence[int], matcher: SupportsMatch) -> None:
+        """Match one model to the mean of those that have joined.
+
+        Raises:
+            KeyboardInterrupt: the matcher was interrupted; the best that it had found is kept.
+        """
+        target = average([self.moved[other] for other in joined])
+        result = matcher.match(target, self.moved[number], self.models.spec, int(self.rng.integers(2**31)))
+        self.put(number, result.permutation)
+        if result.outcome == "interrupted":
+            raise KeyboardInterrupt
+
+    def found(self, runs: Sequence[float] = (), notes: Sequence[str] = ()) -> Found:
+        """What the run has come to."""
+        return Found(tuple(self.permutations), self.outcome, tuple(self.history), tuple(runs), tuple(notes))
 
     def match(self, target: Mapping[str, Any], number: int) -> MatchResult:
         """What the matcher makes of one model, at its present permutation, and a target."""
@@ -165,4 +188,9 @@ def require_plain(matcher: WeightMatching) -> None:
     if matcher.objective != "inner" or matcher.weights is not None:
         raise PermgraphError(
             "the sum over pairs is one of plain inner products: matcher must have objective='inner' and no weights"
+        )
+    if runs_networks(matcher):
+        raise PermgraphError(
+            "the models are compared by their weights alone: matcher must have no loader; ToReference and MergeMany "
+            "take one"
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,17 +39,7 @@ class Compared:
 
     def pairs(self, states: Sequence[Mapping[str, Any]]) -> float:
         """The sum over all pairs of states of their inner products, in float64."""
-        total = 0.0
-        for name in self.names:
-            # The square of a sum holds each product of two different ones twice.
-            whole = torch.zeros_like(as_real(states[0][name]), dtype=torch.float64)
-            own = 0.0
-            for state in states:
-                tensor = as_real(state[name]).double()
-                whole += tensor
-                own += float(tensor.square().sum())
-            total += (float(whole.square().sum()) - own) / 2
-        return total
+        return sum_over_pairs(self.names, states)
 
     def rises(self, others: Mapping[str, Any], old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
         """Whether the inner product with ``others`` is greater for ``new`` than for ``old``, by more than rounding."""
@@ -60,6 +50,21 @@ class Compared:
             gain += float(products.sum())
             size += float(products.abs().sum())
         return gain > _ROUNDING * size
+
+
+def sum_over_pairs(names: Iterable[str], states: Sequence[Mapping[str, Any]]) -> float:
+    """The sum over all pairs of states of the inner products of these tensors, in float64."""
+    total = 0.0
+    for name in names:
+        # The square of a sum holds each product of two different ones twice.
+        whole = torch.zeros_like(as_real(states[0][name]), dtype=torch.float64)
+        own = 0.0
+        for state in states:
+            tensor = as_real(state[name]).double()
+            whole += tensor
+            own += float(tensor.square().sum())
+        total += (float(whole.square().sum()) - own) / 2
+    return total
 
 
 def require_all_finite(states: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -20,9 +20,11 @@ from permgraph.conventions.outcomes import Outcome
 from permgraph.conventions.renamed import renamed
 from permgraph.errors import PermgraphError
 from permgraph.matching import WeightMatching
-from permgraph.matching.problem.objective import pair
+from permgraph.matching.general.relaxation import GeneralRelaxation
+from permgraph.matching.problem.objective import Pair, pair
 from permgraph.matching.relaxation import Matrices, Relaxation, highest_point
-from permgraph.merging.ascent import Ascent, require_plain
+from permgraph.merging.ascent import require_plain
+from permgraph.merging.general import Run, ascent_of
 from permgraph.merging.result import Found, Models, Progress, Round
 from permgraph.spec.permutation import Permutation
 
@@ -53,6 +55,9 @@ class FrankWolfeMany:
         max_rounds: of that.
         matcher: the weight matching that rounds and polishes. Its objective must be "inner", and without weights.
 
+    Over general symmetries the models are compared without gains and balanced, and each structure is relaxed as in
+    `FrankWolfe`; the result is in the gauge of the first model, as that of `CycleConsistent`.
+
     The history holds a `Round` for each step with the relaxed objective, and then those of the polish. Where rounding
     ends below the models as they were given, these are kept, and a note says so.
 
@@ -65,6 +70,8 @@ class FrankWolfeMany:
         >>> (found.pairwise(0, 1) @ found.pairwise(1, 2) @ found.pairwise(2, 0)).is_identity
         True
     """
+
+    general: ClassVar[bool] = True
 
     max_steps: int = 50
     tolerance: float = 1e-4
@@ -105,19 +112,19 @@ class FrankWolfeMany:
             run.climb(self.max_rounds, later)
             outcome = run.outcome
         polished = [replace(found, number=len(climb.history) + found.number) for found in run.history]
-        return Found(tuple(run.permutations), outcome, (*climb.history, *polished), (run.objective,), notes)
+        return replace(run.found((run.objective,), notes), outcome=outcome, history=(*climb.history, *polished))
 
-    def _rounded(self, climb: _Climb, rng: np.random.Generator) -> tuple[Ascent, tuple[str, ...]]:
-        """The models at the permutations nearest to the matrices, or as they were given where those are better."""
+    def _rounded(self, climb: _Climb, rng: np.random.Generator) -> tuple[Run, tuple[str, ...]]:
+        """The models at the elements nearest to the matrices, or as they were given where those are better."""
         matcher = replace(self.matcher, init="identity", restarts=1)
-        run = Ascent(climb.models, matcher, rng, climb.started)
+        run = ascent_of(climb.models, matcher, rng, climb.started)
         given = run.objective
-        for number, permutation in enumerate(climb.rounded()):
-            run.put(number, permutation)
+        for number, element in enumerate(climb.rounded()):
+            run.put(number, element)
         note = f"Frank-Wolfe: {len(climb.history)} steps to {climb.value:.6g}, {run.objective:.6g} once rounded"
         if run.objective >= given:
             return run, (note,)
-        kept = Ascent(climb.models, matcher, rng, climb.started)
+        kept = ascent_of(climb.models, matcher, rng, climb.started)
         return kept, (note, "rounding ended below the models as they were given, which are kept")
 
 
@@ -128,12 +135,9 @@ class _Climb:
         self, settings: FrankWolfeMany, models: Models, fixed: int, started: float, progress: Progress | None
     ) -> None:
         self.settings, self.models, self.started, self.progress = settings, models, started, progress
-        first = models.states[0]
-        options = {"ignore": settings.matcher.ignore, "dtype": settings.matcher.dtype}
-        pairs = [pair(first, state, models.spec, **options) for state in models.states]  # type: ignore[arg-type]
         # What each is matched to is the sum of the others, which changes with every step: hence one pair for each.
-        self.pairs = [replace(compared, a=dict(compared.b)) for compared in pairs]
-        self.relaxations = [Relaxation(compared, models.spec) for compared in self.pairs]
+        self.pairs = [Pair(dict(tensors), dict(tensors)) for tensors in self._tensors()]
+        self.relaxations = [self._relaxation(compared) for compared in self.pairs]
         self.size = sum(
             float(torch.linalg.vector_norm(one.b[name])) * float(torch.linalg.vector_norm(other.b[name]))
             for at, one in enumerate(self.pairs)
@@ -141,12 +145,28 @@ class _Climb:
             for name in one.b
         )
         self.matrices = [
-            relaxation.barycentre() if settings.init == "barycentre" and number != fixed else relaxation.corner({})
+            relaxation.barycentre() if settings.init == "barycentre" and number != fixed else relaxation.identity()
             for number, relaxation in enumerate(self.relaxations)
         ]
         self.images = [self._image(number, self.matrices[number]) for number in range(len(models))]
         self.value = self._value(self.images)
         self.history: list[Round] = []
+
+    def _tensors(self) -> list[Mapping[str, torch.Tensor]]:
+        """What is compared of each model; over general symmetries without gains and balanced."""
+        models, matcher = self.models, self.settings.matcher
+        if models.spec.general is not None:
+            return [written.tensors for written in models.written(matcher.ignore, matcher.dtype)]
+        first = models.states[0]
+        return [
+            pair(first, state, models.spec, ignore=matcher.ignore, dtype=matcher.dtype).b for state in models.states
+        ]
+
+    def _relaxation(self, compared: Pair) -> Relaxation:
+        models, matcher = self.models, self.settings.matcher
+        if models.spec.general is None:
+            return Relaxation(compared, models.spec)
+        return GeneralRelaxation(compared, models.written(matcher.ignore, matcher.dtype)[0].acting)
 
     def run(self) -> Outcome:
         """Step until the slope promises nothing, or the limit, or Ctrl-C."""
@@ -155,8 +175,8 @@ class _Climb:
             while True:
                 slopes = [self._slope(number) for number in range(len(self.models))]
                 towards = [
-                    relaxation.best_corner(slope, self.settings.matcher.solver)
-                    for relaxation, slope in zip(self.relaxations, slopes, strict=True)
+                    relaxation.best_corner(slope, self.settings.matcher.solver, here)
+                    for relaxation, slope, here in zip(self.relaxations, slopes, self.matrices, strict=True)
                 ]
                 ways = [
                     {name: goal[name] - matrix for name, matrix in now.items()}
@@ -195,10 +215,13 @@ class _Climb:
             self.progress(self.history[-1])
         return True
 
-    def rounded(self) -> list[Permutation]:
-        """The permutations nearest to the matrices."""
+    def rounded(self) -> list[Any]:
+        """The permutations, or elements, nearest to the matrices."""
+        solver = self.settings.matcher.solver
         return [
-            Permutation(self.models.spec, relaxation.round(matrices, self.settings.matcher.solver))
+            relaxation.round_to_element(matrices, solver)
+            if isinstance(relaxation, GeneralRelaxation)
+            else Permutation(self.models.spec, relaxation.round(matrices, solver))
             for relaxation, matrices in zip(self.relaxations, self.matrices, strict=True)
         ]
 
@@ -209,9 +232,10 @@ class _Climb:
         """The relaxed model. It is the derivative of its inner product with any other by that other."""
         compared, relaxation = self.pairs[number], self.relaxations[number]
         leaves = {name: torch.zeros_like(tensor).requires_grad_() for name, tensor in compared.b.items()}
+        seen = relaxation.through(matrices)
         with torch.enable_grad():
             for term in relaxation.terms:
-                term.value(replace(compared, a=leaves), matrices).backward()  # type: ignore[no-untyped-call]
+                term.value(replace(compared, a=leaves), seen).backward()  # type: ignore[no-untyped-call]
         return {name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in leaves.items()}
 
     def _slope(self, number: int) -> Matrices:

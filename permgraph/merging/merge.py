@@ -12,12 +12,15 @@ from torch import nn
 
 from permgraph.errors import MismatchError
 from permgraph.matching import Matcher
-from permgraph.merging.compared import Compared, require_all_finite
+from permgraph.merging.compared import Compared, require_all_finite, sum_over_pairs
 from permgraph.merging.methods import CycleConsistent
 from permgraph.merging.result import Merge, MergeMethod, Models, Progress
+from permgraph.spec.permutation import Permutation
 from permgraph.spec.spec import PermutationSpec
+from permgraph.spec.transformation import Transformation
 from permgraph.weights.combine import average, shares_of
 from permgraph.weights.distributed import gathered_state, redistributed_state
+from permgraph.weights.identity import SameTensor
 from permgraph.weights.state_dict import Network, check_same_keys, is_continuous, own_state
 
 log = logging.getLogger(__name__)
@@ -44,7 +47,9 @@ def merge(
             and dtype; the result has the first one's. Sharded tensors (DTensor) are gathered, and offloaded ones
             fetched; the result is sharded as the first is, and all processes must call this alike.
         method: how to choose the permutations: `CycleConsistent()` by default, `MergeMany` or `ToReference`.
-        spec: the symmetries; inferred from the first module. Of general ones, the permutations are used.
+        spec: the symmetries; inferred from the first module. Over general ones (`auto_spec(model,
+            symmetry="general")`) all models are brought into the gauge of the first, or of the reference; a method, or
+            a matcher in it, that knows permutations alone is given these, and a note says so.
         example_inputs, example_kwargs: arguments of forward to infer the symmetries on; found if neither is given.
         weights: how much each model counts in the mean, not in the choice of permutations; scaled to a sum of 1.
         seed: for all random choices.
@@ -54,6 +59,7 @@ def merge(
         MismatchError: fewer than two models, or no list of them; something else than a method; models that differ in
             their parameters or symmetries, or do not fit the spec; state dicts without a spec; weights that do not
             fit. The message names the models by number, from 0.
+            A gain of a norm that is zero, where matrices act on its axis.
         NonFiniteError: a weight of a model is NaN or infinite.
 
     Example:
@@ -90,7 +96,11 @@ def merge(
 
     names = [f"model {number}" for number in range(len(networks))]
     spec, notes = agreed_spec(networks, names, spec, example_inputs, example_kwargs)
-    spec = spec.permutations()
+    if spec.general is not None and not getattr(method, "general", False):
+        inner = getattr(method, "matcher", None)
+        who = type(method).__name__ if inner is None else f"{type(method).__name__} with {type(inner).__name__}"
+        notes = (*notes, f"{who} knows permutations alone: what else the spec allows stays at rest")
+        spec = spec.permutations()
     for number, state in enumerate(states):
         try:
             spec.check(state)
@@ -101,13 +111,24 @@ def merge(
     working = tuple(_working(state, states[0]) for state in states)
     models_given = Models(working, spec, tuple(modules) if len(modules) == len(networks) else None)
     result = method.find(models_given, seed, progress)
-    moved = [p.apply(state) for p, state in zip(result.permutations, states, strict=True)]
-    objective = compared.pairs([p.apply(state) for p, state in zip(result.permutations, working, strict=True)])
+    elements: tuple[Permutation | Transformation, ...] = result.elements
+    renumbered = [p.apply(state) for p, state in zip(elements, working, strict=True)]
+    if spec.general is None:
+        before, objective = compared.pairs(working), compared.pairs(renumbered)
+        del renumbered  # permutations move tensors of any type as they are
+        moved = [p.apply(state) for p, state in zip(result.permutations, states, strict=True)]
+        mean = average(moved, shares)
+    else:
+        written = models_given.written()
+        own = written[result.reference]
+        before = sum_over_pairs(own.tensors, [each.tensors for each in written])
+        objective = sum_over_pairs(own.tensors, [own.image(state) for state in renumbered])
+        mean = _in_types_of(average(renumbered, shares), states[0])
     merged = Merge(
-        state_dict=redistributed_state(average(moved, shares), given[0]),
+        state_dict=redistributed_state(mean, given[0]),
         permutations=result.permutations,
         objective=objective,
-        objective_before=compared.pairs(working),
+        objective_before=before,
         outcome=result.outcome,
         history=result.history,
         runs=result.runs or (objective,),
@@ -115,6 +136,7 @@ def merge(
         seed=seed,
         seconds=time.perf_counter() - started,
         notes=(*result.notes, *notes),
+        transformations=result.transformations,
         _module=modules[0] if modules else None,
     )
     log.info("%s", merged)
@@ -128,12 +150,26 @@ def _state(network: object, number: int) -> Mapping[str, Any]:
 
 
 def _working(state: Mapping[str, Any], first: Mapping[str, Any]) -> dict[str, Any]:
-    """A state dict to compute with: on the first one's devices, in float32 or better."""
-    result = {}
+    """A state dict to compute with: on the first one's devices, in float32 or better; ties are kept."""
+    result: dict[str, Any] = {}
+    same = SameTensor()
     for name, value in state.items():
         if isinstance(value, torch.Tensor):
+            tied = same.first_name(name, value)
+            if tied != name:
+                result[name] = result[tied]
+                continue
             value = value.detach().to(first[name].device)
             if is_continuous(value):
                 value = value.to(torch.promote_types(value.dtype, torch.float32))
         result[name] = value
     return result
+
+
+def _in_types_of(state: Mapping[str, Any], first: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict in the types of another; tied names still share their tensor."""
+    cast: dict[int, torch.Tensor] = {}
+    return {
+        name: cast.setdefault(id(value), value.to(first[name].dtype)) if isinstance(value, torch.Tensor) else value
+        for name, value in state.items()
+    }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -15,8 +15,8 @@ from permgraph.errors import MismatchError, PermgraphError
 from permgraph.matching import WeightMatching
 from permgraph.matching.matcher import SupportsMatch, runs_networks
 from permgraph.merging.ascent import Ascent, require_modules, require_plain, require_rounds
+from permgraph.merging.general import ElementsAscent, Run, ascent_of
 from permgraph.merging.result import Found, Models, Progress, Round
-from permgraph.weights.combine import average
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class ToReference:
     """Bring every model to one of them, each on its own.
 
     The others never see each other, so what they share and the reference lacks is lost; the choice of the reference
-    matters. One match for each model but one.
+    matters. One match for each model but one. Over general symmetries all are brought into the reference's gauge.
 
     Args:
         index: the number of the model that stays as it is.
@@ -39,12 +39,21 @@ class ToReference:
     index: int = 0
     matcher: SupportsMatch = field(default_factory=WeightMatching)
 
+    @property
+    def general(self) -> bool:
+        """Whether it takes specs with general symmetries: where its matcher does."""
+        return bool(getattr(self.matcher, "general", False))
+
     def find(self, models: Models, seed: int = 0, progress: Progress | None = None) -> Found:
         """Find the permutation of each model; see `MergeMethod`."""
         if not 0 <= self.index < len(models):
             raise MismatchError(f"index={self.index}, but the models are 0 to {len(models) - 1}")
         started = time.perf_counter()
-        ascent = Ascent(models, self.matcher, np.random.default_rng(seed), started)
+        rng = np.random.default_rng(seed)
+        if models.spec.general is None:
+            ascent = Ascent(models, self.matcher, rng, started)
+        else:
+            ascent = ElementsAscent(models, self.matcher, rng, started, self.index)
         outcome: Outcome = "converged"
         try:
             for number in range(len(models)):
@@ -55,7 +64,7 @@ class ToReference:
                     modules = require_modules(models.modules, matcher)
                     matcher = matcher.with_models(modules[self.index], modules[number])
                 result = matcher.match(models.states[self.index], models.states[number], models.spec, seed)
-                ascent.put(number, result.permutation)
+                ascent.put(number, result.element)
                 if result.outcome == "interrupted":
                     raise KeyboardInterrupt
                 if result.outcome == "sweep limit":
@@ -64,10 +73,10 @@ class ToReference:
             ascent.stop()
             outcome = "interrupted"
         moved = tuple(number for number, permutation in enumerate(ascent.permutations) if not permutation.is_identity)
-        history = (Round(1, ascent.objective, moved, time.perf_counter() - started),)
+        ascent.outcome, ascent.history = outcome, [Round(1, ascent.objective, moved, time.perf_counter() - started)]
         if progress is not None:
-            progress(history[0])
-        return Found(tuple(ascent.permutations), outcome, history)
+            progress(ascent.history[0])
+        return ascent.found()
 
 
 @dataclass(frozen=True)
@@ -82,6 +91,8 @@ class MergeMany:
         max_rounds: stop after so many passes over the models.
         matcher: how to bring one model to the mean of the others. A matcher of another objective than the inner product
             is obeyed where it reports a gain; the rounds may then go on to the limit.
+
+    Over general symmetries the models are compared without their gains and balanced; see `CycleConsistent`.
 
     References:
         Ainsworth, Hayase & Srinivasa, "Git Re-Basin: Merging Models modulo Permutation Symmetries", 2022, Algorithm 2.
@@ -98,11 +109,16 @@ class MergeMany:
     def __post_init__(self) -> None:
         require_rounds(self.max_rounds)
 
+    @property
+    def general(self) -> bool:
+        """Whether it takes specs with general symmetries: where its matcher does."""
+        return bool(getattr(self.matcher, "general", False))
+
     def find(self, models: Models, seed: int = 0, progress: Progress | None = None) -> Found:
         """Find the permutation of each model; see `MergeMethod`."""
-        ascent = Ascent(models, self.matcher, np.random.default_rng(seed), time.perf_counter())
+        ascent = ascent_of(models, self.matcher, np.random.default_rng(seed), time.perf_counter())
         ascent.climb(self.max_rounds, progress)
-        return Found(tuple(ascent.permutations), ascent.outcome, tuple(ascent.history))
+        return ascent.found()
 
 
 @renamed(ascent="matcher", start="init")
@@ -116,6 +132,11 @@ class CycleConsistent:
     is climbed by exact coordinate steps, each of which raises it, over any spec: the models join one after another, in
     random order, each matched to the mean of those that have joined; then each in turn is matched to the mean of all
     others until none moves. No model is a reference.
+
+    Over general symmetries all models are compared without their gains and balanced, and the universe is one of
+    rotations, signs and permutations: with all others at rest, the best element of a model is the polar factor of a
+    sum of Gram matrices, or an assignment. The result is in the numbering and the gauge of the first model; the
+    function of the mean does not hang on which model that is.
 
     Args:
         max_rounds: stop after so many passes over the models, once all have joined.
@@ -133,6 +154,8 @@ class CycleConsistent:
         >>> (found.pairwise(0, 1) @ found.pairwise(1, 2) @ found.pairwise(2, 0)).is_identity
         True
     """
+
+    general: ClassVar[bool] = True
 
     max_rounds: int = 100
     restarts: int = 1
@@ -153,13 +176,13 @@ class CycleConsistent:
         started = time.perf_counter()
         climbing = replace(self.matcher, init="identity", restarts=1)
 
-        def start(stream: np.random.SeedSequence) -> Ascent:
-            return Ascent(models, climbing, np.random.default_rng(stream), started)
+        def start(stream: np.random.SeedSequence) -> Run:
+            return ascent_of(models, climbing, np.random.default_rng(stream), started)
 
         seeds = np.random.SeedSequence(seed)
         run = start(seeds)
         given = run.objective
-        best: Ascent | None = None
+        best: Run | None = None
         runs: list[float] = []
         try:
             for stream in seeds.spawn(self.restarts):
@@ -183,15 +206,11 @@ class CycleConsistent:
             best.outcome = "interrupted"
             runs = runs or [best.objective]
         assert best is not None
-        return Found(tuple(best.permutations), best.outcome, tuple(best.history), tuple(runs))
+        return best.found(runs)
 
-    def _join(self, run: Ascent) -> None:
+    def _join(self, run: Run) -> None:
         first, *rest = run.rng.permutation(len(run.models)).tolist()
         joined = [first]
         for number in rest:
-            target = average([run.moved[other] for other in joined])
-            result = self.matcher.match(target, run.moved[number], run.models.spec, int(run.rng.integers(2**31)))
-            run.put(number, result.permutation)
+            run.join(number, joined, self.matcher)
             joined.append(number)
-            if result.outcome == "interrupted":
-                raise KeyboardInterrupt

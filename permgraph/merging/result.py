@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import nn
 
 from permgraph.conventions.outcomes import Outcome
 from permgraph.errors import MismatchError
+from permgraph.matching.general.gauge import Written, require_both_real
 from permgraph.spec.permutation import Permutation
 from permgraph.spec.spec import PermutationSpec
+from permgraph.spec.transformation import Transformation
+from permgraph.weights.state_dict import STATISTICS
 
 
 @dataclass(frozen=True)
@@ -49,25 +53,67 @@ class Models:
     states: tuple[Mapping[str, Any], ...]
     spec: PermutationSpec
     modules: tuple[nn.Module, ...] | None = None
+    _written: dict[Any, tuple[Written, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.states)
 
+    def written(self, ignore: Iterable[str] = STATISTICS, dtype: torch.dtype | None = None) -> tuple[Written, ...]:
+        """Each model without gains and balanced, where the spec has general symmetries; worked out once and kept.
+
+        Args:
+            ignore: patterns of names that are no evidence.
+            dtype: in which to compute.
+
+        Raises:
+            MismatchError: a gain of a model has a zero; or a parameter is complex in some models only.
+            NonFiniteError: a weight is NaN or infinite.
+        """
+        key = tuple(ignore), dtype
+        if key not in self._written:
+            first = Written(self.spec, self.states[0], "model 0", ignore=key[0], dtype=dtype)
+            more = [
+                Written(self.spec, s, f"model {n}", ignore=key[0], dtype=first.dtype, like=first.tensors)
+                for n, s in enumerate(self.states[1:], start=1)
+            ]
+            for other in more:
+                require_both_real(first, other)
+            self._written[key] = (first, *more)
+        return self._written[key]
+
 
 @dataclass(frozen=True)
 class Found:
-    """The permutation of each model that a method found, and how it went."""
+    """The permutation of each model that a method found, and how it went.
+
+    Attributes:
+        permutations: for each model, what brings it to the numbering that all come to share.
+        outcome, history, runs, notes: as of `Merge`.
+        transformations: over general symmetries, for each model the element of which its permutation is a part.
+        reference: over these, the model in whose gauge and numbering they all end.
+    """
 
     permutations: tuple[Permutation, ...]
     outcome: Outcome
     history: tuple[Round, ...] = ()
     runs: tuple[float, ...] = ()
     notes: tuple[str, ...] = ()
+    transformations: tuple[Transformation, ...] | None = None
+    reference: int = 0
+
+    @property
+    def elements(self) -> tuple[Permutation, ...] | tuple[Transformation, ...]:
+        """What is to be applied to the models: transformations over general symmetries, else permutations."""
+        return self.permutations if self.transformations is None else self.transformations
 
 
 @runtime_checkable
 class MergeMethod(Protocol):
-    """Anything that can choose a permutation for each of several models so that they correspond."""
+    """Anything that can choose a permutation for each of several models so that they correspond.
+
+    One with an attribute `general` that is true takes specs with general symmetries; others are given their
+    permutations.
+    """
 
     def find(self, models: Models, seed: int = 0, progress: Progress | None = None) -> Found:
         """Find the permutations; the models are not changed."""
@@ -82,7 +128,8 @@ class Merge:
         state_dict: the weighted mean of the permuted models, in the first one's dtypes and on its devices.
         permutations: for each model, what brings it to the numbering that all now share.
         objective: the sum, over all pairs of models, of the inner products of their permuted weights; of the
-            parameters on which the spec acts, running statistics excepted. Higher is better.
+            parameters on which the spec acts, running statistics excepted. Higher is better. Over general symmetries
+            it is that of the weights without gains and balanced, where scales and invertible maps cannot inflate it.
         objective_before: of the models as they were given.
         outcome: "converged": no model gains by another permutation; "sweep limit": ask for more rounds to go on;
             "interrupted": by the keyboard, and this is the best so far.
@@ -92,6 +139,9 @@ class Merge:
         seed: what all random choices followed from.
         seconds: of wall time.
         notes: what else there is to know, in sentences.
+        transformations: over general symmetries, for each model the element that was applied to it, of which its
+            permutation is a part: all end in the numbering and the gauge (gains, scales) of the first model, or of the
+            reference, whose own is the identity. None over permutations alone.
     """
 
     state_dict: dict[str, Any] = field(repr=False)
@@ -105,6 +155,7 @@ class Merge:
     seed: int
     seconds: float
     notes: tuple[str, ...] = ()
+    transformations: tuple[Transformation, ...] | None = None
     _module: nn.Module | None = field(default=None, repr=False)
 
     @property
@@ -112,11 +163,18 @@ class Merge:
         """How many passes over the models were made."""
         return len(self.history)
 
-    def pairwise(self, i: int, j: int) -> Permutation:
+    @property
+    def elements(self) -> tuple[Permutation, ...] | tuple[Transformation, ...]:
+        """What was applied to the models: the transformations over general symmetries, else the permutations."""
+        return self.permutations if self.transformations is None else self.transformations
+
+    def pairwise(self, i: int, j: int) -> Any:
         """The permutation that brings model ``j`` to the numbering of model ``i`` as it was given.
 
         It goes through the numbering that all share, so these agree with each other around every cycle:
-        ``pairwise(i, j) @ pairwise(j, k) @ pairwise(k, i)`` is the identity.
+        ``pairwise(i, j) @ pairwise(j, k) @ pairwise(k, i)`` is the identity. Over general symmetries it is a
+        `Transformation`, to the gauge of model ``i``, and that product is the identity up to rounding in its
+        matrices and factors, and exactly in its permutations.
 
         Raises:
             MismatchError: there is no model of that number.
@@ -124,7 +182,7 @@ class Merge:
         for number in (i, j):
             if not 0 <= number < len(self.permutations):
                 raise MismatchError(f"there is no model {number}: they are 0 to {len(self.permutations) - 1}")
-        return self.permutations[i].inverse() @ self.permutations[j]
+        return self.elements[i].inverse() @ self.elements[j]  # type: ignore[operator]
 
     def model(self) -> nn.Module:
         """A copy of the first module with the merged weights, in its mode.

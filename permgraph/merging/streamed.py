@@ -18,6 +18,7 @@ from permgraph.merging.result import Found, Models, Progress
 from permgraph.spec.permutation import Permutation
 from permgraph.weights.state_dict import as_real, is_continuous
 
+NOTE = "models that are streamed are merged over permutations: what else the spec allows stays at rest"
 Remember = Callable[[int, Callable[[], Permutation]], Permutation]
 """Given the number of a step and what finds its permutation: that permutation, found now or by an earlier run."""
 
@@ -28,7 +29,8 @@ class StreamedRounds:
 
     The ascent is theirs: each step matches one model to the mean of others, which raises the sum over all pairs of
     models of the inner products of their permuted weights. In memory are, at a time, the tensors of one parameter in
-    all models and their mean, and what `StreamedWeightMatching` holds. Each step reads every model.
+    all models and their mean, and what `StreamedWeightMatching` holds. Each step reads every model. Of general
+    symmetries it takes the permutations, and a note says so.
 
     Args:
         joining: whether the models first join one after another, as in `CycleConsistent`; else the rounds begin with
@@ -69,12 +71,16 @@ class StreamedRounds:
             MismatchError: a model does not fit the spec.
             NonFiniteError: a weight is NaN or infinite.
         """
+        notes: tuple[str, ...] = ()
+        if models.spec.general is not None:
+            models = replace(models, spec=models.spec.permutations())
+            notes = (NOTE,)
         run = _Run(self, models, seed)
         try:
             run.climb(progress)
         except KeyboardInterrupt:
             run.stop()
-        return Found(tuple(run.permutations), run.outcome, tuple(run.history), (run.objective,))
+        return Found(tuple(run.permutations), run.outcome, tuple(run.history), (run.objective,), notes)
 
 
 class _Run(Rounds):

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from permgraph.pictures.shown import ShownLine, ShownMatch
     from permgraph.spec.permutation import Permutation
+    from permgraph.spec.transformation import Transformation
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,9 @@ def report(
     """
     if not isinstance(spec, PermutationSpec):
         raise MismatchError(f"report() takes a spec, such as auto_spec(model), not a {type(spec).__name__}")
-    permutation = None if alignment is None else alignment.permutation
-    if permutation is not None and permutation.spec.fingerprint != spec.fingerprint:
+    element = None if alignment is None else alignment.element
+    own = (spec.fingerprint, spec.permutations().fingerprint)  # a matcher may know permutations alone
+    if element is not None and element.spec.fingerprint not in own:
         raise MismatchError(
             "the alignment is of another spec than the one to report: give the spec that it was made with"
         )
@@ -100,7 +102,7 @@ def report(
     made: dict[str, str] = {}
     if alignment is not None or models is not None:
         panels["alignment"] = "Alignment"
-        made["alignment"] = _alignment_panel(alignment) + _similarity_panel(spec, models, permutation)
+        made["alignment"] = _alignment_panel(alignment) + _similarity_panel(spec, models, element)
     if barrier is not None:
         panels["line"] = "Line"
         made["line"] = _line_panel(as_lines(barrier))
@@ -159,12 +161,12 @@ def _alignment_panel(alignment: ShownMatch | None) -> str:
 def _similarity_panel(
     spec: PermutationSpec,
     models: tuple[nn.Module | Mapping[str, torch.Tensor], nn.Module | Mapping[str, torch.Tensor]] | None,
-    permutation: Permutation | None,
+    element: Permutation | Transformation | None,
 ) -> str:
     if models is None:
         return ""
     a, b = (model if isinstance(model, Mapping) else model.state_dict() for model in models)
-    rows = similarity_rows(layer_similarity(spec, a, b, permutation))
+    rows = similarity_rows(layer_similarity(spec, a, b, element))
     return (
         "<h2>Similarity, layer by layer</h2><p>The cosine of the angle between the weights of a layer in A and in B: "
         '<span class="ring sign"></span> as given, <span class="dot sign"></span> after the alignment.</p>' + rows

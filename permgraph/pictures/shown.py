@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from permgraph.spec import Permutation
+from permgraph.spec import Permutation, Transformation
 
 
 class ShownSweep(Protocol):
@@ -25,7 +25,7 @@ class ShownMatch(Protocol):
     """How a matcher fared; an `Alignment` or a `MatchResult`."""
 
     @property
-    def permutation(self) -> Permutation: ...
+    def element(self) -> Permutation | Transformation: ...
     @property
     def objective(self) -> float: ...
     @property

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from permgraph.errors import MismatchError
+from permgraph.spec.transformation import Transformation
 from permgraph.weights.state_dict import STATISTICS
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def layer_similarity(
     spec: PermutationSpec,
     a: Mapping[str, torch.Tensor],
     b: Mapping[str, torch.Tensor],
-    permutation: Permutation | None = None,
+    permutation: Permutation | Transformation | None = None,
 ) -> tuple[Similarity, ...]:
     """Compare the parameters of each module in two state dicts, a tensor at a time.
 
@@ -65,20 +66,32 @@ def layer_similarity(
             continue
         if other.dtype.itemsize == 1:  # eight-bit floats cannot be indexed everywhere
             other = other.float()
-        moved = None if permutation is None else permutation.apply_to(name, other)
-        layer = sums.setdefault(name.rpartition(".")[0] or name, [0.0, 0.0, 0.0, 0.0])
+        moved = _moved(permutation, name, other, b)
+        layer = sums.setdefault(name.rpartition(".")[0] or name, [0.0, 0.0, 0.0, 0.0, 0.0])
         layer[0] += _inner(one, one)
         layer[1] += _inner(other, other)
         layer[2] += _inner(one, other)
-        layer[3] += 0.0 if moved is None else _inner(one, moved)
+        if moved is not None:
+            layer[3] += _inner(one, moved)
+            layer[4] += _inner(moved, moved)  # which scales change
 
     def cosine(inner: float, squares: float) -> float:
         return inner / math.sqrt(squares) if squares > 0 else math.nan
 
     return tuple(
-        Similarity(layer, cosine(before, aa * bb), None if permutation is None else cosine(after, aa * bb))
-        for layer, (aa, bb, before, after) in sums.items()
+        Similarity(layer, cosine(before, aa * bb), None if permutation is None else cosine(after, aa * cc))
+        for layer, (aa, bb, before, after, cc) in sums.items()
     )
+
+
+def _moved(
+    element: Permutation | Transformation | None, name: str, tensor: torch.Tensor, state: Mapping[str, torch.Tensor]
+) -> torch.Tensor | None:
+    if element is None:
+        return None
+    if isinstance(element, Transformation):
+        return element.apply_to(name, tensor, state)
+    return element.apply_to(name, tensor)
 
 
 def _tensor(

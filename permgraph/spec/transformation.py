@@ -359,11 +359,8 @@ class Transformation:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the element to ``path`` as safetensors, with the spec's fingerprint, in one step."""
-        arrays: dict[str, Any] = {f"permutation/{n}": np.array(a) for n, a in self.permutation.arrays.items()}
-        for kind in ("matrices", "scales", "signs", "gains"):
-            arrays |= {f"{kind}/{name}": np.ascontiguousarray(a) for name, a in getattr(self, kind).items()}
         metadata = {"format": FORMAT, "version": VERSION, "fingerprint": self.spec.fingerprint}
-        write_atomically(path, safetensors.numpy.save(arrays, metadata))
+        write_atomically(path, safetensors.numpy.save(self.as_arrays(), metadata))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], spec: PermutationSpec) -> Transformation:
@@ -383,14 +380,30 @@ class Transformation:
             raise MismatchError(f"{where}: not a transformation of version {VERSION}")
         if metadata.get("fingerprint") != spec.fingerprint:
             raise MismatchError(f"{where}: this transformation belongs to another spec than the one given")
+        return cls.from_arrays(arrays, spec)
+
+    def as_arrays(self) -> dict[str, Any]:
+        """The element as arrays, each named by its kind and its group or gain."""
+        arrays: dict[str, Any] = {f"permutation/{n}": np.array(a) for n, a in self.permutation.arrays.items()}
+        for kind in ("matrices", "scales", "signs", "gains"):
+            arrays |= {f"{kind}/{name}": np.ascontiguousarray(a) for name, a in getattr(self, kind).items()}
+        return arrays
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, Any], spec: PermutationSpec) -> Transformation:
+        """The element of which `as_arrays` gave the arrays.
+
+        Raises MismatchError if they do not fit the spec.
+        """
         parts: dict[str, dict[str, Any]] = {
             kind: {} for kind in ("permutation", "matrices", "scales", "signs", "gains")
         }
         for key, array in arrays.items():
             kind, _, name = key.partition("/")
+            if kind not in parts:
+                raise MismatchError(f"{key!r} is no part of a transformation")
             parts[kind][name] = array
-        moved = Permutation(spec.permutations(), parts["permutation"])
-        return cls(spec, moved, parts["matrices"], parts["scales"], parts["signs"], parts["gains"])
+        return cls(spec, Permutation(spec.permutations(), parts.pop("permutation")), **parts)
 
 
 class Where:

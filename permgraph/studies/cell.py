@@ -117,7 +117,8 @@ def _result(task: Task) -> dict[str, Any]:
                 "sweeps": found.sweeps,
                 "moved": sum(found.permutation.moved().values()),
             }
-            arrays = {name: torch.from_numpy(np.array(array)) for name, array in found.permutation.arrays.items()}
+            moved = found.permutation.arrays if found.transformation is None else found.transformation.as_arrays()
+            arrays = {name: torch.from_numpy(np.array(array)) for name, array in moved.items()}
             task.store.put_tensors(f"permutations/{task.key}", arrays)
         if task.evaluate is not None:
             with undisturbed():

@@ -102,7 +102,8 @@ def _needed(plan: StudyPlan, store: Store, todo: Sequence[Cell]) -> int:
     )
     indices = sum(
         math.prod(plan.spec.groups[part].size for part in (*group.parents, name))
-        for name, group in plan.spec.moving.items()
+        * (group.size if group.structure.linear else 1 + group.structure.scales + group.structure.signs)
+        for name, group in plan.spec.acting.items()
     )
     aligned = sum(cell.matcher in plan.matchers for cell in todo)
     return networks + len(todo) * SMALLEST + aligned * max(SMALLEST, 8 * indices)

@@ -2,7 +2,7 @@
 
     models/<fingerprint>.safetensors      the networks, one file each however many cells use them
     cells/<key>.json                      what one cell gave
-    permutations/<key>.safetensors        the permutation that it found
+    permutations/<key>.safetensors        the permutation, or transformation, that it found
     begun/<key>                           a cell that some worker is at, or was at when it died
 
 A result's name follows from its content's inputs, so that two workers which write the same one write the same bytes,

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from permgraph.errors import StudyError
 from permgraph.io.files import write_atomically
 from permgraph.spec.permutation import Permutation
+from permgraph.spec.transformation import Transformation
 from permgraph.studies.extras import imported
 from permgraph.studies.plan import Cell, StudyPlan
 from permgraph.studies.store import Store
@@ -59,15 +60,27 @@ class StudyResult:
         return {str(cell): row["error"] for cell, row in rows if row["status"] == "failed"}
 
     def permutation(self, a: str, b: str, matcher: str, seed: int = 0) -> Permutation:
-        """The permutation of network `b` that a cell found.
+        """The permutation of network `b` that a cell found; over general symmetries, of which it is a part.
 
         Raises:
             StudyError: the plan has no such cell, or it has given no permutation.
         """
+        found = self.element(a, b, matcher, seed)
+        return found.permutation if isinstance(found, Transformation) else found
+
+    def element(self, a: str, b: str, matcher: str, seed: int = 0) -> Permutation | Transformation:
+        """What a cell applied to network `b`: a permutation, or over general symmetries a transformation.
+
+        Raises:
+            StudyError: the plan has no such cell, or it has given none.
+        """
         for cell in self.plan.cells:
             if (cell.a, cell.b, cell.matcher, cell.seed) == (a, b, matcher, seed):
                 tensors = self.store.tensors(f"permutations/{cell.key}")
-                return Permutation(self.plan.spec, {name: tensor.numpy() for name, tensor in tensors.items()})
+                arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+                if set(arrays) <= set(self.plan.spec.groups):  # of permutations, or of a matcher that knows them alone
+                    return Permutation(self.plan.spec.permutations(), arrays)
+                return Transformation.from_arrays(arrays, self.plan.spec)
         raise StudyError(f"the study has no cell {Cell(a, b, matcher, seed, '')}")
 
     def to_csv(self, path: str | os.PathLike[str], *, times: bool = True) -> None:

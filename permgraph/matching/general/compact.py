@@ -137,7 +137,7 @@ def _best_matrix(name: str, gram: Tensor) -> Best:
         inner, along = _apart(gram)
         turned = polar(inner)
         sign = torch.where(along < 0, -torch.ones_like(along), torch.ones_like(along))
-        mirror = _mirror(gram)
+        mirror = mirror_of_ones(gram)
         whole = torch.nn.functional.pad(turned, (1, 0, 1, 0))
         whole[..., 0, 0] = sign
         return Best((turned * inner).sum((-2, -1)) + along.abs(), None, mirror @ whole @ mirror)
@@ -157,7 +157,7 @@ def _phases(name: str, gram: Tensor) -> Tensor:
     )
 
 
-def _mirror(like: Tensor) -> Tensor:
+def mirror_of_ones(like: Tensor) -> Tensor:
     """The reflection that takes the first unit vector to the direction of ones."""
     n = like.shape[-1]
     first = -torch.full((n,), n**-0.5, dtype=like.dtype, device=like.device)
@@ -169,6 +169,6 @@ def _mirror(like: Tensor) -> Tensor:
 
 def _apart(gram: Tensor) -> tuple[Tensor, Tensor]:
     """A Gram matrix on the complement of the vector of ones, and along that vector."""
-    mirror = _mirror(gram)
+    mirror = mirror_of_ones(gram)
     turned = mirror @ gram @ mirror
     return turned[..., 1:, 1:], turned[..., 0, 0]

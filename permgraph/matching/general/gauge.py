@@ -27,6 +27,86 @@ SMALL = 1 << 27
 """Weights of so many elements are compared in float64; larger ones in float32."""
 
 
+class Written:
+    """One model without gains and balanced, which leaves rotations, signs and permutations between it and others.
+
+    Args:
+        spec: a spec with general symmetries.
+        state: a state dict that fits it.
+        model: what messages call the model.
+        ignore: patterns of names that are no evidence.
+        dtype: in which to compute; by default float64 unless the weights are many.
+        like: the tensors whose devices to compute on; by default the model's own.
+
+    Attributes:
+        state: the model by canonical names, as it was given.
+        acting: how the groups act on the parameters that count.
+        into: the element that balances it, once the gains are taken up.
+        tensors: the parameters that count, after that.
+        gains: for each gain that can be changed its factors, float64.
+
+    Raises:
+        MismatchError: a tensor is not floating point or has no data, or a gain has a zero.
+        NonFiniteError: a tensor holds NaN or infinity.
+    """
+
+    def __init__(
+        self,
+        spec: PermutationSpec,
+        state: StateDict,
+        model: str,
+        *,
+        ignore: Iterable[str] = STATISTICS,
+        dtype: torch.dtype | None = None,
+        like: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self.spec, self.state = spec, _canonical(spec, state)
+        names = evidence(spec, ignore)
+        if dtype is None:
+            dtype = torch.float64 if sum(self.state[name].numel() for name in names) <= SMALL else torch.float32
+        tensors = {}
+        for name in names:
+            device = (self.state if like is None else like)[name].device
+            tensors[name] = comparable(self.state[name], name, model).to(device, dtype)
+            require_finite(tensors[name], name, model, "; repair it, or name it in ignore=")
+        self.acting = Acting(spec, tensors)
+        self.gains = self._gains(model)
+        self.into, self.tensors = balance(
+            self.acting, {name: self.acting.folded(name, tensor, self.state) for name, tensor in tensors.items()}
+        )
+        some = next(iter(self.tensors.values()), torch.zeros((), dtype=dtype))
+        self.device, self.dtype = some.device, some.dtype
+
+    def _gains(self, model: str) -> dict[str, np.ndarray]:
+        found = {}
+        for name, gain in self.spec.general_gains.items():
+            own = self.state[name].detach().to("cpu", torch.float64).flatten() + gain.added
+            if not bool(torch.isfinite(own).all()) or bool((own == 0).any()):
+                what = "a zero" if bool((own == 0).any()) else "a value that is not finite"
+                raise MismatchError(
+                    f"the gain {gain} of {model} has {what}: what reads that axis cannot take it up and give it "
+                    f"back; take spec.permutations() for these networks"
+                )
+            found[name] = own.numpy()
+        return found
+
+    def image(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Another model's parameters in this one's gauge: without its gains, and balanced as this one is."""
+        state = _canonical(self.spec, state)
+        seen = {}
+        for name, own in self.tensors.items():
+            tensor = comparable(state[name], name, "a model").to(own.device, own.dtype)
+            seen[name] = self.acting.act(name, self.acting.folded(name, tensor, state), self.into)
+        return seen
+
+    def transformation(self, element: Transformation, other: Written) -> Transformation:
+        """What brings another model's state dict to this one's: into its gauge, the element, and out of this gauge."""
+        into, out = other.into.transformation(self.spec), self.into.transformation(self.spec).inverse()
+        found = out @ element @ into
+        gains = {name: own / other.gains[name] for name, own in self.gains.items()}
+        return Transformation(self.spec, found.permutation, found.matrices, found.scales, found.signs, gains)
+
+
 class Gauge:
     """A and B written so that what is left between them is compact.
 
@@ -54,55 +134,18 @@ class Gauge:
         ignore: Iterable[str] = STATISTICS,
         dtype: torch.dtype | None = None,
     ) -> None:
-        self.spec = spec
-        self.state_a, self.state_b = _canonical(spec, a), _canonical(spec, b)
-        names = evidence(spec, ignore)
-        if dtype is None:
-            dtype = torch.float64 if sum(self.state_a[name].numel() for name in names) <= SMALL else torch.float32
-        theirs: list[dict[str, Tensor]] = []
-        for model, state in (("A", self.state_a), ("B", self.state_b)):
-            tensors = {}
-            for name in names:
-                tensor = comparable(state[name], name, model).to(self.state_a[name].device, dtype)
-                require_finite(tensor, name, model, "; repair it, or name it in ignore=")
-                tensors[name] = tensor
-            theirs.append(tensors)
-        for name in names:
-            if theirs[0][name].ndim != theirs[1][name].ndim:
-                raise MismatchError(f"{name!r} is complex in one of the models only")
-        self.acting = Acting(spec, theirs[0])
-        self.gains = self._gains()
-        folded = [
-            {name: self.acting.folded(name, tensor, state) for name, tensor in tensors.items()}
-            for tensors, state in zip(theirs, (self.state_a, self.state_b), strict=True)
-        ]
-        self.of_a, self.a = balance(self.acting, folded[0])
-        self.of_b, self.b = balance(self.acting, folded[1])
-        some = next(iter(self.a.values()), torch.zeros((), dtype=dtype))
-        self.device, self.dtype = some.device, some.dtype
-
-    def _gains(self) -> dict[str, np.ndarray]:
-        """For each gain that can be changed, A's over B's."""
-        found = {}
-        for name, gain in self.spec.general_gains.items():
-            values = []
-            for model, state in (("A", self.state_a), ("B", self.state_b)):
-                own = state[name].detach().to("cpu", torch.float64).flatten() + gain.added
-                if not bool(torch.isfinite(own).all()) or bool((own == 0).any()):
-                    what = "a zero" if bool((own == 0).any()) else "a value that is not finite"
-                    raise MismatchError(
-                        f"the gain {gain} of {model} has {what}: what reads that axis cannot take it up and give it "
-                        f"back; take spec.permutations() for these networks"
-                    )
-                values.append(own.numpy())
-            found[name] = values[0] / values[1]
-        return found
+        ignore = tuple(ignore)
+        self.spec, self.of = spec, Written(spec, a, "A", ignore=ignore, dtype=dtype)
+        ours = self.of
+        self.other = Written(spec, b, "B", ignore=ignore, dtype=ours.dtype, like=ours.tensors)
+        require_both_real(ours, self.other)
+        self.state_a, self.of_a, self.a = ours.state, ours.into, ours.tensors
+        self.state_b, self.of_b, self.b = self.other.state, self.other.into, self.other.tensors
+        self.acting, self.device, self.dtype = ours.acting, ours.device, ours.dtype
 
     def transformation(self, element: Element) -> Transformation:
         """What brings B's state dict to A's: B's gauge, then an element found there, then out of A's gauge."""
-        into, out = self.of_b.transformation(self.spec), self.of_a.transformation(self.spec).inverse()
-        found = out @ element.transformation(self.spec) @ into
-        return Transformation(self.spec, found.permutation, found.matrices, found.scales, found.signs, self.gains)
+        return self.of.transformation(element.transformation(self.spec), self.other)
 
     def element(self, transformation: Transformation) -> Element:
         """The compact part of a transformation of B's state dict, as an element in this gauge.
@@ -110,16 +153,25 @@ class Gauge:
         Scales are left out, and of matrices the nearest rotation is taken.
         """
         inside = self.of_a.transformation(self.spec) @ transformation @ self.of_b.transformation(self.spec).inverse()
-        element = Element.of(inside, self.device, self.dtype)
-        element.scales = {}
-        for group, matrices in element.matrices.items():
-            structure = self.acting.structure(group)
-            if structure.linear in ("T", "T2"):
-                size = torch.linalg.vector_norm(matrices, dim=-1, keepdim=True)
-                element.matrices[group] = matrices / size
-            else:
-                element.matrices[group] = polar(matrices)
-        return element
+        return compact_part(self.acting, Element.of(inside, self.device, self.dtype))
+
+
+def compact_part(acting: Acting, element: Element) -> Element:
+    """An element without its scales, and with the nearest rotations in the place of its matrices."""
+    matrices = {}
+    for group, own in element.matrices.items():
+        if acting.structure(group).linear in ("T", "T2"):
+            matrices[group] = own / torch.linalg.vector_norm(own, dim=-1, keepdim=True)
+        else:
+            matrices[group] = polar(own)
+    return Element(element.arrays, matrices, {}, element.signs)
+
+
+def require_both_real(one: Written, other: Written) -> None:
+    """Raise MismatchError where a parameter is complex in one of two models only."""
+    for name, tensor in one.tensors.items():
+        if tensor.ndim != other.tensors[name].ndim:
+            raise MismatchError(f"{name!r} is complex in one of the models only")
 
 
 def evidence(spec: PermutationSpec, ignore: Iterable[str]) -> list[str]:

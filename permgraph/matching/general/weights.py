@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -35,32 +35,22 @@ def match_general(
     """The element of a general spec that `WeightMatching` with these settings chooses for B."""
     started = time.perf_counter()
     gauge = Gauge(spec, a, b, ignore=settings.ignore, dtype=settings.dtype)
-    weighted, scale, offset = _weighted(settings, gauge)
-    frozen = _frozen(spec, settings)
+    weighted, scale, offset = weighted_by(settings, gauge)
+    frozen = frozen_groups(spec, settings)
     plan = Plan(gauge.acting.plain, gauge.a, frozen)
     notes: list[str] = [] if plan.moves else [NOTHING_TO_PERMUTE]
-    best: Climb | None = None
-    runs: dict[str, float] = {}
     before = scale * sum(float((weighted[n].double() * gauge.b[n].double()).sum()) for n in weighted) + offset
-    interrupted = False
-    try:
-        for begun, start, unknown in _starts(settings, gauge, a, b, spec, seed, frozen):
-            climb = Climb(
-                gauge.acting, weighted, gauge.b, plan, start, unknown=unknown, solver=settings.solver, started=started
-            )
-            if best is None:
-                best = climb
-            climb.climb(settings.max_sweeps, progress)
-            runs[begun] = scale * climb.objective + offset
-            if climb.objective > best.objective:
-                best = climb
-            if climb.outcome == "interrupted":
-                interrupted = True
-                break
-    except KeyboardInterrupt:
-        interrupted = True
+
+    def climb(start: Element, unknown: Sequence[str]) -> Climb:
+        return Climb(
+            gauge.acting, weighted, gauge.b, plan, start, unknown=unknown, solver=settings.solver, started=started
+        )
+
+    starts = _starts(settings, gauge, a, b, spec, seed, frozen)
+    best, reached, interrupted = best_climb(starts, climb, settings.max_sweeps, progress)
+    runs = {begun: scale * objective + offset for begun, objective in reached.items()}
     if best is None or best.objective * scale + offset < before:
-        best = Climb(gauge.acting, weighted, gauge.b, plan, Element(), started=started)
+        best = climb(Element(), ())
     found = gauge.transformation(best.element)
     return MatchResult(
         permutation=found.permutation,
@@ -75,6 +65,38 @@ def match_general(
         seconds=time.perf_counter() - started,
         notes=tuple(notes),
     )
+
+
+def best_climb(
+    starts: Iterable[tuple[str, Element, Sequence[str]]],
+    climb: Callable[[Element, Sequence[str]], Climb],
+    max_sweeps: int,
+    progress: Progress | None = None,
+) -> tuple[Climb | None, dict[str, float], bool]:
+    """The best of the climbs from several starts, what each reached, and whether Ctrl-C ended them.
+
+    Args:
+        starts: where climbs begin, in words and as an element, each with the groups that are unknown there.
+        climb: makes one.
+        max_sweeps: of each.
+        progress: called after each sweep.
+    """
+    best: Climb | None = None
+    reached: dict[str, float] = {}
+    try:
+        for begun, start, unknown in starts:
+            run = climb(start, unknown)
+            if best is None:
+                best = run
+            run.climb(max_sweeps, progress)
+            reached[begun] = run.objective
+            if run.objective > best.objective:
+                best = run
+            if run.outcome == "interrupted":
+                return best, reached, True
+    except KeyboardInterrupt:
+        return best, reached, True
+    return best, reached, False
 
 
 def _starts(
@@ -130,7 +152,12 @@ def as_transformation(permutation: Permutation, spec: PermutationSpec) -> Transf
     return Transformation(spec, Permutation(spec.permutations(), arrays), matrices, {}, {})
 
 
-def _frozen(spec: PermutationSpec, settings: WeightMatching) -> set[str]:
+def frozen_groups(spec: PermutationSpec, settings: WeightMatching) -> set[str]:
+    """The groups that a matcher's settings freeze.
+
+    Raises:
+        PermgraphError: single indices are limited, or no group has such a name.
+    """
     import fnmatch
 
     if settings.max_moves is not None:
@@ -147,7 +174,7 @@ def _frozen(spec: PermutationSpec, settings: WeightMatching) -> set[str]:
     return frozen
 
 
-def _weighted(settings: WeightMatching, gauge: Gauge) -> tuple[dict[str, Tensor], float, float]:
+def weighted_by(settings: WeightMatching, gauge: Gauge) -> tuple[dict[str, Tensor], float, float]:
     """A's parameters with weights, and the scale and the offset of the objective that is reported."""
     weighted = dict(gauge.a)
     offset = 0.0
