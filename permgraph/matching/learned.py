@@ -85,7 +85,7 @@ class LearnedMatching(Matcher):
             break; `steps` may differ where the schedule does not depend on it. The random state of torch and of a
             `DataLoader`'s own generator is in it; those of Python and NumPy are not.
         accelerator: an `accelerate.Accelerator`, to run on several devices or machines: start the same program in each
-            process. It prepares the loader, which must be a `DataLoader`; each process draws points of its own, and the
+            process. It prepares the loader, which must be a `DataLoader`; all processes draw the same points, and the
             slopes along the coordinates are averaged. Neither float16 nor gradient accumulation.
         models: the modules, which `align` fills in.
 
@@ -205,7 +205,6 @@ class _Run:
             self.loader = accelerator.prepare_data_loader(settings.loader)
             if settings.validation is not None:
                 self.validation = accelerator.prepare_data_loader(settings.validation)
-        self.rank = 0 if accelerator is None else accelerator.process_index
         self.kept: list[Any] | None = None
         self._begin_at(Element())
         self.permutation = self._permutation()
@@ -235,8 +234,11 @@ class _Run:
         outcome: Outcome = "sweep limit"
         learnable = self.optimizer is not None
         self.kept = self._measured_batches()
+        fresh = not self._resume()
+        if fresh:
+            self._measure_before()
         try:
-            if not self._resume():
+            if fresh:
                 self._start()
             while self.steps < self.settings.steps and learnable:
                 for record in self._pass():
@@ -259,13 +261,16 @@ class _Run:
             notes=() if learnable or self.line.acting.of_group else (NOTHING_TO_PERMUTE,),
         )
 
-    def _start(self) -> None:
-        """Measure B as it is, and go to where learning begins."""
+    def _measure_before(self) -> None:
+        """Measure the line to B as it is."""
         settings = self.settings
         plain = Between(settings.models[0], self.a, self.b, self.line.spec, settings.loss, self.line.device)  # type: ignore[index]
         total, count = plain.totals(self._measurable(), self.spec.permutations().identity(), settings.measured)
         self.before = self.objective = self._over_all(total, count)
-        del plain
+
+    def _start(self) -> None:
+        """Go to where learning begins."""
+        settings = self.settings
         if not self.line.acting.of_group:
             return
         init = settings.init
@@ -285,18 +290,17 @@ class _Run:
 
     def _pass(self) -> Iterator[Sweep]:
         """Go through the loader once, or where a checkpoint stopped inside it, through the rest."""
-        skip, here = self.read, None
+        skip, here = self.read, self._random_state()
         if skip:
-            here = self._random_state()
             self._set_random_state(self.at_pass)
         else:
-            self.at_pass = self._random_state()
+            self.at_pass = here
         for number, batch in enumerate(batches(self.loader), start=1):
-            if number <= skip:
+            if number < skip:
                 continue
-            if here is not None:
+            if number == skip:  # before the loader goes on, which may draw
                 self._set_random_state(here)
-                here = None
+                continue
             if self.steps >= self.settings.steps:
                 return
             self._step(number, batch)
@@ -304,13 +308,11 @@ class _Run:
             if self.steps % self.settings.measure_every == 0 or self.steps == self.settings.steps:
                 yield self._measure_here()
         self.read = 0
-        if here is not None:  # the checkpoint was written after the last batch of a pass
-            self._set_random_state(here)
 
     def _step(self, number: int, batch: Any) -> None:
         settings, line = self.settings, self.line
         low, high = settings.points
-        chance = torch.Generator().manual_seed(hash((self.seed, self.steps, self.rank)) % (1 << 62))
+        chance = torch.Generator().manual_seed(hash((self.seed, self.steps)) % (1 << 62))
         point = low + (high - low) * float(torch.rand((), generator=chance))
         line.place(self.moved, point)
         with contextlib.nullcontext() if settings.accelerator is None else settings.accelerator.autocast():
@@ -518,9 +520,7 @@ def _as_tensors(element: Element | Permutation | Transformation) -> dict[str, di
 
 def _from_tensors(saved: Mapping[str, Mapping[str, Tensor]], spec: PermutationSpec) -> Permutation | Transformation:
     """What `_as_tensors` made of an element of a spec."""
-    permutation = Permutation(
-        spec.permutations(), {name: array.numpy() for name, array in saved["arrays"].items()}
-    )
+    permutation = Permutation(spec.permutations(), {name: array.numpy() for name, array in saved["arrays"].items()})
     if spec.general is None:
         return permutation
     parts = ({name: array.numpy() for name, array in saved[kind].items()} for kind in _KINDS)

@@ -1,8 +1,8 @@
-"""The line from A to a moved B, in a gauge in which the group acts linearly, so that gradients reach every direction.
+"""The line from A to a moved B, in a gauge in which the group acts linearly: gradients reach every direction.
 
 Where gains are taken up and both models balanced, the group acts on the weights by plain products. The networks between
 A and g·B compute there what they compute in A's own gauge, since what brings the one to the other is linear too, and a
-symmetry. It follows as well that to move A by h and B by g is to move B alone by h⁻¹ g: there is nothing to be gained by
+symmetry. It follows as well that to move A by h and B by g is to move B alone by h⁻¹ g: nothing is to be gained by
 learning at both ends.
 """
 

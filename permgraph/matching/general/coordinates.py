@@ -71,7 +71,8 @@ class Coordinates:
                 continue
             if group not in frozen:
                 self.leaves[group] = torch.zeros(coordinates, dtype=dtype, device=device, requires_grad=True)
-        self.settle()
+        for group in self.element.matrices:
+            self._invert(group)
 
     # --- slopes -------------------------------------------------------------------------------------------------------
 
