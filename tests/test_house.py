@@ -39,7 +39,7 @@ ARROWS = {
     "inference": "algebra rules capture spec structures",
     "networks": "spec weights",
     "pictures": "spec weights io",
-    "matching": "assignment io weights spec networks pictures capture inference",
+    "matching": "assignment io weights spec structures networks pictures capture inference",
     "merging": "weights spec networks matching",
     "connectivity": "weights spec networks pictures matching",
     "verification": "capture rules spec inference",

@@ -1,7 +1,7 @@
 """Two transformers brought together by permutations, by weights over the whole group, and by learning over it.
 
-The demo's vision transformer with two layers, on digits, and a Llama-shaped model of characters, on Python's help texts.
-For each way the barrier in test loss, and for the first in accuracy, on the line from A to what became of B.
+The demo's vision transformer with two layers, on digits, and a Llama-shaped model of characters, on the help texts of
+Python. For each way the barriers in test loss and accuracy on the line from A to what became of B.
 """
 
 from __future__ import annotations
@@ -147,13 +147,17 @@ def ways(
 WAYS = ("naive", "permutations", "whole group", "learned, fixed", "learned, straight-through")
 
 
-def main() -> None:
+Found = dict[str, dict[str, list[tuple[float, float, float]]]]
+"""For each case and way, for each pair: barriers in test loss and in accuracy, and seconds."""
+
+
+def main(argv: Sequence[str] | None = None) -> Found:
     parser = arguments(__doc__, models=(), seeds=(1, 2, 3, 4, 5, 6, 7, 8, 9, 10), least=2, points=25)
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--circle", action="store_true", help="pairs of neighbours in a circle of the networks")
     parser.add_argument("--steps", type=int, help="of learning (default: each case's)")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
     where, seeds = console(), options.seeds
@@ -162,10 +166,11 @@ def main() -> None:
     sheet = table(
         f"Barriers on the line from A to B, {len(pairs)} pairs", "", "test loss", "error", "accuracy", "error", "s"
     )
+    every: Found = {}
     for name in options.cases:
         case = CASES[name]()
         sheet.add_row(f"[bold]{name}")
-        found: dict[str, list[tuple[float, float, float]]] = {}
+        found = every[name] = {}
         for pair in pairs:
             a, b = (network(case, name, seed, options.out / "networks") for seed in pair)
             spec = pg.auto_spec(a, symmetry="general", example_inputs=(case.test[0][0][:2],))
@@ -178,6 +183,7 @@ def main() -> None:
             cells = (*mean_and_error(losses), *mean_and_error(accuracies))
             sheet.add_row(way, *(f"{cell:.3f}" for cell in cells), f"{mean_and_error(seconds)[0]:.0f}")
     sheet.show(where, options.out / "whole_group.md", options)
+    return every
 
 
 if __name__ == "__main__":
