@@ -21,6 +21,7 @@ from permgraph.matching.general.acting import Element
 from permgraph.matching.general.between import BalancedLine
 from permgraph.matching.general.coordinates import Coordinates
 from permgraph.matching.general.free_weights import FreeWeights
+from permgraph.matching.general.turning import Turning
 from permgraph.matching.matcher import NOTHING_TO_PERMUTE, Matcher, MatchResult, Progress, Sweep, moved_between
 from permgraph.matching.run_checkpoint import described, digest, read_run, write_run
 from permgraph.matching.straight_through import require_usable
@@ -36,11 +37,6 @@ log = logging.getLogger(__name__)
 
 KIND = "learned"
 """The kind of run that a checkpoint is of."""
-
-
-def adam(parameters: list[Tensor]) -> torch.optim.Optimizer:
-    """Adam with learning rate 5e-3: the default optimizer of `LearnedMatching`."""
-    return torch.optim.Adam(parameters, lr=5e-3)
 
 
 @dataclass(frozen=True)
@@ -66,9 +62,11 @@ class LearnedMatching(Matcher):
         loader: batches, read again and again: a tuple whose last item is the targets and whose others are the inputs;
             or a mapping of keyword arguments, the targets under "labels". A list or a `DataLoader`, but no generator.
         loss: called with the network's output (or its `.logits`) and the targets, gives the mean over the batch.
-        optimizer: makes an optimizer for a list of tensors: coordinates of the continuous groups, which it finds at
-            zero before each step, and free weights for the permutations. It must make steps by the gradients that it
-            finds, without a closure.
+        rate: of the optimizer that serves unless another is given (`permgraph.matching.general.turning.Turning`): Adam,
+            but for matrices momentum of which every plane turns alike.
+        optimizer: makes another for a list of tensors: coordinates of the continuous groups, which it finds at zero
+            before each step, and free weights for the permutations. It must make steps by the gradients that it finds,
+            without a closure.
         steps: how many; 0 only compares B as it is with the start.
         schedule: how the optimizer's rates fall: along half a cosine to zero, or not at all.
         points: between which points of the line, 0 at A and 1 at B, each step draws one.
@@ -106,7 +104,8 @@ class LearnedMatching(Matcher):
 
     loader: Loader
     loss: Loss = nn.functional.cross_entropy
-    optimizer: MakeOptimizer = adam
+    rate: float = 5e-3
+    optimizer: MakeOptimizer | None = None
     steps: int = 1000
     schedule: Literal["cosine", "constant"] = "cosine"
     points: tuple[float, float] = (0.2, 0.8)
@@ -130,6 +129,8 @@ class LearnedMatching(Matcher):
                 f"steps={self.steps}, measure_every={self.measure_every} and project_every={self.project_every}: give "
                 f"0 or more steps, and measure and project every 1 or more"
             )
+        if not self.rate > 0:
+            raise PermgraphError(f"rate={self.rate}: give a positive one")
         if not 0 <= self.points[0] <= self.points[1] <= 1:
             raise PermgraphError(f"points={self.points}: draw from the first to the second, both between 0 and 1")
         if not self.measured or not all(0 <= point <= 1 for point in self.measured):
@@ -221,10 +222,20 @@ class _Run:
         self.coordinates = Coordinates(line.acting, element, device=line.device, dtype=line.dtype)
         learned = settings.permutations == "straight-through"
         self.free = FreeWeights(line.acting, line.a, learned)
-        parameters = [*self.coordinates.leaves.values(), *self.free.weights.values()]
-        self.optimizer = settings.optimizer(list(parameters)) if parameters else None
+        self.optimizer = self._optimizer()
         self.rates = [] if self.optimizer is None else [group["lr"] for group in self.optimizer.param_groups]
         self._move()
+
+    def _optimizer(self) -> torch.optim.Optimizer | None:
+        """What moves the coordinates and the free weights; None if there are none."""
+        leaves, make = self.coordinates.leaves, self.settings.optimizer
+        every = [*leaves.values(), *self.free.weights.values()]
+        if not every or make is not None:
+            return make(every) if every and make is not None else None
+        structures = {group: self.line.acting.structure(group) for group in leaves}
+        matrices = [leaves[g] for g, structure in structures.items() if structure.linear and not structure.is_paired]
+        known = {id(leaf) for leaf in matrices}
+        return Turning(matrices, [leaf for leaf in every if id(leaf) not in known], self.settings.rate)
 
     def _move(self) -> None:
         self.moved = self.line.moved(self.coordinates.element, self.coordinates.inverses)
@@ -370,7 +381,10 @@ class _Run:
         if self.settings.max_batches is None:
             return None
         loader = self.loader if self.validation is None else self.validation
-        return list(itertools.islice(batches(loader), self.settings.max_batches))
+        before = self._random_state()
+        kept = list(itertools.islice(batches(loader), self.settings.max_batches))
+        self._set_random_state(before)  # so that what is measured has no part in the order of what is learned from
+        return kept
 
     def _measurable(self) -> Loader:
         if self.kept is not None:

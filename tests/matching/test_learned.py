@@ -22,6 +22,7 @@ from permgraph.matching import LearnedMatching, align
 from permgraph.matching.general.acting import Element, composed
 from permgraph.matching.general.between import BalancedLine
 from permgraph.matching.general.coordinates import Coordinates
+from permgraph.matching.general.turning import Turning, nearly_polar
 from tests.matching.learnable import Reader, Tied, low_rank, perceptron, points, texts, trained
 
 MODELS = {
@@ -198,7 +199,7 @@ def test_learns_permutations_alone():
     a, b, general = pair("perceptron")
     spec = general.permutations()
     data = points()
-    how = LearnedMatching(batches(data), steps=160, measure_every=16)
+    how = LearnedMatching(batches(data), rate=0.02, steps=160, measure_every=16)
     fixed = align(a, b, LearnedMatching(batches(data), steps=0), spec=spec)
     fit = align(a, b, how, spec=spec)
     assert fit.transformation is None and fit.permutation.spec is spec
@@ -367,6 +368,7 @@ def test_an_interrupted_run_gives_the_best_so_far():
     ("settings", "message"),
     [
         (dict(steps=-1), "steps=-1"),
+        (dict(rate=0.0), "rate=0.0"),
         (dict(points=(0.8, 0.2)), r"points=\(0.8, 0.2\)"),
         (dict(measured=()), r"measured=\(\)"),
         (dict(measured=(0.5, 1.5)), "measured="),
@@ -461,3 +463,27 @@ def test_two_processes_find_what_one_does(tmp_path):
     assert one["history"] == other["history"] == pytest.approx(alone["history"], rel=1e-6)
     assert len(set(alone["history"])) > 1  # it went somewhere
     assert one["world"] == 2 and alone["world"] == 1
+
+
+def test_turns_every_plane_alike():
+    """A skew matrix becomes one with eigenvalues near ±i, whatever its own, and on any axes; zero stays zero."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.diag(torch.logspace(-2, 0, 4, dtype=torch.float64))
+    skew = torch.kron(sizes, torch.tensor([[0.0, 1.0], [-1.0, 0.0]], dtype=torch.float64))
+    axes = torch.linalg.qr(torch.randn(8, 8, generator=generator, dtype=torch.float64))[0]
+    turned = nearly_polar(skew)
+    values = torch.linalg.svdvals(turned)
+    assert float(values.min()) > 0.65 and float(values.max()) < 1.25
+    assert torch.allclose(turned, -turned.mT)
+    assert torch.allclose(nearly_polar(axes @ skew @ axes.T), axes @ turned @ axes.T)
+    assert not nearly_polar(torch.zeros(2, 3, 3)).any()
+
+
+def test_all_but_matrices_move_by_adam():
+    ours, theirs = (torch.tensor([1.0, -2.0, 3.0], requires_grad=True) for _ in range(2))
+    optimizers = Turning([], [ours], lr=0.1), torch.optim.Adam([theirs], lr=0.1)
+    for step in range(5):
+        for value, optimizer in zip((ours, theirs), optimizers, strict=True):
+            value.grad = torch.tensor([1.0, 0.1, -step])
+            optimizer.step()
+    assert torch.allclose(ours, theirs)
