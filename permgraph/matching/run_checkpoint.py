@@ -79,8 +79,8 @@ def described(value: Any) -> str:
     if isinstance(value, Permutation):
         return digest({name: torch.from_numpy(np.array(array)) for name, array in value.arrays.items()})
     if isinstance(value, Transformation):
-        kinds = ((kind, getattr(value, kind)) for kind in ("matrices", "scales", "signs", "gains"))
-        arrays = {f"{kind}/{name}": torch.tensor(array) for kind, held in kinds for name, array in held.items()}
+        parts = ((kind, getattr(value, kind)) for kind in ("matrices", "scales", "signs", "gains"))
+        arrays = {f"{kind}/{name}": torch.tensor(array) for kind, held in parts for name, array in held.items()}
         return f"{described(value.permutation)} {digest(arrays)}"
     if isinstance(value, torch.Tensor):
         return digest({"": value})

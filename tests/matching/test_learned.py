@@ -91,7 +91,7 @@ def test_slopes_are_those_of_the_loss(name):
     loss(here).backward()
     moved = line.moved(here.element, here.inverses)
     here.pull_back(moved, line.gradients(), 0.4)
-    assert here.leaves
+    assert bool(here.leaves) == (name != "tanh")  # whose group is finite
     generator = torch.Generator().manual_seed(1)
     for group, leaf in here.leaves.items():
         direction = here._tangent(group, torch.randn(leaf.shape, generator=generator, dtype=leaf.dtype))

@@ -100,7 +100,8 @@ class Coordinates:
             slope += (w * g).sum(-2)[..., None] * slope.new_tensor(powers)
         elif linear in ("T", "T2"):
             first, second = pairs_of(linear, w.shape[-1])
-            slope[..., 0] += (g * w).sum(-2).unflatten(-1, _halves(linear)).sum(_along(linear)) * powers[0]
+            along = (g * w).sum(-2)
+            slope[..., 0] += (along[..., first] + along[..., second]) * powers[0]
             slope[..., 1] += (g[..., second] * w[..., first] - g[..., first] * w[..., second]).sum(-2)
         elif powers == (1,):
             slope += g.mT @ w
@@ -218,11 +219,3 @@ def _pairs(linear: str, real: Tensor, imaginary: Tensor, like: Tensor) -> Tensor
     new[..., first, first] = new[..., second, second] = real
     new[..., second, first], new[..., first, second] = imaginary, -imaginary
     return new
-
-
-def _halves(linear: str) -> tuple[int, int]:
-    return (2, -1) if linear == "T" else (-1, 2)
-
-
-def _along(linear: str) -> int:
-    return -2 if linear == "T" else -1

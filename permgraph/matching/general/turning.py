@@ -67,7 +67,8 @@ def _adapted(gradient: Tensor, state: dict[str, Any]) -> Tensor:
     state["square"].lerp_(gradient.square(), 1 - BETAS[1])
     mean = state["mean"] / (1 - BETAS[0] ** state["step"])
     square = state["square"] / (1 - BETAS[1] ** state["step"])
-    return mean / (square.sqrt() + EPSILON)
+    moved: Tensor = mean / (square.sqrt() + EPSILON)
+    return moved
 
 
 def nearly_polar(matrix: Tensor) -> Tensor:
@@ -76,7 +77,7 @@ def nearly_polar(matrix: Tensor) -> Tensor:
     It takes matrix products alone, and no decomposition; a skew matrix stays skew, and zero stays zero.
     """
     a, b, c = QUINTIC
-    x = matrix / torch.linalg.matrix_norm(matrix, keepdim=True).clamp_min(torch.finfo(matrix.dtype).tiny)
+    x: Tensor = matrix / torch.linalg.matrix_norm(matrix, keepdim=True).clamp_min(torch.finfo(matrix.dtype).tiny)
     for _ in range(ITERATIONS):
         square = x @ x.mT
         x = a * x + (b * square + c * square @ square) @ x
