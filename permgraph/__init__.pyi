@@ -120,6 +120,7 @@ from .matching import (
 )
 from .matching import (
     FrankWolfe as FrankWolfe,
+    LearnedMatching as LearnedMatching,
 )
 from .matching import (
     Matcher as Matcher,

@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 from networks import Batch, Encoder
 from torch import Tensor, nn
-from torch.nn.functional import relu
+from torch.nn.functional import relu, scaled_dot_product_attention, silu
 
 
 class DenseNet(nn.Module):
@@ -71,6 +71,64 @@ class Characters(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.head(self.norm(x)[:, -1])
+
+
+class RMSNorm(nn.Module):
+    """A vector over the root of its mean square, times a gain."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (x.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt() * self.weight
+
+
+class LlamaBlock(nn.Module):
+    """Attention with rotary positions and gated units, each normalised beforehand, without biases."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = RMSNorm(width), RMSNorm(width)
+        self.q, self.k, self.v, self.out = (nn.Linear(width, width, bias=False) for _ in range(4))
+        self.gate, self.up = (nn.Linear(width, 2 * width, bias=False) for _ in range(2))
+        self.down = nn.Linear(2 * width, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        y = self.norm1(x)
+        q, k, v = (f(y).view(batch, length, self.heads, -1).transpose(1, 2) for f in (self.q, self.k, self.v))
+        mixed = scaled_dot_product_attention(rotary(q), rotary(k), v, is_causal=True)
+        x = x + self.out(mixed.transpose(1, 2).reshape(batch, length, width))
+        y = self.norm2(x)
+        return x + self.down(silu(self.gate(y)) * self.up(y))
+
+
+def rotary(x: Tensor) -> Tensor:
+    """Each pair of channels of queries or keys (batch, heads, length, size) turned by its place."""
+    half = x.shape[-1] // 2
+    place = torch.arange(x.shape[-2]).float()[:, None]
+    angle = place * 10000 ** (-torch.arange(0, 2 * half, 2).float() / (2 * half))
+    a, b = x[..., :half], x[..., half:]
+    return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
+
+
+class Llama(nn.Module):
+    """A language model of the shape of Llama: it reads characters, and gives logits for the next at each place."""
+
+    def __init__(self, characters: int, width: int = 96, heads: int = 4, depth: int = 2) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(characters, width)
+        self.blocks = nn.ModuleList(LlamaBlock(width, heads) for _ in range(depth))
+        self.norm = RMSNorm(width)
+        self.head = nn.Linear(width, characters, bias=False)
+
+    def forward(self, text: Tensor) -> Tensor:
+        x = self.embed(text)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
 
 
 class PlaneMLP(nn.Module):

@@ -106,6 +106,7 @@ class MatcherName(str, enum.Enum):
     activation = "activation"
     frank_wolfe = "frank-wolfe"
     straight_through = "straight-through"
+    learned = "learned"
     sinkhorn = "sinkhorn"
 
 

@@ -7,6 +7,7 @@ from permgraph.matching.activation_matching import ActivationMatching
 from permgraph.matching.alignment import Alignment, align
 from permgraph.matching.cost import Estimate, calibrate, estimate
 from permgraph.matching.frank_wolfe import FrankWolfe
+from permgraph.matching.learned import LearnedMatching
 from permgraph.matching.matcher import Matcher, MatchResult, NeedsModels, SupportsMatch, Sweep
 from permgraph.matching.sinkhorn import Sinkhorn
 from permgraph.matching.straight_through import StraightThrough
@@ -20,6 +21,7 @@ MATCHERS: Mapping[str, type[Matcher]] = {
     "activation": ActivationMatching,
     "frank-wolfe": FrankWolfe,
     "straight-through": StraightThrough,
+    "learned": LearnedMatching,
     "sinkhorn": Sinkhorn,
     "streamed": StreamedWeightMatching,
 }
@@ -32,6 +34,7 @@ __all__ = [
     "Assignment",
     "Estimate",
     "FrankWolfe",
+    "LearnedMatching",
     "MatchResult",
     "Matcher",
     "NeedsModels",

@@ -1,4 +1,4 @@
-"""The file from which an interrupted run of straight-through matching goes on, and what it must have in common."""
+"""The file from which an interrupted run of a matcher that trains goes on, and what it must have in common."""
 
 from __future__ import annotations
 
@@ -20,19 +20,20 @@ from torch.utils.data import DataLoader
 from permgraph.errors import CheckpointError
 from permgraph.io.files import write_atomically
 from permgraph.spec.permutation import Permutation
+from permgraph.spec.transformation import Transformation
 from permgraph.weights.state_dict import StateDict
 
-FORMAT, VERSION = "permgraph straight-through run", 3
+VERSION = 3
 
 
-def write_run(path: str | os.PathLike[str], identity: Mapping[str, str], state: Mapping[str, Any]) -> None:
-    """Write the state of a run, as a whole or not at all."""
+def write_run(path: str | os.PathLike[str], identity: Mapping[str, str], state: Mapping[str, Any], kind: str) -> None:
+    """Write the state of a run of this kind, such as "straight-through", as a whole or not at all."""
     file = io.BytesIO()
-    torch.save({"format": FORMAT, "version": VERSION, "identity": dict(identity), **state}, file)
+    torch.save({"format": _format(kind), "version": VERSION, "identity": dict(identity), **state}, file)
     write_atomically(path, file.getvalue())
 
 
-def read_run(path: str | os.PathLike[str], identity: Mapping[str, str]) -> dict[str, Any] | None:
+def read_run(path: str | os.PathLike[str], identity: Mapping[str, str], kind: str) -> dict[str, Any] | None:
     """The state of the run in a file; None if there is no file.
 
     Raises:
@@ -43,17 +44,21 @@ def read_run(path: str | os.PathLike[str], identity: Mapping[str, str]) -> dict[
     where = os.fspath(path)
     try:
         saved: dict[str, Any] = torch.load(where, map_location="cpu", weights_only=True)
-        kind, version = saved["format"], saved["version"]
+        found, version = saved["format"], saved["version"]
     except Exception as error:
-        raise CheckpointError(f"{where}: not the checkpoint of a straight-through run: {error}") from error
-    if (kind, version) != (FORMAT, VERSION):
-        raise CheckpointError(f"{where}: holds {kind!r}, version {version}; this permgraph reads version {VERSION}")
+        raise CheckpointError(f"{where}: not the checkpoint of a {kind} run: {error}") from error
+    if (found, version) != (_format(kind), VERSION):
+        raise CheckpointError(f"{where}: holds {found!r}, version {version}; this permgraph reads version {VERSION}")
     different = [name for name, value in identity.items() if saved["identity"].get(name) != value]
     if different:
         raise CheckpointError(
             f"{where}: belongs to another run, with other {', '.join(different)}: give another path, or delete it"
         )
     return saved
+
+
+def _format(kind: str) -> str:
+    return f"permgraph {kind} run"
 
 
 def digest(tensors: StateDict) -> str:
@@ -73,6 +78,10 @@ def described(value: Any) -> str:
     """
     if isinstance(value, Permutation):
         return digest({name: torch.from_numpy(np.array(array)) for name, array in value.arrays.items()})
+    if isinstance(value, Transformation):
+        parts = ((kind, getattr(value, kind)) for kind in ("matrices", "scales", "signs", "gains"))
+        arrays = {f"{kind}/{name}": torch.tensor(array) for kind, held in parts for name, array in held.items()}
+        return f"{described(value.permutation)} {digest(arrays)}"
     if isinstance(value, torch.Tensor):
         return digest({"": value})
     if isinstance(value, DataLoader):

@@ -33,6 +33,9 @@ from permgraph.weights.state_dict import StateDict
 
 log = logging.getLogger(__name__)
 
+KIND = "straight-through"
+"""The kind of run that a checkpoint is of."""
+
 
 def adam(parameters: list[torch.Tensor]) -> torch.optim.Optimizer:
     """Adam with learning rate 1e-3: the default optimizer of `StraightThrough`."""
@@ -136,7 +139,7 @@ class StraightThrough(Matcher):
             raise PermgraphError(f"max_batches={self.max_batches}: give 1 or more, or None for all")
         require_rereadable(self.loader)
         if self.accelerator is not None:
-            _require_usable(self.accelerator, self.loader)
+            require_usable(self.accelerator, self.loader)
 
     @property
     def needs_models(self) -> bool:
@@ -402,13 +405,13 @@ class _Run:
                 "random on the GPU": torch.cuda.get_rng_state(self.midpoint.device) if on_gpu else None,
                 "random of the loader": None if generator is None else generator.get_state(),
             }
-            write_run(settings.checkpoint, self.identity, state)
+            write_run(settings.checkpoint, self.identity, state, KIND)
         if accelerator is not None:
             accelerator.wait_for_everyone()
 
     def _resume(self) -> bool:
         """Go to where the checkpoint's run stopped; False if there is none."""
-        saved = None if self.settings.checkpoint is None else read_run(self.settings.checkpoint, self.identity)
+        saved = None if self.settings.checkpoint is None else read_run(self.settings.checkpoint, self.identity, KIND)
         if saved is None:
             return False
         with torch.no_grad():
@@ -436,7 +439,8 @@ _COMPARED = ("project_every", "projection_sweeps", "free_weights", "max_batches"
 """Settings that must be the same for a run to go on."""
 
 
-def _require_usable(accelerator: Any, loader: Loader) -> None:
+def require_usable(accelerator: Any, loader: Loader) -> None:
+    """Refuse what is no accelerator, or scales gradients, and a loader that none can deal out."""
     if not hasattr(accelerator, "prepare_data_loader"):
         raise PermgraphError(
             f"accelerator= takes an accelerate.Accelerator, not a {type(accelerator).__name__}; "

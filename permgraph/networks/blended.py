@@ -144,12 +144,12 @@ class Between:
                         break
                     value = self.value(batch, number)
                     self.require_finite(value, number, point)
-                    samples = _samples(batch)
+                    samples = samples_of(batch)
                     total, count = total + float(value) * samples, count + samples
         return total, count
 
 
-def _samples(batch: Any) -> int:
+def samples_of(batch: Any) -> int:
     """The number of samples of a batch, as the targets count them."""
     _, _, targets = split_labelled(batch, None)
     return len(targets) if isinstance(targets, Tensor) and targets.ndim else 1

@@ -88,6 +88,7 @@ def test_the_table_has_every_matcher_of_the_library() -> None:
         ("activation", "--data data.safetensors --batch-size 16"),
         ("frank-wolfe", "--set max_steps=5 --restarts 2"),
         ("straight-through", "--data data.safetensors --set epochs=1"),
+        ("learned", "--data data.safetensors --set steps=4"),
         ("sinkhorn", "--set steps=4"),
     ],
 )
@@ -137,6 +138,7 @@ def test_a_run_with_data_goes_on_where_it_stopped(pair: dict[str, torch.Tensor],
     [
         ("--matcher activation", "runs the networks: say --data"),
         ("--matcher straight-through", "runs the networks: say --data"),
+        ("--matcher learned", "runs the networks: say --data"),
         ("--matcher frank-wolfe --stream", "needs whole networks"),
         ("--set epochs", "give a name and a value"),
         ("--set epochs=3", "WeightMatching has no setting 'epochs'; it has frozen, ignore, init"),

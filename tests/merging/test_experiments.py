@@ -55,6 +55,14 @@ def test_many_models(load, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert kept == {path: path.stat().st_mtime_ns for path in (tmp_path / "networks").iterdir()}
 
 
+def test_whole_group(load, tmp_path: Path) -> None:
+    given = ["--cases", "ViT", "--seeds", "1", "2", "--steps", "60", "--points", "5", "--out", str(tmp_path)]
+    found = load("whole_group").main(given)["ViT"]
+    loss = {way: values[0][0] for way, values in found.items()}
+    assert loss["learned, straight-through"] < loss["whole group"] < loss["permutations"] < loss["naive"]
+    assert "| learned, fixed |" in (tmp_path / "whole_group.md").read_text()
+
+
 def test_layer_features(load, tmp_path: Path) -> None:
     found = load("layer_features").main([*TINY, "--seeds", "1", "--together", "1", "--out", str(tmp_path)])["MLP"]
     assert set(found) == {"spawned", "independent", "aligned"}
