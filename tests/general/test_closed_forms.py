@@ -208,6 +208,96 @@ def lstm(n: int) -> nn.Module:
     return nn.LSTM(3, n, batch_first=True, proj_size=0)
 
 
+# As ViT, but of the decoder alone, whose table is tied to the head behind the last gain: signs, and a factor for each gain
+# of the three norms of its layers. The encoder's stream is returned, and stays put.
+@row(
+    dict(d=24, encoders=1, decoders=2, heads=4, inner=20, vocabulary=31),
+    dict(d=768, encoders=12, decoders=12, heads=12, inner=3072, vocabulary=51865),
+    lambda d, encoders, decoders, heads, **_: (encoders + 2 * decoders) * heads * 2 * (d // heads) ** 2 + 3 * decoders * d,
+)
+def whisper(d: int, encoders: int, decoders: int, heads: int, inner: int, vocabulary: int) -> nn.Module:
+    ids = dict(pad_token_id=0, bos_token_id=0, eos_token_id=0, decoder_start_token_id=0)
+    return _hf(
+        "Whisper", "ForConditionalGeneration", d_model=d, encoder_layers=encoders, decoder_layers=decoders,
+        encoder_attention_heads=heads, decoder_attention_heads=heads, encoder_ffn_dim=inner, decoder_ffn_dim=inner,
+        vocab_size=vocabulary, **ids,
+    )  # fmt: skip
+
+
+# Queries, keys and values come from latents behind a norm: rotations of each latent. Pairs of the one rotary key, any
+# matrix on the other channels of keys, and on values, of each head; the gated units of all experts.
+@row(
+    dict(d=24, layers=2, dense=1, heads=4, q=10, kv=9, rope=4, nope=6, value=5, inner=20, expert=7, experts=4, shared=1,
+         vocabulary=31, groups=2, chosen=1),
+    dict(d=7168, layers=61, dense=3, heads=128, q=1536, kv=512, rope=64, nope=128, value=128, inner=18432, expert=2048,
+         experts=256, shared=1, vocabulary=129280, groups=8, chosen=4),
+    lambda d, layers, dense, heads, q, kv, rope, nope, value, inner, expert, experts, shared, **_: (
+        orthogonal(d)
+        + layers * (orthogonal(q) + orthogonal(kv) + rope + heads * (nope**2 + value**2))
+        + dense * inner + (layers - dense) * (experts + shared) * expert
+    ),
+)  # fmt: skip
+def deepseek_v3(
+    d: int, layers: int, dense: int, heads: int, q: int, kv: int, rope: int, nope: int, value: int, inner: int, expert: int,
+    experts: int, shared: int, vocabulary: int, groups: int, chosen: int,
+) -> nn.Module:  # fmt: skip
+    return _hf(
+        "DeepseekV3", "ForCausalLM", hidden_size=d, num_hidden_layers=layers, first_k_dense_replace=dense,
+        num_attention_heads=heads, num_key_value_heads=heads, q_lora_rank=q, kv_lora_rank=kv, qk_rope_head_dim=rope,
+        qk_nope_head_dim=nope, v_head_dim=value, intermediate_size=inner, moe_intermediate_size=expert,
+        n_routed_experts=experts, n_shared_experts=shared, n_group=groups, topk_group=chosen, num_experts_per_tok=2,
+        vocab_size=vocabulary, pad_token_id=0, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+
+
+# The table is tied: signs, and the gain of each layer's norm. Of each layer a factor for each channel between its first
+# layer and its depthwise convolution, one for each state between what writes it and what reads it, and any matrix
+# between the two layers that make the time steps.
+@row(
+    dict(d=12, layers=2, inner=24, state=5, rank=3, vocabulary=31),
+    dict(d=768, layers=24, inner=1536, state=16, rank=48, vocabulary=50280),
+    lambda d, layers, inner, state, rank, **_: layers * (d + inner + state + rank**2),
+)
+def mamba(d: int, layers: int, inner: int, state: int, rank: int, vocabulary: int) -> nn.Module:
+    return _hf(
+        "Mamba", "ForCausalLM", hidden_size=d, num_hidden_layers=layers, expand=2, intermediate_size=inner,
+        state_size=state, time_step_rank=rank, vocab_size=vocabulary,
+    )  # fmt: skip
+
+
+@row(dict(n=7), dict(n=1024), lambda n: 0)
+def gru(n: int) -> nn.Module:
+    return nn.GRU(3, n, batch_first=True)
+
+
+# The stream of the first stage begins behind a norm, with a gain that is added: a common sign, and a factor for each gain that is
+# read. The later ones are rotated, four at once where the next stage joins the neighbours.
+@row(
+    dict(d=12, depths=[1, 2, 1], heads=[2, 3, 4], image=64),
+    dict(d=96, depths=[2, 2, 6, 2], heads=[3, 6, 12, 24], image=224),
+    lambda d, depths, heads, **_: (
+        (2 * depths[0] + 4) * d
+        + sum((d * 2**s - 1) * (d * 2**s - 2) // 2 for s in range(1, len(depths)))
+        + sum(n * h * 2 * (d * 2**s // h) ** 2 for s, (n, h) in enumerate(zip(depths, heads, strict=True)))
+    ),
+)
+def swin(d: int, depths: list[int], heads: list[int], image: int) -> nn.Module:
+    models = pytest.importorskip("torchvision").models
+    return models.SwinTransformer([4, 4], d, depths, heads, [4, 4] if image < 100 else [7, 7])  # type: ignore[no-any-return]
+
+
+@row(
+    SMALL | dict(rank=3),
+    dict(d=4096, layers=32, heads=32, keys=8, each=128, inner=14336, vocabulary=128256, rank=16),
+    lambda d, layers, keys, each, inner, rank, **_: (
+        orthogonal(d) + layers * (keys * (each**2 + each) + inner + 2 * rank**2)
+    ),
+)
+def adapted_llama(rank: int, **sizes: int) -> nn.Module:
+    peft = pytest.importorskip("peft")
+    return peft.get_peft_model(llama3(**sizes), peft.LoraConfig(r=rank, target_modules=["q_proj", "v_proj"]))  # type: ignore[no-any-return]
+
+
 @pytest.mark.parametrize("name", ROWS)
 def test_small(name: str) -> None:
     build, dimension, small, _ = ROWS[name]

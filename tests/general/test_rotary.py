@@ -103,6 +103,30 @@ class Rotary(nn.Module):
         return self.o(y.transpose(1, 2).reshape(b, t, -1))
 
 
+class Parts(Rotary):
+    """Logits of the two halves of all channels, after the turn, one of them weighted."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, _ = x.shape
+        q, k, v = (f(x).view(b, t, -1, 8).transpose(1, 2) for f in (self.q, self.k, self.v))
+        angles = torch.arange(t, device=x.device)[:, None] * self.frequencies
+        q, k = self.turn(q, angles), self.keys(k, angles)
+        logits = q[..., :4] @ k[..., :4].mT + 2 * (q[..., 4:] @ k[..., 4:].mT)
+        return self.o((logits.softmax(-1) @ v).transpose(1, 2).reshape(b, t, -1))
+
+
+class Viewed(Parts):
+    """The same, by a view of the channels in two halves."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, _ = x.shape
+        q, k, v = (f(x).view(b, t, -1, 8).transpose(1, 2) for f in (self.q, self.k, self.v))
+        angles = torch.arange(t, device=x.device)[:, None] * self.frequencies
+        q, k = (turn(y, angles).view(b, -1, t, 2, 4) for turn, y in ((self.turn, q), (self.keys, k)))
+        logits = torch.einsum("bhqic,bhkic->bhiqk", q, k)
+        return self.o(((logits[:, :, 0] + 2 * logits[:, :, 1]).softmax(-1) @ v).transpose(1, 2).reshape(b, t, -1))
+
+
 #: The structures on queries and keys, each with its size; by hand.
 TURNS: list[tuple[Turn, list[tuple[str, int]]]] = [
     (halves, [("T", 8)]),
@@ -153,8 +177,10 @@ def test_permutations_stay_as_they_are(turn: Turn) -> None:
         Rotary(halves, norm="gain"),  # shared by all heads, and in the way of a factor for each
         Rotary(halves, norm="learned"),  # the angles are weights
         Rotary(halves, keys=interleaved),  # queries and keys have other pairs
+        Parts(halves),  # the two of a pair are told apart
+        Viewed(halves),
     ],
-    ids=["unequal", "mirrored", "squared", "norm", "learned", "other pairs"],
+    ids=["unequal", "mirrored", "squared", "norm", "learned", "other pairs", "parts", "viewed"],
 )
 def test_what_is_no_turn_stays_put(model: nn.Module) -> None:
     spec, plain = _spec(model), pg.auto_spec(model, (sequences(11),))
@@ -201,6 +227,15 @@ def test_elements_form_a_group_and_are_kept(tmp_path) -> None:  # type: ignore[n
     spec.save(tmp_path / "spec.json")
     assert pg.PermutationSpec.load(tmp_path / "spec.json").fingerprint == spec.fingerprint
     assert pg.PermutationSpec.parse(str(spec)).log_order() == spec.log_order()  # read as text, pairs stay put
+
+
+@pytest.mark.parametrize("kind", [Parts, Viewed])
+def test_neighbours_that_are_cut_between_pairs_keep_their_factors(kind: type[Rotary]) -> None:
+    model = kind(interleaved).eval()
+    spec = _spec(model)
+    found = [(str(g.structure), g.size) for g in spec.acting.values() if g.structure.is_paired]
+    assert found == [("T2", 4), ("T2", 4)]
+    assert pg.verify(model, spec, (sequences(11),)).passed
 
 
 def test_several_layers_have_factors_of_their_own() -> None:
