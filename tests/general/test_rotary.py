@@ -57,6 +57,21 @@ def partial_neighbours(x: Tensor, angles: Tensor) -> Tensor:
     return torch.cat([interleaved(x[..., :n], angles[..., : n // 2]), x[..., n:]], -1)
 
 
+def put_apart(x: Tensor, angles: Tensor) -> Tensor:
+    """Neighbours make a pair, and are halves from then on."""
+    return halves(x.unflatten(-1, (-1, 2)).transpose(-1, -2).reshape(x.shape), angles)
+
+
+def sorted_apart(x: Tensor, angles: Tensor) -> Tensor:
+    return apart(torch.cat([x[..., ::2], x[..., 1::2]], -1), angles)
+
+
+def put_together(x: Tensor, angles: Tensor) -> Tensor:
+    """Halves make a pair, and are neighbours from then on."""
+    a, b = x.chunk(2, -1)
+    return torch.stack([a * angles.cos() - b * angles.sin(), a * angles.sin() + b * angles.cos()], -1).flatten(-2)
+
+
 def unequal(x: Tensor, angles: Tensor) -> Tensor:
     """No turn: the two of a pair have angles of their own."""
     both = torch.cat([angles, 2 * angles], -1)
@@ -135,6 +150,9 @@ TURNS: list[tuple[Turn, list[tuple[str, int]]]] = [
     (neighbours, [("T2", 8)]),
     (interleaved, [("T2", 8)]),
     (complex_numbers, [("T2", 8)]),
+    (put_apart, [("T2", 8)]),
+    (sorted_apart, [("T2", 8)]),
+    (put_together, [("T", 8)]),
     (partial, [("T", 4), ("GL", 4)]),
     (partial_neighbours, [("T2", 4), ("GL", 4)]),
 ]
@@ -177,10 +195,13 @@ def test_permutations_stay_as_they_are(turn: Turn) -> None:
         Rotary(halves, norm="gain"),  # shared by all heads, and in the way of a factor for each
         Rotary(halves, norm="learned"),  # the angles are weights
         Rotary(halves, keys=interleaved),  # queries and keys have other pairs
+        Rotary(halves, keys=put_apart),
+        Rotary(interleaved, keys=put_apart),
+        Parts(put_apart),
         Parts(halves),  # the two of a pair are told apart
         Viewed(halves),
     ],
-    ids=["unequal", "mirrored", "squared", "norm", "learned", "other pairs", "parts", "viewed"],
+    ids=["unequal", "mirrored", "squared", "norm", "learned", "other pairs", "apart", "together", "apart in parts", "parts", "viewed"],
 )
 def test_what_is_no_turn_stays_put(model: nn.Module) -> None:
     spec, plain = _spec(model), pg.auto_spec(model, (sequences(11),))

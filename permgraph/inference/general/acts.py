@@ -22,7 +22,7 @@ from permgraph.inference.general.gains import Gains
 from permgraph.inference.general.leaves import UnreadableError
 from permgraph.inference.general.patterns import Patterns
 from permgraph.inference.general.statements import CENTRED, ORTHOGONAL, Statements
-from permgraph.inference.general.turns import TURN
+from permgraph.inference.general.turns import ORDERS, TURN
 from permgraph.inference.operators import name_of
 from permgraph.rules.call import Call
 from permgraph.rules.ledger import Labelled, Relation
@@ -81,18 +81,19 @@ class Speaker:
         turn = call.node.meta.get(TURN)
         if turn is None:
             return
-        for tensor in (*call.tensors, *call.results):
-            if not self._holds_pairs(tensor.dims[-1], turn):
+        before, _, after = turn.rpartition(">")
+        for tensor, turn in ((call.tensors[0], before or after), (call.results[0], after)):
+            if not self._holds_pairs(tensor.dims[-1], turn, whole=bool(before)):
                 cut = set(self.leaves.axes.atoms(tensor.dims[-1]))
                 self.said.keep_plain(cut, f"{why}, whose pairs another operator takes apart")
             for index in self.leaves.elements(tensor):
                 for x in self.leaves.at(tensor, index).get(tensor.ndim - 1, ()):
                     self.said.within(x, turn, f"{why}, which turns pairs")
 
-    def _holds_pairs(self, axis: Axis, turn: str) -> bool:
+    def _holds_pairs(self, axis: Axis, turn: str, whole: bool = False) -> bool:
         """Whether the pairs of an axis are those of its atom, or of each of its parts where they are neighbours."""
         axis = self.leaves.axes.resolve(axis)
-        if axis.kind is Kind.SUM and turn == "T2":
+        if axis.kind is Kind.SUM and turn == "T2" and not whole:
             return all(self._holds_pairs(part, turn) for part in axis.children)
         return axis.kind is Kind.ATOM and axis.size % 2 == 0
 
@@ -224,6 +225,14 @@ class Statement:
         operands, results = along.operands(), along.results()
         if not operands or not results:
             self.said.still([*operands, *results], f"{self.why}, along a dimension that it repeats or drops")
+        order = ORDERS.get(self.call.node.meta.get(TURN, ""), 0)
+        if order and along.is_last:
+            for x, y in zip(operands, results, strict=True):
+                self.said.frames.join(x, y, Acts(order=order), self.why)
+            for system in (self.said.scales, self.said.signs, self.said.flips):
+                for x in (*operands, *results):
+                    system.add([(x, 1)])
+            return
         for x, y in pairwise([*operands, *results]):
             self.said.same(x, y, self.why)
 
@@ -601,6 +610,13 @@ class Along:
     def _dim(self) -> int | None:
         """Where the label stands in the first operand."""
         return next((found[0][1].where[self.label] for role, found in self._by_role.items() if role != RESULT), None)
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the label is the last dimension of the first operand."""
+        first = next(labelled for role, found in self._by_role.items() if role != RESULT for _, labelled in found)
+        assert first.tensor is not None
+        return first.where[self.label] == first.tensor.ndim - 1
 
     @property
     def is_square_summed(self) -> bool:

@@ -30,6 +30,7 @@ from permgraph.spec.binding import Layout, coordinates
 from permgraph.spec.general import Action, General
 from permgraph.spec.spec import PermutationSpec
 from permgraph.structures import LINEAR, Structure, meet
+from permgraph.structures.structure import PAIRED
 
 FIBRED = "other groups are fibred over it"
 JOINED = "it is one axis that a view splits"
@@ -218,8 +219,14 @@ def _matrices(
     All that the atom stands in must move with the matrix, but for gains, between which it acts.
     """
     structure, why = "GL", ""
-    for within, reason in said.at_most.get(atom, {}).items():
-        smaller = meet(structure, within)
+    orders: dict[int, int] = {}  # of each class, in which order its parameters stand
+    for _, _, x in places:
+        root, acts_there = said.frames.find(x)
+        if orders.setdefault(root, acts_there.order) != acts_there.order:
+            return None, "its pairs stand in several orders"
+    for (within, x), reason in said.at_most.get(atom, {}).items():
+        root, acts_there = said.frames.find(x)
+        smaller = meet(structure, _in_order(within, acts_there.order - orders.get(root, acts_there.order)))
         structure, why = smaller, reason if smaller != structure else why
     actions = []
     acts = [(parameter, said.frames.action(x), x) for parameter, _, x in places]
@@ -239,6 +246,13 @@ def _matrices(
     if structure not in LINEAR:  # what two of them have in common may have no name
         return None, why
     return (structure, actions), why
+
+
+def _in_order(structure: str, order: int) -> str:
+    """A structure as it is before the indices were put from the order of neighbours to that of halves, so often."""
+    if structure not in PAIRED or not order:
+        return structure
+    return {("T", 1): "T2", ("T2", -1): "T"}.get((structure, order), "1")
 
 
 def _why_inert(said: Statements, x: int) -> str:
