@@ -13,6 +13,8 @@ name      group                                                         dimensio
 ``S``     permutations                                                  0
 ``T``     a complex factor for each pair (j, j + n/2) of indices        n
 ``T2``    the same for each pair (2 j, 2 j + 1)                         n
+``R``     a factor for each pair (j, j + n/2), of either sign           n / 2
+``R2``    the same for each pair (2 j, 2 j + 1)                         n / 2
 ``1``     the identity                                                  0
 ========  ============================================================  =================
 
@@ -29,6 +31,8 @@ name      group                                                         dimensio
                 S        |
                  \\      /
                     1
+
+R lies within both T and M, and R2 within both T2 and M.
 """
 
 from __future__ import annotations
@@ -42,15 +46,17 @@ Matrix = npt.NDArray[np.float64]
 
 _BELOW = {
     "1": "",
+    "R": "1",
+    "R2": "1",
     "S": "1",
     "S±": "S",
     "P": "S",
     "B": "S±",
     "O1": "S±",
     "O": "O1 B",
-    "M": "B P",
-    "T": "1",
-    "T2": "1",
+    "M": "B P R R2",
+    "T": "R",
+    "T2": "R2",
     "GL": "O M T T2",
 }
 
@@ -75,9 +81,9 @@ def is_within(small: str, large: str) -> bool:
 
 
 def meet(a: str, b: str) -> str:
-    """The largest group of the lattice within both. It is their intersection, but where T or T2 meets any but GL and S.
+    """The largest group of the lattice within both. It is their intersection, but for groups of pairs, where it may be smaller.
 
-    There it is smaller: what T has in common with O, rotations of each pair, has no name here.
+    What T has in common with O, rotations of each pair, has no name here.
 
     >>> meet("O", "M"), meet("O1", "B"), meet("P", "O")
     ('B', 'S±', 'S')
@@ -106,6 +112,8 @@ def dimension(name: str, n: int) -> int:
         "P": n,
         "T": n,
         "T2": n,
+        "R": n // 2,
+        "R2": n // 2,
     }.get(_known(name), 0)
 
 
@@ -140,6 +148,9 @@ def is_member(name: str, matrices: Matrix, tolerance: float = 1e-9) -> npt.NDArr
     if name == "O1":
         sums = matrices.sum(-1, keepdims=True)
         return np.asarray(orthogonal & (close(sums, 1.0) | close(sums, -1.0)))
+    if name in ("R", "R2"):
+        diagonal = close(matrices * ~np.eye(n, dtype=bool), 0.0)
+        return np.asarray(diagonal & is_member({"R": "T", "R2": "T2"}[name], matrices, tolerance))
     if name in ("T", "T2") and n % 2:
         return np.zeros(matrices.shape[:-2], dtype=bool)
     if name == "T2":
@@ -157,7 +168,7 @@ def is_member(name: str, matrices: Matrix, tolerance: float = 1e-9) -> npt.NDArr
 def random_element(name: str, n: int, generator: np.random.Generator) -> Matrix:
     """A random element whose singular values lie within [1/2, 2], and that in no smaller group but by chance.
 
-    Raises SpecError where n is odd and the group is T or T2.
+    Raises SpecError where n is odd and the group is one of pairs.
     """
     if name == "GL":
         left, right = _random_orthogonal(n, generator), _random_orthogonal(n, generator)
@@ -173,9 +184,12 @@ def random_element(name: str, n: int, generator: np.random.Generator) -> Matrix:
         inner[1:, 1:] = _random_orthogonal(n - 1, generator)
         inner[0, 0] = generator.choice((-1.0, 1.0))
         return np.asarray(mirror @ inner @ mirror)
+    if name in ("T", "T2", "R", "R2") and n % 2:
+        raise SpecError(f"{name} acts on pairs of indices, and {n} is odd")
+    if name in ("R", "R2"):
+        scale = factors(n // 2, generator) * generator.choice((-1.0, 1.0), n // 2)
+        return np.diag(np.tile(scale, 2) if name == "R" else np.repeat(scale, 2))
     if name in ("T", "T2"):
-        if n % 2:
-            raise SpecError(f"{name} acts on pairs of indices, and {n} is odd")
         scale, angle = factors(n // 2, generator), generator.uniform(0, 2 * np.pi, n // 2)
         cosine, sine = np.diag(scale * np.cos(angle)), np.diag(scale * np.sin(angle))
         halves = np.block([[cosine, -sine], [sine, cosine]])

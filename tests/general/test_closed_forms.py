@@ -73,11 +73,12 @@ def llama3(**sizes: int) -> nn.Module:
     return _hf("Llama", "ForCausalLM", **_llama(**sizes))
 
 
-# The same, but the gains on queries and keys are shared by all heads, and each norm is over one head: nothing there.
+# The same, but behind norms whose gains all heads share: of each pair of channels the two gains on queries can be scaled
+# against those on keys.
 @row(
     SMALL,
     dict(d=4096, layers=36, heads=32, keys=8, each=128, inner=12288, vocabulary=151936),
-    lambda d, layers, keys, each, inner, **_: orthogonal(d) + layers * (keys * each**2 + inner),
+    lambda d, layers, keys, each, inner, **_: orthogonal(d) + layers * (keys * each**2 + each // 2 + inner),
 )
 def qwen3(**sizes: int) -> nn.Module:
     return _hf("Qwen3", "ForCausalLM", **_llama(**sizes))
@@ -95,10 +96,11 @@ def gemma3(**sizes: int) -> nn.Module:
 
 
 # Norms on the branches alone: the last one of all is read by the head, which takes up its gain; the others' are added.
+# Queries and keys have a gain for each channel of each head, so that each key head has factors for pairs of its own.
 @row(
     SMALL | dict(each=6),
     dict(d=4096, layers=32, heads=32, keys=32, each=128, inner=11008, vocabulary=100352),
-    lambda d, layers, keys, each, inner, **_: d + layers * (keys * each**2 + inner),
+    lambda d, layers, keys, each, inner, **_: d + layers * (keys * (each**2 + each // 2) + inner),
 )
 def olmo2(**sizes: int) -> nn.Module:
     return _hf("Olmo2", "ForCausalLM", **_llama(**sizes))

@@ -100,6 +100,7 @@ class Rotary(nn.Module):
         self.o = nn.Linear(heads * shared * 8, 11)
         self.turn, self.keys, self.shared = turn, keys or turn, shared
         self.norm = nn.RMSNorm(8) if norm else nn.Identity()
+        self.key_norm = nn.RMSNorm(8) if norm == "two gains" else self.norm
         self.learned = nn.Parameter(torch.ones(4)) if norm == "learned" else None
         self.register_buffer("frequencies", 10.0 ** -torch.arange(4.0), persistent=False)
 
@@ -110,7 +111,7 @@ class Rotary(nn.Module):
         if self.learned is not None:
             frequencies = frequencies * self.learned
         else:
-            q, k = self.norm(q), self.norm(k)
+            q, k = self.norm(q), self.key_norm(k)
         angles = torch.arange(t, device=x.device)[:, None] * frequencies
         q, k = self.turn(q, angles), self.keys(k, angles)
         k, v = (y.repeat_interleave(self.shared, 1) for y in (k, v))
@@ -174,6 +175,34 @@ def test_a_complex_factor_for_each_pair_of_each_key_head(
     found = [(str(g.structure), g.size) for g in spec.acting.values() if str(g.structure) != "S"]
     assert sorted(found) == sorted([*structures, ("GL", 8)])
     assert spec.dimension() == 2 * (64 + sum(DIMENSIONS[name](n) for name, n in structures))
+    proof = pg.verify(model, spec, (sequences(11),))
+    assert proof.passed and proof.maximal, str(proof)
+
+
+class Whole(Rotary):
+    """Norms of all queries, and of all keys, with a gain for each channel of each head."""
+
+    def __init__(self, turn: Turn) -> None:
+        super().__init__(turn)
+        self.q, self.k = (nn.Sequential(nn.Linear(11, 16, bias=False), nn.RMSNorm(16)) for _ in range(2))
+
+
+@pytest.mark.parametrize(
+    ("model", "structure", "times"),
+    [
+        (Rotary(halves, norm="two gains"), "R", 1),
+        (Rotary(interleaved, norm="two gains"), "R2", 1),
+        (Whole(halves), "R", 2),  # of each head
+        (Whole(interleaved), "R2", 2),
+    ],
+    ids=["halves", "neighbours", "whole halves", "whole neighbours"],
+)
+def test_gains_of_queries_and_keys_have_a_factor_for_each_pair(model: nn.Module, structure: str, times: int) -> None:
+    """No complex factor passes a gain, but what the one gains the other may lose: half as many factors as channels."""
+    model.eval()
+    spec = _spec(model)
+    assert [str(g.structure) for g in spec.acting.values() if g.structure.is_paired] == [structure]
+    assert spec.dimension() == 2 * 64 + times * 4
     proof = pg.verify(model, spec, (sequences(11),))
     assert proof.passed and proof.maximal, str(proof)
 

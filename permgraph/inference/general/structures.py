@@ -47,6 +47,7 @@ def with_structures(spec: PermutationSpec, solution: Solution, fibres: Fibres) -
         if name in spec.moving and name not in parents and name not in joined
     }
     said = statements(solution, frozenset(movable))
+    turned = turned_atoms(solution)
     for tensor in writer.parameters.values():
         if tensor.use_of is not None:
             _link_use(tensor, tensor.use_of, said)
@@ -63,21 +64,19 @@ def with_structures(spec: PermutationSpec, solution: Solution, fibres: Fibres) -
     reasons = {name: FIBRED for name in spec.moving if name in parents}
     reasons |= dict.fromkeys((name for name in spec.moving if name in joined), JOINED)
     for atom, name in movable.items():
-        structure, of_places, why = _solve(atom, by_atom[atom], said)
+        structure, of_places, why = _solve(atom, by_atom[atom], said, atom in turned)
         groups[name] = replace(groups[name], structure=structure)
         for (parameter, number, _), action in zip(by_atom[atom], of_places, strict=True):
             actions[parameter][number] = action
         if why:
             reasons[name] = why
-    turned = {
-        writer.names[own] for atom in turned_atoms(solution) if (own := writer.fused.get(atom, atom)) in writer.names
-    }
+    of_pairs = {writer.names[own] for atom in turned if (own := writer.fused.get(atom, atom)) in writer.names}
     told = {name: tuple(found) for name, found in actions.items() if any(action != Action() for action in found)}
-    paired = {name for name in turned if groups[name].structure.is_paired}
+    paired = {name for name in of_pairs if groups[name].structure.is_paired}
     groups |= {name: replace(groups[name], fixed=True) for name in paired}
     general = General(told, reasons, null_directions(solution))
-    whole = replace(spec, groups=groups, general=general).without(turned - paired)
-    return whole.rename(_names_of_pairs(whole, turned))
+    whole = replace(spec, groups=groups, general=general).without(of_pairs - paired)
+    return whole.rename(_names_of_pairs(whole, of_pairs))
 
 
 def turned_atoms(solution: Solution) -> set[Axis]:
@@ -186,7 +185,9 @@ class _Places:
         return found
 
 
-def _solve(atom: Axis, places: Sequence[tuple[str, int, int]], said: Statements) -> tuple[Structure, list[Action], str]:
+def _solve(
+    atom: Axis, places: Sequence[tuple[str, int, int]], said: Statements, turned: bool
+) -> tuple[Structure, list[Action], str]:
     """The structure of one atom, its action at each place, and what kept it from being larger."""
     unknowns = [x for _, _, x in places]
     still = [Action()] * len(places)
@@ -197,6 +198,8 @@ def _solve(atom: Axis, places: Sequence[tuple[str, int, int]], said: Statements)
         return Structure(linear[0]), linear[1], why
     scales = said.scales.solutions(unknowns)
     signs = said.signs.solutions(unknowns)
+    if turned:
+        return *_of_pairs(atom, scales, signs, said, len(places)), why
     # A sign that each index has of its own is one that all may have in common, too.
     flips = beyond(said.flips.solutions(unknowns), signs)
     structure = Structure("", len(scales), len(signs), len(flips))
@@ -209,6 +212,20 @@ def _solve(atom: Axis, places: Sequence[tuple[str, int, int]], said: Statements)
         for i in range(len(places))
     ]
     return structure, actions, why
+
+
+def _of_pairs(
+    atom: Axis, scales: Sequence[Sequence[int]], signs: Sequence[Sequence[int]], said: Statements, number: int
+) -> tuple[Structure, list[Action]]:
+    """A factor for each pair of an axis whose pairs are turned, such as between the gains of queries and of keys."""
+    kinds = {within for within, _ in said.at_most.get(atom, {}) if within in PAIRED}
+    for powers in scales:
+        # Of either sign: so the signs must be among what passes, too.
+        signed = not beyond([[power % 2 for power in powers]], signs)
+        if len(kinds) == 1 and signed and set(powers) <= {-1, 0, 1}:
+            structure = Structure(meet(kinds.pop(), "M"))
+            return structure, [Action((power,)) if power else Action() for power in powers]
+    return Structure(), [Action()] * number
 
 
 def _matrices(
