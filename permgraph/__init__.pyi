@@ -13,6 +13,12 @@ from .capture import (
 from .capture import (
     input_finder as input_finder,
 )
+from .capture import (
+    untied as untied,
+)
+from .capture import (
+    untied_config as untied_config,
+)
 from .connectivity import (
     AlignedCurve as AlignedCurve,
 )

@@ -31,8 +31,8 @@ import permgraph as pg
 from benchmarks.zoo.names import ZOOS
 from benchmarks.zoo.sweep import RESULTS, warm_up
 from permgraph.capture import capture
-from permgraph.inference.auto_spec import spec_of
 from permgraph.capture.python_state import python_state_restored
+from permgraph.inference.auto_spec import spec_of
 
 MODELS = {
     "torchvision": (

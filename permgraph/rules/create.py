@@ -5,7 +5,6 @@ from __future__ import annotations
 from permgraph.rules.call import Call
 from permgraph.rules.registry import aten, rule
 
-
 ZEROS = "zeros zeros_like new_zeros _efficientzerotensor"
 ONES = "ones full ones_like full_like new_ones new_full scalar_tensor"
 EMPTY = "empty empty_like new_empty new_empty_strided empty_strided empty_permuted"

@@ -65,10 +65,11 @@ A function f of each element by itself, or of all those along labels that the re
 
 - ``"homogeneous"``: f(c x) = c f(x) for c > 0, of all operands together; of maxima and of a ReLU.
 - ``"odd"``, ``"even"``: f(-x) = -f(x), f(-x) = f(x).
-- ``"sign"``, ``"absolute"``, ``"square"``, ``"root"``, ``"inverse root"``, ``"reciprocal"``: the functions of these names.
+- ``"sign"``, ``"absolute"``, ``"square"``, ``"root"``, ``"inverse root"``, ``"reciprocal"``: the functions of these
+  names.
 - ``"power"``: the operand to the power that is the argument ``exponent``.
-- ``"clip"``: what lies beyond one or two bounds is set to them: homogeneous if zero is the only number
-  among them, odd if they are alike.
+- ``"clip"``: what lies beyond one or two bounds is set to them: homogeneous if zero is the only number among them,
+  odd if they are alike.
 - ``"slope"``: homogeneous in the first operand; the second one has a slope for each index.
 
 Along the labels that the result lacks, or those that are normalised:

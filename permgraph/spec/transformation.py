@@ -194,7 +194,9 @@ class Transformation:
         """A new state dict with this element applied; the input is not changed.
 
         It is computed in float64, and given in each tensor's own type. Keys, ties and what is no tensor are treated as
-        `Permutation.apply` does.
+        `Permutation.apply` does. Where the spec is that of a model with its weights untied (``auto_spec(model,
+        symmetry="general", untie=True)``), the result has a tensor of its own under each name; load it in a model whose
+        weights are untied, such as `untied` makes.
 
         Args:
             state_dict: name to tensor.
@@ -205,6 +207,8 @@ class Transformation:
             SpecError: ``exclude`` names a parameter or dimension that the spec does not know.
             MismatchError: the state dict does not fit the spec, or a gain that a matrix acts between has a zero.
         """
+        assert self.spec.general is not None
+        state_dict = self.spec.general.untie(state_dict)
         moved = self.permutation.apply(state_dict, exclude=exclude)
         known = {self.spec.aliases.get(key, key): value for key, value in state_dict.items()}
         done: dict[int, torch.Tensor] = {}

@@ -81,9 +81,10 @@ def is_within(small: str, large: str) -> bool:
 
 
 def meet(a: str, b: str) -> str:
-    """The largest group of the lattice within both. It is their intersection, but for groups of pairs, where it may be smaller.
+    """The largest group of the lattice within both.
 
-    What T has in common with O, rotations of each pair, has no name here.
+    It is their intersection; only of groups of pairs it may be smaller: what T has in common with O, rotations of each
+    pair, has no name here.
 
     >>> meet("O", "M"), meet("O1", "B"), meet("P", "O")
     ('B', 'S±', 'S')

@@ -19,8 +19,8 @@ class Structure:
 
     It is one of `GL`, `O` and `O1`, or permutations with factors for each index. One permutation may go with several
     factors, each on other tensors: the gate and the values of a gated unit are permuted alike and scaled apart. All of
-    these hold every permutation. `T` and `T2`, a complex factor for each pair of indices, and `R` and `R2`, a real one, hold
-    none but the identity.
+    these hold every permutation. `T` and `T2`, a complex factor for each pair of indices, and `R` and `R2`, a real
+    one, hold none but the identity.
 
     Args:
         linear: ``"GL"``, ``"O"``, ``"O1"``, ``"T"``, ``"T2"``, ``"R"``, ``"R2"``, or empty.
@@ -73,7 +73,7 @@ class Structure:
             found = _TERM.fullmatch(word)
             if found is None:
                 raise SpecError(
-                    f"{text!r} is no structure: write GL, O, O1, T, T2, R, R2, or S, S±, B, P, M and products such as M×P"
+                    f"{text!r} is no structure: write {', '.join(LINEAR)}, or S, S±, B, P, M and products such as M×P"
                 )
             counts[found[1]] = counts.get(found[1], 0) + int(found[2] or 1)
         linear = [name for name in LINEAR if name in counts]

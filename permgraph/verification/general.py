@@ -206,7 +206,8 @@ class _Scrutiny:
                 found.append(f"{free} ways to mix two indices leave the output as it is, not {expected}")
         if structure.is_paired:
             whole = [
-                (i, i + n // 2) if structure.linear in ("T", "R") else (2 * i, 2 * i + 1) for i in range(min(n // 2, TRIES))
+                (i, i + n // 2) if structure.linear in ("T", "R") else (2 * i, 2 * i + 1)
+                for i in range(min(n // 2, TRIES))
             ]
             expected = 1 if real else 2
             tries = [[(i, i), (j, j)] if real else [(i, i), (i, j), (j, i), (j, j)] for i, j in whole]

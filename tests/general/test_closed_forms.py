@@ -84,7 +84,7 @@ def llama3_70b(**sizes: int) -> nn.Module:
     return llama3(**sizes)
 
 
-# The same, but behind norms whose gains all heads share: of each pair of channels the two gains on queries can be scaled
+# The same, but behind norms whose gains all heads share: of each pair of channels the gains on queries can be scaled
 # against those on keys.
 @row(
     SMALL,
@@ -225,7 +225,7 @@ class Recurrent(nn.Module):
         return self.head(self.layer(x)[0])  # type: ignore[no-any-return]
 
 
-# The state is a gated sum of what tanh makes, and is read through tanh: a sign for each unit, which the gates do not see.
+# The state is a gated sum of what tanh makes, and is read through tanh: a sign for each unit, unseen by the gates.
 @row(dict(n=7), dict(n=1024), lambda n: 0)
 def lstm(n: int) -> nn.Module:
     return Recurrent(nn.LSTM(3, n, batch_first=True), n)
@@ -237,12 +237,14 @@ def projected_lstm(n: int, projected: int) -> nn.Module:
     return Recurrent(nn.LSTM(3, n, batch_first=True, proj_size=projected), projected)
 
 
-# As ViT, but of the decoder alone, whose table is tied to the head behind the last gain: signs, and a factor for each gain
-# of the three norms of its layers. The encoder's stream is returned, and stays put.
+# As ViT, but of the decoder alone, whose table is tied to the head behind the last gain: signs, and a factor for each
+# gain of the three norms of its layers. The encoder's stream is returned, and stays put.
 @row(
     dict(d=24, encoders=1, decoders=2, heads=4, inner=20, vocabulary=31),
     dict(d=768, encoders=12, decoders=12, heads=12, inner=3072, vocabulary=51865),
-    lambda d, encoders, decoders, heads, **_: (encoders + 2 * decoders) * heads * 2 * (d // heads) ** 2 + 3 * decoders * d,
+    lambda d, encoders, decoders, heads, **_: (
+        (encoders + 2 * decoders) * heads * 2 * (d // heads) ** 2 + 3 * decoders * d
+    ),
 )
 def whisper(d: int, encoders: int, decoders: int, heads: int, inner: int, vocabulary: int) -> nn.Module:
     ids = dict(pad_token_id=0, bos_token_id=0, eos_token_id=0, decoder_start_token_id=0)
@@ -267,8 +269,8 @@ def whisper(d: int, encoders: int, decoders: int, heads: int, inner: int, vocabu
     ),
 )  # fmt: skip
 def deepseek_v3(
-    d: int, layers: int, dense: int, heads: int, q: int, kv: int, rope: int, nope: int, value: int, inner: int, expert: int,
-    experts: int, shared: int, vocabulary: int, groups: int, chosen: int,
+    d: int, layers: int, dense: int, heads: int, q: int, kv: int, rope: int, nope: int, value: int, inner: int,
+    expert: int, experts: int, shared: int, vocabulary: int, groups: int, chosen: int,
 ) -> nn.Module:  # fmt: skip
     return _hf(
         "DeepseekV3", "ForCausalLM", hidden_size=d, num_hidden_layers=layers, first_k_dense_replace=dense,
@@ -300,14 +302,15 @@ def gru(n: int) -> nn.Module:
     return Recurrent(nn.GRU(3, n, batch_first=True), n)
 
 
-# The stream of the first stage begins behind a norm, with a gain that is added: a common sign, and a factor for each gain that is
-# read. The later ones are rotated, four at once where the next stage joins the neighbours.
+# The norm before each change of size is over four neighbours that are joined, with a gain for each channel of each:
+# that gain is in the way of rotations, and each of its four parts has factors, as has that of each other norm. The last
+# stage has none, and is rotated.
 @row(
     dict(d=12, depths=[1, 2, 1], heads=[2, 3, 4], image=64),
     dict(d=96, depths=[2, 2, 6, 2], heads=[3, 6, 12, 24], image=224),
     lambda d, depths, heads, **_: (
-        (2 * depths[0] + 4) * d
-        + sum((d * 2**s - 1) * (d * 2**s - 2) // 2 for s in range(1, len(depths)))
+        sum((2 * n + 4) * d * 2**s for s, n in enumerate(depths[:-1]))
+        + (d * 2 ** (len(depths) - 1) - 1) * (d * 2 ** (len(depths) - 1) - 2) // 2
         + sum(n * h * 2 * (d * 2**s // h) ** 2 for s, (n, h) in enumerate(zip(depths, heads, strict=True)))
     ),
 )

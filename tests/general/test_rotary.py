@@ -230,7 +230,19 @@ def test_permutations_stay_as_they_are(turn: Turn) -> None:
         Parts(halves),  # the two of a pair are told apart
         Viewed(halves),
     ],
-    ids=["unequal", "mirrored", "squared", "norm", "learned", "other pairs", "apart", "together", "apart in parts", "parts", "viewed"],
+    ids=[
+        "unequal",
+        "mirrored",
+        "squared",
+        "norm",
+        "learned",
+        "other pairs",
+        "apart",
+        "together",
+        "apart in parts",
+        "parts",
+        "viewed",
+    ],
 )
 def test_what_is_no_turn_stays_put(model: nn.Module) -> None:
     spec, plain = _spec(model), pg.auto_spec(model, (sequences(11),))

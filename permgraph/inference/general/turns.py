@@ -7,8 +7,8 @@ model writes it; what says that they are equal is how the table is made. So a pa
 later one of the same shape is run by itself, in float64, on random numbers, with tables made of random constants, and
 is *a turn* if it is linear, treats every row apart, and commutes with random factors for each pair, but with no matrix.
 
-Some models put the pairs from the order of neighbours to that of halves on the way. Such a part takes the matrices of one
-order to those of the other.
+Some models put the pairs from the order of neighbours to that of halves on the way. Such a part takes the matrices of
+one order to those of the other.
 
 Such a part is replaced by what it means for all other dimensions: the tensor is multiplied by a number for each index
 along which the table varies. Then the axis is free in all that comes after, and the node that ends the part tells
@@ -53,7 +53,7 @@ lift_fresh _to_copy to view_as_complex view_as_real complex real imag
 """
 STEPS = frozenset(_STEPS.split())
 #: Of these those that leave every number as it is.
-MOVES = STEPS - frozenset("add sub rsub neg mul addcmul".split())
+MOVES = STEPS - frozenset(["add", "sub", "rsub", "neg", "mul", "addcmul"])
 ENDS = frozenset(("add", "sub", "addcmul", "cat", "stack", "view", "reshape", "_unsafe_view", "flatten"))
 
 
@@ -257,18 +257,17 @@ def _judge(
                 to = to.reshape((-1, 2) if order == 1 else (2, -1)).T.reshape(-1)
             return close(turned(x @ g.T), y @ g[to][:, to].T)
 
-        ways = [(s, s, 0) for s in PAIRED] + [(*turn.split(">"), order) for turn, order in ORDERS.items()]
-        way = next(((before, after, order) for before, after, order in ways if passes(before, order)), None)
-        if way is None or passes("GL", way[2]):
+        ways = [*((s, 0) for s in PAIRED), *ORDERS.items()]
+        way = next(((turn, order) for turn, order in ways if passes(turn.partition(">")[0], order)), None)
+        if way is None or passes("GL", way[1]):
             return None
-        structure = ">".join(dict.fromkeys(way[:2]))
         same = turned(drawn(shape[-1]).expand(shape).clone())
         varies = tuple(
             d for d in range(len(shape) - 1) if not close(same, same.select(d, 0).unsqueeze(d).expand(shape))
         )
     except Exception:  # whatever an operator says of numbers that are not the model's: then it is not known
         return None
-    return structure, varies
+    return way[0], varies
 
 
 def _replace(graph: fx.Graph, start: fx.Node, end: fx.Node, structure: str, varies: Iterable[int]) -> None:
