@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 FORMAT = "permgraph.transformation"
 VERSION = "1"
+WORST = 1e-12
+"""The inverse of the condition number from which on a matrix counts as singular."""
 Array = npt.NDArray[np.float64]
 
 
@@ -272,6 +274,12 @@ class Transformation:
         ]
         if not acting:
             return tensor
+        if not tensor.is_floating_point():
+            groups = ", ".join(f"{o.group} ({self.spec.groups[o.group].structure})" for o, _ in acting)
+            raise MismatchError(
+                f"a tensor of type {tensor.dtype} cannot be scaled or mixed, as {groups} would; give real numbers, or "
+                f"take spec.permutations() for this network"
+            )
         sample, tensor = tensor, gathered(tensor)
         new = tensor.to(torch.float64, copy=True)
         for occurrence, action in acting:
@@ -434,7 +442,7 @@ def _checked(spec: SpecData, name: str, kind: str, shape: tuple[int, ...], given
     if not np.isfinite(array).all():
         raise MismatchError(f"group {name!r}: {kind} that are not finite")
     if kind == "matrices":
-        fits = bool(np.all(is_member(structure.linear, array, 1e-6 if structure.linear != "GL" else 1e-300)))
+        fits = bool(np.all(is_member(structure.linear, array, 1e-6 if structure.linear != "GL" else WORST)))
     elif kind == "scales":
         fits = bool((array > 0).all())
     else:
@@ -442,7 +450,10 @@ def _checked(spec: SpecData, name: str, kind: str, shape: tuple[int, ...], given
         common = array[..., structure.signs :]
         fits &= bool((common == common[..., :1, :]).all())
     if not fits:
-        raise MismatchError(f"group {name!r} has the structure {structure}, to which these {kind} do not belong")
+        singular = f": singular, or with a condition number of {1 / WORST:.0e} or more" if kind == "matrices" else ""
+        raise MismatchError(
+            f"group {name!r} has the structure {structure}, to which these {kind} do not belong{singular}"
+        )
     return array
 
 

@@ -121,6 +121,8 @@ def dimension(name: str, n: int) -> int:
 def is_member(name: str, matrices: Matrix, tolerance: float = 1e-9) -> npt.NDArray[np.bool_]:
     """Of matrices of shape ``(..., n, n)``, which belong to the group, up to errors of this size.
 
+    An invertible one is so with errors of this size relative to its own: its condition number is less than the inverse.
+
     >>> bool(is_member("S", np.eye(3)[[2, 0, 1]])), bool(is_member("P", -np.eye(3)))
     (True, False)
     """
@@ -133,7 +135,7 @@ def is_member(name: str, matrices: Matrix, tolerance: float = 1e-9) -> npt.NDArr
     monomial = (present.sum(-1) == 1).all(-1) & (present.sum(-2) == 1).all(-1)
     orthogonal = close(matrices @ np.swapaxes(matrices, -1, -2), np.eye(n))
     if name == "GL":
-        return np.asarray(np.abs(np.linalg.det(matrices)) > tolerance)
+        return _invertible(matrices, tolerance)
     if name == "M":
         return np.asarray(monomial)
     if name == "P":
@@ -161,9 +163,23 @@ def is_member(name: str, matrices: Matrix, tolerance: float = 1e-9) -> npt.NDArr
         a, b, c, d = (matrices[..., i : i + half, j : j + half] for i in (0, half) for j in (0, half))
         off = ~np.eye(half, dtype=bool)
         diagonal = close(a * off, 0.0) & close(b * off, 0.0)
-        return np.asarray(diagonal & close(a, d) & close(b, -c) & (np.abs(np.linalg.det(matrices)) > tolerance))
+        sizes = np.sqrt((a * a + b * b).sum(-1))  # of the complex factors
+        invertible = (sizes > tolerance * sizes.max(-1, keepdims=True)).all(-1)
+        return np.asarray(diagonal & close(a, d) & close(b, -c) & invertible)
     _known(name)
     return close(matrices, np.eye(n))
+
+
+def _invertible(matrices: Matrix, tolerance: float) -> npt.NDArray[np.bool_]:
+    """Of matrices of shape ``(..., n, n)``, which have a condition number (of row sums) below 1 / tolerance."""
+    found = np.zeros(matrices.shape[:-2], dtype=bool)
+    for at in np.ndindex(found.shape):
+        try:
+            back = np.linalg.inv(matrices[at])
+        except np.linalg.LinAlgError:
+            continue
+        found[at] = tolerance * np.abs(matrices[at]).sum(-1).max() * np.abs(back).sum(-1).max() < 1
+    return found
 
 
 def random_element(name: str, n: int, generator: np.random.Generator) -> Matrix:

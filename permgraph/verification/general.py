@@ -172,6 +172,8 @@ class _Scrutiny:
         if any(name in group.parents for group in self.spec.groups.values()):
             return "", []  # what acts on it may be part of what acts on those that are fibred over it
         places = self._places(name)
+        if any(self.weights[parameter].is_complex() for parameter, _, _ in places):
+            return "", []  # of complex parameters nothing but permutations is offered
         real = structure.linear in ("R", "R2")
         gains = sum(1 for _, _, action in places if structure.linear and not real and action == Action())
         n = self.spec.groups[name].size
