@@ -260,6 +260,12 @@ def beyond(rows: Sequence[Sequence[int]], known: Sequence[Sequence[int]]) -> lis
     return found
 
 
+def independent(row: Sequence[int], known: Sequence[Sequence[int]], modulo_two: bool) -> bool:
+    """Whether a vector is no combination of the known ones."""
+    rows = [[Fraction(c % 2 if modulo_two else c) for c in r] for r in (*known, row)]
+    return len(_echelon(rows, modulo_two)) > len(_echelon(rows[:-1], modulo_two))
+
+
 def _echelon(rows: list[list[Fraction]], modulo_two: bool) -> list[list[Fraction]]:
     """The reduced row echelon form, without rows of zeros."""
     rows = [list(row) for row in rows]
