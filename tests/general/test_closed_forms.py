@@ -337,11 +337,14 @@ STRUCTURES: dict[str, Callable[..., dict[str, int]]] = {
     "gpt2": lambda layers, **_: {"GL": 2 * layers, f"M^{2 * layers}×S±": 1},
     "llama3": lambda layers, **_: {"O": 1, "T": layers, "GL": layers, "M": layers},
     "llama3_70b": lambda layers, **_: {"O": 1, "T": layers, "GL": layers, "M": layers},
-    "qwen3": lambda layers, **_: {"O": 1, "R": layers, "GL": layers, "M": layers},
-    "gemma3": lambda layers, **_: {"B": 1, "GL": layers, "M": layers},
-    # Of heads that share keys, each may change the sign of its gains and of what they multiply.
+    # A key head and its queries may change their signs together, which no complex factor of theirs does behind a norm.
+    "qwen3": lambda layers, **_: {"O": 1, "R": layers, "B": layers, "GL": layers, "M": layers},
+    "gemma3": lambda layers, **_: {"B": 1 + layers, "GL": layers, "M": layers},
+    # So may the gains of a head and what they multiply: of queries, also of each head that shares keys, and of keys.
+    # Of the latter two signs one is that of the factors of pairs.
     "olmo2": lambda layers, heads, keys, **_: (
-        {f"M×B^{2 * layers + 1}": 1, "R": layers, "GL": layers, "M": layers} | ({"B": layers} if heads > keys else {})
+        {f"M×B^{2 * layers + 1}": 1, "R": layers, "GL": layers, "M": layers}
+        | ({"B": 2 * layers} if heads > keys else {"B^2": layers})
     ),
     "bert": lambda layers, **_: {f"M×S±^{2 * layers + 1}": 1, "GL": 2 * layers, "B": 1},
     "t5": lambda layers, **_: {"GL": 6 * layers, "P": 2 * layers},
