@@ -389,7 +389,7 @@ def _variance(node: fx.Node, given: Mapping[str, Any], states: Mapping[fx.Node, 
 def _convolution(node: fx.Node, given: Mapping[str, Any], states: Mapping[fx.Node, Added]) -> Added:
     """The same in all kernels is the same in all channels of the result; a bias is the same everywhere but there."""
     ndim = node.meta["val"].ndim
-    x, weight, bias = (given.get(name) for name in ("input", "weight", "bias"))
+    x, weight, bias = given["input"], given["weight"], given.get("bias")
     if x in states and weight in states:
         raise _UnknownError
     found = []
@@ -398,7 +398,7 @@ def _convolution(node: fx.Node, given: Mapping[str, Any], states: Mapping[fx.Nod
         found.append(Added(frozenset((1,)) if same else frozenset()))
     if x in states:
         found.append(Added(states[x].uniform & {0}))
-    if bias in states:
+    if bias is not None and bias in states:
         everywhere = {0, *range(2, ndim)}
         found.append(Added(frozenset(everywhere | {1} if 0 in states[bias].uniform else everywhere)))
     return _together(found)
