@@ -9,6 +9,8 @@ What is compared, for one model in evaluation mode and a batch of two images:
 - *fused off*: the same without the fast path of `nn.MultiheadAttention`, fused attention and mkldnn. A fast path runs
   one opaque operator where there would be many, and is no pass from which structure could be read.
 - *auto_spec*: capture and inference, with the inputs given.
+- *infer general*: the inference of general symmetries from the same pass, in place of *infer*; *general /
+  permutations* is what capture and inference take with it, next to what they take without.
 - *export*: `torch.export.export(model, inputs).run_decompositions()`.
 
 *Warm* is the median of rounds in one process that has done all of it before, so that torch's cache of what operators do
@@ -50,7 +52,7 @@ from permgraph.inference.auto_spec import spec_of  # noqa: E402
 MODELS = ("resnet50", "densenet121", "vit_b_16", "swin_t")
 SIZE = (2, 3, 224, 224)
 COLUMNS = (
-    "fake", "fused off", "capture", "infer", "auto_spec / fake", "auto_spec / fused off", "export",
+    "fake", "fused off", "capture", "infer", "infer general", "general / permutations", "auto_spec / fake", "auto_spec / fused off", "export",
     "export / auto_spec", "MiB",
 )  # fmt: skip
 
@@ -93,6 +95,7 @@ def parts(name: str) -> dict[str, Callable[[], object]]:
         "fused off": lambda: fake_pass_without_fused_kernels(model, images),
         "capture": catch,
         "infer": lambda: spec_of(caught[0]),
+        "infer general": lambda: spec_of(caught[0], symmetry="general"),
         "export": lambda: torch.export.export(model, (images,)).run_decompositions(),
     }
 
@@ -110,7 +113,7 @@ def _asked(kind: str, name: str) -> dict[str, float]:
 
 def print_cold(kind: str, name: str) -> None:
     made = parts(name)
-    for column in (kind, "infer") if kind == "capture" else (kind,):
+    for column in (kind, "infer", "infer general") if kind == "capture" else (kind,):
         print(column, seconds(made[column]))
 
 
@@ -129,6 +132,7 @@ def warm(name: str, rounds: int) -> dict[str, float]:
 def ratios(found: dict[str, float]) -> dict[str, float]:
     total = found["capture"] + found["infer"]
     return {
+        "general / permutations": (found["capture"] + found["infer general"]) / total,
         "auto_spec / fake": total / found["fake"],
         "auto_spec / fused off": total / found["fused off"],
         "export / auto_spec": found["export"] / total,

@@ -13,6 +13,12 @@ from .capture import (
 from .capture import (
     input_finder as input_finder,
 )
+from .capture import (
+    untied as untied,
+)
+from .capture import (
+    untied_config as untied_config,
+)
 from .connectivity import (
     AlignedCurve as AlignedCurve,
 )
@@ -120,6 +126,8 @@ from .matching import (
 )
 from .matching import (
     FrankWolfe as FrankWolfe,
+)
+from .matching import (
     LearnedMatching as LearnedMatching,
 )
 from .matching import (

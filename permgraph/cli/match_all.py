@@ -103,11 +103,11 @@ def _jointly(run: MatchingRun, staging: Staging, method: Method) -> tuple[Sequen
         raise KeyboardInterrupt
     for note in found.notes:
         run.screen.note(note)
-    return found.permutations, {
+    return found.elements, {
         "outcome": found.outcome,
         "objective": found.history[-1].objective,
         "rounds": len(found.history),
-        "moved": [sum(p.moved().values()) for p in _from_first(found.permutations)],
+        "moved": [sum(p.moved().values()) for p in _from_first(found.elements)],
         "seed": run.seed,
     }
 

@@ -16,6 +16,7 @@ from permgraph.capture.environment import gc_paused
 from permgraph.capture.further import FurtherPasses, Tried
 from permgraph.capture.joined import joined
 from permgraph.capture.record import Limits
+from permgraph.capture.untied import sources_of_ties, untied
 from permgraph.errors import ConflictError, SpecError
 from permgraph.inference.describe import describe
 from permgraph.inference.ends import pin_unread
@@ -43,6 +44,7 @@ def auto_spec(
     example_kwargs: Mapping[str, Any] | None = None,
     *,
     symmetry: Literal["permutation", "general"] = "permutation",
+    untie: bool = False,
     vary: bool = True,
     unread: Policy = "note",
     max_passes: int = MAX_PASSES,
@@ -63,6 +65,9 @@ def auto_spec(
         example_kwargs: keyword arguments of forward.
         symmetry: ``"general"`` also finds, for each group, the largest structure that acts on its axis: scales, signs,
             rotations, any matrices (see the page on general symmetries).
+        untie: find the symmetries that the model has once parameters which several of its modules share are each their
+            own, such as a head that is the embedding's table; with ``"general"`` alone. What the spec's elements do to
+            a state dict needs a model with untied weights (`untied`).
         vary: False keeps to the inputs, in evaluation mode: the spec then holds for these sizes and branches alone.
         unread: what becomes of groups as long as an axis of a parameter that no pass reads and that may belong to
             them: `"note"` names them in `spec.unread` and in the notes, `"pin"` makes them stay put.
@@ -75,7 +80,7 @@ def auto_spec(
         The spec: groups, and for each parameter axis the expression that places them.
 
     Raises:
-        SpecError: `symmetry` is neither of the two.
+        SpecError: `symmetry` is neither of the two, or `untie` goes with permutations alone.
         CaptureError: the module could not be run, or no example input was found; it says what was tried.
         ValueError: `unread` is neither of the two.
 
@@ -85,15 +90,34 @@ def auto_spec(
     """
     if symmetry not in ("permutation", "general"):
         raise SpecError(f"symmetry is {symmetry!r}; it may be 'permutation' or 'general'")
+    if untie and symmetry == "permutation":
+        raise SpecError("untie=True finds no more permutations: it goes with symmetry='general'")
     if type(max_passes) is not int or max_passes < 1:
         raise ValueError(f"max_passes={max_passes!r} is no whole number from 1 on")
     check_policy(unread)
     if example_inputs is not None and not isinstance(example_inputs, (tuple, list)):
         example_inputs = (example_inputs,)
     limits = Limits(max_nodes, max_seconds, time.monotonic())
+    ties: dict[str, str] = {}
+    if untie and isinstance(model, nn.Module):
+        ties = sources_of_ties(model)
+        model = untied(model, share=True)
     captured = capture(model, example_inputs, example_kwargs, max_nodes=max_nodes, max_seconds=max_seconds)
     passes = FurtherPasses(model, captured, max_passes if vary else 1, limits)
-    return spec_of_passes(passes, vary=vary, unread=unread, symmetry=symmetry)
+    spec = spec_of_passes(passes, vary=vary, unread=unread, symmetry=symmetry)
+    return _with_ties(spec, ties) if untie else spec
+
+
+def _with_ties(spec: PermutationSpec, ties: Mapping[str, str]) -> PermutationSpec:
+    """The spec of a model with these parameters untied, which says so."""
+    ties = {name: source for name, source in ties.items() if name in spec.axes and source in spec.axes}
+    said = [
+        f"untied, {name} is no longer {source}: load the result in a model of untied weights"
+        for name, source in ties.items()
+    ]
+    assert spec.general is not None
+    notes = (*spec.notes, *(said or ["there is nothing to untie"]))
+    return replace(spec, general=replace(spec.general, untied=ties), notes=notes)
 
 
 def spec_of_passes(

@@ -16,6 +16,7 @@ from permgraph.matching.matcher import Matcher, MatchResult, Progress, SupportsM
 from permgraph.matching.weight_matching import WeightMatching
 from permgraph.spec.spec import PermutationSpec
 from permgraph.weights.distributed import gathered_state, redistributed_state
+from permgraph.weights.identity import load_tied
 from permgraph.weights.state_dict import Network, own_state
 
 log = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ class Alignment(MatchResult):
 
         Raises:
             MismatchError: `align` was given state dicts, so that there is no module to copy, or the module's weights
-                lie elsewhere.
+                lie elsewhere; or weights that are tied in it hold different values, after an alignment of untied ones.
         """
         if self._module is None:
             raise MismatchError(
@@ -56,7 +57,7 @@ class Alignment(MatchResult):
         devices = {tensor.device for tensor in self.state_dict.values()}
         if len(devices) == 1:
             model.to(next(iter(devices)))
-        model.load_state_dict(self.state_dict)
+        load_tied(model, self.state_dict)
         return model
 
     def __str__(self) -> str:

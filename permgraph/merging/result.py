@@ -16,6 +16,7 @@ from permgraph.matching.general.gauge import Written, require_both_real
 from permgraph.spec.permutation import Permutation
 from permgraph.spec.spec import PermutationSpec
 from permgraph.spec.transformation import Transformation
+from permgraph.weights.identity import load_tied
 from permgraph.weights.state_dict import STATISTICS
 
 
@@ -191,14 +192,15 @@ class Merge:
         (`recalibrate_batchnorm`), or `repair` the model.
 
         Raises:
-            MismatchError: `merge` was given a state dict first, so that there is no module to copy.
+            MismatchError: `merge` was given a state dict first, so that there is no module to copy; or weights that are
+                tied in it hold different values.
         """
         if self._module is None:
             raise MismatchError(
                 "merge() was given state dicts, so it has no module to return: load .state_dict into one of your own"
             )
         model = copy.deepcopy(self._module)
-        model.load_state_dict(self.state_dict)
+        load_tied(model, self.state_dict)
         return model
 
     def __str__(self) -> str:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from permgraph.rules.call import Call
 from permgraph.rules.registry import aten, rule
 
+ZEROS = "zeros zeros_like new_zeros _efficientzerotensor"
+ONES = "ones full ones_like full_like new_ones new_full scalar_tensor"
+EMPTY = "empty empty_like new_empty new_empty_strided empty_strided empty_permuted"
 
-@rule(*aten("zeros zeros_like new_zeros _efficientzerotensor"), values="constant", zeros="all", reads_values=False)
-@rule(*aten("ones full ones_like full_like new_ones new_full scalar_tensor"), values="constant", reads_values=False)
-@rule(*aten("empty empty_like new_empty"), values="derived", reads_values=False)
-@rule(*aten("new_empty_strided empty_strided empty_permuted"), values="derived", reads_values=False)
+
+@rule(*aten(ZEROS), values="constant", zeros="all", reads_values=False, acts="zeros")
+@rule(*aten(ONES), values="constant", reads_values=False, acts="constant")
+@rule(*aten(EMPTY), values="derived", reads_values=False, acts="zeros")
 def constant(call: Call) -> None:
     """Every element is the same, so every axis is free; of a tensor to be like, no element is read."""
     call.ignore_values(*call.tensors)

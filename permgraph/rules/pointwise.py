@@ -14,14 +14,16 @@ DISTINCT_AND_ZERO_AT_ZERO = """
 """
 ODD = "arcsin arctan asin asinh atan atanh erf erfinv sin sinh tan tanh"
 REPEATING = """
-    angle __and__ atan2 bitwise_and bitwise_left_shift bitwise_not bitwise_or bitwise_right_shift bitwise_xor ceil clamp
-    clamp_max clamp_min clip complex copysign fake_quantize_per_tensor_affine fake_quantize_per_tensor_affine_cachemask
-    _fake_quantize_per_tensor_affine_cachemask_tensor_qparams floor floor_divide fmod hardsigmoid hardtanh heaviside
+    angle __and__ atan2 bitwise_and bitwise_left_shift bitwise_not bitwise_or bitwise_right_shift bitwise_xor ceil
+    complex copysign fake_quantize_per_tensor_affine fake_quantize_per_tensor_affine_cachemask
+    _fake_quantize_per_tensor_affine_cachemask_tensor_qparams floor floor_divide fmod hardsigmoid heaviside
     __iand__ igamma igammac __ilshift__ imag int_repr __ior__ __irshift__ isfinite isinf isnan isneginf isposinf
     __ixor__ logical_and logical_not logical_or logical_xor logit __lshift__ nan_to_num nextafter __or__ polar
-    quantize_per_tensor real remainder __rshift__ signbit threshold __xor__
+    quantize_per_tensor real remainder __rshift__ signbit __xor__
 """
-REPEATING_AND_ZERO_AT_ZERO = "hardshrink hardswish relu6 round sgn sign softshrink trunc"
+REPEATING_AND_ZERO_AT_ZERO = "hardswish relu6"
+REPEATING_AND_ODD = "hardshrink round softshrink trunc"
+CLIPPING = "clamp clamp_max clamp_min clip hardtanh threshold"
 PRODUCTS = "addcdiv addcmul lerp"
 
 
@@ -48,6 +50,9 @@ PRODUCTS = "addcdiv addcmul lerp"
 @rule(*aten("special_xlog1py xlogy"), values="product", repeats_if_zero=("self", "other"))
 @rule(*aten(REPEATING), values="repeat")
 @rule(*aten(REPEATING_AND_ZERO_AT_ZERO), values="repeat", zeros="all")
+@rule(*aten(REPEATING_AND_ODD), values="repeat", zeros="all", acts="odd")
+@rule(*aten("sgn sign"), values="repeat", zeros="all", acts="sign")
+@rule(*aten(CLIPPING), values="repeat", acts="clip")
 @rule("aten.relu", values="repeat", zeros="all", acts="homogeneous")
 @rule(*aten("ge greater gt le less lt"), values="repeat", compares=True)
 @rule(*aten("fmax fmin maximum minimum"), values="limit", zeros="all", acts="homogeneous")
@@ -147,7 +152,7 @@ def dropout(call: Call) -> None:
         call.pin_all([x], "random values")
 
 
-@rule(*aten("rrelu rrelu_with_noise"), values="repeat")
+@rule(*aten("rrelu rrelu_with_noise"), values="repeat", acts="homogeneous")
 def rrelu(call: Call) -> None:
     """The mean slope at inference; in a pass that training needs, noise whose numbering does not matter."""
     call.pointwise(call["self"], call.out)

@@ -42,15 +42,17 @@ Otherwise:
 """
 
 Acts = Literal[
-    "unknown", "moved", "sum", "product", "quotient", "choice", "gate",
-    "homogeneous", "odd", "even", "absolute", "square", "root", "inverse root", "reciprocal", "power", "slope",
-    "norm", "spread", "rms norm", "layer norm", "group norm", "batch norm", "attention",
+    "unknown", "zeros", "constant", "moved", "sum", "product", "quotient", "choice", "gate",
+    "homogeneous", "odd", "even", "sign", "absolute", "square", "root", "inverse root", "reciprocal", "power", "slope",
+    "clip", "norm", "spread", "rms norm", "layer norm", "group norm", "batch norm", "attention",
 ]  # fmt: skip
 """How an operator acts, and so which scalings, rotations and other matrices along an axis pass through it.
 
 A rule's labels say which axes are permuted alike; this says what more than a permutation may happen to them. Linear, or
 linear in each operand:
 
+- ``"zeros"``: no element is read; the result is zero, or memory that is written before it is read.
+- ``"constant"``: no element is read, and all of the result are one number.
 - ``"moved"``: elements in other places, all of them unchanged; zeros may be added.
 - ``"sum"``: operands are added or subtracted, with broadcasting.
 - ``"product"``: the product of the operands, summed over the labels that the result lacks; the operand named by `bias`
@@ -63,8 +65,11 @@ A function f of each element by itself, or of all those along labels that the re
 
 - ``"homogeneous"``: f(c x) = c f(x) for c > 0, of all operands together; of maxima and of a ReLU.
 - ``"odd"``, ``"even"``: f(-x) = -f(x), f(-x) = f(x).
-- ``"absolute"``, ``"square"``, ``"root"``, ``"inverse root"``, ``"reciprocal"``: the functions of these names.
+- ``"sign"``, ``"absolute"``, ``"square"``, ``"root"``, ``"inverse root"``, ``"reciprocal"``: the functions of these
+  names.
 - ``"power"``: the operand to the power that is the argument ``exponent``.
+- ``"clip"``: what lies beyond one or two bounds is set to them: homogeneous if zero is the only number among them,
+  odd if they are alike.
 - ``"slope"``: homogeneous in the first operand; the second one has a slope for each index.
 
 Along the labels that the result lacks, or those that are normalised:

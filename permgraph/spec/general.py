@@ -94,21 +94,32 @@ class General:
             on which nothing but permutations acts may be left out.
         reasons: for a group what kept its structure from being larger.
         null_directions: what can be added to parameters without effect.
+        untied: for each name under which a further module of the model holds a parameter the first name of it, if the
+            spec is that of the model with these parameters untied.
     """
 
     actions: Mapping[str, tuple[Action, ...]]
     reasons: Mapping[str, str] = field(default_factory=dict)
     null_directions: tuple[NullDirection, ...] = ()
+    untied: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("actions", "reasons"):
+        for name in ("actions", "reasons", "untied"):
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return General, (dict(self.actions), dict(self.reasons), self.null_directions)
+        return General, (dict(self.actions), dict(self.reasons), self.null_directions, dict(self.untied))
+
+    def untie(self, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A state dict of the tied model with what it leaves out: the same tensors under the names that are untied."""
+        missing = {n: state_dict[s] for n, s in self.untied.items() if n not in state_dict and s in state_dict}
+        return {**state_dict, **missing} if missing else state_dict
 
     def check(self, groups: Mapping[str, Group], layouts: Mapping[str, Layout], shapes: Mapping[str, Any]) -> None:
         """Raise SpecError, naming the parameter, unless the actions fit these groups and where they stand."""
+        for name, source in self.untied.items():
+            if name not in layouts or source not in layouts:
+                raise SpecError(f"{name!r} is untied from {source!r}, but one of them has no axes")
         for direction in self.null_directions:
             if direction.parameter not in layouts:
                 raise SpecError(f"there is a null direction of {direction.parameter!r}, but no axes")
@@ -138,6 +149,7 @@ class General:
             "null_directions": [
                 [d.parameter, list(d.uniform), d.part and list(d.part), d.reason] for d in self.null_directions
             ],
+            "untied": dict(self.untied),
         }
 
     @classmethod
@@ -163,7 +175,8 @@ class General:
                 NullDirection(str(name), tuple(map(int, uniform)), part and tuple(map(int, part)), str(why))
                 for name, uniform, part, why in content.get("null_directions", ())
             )
-            return cls(actions, reasons, nulls)
+            untied = {str(name): str(source) for name, source in content.get("untied", {}).items()}
+            return cls(actions, reasons, nulls, untied)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise SpecError(f"general: malformed: {type(error).__name__}: {error}") from None
 

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 FORMAT = "permgraph.transformation"
 VERSION = "1"
+WORST = 1e-12
+"""The inverse of the condition number from which on a matrix counts as singular."""
 Array = npt.NDArray[np.float64]
 
 
@@ -224,7 +226,9 @@ class Transformation:
         """A new state dict with this element applied; the input is not changed.
 
         It is computed in float64, and given in each tensor's own type. Keys, ties and what is no tensor are treated as
-        `Permutation.apply` does.
+        `Permutation.apply` does. Where the spec is that of a model with its weights untied (``auto_spec(model,
+        symmetry="general", untie=True)``), the result has a tensor of its own under each name; load it in a model whose
+        weights are untied, such as `untied` makes.
 
         Args:
             state_dict: name to tensor.
@@ -235,6 +239,8 @@ class Transformation:
             SpecError: ``exclude`` names a parameter or dimension that the spec does not know.
             MismatchError: the state dict does not fit the spec, or a gain that a matrix acts between has a zero.
         """
+        assert self.spec.general is not None
+        state_dict = self.spec.general.untie(state_dict)
         moved = self.permutation.apply(state_dict, exclude=exclude)
         known = {self.spec.aliases.get(key, key): value for key, value in state_dict.items()}
         done: dict[int, torch.Tensor] = {}
@@ -309,6 +315,12 @@ class Transformation:
         ]
         if not acting:
             return tensor
+        if not tensor.is_floating_point():
+            groups = ", ".join(f"{o.group} ({self.spec.groups[o.group].structure})" for o, _ in acting)
+            raise MismatchError(
+                f"a tensor of type {tensor.dtype} cannot be scaled or mixed, as {groups} would; give real numbers, or "
+                f"take spec.permutations() for this network"
+            )
         sample, tensor = tensor, gathered(tensor)
         new = tensor.to(torch.float64, copy=True)
         for occurrence, action in acting:
@@ -501,7 +513,7 @@ def _checked(spec: SpecData, name: str, kind: str, shape: tuple[int, ...], given
     if not np.isfinite(array).all():
         raise MismatchError(f"group {name!r}: {kind} that are not finite")
     if kind == "matrices":
-        fits = bool(np.all(is_member(structure.linear, array, 1e-6 if structure.linear != "GL" else 1e-300)))
+        fits = bool(np.all(is_member(structure.linear, array, 1e-6 if structure.linear != "GL" else WORST)))
     elif kind == "scales":
         fits = bool((array > 0).all())
     else:
@@ -509,7 +521,10 @@ def _checked(spec: SpecData, name: str, kind: str, shape: tuple[int, ...], given
         common = array[..., structure.signs :]
         fits &= bool((common == common[..., :1, :]).all())
     if not fits:
-        raise MismatchError(f"group {name!r} has the structure {structure}, to which these {kind} do not belong")
+        singular = f": singular, or with a condition number of {1 / WORST:.0e} or more" if kind == "matrices" else ""
+        raise MismatchError(
+            f"group {name!r} has the structure {structure}, to which these {kind} do not belong{singular}"
+        )
     return array
 
 

@@ -13,6 +13,8 @@ name      group                                                         dimensio
 ``S``     permutations                                                  0
 ``T``     a complex factor for each pair (j, j + n/2) of indices        n
 ``T2``    the same for each pair (2 j, 2 j + 1)                         n
+``R``     a factor for each pair (j, j + n/2), of either sign           n / 2
+``R2``    the same for each pair (2 j, 2 j + 1)                         n / 2
 ``1``     the identity                                                  0
 ========  ============================================================  =================
 
@@ -29,6 +31,8 @@ name      group                                                         dimensio
                 S        |
                  \\      /
                     1
+
+R lies within both T and M, and R2 within both T2 and M.
 """
 
 from __future__ import annotations
@@ -42,15 +46,17 @@ Matrix = npt.NDArray[np.float64]
 
 _BELOW = {
     "1": "",
+    "R": "1",
+    "R2": "1",
     "S": "1",
     "S±": "S",
     "P": "S",
     "B": "S±",
     "O1": "S±",
     "O": "O1 B",
-    "M": "B P",
-    "T": "1",
-    "T2": "1",
+    "M": "B P R R2",
+    "T": "R",
+    "T2": "R2",
     "GL": "O M T T2",
 }
 
@@ -75,9 +81,10 @@ def is_within(small: str, large: str) -> bool:
 
 
 def meet(a: str, b: str) -> str:
-    """The largest group of the lattice within both. It is their intersection, but where T or T2 meets any but GL and S.
+    """The largest group of the lattice within both.
 
-    There it is smaller: what T has in common with O, rotations of each pair, has no name here.
+    It is their intersection; only of groups of pairs it may be smaller: what T has in common with O, rotations of each
+    pair, has no name here.
 
     >>> meet("O", "M"), meet("O1", "B"), meet("P", "O")
     ('B', 'S±', 'S')
@@ -106,11 +113,15 @@ def dimension(name: str, n: int) -> int:
         "P": n,
         "T": n,
         "T2": n,
+        "R": n // 2,
+        "R2": n // 2,
     }.get(_known(name), 0)
 
 
 def is_member(name: str, matrices: Matrix, tolerance: float = 1e-9) -> npt.NDArray[np.bool_]:
     """Of matrices of shape ``(..., n, n)``, which belong to the group, up to errors of this size.
+
+    An invertible one is so with errors of this size relative to its own: its condition number is less than the inverse.
 
     >>> bool(is_member("S", np.eye(3)[[2, 0, 1]])), bool(is_member("P", -np.eye(3)))
     (True, False)
@@ -124,7 +135,7 @@ def is_member(name: str, matrices: Matrix, tolerance: float = 1e-9) -> npt.NDArr
     monomial = (present.sum(-1) == 1).all(-1) & (present.sum(-2) == 1).all(-1)
     orthogonal = close(matrices @ np.swapaxes(matrices, -1, -2), np.eye(n))
     if name == "GL":
-        return np.asarray(np.abs(np.linalg.det(matrices)) > tolerance)
+        return _invertible(matrices, tolerance)
     if name == "M":
         return np.asarray(monomial)
     if name == "P":
@@ -140,6 +151,9 @@ def is_member(name: str, matrices: Matrix, tolerance: float = 1e-9) -> npt.NDArr
     if name == "O1":
         sums = matrices.sum(-1, keepdims=True)
         return np.asarray(orthogonal & (close(sums, 1.0) | close(sums, -1.0)))
+    if name in ("R", "R2"):
+        diagonal = close(matrices * ~np.eye(n, dtype=bool), 0.0)
+        return np.asarray(diagonal & is_member({"R": "T", "R2": "T2"}[name], matrices, tolerance))
     if name in ("T", "T2") and n % 2:
         return np.zeros(matrices.shape[:-2], dtype=bool)
     if name == "T2":
@@ -149,15 +163,29 @@ def is_member(name: str, matrices: Matrix, tolerance: float = 1e-9) -> npt.NDArr
         a, b, c, d = (matrices[..., i : i + half, j : j + half] for i in (0, half) for j in (0, half))
         off = ~np.eye(half, dtype=bool)
         diagonal = close(a * off, 0.0) & close(b * off, 0.0)
-        return np.asarray(diagonal & close(a, d) & close(b, -c) & (np.abs(np.linalg.det(matrices)) > tolerance))
+        sizes = np.sqrt((a * a + b * b).sum(-1))  # of the complex factors
+        invertible = (sizes > tolerance * sizes.max(-1, keepdims=True)).all(-1)
+        return np.asarray(diagonal & close(a, d) & close(b, -c) & invertible)
     _known(name)
     return close(matrices, np.eye(n))
+
+
+def _invertible(matrices: Matrix, tolerance: float) -> npt.NDArray[np.bool_]:
+    """Of matrices of shape ``(..., n, n)``, which have a condition number (of row sums) below 1 / tolerance."""
+    found = np.zeros(matrices.shape[:-2], dtype=bool)
+    for at in np.ndindex(found.shape):
+        try:
+            back = np.linalg.inv(matrices[at])
+        except np.linalg.LinAlgError:
+            continue
+        found[at] = tolerance * np.abs(matrices[at]).sum(-1).max() * np.abs(back).sum(-1).max() < 1
+    return found
 
 
 def random_element(name: str, n: int, generator: np.random.Generator) -> Matrix:
     """A random element whose singular values lie within [1/2, 2], and that in no smaller group but by chance.
 
-    Raises SpecError where n is odd and the group is T or T2.
+    Raises SpecError where n is odd and the group is one of pairs.
     """
     if name == "GL":
         left, right = _random_orthogonal(n, generator), _random_orthogonal(n, generator)
@@ -173,9 +201,12 @@ def random_element(name: str, n: int, generator: np.random.Generator) -> Matrix:
         inner[1:, 1:] = _random_orthogonal(n - 1, generator)
         inner[0, 0] = generator.choice((-1.0, 1.0))
         return np.asarray(mirror @ inner @ mirror)
+    if name in ("T", "T2", "R", "R2") and n % 2:
+        raise SpecError(f"{name} acts on pairs of indices, and {n} is odd")
+    if name in ("R", "R2"):
+        scale = factors(n // 2, generator) * generator.choice((-1.0, 1.0), n // 2)
+        return np.diag(np.tile(scale, 2) if name == "R" else np.repeat(scale, 2))
     if name in ("T", "T2"):
-        if n % 2:
-            raise SpecError(f"{name} acts on pairs of indices, and {n} is odd")
         scale, angle = factors(n // 2, generator), generator.uniform(0, 2 * np.pi, n // 2)
         cosine, sine = np.diag(scale * np.cos(angle)), np.diag(scale * np.sin(angle))
         halves = np.block([[cosine, -sine], [sine, cosine]])

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from permgraph.errors import SpecError
 from permgraph.structures.lattice import dimension
 
-PAIRED = ("T", "T2")
+PAIRED = ("T", "T2", "R", "R2")
 LINEAR = ("GL", "O", "O1", *PAIRED)
-_TERM = re.compile(r"(GL|O1|O|T2|T|S±|[SPBM])(?:\^(\d+))?")
+_TERM = re.compile(r"(GL|O1|O|T2|T|R2|R|S±|[SPBM])(?:\^(\d+))?")
 
 
 @dataclass(frozen=True)
@@ -19,10 +19,11 @@ class Structure:
 
     It is one of `GL`, `O` and `O1`, or permutations with factors for each index. One permutation may go with several
     factors, each on other tensors: the gate and the values of a gated unit are permuted alike and scaled apart. All of
-    these hold every permutation. `T` and `T2`, a complex factor for each pair of indices, hold none but the identity.
+    these hold every permutation. `T` and `T2`, a complex factor for each pair of indices, and `R` and `R2`, a real
+    one, hold none but the identity.
 
     Args:
-        linear: ``"GL"``, ``"O"``, ``"O1"``, ``"T"``, ``"T2"``, or empty.
+        linear: ``"GL"``, ``"O"``, ``"O1"``, ``"T"``, ``"T2"``, ``"R"``, ``"R2"``, or empty.
         scales: how many independent positive factors each index has.
         signs: how many independent signs each index has.
         flips: how many further signs all indices have in common.
@@ -72,7 +73,7 @@ class Structure:
             found = _TERM.fullmatch(word)
             if found is None:
                 raise SpecError(
-                    f"{text!r} is no structure: write GL, O, O1, T, T2, or S, S±, B, P, M and products such as M×P"
+                    f"{text!r} is no structure: write {', '.join(LINEAR)}, or S, S±, B, P, M and products such as M×P"
                 )
             counts[found[1]] = counts.get(found[1], 0) + int(found[2] or 1)
         linear = [name for name in LINEAR if name in counts]

@@ -172,7 +172,10 @@ class _Scrutiny:
         if any(name in group.parents for group in self.spec.groups.values()):
             return "", []  # what acts on it may be part of what acts on those that are fibred over it
         places = self._places(name)
-        gains = sum(1 for _, _, action in places if structure.linear and action == Action())
+        if any(self.weights[parameter].is_complex() for parameter, _, _ in places):
+            return "", []  # of complex parameters nothing but permutations is offered
+        real = structure.linear in ("R", "R2")
+        gains = sum(1 for _, _, action in places if structure.linear and not real and action == Action())
         n = self.spec.groups[name].size
         scaled = [self._derivative(place) for place in places]
         size = max((float(np.abs(column).max()) for column in scaled), default=0.0)
@@ -194,23 +197,26 @@ class _Scrutiny:
         free = self._fewest(places, [[(i, i)] for i in range(min(n, TRIES))], expected)
         if free > expected:
             found.append(f"{free} independent scales leave the output as it is, not {expected}")
-        if n > 1 and not (structure.linear in ("O1", "T", "T2") and n == 2):
+        if n > 1 and not ((structure.linear == "O1" or structure.is_paired) and n == 2):
             expected = {"GL": 2, "O": 1}.get(structure.linear, 0)
             # Of pairs that have a factor each, indices of two of them are mixed: no neighbours where they make a pair.
             pairs = [[(i, j), (j, i)] for i in range(min(n, TRIES)) if (j := (i + 1 + structure.is_paired) % n) != i]
             if structure.is_paired and n == 4:
-                pairs = [[(i, j), (j, i)] for i, j in ([(0, 1)] if structure.linear == "T" else [(0, 2)])]
+                pairs = [[(i, j), (j, i)] for i, j in ([(0, 1)] if structure.linear in ("T", "R") else [(0, 2)])]
             free = self._fewest(places, pairs, expected) if pairs else expected
             if free > expected:
                 found.append(f"{free} ways to mix two indices leave the output as it is, not {expected}")
         if structure.is_paired:
             whole = [
-                (i, i + n // 2) if structure.linear == "T" else (2 * i, 2 * i + 1) for i in range(min(n // 2, TRIES))
+                (i, i + n // 2) if structure.linear in ("T", "R") else (2 * i, 2 * i + 1)
+                for i in range(min(n // 2, TRIES))
             ]
-            free = self._fewest(places, [[(i, i), (i, j), (j, i), (j, j)] for i, j in whole], 2)
-            if free > 2:
-                found.append(f"{free} ways to mix the two of a pair leave the output as it is, not 2")
-        if len(places) <= MAX_SIGNS:
+            expected = 1 if real else 2
+            tries = [[(i, i), (j, j)] if real else [(i, i), (i, j), (j, i), (j, j)] for i, j in whole]
+            free = self._fewest(places, tries, expected)
+            if free > expected:
+                found.append(f"{free} ways to mix the two of a pair leave the output as it is, not {expected}")
+        if len(places) <= MAX_SIGNS and not real:
             signs = (int(structure.linear in ("GL", "O")) if structure.linear else structure.signs) + gains
             count = sum(self._flipped(chosen) <= threshold for chosen in _subsets(places))
             if count > 2**signs:

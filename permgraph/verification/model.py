@@ -34,6 +34,7 @@ from permgraph.capture import capture
 from permgraph.capture.inputs.registry import ExampleInputs
 from permgraph.capture.passes import Variation
 from permgraph.capture.subject import unwrap
+from permgraph.capture.untied import untied
 from permgraph.errors import CaptureError, EvaluationError, MismatchError, in_one_line
 from permgraph.inference.auto_spec import auto_spec
 from permgraph.spec.data import SpecData
@@ -111,6 +112,8 @@ def verify(
     if permutation is not None and permutation.is_identity:
         return Verification(True, 0.0, tolerance, {}, note="the permutation moves nothing", unread=unread)
     started = time.monotonic()
+    if acting.general is not None and acting.general.untied:
+        model = untied(model, share=True)
     if example_inputs is None and example_kwargs is None:
         inputs = capture(model).inputs
     else:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+
+from permgraph.errors import MismatchError
 
 
 class SameTensor:
@@ -30,6 +34,24 @@ class SameTensor:
 def are_same(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are the same memory, read in the same way."""
     return a is b or _memory(a) == _memory(b)
+
+
+def load_tied(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
+    """Load weights in a module that may hold one tensor under several names.
+
+    Raises MismatchError if those names have different values, of which but one could be kept.
+    """
+    same = SameTensor()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        first = same.first_name(name, tensor) if isinstance(tensor, Tensor) else name
+        if first != name and first in state_dict and name in state_dict:
+            x, y = state_dict[first], state_dict[name]
+            if not are_same(x, y) and not torch.equal(x, y):
+                raise MismatchError(
+                    f"{first!r} and {name!r} are one tensor in {type(model).__name__}, but hold different values here: "
+                    f"load them in permgraph.untied(model)"
+                )
+    model.load_state_dict(state_dict)
 
 
 def _memory(tensor: Tensor) -> Hashable:

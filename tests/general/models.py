@@ -141,6 +141,31 @@ class Recurrent(nn.Module):
         return self.head(self.layer(x)[0])
 
 
+class Viewed(nn.Module):
+    """A layer of 12 units that are seen as 3 × 4 on the way through a function, and as 12 by what reads them."""
+
+    def __init__(self, function: nn.Module) -> None:
+        super().__init__()
+        self.a, self.function, self.b = nn.Linear(3, 12), function, nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.function(self.a(x).view(-1, 3, 4)).flatten(1))
+
+
+class TalkingHeads(Attention):
+    """Attention whose logits are mixed by a matrix over heads before the softmax."""
+
+    def __init__(self) -> None:
+        super().__init__(heads=3)
+        self.mix = nn.Parameter(torch.randn(3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, _ = x.shape
+        q, k, v = (f(x).view(b, t, -1, 5).transpose(1, 2) for f in (self.q, self.k, self.v))
+        logits = torch.einsum("gh,bhqk->bgqk", self.mix, q @ k.transpose(-1, -2))
+        return self.o((logits.softmax(-1) @ v).transpose(1, 2).reshape(b, t, -1))
+
+
 class Gram(nn.Module):
     """All inner products of the rows of one layer's output."""
 

@@ -11,9 +11,15 @@ from permgraph.errors import SpecError
 from permgraph.structures import NAMES, Structure, is_member, is_within, larger, meet, random_element
 from permgraph.structures.lattice import dimension
 
-#: What T has in common with these has no name in the lattice.
-PAIRED = ("T", "T2")
-UNNAMED = {frozenset((pairs, other)) for pairs in PAIRED for other in ("O", "O1", "M", "P", "B", "S±", "T", "T2")}
+#: What groups of pairs have in common with these has no name in the lattice, but for those that hold one another.
+PAIRED = ("T", "T2", "R", "R2")
+OTHERS = ("O", "O1", "M", "P", "B", "S±", *PAIRED)
+UNNAMED = {
+    frozenset((pairs, other))
+    for pairs in PAIRED
+    for other in OTHERS
+    if not is_within(pairs, other) and not is_within(other, pairs)
+}
 
 
 def _pool(n: int) -> np.ndarray:

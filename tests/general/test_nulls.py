@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import permgraph as pg
 from permgraph.spec.general import NullDirection
 from tests.general import models
-from tests.general.models import sequences, tokens, vectors
+from tests.general.models import images, sequences, tokens, vectors
 from tests.general.test_rotary import Rotary, halves
 
 Found = set[tuple[str, tuple[int, ...], tuple[int, int, int] | None]]
@@ -63,6 +63,53 @@ class Split(models.Attention):
         return self.o(((q @ k.transpose(-1, -2)).softmax(-1) @ v).transpose(1, 2).reshape(b, t, -1))
 
 
+class Fused(models.Attention):
+    """Attention whose queries, keys and values are three indices of a view of one layer."""
+
+    def __init__(self) -> None:
+        super().__init__(fused=True, kernel=False)
+
+
+class Dropped(nn.Module):
+    """Of four parts of a layer the third is not read; nor is a second layer."""
+
+    def __init__(self, sliced: bool = False) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.sliced = nn.Linear(3, 8), nn.Linear(3, 2), nn.Linear(2, 4), sliced
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.b(x).tanh()
+        if self.sliced:
+            return self.c(self.a(x)[:, :2].tanh())
+        one, two, _, three = self.a(x).chunk(4, -1)
+        return self.c((one * two + three).tanh())
+
+
+class Patches(nn.Module):
+    """Patches of images, embedded by a convolution, in front of a norm of their channels."""
+
+    def __init__(self, norm: nn.Module, groups: int = 1) -> None:
+        super().__init__()
+        self.a, self.norm, self.head = nn.Conv2d(3, 6, 3, stride=3, groups=groups), norm, nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        y = self.norm(y) if isinstance(self.norm, nn.GroupNorm) else self.norm(y.flatten(2).mT).mT
+        return self.head(y.flatten(2).mean(-1))
+
+
+class Step(nn.Module):
+    """One step of a recurrence that begins with zeros: nothing reaches what multiplies the state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.r, self.b = nn.Linear(3, 5), nn.Linear(5, 5), nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = x.new_zeros(x.shape[0], 5)
+        return self.b((self.a(x) + self.r(state)).tanh())
+
+
 ROWS: list[tuple[str, Callable[[], nn.Module], Callable[[], Tensor], Found]] = [
     ("keys", lambda: models.Attention(kernel=False), lambda: sequences(11), {("k.bias", (), None)}),
     ("keys of a kernel", models.Attention, lambda: sequences(11), {("k.bias", (), None)}),
@@ -76,6 +123,27 @@ ROWS: list[tuple[str, Callable[[], nn.Module], Callable[[], Tensor], Found]] = [
     ("router", lambda: Router(True), vectors, {("router.weight", (0,), None), ("router.bias", (0,), None)}),
     ("sigmoids", lambda: Router(False), vectors, set()),
     ("cap", lambda: Router(True, cap=True), vectors, set()),
+    ("keys of a view", Fused, lambda: sequences(11), {("qkv.bias", (), (0, 10, 20))}),
+    ("norm by hand", lambda: models.Residual(models.Centred), tokens, {*STREAM, ("table.weight", (1,), None)}),
+    ("patches", lambda: Patches(nn.LayerNorm(6)), images, {("a.weight", (0,), None), ("a.bias", (0,), None)}),
+    ("one group", lambda: Patches(nn.GroupNorm(1, 6)), images, {("a.bias", (0,), None)}),
+    ("a group each", lambda: Patches(nn.GroupNorm(6, 6)), images, {("a.bias", (), None)}),
+    ("two groups", lambda: Patches(nn.GroupNorm(2, 6)), images, {("a.bias", (0,), None)}),
+    ("depthwise", lambda: Patches(nn.LayerNorm(6), groups=3), images, {("a.bias", (0,), None)}),
+    ("no norm", lambda: Patches(nn.Identity()), images, set()),
+    (
+        "dropped",
+        Dropped,
+        vectors,
+        {
+            ("a.weight", (), (0, 4, 6)),
+            ("a.bias", (), (0, 4, 6)),
+            ("b.weight", (), None),
+            ("b.bias", (), None),
+        },
+    ),
+    ("cut off", lambda: Dropped(sliced=True), vectors, {("b.weight", (), None), ("b.bias", (), None)}),
+    ("no state", Step, vectors, {("r.weight", (), None)}),
     ("linear", lambda: models.mlp(nn.ReLU()), vectors, set()),
 ]
 

@@ -57,6 +57,21 @@ def partial_neighbours(x: Tensor, angles: Tensor) -> Tensor:
     return torch.cat([interleaved(x[..., :n], angles[..., : n // 2]), x[..., n:]], -1)
 
 
+def put_apart(x: Tensor, angles: Tensor) -> Tensor:
+    """Neighbours make a pair, and are halves from then on."""
+    return halves(x.unflatten(-1, (-1, 2)).transpose(-1, -2).reshape(x.shape), angles)
+
+
+def sorted_apart(x: Tensor, angles: Tensor) -> Tensor:
+    return apart(torch.cat([x[..., ::2], x[..., 1::2]], -1), angles)
+
+
+def put_together(x: Tensor, angles: Tensor) -> Tensor:
+    """Halves make a pair, and are neighbours from then on."""
+    a, b = x.chunk(2, -1)
+    return torch.stack([a * angles.cos() - b * angles.sin(), a * angles.sin() + b * angles.cos()], -1).flatten(-2)
+
+
 def unequal(x: Tensor, angles: Tensor) -> Tensor:
     """No turn: the two of a pair have angles of their own."""
     both = torch.cat([angles, 2 * angles], -1)
@@ -85,6 +100,7 @@ class Rotary(nn.Module):
         self.o = nn.Linear(heads * shared * 8, 11)
         self.turn, self.keys, self.shared = turn, keys or turn, shared
         self.norm = nn.RMSNorm(8) if norm else nn.Identity()
+        self.key_norm = nn.RMSNorm(8) if norm == "two gains" else self.norm
         self.learned = nn.Parameter(torch.ones(4)) if norm == "learned" else None
         self.register_buffer("frequencies", 10.0 ** -torch.arange(4.0), persistent=False)
 
@@ -95,12 +111,36 @@ class Rotary(nn.Module):
         if self.learned is not None:
             frequencies = frequencies * self.learned
         else:
-            q, k = self.norm(q), self.norm(k)
+            q, k = self.norm(q), self.key_norm(k)
         angles = torch.arange(t, device=x.device)[:, None] * frequencies
         q, k = self.turn(q, angles), self.keys(k, angles)
         k, v = (y.repeat_interleave(self.shared, 1) for y in (k, v))
         y = (q @ k.transpose(-1, -2) * 8**-0.5).softmax(-1) @ v
         return self.o(y.transpose(1, 2).reshape(b, t, -1))
+
+
+class Parts(Rotary):
+    """Logits of the two halves of all channels, after the turn, one of them weighted."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, _ = x.shape
+        q, k, v = (f(x).view(b, t, -1, 8).transpose(1, 2) for f in (self.q, self.k, self.v))
+        angles = torch.arange(t, device=x.device)[:, None] * self.frequencies
+        q, k = self.turn(q, angles), self.keys(k, angles)
+        logits = q[..., :4] @ k[..., :4].mT + 2 * (q[..., 4:] @ k[..., 4:].mT)
+        return self.o((logits.softmax(-1) @ v).transpose(1, 2).reshape(b, t, -1))
+
+
+class Viewed(Parts):
+    """The same, by a view of the channels in two halves."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, _ = x.shape
+        q, k, v = (f(x).view(b, t, -1, 8).transpose(1, 2) for f in (self.q, self.k, self.v))
+        angles = torch.arange(t, device=x.device)[:, None] * self.frequencies
+        q, k = (turn(y, angles).view(b, -1, t, 2, 4) for turn, y in ((self.turn, q), (self.keys, k)))
+        logits = torch.einsum("bhqic,bhkic->bhiqk", q, k)
+        return self.o(((logits[:, :, 0] + 2 * logits[:, :, 1]).softmax(-1) @ v).transpose(1, 2).reshape(b, t, -1))
 
 
 #: The structures on queries and keys, each with its size; by hand.
@@ -111,6 +151,9 @@ TURNS: list[tuple[Turn, list[tuple[str, int]]]] = [
     (neighbours, [("T2", 8)]),
     (interleaved, [("T2", 8)]),
     (complex_numbers, [("T2", 8)]),
+    (put_apart, [("T2", 8)]),
+    (sorted_apart, [("T2", 8)]),
+    (put_together, [("T", 8)]),
     (partial, [("T", 4), ("GL", 4)]),
     (partial_neighbours, [("T2", 4), ("GL", 4)]),
 ]
@@ -136,6 +179,34 @@ def test_a_complex_factor_for_each_pair_of_each_key_head(
     assert proof.passed and proof.maximal, str(proof)
 
 
+class Whole(Rotary):
+    """Norms of all queries, and of all keys, with a gain for each channel of each head."""
+
+    def __init__(self, turn: Turn) -> None:
+        super().__init__(turn)
+        self.q, self.k = (nn.Sequential(nn.Linear(11, 16, bias=False), nn.RMSNorm(16)) for _ in range(2))
+
+
+@pytest.mark.parametrize(
+    ("model", "structure", "times"),
+    [
+        (Rotary(halves, norm="two gains"), "R", 1),
+        (Rotary(interleaved, norm="two gains"), "R2", 1),
+        (Whole(halves), "R", 2),  # of each head
+        (Whole(interleaved), "R2", 2),
+    ],
+    ids=["halves", "neighbours", "whole halves", "whole neighbours"],
+)
+def test_gains_of_queries_and_keys_have_a_factor_for_each_pair(model: nn.Module, structure: str, times: int) -> None:
+    """No complex factor passes a gain, but what the one gains the other may lose: half as many factors as channels."""
+    model.eval()
+    spec = _spec(model)
+    assert [str(g.structure) for g in spec.acting.values() if g.structure.is_paired] == [structure]
+    assert spec.dimension() == 2 * 64 + times * 4
+    proof = pg.verify(model, spec, (sequences(11),))
+    assert proof.passed and proof.maximal, str(proof)
+
+
 @pytest.mark.parametrize("turn", [turn for turn, _ in TURNS], ids=[turn.__name__ for turn, _ in TURNS])
 def test_permutations_stay_as_they_are(turn: Turn) -> None:
     model = Rotary(turn, shared=2)
@@ -153,8 +224,25 @@ def test_permutations_stay_as_they_are(turn: Turn) -> None:
         Rotary(halves, norm="gain"),  # shared by all heads, and in the way of a factor for each
         Rotary(halves, norm="learned"),  # the angles are weights
         Rotary(halves, keys=interleaved),  # queries and keys have other pairs
+        Rotary(halves, keys=put_apart),
+        Rotary(interleaved, keys=put_apart),
+        Parts(put_apart),
+        Parts(halves),  # the two of a pair are told apart
+        Viewed(halves),
     ],
-    ids=["unequal", "mirrored", "squared", "norm", "learned", "other pairs"],
+    ids=[
+        "unequal",
+        "mirrored",
+        "squared",
+        "norm",
+        "learned",
+        "other pairs",
+        "apart",
+        "together",
+        "apart in parts",
+        "parts",
+        "viewed",
+    ],
 )
 def test_what_is_no_turn_stays_put(model: nn.Module) -> None:
     spec, plain = _spec(model), pg.auto_spec(model, (sequences(11),))
@@ -201,6 +289,15 @@ def test_elements_form_a_group_and_are_kept(tmp_path) -> None:  # type: ignore[n
     spec.save(tmp_path / "spec.json")
     assert pg.PermutationSpec.load(tmp_path / "spec.json").fingerprint == spec.fingerprint
     assert pg.PermutationSpec.parse(str(spec)).log_order() == spec.log_order()  # read as text, pairs stay put
+
+
+@pytest.mark.parametrize("kind", [Parts, Viewed])
+def test_neighbours_that_are_cut_between_pairs_keep_their_factors(kind: type[Rotary]) -> None:
+    model = kind(interleaved).eval()
+    spec = _spec(model)
+    found = [(str(g.structure), g.size) for g in spec.acting.values() if g.structure.is_paired]
+    assert found == [("T2", 4), ("T2", 4)]
+    assert pg.verify(model, spec, (sequences(11),)).passed
 
 
 def test_several_layers_have_factors_of_their_own() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch._ops import OpOverload
@@ -79,6 +81,63 @@ def test_a_declaration_that_is_wrong_is_found(
     monkeypatch.setitem(_rules, key, type(entry)(entry.name, entry.function, Properties(acts=wrong)))  # type: ignore[arg-type]
     report = pg.check_rule(operator, *arguments)
     assert report.verdict == "incorrect", str(report)
+
+
+#: For each way to act what lets more pass, or something else: a rule that said so would be wrong.
+LARGER: dict[str, tuple[str, ...]] = {
+    "homogeneous": ("product", "odd"),
+    "odd": ("product",),
+    "even": ("odd", "product"),
+    "sign": ("product", "absolute"),
+    "absolute": ("product",),
+    "square": ("product", "odd", "absolute"),
+    "root": ("product", "odd"),
+    "inverse root": ("product", "odd"),
+    "reciprocal": ("product",),
+    "power": ("product", "odd"),
+    "slope": ("homogeneous", "product"),
+    "clip": ("homogeneous", "odd", "product"),
+    "norm": ("product",),
+    "spread": ("norm", "product"),
+    "rms norm": ("product",),
+    "layer norm": ("rms norm", "product"),
+    "group norm": ("product",),
+    "batch norm": ("product",),
+    "attention": ("product",),
+    "gate": ("moved",),
+    "quotient": ("product", "sum"),
+    "choice": ("product",),
+    "constant": ("zeros",),
+    "sum": ("product",),
+}
+#: Rules of which no tensor of numbers is an argument, or no axis is there, on which it could show.
+NO_AXIS = {"aten.scalar_tensor", "aten.where.Scalar"}
+
+
+def _mutants() -> list[tuple[str, str, list[Example]]]:
+    """A rule, what it says instead, and the examples of its operator."""
+    cases: dict[str, list[Example]] = {}
+    for case in EXAMPLES:
+        key = rule_name(str(case.op)) if isinstance(case.op, OpOverload) else None
+        if key is not None and key not in NO_AXIS:
+            cases.setdefault(key, []).append(case)
+    return [
+        (key, wrong, found)
+        for key, found in sorted(cases.items())
+        for wrong in LARGER.get(_rules[key].properties.acts, ())
+    ]
+
+
+@pytest.mark.parametrize(
+    ("key", "wrong", "cases"), _mutants(), ids=[f"{key} {wrong}".replace(" ", "-") for key, wrong, _ in _mutants()]
+)
+def test_each_rule_that_said_more_would_be_refused(
+    key: str, wrong: str, cases: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = _rules[key]
+    mutated = type(entry)(entry.name, entry.function, replace(entry.properties, acts=wrong))  # type: ignore[arg-type]
+    monkeypatch.setitem(_rules, key, mutated)
+    assert any(case.check().verdict == "incorrect" for case in cases)
 
 
 def test_a_declaration_that_is_missing_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:

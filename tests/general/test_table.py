@@ -76,6 +76,12 @@ ROWS: list[Row] = [
     ("heads in one", lambda: models.Attention(fused=True), lambda: sequences(11), ["S", "GL", "GL"], 100),
     ("heads by hand", lambda: models.Attention(kernel=False), lambda: sequences(11), ["S", "GL", "GL"], 100),
     ("grouped", lambda: models.Attention(2, 3), lambda: sequences(11), ["S", "S", "GL", "GL"], 100),
+    # of mixed logits each head has a factor beside the matrices of its channels, which the mixture undoes
+    ("mixed heads", models.TalkingHeads, lambda: sequences(11), ["M", "S", "GL", "GL"], 3 + 2 * 3 * 25),
+    # one axis that a view splits on the way
+    ("viewed relu", lambda: models.Viewed(nn.ReLU()), vectors, ["P"], 12),
+    ("viewed tanh", lambda: models.Viewed(nn.Tanh()), vectors, ["B"], 0),
+    ("viewed", lambda: models.Viewed(nn.Identity()), vectors, ["GL"], 144),
     # streams
     ("rms norm", lambda: models.Residual(RMS), tokens, ["O", "S", "S"], O7),
     ("1 + gain", lambda: models.Residual(PLUS_ONE), tokens, ["O", "S", "S"], O7),

@@ -14,7 +14,7 @@ from itertools import pairwise
 
 from torch import fx
 
-from permgraph.algebra import Kind
+from permgraph.algebra import Axis, Kind
 from permgraph.inference.facts import GraphFacts
 from permgraph.inference.general.cases import cases, pairs
 from permgraph.inference.general.equations import Acts
@@ -22,7 +22,8 @@ from permgraph.inference.general.gains import Gains
 from permgraph.inference.general.leaves import UnreadableError
 from permgraph.inference.general.patterns import Patterns
 from permgraph.inference.general.statements import CENTRED, ORTHOGONAL, Statements
-from permgraph.inference.general.turns import TURN
+from permgraph.inference.general.turns import ORDERS, TURN
+from permgraph.inference.operators import name_of
 from permgraph.rules.call import Call
 from permgraph.rules.ledger import Labelled, Relation
 from permgraph.rules.properties import Properties
@@ -37,6 +38,7 @@ FUNCTIONS: Mapping[str, tuple[Fraction | None, str]] = {
     "homogeneous": (Fraction(1), ""),
     "odd": (None, "odd"),
     "even": (None, "even"),
+    "sign": (Fraction(0), "odd"),
     "absolute": (Fraction(1), "even"),
     "square": (Fraction(2), "even"),
     "root": (Fraction(1, 2), ""),
@@ -64,8 +66,10 @@ class Speaker:
         why = str(call.node.target) + (f" in {call.node.meta['module']}" if call.node.meta.get("module") else "")
         try:
             acts = self._acts(call, properties)
-            if acts == "unknown":
-                self.nothing_passes(tensors, why)
+            if acts in ("unknown", "constant"):
+                self.nothing_passes(tensors if acts == "unknown" else call.results, why)
+                return
+            if acts == "zeros":
                 return
             Statement(self, call, properties, acts, why).make()
             self._turn(call, why)
@@ -77,10 +81,21 @@ class Speaker:
         turn = call.node.meta.get(TURN)
         if turn is None:
             return
-        for tensor in (*call.tensors, *call.results):
+        before, _, after = turn.rpartition(">")
+        for tensor, turn in ((call.tensors[0], before or after), (call.results[0], after)):
+            if not self._holds_pairs(tensor.dims[-1], turn, whole=bool(before)):
+                cut = set(self.leaves.axes.atoms(tensor.dims[-1]))
+                self.said.keep_plain(cut, f"{why}, whose pairs another operator takes apart")
             for index in self.leaves.elements(tensor):
                 for x in self.leaves.at(tensor, index).get(tensor.ndim - 1, ()):
                     self.said.within(x, turn, f"{why}, which turns pairs")
+
+    def _holds_pairs(self, axis: Axis, turn: str, whole: bool = False) -> bool:
+        """Whether the pairs of an axis are those of its atom, or of each of its parts where they are neighbours."""
+        axis = self.leaves.axes.resolve(axis)
+        if axis.kind is Kind.SUM and turn == "T2" and not whole:
+            return all(self._holds_pairs(part, turn) for part in axis.children)
+        return axis.kind is Kind.ATOM and axis.size % 2 == 0
 
     def nothing_passes(self, tensors: Sequence[TypedTensor], why: str) -> None:
         for tensor in tensors:
@@ -95,6 +110,8 @@ class Speaker:
         given = call.arguments
         if any(t.dtype.is_complex for t in (*call.tensors, *call.results)):
             return "unknown"
+        if acts == "clip":
+            return _clips(call)
         if acts == "quotient" and given.get("rounding_mode") is not None:
             return "unknown"
         if acts == "power" and not isinstance(given.get("exponent"), (int, float)):
@@ -208,6 +225,14 @@ class Statement:
         operands, results = along.operands(), along.results()
         if not operands or not results:
             self.said.still([*operands, *results], f"{self.why}, along a dimension that it repeats or drops")
+        order = ORDERS.get(self.call.node.meta.get(TURN, ""), 0)
+        if order and along.is_last:
+            for x, y in zip(operands, results, strict=True):
+                self.said.frames.join(x, y, Acts(order=order), self.why)
+            for system in (self.said.scales, self.said.signs, self.said.flips):
+                for x in (*operands, *results):
+                    system.add([(x, 1)])
+            return
         for x, y in pairwise([*operands, *results]):
             self.said.same(x, y, self.why)
 
@@ -587,6 +612,13 @@ class Along:
         return next((found[0][1].where[self.label] for role, found in self._by_role.items() if role != RESULT), None)
 
     @property
+    def is_last(self) -> bool:
+        """Whether the label is the last dimension of the first operand."""
+        first = next(labelled for role, found in self._by_role.items() if role != RESULT for _, labelled in found)
+        assert first.tensor is not None
+        return first.where[self.label] == first.tensor.ndim - 1
+
+    @property
     def is_square_summed(self) -> bool:
         """Whether squares are taken of which nothing but the sum along this label is read."""
         return self._statement.speaker.patterns.squared(self._statement.call.node, self._dim())
@@ -621,6 +653,19 @@ class Along:
         return list(first.where.values()).count(own) == 1 and all(
             dim == own or first.tensor.shape[dim] == 1 for dim in dims
         )
+
+
+def _clips(call: Call) -> str:
+    """How a function acts that sets what lies beyond bounds to them."""
+    name = name_of(call.node)
+    if name == "threshold":
+        return "homogeneous" if call.get("threshold") == 0 and call.get("value") == 0 else "unknown"
+    lower, upper = (call.get("min_val", -1), call.get("max_val", 1)) if name == "hardtanh" else (None, None)
+    lower, upper = call.get("min", lower), call.get("max", upper)
+    numbers = [bound for bound in (lower, upper) if isinstance(bound, (int, float))]
+    if not any(numbers):  # zeros, and tensors, which are scaled with what they bound
+        return "homogeneous"
+    return "odd" if len(numbers) == 2 and numbers[0] == -numbers[1] else "unknown"
 
 
 WAYS: Mapping[str, Callable[[Statement, Along], None]] = {

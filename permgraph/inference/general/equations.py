@@ -44,18 +44,29 @@ class Acts:
     """How the matrix of an atom acts at a leaf: itself or its inverse transpose, between gains and their inverse.
 
     As a map it takes the action at one leaf to that at another.
+
+    Args:
+        sign: 1 for the matrix itself, -1 for its inverse transpose.
+        gains: the gains before, with exponents, and their inverses after.
+        order: how often the indices were put from the order of neighbours, where (2j, 2j + 1) is a pair, to that of
+            halves, where (j, j + n/2) is one.
+        lost: whether there are gains in more than one order, so that what acts has no name.
     """
 
     sign: int = 1
     gains: Gains = NO_GAINS
+    order: int = 0
+    lost: bool = False
 
     def after(self, first: Acts) -> Acts:
         """This map after another one."""
-        return Acts(self.sign * first.sign, times(power_of(first.gains, self.sign), self.gains))
+        gains = times(power_of(first.gains, self.sign), self.gains)
+        lost = self.lost or first.lost or bool((self.order and first.gains) or (self.gains and first.order))
+        return Acts(self.sign * first.sign, gains, self.order + first.order, lost)
 
     def inverse(self) -> Acts:
         """The map back."""
-        return Acts(self.sign, power_of(self.gains, -self.sign))
+        return Acts(self.sign, power_of(self.gains, -self.sign), -self.order, self.lost)
 
 
 SAME = Acts()
@@ -113,12 +124,14 @@ class Frames:
 
     def _make_plain(self, root: int, to_x: Acts, why: str) -> None:
         known = self.plain.setdefault(root, to_x)
-        if power_of(known.gains, known.sign) != power_of(to_x.gains, to_x.sign):
+        if to_x.lost or known.lost or power_of(known.gains, known.sign) != power_of(to_x.gains, to_x.sign):
             self.inert.setdefault(root, f"{why}, where a gain is in the way")
 
     def _cycle(self, root: int, turn: Acts, why: str) -> None:
         """What a class says that acts as `turn` of itself."""
-        if turn.sign == 1 and turn.gains:
+        if turn.order or turn.lost:
+            self.inert.setdefault(root, f"{why}, where pairs stand in another order")
+        elif turn.sign == 1 and turn.gains:
             self.inert.setdefault(root, f"{why}, where the gain {turn.gains[0][0]} is in the way")
         elif turn.sign == -1 and turn.gains:
             self.inert.setdefault(root, f"{why}, where the gain {turn.gains[0][0]} is on one side alone")
@@ -135,7 +148,8 @@ class Frames:
         if root in self.plain:
             plain = self.plain[root]
             base = Acts(1, power_of(plain.gains, -plain.sign))
-        return to_x.after(base)
+        found = to_x.after(base)
+        return None if found.lost else found
 
 
 @dataclass
@@ -244,6 +258,12 @@ def beyond(rows: Sequence[Sequence[int]], known: Sequence[Sequence[int]]) -> lis
             rank += 1
             found.append(list(row))
     return found
+
+
+def independent(row: Sequence[int], known: Sequence[Sequence[int]], modulo_two: bool) -> bool:
+    """Whether a vector is no combination of the known ones."""
+    rows = [[Fraction(c % 2 if modulo_two else c) for c in r] for r in (*known, row)]
+    return len(_echelon(rows, modulo_two)) > len(_echelon(rows[:-1], modulo_two))
 
 
 def _echelon(rows: list[list[Fraction]], modulo_two: bool) -> list[list[Fraction]]:

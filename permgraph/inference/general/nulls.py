@@ -6,6 +6,9 @@ subtracts. All of these are one thing: an addition that *does not vary along a d
 operators, until one takes out what does not vary along it. So for each parameter and dimension an addition is followed
 through the graph; it must be taken out on every way that leads from it. Where an operator is not known here, or the
 addition reaches an output, there is no null direction.
+
+A part of which nothing is read is one too: a layer whose result is dropped, or one of the parts into which it is split.
+What is cut off by a slice is none, since the next input may be longer.
 """
 
 from __future__ import annotations
@@ -24,6 +27,10 @@ from permgraph.inference.solution import Solution
 from permgraph.spec.general import NullDirection
 
 Part = tuple[int, int, int]
+UNREAD = "want of anything that reads it"
+VIEWS = ("view", "_unsafe_view", "reshape")
+PRODUCTS = ("mm", "bmm", "addmm", "mul")
+MOST_PARTS = 8
 MOST_STEPS = 2000
 """An addition that is on its way through more operators is given up."""
 
@@ -41,14 +48,14 @@ class _UnknownError(Exception):
 
 
 def null_directions(solution: Solution) -> tuple[NullDirection, ...]:
-    """The null directions of all vectors and matrices among the parameters of a graph."""
+    """The null directions of the parameters of a graph, each of one parameter alone."""
     paths = _Paths(solution)
     found = []
     for node in solution.nodes:
         if node.op != "placeholder" or node.meta["kind"] != "parameter" or not node.users:
             continue
         val = node.meta["val"]
-        if not isinstance(val, Tensor) or val.ndim not in (1, 2) or not val.is_floating_point() or 1 in val.shape:
+        if not isinstance(val, Tensor) or val.ndim == 0 or not val.is_floating_point() or 0 in val.shape:
             continue
         for added in paths.candidates(node, tuple(val.shape)):
             reason = paths.taken_out(node, added)
@@ -56,7 +63,7 @@ def null_directions(solution: Solution) -> tuple[NullDirection, ...]:
                 name = node.meta["names"][0]
                 found.append(NullDirection(name, tuple(sorted(added.uniform)), added.part, reason))
                 if not added.uniform and added.part is None:
-                    break
+                    break  # all others are part of it
     return tuple(found)
 
 
@@ -69,15 +76,16 @@ class _Paths:
         self.written = solution.facts.memory.written
         self.live = solution.facts.live
         self.left = {node for one in self.nodes for node in one.meta.get("left", ())}
+        self.zeros = solution.facts.zeros
+        self.siblings = bool(solution.stand_ins)  # what no pass reached, and may be read by another
         self.cuts = _cuts(self.nodes)
 
     def candidates(self, node: fx.Node, shape: tuple[int, ...]) -> Iterator[Added]:
-        """What could be added: anything to a vector or a part of it, or the same along one dimension."""
-        if len(shape) == 1:
-            yield Added(frozenset())
-            if any(name_of(user) in ("add", "addmm") for user in node.users):
-                yield from (Added(frozenset(), (0, start, stop)) for start, stop in self.cuts.get(shape[0], ()))
-        yield from (Added(frozenset((dim,))) for dim in range(len(shape)))
+        """What could be added: anything, to all of it or to a part of its rows, or the same along one dimension."""
+        yield Added(frozenset())
+        for start, stop in self.cuts.get(shape[0], ()):
+            yield Added(frozenset(), (0, start, stop))
+        yield from (Added(frozenset((dim,))) for dim, size in enumerate(shape) if size > 1)
 
     def taken_out(self, start: fx.Node, added: Added) -> str | None:
         """What takes an addition out on every way; None if anything does not, or is not known."""
@@ -90,11 +98,20 @@ class _Paths:
 
         def wait(node: fx.Node) -> None:
             for user in node.users:
-                if user not in seen and user in self.live:
+                if user not in seen:
                     seen.add(user)
-                    heapq.heappush(waiting, (self.at[user], user))
+                    if user in self.live or user in self.left or user in self.written:
+                        heapq.heappush(waiting, (self.at[user], user))
+                    elif self.siblings:
+                        raise _UnknownError
+                    else:
+                        reasons.setdefault(UNREAD)
+                        wait(user)
 
-        wait(start)
+        try:
+            wait(start)
+        except (_UnknownError, RecursionError):
+            return None
         steps = 0
         while waiting:
             _, node = heapq.heappop(waiting)
@@ -102,21 +119,48 @@ class _Paths:
             if steps > MOST_STEPS or node.op != "call_function" or node in self.written or node in self.left:
                 return None
             try:
-                after = _after(node, states)
-            except _UnknownError:
+                after = self._after(node, states)
+                if isinstance(after, str):
+                    reasons.setdefault(after)
+                elif after is not None:
+                    states[node] = after
+                    wait(node)
+            except (_UnknownError, RecursionError):
                 return None
-            if isinstance(after, str):
-                reasons.setdefault(after)
-            elif after is not None:
-                states[node] = after
-                wait(node)
         return ", ".join(reasons) or None
+
+    def _after(self, node: fx.Node, states: Mapping[fx.Node, Added]) -> Added | str | None:
+        """What is added to a node's result; None where nothing is, or what takes it out.
+
+        Raises _UnknownError where it is not known.
+        """
+        if node.target is operator.getitem:
+            return _item(node, states)
+        if getattr(node.target, "_opname", "").endswith("_"):
+            raise _UnknownError
+        step = STEPS.get(name_of(node))
+        if step is None:
+            raise _UnknownError
+        given = arguments_of(node)
+        zeros = [name for name, v in given.items() if isinstance(v, fx.Node) and v in self.zeros]
+        added = [name for name, v in given.items() if isinstance(v, fx.Node) and v in states]
+        if zeros and name_of(node) in PRODUCTS and not (name_of(node) == "addmm" and {"self"} & {*zeros, *added}):
+            return f"{node.target} in {node.meta.get('module') or 'the model'}, with zeros"
+        return step(node, given, states)
 
 
 def _cuts(nodes: Sequence[fx.Node]) -> Mapping[int, Sequence[tuple[int, int]]]:
-    """For each size at which a last dimension is split, the parts."""
+    """For each size at which a last dimension is split, or seen as several parts, the parts."""
     cuts: dict[int, dict[tuple[int, int], None]] = {}
     for node in nodes:
+        if name_of(node) in VIEWS and isinstance(node.args[0], fx.Node):
+            before, after = node.args[0].meta["val"].shape, node.meta["val"].shape
+            dim = len(before) - 1
+            if dim >= 0 and len(after) > dim and tuple(after[:dim]) == tuple(before[:dim]):
+                parts, size = after[dim], before[dim]
+                if 1 < parts <= MOST_PARTS and parts < size:
+                    each = size // parts
+                    cuts.setdefault(size, {}).update({(i * each, (i + 1) * each): None for i in range(parts)})
         if name_of(node) in ("split", "split_with_sizes", "chunk"):
             source = node.args[0]
             assert isinstance(source, fx.Node)
@@ -138,34 +182,31 @@ def _dim(dim: int, node: Any) -> int:
     return int(dim % max(1, node.meta["val"].ndim))
 
 
-def _after(node: fx.Node, states: Mapping[fx.Node, Added]) -> Added | str | None:
-    """What is added to a node's result; None where nothing is, or what takes it out.
-
-    Raises _UnknownError where it is not known.
-    """
-    if node.target is operator.getitem:
-        return _item(node, states)
-    if getattr(node.target, "_opname", "").endswith("_"):
-        raise _UnknownError
-    step = STEPS.get(name_of(node))
-    if step is None:
-        raise _UnknownError
-    return step(node, arguments_of(node), states)
-
-
 def _item(node: fx.Node, states: Mapping[fx.Node, Added]) -> Added | None:
     source, number = node.args
     assert isinstance(source, fx.Node) and isinstance(number, int)
     added = states[source]
-    if name_of(source) == "unbind":
-        return added
     dim = _dim(arguments_of(source).get("dim", 0), source.args[0])
+    if name_of(source) == "unbind":
+        return _at(dim, number, added)
     if added.part is None or added.part[0] != dim:
         return added
     start, stop = _parts(source)[number]
     if added.part[2] <= start or added.part[1] >= stop:
         return None
-    return Added(added.uniform)
+    return Added(added.uniform, (dim, max(added.part[1] - start, 0), min(added.part[2], stop) - start))
+
+
+def _at(dim: int, number: int, added: Added) -> Added | None:
+    """What is left at one index of a dimension, which is gone then."""
+    part = added.part
+    if part is not None and part[0] == dim:
+        if not part[1] <= number < part[2]:
+            return None
+        part = None
+    elif part is not None:
+        part = (part[0] - (part[0] > dim), *part[1:])
+    return Added(frozenset(d - (d > dim) for d in added.uniform if d != dim), part)
 
 
 def _aligned(value: Any, ndim: int, states: Mapping[fx.Node, Added]) -> Added:
@@ -183,9 +224,20 @@ def _together(several: Sequence[Added]) -> Added:
     return Added(frozenset.intersection(*(added.uniform for added in several)))
 
 
-def _sum(node: fx.Node, given: Mapping[str, Any], states: Mapping[fx.Node, Added]) -> Added:
+def _sum(node: fx.Node, given: Mapping[str, Any], states: Mapping[fx.Node, Added]) -> Added | str:
     ndim = node.meta["val"].ndim
+    if _takes_mean_out(node, given, states):
+        return f"{node.target} in {node.meta.get('module') or 'the model'}, which takes the mean out"
     return _together([_aligned(v, ndim, states) for n in ("self", "other") if (v := given[n]) in states])
+
+
+def _takes_mean_out(node: fx.Node, given: Mapping[str, Any], states: Mapping[fx.Node, Added]) -> bool:
+    """Whether a mean is subtracted that holds what is added as each element does, since it does not vary along it."""
+    one, mean = given["self"], given["other"]
+    if name_of(node) != "sub" or given.get("alpha", 1) != 1 or not isinstance(mean, fx.Node) or one not in states:
+        return False
+    is_mean = name_of(mean) == "mean" and mean.args[0] is one and bool(arguments_of(mean).get("keepdim"))
+    return is_mean and states[one].part is None and _reduced(mean) <= states[one].uniform
 
 
 def _scaled(node: fx.Node, given: Mapping[str, Any], states: Mapping[fx.Node, Added]) -> Added:
@@ -209,12 +261,7 @@ def _same(node: fx.Node, given: Mapping[str, Any], states: Mapping[fx.Node, Adde
 
 
 def _split(node: fx.Node, given: Mapping[str, Any], states: Mapping[fx.Node, Added]) -> Added:
-    source = node.args[0]
-    added = states[source]  # type: ignore[index]
-    if name_of(node) == "unbind":
-        dim = _dim(given.get("dim", 0), source)
-        return Added(frozenset(d - (d > dim) for d in added.uniform if d != dim))
-    return added
+    return states[node.args[0]]  # type: ignore[index]  # what of it is in each part is said there
 
 
 def _kept(node: fx.Node, given: Mapping[str, Any], states: Mapping[fx.Node, Added]) -> Added:
@@ -223,12 +270,15 @@ def _kept(node: fx.Node, given: Mapping[str, Any], states: Mapping[fx.Node, Adde
     if order is None:
         raise _UnknownError
     added = states[source]  # type: ignore[index]
-    return Added(frozenset(new for new, old in enumerate(order) if old is None or old in added.uniform))
+    part = None
+    if added.part is not None and added.part[0] in order:
+        part = (order.index(added.part[0]), *added.part[1:])
+    return Added(frozenset(new for new, old in enumerate(order) if old is None or old in added.uniform), part)
 
 
-def _select(node: fx.Node, given: Mapping[str, Any], states: Mapping[fx.Node, Added]) -> Added:
+def _select(node: fx.Node, given: Mapping[str, Any], states: Mapping[fx.Node, Added]) -> Added | None:
     dim = _dim(given["dim"], node.args[0])
-    return Added(frozenset(d - (d > dim) for d in states[given["self"]].uniform if d != dim))
+    return _at(dim, given["index"] % node.args[0].meta["val"].shape[dim], states[given["self"]])  # type: ignore[union-attr]
 
 
 def _slice(node: fx.Node, given: Mapping[str, Any], states: Mapping[fx.Node, Added]) -> Added:
@@ -268,9 +318,24 @@ def _view(node: fx.Node, given: Mapping[str, Any], states: Mapping[fx.Node, Adde
             raise _UnknownError
         if all(d in added.uniform or before[d] == 1 for d in left):
             uniform.update(right)
-        if added.part is not None and left == [added.part[0]] and len(right) == 1:
-            part = (right[0], *added.part[1:])
+        if added.part is not None and added.part[0] in left and len(left) > 0 and len(right) > 0:
+            part = _part_seen(added.part, left, right, before, after)
     return Added(frozenset(uniform), part)
+
+
+def _part_seen(part: Part, left: Sequence[int], right: Sequence[int], before: Any, after: Any) -> Part | None:
+    """A part of one dimension where these dimensions are seen as those; None where it is no part of one of them."""
+    dim, start, stop = part
+    if any(before[d] != 1 for d in left if d < dim):
+        return None
+    inner = math.prod(before[d] for d in left if d > dim)
+    start, stop = start * inner, stop * inner
+    for at in right:
+        rest = math.prod(after[d] for d in right if d > at)
+        if after[at] == 1:
+            continue
+        return (at, start // rest, stop // rest) if start % rest == 0 and stop % rest == 0 else None
+    return None
 
 
 def _matrices(node: fx.Node, given: Mapping[str, Any], states: Mapping[fx.Node, Added]) -> Added:
@@ -281,10 +346,11 @@ def _matrices(node: fx.Node, given: Mapping[str, Any], states: Mapping[fx.Node, 
     if left in states and right in states:
         raise _UnknownError
     found = []
-    if left in states:
-        found.append(Added(frozenset((ndim - 2,)) if ndim - 2 in states[left].uniform else frozenset()))
-    if right in states:
-        found.append(Added(frozenset((ndim - 1,)) if ndim - 1 in states[right].uniform else frozenset()))
+    for factor, kept in ((left, ndim - 2), (right, ndim - 1)):
+        if factor in states:
+            part = states[factor].part
+            uniform = frozenset((kept,)) if kept in states[factor].uniform else frozenset()
+            found.append(Added(uniform, part if part is not None and part[0] == kept else None))
     if name_of(node) == "addmm" and given["self"] in states:
         found.append(_aligned(given["self"], ndim, states))
     return _together(found)
@@ -296,6 +362,60 @@ def _embedding(node: fx.Node, given: Mapping[str, Any], states: Mapping[fx.Node,
     ndim, added = node.meta["val"].ndim, states[given["weight"]]
     uniform = {ndim - 1} if 1 in added.uniform else set()
     return Added(frozenset(uniform | (set(range(ndim - 1)) if 0 in added.uniform else set())))
+
+
+def _reduced(node: fx.Node) -> frozenset[int]:
+    """The dimensions over which a sum, mean or variance goes."""
+    ndim = node.args[0].meta["val"].ndim  # type: ignore[union-attr]
+    given = arguments_of(node).get("dim")
+    dims = range(ndim) if given is None or given == [] else [given] if isinstance(given, int) else given
+    return frozenset(d % max(ndim, 1) for d in dims)
+
+
+def _reduction(node: fx.Node, given: Mapping[str, Any], states: Mapping[fx.Node, Added]) -> Added:
+    """A sum or mean leaves what does not vary along the other dimensions."""
+    added, gone = states[given["self"]], _reduced(node)
+    if given.get("keepdim"):
+        return Added(added.uniform | gone)
+    return Added(frozenset(d - sum(g < d for g in gone) for d in added.uniform - gone))
+
+
+def _variance(node: fx.Node, given: Mapping[str, Any], states: Mapping[fx.Node, Added]) -> str:
+    if not _reduced(node) <= states[given["self"]].uniform:
+        raise _UnknownError
+    return f"{node.target} in {node.meta.get('module') or 'the model'}, which takes the mean out"
+
+
+def _convolution(node: fx.Node, given: Mapping[str, Any], states: Mapping[fx.Node, Added]) -> Added:
+    """The same in all kernels is the same in all channels of the result; a bias is the same everywhere but there."""
+    ndim = node.meta["val"].ndim
+    x, weight, bias = given["input"], given["weight"], given.get("bias")
+    if x in states and weight in states:
+        raise _UnknownError
+    found = []
+    if weight in states:
+        same = 0 in states[weight].uniform and given.get("groups") == 1 and not given.get("transposed")
+        found.append(Added(frozenset((1,)) if same else frozenset()))
+    if x in states:
+        found.append(Added(states[x].uniform & {0}))
+    if bias is not None and bias in states:
+        everywhere = {0, *range(2, ndim)}
+        found.append(Added(frozenset(everywhere | {1} if 0 in states[bias].uniform else everywhere)))
+    return _together(found)
+
+
+def _group_norm(node: fx.Node, given: Mapping[str, Any], states: Mapping[fx.Node, Added]) -> str:
+    x = given["input"]
+    groups = given.get("num_groups", given.get("group"))
+    others = [v for name, v in given.items() if name != "input" and isinstance(v, fx.Node) and v in states]
+    read = [user for user in node.users if user.target is operator.getitem and user.args[1] == 1 and user.users]
+    if x not in states or others or read:
+        raise _UnknownError
+    shape = x.meta["val"].shape
+    needed = {*range(2, len(shape)), *(() if groups == shape[1] else (1,))}
+    if not needed <= {d for d in range(len(shape)) if d in states[x].uniform or shape[d] == 1}:
+        raise _UnknownError
+    return f"{node.target} in {node.meta.get('module') or 'the model'}, which takes the mean out"
 
 
 def _softmax(node: fx.Node, given: Mapping[str, Any], states: Mapping[fx.Node, Added]) -> str:
@@ -325,7 +445,7 @@ def _attention(node: fx.Node, given: Mapping[str, Any], states: Mapping[fx.Node,
     return f"{node.target} in {node.meta.get('module') or 'the model'}, whose softmax is over the keys"
 
 
-Step = Callable[[fx.Node, Mapping[str, Any], Mapping[fx.Node, Added]], Added | str]
+Step = Callable[[fx.Node, Mapping[str, Any], Mapping[fx.Node, Added]], Added | str | None]
 
 STEPS: Mapping[str, Step] = {
     **dict.fromkeys(("add", "sub"), _sum),
@@ -333,10 +453,14 @@ STEPS: Mapping[str, Step] = {
     **dict.fromkeys(("neg", "clone", "detach", "alias", "_to_copy", "contiguous"), _same),
     **dict.fromkeys(("split", "split_with_sizes", "chunk", "unbind"), _split),
     **dict.fromkeys(("t", "transpose", "permute", "unsqueeze", "squeeze"), _kept),
-    **dict.fromkeys(("view", "_unsafe_view", "reshape"), _view),
+    **dict.fromkeys(VIEWS, _view),
     **dict.fromkeys(("mm", "bmm", "addmm"), _matrices),
     **dict.fromkeys(("_softmax", "_log_softmax", "_safe_softmax", "softmax", "log_softmax"), _softmax),
     **dict.fromkeys(("layer_norm", "native_layer_norm"), _layer_norm),
+    **dict.fromkeys(("group_norm", "native_group_norm"), _group_norm),
+    **dict.fromkeys(("sum", "mean"), _reduction),
+    **dict.fromkeys(("var", "std"), _variance),
+    "convolution": _convolution,
     "select": _select,
     "slice": _slice,
     "expand": _expand,

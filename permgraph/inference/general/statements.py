@@ -17,7 +17,7 @@ class Statements:
 
     Attributes:
         frames, scales, signs, flips: the four readings, see `permgraph.inference.general.equations`.
-        at_most: for an atom the structures within which its matrices must lie, each with the first reason.
+        at_most: for an atom the structures within which its matrices must lie, and the unknowns where, with reasons.
         plain: the atoms that keep permutations alone, each with the reason.
         why_not: for an atom the first operators that kept something from it, by what it kept.
         absorbed: the gains that a class has been multiplied with: parameters that do not move with the axis.
@@ -29,7 +29,7 @@ class Statements:
         self.scales = System(modulo_two=False, kinds=leaves.atoms)
         self.signs = System(modulo_two=True, kinds=leaves.atoms)
         self.flips = System(modulo_two=True, kinds=leaves.atoms)
-        self.at_most: dict[Axis, dict[str, str]] = {}
+        self.at_most: dict[Axis, dict[tuple[str, int], str]] = {}
         self.plain: dict[Axis, str] = {}
         self.absorbed: set[str] = set()
 
@@ -74,7 +74,7 @@ class Statements:
 
     def within(self, x: int, structure: str, why: str) -> None:
         """The matrix at x lies within a structure, and is not between gains."""
-        self.at_most.setdefault(self.leaves.atoms[x], {}).setdefault(structure, why)
+        self.at_most.setdefault(self.leaves.atoms[x], {}).setdefault((structure, x), why)
         self.frames.without_gains(x, why)
 
     def factors(

@@ -8,7 +8,7 @@ added.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 
@@ -16,7 +16,7 @@ from permgraph.algebra import Axis
 from permgraph.inference.describe import Writer
 from permgraph.inference.fibres import Fibres
 from permgraph.inference.general.acts import Speaker
-from permgraph.inference.general.equations import beyond
+from permgraph.inference.general.equations import beyond, independent
 from permgraph.inference.general.gains import Gains
 from permgraph.inference.general.leaves import Leaves, UnreadableError
 from permgraph.inference.general.nulls import null_directions
@@ -26,57 +26,83 @@ from permgraph.inference.general.turns import TURN
 from permgraph.inference.solution import Solution
 from permgraph.rules.registry import properties_of
 from permgraph.rules.typed_tensor import TypedTensor
-from permgraph.spec.binding import Layout, coordinates
+from permgraph.spec.binding import Group, Layout, coordinates
 from permgraph.spec.general import Action, General
 from permgraph.spec.spec import PermutationSpec
 from permgraph.structures import LINEAR, Structure, meet
+from permgraph.structures.structure import PAIRED
 
-FIBRED = "other groups are fibred over it"
-JOINED = "it is one axis that a view splits"
+Place = tuple[str, int, int]
+"""A parameter, the number of an occurrence in it, and an unknown there."""
+
+Solved = tuple[Structure, list[Action], str]
+
+FIBRED = "other groups are fibred over it, and what acts on it beside them is a factor for each index"
+JOINED = "it is one axis that a view splits, on whose parts something else acts"
 
 
 def with_structures(spec: PermutationSpec, solution: Solution, fibres: Fibres) -> PermutationSpec:
     """The same spec with the structure of each group, and how it acts on each parameter."""
     writer = Writer(solution, fibres)
     parents = {parent for group in spec.groups.values() for parent in group.parents}
-    joined = {writer.names[whole] for whole in writer.fused.values() if whole in writer.names}
-    movable = {
-        atom: name
-        for atom, name in writer.names.items()
-        if name in spec.moving and name not in parents and name not in joined
-    }
+    movable, atoms_of = _movable(spec, writer)
     said = statements(solution, frozenset(movable))
+    turned = turned_atoms(solution)
     for tensor in writer.parameters.values():
         if tensor.use_of is not None:
             _link_use(tensor, tensor.use_of, said)
     occurrences = {name: list(_unknowns(spec, name, writer.parameters[name], said, movable)) for name in spec.axes}
-    by_atom: dict[Axis, list[tuple[str, int, int]]] = defaultdict(list)  # parameter, number of the occurrence, unknown
+    by_atom: dict[Axis, list[Place]] = defaultdict(list)
     for name, found in occurrences.items():
         for number, unknowns in enumerate(found):
-            if unknowns:
-                for other in unknowns[1:]:
-                    said.same(unknowns[0], other, f"{name} holds it as one axis")
-                by_atom[said.leaves.atoms[unknowns[0]]].append((name, number, unknowns[0]))
+            first: dict[Axis, int] = {}
+            for x in unknowns:
+                atom = said.leaves.atoms[x]
+                if atom in first:
+                    said.same(first[atom], x, f"{name} holds it as one axis")
+                else:
+                    first[atom] = x
+                    by_atom[atom].append((name, number, x))
     actions = {name: [Action()] * len(found) for name, found in occurrences.items()}
     groups = dict(spec.groups)
-    reasons = {name: FIBRED for name in spec.moving if name in parents}
-    reasons |= dict.fromkeys((name for name in spec.moving if name in joined), JOINED)
-    for atom, name in movable.items():
-        structure, of_places, why = _solve(atom, by_atom[atom], said)
+    reasons: dict[str, str] = {}
+    for name in sorted(atoms_of, key=lambda name: name in parents):  # what a parent has beside its children comes last
+        solved = [_solve(atom, by_atom[atom], said, atom in turned, name in parents) for atom in atoms_of[name]]
+        structure, of_places, why = solved[0] if len(solved) == 1 else _joined(solved)
+        places = [place[:2] for place in by_atom[atoms_of[name][0]]]
+        if any([place[:2] for place in by_atom[atom]] != places for atom in atoms_of[name]):
+            structure, of_places, why = Structure(), [Action()] * len(places), JOINED
+        if name in parents and not structure.is_plain:
+            below = [child for child, group in groups.items() if name in group.parents]
+            present = {name: _present(spec, writer.parameters[name], name, said) for name in dict(places)}
+            structure, of_places = _beside(structure, places, of_places, below, groups, actions, present)
         groups[name] = replace(groups[name], structure=structure)
-        for (parameter, number, _), action in zip(by_atom[atom], of_places, strict=True):
+        for (parameter, number), action in zip(places, of_places, strict=True):
             actions[parameter][number] = action
         if why:
             reasons[name] = why
-    turned = {
-        writer.names[own] for atom in turned_atoms(solution) if (own := writer.fused.get(atom, atom)) in writer.names
-    }
+    of_pairs = {writer.names[own] for atom in turned if (own := writer.fused.get(atom, atom)) in writer.names}
     told = {name: tuple(found) for name, found in actions.items() if any(action != Action() for action in found)}
-    paired = {name for name in turned if groups[name].structure.is_paired}
+    paired = {name for name in of_pairs if groups[name].structure.is_paired}
     groups |= {name: replace(groups[name], fixed=True) for name in paired}
     general = General(told, reasons, null_directions(solution))
-    whole = replace(spec, groups=groups, general=general).without(turned - paired)
-    return whole.rename(_names_of_pairs(whole, turned))
+    whole = replace(spec, groups=groups, general=general).without(of_pairs - paired)
+    return whole.rename(_names_of_pairs(whole, of_pairs))
+
+
+def _movable(spec: PermutationSpec, writer: Writer) -> tuple[dict[Axis, str], dict[str, list[Axis]]]:
+    """The atoms on which something may act, each with its group; and for each group its atoms, in order.
+
+    They are several where a view splits the axis of one group.
+    """
+    names = {atom: name for atom, name in writer.names.items() if name in spec.moving}
+    wholes = set(writer.fused.values())
+    movable = {atom: name for atom, name in names.items() if atom not in wholes}
+    movable |= {part: names[whole] for part, whole in writer.fused.items() if whole in names}
+    atoms_of: dict[str, list[Axis]] = defaultdict(list)
+    for atom, name in movable.items():
+        atoms_of[name].append(atom)
+    return movable, atoms_of
 
 
 def turned_atoms(solution: Solution) -> set[Axis]:
@@ -151,19 +177,29 @@ def _unknowns(
     if said.leaves.concerns(tensor) and name not in spec.unused:
         try:
             there = _Places(spec, layout)
+            parts = Counter(movable.values())
             for index in said.leaves.elements(tensor):
                 unknowns = said.leaves.at(tensor, index)
-                numbers = there.at(index, frozenset(movable.values()))
+                numbers = there.at(index, frozenset(parts))
                 for dim in range(tensor.ndim):
                     own = unknowns.get(dim, ())
                     names = [movable[said.leaves.atoms[x]] for x in own]
-                    if names != [layout.occurrences[n].group for n in numbers.get(dim, ())]:
+                    each = [n for n in numbers.get(dim, ()) for _ in range(parts[layout.occurrences[n].group])]
+                    if names != [layout.occurrences[n].group for n in each]:
                         raise UnreadableError
-                    for n, x in zip(numbers.get(dim, ()), own, strict=True):
+                    for n, x in zip(each, own, strict=True):
                         found[n][x] = None
         except UnreadableError:
             said.keep_plain(said.leaves.movable_in(tensor), f"{name}, which has too many parts")
     return (list(unknowns) for unknowns in found)
+
+
+def _present(spec: PermutationSpec, tensor: TypedTensor, name: str, said: Statements) -> list[list[tuple[int, str]]]:
+    """The occurrences at each representative element of a parameter, with their groups."""
+    layout = spec.layout(spec.axes[name])
+    there, every = _Places(spec, layout), frozenset(spec.groups)
+    numbers = (there.at(index, every) for index in said.leaves.elements(tensor))
+    return [[(n, layout.occurrences[n].group) for several in found.values() for n in several] for found in numbers]
 
 
 class _Places:
@@ -185,41 +221,139 @@ class _Places:
         return found
 
 
-def _solve(atom: Axis, places: Sequence[tuple[str, int, int]], said: Statements) -> tuple[Structure, list[Action], str]:
-    """The structure of one atom, its action at each place, and what kept it from being larger."""
+def _solve(atom: Axis, places: Sequence[Place], said: Statements, turned: bool, fibred_over: bool) -> Solved:
+    """The structure of one atom, its action at each place, and what kept it from being larger.
+
+    On one over which others are fibred no matrix acts, which would mix the members that these have of their own.
+    """
     unknowns = [x for _, _, x in places]
     still = [Action()] * len(places)
     if atom in said.plain:
         return Structure(), still, said.plain[atom]
-    linear, why = _matrices(atom, places, said)
+    linear, why = (None, FIBRED) if fibred_over else _matrices(atom, places, said)
     if linear is not None:
         return Structure(linear[0]), linear[1], why
     scales = said.scales.solutions(unknowns)
     signs = said.signs.solutions(unknowns)
+    if turned:
+        return *_of_pairs(atom, scales, signs, said, len(places)), why
     # A sign that each index has of its own is one that all may have in common, too.
     flips = beyond(said.flips.solutions(unknowns), signs)
     structure = Structure("", len(scales), len(signs), len(flips))
-    signed = [*signs, *flips]
-    actions = [
-        Action(
-            tuple(row[i] for row in scales) if any(row[i] for row in scales) else (),
-            tuple(row[i] for row in signed) if any(row[i] for row in signed) else (),
-        )
-        for i in range(len(places))
-    ]
-    return structure, actions, why
+    return structure, _factors(scales, [*signs, *flips], len(places)), why
 
 
-def _matrices(
-    atom: Axis, places: Sequence[tuple[str, int, int]], said: Statements
-) -> tuple[tuple[str, list[Action]] | None, str]:
+def _factors(scales: Sequence[Sequence[int]], signs: Sequence[Sequence[int]], number: int) -> list[Action]:
+    """The action at each of so many places of factors with these exponents at them."""
+
+    def at(rows: Sequence[Sequence[int]], i: int) -> tuple[int, ...]:
+        return tuple(row[i] for row in rows) if any(row[i] for row in rows) else ()
+
+    return [Action(at(scales, i), at(signs, i)) for i in range(number)]
+
+
+def _joined(solved: Sequence[Solved]) -> Solved:
+    """The structure of a group whose axis a view splits, from those of its parts.
+
+    All permutations of the whole pass, and so does what they generate with what acts on one part, alike at all indices
+    of the others: of invertible or orthogonal matrices, or of factors, those of the whole. For to swap two indices of
+    the whole that differ in that part alone changes what acts on it there, and nowhere else.
+    """
+    structure, of_places, why = solved[0]
+    if any(other[:2] != solved[0][:2] for other in solved) or structure.linear not in ("", "GL", "O"):
+        return Structure(), [Action()] * len(of_places), JOINED
+    return structure, of_places, why
+
+
+def _beside(
+    structure: Structure,
+    places: Sequence[tuple[str, int]],
+    of_places: Sequence[Action],
+    below: Sequence[str],
+    groups: Mapping[str, Group],
+    actions: Mapping[str, Sequence[Action]],
+    present: Mapping[str, Sequence[Sequence[tuple[int, str]]]],
+) -> tuple[Structure, list[Action]]:
+    """Of the factors of a group over which others are fibred those that these have not already, at each of its indices.
+
+    Args:
+        structure, places, of_places: what was found of the group, where it stands, and how it acts there.
+        below: the groups that are fibred over it.
+        groups, actions: those of the spec, as far as they are known.
+        present: for each parameter the occurrences at each of its representative elements, with their groups.
+    """
+
+    def effect(exponents: Mapping[tuple[str, int], int]) -> list[int]:
+        """What a factor does to each representative element: its exponents there added up."""
+        return [
+            sum(exponents.get((name, number), 0) for number, _ in element)
+            for name in dict(places)
+            for element in present[name]
+        ]
+
+    def common(odd: bool) -> Iterator[list[int]]:
+        """What the groups below can do to all of their indices alike."""
+        for group in below:
+            own = groups[group].structure
+            there = [
+                (n, i)
+                for n, each in present.items()
+                for i in dict.fromkeys(i for e in each for i, g in e if g == group)
+            ]
+            if own.linear and (odd or own.linear not in ("O", "O1")):
+                yield effect({(n, i): sum(actions[n][i].powers) for n, i in there})
+            for row in range(0 if own.linear else own.signs + own.flips if odd else own.scales):
+                yield effect({(n, i): _exponent(actions[n][i], row, odd) for n, i in there})
+
+    kept: list[list[list[int]]] = []
+    for odd, first, count in (
+        (False, 0, structure.scales),
+        (True, 0, structure.signs),
+        (True, structure.signs, structure.flips),
+    ):
+        known = [*common(odd), *(effect(dict(zip(places, row, strict=True))) for row in (kept[1] if first else ()))]
+        kept.append([])
+        for number in range(first, first + count):
+            row = [_exponent(action, number, odd) for action in of_places]
+            if independent(effect(dict(zip(places, row, strict=True))), known, odd):
+                known.append(effect(dict(zip(places, row, strict=True))))
+                kept[-1].append(row)
+    return Structure("", *map(len, kept)), _factors(kept[0], [*kept[1], *kept[2]], len(places))
+
+
+def _exponent(action: Action, number: int, odd: bool) -> int:
+    exponents = action.signs if odd else action.powers
+    return exponents[number] if exponents else 0
+
+
+def _of_pairs(
+    atom: Axis, scales: Sequence[Sequence[int]], signs: Sequence[Sequence[int]], said: Statements, number: int
+) -> tuple[Structure, list[Action]]:
+    """A factor for each pair of an axis whose pairs are turned, such as between the gains of queries and of keys."""
+    kinds = {within for within, _ in said.at_most.get(atom, {}) if within in PAIRED}
+    for powers in scales:
+        # Of either sign: so the signs must be among what passes, too.
+        signed = not beyond([[power % 2 for power in powers]], signs)
+        if len(kinds) == 1 and signed and set(powers) <= {-1, 0, 1}:
+            structure = Structure(meet(kinds.pop(), "M"))
+            return structure, [Action((power,)) if power else Action() for power in powers]
+    return Structure(), [Action()] * number
+
+
+def _matrices(atom: Axis, places: Sequence[Place], said: Statements) -> tuple[tuple[str, list[Action]] | None, str]:
     """The group of matrices on an atom, if one larger than that of monomial matrices acts; and what limits it.
 
     All that the atom stands in must move with the matrix, but for gains, between which it acts.
     """
     structure, why = "GL", ""
-    for within, reason in said.at_most.get(atom, {}).items():
-        smaller = meet(structure, within)
+    orders: dict[int, int] = {}  # of each class, in which order its parameters stand
+    for _, _, x in places:
+        root, acts_there = said.frames.find(x)
+        if orders.setdefault(root, acts_there.order) != acts_there.order:
+            return None, "its pairs stand in several orders"
+    for (within, x), reason in said.at_most.get(atom, {}).items():
+        root, acts_there = said.frames.find(x)
+        smaller = meet(structure, _in_order(within, acts_there.order - orders.get(root, acts_there.order)))
         structure, why = smaller, reason if smaller != structure else why
     actions = []
     acts = [(parameter, said.frames.action(x), x) for parameter, _, x in places]
@@ -239,6 +373,13 @@ def _matrices(
     if structure not in LINEAR:  # what two of them have in common may have no name
         return None, why
     return (structure, actions), why
+
+
+def _in_order(structure: str, order: int) -> str:
+    """A structure as it is before the indices were put from the order of neighbours to that of halves, so often."""
+    if structure not in PAIRED or not order:
+        return structure
+    return {("T", 1): "T2", ("T2", -1): "T"}.get((structure, order), "1")
 
 
 def _why_inert(said: Statements, x: int) -> str:

@@ -7,6 +7,9 @@ model writes it; what says that they are equal is how the table is made. So a pa
 later one of the same shape is run by itself, in float64, on random numbers, with tables made of random constants, and
 is *a turn* if it is linear, treats every row apart, and commutes with random factors for each pair, but with no matrix.
 
+Some models put the pairs from the order of neighbours to that of halves on the way. Such a part takes the matrices of
+one order to those of the other.
+
 Such a part is replaced by what it means for all other dimensions: the tensor is multiplied by a number for each index
 along which the table varies. Then the axis is free in all that comes after, and the node that ends the part tells
 (`TURN`) which pairs were turned.
@@ -27,7 +30,13 @@ from permgraph.inference.solution import is_weight
 from permgraph.structures import random_element
 
 TURN = "turn"
-"""The key in a node's `meta` under which stands the structure, `T` or `T2`, that passes along its last dimension."""
+"""The key in a node's `meta` under which stands the structure, `T` or `T2`, that passes along its last dimension.
+
+``T2>T`` and ``T>T2`` say that the pairs stand otherwise after it than before.
+"""
+
+ORDERS = {"T2>T": 1, "T>T2": -1}
+"""How often such a part puts neighbours to halves."""
 
 PAIRED = ("T", "T2")
 MOST_NODES = 40
@@ -43,6 +52,8 @@ unsqueeze squeeze view reshape _unsafe_view flatten unflatten transpose permute 
 lift_fresh _to_copy to view_as_complex view_as_real complex real imag
 """
 STEPS = frozenset(_STEPS.split())
+#: Of these those that leave every number as it is.
+MOVES = STEPS - frozenset(["add", "sub", "rsub", "neg", "mul", "addcmul"])
 ENDS = frozenset(("add", "sub", "addcmul", "cat", "stack", "view", "reshape", "_unsafe_view", "flatten"))
 
 
@@ -63,19 +74,23 @@ def free_turns(graph: fx.Graph) -> None:
     for end in nodes:
         if end not in moving or name_of(end) not in ENDS or not _is_float(end):
             continue
+        best: tuple[fx.Node, fx.Node, list[fx.Node], str, tuple[int, ...]] | None = None
         for start, part in _parts(end, moving, at):
             if start in inside or not inside.isdisjoint(part):
-                break  # what is larger than a turn would say less of which pairs are turned
+                break
             if not _may_turn(start, end, part, moving):
                 continue
+            if best is not None and not all(_name(node) in MOVES for node in part if node not in best[2]):
+                break  # what is larger than a turn would say less of which pairs are turned
             key = _key(start, end, part)
             if key not in judged:
                 judged[key] = _judge(start, end, part, tables)
             verdict = judged[key]
-            if verdict is not None:
-                found.append((start, end, part, *verdict))
-                inside.update(part)
-                break
+            if verdict is not None and (best is None or verdict[0] in ORDERS):
+                best = start, end, part, *verdict
+        if best is not None:
+            found.append(best)
+            inside.update(best[2])
     if not found:
         return
     written = Memory(nodes, Operators()).written
@@ -103,9 +118,12 @@ def _parts(end: fx.Node, moving: set[fx.Node], at: Mapping[fx.Node, int]) -> Ite
         waiting.update(source for source in last.all_input_nodes if source in moving)
 
 
+def _name(node: fx.Node) -> str:
+    return name_of(node) or str(getattr(node.target, "__name__", ""))
+
+
 def _is_step(node: fx.Node) -> bool:
-    name = name_of(node) or getattr(node.target, "__name__", "")
-    return name in STEPS and not getattr(node.target, "_opname", "").endswith("_")
+    return _name(node) in STEPS and not getattr(node.target, "_opname", "").endswith("_")
 
 
 def _is_float(node: fx.Node) -> bool:
@@ -232,12 +250,16 @@ def _judge(
             return None
         numbers = np.random.default_rng(0)
 
-        def passes(structure: str) -> bool:
-            g = torch.from_numpy(random_element(structure, shape[-1], numbers))
-            return close(turned(x @ g.T), y @ g.T)
+        def passes(before: str, order: int = 0) -> bool:
+            g = torch.from_numpy(random_element(before, shape[-1], numbers))
+            to = torch.arange(shape[-1])
+            if order:
+                to = to.reshape((-1, 2) if order == 1 else (2, -1)).T.reshape(-1)
+            return close(turned(x @ g.T), y @ g[to][:, to].T)
 
-        structure = next((structure for structure in PAIRED if passes(structure)), None)
-        if structure is None or passes("GL"):
+        ways = [*((s, 0) for s in PAIRED), *ORDERS.items()]
+        way = next(((turn, order) for turn, order in ways if passes(turn.partition(">")[0], order)), None)
+        if way is None or passes("GL", way[1]):
             return None
         same = turned(drawn(shape[-1]).expand(shape).clone())
         varies = tuple(
@@ -245,7 +267,7 @@ def _judge(
         )
     except Exception:  # whatever an operator says of numbers that are not the model's: then it is not known
         return None
-    return structure, varies
+    return way[0], varies
 
 
 def _replace(graph: fx.Graph, start: fx.Node, end: fx.Node, structure: str, varies: Iterable[int]) -> None:

@@ -35,7 +35,9 @@ def balance(acting: Acting, tensors: dict[str, Tensor]) -> tuple[Element, dict[s
     """
     element = Element()
     groups = [
-        g for g in acting.of_group if acting.structure(g).scales or acting.structure(g).linear in ("GL", "T", "T2")
+        g
+        for g in acting.of_group
+        if acting.structure(g).scales or acting.structure(g).linear == "GL" or acting.structure(g).is_paired
     ]
     tensors = dict(tensors)
     for _ in range(SWEEPS if len(groups) > 1 else 1):

@@ -37,7 +37,7 @@ def best_value(structure: Structure, grams: Grams, solver: Solver = "auto") -> T
     if structure.linear in ("", "1"):
         return best_element(structure, grams, solver).value
     gram = _whole(grams)
-    if structure.linear in ("T", "T2"):
+    if structure.is_paired:
         return _phases(structure.linear, gram).abs().sum(-1)
     if structure.linear == "O1":
         inner, along = _apart(gram)
@@ -123,7 +123,7 @@ def _better(one: Best | None, other: Best) -> Best:
 
 def _best_matrix(name: str, gram: Tensor) -> Best:
     n = gram.shape[-1]
-    if name in ("T", "T2"):
+    if Structure(name).is_paired:
         z = _phases(name, gram)
         size = z.abs()
         cosine = torch.where(size > 0, z.real / size.clamp_min(torch.finfo(size.dtype).tiny), torch.ones_like(size))
@@ -152,9 +152,9 @@ def _phases(name: str, gram: Tensor) -> Tensor:
     def diagonal(i: slice, j: slice) -> Tensor:
         return torch.diagonal(gram[..., i, j], dim1=-2, dim2=-1)
 
-    return torch.complex(
-        diagonal(first, first) + diagonal(second, second), diagonal(second, first) - diagonal(first, second)
-    )
+    real = diagonal(first, first) + diagonal(second, second)
+    turned = diagonal(second, first) - diagonal(first, second)
+    return torch.complex(real, torch.zeros_like(turned) if name in ("R", "R2") else turned)
 
 
 def mirror_of_ones(like: Tensor) -> Tensor:

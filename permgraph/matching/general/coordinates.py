@@ -15,6 +15,7 @@ from torch import Tensor
 
 from permgraph.matching.general.acting import Acting, Element, Place
 from permgraph.matching.general.polar import polar
+from permgraph.structures import Structure
 from permgraph.structures.pairs import pairs_of
 
 Tensors = Mapping[str, Tensor]
@@ -98,11 +99,12 @@ class Coordinates:
         w, g = (place.rows(place.block.view(tensor)) for tensor in (weight, gradient))
         if not linear:
             slope += (w * g).sum(-2)[..., None] * slope.new_tensor(powers)
-        elif linear in ("T", "T2"):
+        elif self.acting.structure(group).is_paired:
             first, second = pairs_of(linear, w.shape[-1])
             along = (g * w).sum(-2)
             slope[..., 0] += (along[..., first] + along[..., second]) * powers[0]
-            slope[..., 1] += (g[..., second] * w[..., first] - g[..., first] * w[..., second]).sum(-2)
+            if linear in ("T", "T2"):
+                slope[..., 1] += (g[..., second] * w[..., first] - g[..., first] * w[..., second]).sum(-2)
         elif powers == (1,):
             slope += g.mT @ w
         else:
@@ -132,7 +134,7 @@ class Coordinates:
             else:
                 old = self.element.matrices[group]
                 x = self._tangent(group, leaf)
-                if linear in ("T", "T2"):
+                if self.acting.structure(group).is_paired:
                     new = _turns(linear, x, old)
                 elif linear == "GL":
                     step = torch.matmul(x, old)
@@ -193,7 +195,7 @@ def exactly_orthogonal(linear: str, matrix: Tensor) -> Tensor:
 def _exactly(linear: str, matrix: Tensor) -> Tensor:
     """Matrices (..., n, n) in float64; of pairs, with the same numbers at both places of each."""
     exact = matrix.double()
-    if linear in ("T", "T2"):
+    if Structure(linear).is_paired:
         eye = torch.eye(exact.shape[-1], dtype=exact.dtype, device=exact.device).expand_as(exact)
         first, second = pairs_of(linear, exact.shape[-1])
         index = torch.arange(exact.shape[-1], device=exact.device)

@@ -160,7 +160,7 @@ def compact_part(acting: Acting, element: Element) -> Element:
     """An element without its scales, and with the nearest rotations in the place of its matrices."""
     matrices = {}
     for group, own in element.matrices.items():
-        if acting.structure(group).linear in ("T", "T2"):
+        if acting.structure(group).is_paired:
             matrices[group] = own / torch.linalg.vector_norm(own, dim=-1, keepdim=True)
         else:
             matrices[group] = polar(own)
