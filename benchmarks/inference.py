@@ -52,8 +52,8 @@ from permgraph.inference.auto_spec import spec_of  # noqa: E402
 MODELS = ("resnet50", "densenet121", "vit_b_16", "swin_t")
 SIZE = (2, 3, 224, 224)
 COLUMNS = (
-    "fake", "fused off", "capture", "infer", "infer general", "general / permutations", "auto_spec / fake", "auto_spec / fused off", "export",
-    "export / auto_spec", "MiB",
+    "fake", "fused off", "capture", "infer", "infer general", "general / permutations", "auto_spec / fake",
+    "auto_spec / fused off", "export", "export / auto_spec", "MiB",
 )  # fmt: skip
 
 
