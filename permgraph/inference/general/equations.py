@@ -20,6 +20,8 @@ from fractions import Fraction
 
 from permgraph.spec.general import Gain
 
+Number = int | Fraction
+
 Gains = tuple[tuple[Gain, int], ...]
 """A product of powers of gains: each with its exponent, by name, none of them zero."""
 
@@ -163,7 +165,7 @@ class System:
 
     modulo_two: bool
     kinds: Sequence[object]
-    rows: dict[object, list[dict[int, Fraction]]] = field(default_factory=lambda: defaultdict(list))
+    rows: dict[object, list[dict[int, Number]]] = field(default_factory=lambda: defaultdict(list))
     _parent: dict[int, int] = field(default_factory=dict)
     _zero: dict[object, set[int]] = field(default_factory=lambda: defaultdict(set))
 
@@ -177,11 +179,11 @@ class System:
 
     def add(self, terms: Iterable[tuple[int, int | Fraction]]) -> None:
         """Say that this sum of unknowns with coefficients is zero."""
-        row: dict[int, Fraction] = {}
+        row: dict[int, Number] = {}
         for x, c in terms:
-            row[x] = row.get(x, Fraction(0)) + c
+            row[x] = row.get(x, 0) + c
         if self.modulo_two:
-            row = {x: Fraction(1) for x, c in row.items() if c % 2}
+            row = {x: 1 for x, c in row.items() if c % 2}
         row = {x: c for x, c in row.items() if c}
         if len(row) == 1:
             (x,) = row
@@ -198,9 +200,9 @@ class System:
         if not of:
             return []
         zero = {self.find(x) for x in self._zero.get(self.kinds[of[0]], ())}
-        pivots: dict[int, dict[int, Fraction]] = {}
+        pivots: dict[int, dict[int, Number]] = {}
         for given in self.rows.get(self.kinds[of[0]], ()):
-            row: dict[int, Fraction] = defaultdict(Fraction)
+            row: dict[int, Number] = defaultdict(int)
             for x, c in given.items():
                 root = self.find(x)
                 if root not in zero:
@@ -211,41 +213,49 @@ class System:
         roots = [self.find(x) for x in of]
         free: dict[int, None] = {}
         for root in roots:
-            for x in pivots.get(root, {root: Fraction(1)}):
+            for x in pivots.get(root, {root: 1}):
                 if x not in zero and x not in pivots:
                     free.setdefault(x)
 
-        def value(root: int, x: int) -> Fraction:
+        def value(root: int, x: int) -> Number:
             if root in zero:
-                return Fraction(0)
+                return 0
             if root in pivots:
-                return self._tidy(-pivots[root].get(x, Fraction(0)))
-            return Fraction(int(root == x))
+                return self._tidy(-pivots[root].get(x, 0))
+            return int(root == x)
 
         columns = [[value(root, x) for root in roots] for x in free]
         return [_whole(row) for row in _echelon(columns, self.modulo_two)]
 
-    def _reduce(self, row: Mapping[int, Fraction], pivots: Mapping[int, Mapping[int, Fraction]]) -> dict[int, Fraction]:
+    def _reduce(self, row: Mapping[int, Number], pivots: Mapping[int, Mapping[int, Number]]) -> dict[int, Number]:
         found = {x: c for x, c in row.items() if self._tidy(c)}
         for x in [x for x in found if x in pivots]:
-            c = found.get(x, Fraction(0))
+            c = found.get(x, 0)
             for y, d in pivots[x].items():
-                found[y] = found.get(y, Fraction(0)) - c * d
+                found[y] = found.get(y, 0) - c * d
         return {x: self._tidy(c) for x, c in found.items() if self._tidy(c)}
 
-    def _insert(self, row: dict[int, Fraction], pivots: dict[int, dict[int, Fraction]]) -> None:
+    def _insert(self, row: dict[int, Number], pivots: dict[int, dict[int, Number]]) -> None:
         pivot = next(iter(row))
-        row = {x: self._tidy(c / row[pivot]) for x, c in row.items()}
+        row = {x: self._tidy(_over(c, row[pivot])) for x, c in row.items()}
         for x, other in pivots.items():
-            c = other.get(pivot, Fraction(0))
+            c = other.get(pivot, 0)
             if c:
                 for y, d in row.items():
-                    other[y] = self._tidy(other.get(y, Fraction(0)) - c * d)
+                    other[y] = self._tidy(other.get(y, 0) - c * d)
                 pivots[x] = {y: d for y, d in other.items() if d}
         pivots[pivot] = row
 
-    def _tidy(self, c: Fraction) -> Fraction:
-        return Fraction(int(c) % 2) if self.modulo_two else c
+    def _tidy(self, c: Number) -> Number:
+        return int(c) % 2 if self.modulo_two else c
+
+
+def _over(a: Number, b: Number) -> Number:
+    """A quotient, as a whole number if it is one: these are many, and fractions are slow."""
+    if b in (1, -1):
+        return a * b
+    found = Fraction(a) / b
+    return found.numerator if found.denominator == 1 else found
 
 
 def beyond(rows: Sequence[Sequence[int]], known: Sequence[Sequence[int]]) -> list[list[int]]:
@@ -253,7 +263,7 @@ def beyond(rows: Sequence[Sequence[int]], known: Sequence[Sequence[int]]) -> lis
     found: list[list[int]] = []
     rank = len(known)
     for row in rows:
-        together = [[Fraction(c) for c in r] for r in (*known, *found, row)]
+        together: list[list[Number]] = [list(r) for r in (*known, *found, row)]
         if len(_echelon(together, True)) > rank:
             rank += 1
             found.append(list(row))
@@ -262,11 +272,11 @@ def beyond(rows: Sequence[Sequence[int]], known: Sequence[Sequence[int]]) -> lis
 
 def independent(row: Sequence[int], known: Sequence[Sequence[int]], modulo_two: bool) -> bool:
     """Whether a vector is no combination of the known ones."""
-    rows = [[Fraction(c % 2 if modulo_two else c) for c in r] for r in (*known, row)]
+    rows: list[list[Number]] = [[c % 2 if modulo_two else c for c in r] for r in (*known, row)]
     return len(_echelon(rows, modulo_two)) > len(_echelon(rows[:-1], modulo_two))
 
 
-def _echelon(rows: list[list[Fraction]], modulo_two: bool) -> list[list[Fraction]]:
+def _echelon(rows: list[list[Number]], modulo_two: bool) -> list[list[Number]]:
     """The reduced row echelon form, without rows of zeros."""
     rows = [list(row) for row in rows]
     done = 0
@@ -276,18 +286,18 @@ def _echelon(rows: list[list[Fraction]], modulo_two: bool) -> list[list[Fraction
             continue
         rows[done], rows[at] = rows[at], rows[done]
         first = rows[done][column]
-        rows[done] = [c / first for c in rows[done]]
+        rows[done] = [_over(c, first) for c in rows[done]]
         for i, row in enumerate(rows):
             if i != done and row[column]:
                 c = row[column]
                 rows[i] = [x - c * y for x, y in zip(row, rows[done], strict=True)]
                 if modulo_two:
-                    rows[i] = [Fraction(int(x) % 2) for x in rows[i]]
+                    rows[i] = [int(x) % 2 for x in rows[i]]
         done += 1
     return rows[:done]
 
 
-def _whole(row: Sequence[Fraction]) -> list[int]:
+def _whole(row: Sequence[Number]) -> list[int]:
     """The smallest multiple in whole numbers."""
     denominator = 1
     for c in row:
