@@ -370,7 +370,7 @@ CREATION = rows(
      "(a b) -> (c d) where b per a, d per c"),
     ("empty_strided", lambda: torch.empty_strided([5, 7], [7, 1]).zero_(), "() -> (a b) where b per a"),
     ("empty_permuted", lambda: torch.empty_permuted([5, 7], [1, 0]).zero_(), "() -> (a b) where b per a"),
-    ("hardtanh", F(2, 3), 0, 6, TWO),
+    ("hardtanh", F(2, 3), 0, 6, PAIR),
     ("scalar_tensor", 1.5, "() -> ()"),
     ("zero_", F(2, 3), PAIR),
     ("_efficientzerotensor", lambda: aten._efficientzerotensor([2, 3]).clone(), "() -> (a b) where b per a"),

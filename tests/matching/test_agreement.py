@@ -24,7 +24,12 @@ def inferred(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
     """The modules whose symmetries were inferred."""
     found: list[nn.Module] = []
     infer = agreement.auto_spec
-    monkeypatch.setattr(agreement, "auto_spec", lambda model, *given: found.append(model) or infer(model, *given))
+
+    def noted(model: nn.Module, *given: Any, **more: Any) -> Any:
+        found.append(model)
+        return infer(model, *given, **more)
+
+    monkeypatch.setattr(agreement, "auto_spec", noted)
     return found
 
 

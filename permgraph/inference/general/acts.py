@@ -471,11 +471,15 @@ class Statement:
         said, why = self.said, self.why
         x, weight, bias = (along.operands(name) for name in ("input", "weight", "bias"))
         out = [y for y, labelled in along.of(RESULT) if labelled.tensor is self.call.results[0]]
-        said.still([y for y in along.results() if y not in out], f"{why}, as a statistic")
+        means = [] if structure == ORTHOGONAL else self._of_results(along, 1)
+        said.still([y for y in along.results() if y not in (*out, *means)], f"{why}, as a statistic")
+        said.no_matrix(means, f"{why}, as a statistic")
+        for m in means if x else ():
+            said.factors([(m, 1), (x[0], -1)])
         has_weight, has_bias = (isinstance(self.call.get(name), TypedTensor) for name in ("weight", "bias"))
         normalised = along.label[0] == "n" if structure else bool(weight) or not (has_weight or has_bias)
         if not x or not out:
-            said.still([*x, *weight, *bias, *out], why)
+            said.still([*x, *weight, *bias, *out, *means], why)
             return
         if not normalised:
             # Each index along it has statistics of its own: a change of sign passes, a scale does not, for ε.
@@ -532,8 +536,9 @@ class Statement:
             along.operands(name) for name in ("input", "weight", "bias", "running_mean", "running_var")
         )
         out = [y for y, labelled in along.of(RESULT) if labelled.tensor is self.call.results[0]]
-        statistics = [y for y in along.results() if y not in out]
-        said.no_matrix([*x, *weight, *bias, *mean, *out], why)
+        means = self._of_results(along, 1, 3)  # the batch's, and the running one after it
+        statistics = [y for y in along.results() if y not in (*out, *means)]
+        said.no_matrix([*x, *weight, *bias, *mean, *out, *means], why)
         said.still([*var, *statistics], f"{why}, as a statistic")
         if not x or not out:
             said.still(along.everything(), why)
@@ -548,8 +553,13 @@ class Statement:
         said.factors([(x[0], 1), *((w, 1) for w in weight), (out[0], -1)])
         for b in bias:
             said.factors([(b, 1), (out[0], -1)])
-        for m in mean:
+        for m in (*mean, *means):
             said.factors([(m, 1), (x[0], -1)])
+
+    def _of_results(self, along: Along, *numbers: int) -> list[int]:
+        """The unknowns of the results with these numbers, where there are so many."""
+        wanted = [result for n, result in enumerate(self.call.results) if n in numbers]
+        return [y for y, labelled in along.of(RESULT) if any(labelled.tensor is result for result in wanted)]
 
     def attention(self, along: Along) -> None:
         """softmax(q kᵀ) v: queries and keys are dual, values pass; softmax lets nothing pass."""
