@@ -19,7 +19,7 @@ from permgraph.errors import MismatchError
 from permgraph.spec.blocks import Block, Leaf, blocks_of
 from permgraph.spec.expressions import Fixed
 from permgraph.spec.general import Action
-from permgraph.spec.permutation import Permutation
+from permgraph.spec.permutation import Permutation, old_parents
 from permgraph.spec.spec import PermutationSpec
 from permgraph.spec.transformation import Transformation
 from permgraph.structures import Structure
@@ -224,10 +224,6 @@ class Acting:
         """What `folded` undoes: the parameter with the gains of this state."""
         return self._with_gains(name, tensor, state, 1)
 
-    def is_gain(self, name: str) -> bool:
-        """Whether a parameter is a gain that others take up, so that it is the same in both models once they have."""
-        return name in self.spec.general_gains
-
     def _with_gains(self, name: str, tensor: Tensor, state: Tensors, sign: int) -> Tensor:
         new = tensor
         for place in self.places[name]:
@@ -292,10 +288,10 @@ def _plain(spec: PermutationSpec, tensors: Tensors) -> PermutationSpec:
 
 def composed(acting: Acting, after: Element, before: Element) -> Element:
     """The element that acts as `before` and then as `after`."""
-    carried = Element()
+    carried, moved = Element(), {name: array.cpu().numpy() for name, array in after.arrays.items()}
     for kind in ("arrays", "matrices", "scales", "signs"):
         for group, tensor in getattr(before, kind).items():
-            getattr(carried, kind)[group] = _carried(acting, group, tensor, after, own=kind != "matrices")
+            getattr(carried, kind)[group] = _carried(acting, group, tensor, moved, own=kind != "matrices")
     out = Element(dict(carried.arrays))
     for group, array in after.arrays.items():
         out.arrays.setdefault(group, array)
@@ -308,32 +304,12 @@ def composed(acting: Acting, after: Element, before: Element) -> Element:
     return out
 
 
-def _carried(acting: Acting, group: str, tensor: Tensor, after: Element, *, own: bool) -> Tensor:
+def _carried(acting: Acting, group: str, tensor: Tensor, after: Mapping[str, np.ndarray], *, own: bool) -> Tensor:
     """What stands at each index of a group's parents, and at each of its own, read where `after` takes them from."""
-    names = acting.spec.groups[group].parents
-    sizes = acting.parents(group)
-    index: list[Tensor] = []
-    moved = False
-    for at, parent in enumerate(names):
-        array = after.arrays.get(parent)
-        along = torch.arange(sizes[at], device=tensor.device).reshape([-1 if d == at else 1 for d in range(len(sizes))])
-        if array is not None:
-            above = acting.spec.groups[parent].parents
-            along = array[(*(_along(names.index(p), len(sizes), sizes, tensor) for p in above), along)]
-            moved = True
-        index.append(along)
-    array = after.arrays.get(group) if own else None
-    if array is None:
-        return tensor[tuple(index)] if moved else tensor
-    if not names:
-        return tensor[array]
-    return tensor[(*(i[..., None] for i in _broadcast(index)), array)]
-
-
-def _broadcast(tensors: list[Tensor]) -> list[Tensor]:
-    shape = np.broadcast_shapes(*(tuple(tensor.shape) for tensor in tensors))
-    return [tensor.expand(shape) for tensor in tensors]
-
-
-def _along(at: int, ndim: int, sizes: tuple[int, ...], like: Tensor) -> Tensor:
-    return torch.arange(sizes[at], device=like.device).reshape([-1 if d == at else 1 for d in range(ndim)])
+    mine = after.get(group) if own else None
+    if mine is None and not any(parent in after for parent in acting.spec.groups[group].parents):
+        return tensor
+    index = old_parents(acting.spec.groups, after, group)
+    if mine is not None:
+        index = [*(at[..., None] for at in index), mine]
+    return tensor[tuple(torch.from_numpy(np.array(at)).to(tensor.device) for at in index)]

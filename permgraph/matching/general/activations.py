@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,8 +12,10 @@ from torch import Tensor
 from permgraph.matching.general.acting import Acting, Element
 from permgraph.matching.general.ascent import Climb
 from permgraph.matching.general.gauge import Gauge
+from permgraph.matching.general.weights import best_climb
 from permgraph.matching.matcher import MatchResult, Progress
 from permgraph.matching.problem.moves import Plan
+from permgraph.matching.problem.objective import dot
 from permgraph.spec.expressions import Axis, Fixed, refs
 from permgraph.spec.general import Action, General
 from permgraph.spec.spec import PermutationSpec
@@ -50,33 +52,23 @@ def match_observed(
         axes[key], ours[key] = (site.axis, Fixed(len(gram))), gram.to(gauge.device, gauge.dtype)
         if own is not None:
             actions[key] = own
-    larger = PermutationSpec(
-        dict(spec.groups),
-        axes,
-        general=General({n: tuple(Action(x.powers, x.signs) for x in own) for n, own in actions.items()}),
-    )
-    acting = Acting(larger, ours)
-    for key, own in actions.items():
-        gram = ours[key]
-        with_gains = _Gained(
-            PermutationSpec(dict(spec.groups), {**axes, **_gains(spec, own)}, general=General({key: own}))
-        )
+    gains = {gain.name: spec.axes[gain.name] for own in actions.values() for action in own for gain, _ in action.gains}
+    acting = Acting(PermutationSpec(dict(spec.groups), {**axes, **gains}, general=General(actions)), ours)
+    for key in actions:
         for state, element in ((gauge.state_a, gauge.of_a), (gauge.state_b, gauge.of_b)):
-            gram = with_gains.folded(key, gram, state)
-            gram = acting.act(key, gram, element).mT.contiguous()
-        ours[key] = gram
+            ours[key] = acting.act(key, acting.folded(key, ours[key], state), element).mT.contiguous()
     theirs = {name: torch.eye(len(gram), dtype=gram.dtype, device=gram.device) for name, gram in ours.items()}
-    plan = Plan(acting.plain, ours)
-    best: Climb | None = None
-    groups = list(acting.of_group)
-    for unknown in (groups, []):
-        climb = Climb(
-            acting, ours, theirs, plan, Element(), unknown=unknown, solver=settings.matcher.solver, started=started
+    plan, groups = Plan(acting.plain, ours), list(acting.of_group)
+
+    def climb(start: Element, unknown: Sequence[str]) -> Climb:
+        return Climb(
+            acting, ours, theirs, plan, start, unknown=unknown, solver=settings.matcher.solver, started=started
         )
-        climb.climb(settings.matcher.max_sweeps, progress)
-        if best is None or climb.objective > best.objective:
-            best = climb
-    assert best is not None
+
+    starts = [("nothing known", Element(), groups), ("the identity", Element(), [])]
+    best, _, interrupted = best_climb(starts, climb, settings.matcher.max_sweeps, progress)
+    if best is None:
+        best = climb(Element(), ())
     found = gauge.transformation(best.element)
     unseen = sorted(set(spec.acting) - set(groups))
     notes = observed.notes
@@ -86,26 +78,14 @@ def match_observed(
         permutation=found.permutation,
         transformation=found,
         objective=best.objective,
-        objective_before=sum(float((ours[n].double() * theirs[n].double()).sum()) for n in ours),
-        outcome="interrupted" if observed.interrupted else best.outcome,
+        objective_before=sum(dot(gram, theirs[name]) for name, gram in ours.items()),
+        outcome="interrupted" if observed.interrupted or interrupted else best.outcome,
         history=tuple(best.history),
         runs=(best.objective,),
         seed=seed,
         seconds=time.perf_counter() - started,
         notes=notes,
     )
-
-
-class _Gained(Acting):
-    """How gains stand in the Gram matrices of activations: in their rows."""
-
-    def __init__(self, spec: PermutationSpec) -> None:
-        name = next(iter(spec.general.actions)) if spec.general is not None else ""
-        super().__init__(spec, {name: torch.empty(spec.shapes[name], device="meta")})
-
-
-def _gains(spec: PermutationSpec, actions: tuple[Action, ...]) -> dict[str, tuple[Axis, ...]]:
-    return {gain.name: spec.axes[gain.name] for action in actions for gain, _ in action.gains}
 
 
 def _actions(spec: PermutationSpec, site: SeenSite) -> tuple[Action, ...] | None:
@@ -121,5 +101,4 @@ def _actions(spec: PermutationSpec, site: SeenSite) -> tuple[Action, ...] | None
     if actions is None:
         return None
     occurrences = spec.occurrences(watched.parameter)
-    own = tuple(replace(x) for x, o in zip(actions, occurrences, strict=True) if o.dim == watched.of)
-    return own
+    return tuple(action for action, place in zip(actions, occurrences, strict=True) if place.dim == watched.of)

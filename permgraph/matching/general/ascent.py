@@ -16,9 +16,10 @@ from torch import Tensor
 from permgraph.assignment.solve import Solver
 from permgraph.conventions.outcomes import Outcome
 from permgraph.matching.general.acting import Acting, Element, composed
-from permgraph.matching.general.compact import Best, best_element, best_value
+from permgraph.matching.general.compact import best_element, best_value, signs_of, whole
 from permgraph.matching.matcher import Progress, Sweep
 from permgraph.matching.problem.moves import Move, Node, Place, Plan
+from permgraph.matching.problem.objective import dot
 from permgraph.structures import Structure
 
 TOLERANCE = 1e-7
@@ -58,7 +59,7 @@ class Climb:
         self.moves = plan.moves
         self.element = start
         self.b = {name: acting.act(name, tensor, start) for name, tensor in b.items()}
-        self.worth = {name: _inner(a[name], tensor) for name, tensor in self.b.items()}
+        self.worth = {name: dot(a[name], tensor) for name, tensor in self.b.items()}
         self.unknown = set(unknown)
         self.history: list[Sweep] = []
         self.outcome: Outcome = "converged"
@@ -113,11 +114,11 @@ class Climb:
         if move.paired:
             inner = [other for other in self.moves if other.name in self.plan.inside(move.name)]
             best = best_element(Structure(), {(): self._pairs(move, inner)}, self.solver)
-            self._apply(node.group, _as_element(node.group, best))
+            self._apply(node.group, best.step(node.group))
             self._settle(inner)
             return
         best = best_element(self.acting.structure(node.group), self._held(self._grams(node), hold), self.solver)
-        self._apply(node.group, _as_element(node.group, best))
+        self._apply(node.group, best.step(node.group))
         for below in move.then:
             self._place(below, hold)
 
@@ -163,7 +164,7 @@ class Climb:
     def _apply(self, group: str, step: Element) -> None:
         for name in self.acting.touched([group]):
             self.b[name] = self.acting.act(name, self.b[name], step)
-            self.worth[name] = _inner(self.a[name], self.b[name])
+            self.worth[name] = dot(self.a[name], self.b[name])
         self.element = composed(self.acting, step, self.element)
 
     def _held(self, grams: dict[tuple[int, ...], Tensor], hold: float) -> dict[tuple[int, ...], Tensor]:
@@ -188,9 +189,9 @@ class Climb:
         sums: dict[tuple[int, ...], Tensor] = {}
         for place in node.places:
             if self._is_evidence(place):
-                key = self._exponents(place, structure)
+                key = signs_of(self.acting.action(place.block, place.own[-1]))
                 view = place.block.view(self.b[place.block.parameter])
-                gram = place.gram(place.block.view(self.a[place.block.parameter]), view, self._averaged)
+                gram = place.gram(place.block.view(self.a[place.block.parameter]), view, self.unknown)
                 sums[key] = sums[key] + gram if key in sums else gram
         for inner in node.inner:
             grams = self._grams(inner)
@@ -206,11 +207,7 @@ class Climb:
             sums[()] = some.new_zeros(*sizes, *pairs)
             # Nothing speaks for any place: stay.
             sums[()].diagonal(dim1=-2, dim2=-1).fill_(1.0)
-        return sums if number else {(): _total(sums)}
-
-    def _exponents(self, place: Place, structure: Structure) -> tuple[int, ...]:
-        action = self.acting.action(place.block, place.own[-1])
-        return action.signs if any(action.signs) else ()
+        return sums if number else {(): whole(sums)}
 
     def _is_evidence(self, place: Place) -> bool:
         """Whether what is seen here hangs on no group yet unplaced whose elements have a mean of zero."""
@@ -225,30 +222,3 @@ class Climb:
         assert leaf.group is not None
         # A gain, which its group's matrices leave alone.
         return bool(action.powers) or not self.acting.structure(leaf.group).linear
-
-    @property
-    def _averaged(self) -> frozenset[str]:
-        return frozenset(self.unknown)
-
-
-def _total(sums: Mapping[tuple[int, ...], Tensor]) -> Tensor:
-    total = None
-    for gram in sums.values():
-        total = gram if total is None else total + gram
-    assert total is not None
-    return total
-
-
-def _as_element(group: str, best: Best) -> Element:
-    step = Element()
-    if best.array is not None:
-        step.arrays[group] = best.array
-    if best.matrix is not None:
-        step.matrices[group] = best.matrix
-    if best.signs is not None:
-        step.signs[group] = best.signs
-    return step
-
-
-def _inner(a: Tensor, b: Tensor) -> float:
-    return float((a.double() * b.double()).sum()) if a.numel() < 1 << 20 else float(torch.dot(a.flatten(), b.flatten()))

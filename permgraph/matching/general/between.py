@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from permgraph.matching.general.acting import Element
 from permgraph.matching.general.gauge import Gauge
+from permgraph.matching.general.weights import as_transformation
 from permgraph.networks.batches import Loader, Loss, batches, undisturbed
 from permgraph.networks.blended import Between, samples_of
 from permgraph.spec.general import General
@@ -107,8 +108,6 @@ class BalancedLine:
 
     def element(self, found: Permutation | Transformation) -> Element:
         """An element for B's state dict as one for B in this gauge, its scales and invertible maps included."""
-        from permgraph.matching.general.weights import as_transformation
-
         if isinstance(found, Permutation):
             found = as_transformation(Permutation(self.spec.permutations(), found.arrays), self.spec)
         into, out = self.gauge.of_b.transformation(self.spec), self.gauge.of_a.transformation(self.spec)

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from permgraph.assignment.solve import Solver, assign
+from permgraph.matching.general.acting import Element
 from permgraph.matching.general.polar import nuclear_norm, polar
+from permgraph.spec.general import Action
 from permgraph.structures import Structure
 from permgraph.structures.pairs import pairs_of
 
@@ -31,12 +33,23 @@ class Best(NamedTuple):
     matrix: Tensor | None = None
     signs: Tensor | None = None
 
+    def step(self, group: str) -> Element:
+        """The element in which this group moves so, and all others are at rest."""
+        parts = ({} if part is None else {group: part} for part in (self.array, self.matrix, self.signs))
+        arrays, matrices, signs = parts
+        return Element(arrays, matrices, {}, signs)
+
+
+def signs_of(action: Action) -> tuple[int, ...]:
+    """The exponents of signs by which a Gram matrix counts where a group acts so; empty where none acts."""
+    return action.signs if any(action.signs) else ()
+
 
 def best_value(structure: Structure, grams: Grams, solver: Solver = "auto") -> Tensor:
     """What the best element is worth: (...)."""
     if structure.linear in ("", "1"):
         return best_element(structure, grams, solver).value
-    gram = _whole(grams)
+    gram = whole(grams)
     if structure.is_paired:
         return _phases(structure.linear, gram).abs().sum(-1)
     if structure.linear == "O1":
@@ -51,7 +64,7 @@ def best_element(structure: Structure, grams: Grams, solver: Solver = "auto") ->
     Scales are at rest, and of invertible matrices only rotations are tried: models are balanced beforehand.
     """
     if structure.linear:
-        return _best_matrix(structure.linear, _whole(grams))
+        return _best_matrix(structure.linear, whole(grams))
     number = structure.signs + structure.flips
     found: Best | None = None
     for flips in itertools.product((1.0, -1.0), repeat=structure.flips):
@@ -70,7 +83,8 @@ def best_element(structure: Structure, grams: Grams, solver: Solver = "auto") ->
     return found
 
 
-def _whole(grams: Grams) -> Tensor:
+def whole(grams: Grams) -> Tensor:
+    """The sum of Gram matrices, where signs count for nothing."""
     total = None
     for gram in grams.values():
         total = gram if total is None else total + gram

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from permgraph.matching.general.acting import Acting, Element, Place, composed
-from permgraph.matching.general.compact import best_element
+from permgraph.matching.general.compact import best_element, signs_of
 
 Tensors = Mapping[str, Tensor]
 
@@ -70,12 +70,7 @@ class FreeWeights:
         b = {name: moved[name] for name in self.weights}
         for group in self.groups:
             structure, grams = self.acting.structure(group), self._grams(group, b)
-            best = best_element(structure, grams)
-            step = Element()
-            if best.array is not None:
-                step.arrays[group] = best.array
-            if best.signs is not None:
-                step.signs[group] = best.signs
+            step = best_element(structure, grams).step(group)
             touched = [name for name in self.acting.touched([group]) if name in b]
             new = {name: self.acting.act(name, b[name], step) for name in touched}
             # Where a group meets itself in a weight, the best step by the slope may overshoot.
@@ -95,7 +90,7 @@ class FreeWeights:
         for place in self.acting.of_group[group]:
             name = place.block.parameter
             gram = _rows(place, self.weights[name]).mT @ _rows(place, b[name]) * self.sizes[name]
-            key = place.action.signs if any(place.action.signs) else ()
+            key = signs_of(place.action)
             sums[key] = sums[key] + gram if key in sums else gram
         return sums
 

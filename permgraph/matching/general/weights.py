@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,7 +14,9 @@ from permgraph.matching.general.acting import Element
 from permgraph.matching.general.ascent import Climb
 from permgraph.matching.general.gauge import Gauge
 from permgraph.matching.matcher import NOTHING_TO_PERMUTE, MatchResult, Progress
+from permgraph.matching.problem.limits import groups_named
 from permgraph.matching.problem.moves import Plan
+from permgraph.matching.problem.objective import dot, weight_of
 from permgraph.spec.permutation import Permutation
 from permgraph.spec.spec import PermutationSpec
 from permgraph.spec.transformation import Transformation
@@ -39,7 +41,7 @@ def match_general(
     frozen = frozen_groups(spec, settings)
     plan = Plan(gauge.acting.plain, gauge.a, frozen)
     notes: list[str] = [] if plan.moves else [NOTHING_TO_PERMUTE]
-    before = scale * sum(float((weighted[n].double() * gauge.b[n].double()).sum()) for n in weighted) + offset
+    before = scale * sum(dot(weighted[name], gauge.b[name]) for name in weighted) + offset
 
     def climb(start: Element, unknown: Sequence[str]) -> Climb:
         return Climb(
@@ -158,20 +160,13 @@ def frozen_groups(spec: PermutationSpec, settings: WeightMatching) -> set[str]:
     Raises:
         PermgraphError: single indices are limited, or no group has such a name.
     """
-    import fnmatch
-
     if settings.max_moves is not None:
         raise PermgraphError("max_moves counts indices, which rotations have not: take spec.permutations() with it")
-    given = settings.frozen if isinstance(settings.frozen, dict) else dict.fromkeys(settings.frozen)
-    frozen: set[str] = set()
+    given = settings.frozen if isinstance(settings.frozen, Mapping) else dict.fromkeys(settings.frozen)
     for pattern, indices in given.items():
         if indices is not None:
             raise PermgraphError(f"frozen: of {pattern!r} single indices: take spec.permutations() with them")
-        found = [name for name in spec.acting if fnmatch.fnmatchcase(name, pattern)]
-        if not found:
-            raise PermgraphError(f"frozen: no group is named {pattern!r}; the spec has {', '.join(spec.acting)}")
-        frozen.update(found)
-    return frozen
+    return {name for pattern in given for name in groups_named(spec.acting, pattern, "frozen")}
 
 
 def weighted_by(settings: WeightMatching, gauge: Gauge) -> tuple[dict[str, Tensor], float, float]:
@@ -187,7 +182,5 @@ def weighted_by(settings: WeightMatching, gauge: Gauge) -> tuple[dict[str, Tenso
         if settings.weights is not None:
             if settings.objective == "l2":
                 raise PermgraphError("the objective 'l2' takes no weights; use 'inner'")
-            from permgraph.matching.problem.objective import weight_of
-
             weighted[name] = weighted[name] * weight_of(settings.weights, name, tensor, gauge.spec.shapes[name])
     return weighted, 2.0 if settings.objective == "l2" else 1.0, offset

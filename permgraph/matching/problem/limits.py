@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -47,7 +47,7 @@ def limits_of(
     held: dict[str, set[int]] = {}
     given = frozen if isinstance(frozen, Mapping) else dict.fromkeys(frozen)
     for pattern, indices in given.items():
-        for name in _groups(spec, pattern, "frozen"):
+        for name in groups_named(spec.moving, pattern, "frozen"):
             if indices is None:
                 still.add(name)
             else:
@@ -55,7 +55,7 @@ def limits_of(
     most: dict[str, int] = {}
     if isinstance(max_moves, Mapping):
         for pattern, number in max_moves.items():
-            most.update(dict.fromkeys(_groups(spec, pattern, "max_moves"), number))
+            most.update(dict.fromkeys(groups_named(spec.moving, pattern, "max_moves"), number))
     elif max_moves is not None:
         most = {name: max_moves for name, group in spec.moving.items() if not group.parents}
     limits = {}
@@ -116,10 +116,15 @@ def choose_limited(
     return columns, gain
 
 
-def _groups(spec: PermutationSpec, pattern: str, setting: str) -> list[str]:
-    found = fnmatch.filter(spec.moving, pattern)
+def groups_named(groups: Iterable[str], pattern: str, setting: str) -> list[str]:
+    """The groups whose names a pattern fits.
+
+    Raises:
+        PermgraphError: it fits none; the message names the setting that it is from.
+    """
+    found = fnmatch.filter(groups, pattern)
     if not found:
-        known = ", ".join(spec.moving) or "none"
+        known = ", ".join(groups) or "none"
         raise PermgraphError(f"{setting} names {pattern!r}, but no group is called so; there are {known}")
     return found
 
