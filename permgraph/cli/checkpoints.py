@@ -17,7 +17,7 @@ from permgraph.errors import MismatchError, NonFiniteError, PermgraphError
 from permgraph.io import Checkpoint, Renamed, match_names
 from permgraph.io.converted import Conversions, ConvertedCheckpoint, converted, names_on_disk
 from permgraph.spec.data import SpecData
-from permgraph.spec.permutation import Permutation
+from permgraph.spec.elements import AnyElement
 from permgraph.spec.spec import PermutationSpec
 from permgraph.spec.transformation import Transformation
 
@@ -87,9 +87,7 @@ def require_finite(name: str, tensor: torch.Tensor, path: Path) -> None:
         raise NonFiniteError(f"{path}: {name!r} holds NaN or infinity in {bad} of its {tensor.numel()} elements")
 
 
-def moved_by(
-    element: Permutation | Transformation, name: str, tensor: torch.Tensor, weights: Mapping[str, torch.Tensor]
-) -> torch.Tensor:
+def moved_by(element: AnyElement, name: str, tensor: torch.Tensor, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """A tensor of a checkpoint after a permutation or a transformation; one that the spec does not know as it is.
 
     Where a matrix acts between gains, these are read in the checkpoint's other weights.
@@ -101,10 +99,9 @@ def moved_by(
     if isinstance(element, Transformation):
         gains = {gain: tensor_of(weights, gain, element.spec) for gain in element.gains_of(name)}
         return element.apply_to(name, tensor, gains)
-    permutation = element
     if tensor.dtype.itemsize == 1 and tensor.is_floating_point():  # eight-bit floats cannot be indexed everywhere
-        return permutation.apply_to(name, tensor.view(torch.uint8)).view(tensor.dtype)
-    return permutation.apply_to(name, tensor)
+        return element.apply_to(name, tensor.view(torch.uint8)).view(tensor.dtype)
+    return element.apply_to(name, tensor)
 
 
 def tensor_of(weights: Mapping[str, torch.Tensor], name: str, spec: SpecData) -> torch.Tensor:

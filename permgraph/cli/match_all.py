@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from permgraph.cli.checkpoints import require_finite, tensor_of
-from permgraph.cli.matching_run import Element, MatchingRun, keep_json, load_element, save
+from permgraph.cli.matching_run import MatchingRun, keep_json, load_element, save
 from permgraph.cli.mean import working_dtype
 from permgraph.cli.options import Method
 from permgraph.errors import MismatchError
@@ -21,14 +21,14 @@ from permgraph.matching.streamed import StreamedWeightMatching
 from permgraph.merging import CycleConsistent, MergeMany, MergeMethod, Models
 from permgraph.merging.compared import Compared
 from permgraph.merging.streamed import StreamedRounds
+from permgraph.spec.elements import AnyElement
 from permgraph.spec.permutation import Permutation
 from permgraph.spec.spec import PermutationSpec
-from permgraph.spec.transformation import Transformation
 
 
 def match_all(
     run: MatchingRun, staging: Staging, method: Method, reference: int
-) -> tuple[Sequence[Element], dict[str, Any]]:
+) -> tuple[Sequence[AnyElement], dict[str, Any]]:
     """For each checkpoint the permutation that brings it to the numbering of the first, and how they were found."""
     if method is Method.reference:
         permutations = [run.spec.identity()] * len(run.weights)
@@ -48,20 +48,15 @@ def match_all(
     return kept, json.loads(staging.path(".report.json").read_bytes())
 
 
-def _from_first(permutations: Sequence[Element]) -> list[Element]:
+def _from_first(permutations: Sequence[AnyElement]) -> list[AnyElement]:
     """Permutations to a common numbering, as those to the numbering of the first."""
     if permutations[0].is_identity:
         return list(permutations)
-    back = permutations[0].inverse()
-    first: Element = back @ back.inverse() if isinstance(back, Transformation) else Permutation.identity(back.spec)
-    return [first, *(_after(back, permutation) for permutation in permutations[1:])]
+    back: Any = permutations[0].inverse()  # of the kind that all of them are
+    return [type(back).identity(back.spec), *(back @ permutation for permutation in permutations[1:])]
 
 
-def _after(one: Element, other: Element) -> Element:
-    return one @ other  # type: ignore[operator]
-
-
-def _jointly(run: MatchingRun, staging: Staging, method: Method) -> tuple[Sequence[Element], dict[str, Any]]:
+def _jointly(run: MatchingRun, staging: Staging, method: Method) -> tuple[Sequence[AnyElement], dict[str, Any]]:
     """All checkpoints at once, by a method of the library's that knows no reference."""
     matcher, modules = run.matcher, None
     states: tuple[Mapping[str, torch.Tensor], ...] = run.weights

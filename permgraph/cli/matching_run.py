@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, TypeAlias
+from typing import IO, Any
 
 import torch
 from torch import nn
@@ -30,12 +30,11 @@ from permgraph.matching import MatchResult, SupportsMatch, Sweep, WeightMatching
 from permgraph.matching.matcher import runs_networks
 from permgraph.matching.streamed import StreamedWeightMatching
 from permgraph.merging.compared import Compared
+from permgraph.spec.elements import AnyElement
 from permgraph.spec.permutation import Permutation
 from permgraph.spec.spec import PermutationSpec
 from permgraph.spec.transformation import Transformation
 from permgraph.verification import verify
-
-Element: TypeAlias = Permutation | Transformation
 
 #: Bytes for each weight while a network is checked: as it is, in float64, and what a permutation makes of it.
 CHECK_BYTES = 24
@@ -171,7 +170,7 @@ class MatchingRun:
         own = own_model(self.checkpoints[number].folder)
         return own if own and (not self.model or self.model.startswith("hf:")) else self.model
 
-    def prove(self, number: int, permutation: Element | None) -> dict[str, Any]:
+    def prove(self, number: int, permutation: AnyElement | None) -> dict[str, Any]:
         """Check on a network itself that it computes the same after it was renumbered; what was found, as plain data.
 
         Where that cannot be done, a note says so.
@@ -221,7 +220,7 @@ class MatchingRun:
             "seconds": seconds,
         }
 
-    def match(self, staging: Staging, number: int, reference: int = 0) -> tuple[Element, dict[str, Any]]:
+    def match(self, staging: Staging, number: int, reference: int = 0) -> tuple[AnyElement, dict[str, Any]]:
         """Match one checkpoint to another, unless an earlier run has, and keep the outcome with the staging."""
         kept, told = f".permutation-{number}.safetensors", f".report-{number}.json"
         if kept not in staging.finished or told not in staging.finished:
@@ -353,12 +352,12 @@ def resumed(
     return dataclasses.replace(matcher, init=reached, done=done, keep=keep)
 
 
-def load_element(path: Path, spec: PermutationSpec) -> Element:
+def load_element(path: Path, spec: PermutationSpec) -> AnyElement:
     """Read what `save` kept."""
     return Permutation.load(path, spec) if spec.general is None else Transformation.load(path, spec)
 
 
-def save(staging: Staging, name: str, permutation: Element) -> None:
+def save(staging: Staging, name: str, permutation: AnyElement) -> None:
     """Keep a permutation, or a transformation, with the staging."""
     permutation.save(staging.path(name))
     content = staging.path(name).read_bytes()
@@ -382,7 +381,7 @@ def in_words(report: Mapping[str, Any]) -> str:
     )
 
 
-def match_of(kept: Mapping[str, Any], element: Element) -> MatchResult:
+def match_of(kept: Mapping[str, Any], element: AnyElement) -> MatchResult:
     """The outcome of matching, from what `MatchingRun.report` made of it; of each sweep only totals are known."""
     history = tuple(
         Sweep(sweep["sweep"], sweep["objective"], {"all groups": sweep["moved"]}, {}, sweep["seconds"])

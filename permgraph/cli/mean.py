@@ -12,9 +12,8 @@ from permgraph.cli.models import build
 from permgraph.connectivity import recalibrate_batchnorm
 from permgraph.errors import MismatchError
 from permgraph.io import Renamed
-from permgraph.spec.permutation import Permutation
+from permgraph.spec.elements import AnyElement
 from permgraph.spec.spec import PermutationSpec
-from permgraph.spec.transformation import Transformation
 from permgraph.weights.combine import mean, shares_of
 
 
@@ -41,9 +40,7 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
 class RenumberedMean:
     """The weighted mean of the renumbered checkpoints, a tensor at a time."""
 
-    def __init__(
-        self, run: MatchingRun, permutations: Sequence[Permutation | Transformation | None], shares: Sequence[float]
-    ) -> None:
+    def __init__(self, run: MatchingRun, permutations: Sequence[AnyElement | None], shares: Sequence[float]) -> None:
         self.run, self.shares = run, shares
         self.members = tuple(zip(run.checkpoints, run.weights, permutations, strict=True))
         self.names = {key: name for name, key in run.weights[0].keys_of.items()}

@@ -13,7 +13,7 @@ from permgraph.cli.screen import Screen
 from permgraph.errors import EvaluationError, MismatchError
 
 if TYPE_CHECKING:
-    from permgraph.cli.matching_run import Element
+    from permgraph.spec.elements import AnyElement
 
 
 def merge(
@@ -75,7 +75,7 @@ def merge(
                 return
             if staging.resumed:
                 screen.note("going on where an earlier run stopped")
-            permutations: Sequence[Element | None] = [None] * len(checkpoints)
+            permutations: Sequence[AnyElement | None] = [None] * len(checkpoints)
             report: dict[str, Any] = {}
             if aligned:
                 permutations, report = match_all(run, staging, method, reference)

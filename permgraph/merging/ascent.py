@@ -73,7 +73,23 @@ class Rounds(ABC):
         log.debug("%s", self.history[-1])
 
 
-class Ascent(Rounds):
+class InMemory(Rounds):
+    """Rounds over models in memory, which Ctrl-C ends with what the models have been given."""
+
+    @abstractmethod
+    def stop(self) -> None:
+        """End here, at Ctrl-C: what models have been given is kept."""
+
+    def climb(self, max_rounds: int, progress: Progress | None) -> None:
+        """Match each model, in random order, to the mean of the others, until none moves, or the limit, or Ctrl-C."""
+        try:
+            self.run_rounds(max_rounds, progress)
+        except KeyboardInterrupt:
+            self.stop()
+            self.record()
+
+
+class Ascent(InMemory):
     """A run over models in memory, which holds the models at their present permutations.
 
     Attributes:
@@ -103,14 +119,6 @@ class Ascent(Rounds):
         self.outcome = "interrupted"
         # It may have come between a permutation and the model at it.
         self.moved = [p.apply(state) for p, state in zip(self.permutations, self.models.states, strict=True)]
-
-    def climb(self, max_rounds: int, progress: Progress | None) -> None:
-        """Match each model, in random order, to the mean of the others, until none moves, or the limit, or Ctrl-C."""
-        try:
-            self.run_rounds(max_rounds, progress)
-        except KeyboardInterrupt:
-            self.stop()
-            self.record()
 
     def step(self, number: int) -> bool:
         """Match one model to the mean of the others; whether it moved.
@@ -148,7 +156,7 @@ class Ascent(Rounds):
         """
         target = average([self.moved[other] for other in joined])
         result = matcher.match(target, self.moved[number], self.models.spec, int(self.rng.integers(2**31)))
-        self.put(number, result.permutation)
+        self.put(number, result.element)
         if result.outcome == "interrupted":
             raise KeyboardInterrupt
 

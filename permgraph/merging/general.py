@@ -23,9 +23,9 @@ from permgraph.matching.general.weights import as_transformation, best_climb, fr
 from permgraph.matching.matcher import SupportsMatch
 from permgraph.matching.problem.moves import Plan
 from permgraph.matching.problem.objective import dot, with_real_parts
-from permgraph.merging.ascent import Ascent, Rounds
+from permgraph.merging.ascent import Ascent, InMemory, Rounds
 from permgraph.merging.compared import sum_over_pairs
-from permgraph.merging.result import Found, Models, Progress
+from permgraph.merging.result import Found, Models
 from permgraph.spec.permutation import Permutation
 from permgraph.spec.spec import PermutationSpec
 from permgraph.spec.transformation import Transformation
@@ -34,7 +34,7 @@ Tensors = Mapping[str, Tensor]
 Run: TypeAlias = "Ascent | GeneralAscent"
 
 
-class GeneralAscent(Rounds):
+class GeneralAscent(InMemory):
     """A run over models that are written in one gauge, matched by weights.
 
     Attributes:
@@ -73,14 +73,6 @@ class GeneralAscent(Rounds):
         """End here, at Ctrl-C: the elements that models have been given are kept."""
         self.outcome = "interrupted"
         self.moved = [self._image(number, element) for number, element in enumerate(self.elements)]
-
-    def climb(self, max_rounds: int, progress: Progress | None) -> None:
-        """Match each model, in random order, to the mean of the others, until none moves, or the limit, or Ctrl-C."""
-        try:
-            self.run_rounds(max_rounds, progress)
-        except KeyboardInterrupt:
-            self.stop()
-            self.record()
 
     def step(self, number: int) -> bool:
         """Match one model to the mean of the others; whether it moved.

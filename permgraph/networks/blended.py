@@ -134,18 +134,24 @@ class Between:
         limit: int | None = None,
     ) -> tuple[float, int]:
         """The sum over samples, and over points, of the loss on the first `limit` batches, and how many there were."""
-        total, count = 0.0, 0
         b = self.permuted(permutation)
         with torch.no_grad():
-            for point in points:
-                self.place(b, point)
-                for number, batch in enumerate(batches(loader), start=1):
-                    if limit is not None and number > limit:
-                        break
-                    value = self.value(batch, number)
-                    self.require_finite(value, number, point)
-                    samples = samples_of(batch)
-                    total, count = total + float(value) * samples, count + samples
+            return self.summed(loader, lambda point: self.place(b, point), points, limit)
+
+    def summed(
+        self, loader: Loader, place: Callable[[float], object], points: Sequence[float], limit: int | None = None
+    ) -> tuple[float, int]:
+        """The same, where `place` brings the copy to a point."""
+        total, count = 0.0, 0
+        for point in points:
+            place(point)
+            for number, batch in enumerate(batches(loader), start=1):
+                if limit is not None and number > limit:
+                    break
+                value = self.value(batch, number)
+                self.require_finite(value, number, point)
+                samples = samples_of(batch)
+                total, count = total + float(value) * samples, count + samples
         return total, count
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from permgraph.errors import SpecError
+from permgraph.errors import MismatchError, SpecError
 from permgraph.spec.binding import Group, Layout
 from permgraph.structures import Structure
 
@@ -22,6 +22,21 @@ class Gain(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.added:g} + {self.name}" if self.added else self.name
+
+    def values(self, parameter: torch.Tensor, of: str = "") -> torch.Tensor:
+        """What the axis is multiplied with, in float64 and in one dimension, where the parameter has these values.
+
+        Raises MismatchError, naming whose gain it is, if one is zero or not finite.
+        """
+        values = parameter.detach().to(torch.float64).flatten() + self.added
+        finite = bool(torch.isfinite(values).all())
+        if not finite or bool((values == 0).any()):
+            what = "a zero, which cannot be undone" if finite else "a value that is not finite"
+            raise MismatchError(
+                f"the gain {self}{of and f' of {of}'} has {what}, so that no matrix can act between it and its "
+                f"inverse; take spec.permutations() for such a network"
+            )
+        return values
 
 
 @dataclass(frozen=True, slots=True)

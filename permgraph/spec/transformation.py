@@ -354,12 +354,7 @@ class Transformation:
         """The gains that a matrix acts between: by what is divided before it, and multiplied after it."""
         gain = new = None
         for factor, power in action.gains:
-            values = gathered(state_dict[factor.name]).detach().to(like.device, torch.float64).flatten() + factor.added
-            if bool((values == 0).any()):
-                raise MismatchError(
-                    f"the gain {factor} has a zero, which cannot be undone, so that no matrix can act between it and "
-                    f"its inverse; take spec.permutations() for this network"
-                )
+            values = factor.values(gathered(state_dict[factor.name])).to(like.device)
             changed = values
             if factor.name in self.gains:
                 changed = values * torch.from_numpy(np.array(self.gains[factor.name])).to(values.device)

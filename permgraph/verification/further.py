@@ -23,8 +23,7 @@ from permgraph.capture.outputs import tensor_leaves
 from permgraph.capture.passes import IF_DIFFERENT, Variation, larger_by_one, variations
 from permgraph.capture.subject import unwrap
 from permgraph.errors import in_one_line
-from permgraph.spec.permutation import Permutation
-from permgraph.spec.transformation import Transformation
+from permgraph.spec.elements import AnyElement
 from permgraph.verification.report import Run
 from permgraph.verification.trial import Trial, distance, is_floating, seeded_generator
 
@@ -54,7 +53,7 @@ class FurtherRuns:
 
     trial: Trial
     model: Any
-    everything: Permutation | Transformation
+    everything: AnyElement
     tolerance: float
     scales: Sequence[float]
     seconds: float

@@ -154,11 +154,7 @@ class _Scrutiny:
 
     def change(self, element: Transformation, exclude: Sequence[tuple[str, int]] = ()) -> float:
         """How far the output moves when an element acts on all axes but these."""
-        moved = {}
-        for name, tensor in self.weights.items():
-            still = [dim for parameter, dim in exclude if parameter == name]
-            moved[name] = element.apply_to(name, tensor, self.weights, exclude=still)
-        return distance(self.reference, self.trial.outputs_with(moved))
+        return distance(self.reference, self.trial.outputs(element, exclude))
 
     def added(self, direction: NullDirection, seed: int) -> float:
         """How far the output moves when a random multiple of a null direction is added."""

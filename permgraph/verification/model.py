@@ -38,6 +38,7 @@ from permgraph.capture.untied import untied
 from permgraph.errors import CaptureError, EvaluationError, MismatchError, in_one_line
 from permgraph.inference.auto_spec import auto_spec
 from permgraph.spec.data import SpecData
+from permgraph.spec.elements import AnyElement
 from permgraph.spec.permutation import Permutation
 from permgraph.spec.spec import PermutationSpec
 from permgraph.spec.transformation import Transformation
@@ -55,7 +56,7 @@ def verify(
     example_inputs: Sequence[Any] | None = None,
     example_kwargs: Mapping[str, Any] | None = None,
     *,
-    permutation: Permutation | Transformation | None = None,
+    permutation: AnyElement | None = None,
     seed: int = 0,
     tolerance: float = 1e-9,
     controls: Literal["one", "all", "none"] = "one",
@@ -146,7 +147,7 @@ class _Proof:
         model: nn.Module,
         spec: SpecData,
         inputs: ExampleInputs,
-        permutation: Permutation | Transformation | None,
+        permutation: AnyElement | None,
         seed: int,
         tolerance: float,
         controls: Literal["one", "all", "none"],
@@ -158,7 +159,7 @@ class _Proof:
         self.own = permutation is not None
         self.first = Variation("the inputs", frozenset(), inputs)
         self.trial = Trial(model, spec, self.first, seed, own_weights=self.own)
-        self.everything: Permutation | Transformation = permutation or Permutation.random(spec, seed, every_group=True)
+        self.everything: AnyElement = permutation or Permutation.random(spec, seed, every_group=True)
         moved = [name for name, count in self.everything.moved().items() if count and name in spec.acting]
         order = torch.randperm(len(moved), generator=seeded_generator(seed)).tolist()
         self.moved, self.order = moved, [moved[at] for at in order]
@@ -229,7 +230,7 @@ class _Proof:
         return Verification(passed, max_error, tolerance, reports, outputs, note, left_out, runs)
 
     def _controls(
-        self, reference: Sequence[Tensor], alone: Permutation | Transformation, name: str, threshold: float
+        self, reference: Sequence[Tensor], alone: AnyElement, name: str, threshold: float
     ) -> Iterator[Control]:
         uses = self.spec.uses(name)
         changed = False

@@ -11,15 +11,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from permgraph.capture.outputs import returned_tensors
-from permgraph.spec.permutation import Permutation
-from permgraph.spec.transformation import Transformation
+from permgraph.spec.elements import AnyElement
 from permgraph.verification.report import OwnPrecision
 from permgraph.verification.trial import distance, is_floating
 
 
 def in_own_precision(
     model: nn.Module,
-    element: Permutation | Transformation,
+    element: AnyElement,
     example_inputs: Sequence[Any],
     example_kwargs: Mapping[str, Any] | None = None,
 ) -> OwnPrecision:

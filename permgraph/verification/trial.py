@@ -25,7 +25,7 @@ from permgraph.capture.state import StateTensor, state_tensors
 from permgraph.capture.subject import unwrap
 from permgraph.errors import CaptureError, MismatchError
 from permgraph.spec.data import SpecData
-from permgraph.spec.permutation import Permutation
+from permgraph.spec.elements import AnyElement
 from permgraph.spec.transformation import Transformation
 from permgraph.verification.double_precision import InDoublePrecision, double_by_default, has_values, in_double
 
@@ -120,9 +120,7 @@ class Trial:
         finally:
             self._restore(self._floating)
 
-    def outputs(
-        self, permutation: Permutation | Transformation | None, exclude: Sequence[tuple[str, int]] = ()
-    ) -> list[Tensor]:
+    def outputs(self, permutation: AnyElement | None, exclude: Sequence[tuple[str, int]] = ()) -> list[Tensor]:
         """What the model returns when its weights are permuted, or transformed: all its tensors, detached."""
         if isinstance(permutation, Transformation):
             weights = self.weights()
@@ -159,7 +157,7 @@ class Trial:
         finally:
             self._restore(weights)
 
-    def outputs_scaled(self, permutation: Permutation | Transformation, name: str) -> list[Tensor]:
+    def outputs_scaled(self, permutation: AnyElement, name: str) -> list[Tensor]:
         """What the model returns when those elements of one weight that the permutation moves are scaled at random."""
         weight = self._floating[name][1]
         places = torch.arange(weight.numel()).reshape(weight.shape)

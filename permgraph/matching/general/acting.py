@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from permgraph.errors import MismatchError
 from permgraph.spec.blocks import Block, Leaf, blocks_of
 from permgraph.spec.expressions import Fixed
 from permgraph.spec.general import Action
@@ -245,14 +244,7 @@ def product_of_gains(action: Action, state: Tensors) -> Tensor:
     """
     product = torch.ones((), dtype=torch.float64)
     for gain, power in action.gains:
-        values = state[gain.name].detach().to("cpu", torch.float64).flatten() + gain.added
-        zeros = int((values == 0).sum())
-        if zeros:
-            raise MismatchError(
-                f"the gain {gain} has {zeros} zero{'s' * (zeros > 1)} among {values.numel()}: what reads that axis "
-                f"cannot take it up and give it back; take spec.permutations() for this network"
-            )
-        product = product * values**power
+        product = product * gain.values(state[gain.name]).cpu() ** power
     return product
 
 

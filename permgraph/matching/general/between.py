@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from permgraph.matching.general.acting import Element
 from permgraph.matching.general.gauge import Gauge
 from permgraph.matching.general.weights import as_transformation
-from permgraph.networks.batches import Loader, Loss, batches, undisturbed
-from permgraph.networks.blended import Between, samples_of
+from permgraph.networks.batches import Loader, Loss, undisturbed
+from permgraph.networks.blended import Between
 from permgraph.spec.general import General
 from permgraph.spec.permutation import Permutation
 from permgraph.spec.spec import PermutationSpec
@@ -149,16 +149,8 @@ class BalancedLine:
 
     def totals(self, measured: Loader, moved: Mapping[str, Tensor], points: Sequence[float]) -> tuple[float, int]:
         """The sum over samples and points of the loss, and how many there were."""
-        total, count = 0.0, 0
         with undisturbed():
-            for point in points:
-                self.place(moved, point)
-                for number, batch in enumerate(batches(measured), start=1):
-                    value = self.between.value(batch, number)
-                    self.between.require_finite(value, number, point)
-                    samples = samples_of(batch)
-                    total, count = total + float(value) * samples, count + samples
-        return total, count
+            return self.between.summed(measured, lambda point: self.place(moved, point), points)
 
 
 def _normalises(module: nn.Module) -> bool:

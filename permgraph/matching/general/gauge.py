@@ -10,7 +10,6 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterable, Mapping
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -70,25 +69,14 @@ class Written:
             tensors[name] = comparable(self.state[name], name, model).to(device, dtype)
             require_finite(tensors[name], name, model, "; repair it, or name it in ignore=")
         self.acting = Acting(spec, tensors)
-        self.gains = self._gains(model)
+        self.gains = {
+            name: gain.values(self.state[name], model).cpu().numpy() for name, gain in spec.general_gains.items()
+        }
         self.into, self.tensors = balance(
             self.acting, {name: self.acting.folded(name, tensor, self.state) for name, tensor in tensors.items()}
         )
         some = next(iter(self.tensors.values()), torch.zeros((), dtype=dtype))
         self.device, self.dtype = some.device, some.dtype
-
-    def _gains(self, model: str) -> dict[str, np.ndarray]:
-        found = {}
-        for name, gain in self.spec.general_gains.items():
-            own = self.state[name].detach().to("cpu", torch.float64).flatten() + gain.added
-            if not bool(torch.isfinite(own).all()) or bool((own == 0).any()):
-                what = "a zero" if bool((own == 0).any()) else "a value that is not finite"
-                raise MismatchError(
-                    f"the gain {gain} of {model} has {what}: what reads that axis cannot take it up and give it "
-                    f"back; take spec.permutations() for these networks"
-                )
-            found[name] = own.numpy()
-        return found
 
     def image(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Another model's parameters in this one's gauge: without its gains, and balanced as this one is."""
