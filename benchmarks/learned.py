@@ -10,7 +10,6 @@ their ratios is shown. What matching measures on the way is left out; its projec
 from __future__ import annotations
 
 import argparse
-import copy
 import statistics
 import sys
 import time
@@ -24,21 +23,11 @@ import permgraph as pg
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
 from networks import ViT
 
+from benchmarks._training import plain
+
 
 def adam(parameters: list[torch.Tensor]) -> torch.optim.Optimizer:
     return torch.optim.Adam(parameters, lr=1e-3)
-
-
-def plain(model: nn.Module, loader: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
-    """Seconds of training a copy for one pass."""
-    model = copy.deepcopy(model).train()
-    optimizer = adam(list(model.parameters()))
-    started = time.process_time()
-    for x, y in loader:
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x), y).backward()
-        optimizer.step()
-    return time.process_time() - started
 
 
 class Timed(list):  # type: ignore[type-arg]
@@ -80,9 +69,9 @@ def main() -> None:
         for how in ("fixed", "straight-through"):
             ratios = []
             for _ in range(options.rounds):
-                before = plain(a, batches)
+                before = plain(a, batches, adam)
                 ours = matching(a, b, spec, batches, how)
-                ratios.append(2 * ours / (before + plain(a, batches)))
+                ratios.append(2 * ours / (before + plain(a, batches, adam)))
             shown = ", ".join(f"{ratio:.2f}" for ratio in sorted(ratios))
             print(f"width {width:4}, {how:16} {statistics.median(ratios):5.2f} times plain ({shown})", flush=True)
 

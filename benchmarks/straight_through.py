@@ -11,7 +11,6 @@ the end of each epoch too, but not the measuring of candidates, of which there i
 from __future__ import annotations
 
 import argparse
-import copy
 import statistics
 import sys
 import time
@@ -27,6 +26,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
 from networks import MLP, ResNet, ViT, digits, train
 
 from benchmarks._networks import resnet20
+from benchmarks._training import plain
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], float, float]] = {
     "MLP-64": (lambda: MLP(64), 1e-2, 0.2),
@@ -41,18 +41,6 @@ EVERY = (4, 16, 32, None)  # None: the default, which counts
 
 def adam(parameters: list[torch.Tensor]) -> torch.optim.Optimizer:
     return torch.optim.Adam(parameters, lr=3e-3)
-
-
-def plain(model: nn.Module, loader: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
-    """Seconds of training a copy for one pass."""
-    model = copy.deepcopy(model).train()
-    optimizer = adam(list(model.parameters()))
-    started = time.process_time()
-    for x, y in loader:
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x), y).backward()
-        optimizer.step()
-    return time.process_time() - started
 
 
 def matching(a: nn.Module, b: nn.Module, spec: pg.PermutationSpec, how: pg.StraightThrough) -> tuple[float, float]:
@@ -87,10 +75,10 @@ def main() -> None:
         ratios: dict[int | None, list[float]] = {k: [] for k in options.every}
         for _ in range(options.rounds):
             for k in options.every:
-                before = plain(a, loader)
+                before = plain(a, loader, adam)
                 how = pg.StraightThrough(loader, epochs=3, project_every=k, max_batches=1, optimizer=adam)
                 ours, _ = matching(a, b, spec, how)
-                ratios[k].append(2 * ours / (before + plain(a, loader)))
+                ratios[k].append(2 * ours / (before + plain(a, loader, adam)))
         print(f"{name:10} " + " ".join(f"{statistics.median(r):9.2f}" for r in ratios.values()) + "  time", flush=True)
         losses = []
         for k in options.every:

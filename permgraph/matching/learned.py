@@ -17,14 +17,22 @@ from torch import Tensor, nn
 
 from permgraph.conventions.outcomes import Outcome
 from permgraph.errors import NonFiniteError, PermgraphError
+from permgraph.matching.accelerated import mean_of_all, require_usable
 from permgraph.matching.general.acting import Element
 from permgraph.matching.general.between import BalancedLine
 from permgraph.matching.general.coordinates import Coordinates
 from permgraph.matching.general.free_weights import FreeWeights
 from permgraph.matching.general.turning import Turning
 from permgraph.matching.matcher import NOTHING_TO_PERMUTE, Matcher, MatchResult, Progress, Sweep, moved_between
-from permgraph.matching.run_checkpoint import described, digest, read_run, write_run
-from permgraph.matching.straight_through import require_usable
+from permgraph.matching.run_checkpoint import (
+    RandomState,
+    described,
+    identity_of,
+    random_state,
+    read_run,
+    restore_random_state,
+    write_run,
+)
 from permgraph.matching.weight_matching import WeightMatching
 from permgraph.networks.batches import Loader, Loss, MakeOptimizer, batches, require_rereadable, seeded
 from permgraph.networks.blended import Between
@@ -213,7 +221,7 @@ class _Run:
         self.objective = self.before = 0.0
         self.steps = self.read = 0
         self.history: list[Sweep] = []
-        self.at_pass: dict[str, Tensor | None] = {}
+        self.at_pass: RandomState = {}
         self.identity = {} if settings.checkpoint is None else self._identity()
 
     def _begin_at(self, element: Element) -> None:
@@ -393,10 +401,7 @@ class _Run:
 
     def _over_all(self, total: float, count: int) -> float:
         """Minus the mean over all processes."""
-        if self.settings.accelerator is not None:
-            sums = torch.tensor([total, count], dtype=torch.float64, device=self.line.device)
-            total, count = self.settings.accelerator.reduce(sums, reduction="sum").tolist()
-        return -total / count
+        return -mean_of_all(self.settings.accelerator, total, count, self.line.device)
 
     def _keep_if_better(self) -> float:
         self._require_finite()
@@ -424,44 +429,18 @@ class _Run:
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
     def _identity(self) -> dict[str, str]:
-        """What must be the same for a run to go on: each thing's name, and its value or a digest of it."""
+        """What must be the same for a run to go on."""
         settings = self.settings
-        groups = [] if self.optimizer is None else self.optimizer.param_groups
-        rates = [{key: value for key, value in group.items() if key != "params"} for group in groups]
         compared = [*_COMPARED, *(["steps"] if settings.schedule == "cosine" else [])]
-        return {
-            "spec": self.spec.fingerprint,
-            "weights of A": digest(_tensors(self.a)),
-            "weights of B": digest(_tensors(self.b)),
-            "seed": str(self.seed),
-            **{name: str(getattr(settings, name)) for name in compared},
-            "optimizer": "none" if self.optimizer is None else type(self.optimizer).__name__,
-            "optimizer's settings": described(rates),
-            "loader": described(settings.loader),
-            "validation": described(settings.validation),
-            "loss": described(settings.loss),
-            "matcher": described(settings.matcher),
-            "init": described(settings.init),
-        }
+        weights = _tensors(self.a), _tensors(self.b)
+        found = identity_of(self.spec, weights, self.seed, settings, compared, self.optimizer)
+        return {**found, "validation": described(settings.validation)}
 
-    def _random_state(self) -> dict[str, Tensor | None]:
-        """The states of torch's generators and of the loader's own."""
-        on_gpu = self.line.device.type == "cuda"
-        generator = getattr(self.settings.loader, "generator", None)
-        return {
-            "torch": torch.get_rng_state(),
-            "GPU": torch.cuda.get_rng_state(self.line.device) if on_gpu else None,
-            "loader": None if generator is None else generator.get_state(),
-        }
+    def _random_state(self) -> RandomState:
+        return random_state(self.line.device, self.settings.loader)
 
-    def _set_random_state(self, state: Mapping[str, Tensor | None]) -> None:
-        if (own := state["torch"]) is not None:
-            torch.set_rng_state(own)
-        if (on_gpu := state["GPU"]) is not None and self.line.device.type == "cuda":
-            torch.cuda.set_rng_state(on_gpu, self.line.device)
-        generator = getattr(self.settings.loader, "generator", None)
-        if generator is not None and (of_loader := state["loader"]) is not None:
-            generator.set_state(of_loader)
+    def _set_random_state(self, state: RandomState) -> None:
+        restore_random_state(state, self.line.device, self.settings.loader)
 
     def _save(self) -> None:
         settings = self.settings

@@ -7,11 +7,11 @@ import hashlib
 import inspect
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import CodeType, FunctionType
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -19,7 +19,9 @@ from torch.utils.data import DataLoader
 
 from permgraph.errors import CheckpointError
 from permgraph.io.files import write_atomically
+from permgraph.networks.batches import Loader
 from permgraph.spec.permutation import Permutation
+from permgraph.spec.spec import PermutationSpec
 from permgraph.spec.transformation import Transformation
 from permgraph.weights.state_dict import StateDict
 
@@ -59,6 +61,61 @@ def read_run(path: str | os.PathLike[str], identity: Mapping[str, str], kind: st
 
 def _format(kind: str) -> str:
     return f"permgraph {kind} run"
+
+
+def identity_of(
+    spec: PermutationSpec,
+    weights: tuple[StateDict, StateDict],
+    seed: int,
+    settings: Any,
+    compared: Sequence[str],
+    optimizer: torch.optim.Optimizer | None,
+) -> dict[str, str]:
+    """What must be the same for a run to go on: each thing's name, and its value or a digest of it.
+
+    Args:
+        spec: that of the models.
+        weights: A's and B's tensors.
+        seed: of the run.
+        settings: the matcher, with a loader, a loss, a matcher inside and where it begins.
+        compared: those of its other settings that must be the same.
+        optimizer: before its rates fall, say; None if there is nothing to train.
+    """
+    groups = [] if optimizer is None else optimizer.param_groups
+    rates = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+    return {
+        "spec": spec.fingerprint,
+        "weights of A": digest(weights[0]),
+        "weights of B": digest(weights[1]),
+        "seed": str(seed),
+        **{name: str(getattr(settings, name)) for name in compared},
+        "optimizer": "none" if optimizer is None else type(optimizer).__name__,
+        "optimizer's settings": described(rates),
+        **{name: described(getattr(settings, name)) for name in ("loader", "loss", "matcher", "init")},
+    }
+
+
+RandomState: TypeAlias = dict[str, torch.Tensor | None]
+
+
+def random_state(device: torch.device, loader: Loader) -> RandomState:
+    """The states of torch's generators and of the loader's own."""
+    generator = getattr(loader, "generator", None)
+    return {
+        "random": torch.get_rng_state(),
+        "random on the GPU": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        "random of the loader": None if generator is None else generator.get_state(),
+    }
+
+
+def restore_random_state(state: Mapping[str, Any], device: torch.device, loader: Loader) -> None:
+    """Put back what `random_state` gave, or what a file holds of it."""
+    torch.set_rng_state(state["random"])
+    if state["random on the GPU"] is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(state["random on the GPU"], device)
+    generator = getattr(loader, "generator", None)
+    if generator is not None and state["random of the loader"] is not None:
+        generator.set_state(state["random of the loader"])
 
 
 def digest(tensors: StateDict) -> str:

@@ -14,15 +14,15 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 
 from permgraph.conventions.outcomes import Outcome
 from permgraph.conventions.renamed import renamed
 from permgraph.errors import NonFiniteError, PermgraphError
+from permgraph.matching.accelerated import mean_of_all, require_usable
 from permgraph.matching.general.kept import kept_part, on_top, permutation_of
 from permgraph.matching.matcher import Matcher, MatchResult, Progress, Sweep, moved_between
 from permgraph.matching.projection_interval import counted, steps_between
-from permgraph.matching.run_checkpoint import described, digest, read_run, write_run
+from permgraph.matching.run_checkpoint import identity_of, random_state, read_run, restore_random_state, write_run
 from permgraph.matching.weight_matching import WeightMatching
 from permgraph.networks.batches import Loader, Loss, MakeOptimizer, batches, require_rereadable, seeded
 from permgraph.networks.blended import Between
@@ -227,7 +227,10 @@ class _Run:
         self.every = settings.project_every  # None until the first step has been counted
         self.history: list[Sweep] = []
         # Before the optimizer's rates fall, say.
-        self.identity = {} if settings.checkpoint is None else self._identity()
+        weights = self.midpoint.a, self.midpoint.b
+        self.identity: dict[str, str] = {}
+        if settings.checkpoint is not None:
+            self.identity = identity_of(spec, weights, seed, settings, _COMPARED, self.optimizer)
 
     def search(self, progress: Progress | None) -> MatchResult:
         """Go through all epochs."""
@@ -350,10 +353,7 @@ class _Run:
         if self.measured is not None and self.measured[0] == permutation:
             return self.measured[1]
         total, count = self.midpoint.totals(self.loader, permutation, limit=self.settings.max_batches)
-        if self.settings.accelerator is not None:
-            sums = torch.tensor([total, count], dtype=torch.float64, device=self.midpoint.device)
-            total, count = self.settings.accelerator.reduce(sums, reduction="sum").tolist()
-        self.measured = permutation, -total / count
+        self.measured = permutation, -mean_of_all(self.settings.accelerator, total, count, self.midpoint.device)
         return self.measured[1]
 
     def _keep_if_better(self, permutation: Permutation) -> float:
@@ -364,33 +364,12 @@ class _Run:
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
-    def _identity(self) -> dict[str, str]:
-        """What must be the same for a run to go on: each thing's name, and its value or a digest of it."""
-        settings = self.settings
-        groups = [] if self.optimizer is None else self.optimizer.param_groups
-        rates = [{key: value for key, value in group.items() if key != "params"} for group in groups]
-        return {
-            "spec": self.spec.fingerprint,
-            "weights of A": digest(self.midpoint.a),
-            "weights of B": digest(self.midpoint.b),
-            "seed": str(self.seed),
-            **{name: str(getattr(settings, name)) for name in _COMPARED},
-            "optimizer": "none" if self.optimizer is None else type(self.optimizer).__name__,
-            "optimizer's settings": described(rates),
-            "loader": described(settings.loader),
-            "loss": described(settings.loss),
-            "matcher": described(settings.matcher),
-            "init": described(settings.init),
-        }
-
     def _save(self) -> None:
         settings = self.settings
         if settings.checkpoint is None:
             return
         accelerator = settings.accelerator
         if accelerator is None or accelerator.is_main_process:
-            on_gpu = self.midpoint.device.type == "cuda"
-            generator = getattr(settings.loader, "generator", None)
             state = {
                 "free": [tensor.detach() for tensor in self.free_parameters],
                 "optimizer": None if self.optimizer is None else self.optimizer.state_dict(),
@@ -401,9 +380,7 @@ class _Run:
                 "objective": self.objective,
                 "before": self.before,
                 "history": [[s.number, s.objective, dict(s.moved), s.seconds] for s in self.history],
-                "random": torch.get_rng_state(),
-                "random on the GPU": torch.cuda.get_rng_state(self.midpoint.device) if on_gpu else None,
-                "random of the loader": None if generator is None else generator.get_state(),
+                **random_state(self.midpoint.device, settings.loader),
             }
             write_run(settings.checkpoint, self.identity, state, KIND)
         if accelerator is not None:
@@ -426,33 +403,9 @@ class _Run:
             for which in ("now", "best")
         )
         self.history = [Sweep(number, value, moved, {}, seconds) for number, value, moved, seconds in saved["history"]]
-        torch.set_rng_state(saved["random"])
-        if saved["random on the GPU"] is not None and self.midpoint.device.type == "cuda":
-            torch.cuda.set_rng_state(saved["random on the GPU"], self.midpoint.device)
-        generator = getattr(self.settings.loader, "generator", None)
-        if generator is not None and saved["random of the loader"] is not None:
-            generator.set_state(saved["random of the loader"])
+        restore_random_state(saved, self.midpoint.device, self.settings.loader)
         return True
 
 
 _COMPARED = ("project_every", "projection_sweeps", "free_weights", "max_batches")
 """Settings that must be the same for a run to go on."""
-
-
-def require_usable(accelerator: Any, loader: Loader) -> None:
-    """Refuse what is no accelerator, or scales gradients, and a loader that none can deal out."""
-    if not hasattr(accelerator, "prepare_data_loader"):
-        raise PermgraphError(
-            f"accelerator= takes an accelerate.Accelerator, not a {type(accelerator).__name__}; "
-            f"it comes with pip install permgraph[distributed]"
-        )
-    if not isinstance(loader, DataLoader):
-        raise PermgraphError(
-            f"an accelerator deals out the batches of a DataLoader, but the loader is a {type(loader).__name__}"
-        )
-    if accelerator.mixed_precision == "fp16" or accelerator.gradient_accumulation_steps != 1:
-        raise PermgraphError(
-            f"mixed_precision={accelerator.mixed_precision!r} and "
-            f"gradient_accumulation_steps={accelerator.gradient_accumulation_steps}: the accelerator must scale no "
-            f"gradients; choose 'no' or 'bf16', and 1"
-        )

@@ -4,11 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +19,8 @@ from permgraph.matching.general.between import BalancedLine
 from permgraph.matching.general.coordinates import Coordinates
 from permgraph.matching.general.turning import Turning, nearly_polar
 from tests.matching.learnable import Reader, Tied, low_rank, perceptron, points, texts, trained
+from tests.matching.processes import run_alone_and_two
+from tests.matching.untouched import untouched
 
 MODELS = {
     "perceptron": (perceptron, points, {"P"}),
@@ -248,18 +245,10 @@ def test_measures_on_batches_of_its_own():
 
 def test_leaves_models_and_the_random_state_alone():
     a, b = (trained(functools.partial(perceptron, norm=True), points(), seed) for seed in (0, 1))
-    a.train()
-    copies = [copy.deepcopy(model.state_dict()) for model in (a, b)]
-    random_state = torch.get_rng_state()
     spec = pg.auto_spec(a, symmetry="general")
-    with torch.no_grad():
+    with untouched(a, b):
         fit = align(a, b, LearnedMatching(batches(points()), steps=20), spec=spec)
     assert fit.objective > fit.objective_before
-    assert torch.equal(torch.get_rng_state(), random_state)
-    assert a.training and not b.training
-    assert all(p.requires_grad and p.grad is None for model in (a, b) for p in model.parameters())
-    for model, state in zip((a, b), copies, strict=True):
-        assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
 
 
 def test_ties_stay_tied():
@@ -443,20 +432,7 @@ def test_an_accelerator_gives_the_same_in_one_process():
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this build of torch has no processes to join")
 def test_two_processes_find_what_one_does(tmp_path):
     pytest.importorskip("accelerate")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    environment.pop("CUDA_VISIBLE_DEVICES", None)
-    found = {}
-    for world in (1, 2):
-        running = []
-        for rank in range(world):
-            own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)} if world > 1 else {}
-            command = [sys.executable, "-m", "tests.matching.two_learning", str(tmp_path / f"{world}-{rank}.pt")]
-            running.append(subprocess.Popen(command, env={**environment, **own}, cwd=Path(__file__).parents[2]))
-        assert [process.wait(timeout=300) for process in running] == [0] * world
-        found[world] = [torch.load(tmp_path / f"{world}-{rank}.pt", weights_only=True) for rank in range(world)]
+    found = run_alone_and_two("tests.matching.two_learning", tmp_path)
     (alone,), (one, other) = found[1], found[2]
     for each in (one, other):
         assert all(torch.allclose(each["state"][n], t, rtol=0, atol=1e-6) for n, t in alone["state"].items())

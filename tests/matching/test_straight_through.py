@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +14,8 @@ from permgraph.errors import CheckpointError, EvaluationError, MismatchError, No
 from permgraph.matching import StraightThrough, WeightMatching, align, tuned
 from permgraph.matching.ascent import step
 from tests.matching.examples import Tied
+from tests.matching.processes import run_alone_and_two
+from tests.matching.untouched import untouched
 
 
 def sgd(parameters):
@@ -143,16 +140,8 @@ def test_the_seed_decides(pair):
 
 def test_leaves_models_and_the_random_state_alone():
     a, b = trained(0, norm=True), trained(1, norm=True)
-    a.train()
-    copies = [copy.deepcopy(model.state_dict()) for model in (a, b)]
-    random_state = torch.get_rng_state()
-    with torch.no_grad():
+    with untouched(a, b):
         align(a, b, StraightThrough(batches(), epochs=1))
-    assert torch.equal(torch.get_rng_state(), random_state)
-    assert a.training and not b.training
-    assert all(p.requires_grad and p.grad is None for model in (a, b) for p in model.parameters())
-    for model, state in zip((a, b), copies, strict=True):
-        assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
 
 
 def test_tied_weights():
@@ -406,20 +395,7 @@ def test_refuses_accelerators_that_would_scale_gradients():
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this build of torch has no processes to join")
 def test_two_processes_find_what_one_does(tmp_path):
     pytest.importorskip("accelerate")
-    port = _free_port()
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    environment.pop("CUDA_VISIBLE_DEVICES", None)
-    root = Path(__file__).parents[2]
-    found = {}
-    for world in (1, 2):
-        running = []
-        for rank in range(world):
-            own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)} if world > 1 else {}
-            out = tmp_path / f"{world}-{rank}.pt"
-            command = [sys.executable, "-m", "tests.matching.two_processes", str(out)]
-            running.append(subprocess.Popen(command, env={**environment, **own}, cwd=root))
-        assert [process.wait(timeout=300) for process in running] == [0] * world
-        found[world] = [torch.load(tmp_path / f"{world}-{rank}.pt", weights_only=True) for rank in range(world)]
+    found = run_alone_and_two("tests.matching.two_processes", tmp_path)
     (alone,), (one, other) = found[1], found[2]
     for arrays in (one["arrays"], other["arrays"]):
         assert all(torch.equal(arrays[name], array) for name, array in alone["arrays"].items())
@@ -427,9 +403,3 @@ def test_two_processes_find_what_one_does(tmp_path):
     assert one["history"] == pytest.approx(alone["history"], rel=1e-4)
     assert len(set(alone["history"])) > 1  # it went somewhere
     assert one["world"] == 2 and alone["world"] == 1
-
-
-def _free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]

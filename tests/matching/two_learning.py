@@ -2,38 +2,18 @@
 
 from __future__ import annotations
 
-import sys
-
-import torch
-from accelerate import Accelerator, DataLoaderConfiguration
-from torch.utils.data import DataLoader, TensorDataset
-
 from permgraph.inference import auto_spec
 from permgraph.matching import LearnedMatching, align
 from tests.matching.learnable import Reader, texts, trained
+from tests.matching.processes import share
 
 
-def main(path):
-    torch.set_num_threads(1)
-    # The loader's batch is that of all processes together, so each step sees the same samples.
-    engine = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(split_batches=True))
-    loader = DataLoader(
-        TensorDataset(*texts()), batch_size=64, shuffle=True, generator=torch.Generator().manual_seed(5)
-    )
+def match(loader, engine):
     # In float64, so that the order in which gradients are summed decides nothing.
     a, b = (trained(Reader, texts(), seed).double() for seed in (0, 1))
     spec = auto_spec(a, symmetry="general", example_inputs=(texts()[0][:3],))
-    fit = align(a, b, LearnedMatching(loader, steps=20, measure_every=5, accelerator=engine), spec=spec, seed=2)
-    torch.save(
-        {
-            "state": fit.state_dict,
-            "history": [sweep.objective for sweep in fit.history],
-            "world": engine.num_processes,
-        },
-        path,
-    )
-    engine.end_training()
+    return align(a, b, LearnedMatching(loader, steps=20, measure_every=5, accelerator=engine), spec=spec, seed=2)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    share(texts(), match)
