@@ -30,8 +30,8 @@ class Tried:
 
     Attributes:
         variation: how it differs from the first.
-        outcome: ``"solved"`` together with the others; ``"alike"``: it differs from one of them in its sizes alone, so
-            that it says nothing new; ``"failed"``; or ``"not run"``.
+        outcome: ``"solved"`` together with the others; ``"alike"``: it differs from one of them in its sizes, and in
+            the mode of batch norms, alone, so that it says nothing new; ``"failed"``; or ``"not run"``.
         says: what it added, or why it did not run.
         operators: how many operators ran.
         by_products: how many of its outputs are left out, see `without_by_products`.
@@ -51,6 +51,7 @@ class FurtherPasses:
 
     Attributes:
         passes: those that are to be solved together.
+        in_training: those that differ from one of them in the mode of their batch norms, which matters to scales alone.
         tried: every pass that was thought of, and what became of it.
         limits: when the time is up.
         fixed: the arguments of which nothing says what else they may be.
@@ -58,6 +59,7 @@ class FurtherPasses:
 
     def __init__(self, model: Any, captured: Captured, max_passes: int, limits: Limits) -> None:
         self.passes = [captured]
+        self.in_training: list[Captured] = []
         self.limits = limits
         self.fixed = fixed_arguments(unwrap(model).core, captured.inputs)
         first = Variation("the first pass", frozenset(), captured.inputs)
@@ -102,8 +104,11 @@ class FurtherPasses:
             left_out = 0
             if variation.flags:
                 again, left_out = without_by_products(again, captured)
-            if any(alike(one, again) for one in self.passes):
+            if any(alike(one, again) for one in (*self.passes, *self.in_training)):
                 self.tried.append(Tried(variation, "alike", "nothing new", _count(again), left_out))
+            elif any(alike(one, again, in_any_mode=True) for one in self.passes):
+                self.tried.append(Tried(variation, "alike", "statistics of the batch", _count(again), left_out))
+                self.in_training.append(again)
             else:
                 if unread or _unread(again) != _unread(captured):
                     shown -= _to_be_told_apart(variation, captured, again)
@@ -113,7 +118,7 @@ class FurtherPasses:
 
     def keep_the_first(self, reason: str) -> None:
         """Let go of all passes but the first, since they cannot be solved together."""
-        self.passes = self.passes[:1]
+        self.passes, self.in_training = self.passes[:1], []
         self.tried = [replace(one, outcome="failed", says=reason) if at else one for at, one in enumerate(self.tried)]
 
     def notes(self) -> tuple[str, ...]:

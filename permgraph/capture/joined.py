@@ -7,10 +7,13 @@ are the nodes that they share. A pass that differs from an earlier one in its si
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+import operator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from permgraph.capture.captured import Captured
@@ -18,22 +21,59 @@ from permgraph.capture.numbering import Numbering
 
 _VIEWS = frozenset(["view", "_unsafe_view", "reshape", "_reshape_alias", "unflatten", "flatten"])
 
+_BATCH_NORMS = frozenset(["native_batch_norm", "batch_norm", "cudnn_batch_norm"])
+_RESULT = -1  #: in place of the number of an argument
+_TRAINING = 5  #: the argument that says whether a batch norm takes its statistics from the batch
 
-def alike(first: Captured, second: Captured) -> bool:
+_IMAGE = ("batch", "channels", "depth", "height", "width")
+_KERNEL = ("channels", *_IMAGE[1:])
+_BIAS = ("channels",)
+
+
+def alike(first: Captured, second: Captured, *, in_any_mode: bool = False) -> bool:
     """Whether two passes ran the same operators on the same nodes, with sizes that differ and say the same.
 
     At each operator every size stands for one other, and a view puts the same dimensions together or takes them apart:
-    then each rule says of the second pass what it says of the first.
+    then each rule says of the second pass what it says of the first. With `in_any_mode`, batch norms may differ in
+    where their statistics come from, and count their batches or not: which units change places is the same then, by
+    how much they may be scaled is not.
     """
-    nodes, others = list(first.graph.nodes), list(second.graph.nodes)
+    nodes, others = (_but_for_modes(one) if in_any_mode else list(one.graph.nodes) for one in (first, second))
     if len(nodes) != len(others):
         return False
     number = {node: at for at, node in enumerate(nodes)}
     other_number = {node: at for at, node in enumerate(others)}
-    return all(_alike(*pair, number, other_number) for pair in zip(nodes, others, strict=True))
+    return all(_alike(*pair, number, other_number, in_any_mode) for pair in zip(nodes, others, strict=True))
 
 
-def _alike(node: fx.Node, other: fx.Node, number: dict[fx.Node, int], other_number: dict[fx.Node, int]) -> bool:
+def _but_for_modes(captured: Captured) -> list[fx.Node]:
+    """The nodes of a pass without those that count batches, or take the statistics of one, for nothing else."""
+
+    def adds(node: fx.Node) -> bool:
+        return node.op == "call_function" and str(node.target) == "aten.add_.Tensor" and not node.users
+
+    counters = {
+        node
+        for node in captured.graph.nodes
+        if node.op == "placeholder" and node.meta["kind"] == "buffer"
+        if node.meta["val"].ndim == 0 and not node.meta["val"].is_floating_point()
+        if all(map(adds, node.users))
+    }
+
+    def counts(node: fx.Node) -> bool:
+        if node.users or node.op != "call_function":
+            return False
+        source = node.args[0] if node.args else None
+        if node.target is operator.getitem:
+            return isinstance(source, fx.Node) and _operator(source) in _BATCH_NORMS and bool(node.args[1])
+        return bool(source in counters)
+
+    return [node for node in captured.graph.nodes if not counts(node)]
+
+
+def _alike(
+    node: fx.Node, other: fx.Node, number: dict[fx.Node, int], other_number: dict[fx.Node, int], in_any_mode: bool
+) -> bool:
     if node.op != other.op:
         return False
     if node.op == "placeholder":
@@ -44,19 +84,21 @@ def _alike(node: fx.Node, other: fx.Node, number: dict[fx.Node, int], other_numb
             return False
     elif node.target != other.target:
         return False
-    forth: dict[int, int] = {1: 1}
-    back: dict[int, int] = {1: 1}
+    sizes = _Sizes()
+    names = _dimensions(node)
 
-    def same_size(a: int, b: int) -> bool:
-        return forth.setdefault(a, b) == b and back.setdefault(b, a) == a
+    def value(of: fx.Node) -> Any:
+        kept = in_any_mode and _operator(of) in _BATCH_NORMS  # in evaluation mode the other results are empty
+        return of.meta["val"][0] if kept else of.meta["val"]
 
-    def same(a: Any, b: Any) -> bool:
+    def same(a: Any, b: Any, role: int) -> bool:
         if isinstance(a, fx.Node):
-            return isinstance(b, fx.Node) and number[a] == other_number[b] and same_value(a.meta["val"], b.meta["val"])
+            numbered = isinstance(b, fx.Node) and number[a] == other_number[b]
+            return numbered and same_value(value(a), value(b), role)
         if isinstance(a, (list, tuple)):
-            return isinstance(b, (list, tuple)) and len(a) == len(b) and all(map(same, a, b))
+            return isinstance(b, (list, tuple)) and len(a) == len(b) and all(map(same, a, b, [role] * len(a)))
         if type(a) is int and type(b) is int:  # a number of a dimension stays; a size goes with the shapes' sizes
-            return a == b or same_size(a, b)
+            return a == b or sizes.same(a, b)
         if type(a) is not type(b):
             return False
         try:
@@ -64,60 +106,109 @@ def _alike(node: fx.Node, other: fx.Node, number: dict[fx.Node, int], other_numb
         except NotImplementedError:  # packed weights of quantised layers
             return a is b
 
-    def same_value(a: Any, b: Any) -> bool:
+    def same_value(a: Any, b: Any, role: int) -> bool:
         if isinstance(a, Tensor):
-            alike_dtype = isinstance(b, Tensor) and a.dtype == b.dtype and a.ndim == b.ndim
-            return alike_dtype and all(map(same_size, a.shape, b.shape))
+            if not isinstance(b, Tensor) or a.dtype != b.dtype or a.ndim != b.ndim:
+                return False
+            return all(map(sizes.same, a.shape, b.shape, names(role, a.ndim)))
         if isinstance(a, (list, tuple)):
-            return isinstance(b, (list, tuple)) and len(a) == len(b) and all(map(same_value, a, b))
+            return isinstance(b, (list, tuple)) and len(a) == len(b) and all(map(same_value, a, b, [role] * len(a)))
         return True
 
-    if not same_value(node.meta["val"], other.meta["val"]) or node.kwargs.keys() != other.kwargs.keys():
+    if not same_value(value(node), value(other), _RESULT):
         return False
-    if not same([*node.args, *node.kwargs.values()], [*other.args, *other.kwargs.values()]):
+    ours, theirs = ([*each.args, *each.kwargs.values()] for each in (node, other))
+    if node.kwargs.keys() != other.kwargs.keys() or len(ours) != len(theirs):
         return False
-    return node.op != "call_function" or _same_view(node, other)
+    if in_any_mode and _operator(node) in _BATCH_NORMS:
+        ours[_TRAINING] = theirs[_TRAINING] = None
+    return all(map(same, ours, theirs, range(len(ours)))) and _same_view(node, other, sizes)
 
 
-def _same_view(node: fx.Node, other: fx.Node) -> bool:
-    """Whether two views, if they are some, put the same dimensions together and take the same apart."""
-    packet = getattr(node.target, "_schema", None)
-    name = packet.name.rpartition(":")[2] if packet is not None else ""
+def _dimensions(node: fx.Node) -> Callable[[int, int], Sequence[str]]:
+    """Names for the dimensions of a tensor, from its place among a node's arguments and their number.
+
+    Where an operator treats dimensions by their places, sizes that are equal by chance are told apart by these names.
+    """
+    if _operator(node) == "convolution":
+        return lambda role, ndim: {1: _KERNEL, 2: _BIAS}.get(role, _IMAGE)
+    if _operator(node) in _BATCH_NORMS:
+        return lambda role, ndim: _IMAGE if role in (0, _RESULT) else _BIAS
+    if node.target is operator.getitem or torch.Tag.pointwise in getattr(node.target, "tags", ()):
+        return lambda role, ndim: [str(d - ndim) for d in range(ndim)]
+    return lambda role, ndim: [""] * ndim
+
+
+def _operator(node: fx.Node) -> str:
+    """The name of the operator that a node calls, without its namespace and overload."""
+    known = getattr(node.target, "_schema", None)
+    return known.name.rpartition(":")[2] if known is not None else ""
+
+
+class _Sizes:
+    """Which size of one pass stands for which of another; a single index always for a single one."""
+
+    def __init__(self) -> None:
+        self._pairs: set[tuple[str, int, int]] = set()
+        self._met: set[tuple[str, int, bool]] = set()
+
+    def same(self, a: int, b: int, along: str = "") -> bool:
+        """Whether the one may stand for the other, which it does from now on, `along` dimensions of this name."""
+        if (along, a, b) in self._pairs:
+            return True
+        if (a == 1) != (b == 1) or (along, a, False) in self._met or (along, b, True) in self._met:
+            return False
+        self._met.update([(along, a, False), (along, b, True)])
+        self._pairs.add((along, a, b))
+        return True
+
+
+def _same_view(node: fx.Node, other: fx.Node, sizes: _Sizes) -> bool:
+    """Whether two views, if they are some, put the same dimensions together and take the same apart.
+
+    Dimensions that are as large in both passes may be those of weights: these are taken apart into the same sizes.
+    """
+    name = _operator(node)
     if name == "as_strided":
         return bool(node.meta["val"].shape == other.meta["val"].shape)
     if name not in _VIEWS:
         return True
-    groups = [_regrouped(each) for each in (node, other)]
-    return groups[0] is not None and groups[0] == groups[1]
+    parts = [_parts(each) for each in (node, other)]
+    if parts[0] is None or parts[1] is None or len(parts[0]) != len(parts[1]):
+        return False
+    shapes = [(_source(each).meta["val"].shape, each.meta["val"].shape) for each in (node, other)]
+    for (d, e, part), (*dims, other_part) in zip(parts[0], parts[1], strict=True):
+        varies = shapes[0][0][d] != shapes[1][0][d] and shapes[0][1][e] != shapes[1][1][e]
+        if dims != [d, e] or not (part == other_part or varies) or not sizes.same(part, other_part):
+            return False
+    return True
 
 
-def _regrouped(view: fx.Node) -> list[tuple[tuple[int, ...], tuple[int, ...]]] | None:
-    """The dimensions of more than one index that a view merges or splits; None where it does both to some."""
-    source: Any = view.args[0]
-    before, after = source.meta["val"].shape, view.meta["val"].shape
+def _source(view: fx.Node) -> Any:
+    return view.args[0]
+
+
+def _parts(view: fx.Node) -> list[tuple[int, int, int]] | None:
+    """The factors that a view keeps whole: for each the dimension before, the one after, and its size.
+
+    None where there are none, as in a view of two rows of three as three of two.
+    """
+    before, after = _source(view).meta["val"].shape, view.meta["val"].shape
     if 0 in before:
         return None
-    groups = []
     left, right = list(_wide(before)), list(_wide(after))
-    while left or right:
-        ins: list[int] = []
-        outs: list[int] = []
-        product_in = product_out = 1
-        while not ins or product_in != product_out:
-            if product_in <= product_out and left:
-                dim, size = left.pop(0)
-                ins.append(dim)
-                product_in *= size
-            elif right:
-                dim, size = right.pop(0)
-                outs.append(dim)
-                product_out *= size
-            else:
-                return None  # a view of other bits
-        if min(len(ins), len(outs)) > 1:
+    parts = []
+    while left and right:
+        (d, size), (e, other) = left.pop(0), right.pop(0)
+        part = math.gcd(size, other)
+        if part not in (size, other):
             return None
-        groups.append((tuple(ins), tuple(outs)))
-    return groups
+        parts.append((d, e, part))
+        if size > part:
+            left.insert(0, (d, size // part))
+        if other > part:
+            right.insert(0, (e, other // part))
+    return None if left or right else parts  # else a view of other bits
 
 
 def _wide(shape: Sequence[int]) -> Iterator[tuple[int, int]]:

@@ -125,10 +125,11 @@ def spec_of_passes(
 ) -> PermutationSpec:
     """The spec of several passes, which lists them, and says what they do not cover."""
     captured = passes.passes[0]
+    solved = [*passes.passes, *(passes.in_training if symmetry == "general" else ())]
     try:
-        spec = spec_of(_joined(passes.passes), passes.limits, unread, symmetry)
+        spec = spec_of(_joined(solved), passes.limits, unread, symmetry)
     except ConflictError as error:
-        if len(passes.passes) == 1:
+        if len(solved) == 1:
             raise
         log.debug("passes of %s cannot be solved together", captured.model_class, exc_info=True)
         passes.keep_the_first(f"{type(error).__name__}: {error}")

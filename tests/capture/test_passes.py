@@ -176,7 +176,7 @@ def test_passes_that_differ_in_sizes_alone_are_not_solved_again() -> None:
     # The linear layer takes one size of images; in training mode BatchNorm has the statistics of the batch.
     assert _tried(model, torch.randn(2, 3, 9, 9)) == {
         "larger sizes in training mode": "failed",
-        "a larger batch in training mode": "solved",
+        "a larger batch in training mode": "alike",
     }
     model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Dropout(), nn.ReLU())
     assert _tried(model, torch.randn(2, 3, 9, 9)) == {"larger sizes in training mode": "alike"}
@@ -215,6 +215,54 @@ def test_a_size_that_stands_for_two_things_elsewhere_is_no_difference() -> None:
 
     model = Heads()
     first, second = (capture(model, (torch.randn(batch, length, 3),)) for batch, length in ((2, 5), (7, 11)))
+    assert alike(first, second)
+
+
+def test_statistics_of_the_batch_matter_to_scales_alone() -> None:
+    """In training mode BatchNorm divides by what its input is scaled by, so that no factor passes it."""
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.Conv2d(16, 4, 3), nn.BatchNorm2d(4)).eval()
+    x = torch.randn(2, 3, 16, 16)  # as many places as channels, which are still told apart
+    first = capture(model, (x,))
+    further = FurtherPasses(model, first, 4, Limits(10**6, None, 0.0))
+    assert len(further.passes) == 1 and len(further.in_training) == 1
+    assert alike(first, further.in_training[0], in_any_mode=True) and not alike(first, further.in_training[0])
+    both = pg.auto_spec(model, (x,), symmetry="general")
+    evaluation = pg.auto_spec(model, (x,), symmetry="general", vary=False)
+    assert both.dimension() < evaluation.dimension()
+
+
+def test_a_view_that_cuts_a_weight_otherwise_at_another_size_is_a_difference() -> None:
+    """24 units as two rows of 12 for a batch of two, and as three rows of 8 for one of three."""
+
+    class Rows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shift = nn.Parameter(torch.randn(24))
+            self.out = nn.Linear(1, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            shift = self.shift.view(len(x), -1).mean(1, keepdim=True)
+            return self.out(torch.tanh(x + shift))
+
+    model = Rows()
+    two, three = (capture(model, (torch.randn(n, 1),)) for n in (2, 3))
+    assert not alike(two, three)
+
+
+def test_a_batch_of_heads_is_like_another() -> None:
+    """Two texts of four heads are eight rows, five texts twenty: the heads stay what they are."""
+
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.out = nn.Linear(3, 48), nn.Linear(12, 9)
+
+        def forward(self, x: Tensor) -> Tensor:  # (length, batch, 3)
+            h = self.embed(x).view(len(x), -1, 12)
+            return self.out(torch.bmm(h.transpose(0, 1), h.permute(1, 2, 0)) @ h.transpose(0, 1))
+
+    model = Heads()
+    first, second = (capture(model, (torch.randn(length, batch, 3),)) for length, batch in ((7, 2), (11, 5)))
     assert alike(first, second)
 
 
