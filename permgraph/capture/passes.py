@@ -243,10 +243,17 @@ def larger_by_one(inputs: ExampleInputs) -> ExampleInputs:
 
 def resized(tensor: Tensor, sizes: Sizes) -> Tensor:
     """The tensor with other sizes: what it holds again from the start, and whole numbers that count go on counting."""
+    if tensor.layout not in (torch.strided, torch.sparse_coo):
+        made = resized(tensor.to_dense(), sizes)
+        blocks = tensor.layout in (torch.sparse_bsr, torch.sparse_bsc)
+        size = tensor.values().shape[-2:] if blocks else (1, 1)
+        if made.shape == tensor.shape or any(made.shape[d] % size[d] for d in (-2, -1)):
+            return tensor  # blocks that do not fit
+        return made.to_sparse(layout=tensor.layout, blocksize=size if blocks else None)
     made = tensor.detach()
     for dim in range(tensor.ndim):
         size, new = tensor.shape[dim], sizes.of(tensor, dim)
-        if new == size:
+        if size in (0, new):  # nothing can be made of no values
             continue
         at = torch.arange(new, device=made.device)
         counts = made.dtype in (torch.int64, torch.int32) and size > 1 and bool((made.diff(dim=dim) == 1).all())

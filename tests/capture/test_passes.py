@@ -218,6 +218,44 @@ def test_a_size_that_stands_for_two_things_elsewhere_is_no_difference() -> None:
     assert alike(first, second)
 
 
+@pytest.mark.parametrize("layout", ["sparse_coo", "sparse_csr", "sparse_csc", "sparse_bsr"])
+def test_sparse_inputs_have_other_sizes_too(layout: str) -> None:
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.layers(x.to_dense())
+            return y
+
+    x = torch.randn(4, 6)
+    x = x.to_sparse() if layout == "sparse_coo" else x.to_sparse(layout=getattr(torch, layout), **_blocks(layout))
+    spec = pg.auto_spec(Reads(), (x,))
+    assert len(spec.moving) == 1
+    assert any(run.outcome in ("solved", "alike") for run in spec.passes[1:]) or layout == "sparse_bsr", spec.passes
+
+
+def _blocks(layout: str) -> dict[str, tuple[int, int]]:
+    return {"blocksize": (2, 2)} if layout == "sparse_bsr" else {}
+
+
+def test_an_input_without_values_stays_empty() -> None:
+    """As the lags of a series that is not looked back upon; what cannot be resized is no reason to fail."""
+
+    class Series(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+
+        def forward(self, x: Tensor, more: Tensor) -> Tensor:
+            y: Tensor = self.layers(torch.cat([x, more], -1))
+            return y
+
+    spec = pg.auto_spec(Series(), (torch.randn(4, 6), torch.zeros(4, 0)))
+    assert len(spec.moving) == 1 and any(run.outcome == "alike" for run in spec.passes), spec.passes
+
+
 def test_statistics_of_the_batch_matter_to_scales_alone() -> None:
     """In training mode BatchNorm divides by what its input is scaled by, so that no factor passes it."""
     model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.Conv2d(16, 4, 3), nn.BatchNorm2d(4)).eval()
