@@ -244,12 +244,7 @@ def larger_by_one(inputs: ExampleInputs) -> ExampleInputs:
 def resized(tensor: Tensor, sizes: Sizes) -> Tensor:
     """The tensor with other sizes: what it holds again from the start, and whole numbers that count go on counting."""
     if tensor.layout not in (torch.strided, torch.sparse_coo):
-        made = resized(tensor.to_dense(), sizes)
-        blocks = tensor.layout in (torch.sparse_bsr, torch.sparse_bsc)
-        size = tensor.values().shape[-2:] if blocks else (1, 1)
-        if made.shape == tensor.shape or any(made.shape[d] % size[d] for d in (-2, -1)):
-            return tensor  # blocks that do not fit
-        return made.to_sparse(layout=tensor.layout, blocksize=size if blocks else None)
+        return _compressed_again(resized(tensor.to_dense(), sizes), tensor)
     made = tensor.detach()
     for dim in range(tensor.ndim):
         size, new = tensor.shape[dim], sizes.of(tensor, dim)
@@ -263,3 +258,13 @@ def resized(tensor: Tensor, sizes: Sizes) -> Tensor:
             shape[dim] = new
             made = made + (at // size * size).to(made.dtype).view(shape)
     return made
+
+
+def _compressed_again(made: Tensor, tensor: Tensor) -> Tensor:
+    """The one, which is dense, in the other's layout; if its blocks do not fit, the other."""
+    if tensor.layout not in (torch.sparse_bsr, torch.sparse_bsc):
+        return made.to_sparse(layout=tensor.layout)
+    rows, columns = tensor.values().shape[-2:]
+    if made.shape[-2] % rows or made.shape[-1] % columns:
+        return tensor
+    return made.to_sparse(layout=tensor.layout, blocksize=(rows, columns))

@@ -121,7 +121,8 @@ def dimension(name: str, n: int) -> int:
 def is_member(name: str, matrices: Matrix, tolerance: float = 1e-9) -> npt.NDArray[np.bool_]:
     """Of matrices of shape ``(..., n, n)``, which belong to the group, up to errors of this size.
 
-    An invertible one is so with errors of this size relative to its own: its condition number is less than the inverse.
+    An invertible one, or one that turns and scales pairs, is so with errors of this size relative to its own: of the
+    first, the condition number is less than the inverse.
 
     >>> bool(is_member("S", np.eye(3)[[2, 0, 1]])), bool(is_member("P", -np.eye(3)))
     (True, False)
@@ -151,6 +152,8 @@ def is_member(name: str, matrices: Matrix, tolerance: float = 1e-9) -> npt.NDArr
     if name == "O1":
         sums = matrices.sum(-1, keepdims=True)
         return np.asarray(orthogonal & (close(sums, 1.0) | close(sums, -1.0)))
+    if name in ("T", "T2", "R", "R2"):
+        matrices = matrices / np.maximum(1.0, np.abs(matrices).max((-1, -2), keepdims=True, initial=0.0))
     if name in ("R", "R2"):
         diagonal = close(matrices * ~np.eye(n, dtype=bool), 0.0)
         return np.asarray(diagonal & is_member({"R": "T", "R2": "T2"}[name], matrices, tolerance))
