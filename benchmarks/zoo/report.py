@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.zoo import compare
-from benchmarks.zoo.measure import code
+from benchmarks.zoo.measure import code, general_code
 from benchmarks.zoo.names import ZOOS
 from benchmarks.zoo.sweep import RESULTS, read
 
@@ -33,6 +33,10 @@ written by `python -m benchmarks.zoo report` from what `make zoo` measured; each
   order.
 - *inert*: the outputs stayed, but for some group no control changed anything, so that the test could not have told.
 - *wrong*: the outputs changed.
+- *general*: the same once more with `symmetry="general"`: random elements of all structures at once, signs, scales,
+  rotations and invertible matrices with the permutations, leave the outputs as they were (relative error at most 1e-9,
+  in float64). The models' tables list the structures, each with the number of groups that have it, and how many real
+  numbers an element has (*dimension*). How groups are written is said in [general symmetries](general.md).
 
 Units that no output depends on are pinned: they count under *no output depends on it*.
 
@@ -135,10 +139,62 @@ def _totals(measured: dict[str, list[dict[str, Any]]]) -> str:
     every = [record for records in measured.values() for record in records]
     now = sum(record.get("code") == code() for record in every)
     note = (
-        f"These {len(every):,} records come from several states of the code. {now:,} of them were measured with what\n"
-        f"infers and verifies as it is now; `sweep --again stale` measures the others anew.\n"
+        f"Of these {len(every):,} records {now:,} were measured with what infers and verifies as it is now;\n"
+        f"`sweep --again stale` measures the others anew.\n"
     )
-    return "## Totals\n\n" + _table(head, rows) + "\n" + note
+    return "\n".join(["## Totals\n", _table(head, rows), note, _checked_on(measured), _general(measured)])
+
+
+#: What runs of `verify` show, by words in their names; all others are on other arguments.
+ASPECTS = {
+    "the inputs": ("the inputs",),
+    "other sizes": ("larger", "longer rows"),
+    "training mode": ("training",),
+    "later calls": ("calls",),
+    "many rows, where units are ranked": ("ranked",),
+}
+
+
+def _checked_on(measured: dict[str, list[dict[str, Any]]]) -> str:
+    """A table of how many models `verify` ran on what, where they take it."""
+    rows = []
+    for zoo, records in measured.items():
+        ran = [_aspects(record) for record in records if record.get("runs")]
+        if ran:
+            counts = Counter(aspect for aspects in ran for aspect in aspects)
+            rows.append((ZOOS[zoo].title, *(counts[aspect] for aspect in (*ASPECTS, "other arguments"))))
+    if not rows:
+        return ""
+    said = "On what `verify` looked, where the model takes it: the number of models.\n"
+    return said + "\n" + _table(("zoo", *ASPECTS, "other arguments"), rows)
+
+
+def _aspects(record: dict[str, Any]) -> set[str]:
+    """What the runs of one record show, without those that the model refused."""
+    found = set()
+    for name, error in record["runs"]:
+        shows = {aspect for aspect, words in ASPECTS.items() if any(word in name for word in words)}
+        found |= (shows or {"other arguments"}) if error is not None else set()
+    return found
+
+
+def _general(measured: dict[str, list[dict[str, Any]]]) -> str:
+    """A table of what became of specs with general symmetries."""
+    rows = []
+    for zoo, records in measured.items():
+        found = [record["general"] for record in records if "general" in record]
+        if found:
+            status = Counter(one["status"] for one in found)
+            counts = [status[one] for one in ("verified", "inferred", "wrong", "not verified", "not inferred")]
+            now = sum(one["code"] == general_code() for one in found)
+            rows.append((ZOOS[zoo].title, len(found), *counts, now))
+    if not rows:
+        return ""
+    head = (
+        "zoo", "models", "verified", "nothing to verify", "wrong", "not verified", "not inferred",
+        "of this code",
+    )  # fmt: skip
+    return 'With `symmetry="general"`:\n\n' + _table(head, rows)
 
 
 def _with_controls(record: dict[str, Any]) -> bool:
@@ -166,6 +222,11 @@ def _zoo(title: str, records: list[dict[str, Any]]) -> str:
         parts.append("Not verified:\n")
         rows = [(r["name"], r["status"], _clean(r.get("error", ""))) for r in fallen]
         parts.append(_table(("model", "status", "error"), rows))
+    unproven = [r for r in records if r.get("general", {}).get("status") in ("wrong", "not verified", "not inferred")]
+    if unproven:
+        parts.append("Not verified with general symmetries:\n")
+        rows = [(r["name"], r["general"]["status"], _clean(_why(r))) for r in unproven]
+        parts.append(_table(("model", "status", "error"), rows))
     empty = [r for r in records if r["status"] in DONE and r.get("groups") == 0]
     if empty:
         parts.append("Without groups:\n")
@@ -177,7 +238,10 @@ def _zoo(title: str, records: list[dict[str, Any]]) -> str:
         parts.append(_table(("model", "asked"), [(r["name"], _clean(r["fallback"])) for r in real]))
     parts.append("<details><summary>All models</summary>\n")
     parts.append(_table(
-        ("model", "status", "operators", "groups", "log order", "error", "controls", "inputs from", "seconds", "MiB"),
+        (
+            "model", "status", "operators", "groups", "log order", "error", "controls", "inputs from", "seconds", "MiB",
+            "general", "error", "structures", "dimension",
+        ),
         [_row(record) for record in records],
     ))  # fmt: skip
     parts.append("</details>\n")
@@ -191,13 +255,27 @@ def _row(record: dict[str, Any]) -> tuple[Any, ...]:
         f"{record['log_order']:.1f}" if "log_order" in record else "",
         f"{error:.0e}" if isinstance(error, float) else error,
         _controls(record), record.get("finder", ""), f"{record['seconds']:.1f}", record.get("peak_mib", ""),
+        *_structures(record.get("general", {})),
     )  # fmt: skip
+
+
+def _structures(general: dict[str, Any]) -> tuple[Any, ...]:
+    error = general.get("max_error", "")
+    found = sorted(general.get("structures", {}).items(), key=lambda item: (len(item[0]), item[0]))
+    listed = ", ".join(f"{count} {name}" for name, count in found)
+    dimension = general.get("dimension", "")
+    return general.get("status", ""), f"{error:.0e}" if isinstance(error, float) else error, listed, dimension
 
 
 def _controls(record: dict[str, Any]) -> str:
     if not record.get("untried"):
         return str(record.get("controls", ""))
     return f"{record['controls']}, on {record['groups'] - record['untried']} of {record['groups']} groups"
+
+
+def _why(record: dict[str, Any]) -> str:
+    """What went wrong with a record's general symmetries; where nothing did, what ended the record."""
+    return str(record["general"].get("error") or record.get("error", ""))
 
 
 def _cause(reason: str) -> str:

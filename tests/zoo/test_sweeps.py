@@ -97,6 +97,14 @@ def test_the_report_counts_and_lists(tmp_path: Path) -> None:
             "log_order": 9.5,
             "max_error": 1e-15,
             "controls": 5,
+            "runs": [["the inputs", 1e-15], ["larger sizes in training mode", 1e-15], ["two calls", None]],
+            "general": {
+                "status": "wrong",
+                "code": "",
+                "structures": {"O": 2, "B^2": 1},
+                "dimension": 77,
+                "error": "no symmetry",
+            },
         },
         {**common, "name": "bad", "status": "wrong", "groups": 3, "log_order": 9.5, "error": "an error of 1 | 2"},
         {**common, "name": "rigid", "status": "inferred", "groups": 0, "log_order": 0.0, "unknown": {"aten.odd": 2}},
@@ -107,6 +115,14 @@ def test_the_report_counts_and_lists(tmp_path: Path) -> None:
     report.write(tmp_path, page)
     text = page.read_text()
     assert f"| {ZOOS['timm'].title} | 4 | 3 | 3 | 3 | 2 | 1 | 0 | 1 | 0 | 1 |" in text
+    assert f"| {ZOOS['timm'].title} | 1 | 1 | 1 | 0 | 0 | 0 |" in text, (
+        "models that were run on other sizes and in training"
+    )
+    assert f"| {ZOOS['timm'].title} | 1 | 0 | 0 | 1 | 0 | 0 | 0 |" in text, (
+        "one with general symmetries, which is wrong"
+    )
+    assert "| good | wrong | no symmetry |" in text
+    assert "| wrong |  | 2 O, 1 B^2 | 77 |" in text
     assert "| bad | wrong | an error of 1 \\| 2 |" in text
     assert "| padded with n | 6 |" in text
     assert "| `aten.odd` | 1 | rigid |" in text
