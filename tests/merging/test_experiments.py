@@ -61,6 +61,10 @@ def test_whole_group(load, tmp_path: Path) -> None:
     loss = {way: values[0][0] for way, values in found.items()}
     assert loss["learned, straight-through"] < loss["whole group"] < loss["permutations"] < loss["naive"]
     assert "| learned, fixed |" in (tmp_path / "whole_group.md").read_text()
+    assert (tmp_path / "whole_group.png").stat().st_size > 10_000
+    kept = (tmp_path / "whole_group.jsonl").read_bytes()
+    assert load("whole_group").main(given)["ViT"] == found, "what was measured is not measured again"
+    assert (tmp_path / "whole_group.jsonl").read_bytes() == kept
 
 
 def test_layer_features(load, tmp_path: Path) -> None:
