@@ -67,6 +67,13 @@ def test_whole_group(load, tmp_path: Path) -> None:
     assert (tmp_path / "whole_group.jsonl").read_bytes() == kept
 
 
+def test_stream(load, tmp_path: Path) -> None:
+    found = load("stream").main(["--out", str(tmp_path)])["ViT"]
+    alike = [float(cosines.diagonal().mean()) for cosines in found.values()]
+    assert alike[0] < alike[1] < 0.5 < alike[2], "permutations alone do not bring the streams together"
+    assert (tmp_path / "stream.png").stat().st_size > 10_000
+
+
 def test_layer_features(load, tmp_path: Path) -> None:
     found = load("layer_features").main([*TINY, "--seeds", "1", "--together", "1", "--out", str(tmp_path)])["MLP"]
     assert set(found) == {"spawned", "independent", "aligned"}
