@@ -25,6 +25,9 @@ from permgraph.structures import Structure
 TOLERANCE = 1e-7
 """An ascent has converged when a whole sweep adds less than this, relative to the objective."""
 
+ROUGHLY = 1e-5
+"""The same, where it is only to be known which of several ascents goes on."""
+
 INNER_SWEEPS = 6
 """Rounds over the groups inside a root that meet each other, for each pair of its indices."""
 
@@ -58,7 +61,8 @@ class Climb:
         self.acting, self.a, self.plan, self.solver, self.started = acting, a, plan, solver, started
         self.moves = plan.moves
         self.element = start
-        self.b = {name: acting.act(name, tensor, start) for name, tensor in b.items()}
+        inverses = {group: torch.linalg.inv(matrix).mT for group, matrix in start.matrices.items()}
+        self.b = {name: acting.act(name, tensor, start, inverses) for name, tensor in b.items()}
         self.worth = {name: dot(a[name], tensor) for name, tensor in self.b.items()}
         self.unknown = set(unknown)
         self.history: list[Sweep] = []
@@ -69,10 +73,11 @@ class Climb:
         """The sum of inner products with A, where B stands."""
         return sum(self.worth.values())
 
-    def climb(self, max_sweeps: int, progress: Progress | None = None) -> None:
-        """Sweep over the moves until a whole sweep adds nothing; Ctrl-C ends it where it stands."""
+    def climb(self, max_sweeps: int, progress: Progress | None = None, tolerance: float = TOLERANCE) -> None:
+        """Sweep over the moves until a whole sweep adds nothing, or go on; Ctrl-C ends it where it stands."""
         try:
-            for number in range(1, max_sweeps + 1):
+            self.outcome = "converged"
+            for number in range(len(self.history) + 1, max_sweeps + 1):
                 before, first = self.objective, bool(self.unknown)
                 moved: dict[str, int] = {}
                 gains: dict[str, float] = {}
@@ -86,7 +91,7 @@ class Climb:
                 self.history.append(sweep)
                 if progress is not None:
                     progress(sweep)
-                if not first and self.objective - before <= TOLERANCE * abs(self.objective):
+                if not first and self.objective - before <= tolerance * abs(self.objective):
                     return
             self.outcome = "sweep limit"
         except KeyboardInterrupt:
@@ -162,8 +167,9 @@ class Climb:
         return total
 
     def _apply(self, group: str, step: Element) -> None:
+        """Let one group take a step, whose matrices are orthogonal: each is its own inverse transpose."""
         for name in self.acting.touched([group]):
-            self.b[name] = self.acting.act(name, self.b[name], step)
+            self.b[name] = self.acting.act(name, self.b[name], step, step.matrices)
             self.worth[name] = dot(self.a[name], self.b[name])
         self.element = composed(self.acting, step, self.element)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from permgraph.errors import PermgraphError
 from permgraph.matching.general.acting import Element
-from permgraph.matching.general.ascent import Climb
+from permgraph.matching.general.ascent import ROUGHLY, Climb
 from permgraph.matching.general.gauge import Gauge
 from permgraph.matching.matcher import NOTHING_TO_PERMUTE, MatchResult, Progress
 from permgraph.matching.problem.limits import groups_named
@@ -24,6 +25,10 @@ from permgraph.weights.state_dict import StateDict
 
 if TYPE_CHECKING:
     from permgraph.matching.weight_matching import WeightMatching
+
+
+ELEMENTS = 2**24
+"""Of larger networks, one start is made where nothing else is asked for: more of them find little more."""
 
 
 def match_general(
@@ -48,7 +53,7 @@ def match_general(
             gauge.acting, weighted, gauge.b, plan, start, unknown=unknown, solver=settings.solver, started=started
         )
 
-    starts = _starts(settings, gauge, a, b, spec, seed, frozen)
+    starts = itertools.islice(_starts(settings, gauge, a, b, spec, seed, frozen), _how_many(settings, gauge))
     best, reached, interrupted = best_climb(starts, climb, settings.max_sweeps, progress)
     runs = {begun: scale * objective + offset for begun, objective in reached.items()}
     if best is None or best.objective * scale + offset < before:
@@ -77,6 +82,8 @@ def best_climb(
 ) -> tuple[Climb | None, dict[str, float], bool]:
     """The best of the climbs from several starts, what each reached, and whether Ctrl-C ended them.
 
+    All end where a sweep adds little; the best of them goes on to its end.
+
     Args:
         starts: where climbs begin, in words and as an element, each with the groups that are unknown there.
         climb: makes one.
@@ -85,20 +92,30 @@ def best_climb(
     """
     best: Climb | None = None
     reached: dict[str, float] = {}
+    ahead = ""
     try:
         for begun, start, unknown in starts:
             run = climb(start, unknown)
             if best is None:
-                best = run
-            run.climb(max_sweeps, progress)
+                best, ahead = run, begun
+            run.climb(max_sweeps, progress, ROUGHLY)
             reached[begun] = run.objective
             if run.objective > best.objective:
-                best = run
+                best, ahead = run, begun
             if run.outcome == "interrupted":
                 return best, reached, True
+        if best is not None:
+            best.climb(max_sweeps, progress)
+            reached[ahead] = best.objective
     except KeyboardInterrupt:
         return best, reached, True
-    return best, reached, False
+    return best, reached, best is not None and best.outcome == "interrupted"
+
+
+def _how_many(settings: WeightMatching, gauge: Gauge) -> int | None:
+    """How many starts to make; None for all of them."""
+    few = settings.loader is None and sum(map(Tensor.numel, gauge.a.values())) > ELEMENTS
+    return 1 if settings.restarts is None and few else settings.restarts
 
 
 def _starts(
