@@ -31,13 +31,20 @@ def test_the_barrier_falls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     for row, loss, aligned in ((mlp, 0.5, 0.02), (resnet, 0.3, 0.2)):
         assert row.proof.passed
         assert row.fit.objective > row.fit.objective_before
-        assert row.naive.barrier > loss
-        assert row.aligned.barrier < aligned * row.naive.barrier
-        assert row.aligned.barriers["accuracy"] < row.naive.barriers["accuracy"]
-        assert max(row.naive.curves["accuracy"][0], row.naive.curves["accuracy"][-1]) > 0.95  # trained networks
+        assert row.lines["naive"].barrier > loss
+        assert row.lines["aligned"].barrier < aligned * row.lines["naive"].barrier
+        assert row.lines["aligned"].barriers["accuracy"] < row.lines["naive"].barriers["accuracy"]
+        assert (
+            max(row.lines["naive"].curves["accuracy"][0], row.lines["naive"].curves["accuracy"][-1]) > 0.95
+        )  # trained networks
         spec = pg.PermutationSpec.parse((tmp_path / f"{row.name.lower()}.spec.txt").read_text())
         assert spec.axes == row.spec.axes
+    vit, whole = demo.main(["--only", "ViT", "--points", "5", "--out", str(tmp_path)])
+    heights = [line.barrier for line in (vit.lines["aligned"], *whole.lines.values())]
+    assert heights[0] > 0.5 > heights[2] > heights[3] and heights[0] > heights[1], heights
+    assert heights[3] < 0.05 and whole.proof.passed
+    assert (tmp_path / "vit-whole.spec.txt").exists()
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert "MLP" in printed
-    assert f"{resnet.naive.barrier:.3f} → {resnet.aligned.barrier:.3f}" in printed
+    assert f"{resnet.lines['naive'].barrier:.3f} → {resnet.lines['aligned'].barrier:.3f}" in printed
