@@ -3,8 +3,8 @@
 Two multilayer perceptrons, two BatchNorm ResNets and two vision transformers are trained on scikit-learn's digits from
 different seeds. For each pair: infer the permutation symmetries from the module, prove them, align B to A by weight
 matching, and measure test loss and accuracy on the line between the two, before and after. The transformers are aligned
-over their whole group too, with rotations and invertible maps, by weights and learned. Prints a table; writes the curves
-to ``report.png`` and each specification to ``NAME.spec.txt``.
+over their whole group too, with rotations and invertible maps, by weights and learned. Prints a table; writes the
+curves to ``report.png`` and each specification to ``NAME.spec.txt``.
 """
 
 from __future__ import annotations
