@@ -15,7 +15,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ from permgraph.matching.problem.renumber import Arrays, act
 from permgraph.matching.workers import Share, Workers
 from permgraph.spec.permutation import Permutation
 from permgraph.spec.spec import PermutationSpec
+from permgraph.spec.transformation import Transformation
 from permgraph.weights.state_dict import STATISTICS, StateDict, require_finite
 
 
@@ -81,10 +82,12 @@ class StreamedWeightMatching(Matcher):
         Ainsworth, Hayase & Srinivasa 2022, section 3.2.
     """
 
+    general: ClassVar[bool] = True
+
     max_sweeps: int = 100
-    init: Permutation | Literal["identity", "barycentre"] = "barycentre"
+    init: Permutation | Transformation | Literal["identity", "barycentre"] = "barycentre"
     done: int = 0
-    keep: Callable[[int, Permutation], object] | None = field(default=None, compare=False)
+    keep: Callable[[int, Any], object] | None = field(default=None, compare=False)
     watch: Callable[[int, int, str], object] | None = field(default=None, compare=False)
     ignore: Sequence[str] = STATISTICS
     solver: Solver = "auto"
@@ -116,6 +119,10 @@ class StreamedWeightMatching(Matcher):
         """
         started = time.perf_counter()
         self.require_fit(spec)
+        if spec.general is not None:
+            from permgraph.matching.general.streamed import match_streamed
+
+            return match_streamed(self, a, b, spec, seed, progress)
         models = _Models(self, a, b, spec)
         climb = StreamedClimb(self, models, seed, started)
         climb.climb(progress)
@@ -140,7 +147,7 @@ class StreamedWeightMatching(Matcher):
         )
 
 
-class _Store:
+class Store:
     """The compared tensors of both models in their own precision, with the last ones kept within a number of bytes."""
 
     def __init__(self, a: StateDict, b: StateDict, spec: PermutationSpec, cache: int) -> None:
@@ -164,7 +171,7 @@ class _Store:
         self.read += tensor.nbytes
         if self.read >= tuned.RETURNED:
             self.read = 0
-            _return_free_memory()
+            return_free_memory()
         self.spec.check_entry(name, tensor)
         tensor = comparable(tensor, name, side)
         if tensor.dtype.itemsize == 1:  # exact, and eight-bit floats can hardly be computed with
@@ -177,7 +184,7 @@ class _Store:
         return tensor
 
 
-def _return_free_memory() -> None:
+def return_free_memory() -> None:
     """Have malloc give the system what is free.
 
     glibc keeps the room of tensors that are gone wherever something lies behind it, and hardly finds it again for
@@ -223,7 +230,7 @@ class _Models:
     def __init__(self, settings: StreamedWeightMatching, a: StateDict, b: StateDict, spec: PermutationSpec) -> None:
         self.settings, self.given, self.spec, self.workers = settings, spec, spec, settings.workers
         self.frozen, self.limits = limits_of(spec, settings.frozen, settings.max_moves, settings.init)
-        self.store = _Store(a, b, spec, settings.cache // (self.workers.size if self.workers else 1))
+        self.store = Store(a, b, spec, settings.cache // (self.workers.size if self.workers else 1))
         self.compared = compared_names(spec, settings.ignore)
         self.names = sorted(self.compared, key=lambda name: math.prod(spec.shapes[name]))
         sizes = {name: math.prod(spec.shapes[name]) for name in self.names}

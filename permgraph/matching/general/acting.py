@@ -47,6 +47,11 @@ class Element:
         """The groups that are not known to be at rest."""
         return {name for kind in (self.arrays, self.matrices, self.scales, self.signs) for name in kind}
 
+    def to(self, dtype: torch.dtype) -> Element:
+        """The same with matrices and factors of another type."""
+        kinds = (self.matrices, self.scales, self.signs)
+        return Element(self.arrays, *({name: tensor.to(dtype) for name, tensor in kind.items()} for kind in kinds))
+
     def transformation(self, spec: PermutationSpec) -> Transformation:
         """The same as a `Transformation`."""
         permutations = spec.permutations()

@@ -9,10 +9,13 @@ and outgoing norms of each unit), and those the matching finds.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
 import torch
 from torch import Tensor
 
-from permgraph.matching.general.acting import Acting, Element, Place, composed
+from permgraph.matching.general.acting import Acting, Element, Place, composed, powered
 from permgraph.structures.pairs import pairs_of
 
 SWEEPS = 200
@@ -26,6 +29,17 @@ TETHER = 1e-6
 """How strongly scales are held at one, relative to the weights: a unit that nobody reads would shrink for ever."""
 
 
+COARSE, COARSE_SWEEPS = 1e-4, 50
+"""The same as `TOLERANCE` and `SWEEPS`, of groups that meet in weights which each sweep has to read."""
+
+Moments: TypeAlias = dict[tuple[int, ...], Tensor]
+"""What a group's balance hangs on, by the powers with which it acts there.
+
+Of a group with scales the sum of squares for each index, (*parents' sizes, size); of one of matrices the Gram matrices
+(*parents' sizes, size, size).
+"""
+
+
 def balance(acting: Acting, tensors: dict[str, Tensor]) -> tuple[Element, dict[str, Tensor]]:
     """The balancing element of the weights `tensors`, without gains, and the weights as they are after it.
 
@@ -34,11 +48,7 @@ def balance(acting: Acting, tensors: dict[str, Tensor]) -> tuple[Element, dict[s
         tensors: the parameters, in float64 best.
     """
     element = Element()
-    groups = [
-        g
-        for g in acting.of_group
-        if acting.structure(g).scales or acting.structure(g).linear == "GL" or acting.structure(g).is_paired
-    ]
+    groups = unbounded(acting)
     tensors = dict(tensors)
     for _ in range(SWEEPS if len(groups) > 1 else 1):
         change = 0.0
@@ -54,22 +64,105 @@ def balance(acting: Acting, tensors: dict[str, Tensor]) -> tuple[Element, dict[s
     return element, tensors
 
 
+def balance_read(acting: Acting, load: Callable[[str], Tensor]) -> tuple[Element, int]:
+    """The balancing element of weights that are read when a step needs them, and how often some were read.
+
+    What a step needs of a group are its moments, which its own steps change in a known way. So weights are read once,
+    but where two groups that are balanced meet in a block: what the one's step does to the other's moments only the
+    weights can say. Those groups are balanced more coarsely (`COARSE`), since every sweep over them reads.
+
+    Args:
+        acting: how the groups act on these parameters.
+        load: reads a parameter, without gains, at the precision in which to compute.
+
+    Returns:
+        The element, in float64, and the most often that a group's weights were read.
+    """
+    element, most = Element(), 1
+    groups = unbounded(acting)
+    for together in _coupled(acting, groups):
+        meeting = len(together) > 1
+        known: dict[str, Moments] = {}
+        for sweep in range((COARSE_SWEEPS if meeting else SWEEPS) if len(groups) > 1 else 1):
+            change = 0.0
+            for group in together:
+                if group not in known:
+                    known[group] = _read_moments(acting, group, load, element)
+                step, moved = _best_step(acting, group, known[group])
+                change = max(change, moved)
+                if moved:
+                    element = composed(acting, step, element)
+                    known = {group: _moved_moments(known[group], step, group)}
+            most = max(most, sweep + 1) if meeting else most
+            if change < (COARSE if meeting else TOLERANCE):
+                break
+    return element, most
+
+
+def _coupled(acting: Acting, groups: Sequence[str]) -> list[list[str]]:
+    """The groups, those together that meet in a block, directly or by way of others."""
+    found: list[list[str]] = []
+    for group in groups:
+        blocks = {place.block for place in acting.of_group[group]}
+        joined = [t for t in found if any(place.block in blocks for other in t for place in acting.of_group[other])]
+        found = [t for t in found if t not in joined] + [[*(other for t in joined for other in t), group]]
+    return found
+
+
+def _read_moments(acting: Acting, group: str, load: Callable[[str], Tensor], element: Element) -> Moments:
+    moments: Moments = {}
+    for place in acting.of_group[group]:
+        tensor = load(place.block.parameter)
+        tensor = acting.act(place.block.parameter, tensor, element.to(tensor.dtype))
+        _add_moment(moments, acting, place, tensor)
+    return {powers: own.double() for powers, own in moments.items()}
+
+
+def _moved_moments(moments: Moments, step: Element, group: str) -> Moments:
+    """Moments of a group after a step of its own."""
+    if group in step.scales:
+        factors = step.scales[group]
+        return {
+            powers: norms * powered(factors, powers).square() if any(powers) else norms
+            for powers, norms in moments.items()
+        }
+    matrix = step.matrices[group]
+    both = {(1,): matrix, (-1,): torch.linalg.inv(matrix).mT}
+    return {powers: both[powers] @ gram @ both[powers].mT for powers, gram in moments.items()}
+
+
+def unbounded(acting: Acting) -> list[str]:
+    """The groups with scales or invertible maps, which can make weights as large as one likes."""
+    structures = {group: acting.structure(group) for group in acting.of_group}
+    return [g for g, own in structures.items() if own.scales or own.linear == "GL" or own.is_paired]
+
+
 def _step(acting: Acting, tensors: dict[str, Tensor], group: str) -> tuple[Element, float]:
     """The best element of one group with all others at rest, and how far it is from the identity."""
-    structure, places = acting.structure(group), acting.of_group[group]
+    moments: Moments = {}
+    for place in acting.of_group[group]:
+        _add_moment(moments, acting, place, tensors[place.block.parameter])
+    return _best_step(acting, group, moments)
+
+
+def _add_moment(moments: Moments, acting: Acting, place: Place, tensor: Tensor) -> None:
+    """Add what a group's balance hangs on at a place; matrices leave a gain alone, which counts for nothing."""
+    assert place.leaf.group is not None
+    structure, powers = acting.structure(place.leaf.group), place.action.powers
     if structure.scales:
-        squares: dict[tuple[int, ...], Tensor] = {}
-        for place in places:
-            norms = _rows(place, tensors).square().sum(-2)
-            _add(squares, place.action.powers or (0,) * structure.scales, norms)
-        logs = _least_scales(squares, structure.scales)
+        _add(moments, powers or (0,) * structure.scales, place.rows(place.block.view(tensor)).square().sum(-2))
+    elif powers:
+        rows = place.rows(place.block.view(tensor))
+        _add(moments, powers, rows.mT @ rows)
+
+
+def _best_step(acting: Acting, group: str, moments: Moments) -> tuple[Element, float]:
+    """The best element of one group for its moments, by the powers with which it acts, and how far it moves."""
+    structure = acting.structure(group)
+    if structure.scales:
+        logs = _least_scales(moments, structure.scales)
         return Element(scales={group: logs.exp()}), float(logs.abs().max())
-    covariant: dict[tuple[int, ...], Tensor] = {}
-    for place in places:
-        if place.action.powers:
-            rows = _rows(place, tensors)
-            _add(covariant, place.action.powers, rows.mT @ rows)
-    out, dual = covariant.get((1,)), covariant.get((-1,))
+    out, dual = moments.get((1,)), moments.get((-1,))
     if out is None or dual is None:
         return Element(), 0.0
     if structure.linear == "GL":
@@ -84,10 +177,6 @@ def _step(acting: Acting, tensors: dict[str, Tensor], group: str) -> tuple[Eleme
         matrices = torch.diag_embed(factors)
     away = matrices - torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
     return Element(matrices={group: matrices}), float(away.abs().max())
-
-
-def _rows(place: Place, tensors: dict[str, Tensor]) -> Tensor:
-    return place.rows(place.block.view(tensors[place.block.parameter]))
 
 
 def _add(sums: dict[tuple[int, ...], Tensor], key: tuple[int, ...], tensor: Tensor) -> None:
