@@ -127,7 +127,7 @@ def _moved_moments(moments: Moments, step: Element, group: str) -> Moments:
             for powers, norms in moments.items()
         }
     matrix = step.matrices[group]
-    both = {(1,): matrix, (-1,): torch.linalg.inv(matrix).mT}
+    both: Moments = {(1,): matrix, (-1,): torch.linalg.inv(matrix).mT}
     return {powers: both[powers] @ gram @ both[powers].mT for powers, gram in moments.items()}
 
 

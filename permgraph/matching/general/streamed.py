@@ -8,28 +8,28 @@ parameters are seen in pieces along a dimension on which nothing acts, such as a
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from permgraph.errors import MismatchError, PermgraphError
 from permgraph.matching import tuned
-from permgraph.matching.general.acting import Acting, Element, composed, powered
+from permgraph.matching.general.acting import Element, composed, powered
 from permgraph.matching.general.ascent import HOLDS, Climb
 from permgraph.matching.general.balancing import COARSE, balance_read
 from permgraph.matching.general.compact import Best, best_element, best_value, signs_of, whole
 from permgraph.matching.general.gauge import SMALL, between, compact_part, evidence
+from permgraph.matching.general.pieces import acting_on, in_pieces
 from permgraph.matching.general.weights import as_transformation, frozen_groups
 from permgraph.matching.matcher import NOTHING_TO_PERMUTE, MatchResult, Progress, Sweep
 from permgraph.matching.problem.moves import Move, Node, Place, Plan
 from permgraph.matching.problem.objective import ADVICE, dot
 from permgraph.matching.streamed import LoadedOnAccess, Store
-from permgraph.spec.expressions import Axis, Fixed
-from permgraph.spec.general import General
 from permgraph.spec.permutation import Permutation
 from permgraph.spec.spec import PermutationSpec
 from permgraph.spec.transformation import Transformation
@@ -47,12 +47,17 @@ ONE_START = (
 
 
 def match_streamed(
-    settings: StreamedWeightMatching, a: StateDict, b: StateDict, spec: PermutationSpec, seed: int, progress: Progress | None
+    settings: StreamedWeightMatching,
+    a: StateDict,
+    b: StateDict,
+    spec: PermutationSpec,
+    seed: int,
+    progress: Progress | None,
 ) -> MatchResult:
     """The element of a general spec that `StreamedWeightMatching` with these settings chooses for B."""
     started = time.perf_counter()
     if settings.workers is not None:
-        raise PermgraphError("several processes share the work over permutations alone: take spec.permutations(), or one")
+        raise PermgraphError("several processes match over permutations alone: take spec.permutations(), or no workers")
     frozen = frozen_groups(spec, settings)
     gauge = StreamedGauge(settings, a, b, spec)
     plan = Plan(gauge.acting.plain, gauge.pieces, frozen)
@@ -99,62 +104,6 @@ def match_streamed(
     )
 
 
-class Piece(NamedTuple):
-    """A part of a parameter along one dimension; all of it where there is none."""
-
-    parameter: str
-    dim: int | None = None
-    start: int = 0
-    length: int = 0
-
-    def of(self, tensor: Tensor) -> Tensor:
-        """The part of the parameter's value."""
-        return tensor if self.dim is None else tensor.narrow(self.dim, self.start, self.length)
-
-
-def in_pieces(spec: PermutationSpec, names: Iterable[str]) -> dict[str, Piece]:
-    """Parameters, large ones in pieces along a dimension on which nothing acts, by names of their own."""
-    found = {}
-    for name in names:
-        shape = spec.shapes[name]
-        free = [dim for dim, axis in enumerate(spec.axes[name]) if isinstance(axis, Fixed)]
-        dim = max(free, key=lambda dim: shape[dim], default=None)
-        if dim is None or math.prod(shape) <= tuned.STREAMED_PORTION:
-            found[name] = Piece(name)
-            continue
-        rest = math.prod(shape) // shape[dim]
-        length = max(tuned.STREAMED_PORTION // rest, tuned.STREAMED_DEPTH)
-        for start in range(0, shape[dim], length):
-            found[f"{name}[{start}:]"] = Piece(name, dim, start, min(length, shape[dim] - start))
-    return found
-
-
-def acting_on(spec: PermutationSpec, pieces: Mapping[str, Piece], complex_ones: Collection[str] = ()) -> Acting:
-    """How the groups of a general spec act on pieces of its parameters; nothing is read.
-
-    Args:
-        spec: the spec.
-        pieces: what `in_pieces` made of its parameters.
-        complex_ones: the parameters that are complex.
-    """
-    assert spec.general is not None
-    axes: dict[str, tuple[Axis, ...]] = {}
-    actions, like = {}, {}
-    for key, piece in pieces.items():
-        own = list(spec.axes[piece.parameter])
-        if piece.dim is not None:
-            own[piece.dim] = Fixed(piece.length)
-        axes[key] = tuple(own)
-        if piece.parameter in spec.general.actions:
-            actions[key] = spec.general.actions[piece.parameter]
-        shape = list(spec.shapes[piece.parameter])
-        if piece.dim is not None:
-            shape[piece.dim] = piece.length
-        like[key] = torch.empty(*shape, *([2] if piece.parameter in complex_ones else []), device="meta")
-    gains = {gain.name: spec.axes[gain.name] for own in actions.values() for action in own for gain, _ in action.gains}
-    return Acting(PermutationSpec(dict(spec.groups), {**axes, **gains}, general=General(actions)), like)
-
-
 class StreamedGauge:
     """A and B as `Gauge` writes them, a piece at a time; both are read once beforehand, to check them.
 
@@ -191,7 +140,7 @@ class StreamedGauge:
         self.readings = 1
         for side in "AB":
             self.tell(0, 1, f"balancing {side}")
-            self.into[side], readings = balance_read(self.acting, lambda key, side=side: self._without_gains(side, key))
+            self.into[side], readings = balance_read(self.acting, functools.partial(self._without_gains, side))
             self.readings = max(self.readings, readings)
         self._balances = {side: element.to(self.dtype) for side, element in self.into.items()}
         self.stand(Element())

@@ -23,6 +23,7 @@ from permgraph.spec.transformation import Transformation
 from permgraph.weights.state_dict import StateDict
 
 if TYPE_CHECKING:
+    from permgraph.matching.streamed import StreamedWeightMatching
     from permgraph.matching.weight_matching import WeightMatching
 
 
@@ -154,7 +155,7 @@ def as_transformation(permutation: Permutation, spec: PermutationSpec) -> Transf
     return Transformation(spec, Permutation(spec.permutations(), arrays), matrices, {}, {})
 
 
-def frozen_groups(spec: PermutationSpec, settings: WeightMatching) -> set[str]:
+def frozen_groups(spec: PermutationSpec, settings: WeightMatching | StreamedWeightMatching) -> set[str]:
     """The groups that a matcher's settings freeze.
 
     Raises:
