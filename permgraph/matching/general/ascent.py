@@ -95,13 +95,18 @@ class Climb:
                 self.unknown.clear()
                 sweep = Sweep(number, self.objective, moved, gains, time.perf_counter() - self.started)
                 self.history.append(sweep)
+                last = not first and self.objective - before <= TOLERANCE * abs(self.objective)
+                self._end_sweep(sweep, last)
                 if progress is not None:
                     progress(sweep)
-                if not first and self.objective - before <= TOLERANCE * abs(self.objective):
+                if last:
                     return
             self.outcome = "sweep limit"
         except KeyboardInterrupt:
             self.outcome = "interrupted"
+
+    def _end_sweep(self, sweep: Sweep, last: bool) -> None:
+        """Called after each sweep, of which the last has added nothing."""
 
     # --- one step -----------------------------------------------------------------------------------------------------
 

@@ -112,10 +112,13 @@ def _coupled(acting: Acting, groups: Sequence[str]) -> list[list[str]]:
 def _read_moments(acting: Acting, group: str, load: Callable[[str], Tensor], element: Element) -> Moments:
     moments: Moments = {}
     for place in acting.of_group[group]:
-        tensor = load(place.block.parameter)
-        tensor = acting.act(place.block.parameter, tensor, element.to(tensor.dtype))
-        _add_moment(moments, acting, place, tensor)
+        _add_moment(moments, acting, place, _moved(acting, place.block.parameter, load, element))
     return {powers: own.double() for powers, own in moments.items()}
+
+
+def _moved(acting: Acting, name: str, load: Callable[[str], Tensor], element: Element) -> Tensor:
+    tensor = load(name)
+    return acting.act(name, tensor, element.to(tensor.dtype))
 
 
 def _moved_moments(moments: Moments, step: Element, group: str) -> Moments:

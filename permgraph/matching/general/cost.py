@@ -8,7 +8,8 @@ once; streamed, what is read is brought into the gauge and under the whole eleme
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from permgraph.matching.cost import WORKING, Estimate, MoveCost, Rates, rounds_of
@@ -38,6 +39,9 @@ FACTORED = 6
 
 WRITTEN = 5
 """How often a tensor is in memory, in float64, as an element is applied to it."""
+
+PAIRED_ROUNDS = 3
+"""Rounds over the groups inside a root, where each pair of its indices is an ascent of its own."""
 
 STARTS = 3
 """Ascents of a run in memory."""
@@ -69,12 +73,14 @@ class GeneralMoveCost(MoveCost):
         moving: operations by which the step's own matrices act on B.
         whole: operations that bring all that the step reads into the gauge and under the element, each time.
         readings: how often it reads its parameters.
+        together: elements of the parameters that a streamed step holds at once, where it chooses pair by pair.
     """
 
     factors: tuple[tuple[int, int], ...] = ()
     moving: int = 0
     whole: int = 0
     readings: int = 1
+    together: int = 0
 
 
 @dataclass(frozen=True)
@@ -119,8 +125,8 @@ class GeneralEstimate(Estimate):
             cache: of a streamed run.
 
         Without streaming: both models as they are, `HELD` times one in working precision, and elements. With it: the
-        largest parameter of both as it is, `WORKED` times the largest piece, the elements, and the cache; or, if that
-        is more, a part of a tensor in float64 as it is written. With either, the Gram matrices of a step and what
+        largest parameter of both as it is, `WORKED` times the largest piece, or the parameters of a step that chooses
+        pair by pair, the elements, and the cache; or, if that is more, a part of a tensor in float64 as it is written. With either, the Gram matrices of a step and what
         their polar factors take.
         """
         solving = self.gram + EXACT // WORKING * max(
@@ -130,7 +136,8 @@ class GeneralEstimate(Estimate):
         if not streamed:
             return 2 * width * self.compared + in_memory_bytes(self.compared) + solving + ELEMENTS * self.exact
         raw, held = 2 * width * self.largest, ELEMENTS // 2 * self.exact
-        work = WORKED * working_width(self.compared) * self.piece
+        together = max((move.together for move in self.moves), default=0)
+        work = WORKED * working_width(self.compared) * max(self.piece, together)
         matching = cache + raw + held + max(work + solving, held)
         return max(matching, 2 * width * self.largest + 2 * self.exact + WRITTEN * EXACT * self.written)
 
@@ -173,6 +180,9 @@ def estimate_general(spec: PermutationSpec) -> GeneralEstimate:
     costs: dict[str, GeneralMoveCost] = {}
     for move in plan.moves:
         cost = _cost(acting, move, sizes)
+        if move.paired:
+            inside = [_cost(acting, other, sizes) for other in plan.moves if other.name in plan.inside(move.name)]
+            cost = _pair_by_pair(cost, inside)
         if move.name in costs:
             cost = _together(costs[move.name], cost)
         costs[move.name] = cost
@@ -235,6 +245,21 @@ def _cost(acting: Acting, move: Move, sizes: dict[str, int]) -> GeneralMoveCost:
     )
 
 
+def _pair_by_pair(root: GeneralMoveCost, inside: Sequence[GeneralMoveCost]) -> GeneralMoveCost:
+    """A step in which an ascent over the groups inside is made for each of A's indices, and one more at the end."""
+    times = (root.size + 1) * PAIRED_ROUNDS
+    return replace(
+        root,
+        flops=times * sum(cost.flops for cost in inside),
+        gram=max((cost.gram for cost in inside), default=root.gram),
+        problems=(*root.problems, *((size, times * count) for cost in inside for size, count in cost.problems)),
+        factors=tuple((size, times * count) for cost in inside for size, count in cost.factors),
+        moving=root.moving + times * sum(cost.moving for cost in inside),
+        whole=root.whole + times * sum(cost.moving for cost in inside),
+        together=root.parameters,
+    )
+
+
 def _depth(node: Node) -> int:
     return max((1 + _depth(inner) for inner in node.inner), default=0)
 
@@ -263,4 +288,5 @@ def _together(one: GeneralMoveCost, other: GeneralMoveCost) -> GeneralMoveCost:
         moving=one.moving + other.moving,
         whole=max(one.whole, other.whole),
         readings=one.readings + other.readings,
+        together=max(one.together, other.together),
     )

@@ -229,7 +229,8 @@ class StreamedClimb(Climb):
 
     Attributes:
         settled: where Ctrl-C leads back to, and the objective there.
-        keep: told each sweep's number and the element that it reached, between both models in their gauge.
+        keep: told the number of each sweep but the last, and the element that it reached between both models in their
+            gauge.
     """
 
     def __init__(
@@ -263,18 +264,16 @@ class StreamedClimb(Climb):
 
     def climb(self, max_sweeps: int, progress: Progress | None = None, done: int = 0) -> None:
         """Sweep over the moves until a whole sweep adds nothing; Ctrl-C leads back to the last step that is whole."""
-
-        def told(sweep: Sweep) -> None:
-            self.settled = self.element, sweep.objective
-            if self.keep is not None:
-                self.keep(sweep.number, self.element.transformation(self.gauge.spec))
-            if progress is not None:
-                progress(sweep)
-
-        super().climb(max_sweeps, told, done)
+        super().climb(max_sweeps, progress, done)
         if self.outcome == "interrupted":
             element, self._total = self.settled
             self._stand(element)
+
+    def _end_sweep(self, sweep: Sweep, last: bool) -> None:
+        self.settled = self.element, sweep.objective
+        # A run that went on from after the last sweep would make one more.
+        if self.keep is not None and not last:
+            self.keep(sweep.number, self.element.transformation(self.gauge.spec))
 
     def _stand(self, element: Element) -> None:
         self.element = element
