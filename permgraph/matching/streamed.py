@@ -48,13 +48,23 @@ class StreamedWeightMatching(Matcher):
     float32, the Gram matrices of one group, and the cache; with nested groups, one parameter in float32 as well. A run
     depends on the seed alone, not on the size of the cache.
 
+    Of a spec with general symmetries the whole group is matched: each step takes the gains out of what it reads,
+    balances it, and lets the element that stands act on it. In memory are beside the tensors at work the element, in
+    float64, with a matrix of n² numbers for a stream of n (two models' balance, and while the result is put together
+    eight times as much), and a step's Gram matrices, in one piece; where groups are chosen pair by pair, as queries of
+    grouped heads are, all parameters of that step. One ascent is made, where `WeightMatching` keeps the best of
+    several; where scales meet in one weight, as in networks of ReLU alone, they are balanced more coarsely. Notes say
+    so. Else a run ends where one of `WeightMatching` from the same start does, but for rounding.
+
     Args:
         max_sweeps: stop after so many passes over the groups.
-        init: "barycentre" or "identity" as in `WeightMatching`, or the `Permutation` that a run which was stopped had
-            reached.
+        init: "barycentre" or "identity" as in `WeightMatching`, or a `Permutation`, or of general symmetries a
+            `Transformation`: where to begin, or what `keep` was given by a run which was stopped.
         done: how many sweeps that run had made: the orders of the coming ones follow from it, so that a run that goes
             on ends where an unbroken one would.
-        keep: called after each sweep with its number and the permutation, to keep for such a case.
+        keep: called after each sweep with its number and the permutation, to keep for such a case. Of general
+            symmetries, after each but the last, with a `Transformation` between the models as they are compared,
+            without gains and balanced: `init` of a run with `done`, and not to be applied to state dicts.
         watch: called before each piece of work with how many pieces of the present pass are done, how many there are,
             and what comes next, in words.
         ignore: patterns of names that are permuted, but are no evidence.
@@ -64,8 +74,9 @@ class StreamedWeightMatching(Matcher):
         cache: bytes of tensors to keep in case the next steps need them again, shared equally among the workers, each
             of which needs its own share of the tensors only.
         device: where products are taken; None leaves them where the tensors are.
-        workers: the processes that match together, each of which reads its share of the parameters and gives the same
-            result. Where groups are chosen pair by pair, each values its share of the pairs, from all parameters.
+        workers: over permutations alone, the processes that match together, each of which reads its share of the
+            parameters and gives the same result. Where groups are chosen pair by pair, each values its share of the
+            pairs, from all parameters.
 
     Example:
         >>> spec = PermutationSpec.parse('''

@@ -294,6 +294,29 @@ def test_begins_where_it_is_told_to() -> None:
     assert first.objective == max(first.details.values())
 
 
+@pytest.mark.parametrize("width", [7, 700])
+def test_single_precision_gives_exact_rotations(width: int) -> None:
+    """Models of many weights are compared in float32, whose rotations are off by more than the width's rounding."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        a, b = (models.LowRank() for _ in range(2))
+        one, other = (nn.Sequential(nn.Embedding(40, width), nn.RMSNorm(width), nn.Linear(width, 5)) for _ in range(2))
+    tokens = torch.arange(12).reshape(2, 6)
+    for first, second, x in ((a, b, models.sequences(5)), (one, other, tokens)):
+        spec = pg.auto_spec(first, (x,), symmetry="general")
+        exact = align(first, second, spec=spec)
+        fit = align(first, second, pg.WeightMatching(dtype=torch.float32), spec=spec)
+        assert fit.transformation is not None
+        assert fit.objective == pytest.approx(exact.objective, rel=1e-5)
+        for name, matrices in fit.transformation.matrices.items():
+            if spec.groups[name].structure.linear == "O":
+                assert np.abs(matrices @ matrices.swapaxes(-1, -2) - np.eye(width)).max() < 1e-12
+        state = {n: t.double() for n, t in second.state_dict().items()}
+        copy = second.double()
+        x = x.double() if x.is_floating_point() else x
+        assert torch.allclose(_outputs(copy, fit.transformation.apply(state), x), _outputs(copy, state, x), atol=1e-9)
+
+
 def test_other_objectives() -> None:
     a, b, spec = _pair()
     inner = align(a, b, spec=spec)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 import weakref
@@ -215,6 +216,24 @@ def test_tensors_of_half_precision_are_read_as_they_are() -> None:
     assert found.objective > 0 and far({n: a[n] for n in spec.axes}, back) < 0.05
 
 
+def test_large_models_are_compared_in_single_precision_and_their_elements_are_exact(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, a, b, spec, x = built(*NETWORKS["decoder"])
+    whole = StreamedWeightMatching(init="identity", max_sweeps=4).match(a, b, spec)
+    monkeypatch.setattr("permgraph.matching.general.streamed.SMALL", 0)
+    found, element = found_by(StreamedWeightMatching(init="identity", max_sweeps=4), a, b, spec)
+    assert found.objective != whole.objective
+    assert found.objective == pytest.approx(whole.objective, rel=1e-4)
+    before, after = (torch.func.functional_call(model, given, (x,)) for given in (b, element.apply(b)))
+    assert float((before - after).detach().abs().max()) < 1e-11  # in float64, whatever the products were taken in
+    kept: list[Any] = []
+    StreamedWeightMatching(max_sweeps=3, keep=lambda *sweep: kept.append(sweep)).match(a, b, spec)
+    _, other = found_by(StreamedWeightMatching(max_sweeps=3), a, b, spec)
+    _, went_on = found_by(StreamedWeightMatching(max_sweeps=3, init=kept[0][1], done=1), a, b, spec)
+    assert far(other.apply(b), went_on.apply(b)) == 0
+
+
 # --- what is read and held --------------------------------------------------------------------------------------------
 
 
@@ -241,7 +260,7 @@ def test_reads_as_often_as_the_estimate_says() -> None:
     matcher = StreamedWeightMatching(cache=0)
     matcher.match(OnDisk(a, counts), OnDisk(b, counts), spec, progress=lambda sweep: seen.append(counts["read"]))
     cost = estimate(spec)
-    passes = [later - before for before, later in zip(seen, seen[1:])]
+    passes = [later - before for before, later in itertools.pairwise(seen)]
     assert passes and len(set(passes)) == 1
     assert passes[0] == cost.read(8)
     # Beforehand: checked, balanced, the objective; and the objective again, once all groups have a place.

@@ -169,7 +169,7 @@ def _best_step(acting: Acting, group: str, moments: Moments) -> tuple[Element, f
     if out is None or dual is None:
         return Element(), 0.0
     if structure.linear == "GL":
-        matrices = _least_matrix(out, dual)
+        matrices = _least_matrix(out, dual).to(out.dtype)
     else:
         first, second = pairs_of(structure.linear, out.shape[-1])
         sizes = [torch.diagonal(gram, dim1=-2, dim2=-1) for gram in (out, dual)]

@@ -126,8 +126,8 @@ class GeneralEstimate(Estimate):
 
         Without streaming: both models as they are, `HELD` times one in working precision, and elements. With it: the
         largest parameter of both as it is, `WORKED` times the largest piece, or the parameters of a step that chooses
-        pair by pair, the elements, and the cache; or, if that is more, a part of a tensor in float64 as it is written. With either, the Gram matrices of a step and what
-        their polar factors take.
+        pair by pair, the elements, and the cache; or, if that is more, a part of a tensor in float64 as it is written.
+        With either, the Gram matrices of a step and what their polar factors take.
         """
         solving = self.gram + EXACT // WORKING * max(
             (FACTORED * move.gram for move in self.moves if move.factors), default=0
