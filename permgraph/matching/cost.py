@@ -272,7 +272,7 @@ def calibrate(seconds: float = 2.0) -> Rates:
     rate = 2 * side**3 / product
     copied = torch.ones(1 << 21, dtype=torch.float64)
     copying = _repeat(copied.clone, seconds / 16)
-    few, many = 64, 256
+    few, many = 128, 512
     random = torch.Generator().manual_seed(0)
     found = {}
     for size in (few, many):
@@ -282,7 +282,7 @@ def calibrate(seconds: float = 2.0) -> Rates:
         flops=rate,
         assignment=_power_law(times, 2.0),
         blunt=tuple(blunt),
-        factor=_power_law(found, 2.0),
+        factor=_power_law(found, 2.5),
         copy=copied.nbytes / copying,
     )
 

@@ -74,6 +74,15 @@ def test_half_precision_stays_half_precision(tmp_path: Path) -> None:
     assert float((before - after).abs().max() / before.abs().max()) < 0.05
 
 
+def test_tied_weights_stay_tied(tmp_path: Path) -> None:
+    folder = llama_pair(tmp_path, tie_word_embeddings=True)
+    run("align", folder / "a", folder / "b", "--symmetry", "general", "--stream", "-o", tmp_path / "c")
+    assert tensors(tmp_path / "c").keys() == tensors(folder / "b").keys()
+    assert "lm_head.weight" not in tensors(tmp_path / "c")
+    before, after = logits(folder / "b"), logits(tmp_path / "c")
+    assert float((before - after).abs().max() / before.abs().max()) < 1e-5
+
+
 def test_a_run_goes_on_after_its_last_sweep(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     args = ("align", folder / "a", folder / "b", "--symmetry", "general", "--stream", "--json", "-o")
     whole = json.loads(run(*args, tmp_path / "whole").stdout)
