@@ -53,8 +53,8 @@ class StreamedWeightMatching(Matcher):
     float64, with a matrix of n² numbers for a stream of n (two models' balance, and while the result is put together
     eight times as much), and a step's Gram matrices, in one piece; where groups are chosen pair by pair, as queries of
     grouped heads are, all parameters of that step. One ascent is made, where `WeightMatching` keeps the best of
-    several; where scales meet in one weight, as in networks of ReLU alone, they are balanced more coarsely. Notes say
-    so. Else a run ends where one of `WeightMatching` from the same start does, but for rounding.
+    several; where scales or invertible maps meet in one weight, as in networks of ReLU alone, they are balanced more
+    coarsely. Notes say so. Else a run ends where one of `WeightMatching` from the same start does, but for rounding.
 
     Args:
         max_sweeps: stop after so many passes over the groups.

@@ -22,11 +22,15 @@ SWEEPS = 200
 TOLERANCE = 1e-9
 """Balanced is what no group's step changes by more than this, relative to one."""
 
-RIDGE = 1e-9
-"""What is added to Gram matrices, relative to their mean eigenvalue: a dead direction has no balance of its own."""
+RIDGE = 1e-6
+"""What is added to the Gram matrices of the weights as they were, relative to their mean eigenvalue.
 
-TETHER = 1e-6
-"""How strongly scales are held at one, relative to the weights: a unit that nobody reads would shrink for ever."""
+A dead direction has no balance of its own, and would shrink for ever. Products of two such matrices must be well enough
+conditioned for float64.
+"""
+
+TETHER = 1e-10
+"""How strongly scales are held at one, relative to the weights as they were: so would a unit that nobody reads."""
 
 
 COARSE, COARSE_SWEEPS = 1e-4, 50
@@ -53,7 +57,7 @@ def balance(acting: Acting, tensors: dict[str, Tensor]) -> tuple[Element, dict[s
     for _ in range(SWEEPS if len(groups) > 1 else 1):
         change = 0.0
         for group in groups:
-            step, moved = _step(acting, tensors, group)
+            step, moved = _step(acting, tensors, group, element)
             change = max(change, moved)
             if moved:
                 for name in acting.touched([group]):
@@ -88,7 +92,7 @@ def balance_read(acting: Acting, load: Callable[[str], Tensor]) -> tuple[Element
             for group in together:
                 if group not in known:
                     known[group] = _read_moments(acting, group, load, element)
-                step, moved = _best_step(acting, group, known[group])
+                step, moved = _best_step(acting, group, known[group], element)
                 change = max(change, moved)
                 if moved:
                     element = composed(acting, step, element)
@@ -140,12 +144,19 @@ def unbounded(acting: Acting) -> list[str]:
     return [g for g, own in structures.items() if own.scales or own.linear == "GL" or own.is_paired]
 
 
-def _step(acting: Acting, tensors: dict[str, Tensor], group: str) -> tuple[Element, float]:
-    """The best element of one group with all others at rest, and how far it is from the identity."""
+def _step(acting: Acting, tensors: dict[str, Tensor], group: str, at: Element) -> tuple[Element, float]:
+    """The best element of one group with all others at rest, and how far it is from the identity.
+
+    Args:
+        acting: how the groups act.
+        tensors: the weights as an element has moved them.
+        group: the group.
+        at: that element.
+    """
     moments: Moments = {}
     for place in acting.of_group[group]:
         _add_moment(moments, acting, place, tensors[place.block.parameter])
-    return _best_step(acting, group, moments)
+    return _best_step(acting, group, moments, at)
 
 
 def _add_moment(moments: Moments, acting: Acting, place: Place, tensor: Tensor) -> None:
@@ -159,22 +170,27 @@ def _add_moment(moments: Moments, acting: Acting, place: Place, tensor: Tensor) 
         _add(moments, powers, rows.mT @ rows)
 
 
-def _best_step(acting: Acting, group: str, moments: Moments) -> tuple[Element, float]:
-    """The best element of one group for its moments, by the powers with which it acts, and how far it moves."""
+def _best_step(acting: Acting, group: str, moments: Moments, at: Element) -> tuple[Element, float]:
+    """The best element of one group for its moments, which `at` has moved, and how far it moves."""
     structure = acting.structure(group)
     if structure.scales:
-        logs = _least_scales(moments, structure.scales)
+        before = at.scales[group].log() if group in at.scales else None
+        logs = _least_scales(moments, structure.scales, before)
         return Element(scales={group: logs.exp()}), float(logs.abs().max())
     out, dual = moments.get((1,)), moments.get((-1,))
     if out is None or dual is None:
         return Element(), 0.0
+    matrices = at.matrices.get(group)
     if structure.linear == "GL":
-        matrices = _least_matrix(out, dual).to(out.dtype)
+        matrices = _least_matrix(out, dual, matrices).to(out.dtype)
     else:
         first, second = pairs_of(structure.linear, out.shape[-1])
         sizes = [torch.diagonal(gram, dim1=-2, dim2=-1) for gram in (out, dual)]
         of_pairs = [size[..., first] + size[..., second] for size in sizes]
-        logs = _least_scales({(1,): of_pairs[0], (-1,): of_pairs[1]}, 1)[..., 0]
+        before = None
+        if matrices is not None:
+            before = torch.diagonal(matrices, dim1=-2, dim2=-1)[..., first].log()[..., None]
+        logs = _least_scales({(1,): of_pairs[0], (-1,): of_pairs[1]}, 1, before)[..., 0]
         factors = torch.empty_like(sizes[0])
         factors[..., first] = factors[..., second] = logs.exp()
         matrices = torch.diag_embed(factors)
@@ -186,19 +202,21 @@ def _add(sums: dict[tuple[int, ...], Tensor], key: tuple[int, ...], tensor: Tens
     sums[key] = sums[key] + tensor if key in sums else tensor
 
 
-def _least_scales(squares: dict[tuple[int, ...], Tensor], number: int) -> Tensor:
+def _least_scales(squares: Moments, number: int, at: Tensor | None = None) -> Tensor:
     """The logarithms s (..., number) that minimise the sum of squares · exp(2 e·s) over exponents e.
 
-    Found by Newton's method. They are held at zero a little (`TETHER`).
+    Found by Newton's method. They are held a little (`TETHER`) at where all scales together are one, which `at` says.
     """
     exponents = torch.tensor(list(squares), dtype=torch.float64)
     sums = torch.stack(list(squares.values()), -1).double()
     exponents = exponents.to(sums.device)
-    tether = (TETHER * sums.sum(-1)).clamp_min(torch.finfo(sums.dtype).tiny)[..., None]
     logs = sums.new_zeros(*sums.shape[:-1], number)
+    at = logs if at is None else at.double()
+    as_they_were = (sums * (-2 * at @ exponents.T).exp()).sum(-1)
+    tether = (TETHER * as_they_were).clamp_min(torch.finfo(sums.dtype).tiny)[..., None]
     for _ in range(60):
         terms = sums * (2 * logs @ exponents.T).exp()
-        gradient = 2 * terms @ exponents + 2 * tether * logs
+        gradient = 2 * terms @ exponents + 2 * tether * (logs + at)
         hessian = 4 * torch.einsum("...e,ek,el->...kl", terms, exponents, exponents)
         hessian = hessian + 2 * tether[..., None] * torch.eye(number, dtype=sums.dtype, device=sums.device)
         step = torch.linalg.solve(hessian, gradient[..., None])[..., 0]
@@ -209,21 +227,24 @@ def _least_scales(squares: dict[tuple[int, ...], Tensor], number: int) -> Tensor
     return logs.to(next(iter(squares.values())).dtype)
 
 
-def _least_matrix(out: Tensor, dual: Tensor) -> Tensor:
+def _least_matrix(out: Tensor, dual: Tensor, at: Tensor | None = None) -> Tensor:
     """The positive matrices M that minimise tr(M out M) + tr(M⁻¹ dual M⁻¹): M² out M² = dual.
 
-    M² is the geometric mean of out⁻¹ and dual.
+    M² is the geometric mean of out⁻¹ and dual, to both of which a little is added (`RIDGE`) of what the identity was
+    before the matrices `at` moved it.
     """
-    out, dual = (_ridged(gram.double()) for gram in (out, dual))
-    root, back = _power(out, 0.5), _power(out, -0.5)
-    square = back @ _power(root @ dual @ root, 0.5) @ back
+    at = torch.eye(out.shape[-1], dtype=torch.float64, device=out.device) if at is None else at.double()
+    back = torch.linalg.inv(at)
+    out, dual = _ridged(out.double(), at, back), _ridged(dual.double(), back.mT, at.mT)
+    root, inverse = _power(out, 0.5), _power(out, -0.5)
+    square = inverse @ _power(root @ dual @ root, 0.5) @ inverse
     return _power((square + square.mT) / 2, 0.5)
 
 
-def _ridged(gram: Tensor) -> Tensor:
-    mean = torch.diagonal(gram, dim1=-2, dim2=-1).mean(-1)
+def _ridged(gram: Tensor, at: Tensor, back: Tensor) -> Tensor:
+    mean = torch.diagonal(back @ gram @ back.mT, dim1=-2, dim2=-1).mean(-1)
     ridge = (RIDGE * mean).clamp_min(torch.finfo(gram.dtype).tiny ** 0.5)
-    return gram + ridge[..., None, None] * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    return gram + ridge[..., None, None] * (at @ at.mT)
 
 
 def _power(matrix: Tensor, power: float) -> Tensor:

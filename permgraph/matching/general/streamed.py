@@ -88,7 +88,8 @@ def match_streamed(
     notes = [NOTHING_TO_PERMUTE] if not plan.moves else [ONE_START + "the permutation"] if init == "barycentre" else []
     if gauge.readings > 1:
         notes.append(
-            f"scales that meet in one weight are balanced to {COARSE:g}, for which it was read {gauge.readings} times"
+            f"scales or invertible maps that meet in one weight are balanced to {COARSE:g}, for which it was read "
+            f"{gauge.readings} times"
         )
     return MatchResult(
         permutation=found.permutation,
