@@ -44,7 +44,7 @@ def align(
 
         torchrun --nproc-per-node 2 -m permgraph align ./model-a ./model-b -o ./out --stream
     """
-    from permgraph.cli.checkpoints import moved_by, require_finite
+    from permgraph.cli.checkpoints import in_parts, moved_by, require_finite
     from permgraph.cli.distributed import distributed_run
     from permgraph.cli.matching_run import MatchingRun, in_words, match_of
     from permgraph.io import Staging, write_checkpoint
@@ -73,9 +73,11 @@ def align(
             if permutation_file is not None:
                 permutation.save(permutation_file)
 
+            element = in_parts(permutation)
+
             def moved(key: str, tensor: torch.Tensor) -> torch.Tensor:
                 require_finite(key, tensor, b)
-                return moved_by(permutation, names[key], tensor, run.weights[1]) if key in names else tensor
+                return moved_by(element, names[key], tensor, run.weights[1]) if key in names else tensor
 
             with screen.stage("writing", other.nbytes) as update:
                 write_checkpoint(other, staging, moved, progress=lambda done, whole: update(done))

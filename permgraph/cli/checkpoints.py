@@ -16,8 +16,10 @@ from permgraph.cli.screen import Screen
 from permgraph.errors import MismatchError, NonFiniteError, PermgraphError
 from permgraph.io import Checkpoint, Renamed, match_names
 from permgraph.io.converted import Conversions, ConvertedCheckpoint, converted, names_on_disk
+from permgraph.matching.general.pieces import Piecewise
 from permgraph.spec.data import SpecData
 from permgraph.spec.elements import AnyElement
+from permgraph.spec.permutation import Permutation
 from permgraph.spec.spec import PermutationSpec
 from permgraph.spec.transformation import Transformation
 
@@ -87,7 +89,14 @@ def require_finite(name: str, tensor: torch.Tensor, path: Path) -> None:
         raise NonFiniteError(f"{path}: {name!r} holds NaN or infinity in {bad} of its {tensor.numel()} elements")
 
 
-def moved_by(element: AnyElement, name: str, tensor: torch.Tensor, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def in_parts(element: AnyElement) -> Permutation | Piecewise:
+    """An element as `moved_by` takes it, which moves many tensors: a transformation acts on large ones in parts."""
+    return Piecewise(element) if isinstance(element, Transformation) else element
+
+
+def moved_by(
+    element: Permutation | Piecewise, name: str, tensor: torch.Tensor, weights: Mapping[str, torch.Tensor]
+) -> torch.Tensor:
     """A tensor of a checkpoint after a permutation or a transformation; one that the spec does not know as it is.
 
     Where a matrix acts between gains, these are read in the checkpoint's other weights.
@@ -96,7 +105,7 @@ def moved_by(element: AnyElement, name: str, tensor: torch.Tensor, weights: Mapp
     name = spec.aliases.get(name, name)
     if name not in spec.axes:
         return tensor
-    if isinstance(element, Transformation):
+    if isinstance(element, Piecewise):
         gains = {gain: tensor_of(weights, gain, element.spec) for gain in element.gains_of(name)}
         return element.apply_to(name, tensor, gains)
     if tensor.dtype.itemsize == 1 and tensor.is_floating_point():  # eight-bit floats cannot be indexed everywhere

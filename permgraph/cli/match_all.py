@@ -38,6 +38,11 @@ def match_all(
                 permutations[number], report = run.match(staging, number, reference)
                 reports.append({"checkpoint": str(run.checkpoints[number].path), **report})
         return _from_first(permutations), {"method": method.value, "alignments": reports}
+    if run.spec.general is not None and isinstance(run.matcher, StreamedWeightMatching):
+        raise MismatchError(
+            "streamed, models are matched to each other over permutations alone: leave out --symmetry general, or say "
+            "--method reference, or --no-stream if there is enough memory"
+        )
     files = [f".permutation-{number}.safetensors" for number in range(len(run.weights))]
     if not all(name in staging.finished for name in (*files, ".report.json")):
         found, report = _jointly(run, staging, method)

@@ -17,6 +17,7 @@ from permgraph.conventions.renamed import former_names
 from permgraph.errors import MismatchError
 from permgraph.io import Checkpoint
 from permgraph.matching import Matcher, StreamedWeightMatching, WeightMatching
+from permgraph.matching.general.cost import in_memory_bytes
 
 M = TypeVar("M")
 
@@ -26,7 +27,14 @@ OPTIONAL = ("max_batches", "memory")
 MATCHERS: dict[MatcherName, Callable[..., Matcher]] = {name: matching.MATCHERS[name.value] for name in MatcherName}
 
 
-def matcher_of(asked: Matching, checkpoint: Checkpoint, loader: Iterable[Any] | None, class_dim: int = 1) -> Matcher:
+def matcher_of(
+    asked: Matching,
+    checkpoint: Checkpoint,
+    loader: Iterable[Any] | None,
+    class_dim: int = 1,
+    *,
+    general: bool = False,
+) -> Matcher:
     """The matcher that the options ask for; weight matching is streamed where memory is short, unless they say.
 
     Args:
@@ -34,6 +42,7 @@ def matcher_of(asked: Matching, checkpoint: Checkpoint, loader: Iterable[Any] | 
         checkpoint: one of those to match.
         loader: the batches of ``--data``, if that was given.
         class_dim: the dimension of the networks' logits that holds the classes.
+        general: whether general symmetries are asked for, which take more memory.
 
     Raises:
         MismatchError: the options do not go together, or a setting is not one of the matcher's.
@@ -51,7 +60,7 @@ def matcher_of(asked: Matching, checkpoint: Checkpoint, loader: Iterable[Any] | 
     if name is MatcherName.weight:
         streamed = asked.stream
         if streamed is None:
-            streamed = _memory_is_short(checkpoint) and not {"objective", "restarts"} & {*weight, *settings}
+            streamed = _memory_is_short(checkpoint, general) and not {"objective", "restarts"} & {*weight, *settings}
         if streamed:
             if {"objective", "restarts"} & weight.keys():
                 raise MismatchError("--stream matches once, by inner products: leave out --objective and --restarts")
@@ -162,9 +171,12 @@ def _alike(old: Any, new: Any) -> bool:
     return isinstance(new, type(old))
 
 
-def _memory_is_short(checkpoint: Checkpoint) -> bool:
+def _memory_is_short(checkpoint: Checkpoint, general: bool) -> bool:
+    elements = sum(math.prod(form.shape) for form in checkpoint.formats.values())
+    if general:
+        return in_memory_bytes(elements) + 2 * checkpoint.nbytes > 0.5 * machine_memory()
     # Two models in float32, the renumbered copy of one, and Gram matrices: up to four times the weights.
-    return 16 * sum(math.prod(form.shape) for form in checkpoint.formats.values()) > 0.5 * machine_memory()
+    return 16 * elements > 0.5 * machine_memory()
 
 
 def machine_memory() -> float:

@@ -117,14 +117,11 @@ class MatchingRun:
                     screen.note(f"{file.path}: {names} not carried over: tensors in there would no longer fit")
         folder = opened[0].folder if opened[0].folder and (opened[0].folder / "config.json").is_file() else None
         loader = load_data(data, folder, split=split) if data.data is not None else None
-        matcher = matcher_of(asked, opened[0], loader, class_dim_of(data))
+        matcher = matcher_of(asked, opened[0], loader, class_dim_of(data), general=subject.symmetry == "general")
         model = subject.model or ("" if subject.spec_file or folder is None else f"hf:{folder}")
         spec = _spec(model, subject, opened[0], screen)
-        if spec.general is not None and isinstance(matcher, StreamedWeightMatching):
-            raise MismatchError(
-                "tensors are streamed here, and general symmetries are matched in memory: say --no-stream if there is "
-                "enough of it, or leave out --symmetry general"
-            )
+        if spec.general is not None and others is not None:
+            raise MismatchError("several processes match over permutations alone: leave out --symmetry general")
         with screen.stage("comparing structures"):
             require_one_structure([each.folder for each in opened], model, spec, subject.inputs, screen)
         if runs_networks(matcher) and not model:
@@ -342,13 +339,13 @@ def resumed(
     """The matcher, beginning after the last sweep that an earlier run has kept, and keeping its own."""
     prefix = f"{prefix}sweep-"
 
-    def keep(sweep: int, permutation: Permutation) -> None:
-        save(staging, f"{prefix}{sweep}.safetensors", permutation)
+    def keep(sweep: int, element: AnyElement) -> None:
+        save(staging, f"{prefix}{sweep}.safetensors", element)
 
     done = max((int(n.removeprefix(prefix).split(".")[0]) for n in staging.finished if n.startswith(prefix)), default=0)
     if not done:
         return dataclasses.replace(matcher, keep=keep)
-    reached = Permutation.load(staging.path(f"{prefix}{done}.safetensors"), spec)
+    reached = load_element(staging.path(f"{prefix}{done}.safetensors"), spec)
     return dataclasses.replace(matcher, init=reached, done=done, keep=keep)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from permgraph.cli.checkpoints import moved_by, require_finite, tensor_of, whole_state
+from permgraph.cli.checkpoints import in_parts, moved_by, require_finite, tensor_of, whole_state
 from permgraph.cli.matching_run import MatchingRun
 from permgraph.cli.models import build
 from permgraph.connectivity import recalibrate_batchnorm
@@ -42,7 +42,8 @@ class RenumberedMean:
 
     def __init__(self, run: MatchingRun, permutations: Sequence[AnyElement | None], shares: Sequence[float]) -> None:
         self.run, self.shares = run, shares
-        self.members = tuple(zip(run.checkpoints, run.weights, permutations, strict=True))
+        elements = [None if each is None else in_parts(each) for each in permutations]
+        self.members = tuple(zip(run.checkpoints, run.weights, elements, strict=True))
         self.names = {key: name for name, key in run.weights[0].keys_of.items()}
         self.differing: set[str] = set()
         self.measured: dict[str, torch.Tensor] | None = None

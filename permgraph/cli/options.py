@@ -125,6 +125,11 @@ class Split(str, enum.Enum):
     test = "test"
 
 
+Symmetry = Annotated[
+    Literal["permutation", "general"],
+    typer.Option("--symmetry", help="Permutations alone, or also scales, signs, rotations, any matrices."),
+]
+
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help=f"{FORMS}. Or a saved spec.", autocompletion=complete_model)
 ]

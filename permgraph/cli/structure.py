@@ -5,23 +5,17 @@ from __future__ import annotations
 import dataclasses
 import textwrap
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from permgraph.cli.options import FORMS, Inputs, Model, Shown, complete_model
+from permgraph.cli.options import FORMS, Inputs, Model, Shown, Symmetry, complete_model
 from permgraph.cli.report import PAGE, PAGES, check_file
 from permgraph.cli.screen import SAYS_NO, Screen, table
 
 if TYPE_CHECKING:
     from permgraph.spec.spec import PermutationSpec
     from permgraph.verification import Verification
-
-
-Symmetry = Annotated[
-    Literal["permutation", "general"],
-    typer.Option("--symmetry", help="Permutations alone, or also scales, signs, rotations, any matrices."),
-]
 
 
 def spec(

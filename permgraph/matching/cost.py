@@ -21,6 +21,7 @@ import torch
 from permgraph.assignment.solve import ROUGH, WIDE, assign
 from permgraph.errors import MismatchError, PermgraphError
 from permgraph.matching import tuned
+from permgraph.matching.general.polar import polar
 from permgraph.matching.problem.moves import Move, Plan
 from permgraph.spec.spec import PermutationSpec
 
@@ -36,6 +37,8 @@ class Rates:
         assignment: seconds of one assignment of n rows, as (c, k) for c n^k.
         read: bytes per second from where checkpoints lie.
         network: bytes per second between two workers.
+        factor: seconds of one polar factor of n rows in float64, as (c, k) for c n^k.
+        copy: bytes per second that are copied in memory.
         blunt: seconds of one assignment whose costs are sums of few products, for some sizes in ascending order; none
             if that takes as long as any. It takes about ten times as long, since very many assignments are nearly as
             good as the best.
@@ -46,6 +49,13 @@ class Rates:
     read: float = 1e9
     network: float = 1e9
     blunt: tuple[tuple[int, float], ...] = ()
+    factor: tuple[float, float] = (0.0, 3.0)
+    copy: float = math.inf
+
+    def factoring(self, size: int) -> float:
+        """Seconds for one polar factor of this size."""
+        c, k = self.factor
+        return float(c * size**k)
 
     def assigning(self, size: int, *, blunt: bool = False) -> float:
         """Seconds for one assignment problem of this size."""
@@ -207,7 +217,8 @@ def estimate(spec: PermutationSpec) -> Estimate:
     """Count what one pass of weight matching over a spec computes, reads and holds.
 
     Args:
-        spec: of any model, also one that was built on the meta device.
+        spec: of any model, also one that was built on the meta device. Of general symmetries, the cost of matching
+            over all of them.
 
     Raises:
         MismatchError: it is something else than a spec.
@@ -219,6 +230,10 @@ def estimate(spec: PermutationSpec) -> Estimate:
     """
     if not isinstance(spec, PermutationSpec):
         raise MismatchError(f"estimate() takes a spec, such as auto_spec(model), not a {type(spec).__name__}")
+    if spec.general is not None:
+        from permgraph.matching.general.cost import estimate_general
+
+        return estimate_general(spec)
     plan = Plan(spec, [name for name in spec.axes if name not in spec.aliases])
     elements = {name: math.prod(shape) for name, shape in spec.shapes.items()}
     costs: dict[str, MoveCost] = {}
@@ -227,7 +242,7 @@ def estimate(spec: PermutationSpec) -> Estimate:
         if move.name in costs:  # a second step of the same root, for groups that one nested assignment cannot take
             cost = _together(costs[move.name], cost)
         costs[move.name] = cost
-    return Estimate(tuple(costs.values()), sum(elements.values()), _rounds(spec, list(costs)))
+    return Estimate(tuple(costs.values()), sum(elements.values()), rounds_of(spec, list(costs)))
 
 
 def calibrate(seconds: float = 2.0) -> Rates:
@@ -254,9 +269,29 @@ def calibrate(seconds: float = 2.0) -> Rates:
     for size in (128, small, large):
         solve = functools.partial(assign, _costs(size, tuned.FEW_PRODUCTS), maximise=True)
         blunt.append((size, _repeat(solve, seconds / 12, time.thread_time)))
-    power = min(3.0, max(2.0, math.log(times[large] / times[small]) / math.log(large / small)))
     rate = 2 * side**3 / product
-    return Rates(flops=rate, assignment=(times[large] / large**power, power), blunt=tuple(blunt))
+    copied = torch.ones(1 << 21, dtype=torch.float64)
+    copying = _repeat(copied.clone, seconds / 16)
+    few, many = 128, 512
+    random = torch.Generator().manual_seed(0)
+    found = {}
+    for size in (few, many):
+        gram = torch.randn(size, size, generator=random, dtype=torch.float64)
+        found[size] = _repeat(functools.partial(polar, gram), seconds / 16)
+    return Rates(
+        flops=rate,
+        assignment=_power_law(times, 2.0),
+        blunt=tuple(blunt),
+        factor=_power_law(found, 2.5),
+        copy=copied.nbytes / copying,
+    )
+
+
+def _power_law(times: dict[int, float], least: float) -> tuple[float, float]:
+    """(c, k) for c n^k, with k from `least` to 3, from the seconds for two sizes."""
+    small, large = sorted(times)
+    power = min(3.0, max(least, math.log(times[large] / times[small]) / math.log(large / small)))
+    return times[large] / large**power, power
 
 
 def _costs(size: int, products: int | None = None) -> np.ndarray:
@@ -312,7 +347,7 @@ def _together(one: MoveCost, other: MoveCost) -> MoveCost:
     )
 
 
-def _rounds(spec: PermutationSpec, roots: list[str]) -> tuple[tuple[str, ...], ...]:
+def rounds_of(spec: PermutationSpec, roots: list[str]) -> tuple[tuple[str, ...], ...]:
     """Steps that may run side by side: colours of the graph whose edges join groups that meet in some parameter."""
     import networkx as nx  # as in `PermutationSpec.coupling`
 

@@ -15,7 +15,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ from permgraph.matching.problem.renumber import Arrays, act
 from permgraph.matching.workers import Share, Workers
 from permgraph.spec.permutation import Permutation
 from permgraph.spec.spec import PermutationSpec
+from permgraph.spec.transformation import Transformation
 from permgraph.weights.state_dict import STATISTICS, StateDict, require_finite
 
 
@@ -47,13 +48,23 @@ class StreamedWeightMatching(Matcher):
     float32, the Gram matrices of one group, and the cache; with nested groups, one parameter in float32 as well. A run
     depends on the seed alone, not on the size of the cache.
 
+    Of a spec with general symmetries the whole group is matched: each step takes the gains out of what it reads,
+    balances it, and lets the element that stands act on it. In memory are beside the tensors at work the element, in
+    float64, with a matrix of n² numbers for a stream of n (two models' balance, and while the result is put together
+    eight times as much), and a step's Gram matrices, in one piece; where groups are chosen pair by pair, as queries of
+    grouped heads are, all parameters of that step. One ascent is made, where `WeightMatching` keeps the best of
+    several; where scales or invertible maps meet in one weight, as in networks of ReLU alone, they are balanced more
+    coarsely. Notes say so. Else a run ends where one of `WeightMatching` from the same start does, but for rounding.
+
     Args:
         max_sweeps: stop after so many passes over the groups.
-        init: "barycentre" or "identity" as in `WeightMatching`, or the `Permutation` that a run which was stopped had
-            reached.
+        init: "barycentre" or "identity" as in `WeightMatching`, or a `Permutation`, or of general symmetries a
+            `Transformation`: where to begin, or what `keep` was given by a run which was stopped.
         done: how many sweeps that run had made: the orders of the coming ones follow from it, so that a run that goes
             on ends where an unbroken one would.
-        keep: called after each sweep with its number and the permutation, to keep for such a case.
+        keep: called after each sweep with its number and the permutation, to keep for such a case. Of general
+            symmetries, after each but the last, with a `Transformation` between the models as they are compared,
+            without gains and balanced: `init` of a run with `done`, and not to be applied to state dicts.
         watch: called before each piece of work with how many pieces of the present pass are done, how many there are,
             and what comes next, in words.
         ignore: patterns of names that are permuted, but are no evidence.
@@ -63,8 +74,9 @@ class StreamedWeightMatching(Matcher):
         cache: bytes of tensors to keep in case the next steps need them again, shared equally among the workers, each
             of which needs its own share of the tensors only.
         device: where products are taken; None leaves them where the tensors are.
-        workers: the processes that match together, each of which reads its share of the parameters and gives the same
-            result. Where groups are chosen pair by pair, each values its share of the pairs, from all parameters.
+        workers: over permutations alone, the processes that match together, each of which reads its share of the
+            parameters and gives the same result. Where groups are chosen pair by pair, each values its share of the
+            pairs, from all parameters.
 
     Example:
         >>> spec = PermutationSpec.parse('''
@@ -81,10 +93,12 @@ class StreamedWeightMatching(Matcher):
         Ainsworth, Hayase & Srinivasa 2022, section 3.2.
     """
 
+    general: ClassVar[bool] = True
+
     max_sweeps: int = 100
-    init: Permutation | Literal["identity", "barycentre"] = "barycentre"
+    init: Permutation | Transformation | Literal["identity", "barycentre"] = "barycentre"
     done: int = 0
-    keep: Callable[[int, Permutation], object] | None = field(default=None, compare=False)
+    keep: Callable[[int, Any], object] | None = field(default=None, compare=False)
     watch: Callable[[int, int, str], object] | None = field(default=None, compare=False)
     ignore: Sequence[str] = STATISTICS
     solver: Solver = "auto"
@@ -116,6 +130,10 @@ class StreamedWeightMatching(Matcher):
         """
         started = time.perf_counter()
         self.require_fit(spec)
+        if spec.general is not None:
+            from permgraph.matching.general.streamed import match_streamed
+
+            return match_streamed(self, a, b, spec, seed, progress)
         models = _Models(self, a, b, spec)
         climb = StreamedClimb(self, models, seed, started)
         climb.climb(progress)
@@ -140,7 +158,7 @@ class StreamedWeightMatching(Matcher):
         )
 
 
-class _Store:
+class Store:
     """The compared tensors of both models in their own precision, with the last ones kept within a number of bytes."""
 
     def __init__(self, a: StateDict, b: StateDict, spec: PermutationSpec, cache: int) -> None:
@@ -164,7 +182,7 @@ class _Store:
         self.read += tensor.nbytes
         if self.read >= tuned.RETURNED:
             self.read = 0
-            _return_free_memory()
+            return_free_memory()
         self.spec.check_entry(name, tensor)
         tensor = comparable(tensor, name, side)
         if tensor.dtype.itemsize == 1:  # exact, and eight-bit floats can hardly be computed with
@@ -177,7 +195,7 @@ class _Store:
         return tensor
 
 
-def _return_free_memory() -> None:
+def return_free_memory() -> None:
     """Have malloc give the system what is free.
 
     glibc keeps the room of tensors that are gone wherever something lies behind it, and hardly finds it again for
@@ -223,7 +241,7 @@ class _Models:
     def __init__(self, settings: StreamedWeightMatching, a: StateDict, b: StateDict, spec: PermutationSpec) -> None:
         self.settings, self.given, self.spec, self.workers = settings, spec, spec, settings.workers
         self.frozen, self.limits = limits_of(spec, settings.frozen, settings.max_moves, settings.init)
-        self.store = _Store(a, b, spec, settings.cache // (self.workers.size if self.workers else 1))
+        self.store = Store(a, b, spec, settings.cache // (self.workers.size if self.workers else 1))
         self.compared = compared_names(spec, settings.ignore)
         self.names = sorted(self.compared, key=lambda name: math.prod(spec.shapes[name]))
         sizes = {name: math.prod(spec.shapes[name]) for name in self.names}

@@ -96,6 +96,7 @@ def folder(tmp_path: Path) -> Path:
     """Three sharded checkpoints, a, b and c, of the spec in net.json."""
     spec = spec_of(NET)
     spec.save(tmp_path / "net.json")
+    spec_of(NET, symmetry="general").save(tmp_path / "general.json")
     generator = torch.Generator().manual_seed(0)
     for model in MODELS:
         (tmp_path / model).mkdir()
@@ -110,10 +111,18 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "command",
-    ["align a b", "align a b --stream", "merge a b c", "merge a b c --stream", "merge a b c --method reference"],
+    [
+        "align a b",
+        "align a b --stream",
+        "align a b --stream --symmetry general",
+        "merge a b c",
+        "merge a b c --stream",
+        "merge a b c --method reference",
+    ],
 )
 def test_killed_at_any_moment(folder: Path, runner: Runner, command: str, kills: int) -> None:
-    args = [*command.split(), "--spec", "net.json", "--json", "-o"]
+    spec = "general.json" if "general" in command else "net.json"
+    args = [*command.split(), "--spec", spec, "--json", "-o"]
     assert runner.run(folder, [*args, "warm"])[0] == 0
     status, seconds = runner.run(folder, [*args, "expected"])
     assert status == 0

@@ -294,6 +294,67 @@ def test_begins_where_it_is_told_to() -> None:
     assert first.objective == max(first.details.values())
 
 
+class Linears(nn.Module):
+    """Linear layers of which some are wider than what comes in or goes out: their maps have dead directions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = nn.Linear(6, 8), nn.Linear(8, 7), nn.Linear(7, 9), nn.Linear(9, 4)
+        self.e, self.f, self.g = nn.Linear(4, 9, bias=False), nn.Linear(9, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.g(torch.tanh(self.f(self.e(torch.tanh(self.d(self.c(self.b(self.a(x)))))))))
+
+
+@pytest.mark.parametrize("kind", ["linear layers", "dead in A", "dead in B", "dead in both"])
+def test_what_is_dead_stays_of_its_size(kind: str) -> None:
+    """Neither a unit that nobody reads nor a direction that is never taken has a balance of its own."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        if kind == "linear layers":
+            a, b = (Linears().double() for _ in range(2))
+            x = torch.randn(5, 6, dtype=torch.float64)
+        else:
+            a, b = (
+                nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4)).double()
+                for _ in range(2)
+            )
+            x = torch.randn(5, 5, dtype=torch.float64)
+            with torch.no_grad():
+                for name, model in (("A", a), ("B", b)):
+                    if kind[5:] in (f"in {name}", "in both"):
+                        model[2].weight[:, 3] = 0
+    spec = pg.auto_spec(a, (x,), symmetry="general")
+    for matcher in (pg.WeightMatching(), pg.StreamedWeightMatching()):
+        fit = align(a, b, matcher, spec=spec)
+        assert max(float(weight.abs().max()) for weight in fit.state_dict.values()) < 1e5
+        assert torch.allclose(_outputs(b, fit.state_dict, x), _outputs(b, b.state_dict(), x), atol=1e-10)
+        assert fit.objective > fit.objective_before
+
+
+@pytest.mark.parametrize("width", [7, 700])
+def test_single_precision_gives_exact_rotations(width: int) -> None:
+    """Models of many weights are compared in float32, whose rotations are off by more than the width's rounding."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        a, b = (models.LowRank() for _ in range(2))
+        one, other = (nn.Sequential(nn.Embedding(40, width), nn.RMSNorm(width), nn.Linear(width, 5)) for _ in range(2))
+    tokens = torch.arange(12).reshape(2, 6)
+    for first, second, x in ((a, b, models.sequences(5)), (one, other, tokens)):
+        spec = pg.auto_spec(first, (x,), symmetry="general")
+        exact = align(first, second, spec=spec)
+        fit = align(first, second, pg.WeightMatching(dtype=torch.float32), spec=spec)
+        assert fit.transformation is not None
+        assert fit.objective == pytest.approx(exact.objective, rel=1e-5)
+        for name, matrices in fit.transformation.matrices.items():
+            if spec.groups[name].structure.linear == "O":
+                assert np.abs(matrices @ matrices.swapaxes(-1, -2) - np.eye(width)).max() < 1e-12
+        state = {n: t.double() for n, t in second.state_dict().items()}
+        copy = second.double()
+        x = x.double() if x.is_floating_point() else x
+        assert torch.allclose(_outputs(copy, fit.transformation.apply(state), x), _outputs(copy, state, x), atol=1e-9)
+
+
 def test_other_objectives() -> None:
     a, b, spec = _pair()
     inner = align(a, b, spec=spec)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from permgraph.matching.general.polar import exactly_orthogonal
 from permgraph.spec.blocks import Block, Leaf, blocks_of
 from permgraph.spec.expressions import Fixed
 from permgraph.spec.general import Action
@@ -47,15 +48,25 @@ class Element:
         """The groups that are not known to be at rest."""
         return {name for kind in (self.arrays, self.matrices, self.scales, self.signs) for name in kind}
 
+    def to(self, dtype: torch.dtype) -> Element:
+        """The same with matrices and factors of another type."""
+        kinds = (self.matrices, self.scales, self.signs)
+        return Element(self.arrays, *({name: tensor.to(dtype) for name, tensor in kind.items()} for kind in kinds))
+
     def transformation(self, spec: PermutationSpec) -> Transformation:
-        """The same as a `Transformation`."""
+        """The same as a `Transformation`, in float64; rotations in another precision as the nearest that are exact."""
         permutations = spec.permutations()
+        matrices = {}
+        for name, matrix in self.matrices.items():
+            linear, matrix = spec.groups[name].structure.linear, matrix.detach().cpu()
+            rounded = linear in ("O", "O1") and matrix.dtype != torch.float64
+            matrices[name] = exactly_orthogonal(linear, matrix) if rounded else matrix.double()
         return Transformation(
             spec,
             Permutation(permutations, {name: array.cpu().numpy() for name, array in self.arrays.items()}),
             *(
                 {name: tensor.detach().cpu().double().numpy() for name, tensor in kind.items()}
-                for kind in (self.matrices, self.scales, self.signs)
+                for kind in (matrices, self.scales, self.signs)
             ),
         )
 

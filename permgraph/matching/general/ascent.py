@@ -61,41 +61,60 @@ class Climb:
         self.acting, self.a, self.plan, self.solver, self.started = acting, a, plan, solver, started
         self.moves = plan.moves
         self.element = start
-        inverses = {group: torch.linalg.inv(matrix).mT for group, matrix in start.matrices.items()}
-        self.b = {name: acting.act(name, tensor, start, inverses) for name, tensor in b.items()}
-        self.worth = {name: dot(a[name], tensor) for name, tensor in self.b.items()}
         self.unknown = set(unknown)
         self.history: list[Sweep] = []
         self.outcome: Outcome = "converged"
+        self._begin(b)
+
+    def _begin(self, b: Mapping[str, Tensor]) -> None:
+        """Bring B to where the ascent starts."""
+        inverses = {group: torch.linalg.inv(matrix).mT for group, matrix in self.element.matrices.items()}
+        self.b = {name: self.acting.act(name, tensor, self.element, inverses) for name, tensor in b.items()}
+        self.worth = {name: dot(self.a[name], tensor) for name, tensor in self.b.items()}
 
     @property
     def objective(self) -> float:
         """The sum of inner products with A, where B stands."""
         return sum(self.worth.values())
 
-    def climb(self, max_sweeps: int, progress: Progress | None = None, tolerance: float = TOLERANCE) -> None:
-        """Sweep over the moves until a whole sweep adds nothing, or go on; Ctrl-C ends it where it stands."""
+    def climb(
+        self, max_sweeps: int, progress: Progress | None = None, tolerance: float = TOLERANCE, done: int = 0
+    ) -> None:
+        """Sweep over the moves until a whole sweep adds nothing, or go on so; Ctrl-C ends it where it stands.
+
+        Args:
+            max_sweeps: how many there may be, those `done` by an earlier run included.
+            progress: called after each.
+            tolerance: what counts as nothing, relative to the objective.
+            done: how many an earlier run has made to reach the start.
+        """
         try:
             self.outcome = "converged"
-            for number in range(len(self.history) + 1, max_sweeps + 1):
+            for number in range(done + len(self.history) + 1, max_sweeps + 1):
                 before, first = self.objective, bool(self.unknown)
                 moved: dict[str, int] = {}
                 gains: dict[str, float] = {}
                 for move in self.moves:
-                    at = self.objective
+                    at = 0.0 if first else self.objective
                     if self.step(move):
                         moved[move.name] = self.acting.spec.groups[move.name].size
-                        gains[move.name] = self.objective - at
+                        if not first:
+                            gains[move.name] = self.objective - at
                 self.unknown.clear()
-                sweep = Sweep(number, self.objective, moved, {} if first else gains, time.perf_counter() - self.started)
+                sweep = Sweep(number, self.objective, moved, gains, time.perf_counter() - self.started)
                 self.history.append(sweep)
+                last = not first and self.objective - before <= tolerance * abs(self.objective)
+                self._end_sweep(sweep, last)
                 if progress is not None:
                     progress(sweep)
-                if not first and self.objective - before <= tolerance * abs(self.objective):
+                if last:
                     return
             self.outcome = "sweep limit"
         except KeyboardInterrupt:
             self.outcome = "interrupted"
+
+    def _end_sweep(self, sweep: Sweep, last: bool) -> None:
+        """Called after each sweep, of which the last has added nothing."""
 
     # --- one step -----------------------------------------------------------------------------------------------------
 
@@ -148,7 +167,7 @@ class Climb:
         rows = []
         for i in range(size):
             alike = Element({root: torch.full((*sizes, size), i, dtype=torch.long, device=self.a[names[0]].device)})
-            a = {**self.a, **{name: self.acting.act(name, self.a[name], alike) for name in names}}
+            a = {name: self.acting.act(name, self.a[name], alike) for name in names}
             b = {name: self.b[name] for name in names}
             each = Climb(self.acting, a, b, self.plan, Element(), unknown=self.unknown, solver=self.solver)
             each._settle(inner)
@@ -190,8 +209,14 @@ class Climb:
 
         The pairs are those of the groups of the move above it, from the root's to its own.
         """
-        structure = self.acting.structure(node.group)
-        number = structure.signs + structure.flips
+        sums = self._own_grams(node)
+        for inner in node.inner:
+            value = best_value(self.acting.structure(inner.group), self._grams(inner), self.solver)
+            self._add_inner(sums, value, node, inner)
+        return self._whole_grams(sums, node)
+
+    def _own_grams(self, node: Node) -> dict[tuple[int, ...], Tensor]:
+        """Of the Gram matrices of a node what comes from where it stands itself."""
         sums: dict[tuple[int, ...], Tensor] = {}
         for place in node.places:
             if self._is_evidence(place):
@@ -199,21 +224,24 @@ class Climb:
                 view = place.block.view(self.b[place.block.parameter])
                 gram = place.gram(place.block.view(self.a[place.block.parameter]), view, self.unknown)
                 sums[key] = sums[key] + gram if key in sums else gram
-        for inner in node.inner:
-            grams = self._grams(inner)
-            if grams:
-                value = best_value(self.acting.structure(inner.group), grams, self.solver)
-                lost = [at for at, name in enumerate(inner.batch) if name not in node.batch]
-                value = value.sum(lost) if lost else value
-                sums[()] = sums[()] + value if () in sums else value
+        return sums
+
+    def _add_inner(self, sums: dict[tuple[int, ...], Tensor], value: Tensor, node: Node, inner: Node) -> None:
+        """Add to a node's Gram matrices what a node inside it is worth for each pair of its indices."""
+        lost = [at for at, name in enumerate(inner.batch) if name not in node.batch]
+        value = value.sum(lost) if lost else value
+        sums[()] = sums[()] + value if () in sums else value
+
+    def _whole_grams(self, sums: dict[tuple[int, ...], Tensor], node: Node) -> dict[tuple[int, ...], Tensor]:
+        """A node's Gram matrices as its structure counts them; those of staying where nothing speaks for any place."""
+        structure = self.acting.structure(node.group)
         if not sums:
             sizes = [self.acting.spec.groups[name].size for name in node.batch]
             pairs = [self.acting.spec.groups[name].size for name in node.chain for _ in range(2)]
             some = next(iter(self.a.values()))
             sums[()] = some.new_zeros(*sizes, *pairs)
-            # Nothing speaks for any place: stay.
             sums[()].diagonal(dim1=-2, dim2=-1).fill_(1.0)
-        return sums if number else {(): whole(sums)}
+        return sums if structure.signs + structure.flips else {(): whole(sums)}
 
     def _is_evidence(self, place: Place) -> bool:
         """Whether what is seen here hangs on no group yet unplaced whose elements have a mean of zero."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from permgraph.matching.general.acting import Acting, Element, Place
-from permgraph.matching.general.polar import polar
+from permgraph.matching.general.polar import exactly_orthogonal
 from permgraph.structures import Structure
 from permgraph.structures.pairs import pairs_of
 
@@ -176,20 +176,6 @@ class Coordinates:
             {name: scale.double() for name, scale in self.element.scales.items()},
             {name: sign.double().sign() for name, sign in self.element.signs.items()},
         )
-
-
-def exactly_orthogonal(linear: str, matrix: Tensor) -> Tensor:
-    """The rotations nearest to matrices (..., n, n), in float64; those of O1 with Q·1 = ±1."""
-    near = matrix.double()
-    if linear == "O1":
-        n = near.shape[-1]
-        along = near.sum((-2, -1), keepdim=True)
-        ones = torch.where(along < 0, -1.0, 1.0).to(near.dtype) / n
-        inside = near - near.mean(-1, keepdim=True)
-        inside = inside - inside.mean(-2, keepdim=True)
-        # On the complement of ones the matrix as it is, along them one: both singular values are then of one size.
-        near = inside + ones
-    return polar(near)
 
 
 def _exactly(linear: str, matrix: Tensor) -> Tensor:

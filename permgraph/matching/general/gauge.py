@@ -10,6 +10,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterable, Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -89,10 +90,25 @@ class Written:
 
     def transformation(self, element: Transformation, other: Written) -> Transformation:
         """What brings another model's state dict to this one's: into its gauge, the element, and out of this gauge."""
-        into, out = other.into.transformation(self.spec), self.into.transformation(self.spec).inverse()
-        found = out @ element @ into
-        gains = {name: own / other.gains[name] for name, own in self.gains.items()}
-        return Transformation(self.spec, found.permutation, found.matrices, found.scales, found.signs, gains)
+        return between((other.into, other.gains), element, (self.into, self.gains))
+
+
+def between(
+    start: tuple[Element, Mapping[str, np.ndarray]],
+    element: Transformation,
+    end: tuple[Element, Mapping[str, np.ndarray]],
+) -> Transformation:
+    """What brings one model's state dict to another's, in whose gauge they were compared.
+
+    Args:
+        start: what balances the one, and its gains.
+        element: what was found between the two as they are then.
+        end: what balances the other, and its gains.
+    """
+    spec = element.spec
+    found = end[0].transformation(spec).inverse() @ element @ start[0].transformation(spec)
+    gains = {name: own / start[1][name] for name, own in end[1].items()}
+    return Transformation(spec, found.permutation, found.matrices, found.scales, found.signs, gains)
 
 
 class Gauge:

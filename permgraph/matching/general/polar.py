@@ -23,3 +23,17 @@ def nuclear_norm(gram: Tensor) -> Tensor:
     """The sums of singular values of matrices (..., n, n): what their polar factors are worth."""
     norm: Tensor = torch.linalg.svdvals(gram).sum(-1)
     return norm
+
+
+def exactly_orthogonal(linear: str, matrix: Tensor) -> Tensor:
+    """The rotations nearest to matrices (..., n, n), in float64; those of O1 with Q·1 = ±1."""
+    near = matrix.double()
+    if linear == "O1":
+        n = near.shape[-1]
+        along = near.sum((-2, -1), keepdim=True)
+        ones = torch.where(along < 0, -1.0, 1.0).to(near.dtype) / n
+        inside = near - near.mean(-1, keepdim=True)
+        inside = inside - inside.mean(-2, keepdim=True)
+        # On the complement of ones the matrix as it is, along them one: both singular values are then of one size.
+        near = inside + ones
+    return polar(near)

@@ -24,11 +24,15 @@ from permgraph.spec.transformation import Transformation
 from permgraph.weights.state_dict import StateDict
 
 if TYPE_CHECKING:
+    from permgraph.matching.streamed import StreamedWeightMatching
     from permgraph.matching.weight_matching import WeightMatching
 
 
-ELEMENTS = 2**24
-"""Of larger networks, one start is made where nothing else is asked for: more of them find little more."""
+STARTS = 3
+"""Where runs begin without data: with nothing known, at the identity, at the best permutation."""
+
+ONE_START_ABOVE = 2**24
+"""Of networks with more elements, the first start alone is made where nothing else is asked for."""
 
 
 def match_general(
@@ -114,8 +118,14 @@ def best_climb(
 
 def _how_many(settings: WeightMatching, gauge: Gauge) -> int | None:
     """How many starts to make; None for all of them."""
-    few = settings.loader is None and sum(map(Tensor.numel, gauge.a.values())) > ELEMENTS
-    return 1 if settings.restarts is None and few else settings.restarts
+    if settings.restarts is not None or settings.loader is not None:
+        return settings.restarts
+    return starts_of(sum(map(Tensor.numel, gauge.a.values())))
+
+
+def starts_of(elements: int) -> int:
+    """How many starts are made, without data, for networks of which so many weights are compared."""
+    return STARTS if elements <= ONE_START_ABOVE else 1
 
 
 def _starts(
@@ -171,7 +181,7 @@ def as_transformation(permutation: Permutation, spec: PermutationSpec) -> Transf
     return Transformation(spec, Permutation(spec.permutations(), arrays), matrices, {}, {})
 
 
-def frozen_groups(spec: PermutationSpec, settings: WeightMatching) -> set[str]:
+def frozen_groups(spec: PermutationSpec, settings: WeightMatching | StreamedWeightMatching) -> set[str]:
     """The groups that a matcher's settings freeze.
 
     Raises:
