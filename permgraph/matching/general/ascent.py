@@ -7,6 +7,7 @@ make of them: nuclear norms for rotations, phases for rotary pairs, assignments 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Collection, Mapping, Sequence
 
@@ -64,6 +65,7 @@ class Climb:
         self.unknown = set(unknown)
         self.history: list[Sweep] = []
         self.outcome: Outcome = "converged"
+        self.added = math.inf  # by the last sweep
         self._begin(b)
 
     def _begin(self, b: Mapping[str, Tensor]) -> None:
@@ -103,7 +105,8 @@ class Climb:
                 self.unknown.clear()
                 sweep = Sweep(number, self.objective, moved, gains, time.perf_counter() - self.started)
                 self.history.append(sweep)
-                last = not first and self.objective - before <= tolerance * abs(self.objective)
+                self.added = math.inf if first else self.objective - before
+                last = self.added <= tolerance * abs(self.objective)
                 self._end_sweep(sweep, last)
                 if progress is not None:
                     progress(sweep)
@@ -112,6 +115,11 @@ class Climb:
             self.outcome = "sweep limit"
         except KeyboardInterrupt:
             self.outcome = "interrupted"
+
+    @property
+    def is_over(self) -> bool:
+        """Whether another sweep would add nothing."""
+        return self.added <= TOLERANCE * abs(self.objective)
 
     def _end_sweep(self, sweep: Sweep, last: bool) -> None:
         """Called after each sweep, of which the last has added nothing."""

@@ -108,7 +108,7 @@ def best_climb(
                 best, ahead = run, begun
             if run.outcome == "interrupted":
                 return best, reached, True
-        if best is not None:
+        if best is not None and not best.is_over:
             best.climb(max_sweeps, progress)
             reached[ahead] = best.objective
     except KeyboardInterrupt:
