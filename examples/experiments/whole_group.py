@@ -242,7 +242,10 @@ class Results:
     def __init__(self, path: Path) -> None:
         self.path = path
         lines = path.read_text().splitlines() if path.exists() else []
-        self.known = {tuple(key): Line(*values) for key, values in map(json.loads, lines)}
+        self.known = {
+            tuple(key): Line(loss, accuracy, seconds, tuple(losses))
+            for key, (loss, accuracy, seconds, losses) in map(json.loads, lines)
+        }
 
     def add(self, key: Sequence[object], found: Line) -> None:
         """Keep one more."""

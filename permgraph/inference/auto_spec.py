@@ -136,7 +136,9 @@ def spec_of_passes(
         spec = spec_of(captured, passes.limits, unread, symmetry)
     as_given = f"inferred from one pass, in evaluation mode, on {captured.inputs.describe()}"
     notes = passes.notes() if vary else (as_given,)
-    return replace(spec, notes=(*spec.notes, *notes), passes=tuple(map(_pass, passes.tried)))
+    # In training batches are counted, which no pass that was solved shows.
+    unused = tuple(name for name in spec.unused if all(name in one.unused for one in passes.in_training))
+    return replace(spec, unused=unused, notes=(*spec.notes, *notes), passes=tuple(map(_pass, passes.tried)))
 
 
 def _joined(passes: Sequence[Captured]) -> Captured:

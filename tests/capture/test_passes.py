@@ -267,6 +267,8 @@ def test_statistics_of_the_batch_matter_to_scales_alone() -> None:
     both = pg.auto_spec(model, (x,), symmetry="general")
     evaluation = pg.auto_spec(model, (x,), symmetry="general", vary=False)
     assert both.dimension() < evaluation.dimension()
+    assert evaluation.unused == ("1.num_batches_tracked", "3.num_batches_tracked")
+    assert both.unused == pg.auto_spec(model, (x,)).unused == (), "training counts batches"
 
 
 def test_a_view_that_cuts_a_weight_otherwise_at_another_size_is_a_difference() -> None:

@@ -309,12 +309,15 @@ class Linears(nn.Module):
 
 def test_as_many_starts_as_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """All three for small networks, one for large ones; the best goes on to its end, and the others only so far."""
-    a, b = Decoder().eval(), Decoder().eval()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        a, b = Decoder().eval(), Decoder().eval()
     spec = pg.auto_spec(a, (models.tokens(),), symmetry="general")
     three = align(a, b, spec=spec)
     assert list(three.details) == ["from nothing known", "from the identity", "from permutations"]
     assert three.objective == pytest.approx(max(three.details.values()))
-    assert three.objective >= align(a, b, pg.WeightMatching(restarts=1), spec=spec).objective * (1 - 1e-9)
+    longer = align(a, b, pg.WeightMatching(init="identity"), spec=spec).objective
+    assert 0.99 * longer < three.details["from the identity"] <= longer * (1 + 1e-9)
     assert list(align(a, b, pg.WeightMatching(restarts=2), spec=spec).details) == list(three.details)[:2]
     monkeypatch.setattr(weights, "ONE_START_ABOVE", 100)
     assert list(align(a, b, spec=spec).details) == ["from nothing known"]
