@@ -132,7 +132,7 @@ def run(
 def table(rows: Sequence[Row]) -> Table:
     """Return everything in one table."""
     result = Table(
-        title="Two networks of each architecture on digits, B aligned to A", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+        title="Two networks of each architecture on digits, B aligned to A", box=SIMPLE_HEAD, padding=0
     )
     result.caption_justify = "left"
     result.caption = (
