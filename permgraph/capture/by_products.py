@@ -6,19 +6,22 @@ symmetry of whoever never sets the flag, so a pass that differs from the first b
 
 from __future__ import annotations
 
+import operator
 from dataclasses import replace
 
 from torch import fx
 
 from permgraph.capture.captured import Captured
 from permgraph.capture.numbering import Numbering
+from permgraph.capture.schema import signature
 
 
 def without_by_products(again: Captured, first: Captured) -> tuple[Captured, int]:
     """A further pass with its results alone, and how many by-products were left out.
 
     A by-product is an output from which another output of the same pass is computed, or which the first pass computes
-    on the way to its own outputs. What the first pass returns is none.
+    on the way to its own outputs; or the values of such a one, put elsewhere, as a cache holds the last of them. What
+    the first pass returns is none.
     """
     nodes = {node.op: node for node in again.graph.nodes}
     end: fx.Node = nodes["output"]
@@ -28,11 +31,16 @@ def without_by_products(again: Captured, first: Captured) -> tuple[Captured, int
     returned = {there[node] for node in next(n for n in first.graph.nodes if n.op == "output").args[0]}
     on_the_way = set(there.values()) - returned
     above = _ancestors(outputs)
-    kept = [
-        at
-        for at, node in enumerate(outputs)
-        if here[node] in returned or not (node in above or here[node] in on_the_way)
-    ]
+    sources = {node: _sources(node) for node in outputs}
+    computed_from = _ancestors([source for each in sources.values() for source in each])
+
+    def by_product(node: fx.Node) -> bool:
+        if here[node] in returned:
+            return False
+        held = bool(sources[node]) and all(s in computed_from or here[s] in on_the_way for s in sources[node])
+        return node in above or here[node] in on_the_way or held
+
+    kept = [at for at, node in enumerate(outputs) if not by_product(node)]
     if len(kept) == len(outputs):
         return again, 0
     graph = fx.Graph()
@@ -44,6 +52,40 @@ def without_by_products(again: Captured, first: Captured) -> tuple[Captured, int
     left = {copies[node]: name for node, name in end.meta.get("left", {}).items()}
     made.meta.update(end.meta, val=[end.meta["val"][at] for at in kept], left=left)
     return replace(again, graph=graph), len(outputs) - len(kept)
+
+
+#: Operators that are no views and put values elsewhere, with nothing done to them.
+_COPIES = frozenset(
+    ["clone", "cat", "stack", "constant_pad_nd", "copy_", "_to_copy", "lift_fresh", "index_select", "roll"]
+)
+
+
+def _sources(node: fx.Node) -> set[fx.Node]:
+    """The computed nodes whose values a node holds as they are, here or there; itself, if it computes them."""
+    found: set[fx.Node] = set()
+    seen = {node}
+    waiting = [node]
+    while waiting:
+        one = waiting.pop()
+        name = getattr(one.target, "_opname", "")
+        if one.op != "call_function" or not one.all_input_nodes or name.startswith("new_") or name.endswith("_like"):
+            continue  # an input, or what reads no values
+        if not _moves_alone(one):
+            found.add(one)
+            continue
+        new = [source for source in one.all_input_nodes if source not in seen]
+        seen.update(new)
+        waiting.extend(new)
+    return found
+
+
+def _moves_alone(node: fx.Node) -> bool:
+    """Whether a node's operator does nothing to values but put them elsewhere."""
+    if node.target is operator.getitem:
+        return _moves_alone(node.all_input_nodes[0])
+    known = signature(node.target)
+    view = known is not None and any(argument.shares and not argument.writes for argument in known.arguments)
+    return view or getattr(node.target, "_opname", "") in _COPIES
 
 
 def _ancestors(nodes: list[fx.Node]) -> set[fx.Node]:

@@ -256,6 +256,50 @@ def test_an_input_without_values_stays_empty() -> None:
     assert len(spec.moving) == 1 and any(run.outcome == "alike" for run in spec.passes), spec.passes
 
 
+class Returns(nn.Module):
+    """With a flag, another result; which of them says how."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what = what
+        self.up, self.down, self.other = nn.Linear(5, 8), nn.Linear(8, 3), nn.Linear(8, 7)
+
+    def forward(self, x: Tensor, more: bool = False) -> Any:
+        h = torch.relu(self.up(x))
+        if not more:
+            return self.down(h)
+        u = self.other(h)
+        return {
+            "the last of what is computed on the way": lambda: (self.down(h), h[:, -1:]),
+            "a cache with room for more": lambda: (self.down(h), torch.cat([torch.zeros_like(h[:, :2]), h], 1).clone()),
+            "another head": lambda: (self.down(h), u),
+            "the last of another head": lambda: (self.down(h), u[:, -1:]),
+            "two parts of one result": lambda: (u[..., :2], u[..., 2:]),
+            "what is computed from it": lambda: (self.down(h), 2 * h[:, -1:]),
+        }[self.what]()
+
+
+@pytest.mark.parametrize(
+    ("what", "moving"),
+    [
+        ("the last of what is computed on the way", ["up"]),
+        ("a cache with room for more", ["up"]),
+        ("another head", ["up"]),
+        ("the last of another head", ["up"]),
+        ("two parts of one result", ["up"]),
+        ("what is computed from it", []),
+    ],
+)
+def test_what_a_flag_returns_besides(what: str, moving: list[str]) -> None:
+    """Values on the way to the result are by-products wherever they are put; what only a flag computes is a result."""
+    spec = pg.auto_spec(Returns(what), (torch.randn(4, 6, 5),))
+    assert list(spec.moving) == moving
+    (flag,) = (run for run in spec.passes if "more" in run.name)
+    assert ("intermediate" in flag.says) == (
+        what in ("the last of what is computed on the way", "a cache with room for more")
+    )
+
+
 def test_statistics_of_the_batch_matter_to_scales_alone() -> None:
     """In training mode BatchNorm divides by what its input is scaled by, so that no factor passes it."""
     model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.Conv2d(16, 4, 3), nn.BatchNorm2d(4)).eval()
