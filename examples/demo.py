@@ -131,9 +131,7 @@ def run(
 
 def table(rows: Sequence[Row]) -> Table:
     """Return everything in one table."""
-    result = Table(
-        title="Two networks of each architecture on digits, B aligned to A", box=SIMPLE_HEAD, padding=0
-    )
+    result = Table(title="Two networks of each architecture on digits, B aligned to A", box=SIMPLE_HEAD, padding=0)
     result.caption_justify = "left"
     result.caption = (
         "ln order: natural logarithm of the number of permutations. Objective: inner product of the weights of A and B."
