@@ -13,7 +13,7 @@ from torch import fx
 
 from permgraph.capture.captured import Captured
 from permgraph.capture.numbering import Numbering
-from permgraph.capture.schema import signature
+from permgraph.capture.schema import operator_name, signature
 
 
 def without_by_products(again: Captured, first: Captured) -> tuple[Captured, int]:
@@ -67,7 +67,7 @@ def _sources(node: fx.Node) -> set[fx.Node]:
     waiting = [node]
     while waiting:
         one = waiting.pop()
-        name = getattr(one.target, "_opname", "")
+        name = operator_name(one.target)
         if one.op != "call_function" or not one.all_input_nodes or name.startswith("new_") or name.endswith("_like"):
             continue  # an input, or what reads no values
         if not _moves_alone(one):
@@ -85,7 +85,7 @@ def _moves_alone(node: fx.Node) -> bool:
         return _moves_alone(node.all_input_nodes[0])
     known = signature(node.target)
     view = known is not None and any(argument.shares and not argument.writes for argument in known.arguments)
-    return view or getattr(node.target, "_opname", "") in _COPIES
+    return view or operator_name(node.target) in _COPIES
 
 
 def _ancestors(nodes: list[fx.Node]) -> set[fx.Node]:

@@ -23,7 +23,7 @@ from permgraph.capture.captured import Captured
 from permgraph.capture.inputs.registry import ExampleInputs
 from permgraph.capture.module_copy import copy_with
 from permgraph.capture.passes import Variation
-from permgraph.capture.schema import signature
+from permgraph.capture.schema import operator_name, signature
 from permgraph.capture.untracked import CUT_ANYWHERE, VALUES_LEAVE_TORCH
 
 #: So many times something is answered otherwise, the first value for which each line asks before all second ones.
@@ -134,7 +134,7 @@ def _asks_whether_finite(read: fx.Node) -> bool:
 
 
 def _checks_finiteness(node: fx.Node) -> bool:
-    name = node.target._schema.name.rpartition(":")[2] if hasattr(node.target, "_schema") else ""
+    name = operator_name(node.target)
     if name in ("isnan", "isinf", "isfinite", "isposinf", "isneginf"):
         return True
     left, right = (*node.args, None, None)[:2]

@@ -18,6 +18,7 @@ from torch import Tensor, fx
 
 from permgraph.capture.captured import Captured
 from permgraph.capture.numbering import Numbering
+from permgraph.capture.schema import operator_name
 
 _VIEWS = frozenset(["view", "_unsafe_view", "reshape", "_reshape_alias", "unflatten", "flatten"])
 
@@ -65,7 +66,7 @@ def _but_for_modes(captured: Captured) -> list[fx.Node]:
             return False
         source = node.args[0] if node.args else None
         if node.target is operator.getitem:
-            return isinstance(source, fx.Node) and _operator(source) in _BATCH_NORMS and bool(node.args[1])
+            return isinstance(source, fx.Node) and operator_name(source.target) in _BATCH_NORMS and bool(node.args[1])
         return bool(source in counters)
 
     return [node for node in captured.graph.nodes if not counts(node)]
@@ -88,7 +89,9 @@ def _alike(
     names = _dimensions(node)
 
     def value(of: fx.Node) -> Any:
-        kept = in_any_mode and _operator(of) in _BATCH_NORMS  # in evaluation mode the other results are empty
+        kept = (
+            in_any_mode and operator_name(of.target) in _BATCH_NORMS
+        )  # in evaluation mode the other results are empty
         return of.meta["val"][0] if kept else of.meta["val"]
 
     def same(a: Any, b: Any, role: int) -> bool:
@@ -120,7 +123,7 @@ def _alike(
     ours, theirs = ([*each.args, *each.kwargs.values()] for each in (node, other))
     if node.kwargs.keys() != other.kwargs.keys() or len(ours) != len(theirs):
         return False
-    if in_any_mode and _operator(node) in _BATCH_NORMS:
+    if in_any_mode and operator_name(node.target) in _BATCH_NORMS:
         ours[_TRAINING] = theirs[_TRAINING] = None
     return all(map(same, ours, theirs, range(len(ours)))) and _same_view(node, other, sizes)
 
@@ -130,19 +133,13 @@ def _dimensions(node: fx.Node) -> Callable[[int, int], Sequence[str]]:
 
     Where an operator treats dimensions by their places, sizes that are equal by chance are told apart by these names.
     """
-    if _operator(node) == "convolution":
+    if operator_name(node.target) == "convolution":
         return lambda role, ndim: {1: _KERNEL, 2: _BIAS}.get(role, _IMAGE)
-    if _operator(node) in _BATCH_NORMS:
+    if operator_name(node.target) in _BATCH_NORMS:
         return lambda role, ndim: _IMAGE if role in (0, _RESULT) else _BIAS
     if node.target is operator.getitem or torch.Tag.pointwise in getattr(node.target, "tags", ()):
         return lambda role, ndim: [str(d - ndim) for d in range(ndim)]
     return lambda role, ndim: [""] * ndim
-
-
-def _operator(node: fx.Node) -> str:
-    """The name of the operator that a node calls, without its namespace and overload."""
-    known = getattr(node.target, "_schema", None)
-    return known.name.rpartition(":")[2] if known is not None else ""
 
 
 class _Sizes:
@@ -168,7 +165,7 @@ def _same_view(node: fx.Node, other: fx.Node, sizes: _Sizes) -> bool:
 
     Dimensions that are as large in both passes may be those of weights: these are taken apart into the same sizes.
     """
-    name = _operator(node)
+    name = operator_name(node.target)
     if name == "as_strided":
         return bool(node.meta["val"].shape == other.meta["val"].shape)
     if name not in _VIEWS:

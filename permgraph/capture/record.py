@@ -20,7 +20,7 @@ from permgraph.capture.control import is_composite, is_higher_order, run_plainly
 from permgraph.capture.environment import mkldnn
 from permgraph.capture.frames import locate
 from permgraph.capture.known import KnownValues
-from permgraph.capture.schema import signature
+from permgraph.capture.schema import operator_name, signature
 from permgraph.capture.state import strided_like, tensor_key
 from permgraph.capture.untracked import SAME_MEMORY, VALUES_LEAVE_TORCH
 from permgraph.errors import CaptureError
@@ -248,7 +248,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 node_kwargs[name] = self._fresh(outs[name], module, source)
         if "self" in node_kwargs and func is _RESIZE:
             return result
-        name = func._schema.name.rpartition(":")[2]
+        name = operator_name(func)
         node = self.graph.create_node("call_function", func, node_args, node_kwargs, name=name)
         node.meta.update(val=self._val(result), module=module, source=source)
         if torch.Tag.data_dependent_output in func.tags and isinstance(result, (bool, int, float)):

@@ -25,6 +25,12 @@ class Signature:
     returned: tuple[tuple[str, ...], ...]
 
 
+def operator_name(operator: Any) -> str:
+    """The name of an operator overload without its namespace and overload; none for a callable without a schema."""
+    name: str = getattr(operator, "_opname", "")
+    return name
+
+
 @cache
 def signature(operator: Any) -> Signature | None:
     """The signature of an operator overload; None for a callable without a schema."""

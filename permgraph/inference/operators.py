@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from permgraph.capture.schema import signature
+from permgraph.capture.schema import operator_name, signature
 from permgraph.rules.properties import UNDECLARED, Properties
 from permgraph.rules.registry import properties_of
 
@@ -34,7 +34,7 @@ class Operators:
 
 def name_of(node: fx.Node) -> str:
     """The name of the operator without its namespace and overload, and without the underscore of one in place."""
-    name: str = getattr(node.target, "_opname", "")
+    name = operator_name(node.target)
     return name[:-1] if name.endswith("_") and not name.endswith("__") else name
 
 

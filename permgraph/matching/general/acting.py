@@ -175,6 +175,16 @@ class Acting:
         """The parameters in which any of these groups stands."""
         return list(dict.fromkeys(p.block.parameter for g in groups for p in self.of_group.get(g, ())))
 
+    def inverse_transposes(self, matrices: Tensors) -> dict[str, Tensor]:
+        """The inverse transposes of groups' matrices, where one acts so; of rotations the matrices themselves."""
+        found = {}
+        for group, matrix in matrices.items():
+            if self.structure(group).linear in ("O", "O1"):
+                found[group] = matrix
+            elif any(place.action.powers == (-1,) for place in self.of_group.get(group, ())):
+                found[group] = torch.linalg.inv(matrix).mT
+        return found
+
     # --- acting -------------------------------------------------------------------------------------------------------
 
     def act(self, name: str, tensor: Tensor, element: Element, inverses: Mapping[str, Tensor] | None = None) -> Tensor:

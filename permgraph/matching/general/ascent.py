@@ -70,7 +70,7 @@ class Climb:
 
     def _begin(self, b: Mapping[str, Tensor]) -> None:
         """Bring B to where the ascent starts."""
-        inverses = {group: torch.linalg.inv(matrix).mT for group, matrix in self.element.matrices.items()}
+        inverses = self.acting.inverse_transposes(self.element.matrices)
         self.b = {name: self.acting.act(name, tensor, self.element, inverses) for name, tensor in b.items()}
         self.worth = {name: dot(self.a[name], tensor) for name, tensor in self.b.items()}
 

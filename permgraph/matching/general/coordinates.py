@@ -148,11 +148,7 @@ class Coordinates:
             leaf.zero_()
 
     def _invert(self, group: str) -> None:
-        matrix, linear = self.element.matrices[group], self.acting.structure(group).linear
-        if linear in ("O", "O1"):
-            self.inverses[group] = matrix
-        elif any(place.action.powers == (-1,) for place in self.acting.of_group[group]):
-            self.inverses[group] = torch.linalg.inv(matrix).mT
+        self.inverses.update(self.acting.inverse_transposes({group: self.element.matrices[group]}))
 
     @torch.no_grad()
     def settle(self) -> None:

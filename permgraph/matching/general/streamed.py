@@ -195,12 +195,8 @@ class StreamedGauge:
         """Have B stand where an element, in float64, takes it."""
         moved = composed(self.acting, element, self.into["B"])
         self._moved = moved.to(self.dtype)
-        self._inverses = {}
-        for group, matrix in moved.matrices.items():
-            if any(place.action.powers == (-1,) for place in self.acting.of_group.get(group, ())):
-                rotation = self.acting.structure(group).linear in ("O", "O1")
-                inverse = self._moved.matrices[group] if rotation else torch.linalg.inv(matrix.double()).mT
-                self._inverses[group] = inverse.to(self.dtype)
+        inverses = self.acting.inverse_transposes(moved.matrices)
+        self._inverses = {group: inverse.to(self.dtype) for group, inverse in inverses.items()}
 
     def start(self, init: Permutation | Transformation, *, reached: bool) -> Element:
         """Where a run begins.
