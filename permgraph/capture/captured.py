@@ -27,7 +27,8 @@ class Captured:
     tensors that the pass left on the model to the names of the attributes. `keeps_state` says whether the pass changed
     something on the module, so that a second call may do something else, and `keeps_attributes` whether that is more
     than what its buffers hold. `remarks` are sentences for people about what
-    this pass could not make certain.
+    this pass could not make certain. `not_restored` names what the module does not have again when it loads what it
+    has saved.
     """
 
     graph: torch.fx.Graph
@@ -40,6 +41,7 @@ class Captured:
     keeps_state: bool = False
     keeps_attributes: bool = False
     remarks: tuple[str, ...] = ()
+    not_restored: frozenset[str] = frozenset()
 
     def placeholders(self, kind: str | None = None) -> list[torch.fx.Node]:
         """The placeholder nodes, or those of one kind: `"parameter"`, `"buffer"`, `"constant"` or `"input"`."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from permgraph.capture.captured import Captured
+from permgraph.capture.drawn_factors import drawn_factors
 from permgraph.capture.numbering import Numbering
 from permgraph.capture.schema import operator_name
 
@@ -37,13 +38,16 @@ def alike(first: Captured, second: Captured, *, in_any_mode: bool = False) -> bo
     At each operator every size stands for one other, and a view puts the same dimensions together or takes them apart:
     then each rule says of the second pass what it says of the first. With `in_any_mode`, batch norms may differ in
     where their statistics come from, and count their batches or not: which units change places is the same then, by
-    how much they may be scaled is not.
+    how much they may be scaled is not. A factor drawn for each sample of a batch, as stochastic depth draws them in
+    training, is as good as none, as dropout is.
     """
     nodes, others = (_but_for_modes(one) if in_any_mode else list(one.graph.nodes) for one in (first, second))
+    factors, other_factors = drawn_factors(nodes), drawn_factors(others)
+    nodes, others = factors.without(nodes), other_factors.without(others)
     if len(nodes) != len(others):
         return False
-    number = {node: at for at, node in enumerate(nodes)}
-    other_number = {node: at for at, node in enumerate(others)}
+    number = factors.numbers(nodes)
+    other_number = other_factors.numbers(others)
     return all(_alike(*pair, number, other_number, in_any_mode) for pair in zip(nodes, others, strict=True))
 
 

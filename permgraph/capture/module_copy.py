@@ -35,7 +35,8 @@ class ModuleCopy:
     of which a plain attribute or other state is another view, such as `self.decoder = self.encoder.weight.t()`.
     `transposed_aliases` holds pairs of which the second is the first with its dimensions in another order, and that
     order. `memo` says what each part of the original was copied as. `loading` is what is to be loaded into the copy
-    before each pass, if anything is; `layout` says why what the module saves cannot be told from what it holds.
+    before each pass, if anything is; `layout` says why what the module saves cannot be told from what it holds, and
+    `not_restored` names what it does not have again when it loads what it has saved.
     """
 
     module: nn.Module
@@ -47,6 +48,7 @@ class ModuleCopy:
     transposed_aliases: list[tuple[Tensor, Tensor, tuple[int, ...]]]
     loading: Loading | None = None
     layout: str | None = None
+    not_restored: frozenset[str] = frozenset()
 
     def attribute_name(self, tensor: Tensor) -> tuple[str, ...]:
         """The dotted name of a plain tensor attribute, such as a table of rotary angles; empty for other tensors."""
@@ -109,8 +111,11 @@ def copy_module(
     state: Sequence[StateTensor],
     stand_in_for_state: Callable[[StateTensor], Tensor],
     stand_in: StandIn,
+    not_restored: frozenset[str] | None = None,
 ) -> ModuleCopy:
     """Copies `core`, the module that runs; `outer` is the module whose state dict and paths name things.
+
+    Whether it loads what it saves is tried unless `not_restored` says what it does not, see `ModuleCopy`.
 
     A deep copy reaches what a walk over submodules does not: modules in plain lists, bound methods, shared configs, and
     whatever else hooks and other functions hold. What refuses to be copied, such as a lock, is shared with the
@@ -119,7 +124,8 @@ def copy_module(
     copied = _copy(outer, core, state, stand_in_for_state, stand_in)
     if not needs_loading(core, state):
         return copied
-    lost = _not_restored(outer, core, state)
+    lost = _not_restored(outer, core, state) if not_restored is None else not_restored
+    copied = replace(copied, not_restored=lost)
     if not lost:
         return replace(copied, loading=loading(outer, core, copied.module, copied.tensors))
     uncertain = [m for entry, m in copied.tensors if entry.role == "saved" or not lost.isdisjoint(entry.names)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from permgraph.capture.captured import Captured
 from permgraph.capture.schema import signature
+from permgraph.capture.state import tensor_key
 
 
 class Numbering:
@@ -17,13 +18,14 @@ class Numbering:
 
     These apply the same operator to the same tensors. Weights are the same by their names; inputs and constants by
     names and shapes, for what they hold is not looked at. Where a pass writes into tensors, what a node holds depends
-    on when it is read: then only weights are shared. Random numbers never are.
+    on when it is read: then weights are shared, and besides what all passes do at their start, each in the same order,
+    if none writes into it later on. Random numbers never are.
     """
 
     def __init__(self, passes: Sequence[Captured]) -> None:
-        self._share = not any(map(_writes, passes))
         self._known: dict[Hashable, int] = {}
         self._numbers: dict[fx.Node, int] = {}
+        self._starts = _common_starts(passes) if any(map(_writes, passes)) else None
 
     def of(self, node: fx.Node) -> int:
         """The number of a node."""
@@ -35,8 +37,10 @@ class Numbering:
             kind, names = node.meta["kind"], tuple(node.meta["names"])
             if kind in ("parameter", "buffer") and names:
                 return kind, names
-            return (kind, names, _shape(node.meta["val"]), id(node.meta.get("real"))) if self._share and names else node
-        if not self._share or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            return _as_placeholder(node) if self._starts is None or node in self._starts else node
+        if self._starts is not None:
+            return ("start", self._starts[node]) if node in self._starts else node
+        if _is_random(node):
             return node
         said = self._said([*node.args, *node.kwargs.items()])
         return str(node.target), said, _shape(node.meta["val"])
@@ -47,6 +51,92 @@ class Numbering:
         if isinstance(value, (list, tuple)):
             return tuple(map(self._said, value))
         return type(value).__name__, repr(value)
+
+
+def _common_starts(passes: Sequence[Captured]) -> dict[fx.Node, int]:
+    """The operators with which the first pass and another begin, and their numbers; each is compared with the first.
+
+    What they read is among them.
+
+    What two passes do in the same order, from the same memory, they do alike, writing included. What follows is put
+    one pass after the other, so there is no such start where either writes into its memory later on.
+    """
+    if any(one.mode != "fake" or _reshapes_in_place(one) for one in passes):
+        return {}  # of real tensors, nodes do not keep the memory
+    calls = [[node for node in one.graph.nodes if node.op == "call_function"] for one in passes]
+    found: dict[fx.Node, int] = {}
+    for other in calls[1:]:
+        length = _length_of_start(calls[0], other)
+        early = {node: at for nodes in (calls[0], other) for at, node in enumerate(nodes[:length])}
+        early = {source: -1 for node in early for source in node.all_input_nodes} | early
+        own = (node for node in early if node.meta.get("kind") not in ("parameter", "buffer"))
+        memory = {key for node in own for key in _memory(node.meta["val"])}
+        later = (node for nodes in (calls[0], other) for node in nodes[length:])
+        if memory.isdisjoint(key for node in later for key in _written(node)):
+            found.update(early)
+    return found
+
+
+def _length_of_start(calls: Sequence[fx.Node], others: Sequence[fx.Node]) -> int:
+    """With how many operators two passes begin that are the same, to the first random one."""
+    numbers: dict[fx.Node, Hashable] = {}
+    for length, pair in enumerate(zip(calls, others, strict=False)):
+        ours, theirs = (_call(node, numbers) for node in pair)
+        if ours != theirs or _is_random(pair[0]):
+            return length
+        numbers.update(dict.fromkeys(pair, length))
+    return min(len(calls), len(others))
+
+
+def _call(node: fx.Node, numbers: dict[fx.Node, Hashable]) -> Hashable:
+    """What a node does, to which of the nodes before it, with what result."""
+
+    def said(value: Any) -> Hashable:
+        if isinstance(value, fx.Node):
+            return numbers.get(value) if value.op == "call_function" else _as_placeholder(value)
+        if isinstance(value, (list, tuple)):
+            return tuple(map(said, value))
+        return type(value).__name__, repr(value)
+
+    return str(node.target), said([*node.args, *node.kwargs.items()]), _shape(node.meta["val"])
+
+
+def _as_placeholder(node: fx.Node) -> Hashable:
+    """What tells a placeholder from others; one without a name is like no other."""
+    if not node.meta["names"]:
+        return node
+    return node.meta["kind"], tuple(node.meta["names"]), _shape(node.meta["val"]), id(node.meta.get("real"))
+
+
+def _is_random(node: fx.Node) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
+def _reshapes_in_place(captured: Captured) -> bool:
+    return any(torch.Tag.inplace_view in getattr(node.target, "tags", ()) for node in captured.graph.nodes)
+
+
+def _memory(value: Any) -> Iterator[Hashable]:
+    """What tells the memory of a fake tensor, or of several, from others."""
+    if isinstance(value, Tensor):
+        key = tensor_key(value)
+        yield key[0] if isinstance(key, tuple) else key
+    elif isinstance(value, (list, tuple)):
+        for one in value:
+            yield from _memory(one)
+
+
+def _written(node: fx.Node) -> Iterator[Hashable]:
+    """The memory into which an operator writes."""
+    known = signature(node.target)
+    if known is None:
+        return
+    given = {**dict(zip((argument.name for argument in known.arguments), node.args, strict=False)), **node.kwargs}
+    for argument in known.arguments:
+        value = given.get(argument.name) if argument.writes else None
+        for source in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(source, fx.Node):
+                yield from _memory(source.meta["val"])
 
 
 def _shape(value: Any) -> Hashable:

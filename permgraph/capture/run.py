@@ -264,14 +264,14 @@ def capture_again(model: Any, captured: Captured, variation: Variation, limits: 
     Raises whatever the module raises on inputs that it does not take, and `CaptureError` beyond the limits.
     """
     with one_at_a_time():
-        subject = unwrap(model)
+        subject, known = unwrap(model), captured.not_restored
         try:
-            return _pass(subject, variation.inputs, limits, captured.mode, captured.fallback_reason, variation)
+            return _pass(subject, variation.inputs, limits, captured.mode, captured.fallback_reason, variation, known)
         except Exception as error:
             if captured.mode == "real" or not _needs_values(error):
                 raise
             reason = f"{type(error).__name__}: {first_line(error)}"
-        return _pass(subject, variation.inputs, limits, "real", reason, variation)
+        return _pass(subject, variation.inputs, limits, "real", reason, variation, known)
 
 
 def _pass(
@@ -281,6 +281,7 @@ def _pass(
     mode: Mode,
     reason: str | None,
     variation: Variation | None = None,
+    not_restored: frozenset[str] | None = None,
 ) -> Captured:
     state = state_tensors(subject.outer)
     device = _CPU if mode == "fake" else _real_device(state)
@@ -292,7 +293,9 @@ def _pass(
     )
     kernels = torch._C._get_mkldnn_enabled()
     with reference_kernels(device):
-        copied = copy_module(subject.outer, subject.core, state, stand_in.of_state, stand_in.of_attribute)
+        copied = copy_module(
+            subject.outer, subject.core, state, stand_in.of_state, stand_in.of_attribute, not_restored
+        )
         make_transparent(copied.modules)
         training = variation is not None and variation.training
         if training:
@@ -369,6 +372,7 @@ def _pass(
         keeps_state,
         keeps_attributes,
         remarks,
+        copied.not_restored,
     )
 
 

@@ -91,7 +91,7 @@ def run_until_stable(solution: Solution) -> None:
                 _apply(call, rules)
                 if visit >= 2 * MAX_VISITS and axes.changes != unchanged:
                     call.pin_all([*call.tensors, *call.results], RESTLESS)
-                if axes.has_families:  # else there may be no second visit
+                if axes.has_families and axes.changes == unchanged:  # else it is looked at again, or never
                     settled[call] = _atoms_of(axes, call)
         pin_ends(solution)  # once more: only the rules have said which axes the values of tensors number
         pin_mirrored(solution)

@@ -384,6 +384,99 @@ def test_joined_passes_share_what_they_both_compute_from_weights() -> None:
     assert [len(p.graph.nodes) for p in passes] == [len(calls[0]) + 6] * 2, "the passes themselves are left alone"
 
 
+class _Last(nn.Module):
+    """Normalises in place, and returns the last few; or writes once more into what was made at the start."""
+
+    def __init__(self, *, writes_later: bool = False) -> None:
+        super().__init__()
+        self.embed, self.mix, self.out = nn.Linear(3, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+        self.writes_later = writes_later
+
+    def forward(self, x: Tensor, last: int = 0) -> Tensor:
+        gates = self.mix(self.embed(x)).softmax(-1)
+        gates /= gates.sum(-1, keepdim=True)
+        hidden = (self.embed(x) * gates)[:, slice(-last, None)]
+        if self.writes_later:
+            gates *= 2
+        return self.out(hidden + gates[:, slice(-last, None)])
+
+
+@pytest.mark.parametrize("writes_later", [False, True])
+def test_joined_passes_share_what_they_do_at_the_start_writing_included(writes_later: bool) -> None:
+    model = _Last(writes_later=writes_later)
+    passes = [capture(model, (torch.randn(2, 5, 3),), {"last": n}) for n in (0, 2)]
+    names = [str(node.target) for node in joined(passes).graph.nodes if node.op == "call_function"]
+    # Two slices of the end, and one layer for each of them; all that comes before is the same, unless it is written to.
+    assert names.count("aten.div_.Tensor") == (2 if writes_later else 1)
+    assert names.count("aten.addmm.default") + names.count("aten.linear.default") == (8 if writes_later else 5)
+    spec = pg.auto_spec(model, (torch.randn(2, 5, 3),))
+    assert [spec.groups[name].size for name in spec.moving] == [6]
+    assert _error(model, spec, (torch.randn(2, 7, 3), 3)) < 1e-12
+
+
+def _row_factor(x: Tensor) -> Tensor:  # torchvision's
+    noise = torch.empty([x.shape[0]] + [1] * (x.ndim - 1), dtype=x.dtype).bernoulli_(0.8)
+    return x * noise.div_(0.8)
+
+
+def _new_factor(x: Tensor) -> Tensor:  # timm's
+    return x * x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(0.8).div_(0.8)
+
+
+def _floor_factor(x: Tensor) -> Tensor:  # as transformers has it
+    draw = 0.8 + torch.rand((x.shape[0],) + (1,) * (x.ndim - 1), dtype=x.dtype)
+    draw.floor_()
+    return x.div(0.8) * draw
+
+
+def _batch_factor(x: Tensor) -> Tensor:
+    return x * torch.rand(())
+
+
+def _channel_factor(x: Tensor) -> Tensor:
+    return x * torch.empty((1, x.shape[1])).bernoulli_(0.8)
+
+
+def _weight_factor(x: Tensor) -> Tensor:
+    return x + torch.randn(x.shape)
+
+
+@pytest.mark.parametrize(
+    ("factor", "as_none"),
+    [(_row_factor, True), (_new_factor, True), (_floor_factor, True), (_batch_factor, True), (_channel_factor, False),
+     (_weight_factor, False)],
+)  # fmt: skip
+def test_a_factor_drawn_for_each_sample_is_as_good_as_none(factor: Callable[[Tensor], Tensor], as_none: bool) -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.mix, self.out = nn.Linear(3, 6), nn.Linear(6, 6), nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.embed(x)
+            h = h + (factor(self.mix(h)) if self.training else self.mix(h))
+            return self.out(h)
+
+    outcome = _tried(Residual(), torch.randn(2, 3))["a larger batch in training mode"]
+    assert outcome == ("alike" if as_none else "solved")
+
+
+def test_a_factor_for_samples_as_many_as_units_is_looked_at() -> None:
+    class Rows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.out = nn.Parameter(torch.randn(6, 3)), nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            table = _row_factor(self.table) if self.training else self.table
+            return self.out(x @ table)
+
+    model = Rows()
+    passes = [capture(model, (torch.randn(2, 6),))]
+    further = FurtherPasses(model, passes[0], 6, Limits(1000, None, 0.0))
+    assert "solved" in [one.outcome for one in further.tried[1:]]
+
+
 def test_sizes_grow_and_numbers_that_count_go_on() -> None:
     def larger(tensor: Tensor, *sizes: Mapping[int, int]) -> Tensor:
         return resized(tensor, Sizes(*sizes, lambda tensor: range(2 if tensor.ndim == 4 else 1, tensor.ndim)))

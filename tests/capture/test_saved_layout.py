@@ -311,7 +311,27 @@ def lost_on_saving() -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("make", [not_turned_back, turned_on_loading_only, lost_on_saving])
+class Pair(Product):
+    """Two weights of one shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.v = nn.Parameter(torch.randn_like(self.w))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 0 * self.v.sum()
+
+
+def exchanged_on_loading() -> nn.Module:
+    def load(state: dict[str, Tensor], prefix: str) -> None:
+        state[prefix + "w"], state[prefix + "v"] = state[prefix + "v"], state[prefix + "w"]
+
+    model = Pair()
+    edited(model, save=None, load=load)
+    return model
+
+
+@pytest.mark.parametrize("make", [exchanged_on_loading, not_turned_back, turned_on_loading_only, lost_on_saving])
 def test_what_does_not_come_back_stays_put_and_is_named(make: Callable[[], nn.Module]) -> None:
     """What is loaded is another model then; nothing that touches the weight may be moved, and a note says why."""
     model = make()
