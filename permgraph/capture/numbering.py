@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -18,11 +19,16 @@ class Numbering:
     These apply the same operator to the same tensors. Weights are the same by their names; inputs and constants by
     names and shapes, for what they hold is not looked at. Where a pass writes into tensors, what a node holds depends
     on when it is read: then only weights are shared. Random numbers never are.
+
+    With `apart`, no two nodes of one pass get the same, for two modules may each repeat the same tensor along an axis
+    of their own, or each start with zeros. Nodes are the same where the same module computed them, as often before.
     """
 
-    def __init__(self, passes: Sequence[Captured]) -> None:
+    def __init__(self, passes: Sequence[Captured], *, apart: bool = False) -> None:
+        self._apart = apart
         self._share = not any(map(_writes, passes))
         self._known: dict[Hashable, int] = {}
+        self._met: Counter[Hashable] = Counter()
         self._numbers: dict[fx.Node, int] = {}
 
     def of(self, node: fx.Node) -> int:
@@ -39,7 +45,12 @@ class Numbering:
         if not self._share or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             return node
         said = self._said([*node.args, *node.kwargs.items()])
-        return str(node.target), said, _shape(node.meta["val"])
+        key = str(node.target), said, _shape(node.meta["val"])
+        if not self._apart:
+            return key
+        at = node.graph, key, node.meta.get("module")
+        self._met[at] += 1
+        return *at[1:], self._met[at]
 
     def _said(self, value: Any) -> Hashable:
         if isinstance(value, fx.Node):
