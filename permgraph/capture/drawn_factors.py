@@ -15,7 +15,9 @@ from permgraph.capture.schema import operator_name
 _MADE = frozenset(["empty", "ones", "zeros", "full", "new_empty", "new_ones", "new_zeros", "new_full"])
 _MADE |= frozenset(["empty_like", "ones_like", "zeros_like", "full_like", "rand_like"])
 #: Operators by which a draw becomes a factor.
-_MAKES = frozenset(["add", "div", "mul", "floor", "bernoulli", "lt", "le", "gt", "ge", "_to_copy", "view", "reshape", "detach"])
+_MAKES = frozenset(
+    ["add", "div", "mul", "floor", "bernoulli", "lt", "le", "gt", "ge", "_to_copy", "view", "reshape", "detach"]
+)
 
 
 @dataclass(frozen=True)

@@ -221,7 +221,7 @@ def joined(passes: Sequence[Captured]) -> Captured:
     graph = fx.Graph()
     made: dict[int, fx.Node] = {}
     copies: dict[fx.Node, fx.Node] = {}
-    numbering = Numbering(passes)
+    numbering = Numbering(passes, apart=True)
 
     def copy(node: fx.Node) -> None:
         number = numbering.of(node)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
@@ -20,10 +21,15 @@ class Numbering:
     names and shapes, for what they hold is not looked at. Where a pass writes into tensors, what a node holds depends
     on when it is read: then weights are shared, and besides what all passes do at their start, each in the same order,
     if none writes into it later on. Random numbers never are.
+
+    With `apart`, no two nodes of one pass get the same, for two modules may each repeat the same tensor along an axis
+    of their own, or each start with zeros. Nodes are the same where the same module computed them, as often before.
     """
 
-    def __init__(self, passes: Sequence[Captured]) -> None:
+    def __init__(self, passes: Sequence[Captured], *, apart: bool = False) -> None:
+        self._apart = apart
         self._known: dict[Hashable, int] = {}
+        self._met: Counter[Hashable] = Counter()
         self._numbers: dict[fx.Node, int] = {}
         self._starts = _common_starts(passes) if any(map(_writes, passes)) else None
 
@@ -43,7 +49,12 @@ class Numbering:
         if _is_random(node):
             return node
         said = self._said([*node.args, *node.kwargs.items()])
-        return str(node.target), said, _shape(node.meta["val"])
+        key = str(node.target), said, _shape(node.meta["val"])
+        if not self._apart:
+            return key
+        at = node.graph, key, node.meta.get("module")
+        self._met[at] += 1
+        return *at[1:], self._met[at]
 
     def _said(self, value: Any) -> Hashable:
         if isinstance(value, fx.Node):
@@ -56,10 +67,9 @@ class Numbering:
 def _common_starts(passes: Sequence[Captured]) -> dict[fx.Node, int]:
     """The operators with which the first pass and another begin, and their numbers; each is compared with the first.
 
-    What they read is among them.
-
-    What two passes do in the same order, from the same memory, they do alike, writing included. What follows is put
-    one pass after the other, so there is no such start where either writes into its memory later on.
+    What they read is among them. What two passes do in the same order, from the same memory, they do alike, writing
+    included. What follows is put one pass after the other, so there is no such start where either writes into its
+    memory later on.
     """
     if any(one.mode != "fake" or _reshapes_in_place(one) for one in passes):
         return {}  # of real tensors, nodes do not keep the memory

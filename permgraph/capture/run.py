@@ -293,9 +293,7 @@ def _pass(
     )
     kernels = torch._C._get_mkldnn_enabled()
     with reference_kernels(device):
-        copied = copy_module(
-            subject.outer, subject.core, state, stand_in.of_state, stand_in.of_attribute, not_restored
-        )
+        copied = copy_module(subject.outer, subject.core, state, stand_in.of_state, stand_in.of_attribute, not_restored)
         make_transparent(copied.modules)
         training = variation is not None and variation.training
         if training:

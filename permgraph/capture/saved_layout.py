@@ -102,7 +102,7 @@ def loading(
 
 
 def random_like(tensor: Tensor) -> Tensor:
-    """Values between zero and one of which no two near places, or two tensors, have the same, to see where each goes."""
+    """Values between zero and one, others at near places and in other tensors, to see where each goes."""
     made = tensor.detach().clone()
     if tensor.is_floating_point():
         start = next(_STARTS) % _PERIOD

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -150,12 +150,12 @@ def _joined(passes: Sequence[Captured]) -> Captured:
         return passes[0]
     unread = [set(one.unused) for one in passes]
     somewhere = set.intersection(*unread)
-    return joined([_filled(one) if own > somewhere else one for one, own in zip(passes, unread, strict=True)])
+    return joined([_filled(one, unread) if own > somewhere else one for one, own in zip(passes, unread, strict=True)])
 
 
-def _filled(captured: Captured) -> Captured:
+def _filled(captured: Captured, unread: Sequence[Collection[str]]) -> Captured:
     """A pass whose graph ends with what parts that it did not reach would have done in their siblings' places."""
-    facts, stand_ins = with_siblings(GraphFacts(list(captured.graph.nodes)))
+    facts, stand_ins = with_siblings(GraphFacts(list(captured.graph.nodes)), unread)
     return replace(captured, graph=facts.nodes[0].graph) if stand_ins else captured
 
 

@@ -9,7 +9,8 @@ On another run the part does what one of its siblings did. So what each of them 
 weights in place of its own, on the same tensors and with results of the same axes: the part is tied to all that any of
 its siblings is tied to, and what lies inside it, such as an expert's hidden units, is its own. Where siblings disagree,
 as consecutive layers do, the axes on which they disagree become one. Of a single sibling nothing shows whether the part
-would stand beside it or before or after it, so that results of the same shape as what it took become one with that.
+would stand beside it or before or after it, so that results of the same shape as what it took become one with that;
+unless another pass ran both, which ties them as they stand.
 """
 
 from __future__ import annotations
@@ -32,10 +33,13 @@ _NUMBER = re.compile(r"\d+")
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.ParameterList, nn.ParameterDict)
 
 
-def with_siblings(facts: GraphFacts) -> tuple[GraphFacts, tuple[StandIn, ...]]:
+def with_siblings(
+    facts: GraphFacts, unread_elsewhere: Sequence[Collection[str]] = ()
+) -> tuple[GraphFacts, tuple[StandIn, ...]]:
     """The facts of a graph in which parts that were not reached stand in their siblings' places, and which they are.
 
-    The nodes of the graph keep their numbers; what is run once more comes after them.
+    Of the passes with which the graph is solved, `unread_elsewhere` has the weights that each did not read. The nodes
+    of the graph keep their numbers; what is run once more comes after them.
     """
     weights = _Weights(facts.nodes)
     found = {part: siblings for part in weights.unread_parts() if (siblings := weights.siblings(part))}
@@ -48,7 +52,8 @@ def with_siblings(facts: GraphFacts) -> tuple[GraphFacts, tuple[StandIn, ...]]:
         # The first of several parts with the same siblings is tied to all of these, and so are then the others.
         forms = siblings if siblings not in met else _one_of_each_form(rerun, weights, siblings)
         met.add(siblings)
-        ran = [sibling for sibling in forms if rerun.put(part, sibling, weights, alone=len(siblings) == 1)]
+        alone = len(siblings) == 1 and not any(weights.both_read(part, siblings[0], un) for un in unread_elsewhere)
+        ran = [sibling for sibling in forms if rerun.put(part, sibling, weights, alone=alone)]
         if ran:
             placed[part] = list(siblings)
     if not placed:
@@ -94,6 +99,11 @@ class _Weights:
                 if depth:
                     parts[path[:depth]] = None
         return [part for part in parts if any(is_real(node) for node in self.within(part).values())]
+
+    def both_read(self, part: Path, sibling: Path, unread: Collection[str]) -> bool:
+        """Whether a pass with these weights unread read of both parts all that was read here of the sibling."""
+        read = [inner for inner, node in self.within(sibling).items() if node.users]
+        return all(".".join((*path, *inner)) not in unread for path in (part, sibling) for inner in read)
 
     def siblings(self, part: Path) -> tuple[Path, ...]:
         """The parts that were read and are like this one: in the innermost container that has any."""

@@ -477,6 +477,38 @@ def test_a_factor_for_samples_as_many_as_units_is_looked_at() -> None:
     assert "solved" in [one.outcome for one in further.tried[1:]]
 
 
+def test_joined_passes_keep_apart_what_each_of_two_modules_makes_anew() -> None:
+    """The same order of the places, repeated along the units of one module, and then along those of another."""
+
+    class Reversed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.out = nn.Linear(3, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.embed(x).tanh()
+            state = h.new_zeros(len(h), 1, 6)
+            order = torch.arange(h.shape[1] - 1, -1, -1)[None, :, None].expand_as(h)
+            y: Tensor = self.out(h.gather(1, order) + state)
+            return y
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.other = Reversed(), Reversed()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.one(x) + self.other(x)
+            return y.exp() if self.training else y
+
+    torch.manual_seed(0)
+    model = Both().eval()
+    spec = pg.auto_spec(model, (torch.randn(2, 5, 3),))
+    assert [one.outcome for one in spec.passes].count("solved") > 1
+    assert spec.log_order() == pytest.approx(2 * math.lgamma(7))
+    assert _error(model, spec, (torch.randn(4, 8, 3),)) < 1e-12
+
+
 def test_sizes_grow_and_numbers_that_count_go_on() -> None:
     def larger(tensor: Tensor, *sizes: Mapping[int, int]) -> Tensor:
         return resized(tensor, Sizes(*sizes, lambda tensor: range(2 if tensor.ndim == 4 else 1, tensor.ndim)))

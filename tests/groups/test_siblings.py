@@ -160,3 +160,34 @@ def test_what_ran_is_as_it_was():
 
     assert spec_of(captured).fingerprint == spec_of(captured).fingerprint
     assert before == [(node.name, len(node.users)) for node in captured.graph.nodes]
+
+
+class InTraining(nn.Module):
+    """In evaluation mode the first of the layers runs; in training mode also others, each beside it or in its place."""
+
+    both = False
+
+    def __init__(self, instead: bool) -> None:
+        super().__init__()
+        self.embed, self.out, self.instead = nn.Linear(3, 6), nn.Linear(6, 2), instead
+        self.layers = nn.ModuleList([nn.Linear(6, 6) for _ in range(3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x).tanh()
+        if self.both:
+            return self.out(self.layers[2](self.layers[1](self.layers[0](h).tanh()).tanh()).tanh())
+        ran = self.layers[1:] if self.instead and self.training else self.layers[: 3 if self.training else 1]
+        return torch.cat([self.out(layer(h).tanh()) for layer in ran])
+
+
+def test_a_pass_that_ran_both_shows_how_parts_stand_to_each_other():
+    """Where one did, a layer's input and output stay two groups; where none did, they may follow on each other."""
+    for instead in (False, True):
+        torch.manual_seed(0)
+        model = InTraining(instead).eval()
+        spec = pg.auto_spec(model, (torch.randn(4, 3),))
+        assert abs(spec.log_order() - (1 if instead else 2) * factorials(6)) < 1e-9
+        for model.training in (False, True):
+            assert error(model, spec, torch.randn(4, 3)) < 1e-9
+    model.both = True
+    assert error(model, spec, torch.randn(4, 3)) < 1e-9
