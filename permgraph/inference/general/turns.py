@@ -17,13 +17,14 @@ along which the table varies. Then the axis is free in all that comes after, and
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx
 
+from permgraph.capture.schema import signature
 from permgraph.inference.memory import Memory
 from permgraph.inference.operators import Operators, name_of
 from permgraph.inference.solution import is_weight
@@ -82,7 +83,7 @@ def free_turns(graph: fx.Graph) -> None:
                 continue
             if best is not None and not all(_name(node) in MOVES for node in part if node not in best[2]):
                 break  # what is larger than a turn would say less of which pairs are turned
-            key = _key(start, end, part)
+            key = _key(start, part, tables)
             if key not in judged:
                 judged[key] = _judge(start, end, part, tables)
             verdict = judged[key]
@@ -149,17 +150,19 @@ def _is_whole(val: Tensor) -> bool:
     return not (val.is_floating_point() or val.is_complex())
 
 
-def _key(start: fx.Node, end: fx.Node, part: Sequence[fx.Node]) -> Any:
+def _key(start: fx.Node, part: Sequence[fx.Node], tables: _Tables) -> Any:
     """What two parts have in common that compute the same of tensors of one shape, with the same tables."""
     numbers = {start: 0} | {node: number for number, node in enumerate(part, start=1)}
 
     def named(node: fx.Node) -> str:
-        return f"%{numbers[node]}" if node in numbers else f"table {node.name}"
+        return f"%{numbers[node]}" if node in numbers else f"table {tables.number(node)}"
 
-    steps = tuple(
-        (str(node.target), str(fx.node.map_arg((node.args, node.kwargs), lambda n: _Named(named(n))))) for node in part
-    )
-    return tuple(start.meta["val"].shape), steps
+    return tuple(start.meta["val"].shape), tuple(_said(node, named) for node in part)
+
+
+def _said(node: fx.Node, named: Callable[[fx.Node], str]) -> tuple[str, str]:
+    """A node's operator, and its arguments with others for the nodes among them."""
+    return str(node.target), str(fx.node.map_arg((node.args, node.kwargs), lambda source: _Named(named(source))))
 
 
 class _Named(str):
@@ -173,26 +176,41 @@ class _Tables:
         self.moving = moving
         self.values: dict[fx.Node, Any] = {}
         self.generator = torch.Generator().manual_seed(0)
+        self._numbers: dict[fx.Node, int] = {}
+        self._known: dict[Any, int] = {}
+
+    def number(self, node: fx.Node) -> int:
+        """The same number for tables that are computed alike from the same, as each layer adds a dimension to one.
+
+        What is written to, or drawn, is like nothing else.
+        """
+        for one in self._from(node, self._numbers):
+            pure = one.op == "call_function" and not (_draws(one) or any(map(_writes, one.users)) or _writes(one))
+            key = (_said(one, lambda source: str(self._numbers[source])), str(one.meta["val"])) if pure else one
+            self._numbers[one] = self._known.setdefault(key, len(self._known))
+        return self._numbers[node]
 
     def of(self, node: fx.Node) -> Any:
         """The value of one node.
 
         Raises what its operators raise on numbers for which they were not meant.
         """
+        for one in self._from(node, self.values):
+            self.values[one] = run(one, self.values) if one.op == "call_function" else self._drawn(one)
+        return self.values[node]
+
+    @staticmethod
+    def _from(node: fx.Node, known: Mapping[fx.Node, Any]) -> Iterator[fx.Node]:
+        """A node after all that it is computed from, but for what is known by then."""
         waiting = [node]
         while waiting:
             last = waiting[-1]
-            if last in self.values:
-                waiting.pop()
-                continue
-            if last.op != "call_function":
-                self.values[last] = self._drawn(last)
-                continue
-            missing = [source for source in last.all_input_nodes if source not in self.values]
+            missing = [] if last in known else [source for source in last.all_input_nodes if source not in known]
             if not missing:
-                self.values[last] = run(last, self.values)
+                waiting.pop()
+                if last not in known:
+                    yield last
             waiting += missing
-        return self.values[node]
 
     def _drawn(self, node: fx.Node) -> Any:
         val = node.meta["val"]
@@ -203,6 +221,15 @@ class _Tables:
             return (torch.arange(val.numel()) % (2 if val.dtype == torch.bool else 16)).reshape(val.shape).to(val.dtype)
         real = 0.5 + torch.rand((*val.shape, 2), generator=self.generator, dtype=torch.float64)
         return torch.view_as_complex(real) if val.is_complex() else real[..., 0].clone()
+
+
+def _draws(node: fx.Node) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
+def _writes(node: fx.Node) -> bool:
+    known = signature(node.target) if node.op == "call_function" else None
+    return known is not None and any(argument.writes for argument in known.arguments)
 
 
 def run(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
