@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import permgraph as pg
+from permgraph.inference.general import turns
 from tests.general.models import sequences
 
 Turn = Callable[[Tensor, Tensor], Tensor]
@@ -308,3 +309,53 @@ def test_several_layers_have_factors_of_their_own() -> None:
     moved = [spec.random(0, every_group=True).restricted_to([name]) for name in found]
     for one, other in pairwise([*moved, moved[0]]):
         assert {n for n, m in one.matrices.items() if (m != other.matrices[n]).any()} == set(found)
+
+
+def by_table(x: Tensor, both: Tensor) -> Tensor:
+    a, b = x.chunk(2, -1)
+    return x * both.cos() + torch.cat([-b, a], -1) * both.sin()
+
+
+class WithTable(Rotary):
+    table: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, _ = x.shape
+        q, k, v = (f(x).view(b, t, -1, 8).transpose(1, 2) for f in (self.q, self.k, self.v))
+        q, k = self.turn(q, self.table), self.turn(k, self.table)
+        y = (q @ k.transpose(-1, -2) * 8**-0.5).softmax(-1) @ v
+        return self.o(y.transpose(1, 2).reshape(b, t, -1))
+
+
+class Stack(nn.Module):
+    """Layers with one table of angles, which is no longer one of pairs where it is written to after a layer."""
+
+    def __init__(self, layers: int, changed_after: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(WithTable(by_table) for _ in range(layers))
+        self.changed_after = changed_after
+
+    def forward(self, x: Tensor) -> Tensor:
+        angles = torch.arange(x.shape[1])[:, None] * self.layers[0].frequencies
+        both = torch.cat([angles, angles], -1)
+        for at, layer in enumerate(self.layers):
+            layer.table = both
+            x = layer(x).tanh()
+            if at == self.changed_after:
+                both[:, :4].mul_(2)
+        return x
+
+
+@pytest.mark.parametrize("changed_after", [9, 1])
+def test_layers_that_turn_alike_are_judged_once(changed_after: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    judged = []
+    judge = turns._judge
+    monkeypatch.setattr(turns, "_judge", lambda *given: judged.append(judge(*given)) or judged[-1])
+    model = Stack(4, changed_after)
+    spec = pg.auto_spec(model, (sequences(11),), symmetry="general", vary=False)
+    paired = [name for name, group in spec.acting.items() if group.structure.is_paired]
+    # What a table holds that is written to depends on when it is read, so nothing is said of it.
+    assert paired == [f"layers.{at}.q#pairs" for at in range(4 if changed_after == 9 else 0)]
+    if changed_after == 9:
+        assert sum(one is not None for one in judged) <= 2  # queries and keys, or both at once
+    assert pg.verify(model, spec, (sequences(11),)).passed

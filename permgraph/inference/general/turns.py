@@ -24,7 +24,6 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from permgraph.capture.schema import signature
 from permgraph.inference.memory import Memory
 from permgraph.inference.operators import Operators, name_of
 from permgraph.inference.solution import is_weight
@@ -68,7 +67,12 @@ def free_turns(graph: fx.Graph) -> None:
             moving.add(node)
     if not any(name_of(node) in ENDS and node in moving for node in nodes):
         return
-    tables = _Tables(moving)
+    written = Memory(nodes, Operators()).written
+    uncertain: set[fx.Node] = set()  # tables of which nothing says what they hold when they are read
+    for node in nodes:
+        if node not in moving and (node in written or any(source in uncertain for source in node.all_input_nodes)):
+            uncertain.add(node)
+    tables = _Tables()
     judged: dict[Any, tuple[str, tuple[int, ...]] | None] = {}
     found: list[tuple[fx.Node, fx.Node, list[fx.Node], str, tuple[int, ...]]] = []
     inside: set[fx.Node] = set()
@@ -79,7 +83,9 @@ def free_turns(graph: fx.Graph) -> None:
         for start, part in _parts(end, moving, at):
             if start in inside or not inside.isdisjoint(part):
                 break
-            if not _may_turn(start, end, part, moving):
+            if not _may_turn(start, end, part, moving) or any(
+                not uncertain.isdisjoint(n.all_input_nodes) for n in part
+            ):
                 continue
             if best is not None and not all(_name(node) in MOVES for node in part if node not in best[2]):
                 break  # what is larger than a turn would say less of which pairs are turned
@@ -94,10 +100,9 @@ def free_turns(graph: fx.Graph) -> None:
             inside.update(best[2])
     if not found:
         return
-    written = Memory(nodes, Operators()).written
     left = {node for one in nodes for node in one.meta.get("left", ())}
     for start, end, part, structure, varies in found:
-        if written.isdisjoint([start, *part, *(source for node in part for source in node.all_input_nodes)]):
+        if written.isdisjoint([start, *part]):
             _replace(graph, start, end, structure, varies)
     for node in reversed(nodes):
         if not node.users and node in inside and node not in left:
@@ -172,8 +177,7 @@ class _Named(str):
 class _Tables:
     """The values of what depends on no weight, of random constants and inputs."""
 
-    def __init__(self, moving: set[fx.Node]) -> None:
-        self.moving = moving
+    def __init__(self) -> None:
         self.values: dict[fx.Node, Any] = {}
         self.generator = torch.Generator().manual_seed(0)
         self._numbers: dict[fx.Node, int] = {}
@@ -182,10 +186,10 @@ class _Tables:
     def number(self, node: fx.Node) -> int:
         """The same number for tables that are computed alike from the same, as each layer adds a dimension to one.
 
-        What is written to, or drawn, is like nothing else.
+        What is drawn is like nothing else.
         """
         for one in self._from(node, self._numbers):
-            pure = one.op == "call_function" and not (_draws(one) or any(map(_writes, one.users)) or _writes(one))
+            pure = one.op == "call_function" and not _draws(one)
             key = (_said(one, lambda source: str(self._numbers[source])), str(one.meta["val"])) if pure else one
             self._numbers[one] = self._known.setdefault(key, len(self._known))
         return self._numbers[node]
@@ -225,11 +229,6 @@ class _Tables:
 
 def _draws(node: fx.Node) -> bool:
     return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-
-
-def _writes(node: fx.Node) -> bool:
-    known = signature(node.target) if node.op == "call_function" else None
-    return known is not None and any(argument.writes for argument in known.arguments)
 
 
 def run(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
