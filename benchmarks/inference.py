@@ -1,6 +1,7 @@
 """What `auto_spec` costs, next to one fake forward pass and next to `torch.export` with decompositions.
 
     python benchmarks/inference.py [--rounds 5] [--models resnet50 vit_b_16 ...]
+    python benchmarks/inference.py --passes [--models resnet50 llama ...]
 
 What is compared, for one model in evaluation mode and a batch of two images:
 
@@ -18,6 +19,10 @@ to fake tensors is full; the kinds alternate within each round. *Cold* is the fi
 imports, one process for each kind: what one waits for who asks once. All figures are seconds of processor time on one
 thread, which other load disturbs least. Peak memory is that of `auto_spec` alone, of models on the meta device, in a
 process of its own, above what importing the libraries takes.
+
+With `--passes`, what all passes cost next to the first alone: `auto_spec(model)` and `auto_spec(model, vary=False)`,
+which both find the inputs for themselves, and `auto_spec(model, symmetry="general")`. The least of the rounds of each;
+transformers at real size and the largest have no weights (meta device).
 """
 
 from __future__ import annotations
@@ -30,8 +35,10 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch._dynamo  # the first fake tensor imports it, and imports are not what is measured
@@ -45,12 +52,15 @@ operators.declare()
 
 from torchvision import models  # noqa: E402
 
+from permgraph import PermutationSpec, auto_spec  # noqa: E402
 from permgraph.capture import capture  # noqa: E402
 from permgraph.capture.environment import mkldnn  # noqa: E402
 from permgraph.inference.auto_spec import spec_of  # noqa: E402
 
 MODELS = ("resnet50", "densenet121", "vit_b_16", "swin_t")
 SIZE = (2, 3, 224, 224)
+WITH_ALL_PASSES = (*MODELS, "bert", "gpt2", "llama-7b", "mixtral-8x7b", "llama-3-70b")
+PASSES = ("all passes", "first alone", "all / first", "general", "general / permutations", "solved", "alike")
 COLUMNS = (
     "fake", "fused off", "capture", "infer", "infer general", "general / permutations", "auto_spec / fake",
     "auto_spec / fused off", "export", "export / auto_spec", "MiB",
@@ -165,6 +175,42 @@ def print_memory(name: str) -> None:
     print((peak - before) / 2**20)
 
 
+def built(name: str) -> nn.Module:
+    """A model of torchvision, or one of transformers at real size on the meta device."""
+    if name in MODELS or hasattr(models, name):
+        return cast(nn.Module, getattr(models, name)().eval())
+    import transformers
+
+    llama = {"num_key_value_heads": 8, "vocab_size": 128256, "intermediate_size": 28672}
+    large = transformers.LlamaConfig(hidden_size=8192, num_hidden_layers=80, num_attention_heads=64, **llama)
+    kind, config = {
+        "bert": (transformers.AutoModel, transformers.BertConfig()),
+        "gpt2": (transformers.AutoModelForCausalLM, transformers.GPT2Config()),
+        "llama-7b": (transformers.AutoModelForCausalLM, transformers.LlamaConfig()),
+        "mixtral-8x7b": (transformers.AutoModelForCausalLM, transformers.MixtralConfig()),
+        "llama-3-70b": (transformers.AutoModelForCausalLM, large),
+    }[name]
+    with torch.device("meta"):
+        return cast(nn.Module, kind.from_config(config).eval())
+
+
+def passes(name: str, rounds: int) -> dict[str, float]:
+    """What all passes of a model cost next to the first one alone, and general symmetries next to permutations."""
+    model = built(name)
+    runs: dict[str, Callable[[], PermutationSpec]] = {
+        "all passes": lambda: auto_spec(model),
+        "first alone": lambda: auto_spec(model, vary=False),
+        "general": lambda: auto_spec(model, symmetry="general"),
+    }
+    spec = runs["all passes"]()
+    found = [{column: seconds(run) for column, run in runs.items()} for _ in range(rounds)]
+    row = {column: min(figures[column] for figures in found) for column in runs}
+    counts = Counter(one.outcome for one in spec.passes)
+    row["all / first"] = row["all passes"] / row["first alone"]
+    row["general / permutations"] = row["general"] / row["all passes"]
+    return {**row, "solved": counts["solved"], "alike": counts["alike"]}
+
+
 def resident() -> int:
     """Bytes of this process in memory now (Linux)."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
@@ -172,7 +218,8 @@ def resident() -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=MODELS)
+    parser.add_argument("--models", nargs="+")
+    parser.add_argument("--passes", action="store_true", help="all passes next to the first alone")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--memory", help=argparse.SUPPRESS)
     parser.add_argument("--cold", nargs=2, help=argparse.SUPPRESS)
@@ -184,9 +231,16 @@ def main() -> None:
     if options.cold:
         print_cold(*options.cold)
         return
+    if options.passes:
+        print("| model | " + " | ".join(PASSES) + " |")
+        print("| --- |" + " ---: |" * len(PASSES))
+        for name in options.models or WITH_ALL_PASSES:
+            row = passes(name, options.rounds)
+            print(f"| {name} | " + " | ".join(f"{row[column]:.3g}" for column in PASSES) + " |", flush=True)
+        return
     print("| model | | " + " | ".join(COLUMNS) + " |")
     print("| --- | --- |" + " ---: |" * len(COLUMNS))
-    for name in options.models:
+    for name in options.models or MODELS:
         for how, found in (("warm", warm(name, options.rounds)), ("cold", cold(name))):
             row = {**found, **ratios(found)}
             cells = (f"{row[column]:.3g}" if column in row else "" for column in COLUMNS)
