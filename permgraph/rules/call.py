@@ -13,6 +13,7 @@ from typing import Any
 from torch import fx
 
 from permgraph.algebra import Axes, Axis, Index, Kind, Pinned
+from permgraph.algebra.cells import fits, stretches
 from permgraph.errors import ConflictError
 from permgraph.rules.ledger import Labelled, Ledger, Rearrangement, Relation
 from permgraph.rules.pattern import Fitted, expand_via, fit
@@ -260,6 +261,35 @@ class Call:
             self.axes.unify(out.dims[d], axis)
             self.note_tie(source, d, out, d)
         self.note_rearrangement(source, out, how=("pad", tuple(margins)))
+
+    def is_product(self, tensor: TypedTensor, dim: int, groups: int) -> bool:
+        """Whether a dimension is that many groups of one size, as far as it is known, each made up like the others.
+
+        It is none where a seam of a concatenation, or a group of another size, lies across a border.
+        """
+        return fits(self.axes, tensor.dims[dim], tensor.shape[dim] // groups)
+
+    def cut_into_cells(self, tensor: TypedTensor, dim: int, groups: int, via: str) -> None:
+        """Say that a dimension is cut at the borders of that many groups; those that are whole and alike may move.
+
+        `via` has the labels, beside that of the groups, of a tensor inside the operator that has a value for each.
+        """
+        size = tensor.shape[dim] // groups
+        for start, end, period in stretches(self.axes, tensor.dims[dim], size):
+            piece = self.remember(f"{start} to {end}", lambda n=end - start: self.tensor_like(tensor, dim, n))
+            self.take(tensor, piece, dim, start, end)
+            if period == end - start:
+                continue
+            shape = [*piece.shape[:dim], (end - start) // period, period, *piece.shape[dim + 1 :]]
+            rows = self.remember(
+                f"rows of {start} to {end}",
+                lambda n=shape: TypedTensor(f"{tensor.name}.rows", n, tensor.dtype, self.axes),
+            )
+            self.regroup(piece, rows)
+            for low in range(0, period, size):
+                cell = self.remember(f"cell {low} of {start}", lambda t=rows: self.tensor_like(t, dim + 1, size))
+                self.take(rows, cell, dim + 1, low, low + size)
+                self.link((cell, self.names(cell, named={dim: "g"})), via=[f"{via} g"])
 
     def unify(self, a: TypedTensor, i: int, b: TypedTensor, j: int) -> None:
         """Make one axis of two dimensions, of one tensor or of two: rows and columns are renumbered alike."""

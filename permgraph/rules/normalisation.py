@@ -43,9 +43,21 @@ def layer_norm_labels(call: Call) -> tuple[str, str]:
 
 @rule(*aten("native_group_norm group_norm"), values="derived", acts="group norm")
 def group_norm(call: Call) -> None:
-    """x is (n, g·i, space); statistics for each n and g."""
+    """x is (n, g·i, space); statistics for each n and g.
+
+    Where channels come from several tensors whose seams are no borders of groups, whatever leaves each group in itself
+    is free: see `Call.cut_into_cells`.
+    """
     x = call["input"]
     groups = call.get("group", call.get("num_groups"))
+    if not call.is_product(x, 1, groups):
+        every = call.names(x, named={1: "c"})
+        statistics = [(out, "d0 _") for out in call.results[1:]]
+        call.link((x, every), (call["weight"], "c"), (call["bias"], "c"), (call.out, every), *statistics, via=["d0"])
+        call.cut_into_cells(x, 1, groups, via="d0")
+        for out in call.results[1:]:
+            call.pin(out, 1, "groups of channels from several tensors")
+        return
     every = call.names(x, named={1: "(g i)"})
     statistics = [(out, "d0 g") for out in call.results[1:]]
     call.link(
