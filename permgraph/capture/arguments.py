@@ -99,9 +99,15 @@ def _other_values(value: Any, hint: Any, *, instead_of_none: bool = False) -> li
     return found
 
 
+#: The names that transformers has for what is returned and cached. Others that sound like these are looked at.
+_SETTINGS = frozenset(
+    ["output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "return_loss", "use_cache"]
+)
+
+
 def _is_setting(name: str) -> bool:
     """Whether a flag, by its name, says what is returned or cached: it is looked at where a parameter is unread."""
-    return name.startswith(("output_", "return_", "use_cache"))
+    return name in _SETTINGS
 
 
 def _other_numbers(value: Any) -> list[float]:

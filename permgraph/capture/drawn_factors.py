@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,10 +27,12 @@ class DrawnFactors:
     Attributes:
         drawing: the nodes that make the factors.
         products: the nodes that multiply with one, or divide for that, and what is multiplied.
+        by_sample: the products with a factor for each sample rather than one for all.
     """
 
-    drawing: frozenset[fx.Node]
-    products: dict[fx.Node, fx.Node]
+    drawing: frozenset[fx.Node] = frozenset()
+    products: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    by_sample: frozenset[fx.Node] = frozenset()
 
     def without(self, nodes: Sequence[fx.Node]) -> list[fx.Node]:
         """The nodes as if nothing had been drawn."""
@@ -44,20 +46,16 @@ class DrawnFactors:
         return number
 
 
-def drawn_factors(nodes: Sequence[fx.Node]) -> DrawnFactors:
+def drawn_factors(nodes: Sequence[fx.Node], batches: Collection[int]) -> DrawnFactors:
     """Find the factors that are drawn for the samples of a batch; none if any draw is used for something else.
 
-    Samples are counted by the first dimension, and that is no axis of a weight: no weight has its size.
+    Args:
+        nodes: those of a pass.
+        batches: the sizes of batches: only a first dimension of one of these counts samples.
     """
     random = [node for node in nodes if _is_random(node)]
     if not random:
-        return DrawnFactors(frozenset(), {})
-    of_weights = {
-        size
-        for node in nodes
-        if node.op == "placeholder" and node.meta["kind"] in ("parameter", "buffer")
-        for size in node.meta["val"].shape
-    }
+        return DrawnFactors()
     drawn: set[fx.Node] = set()
     made: set[fx.Node] = set()
     for node in nodes:
@@ -73,7 +71,7 @@ def drawn_factors(nodes: Sequence[fx.Node]) -> DrawnFactors:
             made.add(node)
     products: dict[fx.Node, fx.Node] = {}
     for node in nodes:
-        source = _multiplied(node, drawn, of_weights)
+        source = _multiplied(node, drawn, batches)
         if source is not None:
             scaled = _before_scaling(source)
             if scaled is not None:
@@ -84,15 +82,17 @@ def drawn_factors(nodes: Sequence[fx.Node]) -> DrawnFactors:
         if node in made and node.users and all(user in drawing for user in node.users):
             drawing.add(node)
     if any(user not in drawing and user not in products for node in drawing for user in node.users):
-        return DrawnFactors(frozenset(), {})
-    return DrawnFactors(frozenset(drawing), products)
+        return DrawnFactors()
+    many = {node for node in drawn if node.meta["val"].ndim and node.meta["val"].shape[0] != 1}
+    by_sample = frozenset(node for node in products if not many.isdisjoint(node.all_input_nodes))
+    return DrawnFactors(frozenset(drawing), products, by_sample)
 
 
 def _is_random(node: fx.Node) -> bool:
     return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
-def _multiplied(node: fx.Node, drawn: set[fx.Node], of_weights: set[int]) -> fx.Node | None:
+def _multiplied(node: fx.Node, drawn: set[fx.Node], batches: Collection[int]) -> fx.Node | None:
     """What a node multiplies with a factor for each sample."""
     if operator_name(node.target).rstrip("_") != "mul" or node in drawn or len(node.args) != 2:
         return None
@@ -106,7 +106,7 @@ def _multiplied(node: fx.Node, drawn: set[fx.Node], of_weights: set[int]) -> fx.
     if factor.ndim not in (0, value.ndim) or any(size != 1 for size in factor.shape[1:]):
         return None
     samples = factor.shape[0] if factor.ndim else 1
-    return others[0] if samples == 1 or samples not in of_weights else None
+    return others[0] if samples == 1 or (samples == value.shape[0] and samples in batches) else None
 
 
 def _before_scaling(node: fx.Node) -> fx.Node | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, fx
 
 from permgraph.capture.captured import Captured
-from permgraph.capture.drawn_factors import drawn_factors
+from permgraph.capture.drawn_factors import DrawnFactors, drawn_factors
 from permgraph.capture.numbering import Numbering
-from permgraph.capture.schema import operator_name
+from permgraph.capture.schema import operator_name, signature
 
 _VIEWS = frozenset(["view", "_unsafe_view", "reshape", "_reshape_alias", "unflatten", "flatten"])
 
@@ -42,13 +42,35 @@ def alike(first: Captured, second: Captured, *, in_any_mode: bool = False) -> bo
     training, is as good as none, as dropout is.
     """
     nodes, others = (_but_for_modes(one) if in_any_mode else list(one.graph.nodes) for one in (first, second))
-    factors, other_factors = drawn_factors(nodes), drawn_factors(others)
+    varied = _varied(nodes, others)
+    batches = _varied(nodes, others, first=True)
+    factors, other_factors = (
+        drawn_factors(nodes, {a for a, _ in batches}),
+        drawn_factors(others, {b for _, b in batches}),
+    )
     nodes, others = factors.without(nodes), other_factors.without(others)
     if len(nodes) != len(others):
         return False
-    number = factors.numbers(nodes)
-    other_number = other_factors.numbers(others)
-    return all(_alike(*pair, number, other_number, in_any_mode) for pair in zip(nodes, others, strict=True))
+    numbers = factors.numbers(nodes), other_factors.numbers(others)
+    if not _multiply_samples(other_factors, nodes, numbers[1], batches):
+        return False
+    return all(_alike(*pair, numbers, varied, in_any_mode) for pair in zip(nodes, others, strict=True))
+
+
+def _multiply_samples(
+    factors: DrawnFactors, others: Sequence[fx.Node], number: dict[fx.Node, int], batches: Collection[tuple[int, int]]
+) -> bool:
+    """Whether what is multiplied by drawn factors has as many samples as the batch, in the other pass too."""
+    values = ((others[number[product]].meta["val"], product.meta["val"]) for product in factors.by_sample)
+    return all(isinstance(a, Tensor) and a.ndim and (a.shape[0], b.shape[0]) in batches for a, b in values)
+
+
+def _varied(nodes: Sequence[fx.Node], others: Sequence[fx.Node], *, first: bool = False) -> frozenset[tuple[int, int]]:
+    """The sizes of inputs that differ between two passes, in pairs; or of their first dimensions alone."""
+    inputs = ([n for n in each if n.op == "placeholder" and n.meta["kind"] == "input"] for each in (nodes, others))
+    shapes = [(a.meta["val"].shape, b.meta["val"].shape) for a, b in zip(*inputs, strict=False)]
+    pairs = (pair for a, b in shapes for pair in list(zip(a, b, strict=False))[: 1 if first else None])
+    return frozenset(pair for pair in pairs if pair[0] != pair[1])
 
 
 def _but_for_modes(captured: Captured) -> list[fx.Node]:
@@ -77,15 +99,16 @@ def _but_for_modes(captured: Captured) -> list[fx.Node]:
 
 
 def _alike(
-    node: fx.Node, other: fx.Node, number: dict[fx.Node, int], other_number: dict[fx.Node, int], in_any_mode: bool
+    node: fx.Node,
+    other: fx.Node,
+    numbers: tuple[dict[fx.Node, int], dict[fx.Node, int]],
+    varied: frozenset[tuple[int, int]],
+    in_any_mode: bool,
 ) -> bool:
     if node.op != other.op:
         return False
     if node.op == "placeholder":
-        kind = node.meta["kind"]
-        if kind != other.meta["kind"]:
-            return False
-        if kind in ("parameter", "buffer") and node.meta["names"] != other.meta["names"]:
+        if not _same_placeholder(node, other):
             return False
     elif node.target != other.target:
         return False
@@ -98,21 +121,6 @@ def _alike(
         )  # in evaluation mode the other results are empty
         return of.meta["val"][0] if kept else of.meta["val"]
 
-    def same(a: Any, b: Any, role: int) -> bool:
-        if isinstance(a, fx.Node):
-            numbered = isinstance(b, fx.Node) and number[a] == other_number[b]
-            return numbered and same_value(value(a), value(b), role)
-        if isinstance(a, (list, tuple)):
-            return isinstance(b, (list, tuple)) and len(a) == len(b) and all(map(same, a, b, [role] * len(a)))
-        if type(a) is int and type(b) is int:  # a number of a dimension stays; a size goes with the shapes' sizes
-            return a == b or sizes.same(a, b)
-        if type(a) is not type(b):
-            return False
-        try:
-            return bool(a == b or a != a)
-        except NotImplementedError:  # packed weights of quantised layers
-            return a is b
-
     def same_value(a: Any, b: Any, role: int) -> bool:
         if isinstance(a, Tensor):
             if not isinstance(b, Tensor) or a.dtype != b.dtype or a.ndim != b.ndim:
@@ -122,6 +130,15 @@ def _alike(
             return isinstance(b, (list, tuple)) and len(a) == len(b) and all(map(same_value, a, b, [role] * len(a)))
         return True
 
+    def same_nodes(a: Any, b: Any, role: int) -> bool:
+        """Whether the same tensors stand here, whose sizes stand for one another."""
+        if isinstance(a, fx.Node):
+            numbered = isinstance(b, fx.Node) and numbers[0][a] == numbers[1][b]
+            return numbered and same_value(value(a), value(b), role)
+        if isinstance(a, (list, tuple)):
+            return isinstance(b, (list, tuple)) and len(a) == len(b) and all(map(same_nodes, a, b, [role] * len(a)))
+        return True
+
     if not same_value(value(node), value(other), _RESULT):
         return False
     ours, theirs = ([*each.args, *each.kwargs.values()] for each in (node, other))
@@ -129,7 +146,94 @@ def _alike(
         return False
     if in_any_mode and operator_name(node.target) in _BATCH_NORMS:
         ours[_TRAINING] = theirs[_TRAINING] = None
-    return all(map(same, ours, theirs, range(len(ours)))) and _same_view(node, other, sizes)
+    if not all(map(same_nodes, ours, theirs, range(len(ours)))):
+        return False
+    numbers_of = _Numbers(node, other, sizes, varied)
+    return all(map(numbers_of.same, _argument_names(node), ours, theirs)) and _same_view(node, other, sizes)
+
+
+def _same_placeholder(node: fx.Node, other: fx.Node) -> bool:
+    """Whether two tensors are one weight, or inputs, or constants that hold the same or have other shapes."""
+    kind = node.meta["kind"]
+    if kind != other.meta["kind"]:
+        return False
+    if kind in ("parameter", "buffer"):
+        return bool(node.meta["names"] == other.meta["names"])
+    ours, theirs = node.meta.get("real"), other.meta.get("real")
+    if kind == "input" or ours is theirs:
+        return True
+    if ours is None or theirs is None or ours.dtype != theirs.dtype:
+        return False
+    return ours.shape != theirs.shape or bool(torch.equal(ours.detach().cpu(), theirs.detach().cpu()))
+
+
+def _argument_names(node: fx.Node) -> list[str]:
+    """The names of a node's arguments, as far as its operator's schema has them."""
+    known = signature(node.target)
+    positional = [argument.name for argument in known.arguments] if known is not None else []
+    positional += [""] * (len(node.args) - len(positional))
+    return [*positional[: len(node.args)], *node.kwargs]
+
+
+#: Arguments that say which dimension is meant, or how many groups there are: what they mean, no size says.
+_EXACT = frozenset(["dim", "dims", "dim0", "dim1", "dim2", "start_dim", "end_dim", "groups", "group", "num_groups"])
+#: Arguments that say which indices of a dimension are meant.
+_PLACES = frozenset(["start", "end", "index", "length", "diagonal", "offset"])
+_EXACT_OF = frozenset(["pow", "getitem"])
+_SCALARS = frozenset(["self", "other", "value", "fill_value", "exponent", "min", "max", "alpha", "end"])
+
+
+class _Numbers:
+    """Which numbers among the arguments of an operator may differ between two passes.
+
+    A number may be a size, and then it differs as a size of the operator's tensors does, or as one of the inputs; or a
+    place along a dimension whose size differs. Any other must be the same.
+    """
+
+    def __init__(self, node: fx.Node, other: fx.Node, sizes: _Sizes, varied: frozenset[tuple[int, int]]) -> None:
+        self._sizes, self._pairs, self._varied = sizes, sizes.differing(), varied
+        self._name = operator_name(node.target) or getattr(node.target, "__name__", "")
+        self._along = self._dimension_varies(node, other)
+
+    def same(self, name: str, a: Any, b: Any) -> bool:
+        """Whether two arguments of this name are the same, but for such numbers; tensors have been compared."""
+        if isinstance(a, fx.Node):
+            return True
+        if isinstance(a, (list, tuple)):
+            return all(map(self.same, [name] * len(a), a, b))
+        if type(a) is not type(b):
+            return False
+        if type(a) is int:
+            return a == b or self._may_differ(name, a, b)
+        try:
+            return bool(a == b or a != a)
+        except NotImplementedError:  # packed weights of quantised layers
+            return a is b
+
+    def _may_differ(self, name: str, a: int, b: int) -> bool:
+        if name in _EXACT or self._name in _EXACT_OF:
+            return False
+        if name in _PLACES and self._along is not None:
+            return self._along
+        if self._name in ("native_group_norm", "native_group_norm_backward"):  # their sizes are given besides
+            return True
+        return (a, b) in self._pairs or (name in _SCALARS and (a, b) in self._varied)
+
+    @staticmethod
+    def _dimension_varies(node: fx.Node, other: fx.Node) -> bool | None:
+        """Whether the dimension that an operator's numbers are places of differs in size; None where there is none."""
+        source, theirs = (each.args[0] if each.args else None for each in (node, other))
+        if not isinstance(source, fx.Node) or not isinstance(theirs, fx.Node):
+            return None
+        a, b = source.meta["val"], theirs.meta["val"]
+        if not isinstance(a, Tensor) or not a.ndim:
+            return None
+        if operator_name(node.target) in ("triu", "tril", "diagonal", "diagonal_scatter"):
+            return bool(a.shape[-2:] != b.shape[-2:])
+        given = dict(zip(_argument_names(node), [*node.args, *node.kwargs.values()], strict=True)).get("dim", 0)
+        if not isinstance(given, int) or not -a.ndim <= given < a.ndim or a.ndim != b.ndim:
+            return None
+        return bool(a.shape[given] != b.shape[given])
 
 
 def _dimensions(node: fx.Node) -> Callable[[int, int], Sequence[str]]:
@@ -152,6 +256,10 @@ class _Sizes:
     def __init__(self) -> None:
         self._pairs: set[tuple[str, int, int]] = set()
         self._met: set[tuple[str, int, bool]] = set()
+
+    def differing(self) -> frozenset[tuple[int, int]]:
+        """The pairs of sizes that differ."""
+        return frozenset((a, b) for _, a, b in self._pairs if a != b)
 
     def same(self, a: int, b: int, along: str = "") -> bool:
         """Whether the one may stand for the other, which it does from now on, `along` dimensions of this name."""

@@ -42,7 +42,7 @@ def defining_modules(modules: Iterable[nn.Module]) -> list[str]:
     return sorted(name for name in names if name != "torch" and not name.startswith(("torch.", "builtins")))
 
 
-def _is_of_others(name: Any) -> bool:
+def is_of_others(name: Any) -> bool:
     """Whether a Python module is one whose state is nobody's hook's: torch's, or Python's own."""
     top = name.partition(".")[0] if isinstance(name, str) else "builtins"
     return top in ("torch", "numpy", "permgraph") or (top in sys.stdlib_module_names and top != "__main__")
@@ -56,13 +56,13 @@ def _modules_used(functions: Iterable[types.FunctionType]) -> set[str]:
     while waiting and len(seen) < _MAX_FUNCTIONS:
         function = waiting.pop()
         home = function.__globals__.get("__name__")
-        if function in seen or _is_of_others(home):
+        if function in seen or is_of_others(home):
             continue
         seen.add(function)
         names.add(str(home))
         for word in function.__code__.co_names:
             used: Any = function.__globals__.get(word)
-            if _is(used, types.ModuleType) and not _is_of_others(vars(used).get("__name__")):
+            if _is(used, types.ModuleType) and not is_of_others(vars(used).get("__name__")):
                 names.add(vars(used)["__name__"])
             elif _is(used, types.FunctionType):
                 waiting.append(used)
@@ -160,7 +160,7 @@ class PythonState:
             functions = list(memo.functions.values())
         hooks = [hook for registry in _global_hooks() for hook in registry.values()]
         functions += [hook for hook in map(_function_in, hooks) if _is(hook, types.FunctionType)]
-        classes = [kind for held in kinds for kind in held.__mro__ if not _is_of_others(kind.__module__)]
+        classes = [kind for held in kinds for kind in held.__mro__ if not is_of_others(kind.__module__)]
         used = _modules_used(functions) | {kind.__module__ for kind in classes}
         state = cls(sorted({*defining_modules(modules), *used}))
         for name in state._names:
@@ -216,7 +216,7 @@ class PythonState:
                 if id(before[name]) in self._rebound:
                     _set(owner, now, name, before[name])
         for cell, content in self._cells:
-            held = _content(cell)
+            held = content_of(cell)
             if held is not content and (id(cell) in self._rebound or _holds_tensor(held)):
                 _fill(cell, content)
         for function, defaults in self._functions:
@@ -239,7 +239,7 @@ class PythonState:
             self._note_function(_function_in(value), depth)
 
     def _note_function(self, function: Any, depth: int) -> None:
-        if not _is(function, types.FunctionType) or _is_of_others(function.__module__):
+        if not _is(function, types.FunctionType) or is_of_others(function.__module__):
             return
         known = id(function) in self._seen
         self._note_owner(function, vars(function), depth + 1)
@@ -250,7 +250,7 @@ class PythonState:
         for cell in function.__closure__ or ():
             if id(cell) not in self._seen:
                 self._seen.add(id(cell))
-                self._cells.append((cell, _content(cell)))
+                self._cells.append((cell, content_of(cell)))
         for held in held_by(function):
             self._note_value(held, depth + 1)
         if function.__kwdefaults__:
@@ -288,7 +288,7 @@ class CopiedState:
 
     def __init__(self, modules: Iterable[nn.Module], memo: Memo) -> None:
         self._containers: list[tuple[Any, Any]] = []
-        self._cells = [(made, _content(made)) for original, made in memo.cells.values() if original is not made]
+        self._cells = [(made, content_of(made)) for original, made in memo.cells.values() if original is not made]
         seen: set[int] = set()
         for made in [*modules, *(memo.get(id(original)) for original in memo.originals())]:
             own = None if _is(made, (Tensor, type, types.FunctionType)) else attributes_of(made)
@@ -325,7 +325,7 @@ def _may_hold(value: Any) -> bool:
     """Whether something is an object by whose attributes one function may hand a tensor to another."""
     if _is(value, _NAMESPACES):
         return True
-    return not _is(value, (nn.Module, types.ModuleType)) and not _is_of_others(type(value).__module__)
+    return not _is(value, (nn.Module, types.ModuleType)) and not is_of_others(type(value).__module__)
 
 
 def _global_hooks() -> list[dict[int, Any]]:
@@ -342,11 +342,12 @@ def held_by(function: types.FunctionType) -> Iterator[Any]:
 
 
 def _cells(function: types.FunctionType) -> Iterator[Any]:
-    held = (_content(cell) for cell in function.__closure__ or ())
+    held = (content_of(cell) for cell in function.__closure__ or ())
     yield from (content for content in held if content is not _MISSING)
 
 
-def _content(cell: types.CellType) -> Any:
+def content_of(cell: types.CellType) -> Any:
+    """What a variable of a function holds; something that nothing else is if it is still empty."""
     try:
         return cell.cell_contents
     except ValueError:  # still empty
@@ -356,13 +357,13 @@ def _content(cell: types.CellType) -> Any:
 def _fill(cell: types.CellType, content: Any) -> None:
     if content is not _MISSING:
         cell.cell_contents = content
-    elif _content(cell) is not _MISSING:
+    elif content_of(cell) is not _MISSING:
         del cell.cell_contents
 
 
 def variables_of_classes(modules: Iterable[nn.Module]) -> list[types.CellType]:
     """The variables over which the methods of these modules close, and the functions that these call so."""
-    kinds = {kind for module in modules for kind in type(module).__mro__ if not _is_of_others(kind.__module__)}
+    kinds = {kind for module in modules for kind in type(module).__mro__ if not is_of_others(kind.__module__)}
     waiting = [_function_in(value) for kind in kinds for value in list(vars(kind).values())]
     found: dict[int, types.CellType] = {}
     while waiting:
@@ -370,7 +371,7 @@ def variables_of_classes(modules: Iterable[nn.Module]) -> list[types.CellType]:
         for cell in (value.__closure__ or ()) if _is(value, types.FunctionType) else ():
             if id(cell) not in found:
                 found[id(cell)] = cell
-                waiting.append(_function_in(_content(cell)))
+                waiting.append(_function_in(content_of(cell)))
     return list(found.values())
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import contextvars
 import inspect
@@ -29,6 +28,7 @@ from torch.utils._mode_utils import no_dispatch
 from permgraph.capture.captured import Captured
 from permgraph.capture.draws import drawn_like
 from permgraph.capture.environment import WithoutDropout, make_transparent, one_at_a_time, reference_kernels, train
+from permgraph.capture.held_state import HeldState
 from permgraph.capture.inputs.registry import ExampleInputs, find_inputs
 from permgraph.capture.known import KnownValues
 from permgraph.capture.module_copy import as_parameter_like, copy_inputs, copy_module
@@ -323,14 +323,15 @@ def _pass(
         named = _named_tensors(copied.modules)
         watch = fake_mode if mode == "fake" else WatchUntrackedReads(recorder.untracked_read)
         guard = memory_readers_refuse_fakes() if mode == "fake" else contextlib.nullcontext()
-        before = _attributes(copied.modules)
+        state_in_python = HeldState(copied.modules, copied.memo)
+        shown_before = state_in_python.shown()
         dropout = WithoutDropout() if training else contextlib.nullcontext()
         with python_state_restored(copied.modules, copied.memo), guard, watch, recorder, dropout:
             if copied.loading is not None:
                 _load(copied.loading, mode, any(entry.role == "saved" for entry in state))
             context = contextvars.copy_context()  # what forward sets in it is not the caller's
             result = context.run(_run, copied.module, args, kwargs)
-            keeps_attributes = _attributes(copied.modules) != before
+            keeps_attributes = state_in_python.shown() != shown_before
             for number in range(1, 1 if variation is None else variation.calls):
                 if variation is not None and variation.ends_in_evaluation and number + 1 == variation.calls:
                     train(copied.modules, False)
@@ -396,26 +397,6 @@ def _note_classes(graph: torch.fx.Graph, module: nn.Module) -> None:
         if node.op == "placeholder" and node.meta["kind"] in ("parameter", "buffer"):
             parts = node.meta["names"][0].split(".")
             node.meta["classes"] = tuple(classes.get(".".join(parts[:depth])) for depth in range(len(parts)))
-
-
-def _attributes(modules: Sequence[nn.Module]) -> dict[tuple[int, str], Any]:
-    """What modules hold beside their tensors and parts, in a form that shows whether it was changed."""
-    return {
-        (at, name): _shown(value)
-        for at, module in enumerate(modules)
-        for name, value in vars(module).items()
-        if name not in _OF_MODULES
-    }
-
-
-def _shown(value: Any) -> Any:
-    if isinstance(value, (bool, int, float, str, bytes, type(None))):
-        return value
-    if isinstance(value, Mapping):
-        return [(key, id(inner)) for key, inner in value.items()]
-    if isinstance(value, (list, tuple, set, frozenset, collections.deque)):
-        return [id(inner) for inner in value]
-    return id(value)
 
 
 def _writes_to_buffer(node: torch.fx.Node) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -24,7 +24,7 @@ from permgraph.inference.facts import GraphFacts
 from permgraph.inference.fibres import find_fibres
 from permgraph.inference.fixpoint import run_until_stable, settle
 from permgraph.inference.siblings import with_siblings
-from permgraph.inference.solution import Solution
+from permgraph.inference.solution import Solution, StandIn
 from permgraph.inference.unread import Policy, check_policy, pin_loose
 from permgraph.inference.unseen import pin_unseen
 from permgraph.spec.provenance import Pass
@@ -127,7 +127,8 @@ def spec_of_passes(
     captured = passes.passes[0]
     solved = [*passes.passes, *(passes.in_training if symmetry == "general" else ())]
     try:
-        spec = spec_of(_joined(solved), passes.limits, unread, symmetry)
+        together, stand_ins = _joined(solved)
+        spec = spec_of(together, passes.limits, unread, symmetry, stand_ins)
     except ConflictError as error:
         if len(solved) == 1:
             raise
@@ -141,22 +142,25 @@ def spec_of_passes(
     return replace(spec, unused=unused, notes=(*spec.notes, *notes), passes=tuple(map(_pass, passes.tried)))
 
 
-def _joined(passes: Sequence[Captured]) -> Captured:
-    """Several passes as one; what one of them did not reach, and another did, stands where its siblings do there.
+def _joined(passes: Sequence[Captured]) -> tuple[Captured, tuple[StandIn, ...]]:
+    """Several passes as one, and the parts that none of them reached but that stand in their siblings' places.
 
-    Of layers of which as many run as there are steps, passes of one and of five steps show the first and the last.
+    What one of them did not reach, and another did, stands where its siblings do there: of layers of which as many run
+    as there are steps, passes of one and of five steps show the first and the last.
     """
     if len(passes) == 1:
-        return passes[0]
+        return passes[0], ()
     unread = [set(one.unused) for one in passes]
-    somewhere = set.intersection(*unread)
-    return joined([_filled(one, unread) if own > somewhere else one for one, own in zip(passes, unread, strict=True)])
-
-
-def _filled(captured: Captured, unread: Sequence[Collection[str]]) -> Captured:
-    """A pass whose graph ends with what parts that it did not reach would have done in their siblings' places."""
-    facts, stand_ins = with_siblings(GraphFacts(list(captured.graph.nodes)), unread)
-    return replace(captured, graph=facts.nodes[0].graph) if stand_ins else captured
+    nowhere_read = set.intersection(*unread)
+    filled: list[Captured] = []
+    said: dict[str, StandIn] = {}
+    for one, own in zip(passes, unread, strict=True):
+        facts, stand_ins = (
+            with_siblings(GraphFacts(list(one.graph.nodes)), unread) if own > nowhere_read else (None, ())
+        )
+        filled.append(one if facts is None or not stand_ins else replace(one, graph=facts.nodes[0].graph))
+        said |= {part.part: part for part in stand_ins if any(n.startswith(f"{part.part}.") for n in nowhere_read)}
+    return joined(filled), tuple(said.values())
 
 
 def _pass(tried: Tried) -> Pass:
@@ -168,15 +172,22 @@ def _pass(tried: Tried) -> Pass:
 
 
 def spec_of(
-    captured: Captured, limits: Limits | None = None, unread: Policy = "note", symmetry: str = "permutation"
+    captured: Captured,
+    limits: Limits | None = None,
+    unread: Policy = "note",
+    symmetry: str = "permutation",
+    stand_ins: Sequence[StandIn] = (),
 ) -> PermutationSpec:
-    """The spec of a captured graph; when the time is up, what operators touch that have no types yet is pinned."""
+    """The spec of a captured graph, in which `stand_ins` stand in their siblings' places.
+
+    When the time is up, what operators touch that have no types yet is pinned.
+    """
     with gc_paused():
         if symmetry == "general":
             from permgraph.inference.general import free_turns
 
             free_turns(captured.graph)
-        solution = solve(captured.graph, limits=limits, unread=unread)
+        solution = solve(captured.graph, limits=limits, unread=unread, stand_ins=stand_ins)
         fibres = find_fibres(solution)
         spec = describe(captured, solution, fibres)
         if symmetry == "general":
@@ -193,14 +204,17 @@ def solve(
     *,
     limits: Limits | None = None,
     unread: Policy = "note",
+    stand_ins: Sequence[StandIn] = (),
 ) -> Solution:
     """Type every tensor of a captured graph; of one without an output node, `results` are the results.
 
+    `stand_ins` are the parts that stand in their siblings' places already.
+
     Raises `ConflictError`, naming the operator and its place in the source, where a rule ties axes of different sizes.
     """
-    facts, stand_ins = with_siblings(GraphFacts(list(graph.nodes), results))
+    facts, more = with_siblings(GraphFacts(list(graph.nodes), results))
     solution = settle(facts, limits)
-    solution.stand_ins = stand_ins
+    solution.stand_ins = (*stand_ins, *more)
     pin_unread(solution, run_until_stable)
     pin_unseen(solution, run_until_stable)
     if unread == "pin":
