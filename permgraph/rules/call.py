@@ -282,12 +282,14 @@ class Call:
                 continue
             shape = [*piece.shape[:dim], (end - start) // period, period, *piece.shape[dim + 1 :]]
             rows = self.remember(
-                f"rows of {start} to {end}",
+                f"rows of {period} from {start} to {end}",
                 lambda n=shape: TypedTensor(f"{tensor.name}.rows", n, tensor.dtype, self.axes),
             )
             self.regroup(piece, rows)
             for low in range(0, period, size):
-                cell = self.remember(f"cell {low} of {start}", lambda t=rows: self.tensor_like(t, dim + 1, size))
+                cell = self.remember(
+                    f"cell {low} of {period} from {start} to {end}", lambda t=rows: self.tensor_like(t, dim + 1, size)
+                )
                 self.take(rows, cell, dim + 1, low, low + size)
                 self.link((cell, self.names(cell, named={dim: "g"})), via=[f"{via} g"])
 
