@@ -164,7 +164,10 @@ def _same_placeholder(node: fx.Node, other: fx.Node) -> bool:
         return True
     if ours is None or theirs is None or ours.dtype != theirs.dtype:
         return False
-    return ours.shape != theirs.shape or bool(torch.equal(ours.detach().cpu(), theirs.detach().cpu()))
+    try:
+        return ours.shape != theirs.shape or bool(torch.equal(ours.detach().cpu(), theirs.detach().cpu()))
+    except (NotImplementedError, RuntimeError):  # nested, quantised and the like
+        return False
 
 
 def _argument_names(node: fx.Node) -> list[str]:
