@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import permgraph as pg
 from permgraph.algebra.limits import RESTLESS
 from permgraph.inference import fixpoint
+from permgraph.rules.call import Call
 from tests.groups.test_table import check, heads, s
 
 CASES: dict[str, Callable[[], tuple[nn.Module, tuple[Any, ...], float]]] = {}
@@ -452,7 +453,9 @@ def test_types_that_are_made_anew_in_each_visit_come_to_rest(hidden: bool, monke
     """Groups of 8 and of 12 of the same channels: what is pinned of them loses its cuts, and is cut again.
 
     With `hidden`, that it is the same each time is seen only after more visits than are made: what changes is pinned.
+    The rule of GroupNorm cuts such channels into pieces, and comes to rest at once; here it does not.
     """
+    monkeypatch.setattr(Call, "is_product", lambda *given: True)
     if hidden:
         monkeypatch.setattr(fixpoint, "SAME_VISITS", 3 * fixpoint.MAX_VISITS)
 
