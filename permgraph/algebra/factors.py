@@ -69,14 +69,18 @@ class Factors:
         With `within`, what was cut in a member of a family counts as cut at the part to which the member belongs.
         """
         seen = dict(self.cuts)
+        cut_anew: set[int] = set()  # splits of which a factor was cut that had not been: the next run tells its parts
         for key, split, position in self._made:
             axis = axes.resolve(split[position])
             known = seen.get(key, ())
             if axis.kind is Kind.FAMILY:
-                if within and (cuts := _by_part(axes, split, position)) is not None:
+                cuts = _by_part(axes, split, position)
+                if cuts is not None and (within or isinstance(cuts, ByPart)):
                     seen[key] = cuts
-            elif isinstance(known, tuple) and (points := _points(axes, axis)):
+            elif isinstance(known, tuple) and id(split) not in cut_anew and (points := _points(axes, axis)):
                 seen[key] = tuple(sorted(points | set(known)))
+                if not points <= set(known):
+                    cut_anew.add(id(split))
         return seen
 
 
