@@ -52,8 +52,8 @@ class Stretch(NamedTuple):
 def stretches(axes: Axes, axis: Axis, size: int) -> list[Stretch]:
     """The pieces of an axis between its seams and the borders of cells of this size, in order.
 
-    Whole cells that follow one another are rows, as long as what the axis is made up of comes back; what is left of
-    them are single cells.
+    Whole cells that follow one another are rows, where they are groups that the axis has, or cut each of these into as
+    many. Others are single cells.
     """
     found = []
     seams = [0, *itertools.accumulate(part.size for part in axes.parts(axis))]
@@ -65,8 +65,10 @@ def stretches(axes: Axes, axis: Axis, size: int) -> list[Stretch]:
         if start < first:
             found.append(Stretch(start, first, first - start))
         if first < last:
-            period = math.lcm(size, _unit(axes, axes.slice(axis, first, last)[0]))
-            if (rows := (last - first) // period) > 1:
+            unit = _unit(axes, axes.slice(axis, first, last)[0])
+            period = math.lcm(size, unit)
+            # Rows are all made up alike: where cells cut groups of another size, they would cut every one of them.
+            if period == max(size, unit) and (rows := (last - first) // period) > 1:
                 found.append(Stretch(first, first + rows * period, period))
                 first += rows * period
             found += [Stretch(low, low + size, size) for low in range(first, last, size)]

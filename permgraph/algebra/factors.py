@@ -4,12 +4,30 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from permgraph.algebra.axis import Axis, FactorKey, Kind
 
 if TYPE_CHECKING:
     from permgraph.algebra.store import Axes
+
+
+@dataclass(frozen=True)
+class ByPart:
+    """Where a factor is cut at each part of one that stands before it.
+
+    Attributes:
+        position: of the other, among the factors of the split.
+        points: for each of its parts.
+    """
+
+    position: int
+    points: tuple[tuple[int, ...], ...]
+
+
+Cuts = tuple[int, ...] | ByPart
+"""Where a factor is cut: the same everywhere, or otherwise at each part of another."""
 
 
 class Factors:
@@ -19,9 +37,9 @@ class Factors:
     is made as a sum from the start, and the factors beside it as families over it (see the head of this package).
     """
 
-    def __init__(self, cuts: Mapping[FactorKey, tuple[int, ...]] | None = None) -> None:
+    def __init__(self, cuts: Mapping[FactorKey, Cuts] | None = None) -> None:
         self.cuts = dict(cuts or {})
-        self._made: list[tuple[FactorKey, Axis]] = []
+        self._made: list[tuple[FactorKey, list[Axis], int]] = []  # the names, with all factors of the split
         self._alike: dict[FactorKey, int] = {}  # how many splits alike the current node has made
 
     def start_node(self) -> None:
@@ -35,34 +53,63 @@ class Factors:
 
     def make(self, axes: Axes, name: FactorKey, sizes: Sequence[int]) -> list[Axis]:
         """New axes that stand side by side, known by a name: where one was cut in an earlier run, it is a sum now."""
-        keys = [(*name, position) for position in range(len(sizes))]
-        outers: list[Axis] = []
-        cut = []
-        for key, size in zip(keys, sizes, strict=True):
-            cut.append(self._make_cut(axes, key, size, outers))  # its parts differ from part to part of those before it
-            outers += [axis for axis in cut[-1:] if axis is not None]
-        result = [axis or _family_of_atoms(axes, size, outers) for axis, size in zip(cut, sizes, strict=True)]
-        self._made.extend(zip(keys, result, strict=True))
+        result: list[Axis] = []
+        outers: dict[int, Axis] = {}  # those before that are sums, by their positions
+        for position, size in enumerate(sizes):
+            cuts = self.cuts.get((*name, position), ())
+            result.append(_made_cut(axes, size, cuts, outers))
+            if isinstance(cuts, tuple) and cuts:
+                outers[position] = result[-1]
+        self._made.extend(((*name, position), result, position) for position in range(len(sizes)))
         return result
 
-    def _make_cut(self, axes: Axes, key: FactorKey, size: int, outers: Sequence[Axis]) -> Axis | None:
-        points = self.cuts.get(key)
-        if points is None:
-            return None
-        bounds = [0, *points, size]
-        return axes.sum([_family_of_atoms(axes, end - start, outers) for start, end in itertools.pairwise(bounds)])
-
-    def cuts_seen(self, axes: Axes, *, within: bool = False) -> dict[FactorKey, tuple[int, ...]]:
+    def cuts_seen(self, axes: Axes, *, within: bool = False) -> dict[FactorKey, Cuts]:
         """Where factors have been cut since they were made, and those of earlier runs.
 
-        With `within`, what was cut in any member of a family counts as cut in all of them.
+        With `within`, what was cut in a member of a family counts as cut at the part to which the member belongs.
         """
         seen = dict(self.cuts)
-        for key, axis in self._made:
-            points = _points(axes, axis, within)
-            if points:
-                seen[key] = tuple(sorted(points | set(seen.get(key, ()))))
+        cut_anew: set[int] = set()  # splits of which a factor was cut that had not been: the next run tells its parts
+        for key, split, position in self._made:
+            axis = axes.resolve(split[position])
+            known = seen.get(key, ())
+            if axis.kind is Kind.FAMILY:
+                cuts = _by_part(axes, split, position)
+                if cuts is not None and (within or isinstance(cuts, ByPart)):
+                    seen[key] = cuts
+            elif isinstance(known, tuple) and id(split) not in cut_anew and (points := _points(axes, axis)):
+                seen[key] = tuple(sorted(points | set(known)))
+                if not points <= set(known):
+                    cut_anew.add(id(split))
         return seen
+
+
+def _by_part(axes: Axes, split: Sequence[Axis], position: int) -> Cuts | None:
+    """Where a factor that is a family is cut; at which parts of which factor, if that is one before it."""
+    axis = axes.resolve(split[position])
+    assert axis.index is not None
+    points = [tuple(sorted(_points(axes, member))) for member in axis.children]
+    if not any(points):
+        return None
+    for at, before in enumerate(split[:position]):
+        before = axes.resolve(before)
+        if before.kind is Kind.SUM and before.index is not None and before.index.find() is axis.index.find():
+            return ByPart(at, tuple(points))
+    return tuple(sorted({point for each in points for point in each}))
+
+
+def _made_cut(axes: Axes, size: int, cuts: Cuts, outers: Mapping[int, Axis]) -> Axis:
+    """A new axis with these cuts: its parts differ from part to part of those before it."""
+    if isinstance(cuts, ByPart):
+        outer = outers.get(cuts.position)
+        if outer is None or len(outer.children) != len(cuts.points):
+            return _made_cut(axes, size, tuple(sorted({p for each in cuts.points for p in each})), outers)
+        others = {at: axis for at, axis in outers.items() if at != cuts.position}
+        assert outer.index is not None
+        return axes.family(outer.index, [_made_cut(axes, size, points, others) for points in cuts.points])
+    bounds = [0, *cuts, size]
+    sizes = [end - start for start, end in itertools.pairwise(bounds)]
+    return axes.sum([_family_of_atoms(axes, one, list(outers.values())) for one in sizes])
 
 
 def _family_of_atoms(axes: Axes, size: int, outers: Sequence[Axis]) -> Axis:
@@ -73,10 +120,11 @@ def _family_of_atoms(axes: Axes, size: int, outers: Sequence[Axis]) -> Axis:
     return axes.family(outer.index, [_family_of_atoms(axes, size, rest) for _ in outer.children])
 
 
-def _points(axes: Axes, axis: Axis, within: bool) -> set[int]:
+def _points(axes: Axes, axis: Axis) -> set[int]:
+    """Where an axis is cut; of a family, where any of its members is."""
     axis = axes.resolve(axis)
-    if within and axis.kind is Kind.FAMILY:
-        return set().union(*(_points(axes, member, within) for member in axis.children))
+    if axis.kind is Kind.FAMILY:
+        return set().union(*(_points(axes, member) for member in axis.children))
     if axis.kind is not Kind.SUM:
         return set()
     return set(itertools.accumulate(part.size for part in axes.parts(axis)[:-1]))

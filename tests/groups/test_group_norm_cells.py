@@ -102,8 +102,30 @@ def test_stretches_of_an_axis() -> None:
     assert not fits(axes, within, 20)
     assert fits(axes, axes.product([axes.atom(6), axes.atom(8)]), 24)
     assert fits(axes, axes.product([axes.atom(6), axes.atom(8)]), 4)
-    # Cells of 12 over groups of 8 come back after 24; what is left over of them are single cells.
-    assert stretches(axes, axes.product([axes.atom(9), axes.atom(8)]), 12) == [Stretch(0, 72, 24)]
-    assert stretches(axes, axes.product([axes.atom(6), axes.atom(10)]), 12) == [
-        Stretch(low, low + 12, 12) for low in range(0, 60, 12)
-    ]
+    # Cells of 24 are three groups of 8 each, and two cells of 4 are one; cells of 12 cut some groups and others not.
+    groups = axes.product([axes.atom(9), axes.atom(8)])
+    assert stretches(axes, groups, 24) == [Stretch(0, 72, 24)]
+    assert stretches(axes, groups, 4) == [Stretch(0, 72, 8)]
+    assert stretches(axes, groups, 12) == [Stretch(low, low + 12, 12) for low in range(0, 72, 12)]
+
+
+def lf(n: int) -> float:
+    return math.lgamma(n + 1)
+
+
+@pytest.mark.parametrize(
+    ("widths", "groups", "own", "expected"),
+    [
+        # [8][4|4][8][8] of groups of 8 under cells of 12, and [4][4 4 4], whose last three are one cell.
+        ((32, 16), 4, (4, 4), 3 * lf(8) + 2 * lf(4) + 4 * lf(4) + lf(3)),
+        # Cells of 20 are two groups of 10 each, in both tensors.
+        ((40, 20), 3, (4, 2), lf(2) + 6 * lf(10) + 3 * lf(2)),
+    ],
+)
+def test_only_the_groups_that_a_border_cuts_are_cut(
+    widths: Sequence[int], groups: int, own: Sequence[int], expected: float
+) -> None:
+    model = Joined(widths, groups, own)
+    spec = pg.auto_spec(model, (torch.randn(2, 3, 8, 8),))
+    assert spec.log_order() == pytest.approx(expected)
+    assert error(model, spec) < 1e-9
