@@ -10,6 +10,7 @@ from permgraph.rules import (  # noqa: F401  (importing a family registers its r
     loss,
     normalisation,
     pointwise,
+    pooling,
     quantisation,
     recurrent,
     reduction,

@@ -207,16 +207,22 @@ def scatter_into_range(call: Call) -> None:
 def unfold(call: Call) -> None:
     """Windows of one dimension, in a new last dimension. Windows that do not overlap are a view."""
     x, out = call["self"], call.out
-    dim = call.dim(x, "dimension")
-    size, step = call["size"], call["step"]
-    if size == step and out.shape[dim] * size == x.shape[dim]:
-        call.link((x, call.names(x, named={dim: f"(d{dim} w)"})), (out, f"{call.names(x)} w"), w=size)
-    else:
-        blank = call.names(x, blank=[dim])
-        call.link((x, blank), (out, f"{blank} _"))
-        call.pin(x, dim, "cut into windows")
-        call.pin(out, [dim, out.ndim - 1], "cut into windows")
+    link_windows(call, x, out, call.dim(x, "dimension"))
     call.carry_values(x, out)
+
+
+def link_windows(call: Call, whole: TypedTensor, windows: TypedTensor, dim: int) -> None:
+    """Tie a dimension to its windows, (windows, ..., size): a view if each index is in exactly one."""
+    size = call["size"]
+    disjoint = call["step"] == size or windows.shape[dim] == 1
+    if disjoint and windows.shape[dim] * size == whole.shape[dim]:
+        every = call.names(whole)
+        call.link((whole, call.names(whole, named={dim: f"(d{dim} w)"})), (windows, f"{every} w"), via=(), w=size)
+    else:
+        blank = call.names(whole, blank=[dim])
+        call.link((whole, blank), (windows, f"{blank} _"))
+        call.pin(whole, dim, "cut into windows")
+        call.pin(windows, [dim, windows.ndim - 1], "cut into windows")
 
 
 @rule(*aten("tril triu"), values="padded", zeros="all", acts="moved")
