@@ -4,6 +4,8 @@ from permgraph.rules import (  # noqa: F401  (importing a family registers its r
     attention,
     convolution,
     create,
+    factorisation,
+    foreach,
     gradient,
     index,
     linear,
@@ -15,6 +17,7 @@ from permgraph.rules import (  # noqa: F401  (importing a family registers its r
     recurrent,
     reduction,
     shape,
+    sparse,
     vision,
 )
 from permgraph.rules.call import Call

@@ -22,6 +22,12 @@ def pointwise(call: Call) -> None:
     call.pointwise(*call.tensors, *call.results)
 
 
+@rule(*aten("mse_loss_backward smooth_l1_loss_backward huber_loss_backward binary_cross_entropy_backward"))
+def loss(call: Call) -> None:
+    """Element by element; the gradient of a mean or a sum is one number."""
+    call.pointwise(*call.tensors, call.out)
+
+
 @rule(*aten("_softmax_backward_data _log_softmax_backward_data"), values="derived")
 def softmax(call: Call) -> None:
     """Elementwise, but for a sum along the dimension of the softmax."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from permgraph.rules.call import Call
 from permgraph.rules.registry import aten, rule
 from permgraph.rules.typed_tensor import TypedTensor
@@ -183,6 +185,26 @@ def stack(call: Call) -> None:
         order.insert(dim, None)
         call.move(part, row, order)
     call.concatenate(rows, out, dim)
+
+
+@rule("aten.block_diag", values="padded", zeros="all", acts="moved")
+def block_diagonal(call: Call) -> None:
+    """Matrices (vectors: as rows) along the diagonal of a large one, zeros around them."""
+    out, parts = call.out, call["tensors"]
+    row = column = 0
+    for part, (rows, block) in zip(parts, call.remember("blocks", lambda: _blocks(call, parts, out)), strict=True):
+        height, width = block.shape
+        call.take(out, rows, 0, row, row + height)
+        call.take(rows, block, 1, column, column + width)
+        call.move(part, block, [*[None] * (2 - part.ndim), *range(part.ndim)])
+        row, column = row + height, column + width
+
+
+def _blocks(call: Call, parts: Sequence[TypedTensor], out: TypedTensor) -> list[tuple[TypedTensor, TypedTensor]]:
+    """For each part the rows of the large matrix in which it stands, and itself as a matrix."""
+    sizes = [(1,) * (2 - part.ndim) + part.shape for part in parts]
+    rows = [call.tensor_like(out, 0, height) for height, _ in sizes]
+    return [(row, call.tensor_like(row, 1, width)) for row, (_, width) in zip(rows, sizes, strict=True)]
 
 
 @rule(*aten("slice_scatter select_scatter"), values="joined", zeros="all", acts="moved")

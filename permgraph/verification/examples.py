@@ -51,6 +51,15 @@ POINTWISE = rows(
      "__rshift__.Tensor bitwise_and.Tensor bitwise_or.Tensor bitwise_xor.Tensor bitwise_left_shift.Tensor "
      "bitwise_right_shift.Tensor", Z(9, 2, 3), Z(9, 2, 3), TWO),
     ("eq.Tensor ne.Tensor not_equal.Tensor", Z(3, 3, 5), Z(3, 3, 5), TWO),
+    ("""special_airy_ai special_bessel_j0 special_bessel_j1 special_bessel_y0 special_bessel_y1 special_entr
+        special_erfcx special_i0e special_i1 special_i1e special_log_ndtr special_modified_bessel_i0
+        special_modified_bessel_i1 special_modified_bessel_k0 special_modified_bessel_k1 special_ndtri
+        special_scaled_modified_bessel_k0 special_scaled_modified_bessel_k1 special_spherical_bessel_j0""", F(2, 3), PAIR),
+    ("special_zeta", N(2, 3), F(3), "(a b), (b) -> (a b) where a per b"),
+    ("gcd lcm", Z(90, 2, 3), Z(90, 2, 3), TWO),
+    ("""special_chebyshev_polynomial_t.n_scalar special_chebyshev_polynomial_u.n_scalar special_hermite_polynomial_h.n_scalar
+        special_hermite_polynomial_he.n_scalar special_laguerre_polynomial_l.n_scalar special_legendre_polynomial_p.n_scalar""",
+     N(2, 3), 3, PAIR),
     ("copysign.Tensor", N(3, 5), N(3, 5), TWO),
     ("logical_and logical_or logical_xor", B(3, 5), B(3, 5), TWO),
     ("heaviside", N(3, 5), N(3, 5), TWO + " ~ the second matters only where the first is zero"),
@@ -180,11 +189,78 @@ LINEAR = rows(
     ("_cdist_forward", F(7, 2, 3), F(7, 5, 3), 2.0, None,
      "(b m k), (b n k) -> (b m n) where m per b, k per b, n per b"),
     ("_euclidean_dist cdist", F(2, 3), F(5, 3), "(m k), (n k) -> (m n)"),
+    ("_pdist_forward", F(5, 3), "(. k) -> (.) ~ pairs of the first and the last two"),
+    ("dist", F(2, 3), F(2, 3), "(a b), (a b) -> () where b per a"),
+    ("dist", F(2, 3), F(3), 1, "(a b), (b) -> () where a per b"),
+)
+
+_SOLVED = "(b r c), (b r k) -> (b c k) where c per b, k per b, r per b"
+FACTORISATION = rows(
     ("linalg_matrix_exp", F(2, 3, 3), "(b m m) -> (b m m) where m per b"),
     ("matrix_exp", F(3, 3), "(m m) -> (m m)"),
     ("matrix_power", F(3, 3), 3, "(m m) -> (m m)"),
     ("linalg_inv_ex", F(2, 3, 3), "(b r c) -> (b c r), (b) where r per b, c per b"),
+    ("linalg_pinv.atol_rtol_tensor", F(2, 3, 5), "(b r c) -> (b c r) where r per b, c per b"),
+    ("pinv of half a matrix", lambda x: undivided(aten.linalg_pinv.atol_rtol_tensor)(x, hermitian=True), F(2, 3, 3), "(b . .) -> (b . .)"),
+    ("det", lambda x: torch.linalg.det(x), F(2, 3, 3), "(b m m) -> (b) where m per b"),
+    ("size of det", lambda x: torch.linalg.det(x).abs(), F(2, 3, 3), "(b r c) -> (b) where r per b, c per b"),
+    ("square of det", lambda x: torch.linalg.det(x) ** 2, F(3, 3), "(r c) -> ()"),
+    ("size of det beside itself", lambda x: (lambda y: y.abs() + y)(torch.linalg.det(x)), F(3, 3), "(m m) -> ()"),
+    ("cube of det", lambda x: torch.linalg.det(x) ** 3, F(3, 3), "(m m) -> ()"),
+    ("slogdet", lambda x: torch.linalg.slogdet(x), F(2, 3, 3), "(b m m) -> (b), (b) where m per b"),
+    ("logabsdet", lambda x: torch.linalg.slogdet(x)[1], F(2, 3, 3), "(b r c) -> (b) where r per b, c per b"),
+    ("factors of det", lambda x: aten._linalg_det(x)[:2], F(2, 3, 3), "(b . .) -> (b), (b . .)"),
+    ("svdvals", lambda x: torch.linalg.svdvals(x), F(2, 3, 5), "(b r c) -> (b .) where r per b, c per b"),
+    ("svd", lambda x: torch.linalg.svd(x, full_matrices=False), F(2, 3, 5), "(b . .) -> (b . .), (b .), (b . .) ~ but for signs"),
+    ("solve", lambda a, b: torch.linalg.solve(a, b), N(2, 3, 3), N(2, 3, 5), _SOLVED),
+    ("solve for a matrix", lambda a, b: torch.linalg.solve(a, b), N(3, 3), N(2, 3, 5), "(r c), (b r k) -> (b c k) where k per b"),
+    ("solve for vectors", lambda a, b: torch.linalg.solve(a, b), N(2, 3, 3), N(2, 3), "(b r c), (b r) -> (b c) where r per b, c per b"),
+    ("solve for a vector", lambda a, b: torch.linalg.solve(a, b), N(3, 3), N(3), "(r c), (r) -> (c)"),
+    ("solve from the right", lambda a, b: torch.linalg.solve(a, b, left=False), N(2, 3, 3), N(2, 5, 3), "(b r c), (b k c) -> (b k r) where r per b, c per b, k per b"),
+    ("factors of solve", lambda a, b: aten._linalg_solve_ex(a, b)[:2], N(3, 3), N(3, 5), "(. .), (. k) -> (. k), (. .) ~ pivots find the same order"),
+    ("least squares", lambda a, b: aten.linalg_lstsq(a, b)[0], N(2, 5, 3), N(2, 5, 7), _SOLVED),
+    ("least squares for vectors", lambda a, b: aten.linalg_lstsq(a, b)[0], N(2, 5, 3), N(2, 5), "(b r c), (b r) -> (b c) where r per b, c per b"),
     ("linalg_solve_triangular", F(2, 5, 5), F(2, 5, 3), {"upper": False}, "(a . .), (a . b) -> (a . b) where b per a"),
+    ("cholesky_solve", F(2, 5, 3), F(2, 5, 5), "(b . k), (b . .) -> (b . k) where k per b"),
+    ("lu_solve", lambda a, b: aten.linalg_lu_solve(*aten.linalg_lu_factor_ex(a)[:2], b), N(2, 5, 5), N(2, 5, 3), "(b . .), (b . k) -> (b . k) where k per b ~ the factors are those of one matrix"),
+    ("lu_solve from the right", lambda a, b: aten.linalg_lu_solve(*aten.linalg_lu_factor_ex(a)[:2], b, left=False), N(2, 5, 5), N(2, 3, 5), "(b . .), (b k .) -> (b k .) where k per b ~ as above"),
+    ("cholesky", lambda a: aten.linalg_cholesky_ex(a @ a.mT), N(2, 3, 3), "(b . c) -> (b . .), (b) where c per b"),
+    ("cholesky", lambda a: aten.cholesky(a @ a.mT), N(2, 3, 3), "(b . c) -> (b . .) where c per b"),
+    ("cholesky_inverse", F(2, 3, 3), "(b . .) -> (b . .)"),
+    ("linalg_qr", N(2, 5, 3), "(b . .) -> (b . .), (b . .) ~ rows past the last reflection"),
+    ("geqrf", N(2, 5, 3), "(b . .) -> (b . .), (b .) ~ as above"),
+    ("linalg_lu", N(2, 3, 3), "(b . .) -> (b . .), (b . .), (b . .)"),
+    ("lu_unpack", lambda a: aten.lu_unpack(*aten.linalg_lu_factor_ex(a)[:2]), N(2, 3, 3), "(b . .) -> (b . .), (b . .), (b . .)"),
+    ("linalg_householder_product", N(2, 5, 3), N(2, 3), "(b . .), (b .) -> (b . .) ~ as above"),
+    ("_linalg_eigh", N(2, 3, 3), "(b . .) -> (b .), (b . .)"),
+    ("linalg_eig", N(2, 3, 3), "(b . .) -> (b .), (b . .)"),
+)
+
+FOREACH = rows(
+    ("""_foreach_abs _foreach_acos _foreach_asin _foreach_atan _foreach_ceil _foreach_clone _foreach_cos _foreach_cosh _foreach_erf
+        _foreach_erfc _foreach_exp _foreach_expm1 _foreach_floor _foreach_frac _foreach_lgamma _foreach_log _foreach_log10
+        _foreach_log1p _foreach_log2 _foreach_neg _foreach_reciprocal _foreach_round _foreach_rsqrt _foreach_sigmoid
+        _foreach_sign _foreach_sin _foreach_sinh _foreach_sqrt _foreach_tan _foreach_tanh _foreach_trunc""",
+     [N(2, 3), F(5)], "(a b), (c) -> (a b), (c) where b per a"),
+    ("_foreach_add.List _foreach_sub.List _foreach_mul.List _foreach_div.List _foreach_maximum.List _foreach_minimum.List "
+     "_foreach_pow.List _foreach_clamp_min.List _foreach_clamp_max.List", [F(2, 3), F(5)], [F(3), F(5)],
+     "(a b), (c), (b), (c) -> (a b), (c) where a per b"),
+    ("_foreach_mul.Scalar _foreach_add.Scalar _foreach_pow.Scalar", [F(2, 3), F(5)], 0.5, "(a b), (c) -> (a b), (c) where b per a"),
+    ("_foreach_mul.ScalarList", [F(2, 3), F(5)], [0.5, 2.0], "(a b), (c) -> (a b), (c) where b per a"),
+    ("_foreach_mul.Tensor", [F(2, 3), F(2, 3)], F(), "(a b), (c d), () -> (a b), (c d) where b per a, d per c"),
+    ("_foreach_lerp.List", [F(2, 3), F(5)], [F(2, 3), F(5)], [F(2, 3), F(5)], "(a b), (c), (a b), (c), (a b), (c) -> (a b), (c) where b per a"),
+    ("_foreach_addcmul.Scalar _foreach_addcdiv.Scalar", [F(2, 3), F(5)], [F(2, 3), F(5)], [F(2, 3), F(5)], "(a b), (c), (a b), (c), (a b), (c) -> (a b), (c) where b per a"),
+    ("_foreach_addcmul.Tensor", [F(3), F(5)], [F(3), F(5)], [F(3), F(5)], torch.tensor([0.5, 2.0]).double(), "(a), (c), (a), (c), (a), (c), (.) -> (a), (c)"),
+    ("_foreach_norm.Scalar _foreach_max", [N(2, 3), F(5)], "(a b), (c) -> (), () where b per a"),
+    ("_foreach_mul_ in place", lambda x, y: (aten._foreach_mul_.Scalar([x, y], 0.5), x + 0)[1], F(2, 3), F(5), "(. .), (.) -> (. .), (. .), (.) ~ what is written in lists is not followed"),
+)
+
+SPARSE = rows(
+    ("sparse times dense", lambda a, x: torch.sparse.mm(a.to_sparse(), x), N(2, 3), N(3, 5), "(m k), (k o) -> (m o)"),
+    ("dense plus sparse times dense", lambda b, a, x: torch.sparse.addmm(b, a.to_sparse(), x), N(2, 5), N(2, 3), N(3, 5), "(m o), (m k), (k o) -> (m o)"),
+    ("sparse and back", lambda a: a.to_sparse().coalesce().to_dense(), N(2, 3), "(a b) -> (a b) where b per a"),
+    ("sparse from its elements", lambda v, x: torch.sparse.mm(torch.sparse_coo_tensor(torch.tensor([[0, 1, 1], [1, 0, 2]]), v, (2, 3)), x), N(3), N(3, 5), "(.), (. o) -> (. o)"),
+    ("sparse from slices", lambda v: torch.sparse_coo_tensor(torch.tensor([[0, 2]]), v, (3, 5)).coalesce().to_dense(), N(2, 5), "(. a) -> (. a) ~ only labels of places are lacking"),
 )
 
 CONVOLUTION = rows(
@@ -560,6 +636,9 @@ SHAPE = rows(
      "([a + b + c] d), (b d) -> ([a + b + c] d) where a per d, b per d, c per d ~ what is overwritten is free"),
     ("slice_scatter", F(7, 5), F(4, 5), 0, 0, 7, 2, "(. .), (. .) -> (. .) ~ every second one of seven"),
     ("select_scatter", F(7, 5), F(5), 0, 2, "([a + 1 + b] c), (c) -> ([a + 1 + b] c) where a per c, b per c"),
+    ("block_diag", [F(2, 3), F(5, 7)], "(a b), (c d) -> ([a + c] [b + d]) ~ each block by itself"),
+    ("block_diag", [F(3), F(), F(5, 7)], "(b), (), (c d) -> ([2 + c] [b + 1 + d]) ~ as above"),
+    ("block_diag", [F(2, 3)], "(a b) -> (a b) where b per a"),
     ("unfold unfold_copy", F(2, 15), 1, 3, 3, "(a (b c)) -> (a b c) where b per a c, c per a"),
     ("unfold", F(2, 15), 1, 5, 2, "(a .) -> (a . .)"),
     ("unfold", F(2, 15), 1, 15, 2, "(a c) -> (a 1 c) where c per a"),
@@ -765,12 +844,16 @@ GRADIENT = rows(
     ("slice_backward", F(2, 3), [2, 7], 1, 2, 5, 1, "(a b) -> (a [c + b + d]) where b per a, c per a, d per a"),
     ("slice_backward", F(2, 2), [2, 7], 1, 2, 5, 2, "(. .) -> (. .) ~ rare"),
     ("select_backward", F(3), [2, 3], 0, 1, "(b) -> (. b)"),
+    ("mse_loss_backward", F(2, 3), N(2, 3), N(2, 3), 0, "(a b), (a b), (a b) -> (a b) where b per a"),
+    ("mse_loss_backward", F(), N(2, 3), N(2, 3), 1, "(), (a b), (a b) -> (a b) where b per a"),
+    ("smooth_l1_loss_backward huber_loss_backward", F(), N(2, 3), N(2, 3), 1, 0.5, "(), (a b), (a b) -> (a b) where b per a"),
+    ("binary_cross_entropy_backward", F(2, 3), F(2, 3), F(2, 3), F(2, 3), 0, "(a b), (a b), (a b), (a b) -> (a b) where b per a"),
     ("unfold_backward", F(3, 2, 5), [15, 2], 0, 5, 5, "(a b w) -> ((a w) b) where a per b, w per a b"),
     ("unfold_backward", F(3, 2, 5), [7, 2], 0, 5, 1, "(. b .) -> (. b)"),
 )
 
 EXAMPLES: list[Example] = [
-    *POINTWISE, *NOISE, *READS, *LINEAR, *CONVOLUTION, *SPACE, *NORMALISATION, *ATTENTION, *RECURRENT, *CREATION,
+    *POINTWISE, *NOISE, *READS, *LINEAR, *FACTORISATION, *FOREACH, *SPARSE, *CONVOLUTION, *SPACE, *NORMALISATION, *ATTENTION, *RECURRENT, *CREATION,
     *REDUCTION, *SHAPE, *INDEX, *GRADIENT,
 ]
 
