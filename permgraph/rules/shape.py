@@ -8,6 +8,7 @@ from permgraph.rules.call import Call
 from permgraph.rules.registry import aten, rule
 from permgraph.rules.typed_tensor import TypedTensor
 
+TRIANGLE = "a triangle of a matrix"
 VIEWS = """
     view _unsafe_view reshape _reshape_alias flatten unflatten view_as reshape_as _reshape_copy view_copy ravel
 """
@@ -249,9 +250,22 @@ def link_windows(call: Call, whole: TypedTensor, windows: TypedTensor, dim: int)
 
 @rule(*aten("tril triu"), values="padded", zeros="all", acts="moved")
 def triangle(call: Call) -> None:
-    """Part of a matrix is set to zero: rows and columns stay put."""
-    x = call["self"]
-    call.link((x, "... r! c!"), (call.out, "... r! c!"), why="a triangle of a matrix")
+    """Part of a matrix is set to zero: rows and columns stay put, but for the first that are kept or set whole.
+
+    How many these are, the number of the diagonal says, whatever the size of the matrix.
+    """
+    x, out, diagonal = call["self"], call.out, call.get("diagonal", 0)
+    every = call.names(x)
+    call.link((x, every), (out, every))
+    rows, columns = (1 - diagonal, diagonal) if "triu" in str(call.node.target) else (-diagonal, diagonal + 1)
+    for dim, alike in ((x.ndim - 2, rows), (x.ndim - 1, columns)):
+        if alike < 2:
+            for tensor in (x, out):
+                call.pin(tensor, dim, TRIANGLE)
+        elif alike < out.shape[dim]:
+            rest = call.remember(f"rest {dim}", lambda d=dim, n=out.shape[dim] - alike: call.tensor_like(out, d, n))
+            call.take(out, rest, dim, alike, out.shape[dim])
+            call.pin(rest, dim, TRIANGLE)
 
 
 @rule(*aten("diagonal diagonal_copy"), values="moved", zeros="all")
