@@ -8,7 +8,7 @@ from functools import cached_property
 from torch import fx
 
 from permgraph.inference.constancy import NONE, Uniform, known_values, uniform_dims, zero_nodes
-from permgraph.inference.liveness import live_nodes
+from permgraph.inference.liveness import live_nodes, read_for_shape
 from permgraph.inference.memory import Memory
 from permgraph.inference.operators import Operators
 from permgraph.inference.repeats import repeated_dims
@@ -27,6 +27,7 @@ class GraphFacts:
         uniform: for each node the dimensions along which it does not vary.
         known: the values of short integer vectors that the model's code has.
         live: the nodes on which anything outside the graph depends.
+        for_shape: the parts and views of tensors of which no element is read.
         zeros: the nodes that are zero throughout, whatever the weights.
     """
 
@@ -38,6 +39,7 @@ class GraphFacts:
         self.uniform = uniform_dims(nodes, self.memory.written, self.operators)
         self.known = known_values(nodes, self.memory.written, self.operators)
         self.live = self.live_but_for()
+        self.for_shape = read_for_shape(nodes, self.memory, self.operators, results)
         self.zeros = zero_nodes(nodes, self.memory.written, self.operators)
 
     @cached_property

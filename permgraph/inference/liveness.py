@@ -10,7 +10,7 @@ import operator
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 
-from torch import fx
+from torch import Tensor, fx
 
 from permgraph.capture.outputs import tensor_leaves
 from permgraph.capture.schema import signature
@@ -48,6 +48,20 @@ def live_nodes(
                 roots.extend(source for source in node.all_input_nodes if source not in factors)
             roots.extend(writers[memory.owner(node)])
     return live
+
+
+def read_for_shape(
+    nodes: Sequence[fx.Node], memory: Memory, operators: Operators, results: Sequence[fx.Node] = ()
+) -> set[fx.Node]:
+    """The parts and views of tensors of which no element is read: ``torch.ones_like(h[:, :1])``, ``w[0].numel()``."""
+    for_shape: set[fx.Node] = set()
+    for node in reversed(nodes):
+        moves = node.op == "call_function" and operators.of(node).values in ("moved", "kept")
+        if not moves or node in memory.written or node in results or not isinstance(node.meta.get("val"), Tensor):
+            continue
+        if all(user in for_shape or not operators.of(user).reads_values for user in node.users):
+            for_shape.add(node)
+    return for_shape
 
 
 def met_zeros(node: fx.Node, operators: Operators, zeros: Collection[fx.Node]) -> dict[fx.Node, int]:

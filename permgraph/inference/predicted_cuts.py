@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from torch import fx
@@ -27,15 +27,20 @@ _TAKING = frozenset(["select", "unbind", "split", "split_with_sizes", "chunk", "
 MadeFactors = dict[int, FactorKey]  # the dimensions of a tensor that are factors as they were made, and their names
 
 
-def foreseen_cuts(nodes: Sequence[fx.Node], operators: Operators) -> dict[FactorKey, tuple[int, ...]]:
-    """The points at which the factors that views make, and the dimensions of parameters, are cut by taking parts."""
+def foreseen_cuts(
+    nodes: Sequence[fx.Node], operators: Operators, for_shape: Collection[fx.Node] = ()
+) -> dict[FactorKey, tuple[int, ...]]:
+    """The points at which the factors that views make, and the dimensions of parameters, are cut by taking parts.
+
+    Those taken for their shape alone cut nothing.
+    """
     made: dict[fx.Node, MadeFactors] = {}
     cuts: dict[FactorKey, set[int]] = {}
     for number, node in enumerate(nodes):
         val = node.meta.get("val")
         if node.op == "placeholder" and isinstance(val, torch.Tensor) and node.meta["kind"] != "input":
             made[node] = {d: (PLACEHOLDER, number, d) for d in range(val.ndim)}
-        if node.op != "call_function" or node.target is operator.getitem or not node.args:
+        if node.op != "call_function" or node.target is operator.getitem or not node.args or node in for_shape:
             continue
         source = node.args[0]
         x = source.meta.get("val") if isinstance(source, fx.Node) else None

@@ -48,6 +48,9 @@ def type_graph(facts: GraphFacts, cuts: Mapping[FactorKey, tuple[int, ...]]) -> 
                 if isinstance(part, TypedTensor):
                     part.asked_for_repeats += (partial(facts.repeats_of, node),)
                 continue
+            if node in facts.for_shape:
+                values[node] = _typed(solution, node, node.meta["val"])
+                continue
             arguments = _arguments(solution, node)
             values[node] = result = _result(solution, node, arguments)
             outs = list(result) if isinstance(result, (list, tuple)) else [result]

@@ -1,4 +1,4 @@
-"""Convolutions, pooling, resampling and what else runs over space."""
+"""Convolutions, and what else moves or reads space; windows over space are in `pooling`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from permgraph.rules.typed_tensor import TypedTensor
 SPACE = "a spatial dimension"
 
 
-def _spread(value: Sequence[int], count: int) -> list[int]:
+def spread(value: Sequence[int], count: int) -> list[int]:
     """One entry for each spatial dimension, where a single one may stand for all."""
     return list(value) * count if len(value) == 1 else list(value)
 
@@ -40,9 +40,9 @@ def convolution_slots(
 ) -> tuple[Slot, Slot, tuple[None, str], Slot]:
     """Labels for a convolution's input, weight, bias and result."""
     space = weight.ndim - 2
-    stride = _spread(call["stride"], space)
-    padding = _spread(call["padding"], space)
-    dilation = _spread(call["dilation"], space)
+    stride = spread(call["stride"], space)
+    padding = spread(call["padding"], space)
+    dilation = spread(call["dilation"], space)
     transposed = call.get("transposed", False)
     labels: list[tuple[str, str, str]] = []  # of the input, the kernel and the result, along each dimension of space
     for s in range(space):
@@ -56,68 +56,6 @@ def convolution_slots(
     channels = "(g i) o" if transposed else "(g o) i"
     before, inside, after = (" ".join(along[i] for along in labels) for i in range(3))
     return (x, f"n (g i) {before}"), (weight, f"{channels} {inside}"), (None, "(g o)"), (out, f"n (g o) {after}")
-
-
-LARGEST = """
-    max_pool1d max_pool2d max_pool3d max_pool2d_with_indices max_pool3d_with_indices adaptive_max_pool2d
-    adaptive_max_pool3d
-"""
-MEANS = """
-    avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d _adaptive_avg_pool2d
-    _adaptive_avg_pool3d
-"""
-RESAMPLING = """
-    upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d upsample_trilinear3d
-    upsample_bicubic2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa _upsample_nearest_exact1d
-    _upsample_nearest_exact2d _upsample_nearest_exact3d
-"""
-BORDERS = """
-    reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d
-"""
-
-
-# Along space, which stays put, neighbours may be equal; the channels at one place are so only where they were before.
-@rule(*aten(LARGEST), values="derived", zeros="all", acts="homogeneous")
-@rule(*aten(MEANS + RESAMPLING + BORDERS), values="derived", zeros="all", acts="product")
-@rule(*aten("max_unpool2d max_unpool3d"), values="padded", zeros="all")
-def over_space(call: Call) -> None:
-    """Each channel by itself; the last dimensions, as many as the operator's name says, are space."""
-    name = str(call.node.target)
-    _over_space(call, next(int(digit) for digit in "123" if f"{digit}d" in name))
-
-
-def _over_space(call: Call, space: int) -> None:
-    x, *others = call.tensors
-    lead = call.names(x.ndim - space)
-    # the mean over the whole of a dimension singles nothing out
-    whole = ["adaptive_avg" in str(call.node.target) and call.out.shape[d] == 1 for d in range(x.ndim - space, x.ndim)]
-    ins = [f"s{i}" if whole[i] else f"s{i}!" for i in range(space)]
-    outs = ["_" if whole[i] else f"t{i}!" for i in range(space)]
-    before, after = (" ".join([lead, *space]) for space in (ins, outs))
-    indices = [(other, before) for other in others]  # of max_unpool
-    call.link((x, before), *indices, *((out, after) for out in call.results), why=SPACE)
-
-
-@rule(*aten("fractional_max_pool2d fractional_max_pool3d"), values="derived", zeros="all")
-def fractional_max_pool(call: Call) -> None:
-    """Each channel by itself, with random samples (n, c, 2 or 3) that say where its windows lie."""
-    x, samples = call.tensors
-    space = samples.shape[-1]
-    lead = call.names(x.ndim - space)
-    if samples.ndim != x.ndim - space + 1:
-        call.pin_all([*call.tensors, *call.results], "windows that are drawn at random")
-        return
-    ins, outs = (" ".join([lead, *(f"{label}{i}!" for i in range(space))]) for label in "st")
-    call.link((x, ins), (samples, f"{lead} k!"), *((out, outs) for out in call.results), why=SPACE)
-
-
-@rule(*aten("pad _pad_circular"), values="padded")
-def pad(call: Call) -> None:
-    """Constants around the last dimensions, or what these hold themselves, in order."""
-    if call.get("mode") == "constant":
-        constant_pad(call)
-    else:
-        _over_space(call, len(call["pad"]) // 2)
 
 
 @rule("aten.constant_pad_nd", values="padded", acts="moved")
@@ -142,16 +80,6 @@ def pixel_shuffle(call: Call) -> None:
 def channel_shuffle(call: Call) -> None:
     """Channels (g, c) become (c, g)."""
     call.link((call["self"], "n (g c) ..."), (call.out, "n (c g) ..."), g=call["groups"])
-
-
-@rule(*aten("im2col col2im"), values="padded", zeros="all", acts="product")
-def columns(call: Call) -> None:
-    """Windows of an image as columns, (n, c·kernel, windows); or such columns, added up into an image."""
-    x: TypedTensor = call["self"]
-    lead = "n " if max(x.ndim, call.out.ndim) == 4 else ""
-    image, windows = f"{lead}c h! w!", f"{lead}(c k!) l!"
-    before, after = (image, windows) if x.ndim > call.out.ndim else (windows, image)
-    call.link((x, before), (call.out, after), why=SPACE, k=call["kernel_size"][0] * call["kernel_size"][1])
 
 
 @rule(*aten("grid_sampler grid_sampler_2d grid_sampler_3d"), values="padded")

@@ -6,6 +6,7 @@ from permgraph.rules.call import Call
 from permgraph.rules.convolution import SPACE, convolution_slots
 from permgraph.rules.normalisation import layer_norm_labels
 from permgraph.rules.registry import aten, rule
+from permgraph.rules.shape import link_windows
 
 SMOOTH = "gelu_backward log_sigmoid_backward mish_backward sigmoid_backward silu_backward tanh_backward"
 BROKEN = """
@@ -19,6 +20,12 @@ BROKEN = """
 def pointwise(call: Call) -> None:
     """A gradient times the derivative at each element."""
     call.pointwise(*call.tensors, *call.results)
+
+
+@rule(*aten("mse_loss_backward smooth_l1_loss_backward huber_loss_backward binary_cross_entropy_backward"))
+def loss(call: Call) -> None:
+    """Element by element; the gradient of a mean or a sum is one number."""
+    call.pointwise(*call.tensors, call.out)
 
 
 @rule(*aten("_softmax_backward_data _log_softmax_backward_data"), values="derived")
@@ -67,3 +74,10 @@ def scattered(call: Call) -> None:
         call.take(out, gradient, dim, start, start + gradient.shape[dim])
     else:
         call.pin_all([gradient, out], "taken with a step")
+
+
+@rule("aten.unfold_backward", values="padded", zeros="all", acts="product")
+def unfold(call: Call) -> None:
+    """Each element's gradient is the sum of those that it has in all windows."""
+    gradient, out = call["grad_in"], call.out
+    link_windows(call, out, gradient, call.dim(out))

@@ -100,31 +100,19 @@ def cdist(call: Call) -> None:
     call.link((call["x1"], "... m k"), (call["x2"], "... n k"), (call.out, "... m n"))
 
 
-@rule(*aten("linalg_matrix_exp matrix_exp matrix_power"), values="derived")
-def square_matrix(call: Call) -> None:
-    """A function of square matrices that commutes with renumbering rows and columns alike."""
-    x = call.tensors[0]
-    matrices = [t for t in (x, call.out) if t.ndim >= 2]
-    call.unify(x, -2, x, -1)
-    for tensor in matrices[1:]:
-        call.unify(x, -1, tensor, -1)
-        call.unify(x, -2, tensor, -2)
-    call.link((x, "... _ _"), (call.out, "... _ _"))
+@rule("aten._pdist_forward", values="derived", repeats_if_zero=("p",))
+def pairs(call: Call) -> None:
+    """Distances between the rows of a matrix, pair by pair in an order of their own."""
+    x, out = call["self"], call.out
+    call.link((x, "_ k"), (out, "_"))
+    for tensor in (x, out):
+        call.pin(tensor, 0, "pairs in order")
 
 
-@rule("aten.linalg_inv_ex", values="derived")
-def inverse(call: Call) -> None:
-    """The inverse's rows go with the matrix's columns, and its columns with the rows."""
-    a, (out, *success) = call["A"], call.results
-    call.link((a, "... r c"), (out, "... c r"), *((t, "...") for t in success), via=["... r", "... c"])
-
-
-@rule("aten.linalg_solve_triangular", values="derived")
-def solve_triangular(call: Call) -> None:
-    """The X with A X = B, or X A = B if not `left`: A's rows are in the order of its triangle."""
-    a, b, out = call["self"], call["B"], call.out
-    right = "... s! k" if call.get("left", True) else "... k s!"
-    call.link((a, "... r! c!"), (b, right), (out, right), via=["... k"], why="a triangle of a matrix")
+@rule("aten.dist")
+def distance(call: Call) -> None:
+    """The distance between two tensors."""
+    call.link(*((tensor, "...") for tensor in call.tensors))
 
 
 @rule(*aten("linalg_cross cross"), values="derived", zeros="any")

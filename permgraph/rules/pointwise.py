@@ -25,6 +25,16 @@ REPEATING_AND_ZERO_AT_ZERO = "hardswish relu6"
 REPEATING_AND_ODD = "hardshrink round softshrink trunc"
 CLIPPING = "clamp clamp_max clamp_min clip hardtanh threshold"
 PRODUCTS = "addcdiv addcmul lerp"
+OF_ONE = """
+    special_airy_ai special_bessel_j0 special_bessel_j1 special_bessel_y0 special_bessel_y1 special_entr special_erfcx
+    special_i0e special_i1 special_i1e special_log_ndtr special_modified_bessel_i0 special_modified_bessel_i1
+    special_modified_bessel_k0 special_modified_bessel_k1 special_ndtri special_scaled_modified_bessel_k0
+    special_scaled_modified_bessel_k1 special_spherical_bessel_j0
+"""
+OF_TWO = """
+    gcd lcm special_chebyshev_polynomial_t special_chebyshev_polynomial_u special_hermite_polynomial_h
+    special_hermite_polynomial_he special_laguerre_polynomial_l special_legendre_polynomial_p special_zeta
+"""
 
 
 # Forward-mode derivatives are written in torch's own primitive operators.
@@ -56,6 +66,7 @@ PRODUCTS = "addcdiv addcmul lerp"
 @rule("aten.relu", values="repeat", zeros="all", acts="homogeneous")
 @rule(*aten("ge greater gt le less lt"), values="repeat", compares=True)
 @rule(*aten("fmax fmin maximum minimum"), values="limit", zeros="all", acts="homogeneous")
+@rule(*aten(OF_ONE + OF_TWO))
 def arithmetic(call: Call) -> None:
     """Every operand and the result share their dimensions, counted from the last."""
     call.pointwise(*call.tensors, *call.results)
@@ -193,7 +204,7 @@ def random_choice(call: Call) -> None:
 
 NO_DATA = """
     _assert_tensor_metadata _assert_async _assert_scalar sym_size is_pinned is_same_size _has_same_storage_numel
-    _linalg_check_errors
+    _linalg_check_errors is_coalesced
 """
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from permgraph.rules.call import Call
 from permgraph.rules.registry import aten, rule
 from permgraph.rules.typed_tensor import TypedTensor
 
+TRIANGLE = "a triangle of a matrix"
 VIEWS = """
     view _unsafe_view reshape _reshape_alias flatten unflatten view_as reshape_as _reshape_copy view_copy ravel
 """
@@ -185,6 +188,26 @@ def stack(call: Call) -> None:
     call.concatenate(rows, out, dim)
 
 
+@rule("aten.block_diag", values="padded", zeros="all", acts="moved")
+def block_diagonal(call: Call) -> None:
+    """Matrices (vectors: as rows) along the diagonal of a large one, zeros around them."""
+    out, parts = call.out, call["tensors"]
+    row = column = 0
+    for part, (rows, block) in zip(parts, call.remember("blocks", lambda: _blocks(call, parts, out)), strict=True):
+        height, width = block.shape
+        call.take(out, rows, 0, row, row + height)
+        call.take(rows, block, 1, column, column + width)
+        call.move(part, block, [*[None] * (2 - part.ndim), *range(part.ndim)])
+        row, column = row + height, column + width
+
+
+def _blocks(call: Call, parts: Sequence[TypedTensor], out: TypedTensor) -> list[tuple[TypedTensor, TypedTensor]]:
+    """For each part the rows of the large matrix in which it stands, and itself as a matrix."""
+    sizes = [(1,) * (2 - part.ndim) + part.shape for part in parts]
+    rows = [call.tensor_like(out, 0, height) for height, _ in sizes]
+    return [(row, call.tensor_like(row, 1, width)) for row, (_, width) in zip(rows, sizes, strict=True)]
+
+
 @rule(*aten("slice_scatter select_scatter"), values="joined", zeros="all", acts="moved")
 def scatter_into_range(call: Call) -> None:
     """A copy of a tensor with a range of one dimension overwritten."""
@@ -207,23 +230,42 @@ def scatter_into_range(call: Call) -> None:
 def unfold(call: Call) -> None:
     """Windows of one dimension, in a new last dimension. Windows that do not overlap are a view."""
     x, out = call["self"], call.out
-    dim = call.dim(x, "dimension")
-    size, step = call["size"], call["step"]
-    if size == step and out.shape[dim] * size == x.shape[dim]:
-        call.link((x, call.names(x, named={dim: f"(d{dim} w)"})), (out, f"{call.names(x)} w"), w=size)
-    else:
-        blank = call.names(x, blank=[dim])
-        call.link((x, blank), (out, f"{blank} _"))
-        call.pin(x, dim, "cut into windows")
-        call.pin(out, [dim, out.ndim - 1], "cut into windows")
+    link_windows(call, x, out, call.dim(x, "dimension"))
     call.carry_values(x, out)
+
+
+def link_windows(call: Call, whole: TypedTensor, windows: TypedTensor, dim: int) -> None:
+    """Tie a dimension to its windows, (windows, ..., size): a view if each index is in exactly one."""
+    size = call["size"]
+    disjoint = call["step"] == size or windows.shape[dim] == 1
+    if disjoint and windows.shape[dim] * size == whole.shape[dim]:
+        every = call.names(whole)
+        call.link((whole, call.names(whole, named={dim: f"(d{dim} w)"})), (windows, f"{every} w"), via=(), w=size)
+    else:
+        blank = call.names(whole, blank=[dim])
+        call.link((whole, blank), (windows, f"{blank} _"))
+        call.pin(whole, dim, "cut into windows")
+        call.pin(windows, [dim, windows.ndim - 1], "cut into windows")
 
 
 @rule(*aten("tril triu"), values="padded", zeros="all", acts="moved")
 def triangle(call: Call) -> None:
-    """Part of a matrix is set to zero: rows and columns stay put."""
-    x = call["self"]
-    call.link((x, "... r! c!"), (call.out, "... r! c!"), why="a triangle of a matrix")
+    """Part of a matrix is set to zero: rows and columns stay put, but for the first that are kept or set whole.
+
+    How many these are, the number of the diagonal says, whatever the size of the matrix.
+    """
+    x, out, diagonal = call["self"], call.out, call.get("diagonal", 0)
+    every = call.names(x)
+    call.link((x, every), (out, every))
+    rows, columns = (1 - diagonal, diagonal) if "triu" in str(call.node.target) else (-diagonal, diagonal + 1)
+    for dim, alike in ((x.ndim - 2, rows), (x.ndim - 1, columns)):
+        if alike < 2:
+            for tensor in (x, out):
+                call.pin(tensor, dim, TRIANGLE)
+        elif alike < out.shape[dim]:
+            rest = call.remember(f"rest {dim}", lambda d=dim, n=out.shape[dim] - alike: call.tensor_like(out, d, n))
+            call.take(out, rest, dim, alike, out.shape[dim])
+            call.pin(rest, dim, TRIANGLE)
 
 
 @rule(*aten("diagonal diagonal_copy"), values="moved", zeros="all")
