@@ -57,9 +57,7 @@ def without_by_products(again: Captured, first: Captured) -> tuple[Captured, int
             copies[node] = graph.node_copy(node, lambda source: copies[source])
     made = graph.output([copies[outputs[at]] for at in kept])
     left = {copies[node]: name for node, name in end.meta.get("left", {}).items()}
-    made.meta.update(
-        end.meta, val=[end.meta["val"][at] for at in kept], left=left, returned=[said[at] for at in kept]
-    )
+    made.meta.update(end.meta, val=[end.meta["val"][at] for at in kept], left=left, returned=[said[at] for at in kept])
     return replace(again, graph=graph), len(outputs) - len(kept)
 
 

@@ -8,8 +8,16 @@ from typing import Any, TypeAlias
 
 from torch import fx
 
-Outputs: TypeAlias = "str | Sequence[str] | Callable[[Any], Any] | None"
-"""What a user says of that: see `auto_spec`. None leaves it to the kind of result."""
+
+@dataclass(frozen=True)
+class AllBut:
+    """Everything that is returned counts, but outputs of these names: what a spec that is known says."""
+
+    names: tuple[str, ...]
+
+
+Outputs: TypeAlias = "str | Sequence[str] | Callable[[Any], Any] | AllBut | None"
+"""What is asked for: see `auto_spec`. None leaves it to the kind of result."""
 
 
 @dataclass(frozen=True)

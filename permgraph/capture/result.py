@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from permgraph.capture.by_products import intermediate
-from permgraph.capture.counting import Outputs, Returned
+from permgraph.capture.counting import AllBut, Outputs, Returned
 from permgraph.capture.outputs import named_tensors, tensor_leaves
 from permgraph.errors import SpecError
 
@@ -18,7 +18,7 @@ _SHOWN = 24  #: names in a message
 
 def check_outputs(outputs: Outputs) -> None:
     """Raise SpecError unless this is a word, names, a function or None."""
-    if outputs is None or isinstance(outputs, str) or callable(outputs):
+    if outputs is None or isinstance(outputs, (str, AllBut)) or callable(outputs):
         return
     if not isinstance(outputs, Sequence) or not outputs or not all(isinstance(name, str) for name in outputs):
         raise SpecError(
@@ -61,6 +61,8 @@ def _counting(
         left_out = intermediate([node_of[id(tensor)] for tensor, _ in named])
         first = _first_field(result) if outputs is None else set()
         return first | {at for at in everything if node_of[at] not in left_out}
+    if isinstance(outputs, AllBut):
+        return {id(tensor) for tensor, paths in named if not set(outputs.names).intersection(paths)}
     try:
         if callable(outputs):
             return _given_by(outputs, result, everything)

@@ -15,9 +15,7 @@ from permgraph.spec.expressions import Axis, Fixed
 Axes = tuple[Axis, ...]
 
 
-def with_outputs(
-    spec: PermutationSpec, solution: Solution, axes_of: Callable[[TypedTensor], Axes]
-) -> PermutationSpec:
+def with_outputs(spec: PermutationSpec, solution: Solution, axes_of: Callable[[TypedTensor], Axes]) -> PermutationSpec:
     """The same spec, which says of each output of the model how it moves.
 
     By-products of which that cannot be said in axes are named in a note: those that differ from pass to pass in more
