@@ -78,7 +78,7 @@ def intermediate(results: Sequence[fx.Node]) -> set[fx.Node]:
     above: set[fx.Node] = set(ends)
     behind: set[fx.Node] = set()  # what a parameter stands between and one of the ends
     for node in reversed(nodes):
-        if node in above and node.op == "call_function":
+        if node in above and node.op == "call_function" and not _reads_no_values(node):
             above.update(node.all_input_nodes)
             if node in behind or any(_has_axes(source) for source in weights.intersection(node.all_input_nodes)):
                 behind.update(node.all_input_nodes)
@@ -130,9 +130,8 @@ def _sources(node: fx.Node) -> set[fx.Node]:
     waiting = [node]
     while waiting:
         one = waiting.pop()
-        name = operator_name(one.target)
-        if one.op != "call_function" or not one.all_input_nodes or name.startswith("new_") or name.endswith("_like"):
-            continue  # an input, or what reads no values
+        if one.op != "call_function" or not one.all_input_nodes or _reads_no_values(one):
+            continue
         if not _moves_alone(one):
             found.add(one)
             continue
@@ -140,6 +139,12 @@ def _sources(node: fx.Node) -> set[fx.Node]:
         seen.update(new)
         waiting.extend(new)
     return found
+
+
+def _reads_no_values(node: fx.Node) -> bool:
+    """Whether a node's operator makes a new tensor of the shape of another."""
+    name = operator_name(node.target)
+    return name.startswith("new_") or name.endswith("_like")
 
 
 def _moves_alone(node: fx.Node) -> bool:
