@@ -216,6 +216,7 @@ def verify(
         permgraph verify hf:./my-bert --checkpoint ./my-bert
     """
     from permgraph.cli.models import build, parse_inputs, spec_of
+    from permgraph.errors import SpecError
     from permgraph.spec.spec import PermutationSpec
     from permgraph.verification import verify as verify_spec
     from permgraph.verification.general import GeneralVerification
@@ -224,6 +225,8 @@ def verify(
         module = build(model)
         args, kwargs = parse_inputs(inputs or [])
         with screen.stage("finding symmetries"):
+            if spec_file and outputs:
+                raise SpecError(f"{spec_file} says by itself which outputs count: infer the spec again for --outputs")
             found = PermutationSpec.load(spec_file) if spec_file else spec_of(model, inputs, symmetry, outputs)
         with screen.stage("verifying"):
             proof = verify_spec(
