@@ -39,14 +39,16 @@ def without_by_products(again: Captured, first: Captured) -> tuple[Captured, int
     sources = {node: _sources(node) for node in outputs}
     computed_from = _ancestors([source for each in sources.values() for source in each])
 
-    def by_product(node: fx.Node) -> bool:
+    def by_product(node: fx.Node, counts: bool) -> bool:
         if here[node] in returned:
             return False
+        if not counts:  # by what was asked for
+            return True
         held = bool(sources[node]) and all(s in computed_from or here[s] in on_the_way for s in sources[node])
         return node in above or here[node] in on_the_way or held
 
-    kept = [at for at, node in enumerate(outputs) if not by_product(node)]
     said = [replace(one, names=()) for one in returned_by(end)]  # with a flag, names may mean something else
+    kept = [at for at, node in enumerate(outputs) if not by_product(node, said[at].counts)]
     if len(kept) == len(outputs):
         end.meta["returned"] = said
         return again, 0

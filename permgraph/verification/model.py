@@ -222,10 +222,10 @@ class _Proof:
             )
         reports = {name: reports[name] for name in self.moved}
         passed = max_error <= tolerance and all(report.passed for report in reports.values())
-        inside = (
+        looked = (
             "outputs are empty or integers, so what the modules return was compared too" if trial.looks_inside else ""
         )
-        note = "; ".join(filter(None, (inside, trial.compared.note())))
+        note = "; ".join(filter(None, (looked, trial.compared.note())))
         left_out = tuple(name for name in self.moved if name in untried)
         failed = tuple(name for name, report in reports.items() if not report.passed)
         runs = (Run(self.first.name, self.first.inputs.describe(), max_error, failed=failed),)

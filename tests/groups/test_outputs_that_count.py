@@ -129,6 +129,7 @@ def test_the_spec_says_how_each_output_moves() -> None:
     assert spec.by_products == ("states",)
     assert list(spec.moving_outputs) == ["states"]
     assert "\nby-products: states . . table\n" in str(spec)
+    assert "by-products: states 2 3 table<" in pg.report(spec).html
     assert "by-products" not in str(pg.auto_spec(EncoderDecoder(named).eval(), TOKENS, outputs="all"))
     assert pg.PermutationSpec.parse(str(spec)).axes == spec.axes
     assert str(spec.rename({"table": "stream"}).outputs["states"][2]) == "stream"
@@ -234,6 +235,28 @@ def test_a_value_that_python_reads_and_an_exported_program() -> None:
     exported = torch.export.export(EncoderDecoder(lambda m, y, h: (y, h)).eval(), TOKENS)
     assert sizes(pg.auto_spec(exported)) == HELD
     assert sizes(pg.auto_spec(exported, outputs="0")) == FREE
+
+
+@pytest.mark.parametrize(("outputs", "moving"), [(None, []), ("logits", [5]), (lambda out: out.logits, [])])
+def test_what_a_flag_adds(outputs: Any, moving: list[int]) -> None:
+    """A head of its own, which no flag shows on the way, is a result unless others alone are named.
+
+    A function that is not made for what the flag returns does not say.
+    """
+
+    class Flagged(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 5), nn.Linear(5, 2)
+
+        def forward(self, x: Tensor, return_more: bool = False) -> Any:
+            h = torch.relu(self.a(x))
+            return {"logits": self.b(h), "norm": 2 * h} if return_more else Out(self.b(h))
+
+    model, x = Flagged().eval(), (torch.randn(4, 3),)
+    spec = pg.auto_spec(model, x, outputs=outputs)
+    assert sizes(spec) == moving
+    assert pg.verify(model, spec, x, further=0.1).passed
 
 
 def test_alignment_with_a_spec_that_counts_otherwise() -> None:
