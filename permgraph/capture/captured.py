@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 
+from permgraph.capture.counting import Outputs
 from permgraph.capture.inputs.registry import ExampleInputs
 
 
@@ -28,7 +29,8 @@ class Captured:
     something on the module, so that a second call may do something else, and `keeps_attributes` whether that is more
     than what its buffers hold. `remarks` are sentences for people about what
     this pass could not make certain. `not_restored` names what the module does not have again when it loads what it
-    has saved.
+    has saved. `outputs` is what was asked for to count as the result; what became of it stands in the `output` node's
+    `meta["returned"]`, a `Returned` for each tensor.
     """
 
     graph: torch.fx.Graph
@@ -42,6 +44,7 @@ class Captured:
     keeps_attributes: bool = False
     remarks: tuple[str, ...] = ()
     not_restored: frozenset[str] = frozenset()
+    outputs: Outputs = None
 
     def placeholders(self, kind: str | None = None) -> list[torch.fx.Node]:
         """The placeholder nodes, or those of one kind: `"parameter"`, `"buffer"`, `"constant"` or `"input"`."""

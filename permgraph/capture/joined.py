@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from permgraph.capture.captured import Captured
+from permgraph.capture.counting import returned_by
 from permgraph.capture.drawn_factors import DrawnFactors, drawn_factors
 from permgraph.capture.numbering import Numbering
 from permgraph.capture.schema import operator_name, signature
@@ -353,7 +354,12 @@ def joined(passes: Sequence[Captured]) -> Captured:
                 ends.append(node)
     output = graph.output([copies[node] for node in outputs])
     left = {copies[node]: name for end in ends for node, name in end.meta.get("left", {}).items()}
-    output.meta.update(ends[0].meta, val=[value for end in ends for value in end.meta["val"]], left=left)
+    output.meta.update(
+        ends[0].meta,
+        val=[value for end in ends for value in end.meta["val"]],
+        left=left,
+        returned=[one for end in ends for one in returned_by(end)],
+    )
     graph.lint()
     unused = tuple(name for name in passes[0].unused if all(name in one.unused for one in passes))
     return replace(passes[0], graph=graph, unused=unused)

@@ -30,7 +30,24 @@ _ONCE = (Iterator, AsyncIterable, Coroutine)  # what can be read only once, or n
 
 def tensor_leaves(value: Any) -> Iterator[Tensor]:
     """Every tensor in nested containers and objects, in order, once each; what can be read only once is let be."""
-    return (item for item in _walk(value) if isinstance(item, Tensor))
+    met: set[int] = set()
+    for _, item in _walk(value):
+        if isinstance(item, Tensor) and id(item) not in met:
+            met.add(id(item))
+            yield item
+
+
+def named_tensors(value: Any) -> list[tuple[Tensor, tuple[str, ...]]]:
+    """Every tensor in nested containers and objects, in order, once each, with the names under which it stands there.
+
+    A name is the path to it: keys, the names of fields and attributes, and indices, with dots between them. A tensor by
+    itself is called ``"output"``.
+    """
+    found: dict[int, tuple[Tensor, dict[str, None]]] = {}
+    for path, item in _walk(value):
+        if isinstance(item, Tensor):
+            found.setdefault(id(item), (item, {}))[1][".".join(path) or "output"] = None
+    return [(tensor, tuple(names)) for tensor, names in found.values()]
 
 
 def returned_tensors(value: Any) -> tuple[list[Tensor], tuple[str, ...]]:
@@ -38,11 +55,11 @@ def returned_tensors(value: Any) -> tuple[list[Tensor], tuple[str, ...]]:
 
     Raises `CaptureError` for a generator and the like: what it holds is not there before somebody has asked for it.
     """
-    tensors: list[Tensor] = []
+    tensors: dict[int, Tensor] = {}
     opaque: dict[str, None] = {}
-    for item in _walk(value):
+    for _, item in _walk(value):
         if isinstance(item, Tensor):
-            tensors.append(item)
+            tensors[id(item)] = item
         elif isinstance(item, _ONCE) or (isinstance(item, Iterable) and not isinstance(item, Sized)):
             raise CaptureError(
                 f"the model returns a {type(item).__name__}, whose tensors can be read only once, and not before the "
@@ -50,45 +67,63 @@ def returned_tensors(value: Any) -> tuple[list[Tensor], tuple[str, ...]]:
             )
         else:
             opaque[f"{type(item).__module__}.{type(item).__qualname__}"] = None
-    return tensors, tuple(opaque)
+    return list(tensors.values()), tuple(opaque)
 
 
-def _walk(value: Any) -> Iterator[Any]:
-    """The tensors in a value, and besides the objects in it that cannot be looked into or read twice."""
+Path = tuple[str, ...]
+
+
+def _walk(value: Any) -> Iterator[tuple[Path, Any]]:
+    """The tensors in a value, at each of their places, and the objects in it that cannot be looked into or read twice.
+
+    Each comes with the path to it.
+    """
     seen: set[int] = set()
-    waiting = [value]
+    waiting: list[tuple[Path, Any]] = [((), value)]
     alive = []  # what a container makes as it is asked: while it lives, no other object has its identity
     while waiting:
-        value = waiting.pop()
-        if isinstance(value, _PLAIN) or id(value) in seen or type(value).__module__ == "numpy":
+        path, value = waiting.pop()
+        if isinstance(value, _PLAIN) or type(value).__module__ == "numpy":
+            continue
+        if id(value) in seen:
+            if isinstance(value, Tensor):
+                yield path, value
             continue
         seen.add(id(value))
         alive.append(value)
         children = _attributes(value)
         if isinstance(value, Tensor):
-            yield value
+            yield path, value
         elif isinstance(value, Mapping):
-            children = [*value.keys(), *value.values(), *children]
+            keys = [(f"keys.{at}", key) for at, key in enumerate(value.keys())]
+            children = [*keys, *((str(key), item) for key, item in value.items()), *children]
         elif isinstance(value, _ONCE):
-            yield value
+            yield path, value
             continue
         elif isinstance(value, Iterable):
             if not isinstance(value, Sized):
-                yield value
+                yield path, value
                 continue
-            children = [*value, *children]
+            items = list(value)
+            children = [*zip(_names_of_items(value, len(items)), items, strict=True), *children]
         elif isinstance(value, _FUNCTIONS) or not _has_attributes(value):
-            yield value
-        waiting.extend(reversed(children))
+            yield path, value
+        waiting.extend(((*path, name), child) for name, child in reversed(children))
 
 
-def _attributes(value: Any) -> list[Any]:
-    """The values of an object's attributes, in slots or in its dictionary."""
+def _names_of_items(value: Any, number: int) -> list[str]:
+    """What the items of a container are called: its fields, if it is a named tuple, or by their numbers."""
+    fields = getattr(type(value), "_fields", None)
+    return list(fields) if isinstance(fields, tuple) and len(fields) == number else list(map(str, range(number)))
+
+
+def _attributes(value: Any) -> list[tuple[str, Any]]:
+    """The names and values of an object's attributes, in slots or in its dictionary."""
     slots = [name for kind in type(value).__mro__ for name in _names(vars(kind).get("__slots__", ()))]
     held = dict(getattr(value, "__dict__", {}))
     if isinstance(value, FakeTensor):  # what the stand-in for a tensor has for itself
         held = {name: item for name, item in held.items() if name not in _of_fakes()}
-    return [*(getattr(value, name, None) for name in slots), *held.values()]
+    return [*((name, getattr(value, name, None)) for name in slots), *((str(n), item) for n, item in held.items())]
 
 
 @functools.cache

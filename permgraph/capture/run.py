@@ -10,6 +10,7 @@ import re
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -26,6 +27,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._mode_utils import no_dispatch
 
 from permgraph.capture.captured import Captured
+from permgraph.capture.counting import Outputs
 from permgraph.capture.draws import drawn_like
 from permgraph.capture.environment import WithoutDropout, make_transparent, one_at_a_time, reference_kernels, train
 from permgraph.capture.held_state import HeldState
@@ -36,12 +38,13 @@ from permgraph.capture.outputs import returned_tensors, tensor_leaves
 from permgraph.capture.passes import Variation
 from permgraph.capture.python_state import MAX_LENGTH, python_state_restored
 from permgraph.capture.record import Limits, Recorder
+from permgraph.capture.result import said_of
 from permgraph.capture.saved_layout import Loading
 from permgraph.capture.schema import signature
 from permgraph.capture.state import StateTensor, state_tensors, strided_like
 from permgraph.capture.subject import Subject, unwrap
 from permgraph.capture.untracked import WatchUntrackedReads, memory_readers_refuse_fakes
-from permgraph.errors import CaptureError, NoInputsError
+from permgraph.errors import CaptureError, NoInputsError, SpecError
 from permgraph.weights.distributed import fully_sharded
 
 logger = logging.getLogger(__name__)
@@ -77,6 +80,7 @@ def capture(
     example_inputs: Any = None,
     example_kwargs: Mapping[str, Any] | None = None,
     *,
+    outputs: Outputs = None,
     max_nodes: int = 200_000,
     max_seconds: float | None = None,
 ) -> Captured:
@@ -91,6 +95,9 @@ def capture(
     `example_inputs` is the tuple of positional arguments (a lone tensor stands for a tuple of one), `example_kwargs`
     the keyword arguments; `model(*args, **kwargs)` must run. Without either, the registered finders infer them.
 
+    `outputs` says which of the tensors that it returns count as its result, see `auto_spec`; it raises `SpecError`
+    where these are not there.
+
     Raises `CaptureError` if the model cannot be run, if no inputs for it are found, or if the pass takes more than
     `max_nodes` operators or `max_seconds` seconds.
 
@@ -99,16 +106,16 @@ def capture(
     ['aten.t.default', 'aten.addmm.default']
     """
     with one_at_a_time():  # the time that another thread's capture takes is not this one's
-        return _capture(model, example_inputs, example_kwargs, Limits(max_nodes, max_seconds, time.monotonic()))
+        limits = Limits(max_nodes, max_seconds, time.monotonic())
+        return _capture(replace(unwrap(model), outputs=outputs), example_inputs, example_kwargs, limits)
 
 
 def _capture(
-    model: nn.Module | torch.export.ExportedProgram,
+    subject: Subject,
     example_inputs: Any,
     example_kwargs: Mapping[str, Any] | None,
     limits: Limits,
 ) -> Captured:
-    subject = unwrap(model)
     name = type(subject.core).__name__
     if (layer := fully_sharded(subject.core)) is not None:
         raise CaptureError(
@@ -175,7 +182,7 @@ def _attempt(subject: Subject, inputs: ExampleInputs, limits: Limits) -> Capture
     name = type(subject.core).__name__
     try:
         return _pass(subject, inputs, limits, "fake", None)
-    except CaptureError:
+    except (CaptureError, SpecError):
         raise
     except Exception as error:
         first = error
@@ -185,7 +192,7 @@ def _attempt(subject: Subject, inputs: ExampleInputs, limits: Limits) -> Capture
     logger.info("%s: fake tensors are not enough (%s); using real ones", name, reason)
     try:
         return _pass(subject, inputs, limits, "real", reason)
-    except CaptureError:
+    except (CaptureError, SpecError):
         raise
     except _TooLargeError as error:
         raise _PassError(f"{name} cannot be captured on fake tensors ({reason}), and {error}", first) from first
@@ -264,7 +271,7 @@ def capture_again(model: Any, captured: Captured, variation: Variation, limits: 
     Raises whatever the module raises on inputs that it does not take, and `CaptureError` beyond the limits.
     """
     with one_at_a_time():
-        subject, known = unwrap(model), captured.not_restored
+        subject, known = replace(unwrap(model), outputs=captured.outputs), captured.not_restored
         try:
             return _pass(subject, variation.inputs, limits, captured.mode, captured.fallback_reason, variation, known)
         except Exception as error:
@@ -330,13 +337,13 @@ def _pass(
             if copied.loading is not None:
                 _load(copied.loading, mode, any(entry.role == "saved" for entry in state))
             context = contextvars.copy_context()  # what forward sets in it is not the caller's
-            result = context.run(_run, copied.module, args, kwargs)
+            results = [context.run(_run, copied.module, args, kwargs)]
             keeps_attributes = state_in_python.shown() != shown_before
             for number in range(1, 1 if variation is None else variation.calls):
                 if variation is not None and variation.ends_in_evaluation and number + 1 == variation.calls:
                     train(copied.modules, False)
-                result = [result, context.run(_run, copied.module, args, kwargs)]
-        outputs, opaque = returned_tensors(result)
+                results.append(context.run(_run, copied.module, args, kwargs))
+        outputs, opaque = returned_tensors(results)
         left = [
             (".".join(filter(None, (copied.paths.get(id(copied.modules[at])), name))), tensor)
             for at, name, tensor in _held_tensors(copied.modules)
@@ -345,8 +352,10 @@ def _pass(
         for place, tensor in _named_tensors(copied.modules).items():
             recorder.replaced(named.get(place), tensor)
     if not outputs:
-        raise CaptureError(f"{type(subject.core).__name__} returned no tensor, but a {type(result).__name__}")
+        raise CaptureError(f"{type(subject.core).__name__} returned no tensor, but a {type(results[0]).__name__}")
     graph = recorder.finish(outputs, left)
+    end = next(node for node in reversed(graph.nodes) if node.op == "output")
+    end.meta["returned"] = said_of(results, outputs, end.args[0], subject.outputs, strict=variation is None)
     for node in graph.nodes if training else ():
         node.meta["training"] = True
     _note_classes(graph, subject.outer)
@@ -372,6 +381,7 @@ def _pass(
         keeps_attributes,
         remarks,
         copied.not_restored,
+        subject.outputs,
     )
 
 

@@ -8,17 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from permgraph.capture.counting import Outputs
 from permgraph.capture.inputs.registry import ExampleInputs
 from permgraph.errors import CaptureError
 
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """`outer` is the module that names parameters, `core` the one inside its wrappers that runs."""
+    """`outer` is the module that names parameters, `core` the one inside its wrappers that runs.
+
+    `outputs` says what of its result counts, see `auto_spec`.
+    """
 
     outer: nn.Module
     core: nn.Module
     inputs: ExampleInputs | None
+    outputs: Outputs = None
 
 
 def unwrap(model: Any) -> Subject:

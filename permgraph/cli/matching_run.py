@@ -323,14 +323,14 @@ def _spec(model: str, subject: Subject, reference: Checkpoint, screen: Screen) -
         if not subject.spec_file.is_file():
             raise CheckpointError(f"{subject.spec_file}: no such file")
         if not subject.model:
-            return spec_of(str(subject.spec_file), symmetry=subject.symmetry)
+            return spec_of(str(subject.spec_file), symmetry=subject.symmetry, outputs=subject.outputs)
         raise MismatchError("--model and --spec both say what the checkpoints are weights of: give one")
     if not model:
         raise MismatchError(
             f"{reference.path} does not say what it holds the weights of: say --model {FORMS}; or --spec FILE"
         )
     with screen.stage("finding symmetries"):
-        return spec_of(model, subject.inputs, subject.symmetry)
+        return spec_of(model, subject.inputs, subject.symmetry, subject.outputs)
 
 
 def resumed(

@@ -68,7 +68,10 @@ def build(model: str, device: str | None = "meta") -> nn.Module:
 
 
 def spec_of(
-    model: str, inputs: list[str] | None = None, symmetry: Literal["permutation", "general"] = "permutation"
+    model: str,
+    inputs: list[str] | None = None,
+    symmetry: Literal["permutation", "general"] = "permutation",
+    outputs: str | None = None,
 ) -> PermutationSpec:
     """The spec in a file (.json or text), or that of the model which a text names.
 
@@ -76,6 +79,7 @@ def spec_of(
         model: a file that `PermutationSpec.save` wrote, or one of the `FORMS`.
         inputs: example inputs as text, see `parse_inputs`.
         symmetry: that of `auto_spec`; a file holds what it holds.
+        outputs: what of the model's result counts, as text: final, all, or names with commas between them.
 
     Raises:
         CaptureError: there is no such file or model, or it does not run; without inputs, because none were found.
@@ -89,16 +93,29 @@ def spec_of(
             raise SpecError(
                 f"{model} holds permutations alone: infer the spec again from the model, --symmetry general"
             )
+        if outputs is not None:
+            raise SpecError(f"{model} says by itself which outputs count: infer the spec again for --outputs {outputs}")
         return found
     args, kwargs = parse_inputs(inputs or [])
     try:
-        return auto_spec(build(model), args or None, kwargs or None, symmetry=symmetry)
+        return auto_spec(build(model), args or None, kwargs or None, outputs=parse_outputs(outputs), symmetry=symmetry)
     except NoInputsError as error:
         found_none = str(error).splitlines()[0].removesuffix(" Tried:")
         raise CaptureError(
             f"{found_none} Give the shape of one: --input 1,3,224,224, int:2,16 for whole numbers, or name=2,16; "
             "--debug lists what was tried"
         ) from error
+
+
+def parse_outputs(text: str | None) -> str | list[str] | None:
+    """What ``--outputs`` says: one word or name, or several names.
+
+    Raises SpecError if a name is empty.
+    """
+    names = [name.strip() for name in text.split(",")] if text is not None else []
+    if not all(names):
+        raise SpecError(f"--outputs {text!r}: say final, all, or names of outputs, as in logits,text_embeds")
+    return names[0] if len(names) == 1 else names or None
 
 
 def own_model(folder: Path | None) -> str:
@@ -126,11 +143,12 @@ def require_one_structure(
     Raises:
         MismatchError: a configuration is of a model with other symmetries.
     """
-    from permgraph.matching.agreement import Structure
+    from permgraph.matching.agreement import Structure, outputs_of
 
     args, kwargs = parse_inputs(inputs or [])
     first: Structure | None = None
     seen = {model: ""}
+    asked: Any = {"symmetry": spec.symmetry, "outputs": outputs_of(spec)}
     for own in dict.fromkeys(filter(None, map(own_model, folders))):
         content = Path(own.removeprefix("hf:"), "config.json").read_text()
         if own in seen or content in seen.values():
@@ -139,12 +157,12 @@ def require_one_structure(
         try:
             module = build(own)
             if first is None and model:
-                first = Structure(model, build(model), args or None, kwargs or None, spec, spec.symmetry)
+                first = Structure(model, build(model), args or None, kwargs or None, spec, **asked)
         except PermgraphError as error:
             screen.note(f"{own.removeprefix('hf:')}: its own configuration was not compared: {in_one_line(error, 200)}")
             continue
         if first is None:
-            first = Structure(own, module, args or None, kwargs or None, symmetry=spec.symmetry)
+            first = Structure(own, module, args or None, kwargs or None, **asked)
             continue
         for note in first.compare(own, module, given=True):
             screen.note(note)

@@ -130,6 +130,15 @@ Symmetry = Annotated[
     typer.Option("--symmetry", help="Permutations alone, or also scales, signs, rotations, any matrices."),
 ]
 
+Outputs = Annotated[
+    str | None,
+    typer.Option(
+        "--outputs",
+        metavar="final|all|NAME[,NAME]",
+        help="What the model returns that is to stay put: all but by-products, all, or these outputs alone.",
+    ),
+]
+
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help=f"{FORMS}. Or a saved spec.", autocompletion=complete_model)
 ]
@@ -167,6 +176,7 @@ class Subject:
             help="With general, also rotations, scales, signs and invertible maps where the model allows them."
         ),
     ] = "permutation"
+    outputs: Outputs = None
     leave: Annotated[
         list[str] | None,
         typer.Option("--leave", help="Pattern of keys that the model does not know: leave them as they are."),

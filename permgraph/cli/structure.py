@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from permgraph.cli.options import FORMS, Inputs, Model, Shown, Symmetry, complete_model
+from permgraph.cli.options import FORMS, Inputs, Model, Outputs, Shown, Symmetry, complete_model
 from permgraph.cli.report import PAGE, PAGES, check_file
 from permgraph.cli.screen import SAYS_NO, Screen, table
 
@@ -26,6 +26,7 @@ def spec(
     inputs: Inputs = None,
     pins: Annotated[bool, typer.Option("--pins", help="List what stays put, and why.")] = False,
     symmetry: Symmetry = "permutation",
+    outputs: Outputs = None,
     shown: Shown,
 ) -> None:
     """Show every permutation symmetry of a model: its groups, and where they act on each parameter.
@@ -49,7 +50,7 @@ def spec(
         check_file(output, "--output", ())
         check_file(page, "--report", PAGES)
         with screen.stage("finding symmetries"):
-            found = spec_of(model, inputs, symmetry)
+            found = spec_of(model, inputs, symmetry, outputs)
         if output is not None:
             found.save(output)
             screen.note(f"saved to {output}")
@@ -98,6 +99,8 @@ def summary(spec: PermutationSpec, *, pins: bool = False) -> dict[str, Any]:
             for entry in spec.unread
         ],
         "notes": stored["notes"],
+        "outputs": stored["outputs"],
+        "by_products": stored["by_products"],
     }
     if spec.general is not None:
         data["dimension"] = spec.dimension()
@@ -189,6 +192,7 @@ def verify(
     spec_file: Annotated[Path | None, typer.Option("--spec", help="Check this spec, not the one found now.")] = None,
     inputs: Inputs = None,
     symmetry: Symmetry = "permutation",
+    outputs: Outputs = None,
     seed: Annotated[int, typer.Option(help="Of the random weights and permutations.")] = 0,
     tolerance: Annotated[float, typer.Option(help="The largest relative error that counts as equal.")] = 1e-9,
     further: Annotated[
@@ -212,6 +216,7 @@ def verify(
         permgraph verify hf:./my-bert --checkpoint ./my-bert
     """
     from permgraph.cli.models import build, parse_inputs, spec_of
+    from permgraph.errors import SpecError
     from permgraph.spec.spec import PermutationSpec
     from permgraph.verification import verify as verify_spec
     from permgraph.verification.general import GeneralVerification
@@ -220,7 +225,9 @@ def verify(
         module = build(model)
         args, kwargs = parse_inputs(inputs or [])
         with screen.stage("finding symmetries"):
-            found = PermutationSpec.load(spec_file) if spec_file else spec_of(model, inputs, symmetry)
+            if spec_file and outputs:
+                raise SpecError(f"{spec_file} says by itself which outputs count: infer the spec again for --outputs")
+            found = PermutationSpec.load(spec_file) if spec_file else spec_of(model, inputs, symmetry, outputs)
         with screen.stage("verifying"):
             proof = verify_spec(
                 module,

@@ -12,10 +12,12 @@ import torch
 from torch import fx, nn
 
 from permgraph.capture import Captured, capture
+from permgraph.capture.counting import Outputs
 from permgraph.capture.environment import gc_paused
 from permgraph.capture.further import FurtherPasses, Tried
 from permgraph.capture.joined import joined
 from permgraph.capture.record import Limits
+from permgraph.capture.result import check_outputs
 from permgraph.capture.untied import sources_of_ties, untied
 from permgraph.errors import ConflictError, SpecError
 from permgraph.inference.describe import describe
@@ -43,6 +45,7 @@ def auto_spec(
     example_inputs: Sequence[Any] | None = None,
     example_kwargs: Mapping[str, Any] | None = None,
     *,
+    outputs: Outputs = None,
     symmetry: Literal["permutation", "general"] = "permutation",
     untie: bool = False,
     vary: bool = True,
@@ -63,6 +66,15 @@ def auto_spec(
         model: any `nn.Module`, `fx.GraphModule` or `ExportedProgram`.
         example_inputs: positional arguments of forward; found without being asked for if neither is given.
         example_kwargs: keyword arguments of forward.
+        outputs: what of all that forward returns counts as its result, and so stays put. What does not count may move,
+            and `spec.outputs` says how. ``"all"`` counts everything; ``"final"`` all but by-products: tensors from
+            which others of the same result are computed by way of parameters, such as an encoder's states beside the
+            logits; what a loss alone is computed from is none. A name or names count these alone: keys and fields,
+            indices of a tuple as texts, with dots where results are nested. A function is given what forward returned,
+            and gives the part of it that counts. By default, of a result whose class names its fields (a dataclass,
+            such as transformers' outputs are, or a named tuple) by-products do not count, but for the first field that
+            is no loss: such a class documents more than most callers read, and has first what they do read. Whoever
+            returns a tuple, list or dictionary means to use all of it, and all of it counts.
         symmetry: ``"general"`` also finds, for each group, the largest structure that acts on its axis: scales, signs,
             rotations, any matrices (see the page on general symmetries).
         untie: find the symmetries that the model has once parameters which several of its modules share are each their
@@ -80,7 +92,8 @@ def auto_spec(
         The spec: groups, and for each parameter axis the expression that places them.
 
     Raises:
-        SpecError: `symmetry` is neither of the two, or `untie` goes with permutations alone.
+        SpecError: `symmetry` is neither of the two, or `untie` goes with permutations alone; or `outputs` names what
+            the model does not return.
         CaptureError: the module could not be run, or no example input was found; it says what was tried.
         ValueError: `unread` is neither of the two.
 
@@ -95,6 +108,7 @@ def auto_spec(
     if type(max_passes) is not int or max_passes < 1:
         raise ValueError(f"max_passes={max_passes!r} is no whole number from 1 on")
     check_policy(unread)
+    check_outputs(outputs)
     if example_inputs is not None and not isinstance(example_inputs, (tuple, list)):
         example_inputs = (example_inputs,)
     limits = Limits(max_nodes, max_seconds, time.monotonic())
@@ -102,7 +116,9 @@ def auto_spec(
     if untie and isinstance(model, nn.Module):
         ties = sources_of_ties(model)
         model = untied(model, share=True)
-    captured = capture(model, example_inputs, example_kwargs, max_nodes=max_nodes, max_seconds=max_seconds)
+    captured = capture(
+        model, example_inputs, example_kwargs, outputs=outputs, max_nodes=max_nodes, max_seconds=max_seconds
+    )
     passes = FurtherPasses(model, captured, max_passes if vary else 1, limits)
     spec = spec_of_passes(passes, vary=vary, unread=unread, symmetry=symmetry)
     return _with_ties(spec, ties) if untie else spec

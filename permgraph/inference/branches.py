@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from permgraph.capture import Captured, ExampleInputs, capture
+from permgraph.capture.counting import returned_by
 from permgraph.capture.module_copy import copy_with
 from permgraph.errors import CaptureError
 from permgraph.inference.auto_spec import spec_of
@@ -104,7 +105,7 @@ def check_branches(
     for args, kwargs in candidates:
         try:
             again = capture(model, args, kwargs, max_seconds=max_seconds)
-            both = _both(model, given, again.inputs, max_seconds)
+            both = _both(model, (captured, again), max_seconds)
             break
         except CaptureError as error:
             refused = refused or error
@@ -155,10 +156,14 @@ class _Both(nn.Module):
         return [self.model(*args, **kwargs) for args, kwargs in (first, second)]
 
 
-def _both(model: nn.Module, first: ExampleInputs, second: ExampleInputs, max_seconds: float | None) -> Captured:
+def _both(model: nn.Module, passes: tuple[Captured, Captured], max_seconds: float | None) -> Captured:
     """The two passes as one graph, whose weights have the names that the model gives them."""
-    runs = tuple((inputs.args, inputs.kwargs) for inputs in (first, second))
+    runs = tuple((one.inputs.args, one.inputs.kwargs) for one in passes)
     captured = capture(_Both(model), runs, max_seconds=max_seconds)
+    end = next(node for node in captured.graph.nodes if node.op == "output")
+    said = [one for each in passes for node in each.graph.nodes if node.op == "output" for one in returned_by(node)]
+    if len(said) == len(returned_by(end)):  # what counts in each of them counts here, not the whole list
+        end.meta["returned"] = said
     for node in captured.graph.nodes:
         if node.meta.get("kind") in ("parameter", "buffer", "constant"):
             node.meta["names"] = tuple(name.removeprefix("model.") for name in node.meta["names"])

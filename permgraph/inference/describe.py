@@ -14,6 +14,7 @@ from permgraph.algebra.limits import OUT_OF_TIME
 from permgraph.capture import Captured
 from permgraph.inference import unread
 from permgraph.inference.fibres import Fibres
+from permgraph.inference.outputs import with_outputs
 from permgraph.inference.solution import Solution, is_weight
 from permgraph.rules.typed_tensor import TypedTensor
 from permgraph.spec import PermutationSpec, Pin, UnknownOp
@@ -45,7 +46,7 @@ def describe(captured: Captured, solution: Solution, fibres: Fibres) -> Permutat
     loose = writer.unread_axes()
     notes += unread.notes(solution, [(entry.parameter, entry.groups) for entry in loose], solution.unread)
     names = [node.meta["names"] for node in solution.nodes if is_weight(node)]
-    return PermutationSpec(
+    spec = PermutationSpec(
         groups=writer.groups(),
         axes=writer.expressions(),
         shapes={name: tensor.shape for name, tensor in writer.parameters.items()},
@@ -58,6 +59,7 @@ def describe(captured: Captured, solution: Solution, fibres: Fibres) -> Permutat
         notes=tuple(notes),
         constraints=writer.constraints(),
     )
+    return with_outputs(spec, solution, writer.axes_of)
 
 
 def _kept_and_moving(solution: Solution) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import fx
 
 from permgraph.algebra import Axis, Kind, Pinned
+from permgraph.capture.counting import counting
 from permgraph.inference.constancy import constant_along
 from permgraph.inference.repeats import UNREAD as PASSED_ON
 from permgraph.inference.solution import Solution, StandIn, tensors_in
@@ -18,13 +19,15 @@ UNREAD = "no output depends on it"
 
 
 def pin_ends(solution: Solution) -> None:
-    """Pin inputs, outputs, constants where they vary, and integer weights."""
+    """Pin inputs, outputs that count, constants where they vary, and integer weights."""
     solution.ends.clear()
     for number, node in enumerate(solution.nodes):
         if node.op == "placeholder" and isinstance(solution.values[node], TypedTensor):
             _pin_placeholder(solution, number, node, solution.values[node])
         elif node.op == "output":
-            ends: list[Any] = [node.args[0]]
+            given: Any = node.args[0]
+            results = given if isinstance(given, (list, tuple)) else [given]
+            ends: list[Any] = [one for one, counts in zip(results, counting(node), strict=True) if counts]
             for end in ends:
                 if isinstance(end, (list, tuple)):
                     ends.extend(end)

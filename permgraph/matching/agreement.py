@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeAlias
 from torch import nn
 
 from permgraph.capture import Captured, capture
+from permgraph.capture.counting import AllBut, Outputs
 from permgraph.capture.likeness import built_alike, operators_differ
 from permgraph.errors import CaptureError, MismatchError
 from permgraph.inference.auto_spec import auto_spec
@@ -59,7 +60,8 @@ def agreed_spec(
             raise MismatchError("state dicts do not say what their model computes: a spec must be given with them")
         return spec, ()
     symmetry: Symmetry = "permutation" if spec is None else spec.symmetry
-    first = Structure(*modules[0], example_inputs, example_kwargs, symmetry=symmetry)
+    outputs = None if spec is None else outputs_of(spec)
+    first = Structure(*modules[0], example_inputs, example_kwargs, symmetry=symmetry, outputs=outputs)
     found = first.spec if spec is None else spec
     notes: list[str] = []
     if spec is not None and not isinstance(networks[0], nn.Module):  # else the spec is taken to be that of the first
@@ -80,6 +82,7 @@ class Structure:
         example_inputs, example_kwargs: for the inference; found if neither is given.
         spec: its symmetries, where they are known.
         symmetry: whether permutations count or all that a spec can say; see `auto_spec`.
+        outputs: what of its result counts; see `auto_spec`.
     """
 
     def __init__(
@@ -90,8 +93,9 @@ class Structure:
         example_kwargs: Mapping[str, Any] | None = None,
         spec: PermutationSpec | None = None,
         symmetry: Symmetry = "permutation",
+        outputs: Outputs = None,
     ) -> None:
-        self.name, self.module, self.symmetry = name, module, symmetry
+        self.name, self.module, self.symmetry, self.outputs = name, module, symmetry, outputs
         self.given = example_inputs, example_kwargs
         self._spec = spec
         self._captured: Captured | None = None
@@ -100,7 +104,7 @@ class Structure:
     def spec(self) -> PermutationSpec:
         """Its symmetries."""
         if self._spec is None:
-            self._spec = auto_spec(self.module, *self.given, symmetry=self.symmetry)
+            self._spec = auto_spec(self.module, *self.given, outputs=self.outputs, symmetry=self.symmetry)
         return self._spec
 
     @property
@@ -113,7 +117,11 @@ class Structure:
     def must_be(self, spec: PermutationSpec) -> tuple[str, ...]:
         """Refuse a given spec that is not its own."""
         try:
-            difference = first_difference(spec, self.spec, ("the spec", self.name))
+            names = ("the spec", self.name)
+            difference = first_difference(spec, self.spec, names)
+            if difference is not None and not spec.outputs:  # nothing says what counts: then it may be everything
+                own = auto_spec(self.module, *self.given, outputs="all", symmetry=self.symmetry)
+                difference = first_difference(spec, own, names) and difference
         except CaptureError as error:
             return (_not_compared(self.name, error),)
         if difference is not None:
@@ -134,7 +142,7 @@ class Structure:
         names = (self.name, name)
         try:
             ours, inputs = self.spec, self.captured.inputs
-            theirs = _own(module, inputs.args, inputs.kwargs, self.symmetry)
+            theirs = _own(module, inputs.args, inputs.kwargs, self.symmetry, self.outputs)
         except CaptureError as error:
             if not given:
                 raise
@@ -168,13 +176,20 @@ class Structure:
         ]
 
 
-def _own(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], symmetry: Symmetry) -> PermutationSpec:
+def outputs_of(spec: PermutationSpec) -> Outputs:
+    """What counts as the result of a model of this spec, for the inference of another; the usual if it does not say."""
+    return AllBut(spec.by_products) if spec.outputs else None
+
+
+def _own(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], symmetry: Symmetry, outputs: Outputs
+) -> PermutationSpec:
     """The symmetries of a module on these inputs, or on some of its own where it does not take them."""
     try:
-        return auto_spec(module, args, kwargs, symmetry=symmetry)
+        return auto_spec(module, args, kwargs, outputs=outputs, symmetry=symmetry)
     except CaptureError as error:
         log.info("%s: %s; trying inputs of its own", type(module).__name__, error)
-        return auto_spec(module, symmetry=symmetry)
+        return auto_spec(module, outputs=outputs, symmetry=symmetry)
 
 
 def _rests_on_values(spec: PermutationSpec) -> bool:

@@ -107,11 +107,18 @@ def report(
         panels["line"] = "Line"
         made["line"] = _line_panel(as_lines(barrier))
     name = title or spec.model_class or "Permutation symmetries"
-    html = _assemble(name, _facts(spec), about or {}, spec.notes, panels, made, content(spec))
+    html = _assemble(name, _facts(spec), about or {}, _notes(spec), panels, made, content(spec))
     result = Report(html)
     if path is not None:
         result.save(path)
     return result
+
+
+def _notes(spec: PermutationSpec) -> tuple[str, ...]:
+    """The notes of a spec, and how what the model returns beside its result moves."""
+    moving = [f"{name} {' '.join(map(str, axes))}" for name, axes in spec.moving_outputs.items()]
+    more = [f"and {len(moving) - 8} more"] if len(moving) > 8 else []
+    return (*spec.notes, f"by-products: {' · '.join((*moving[:8], *more))}") if moving else spec.notes
 
 
 def _facts(spec: PermutationSpec) -> list[tuple[str, str]]:

@@ -45,6 +45,8 @@ class SpecData:
     passes: tuple[Pass, ...] = field(default=(), repr=False)
     unread: tuple[Unread, ...] = ()
     general: General | None = field(default=None, repr=False)
+    outputs: Mapping[str, tuple[Axis, ...]] = field(default_factory=dict, repr=False)
+    by_products: tuple[str, ...] = ()
     _layouts: dict[tuple[Axis, ...], Layout] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -71,11 +73,15 @@ class SpecData:
                 raise SpecError(f"{alias!r} is an alias of {canonical!r}, so it cannot have axes of its own")
             if canonical not in axes:
                 raise SpecError(f"{alias!r} is an alias of {canonical!r}, for which there are no axes")
+        outputs = {name: tuple(map(normalise, given)) for name, given in self.outputs.items()}
+        for name, given in outputs.items():
+            self.layout(given, f"output {name!r}")
         freeze = functools.partial(object.__setattr__, self)
         freeze("groups", MappingProxyType(dict(self.groups)))
         freeze("axes", MappingProxyType(axes))
         freeze("shapes", MappingProxyType(shapes))
         freeze("aliases", MappingProxyType(dict(self.aliases)))
+        freeze("outputs", MappingProxyType(outputs))
         if self.general is not None:
             self.general.check(self.groups, {name: self.layout(axes[name]) for name in axes}, self.shapes)
         elif any(not group.structure.is_plain for group in self.groups.values()):
@@ -190,6 +196,17 @@ class SpecData:
         """The number of independent permutations that ``group`` has: the product of its parents' sizes."""
         return math.prod(self.groups[parent].size for parent in self.groups[group].parents)
 
+    @functools.cached_property
+    def moving_outputs(self) -> Mapping[str, tuple[Axis, ...]]:
+        """The by-products that move, each with its axes: those of `outputs` on which a group acts."""
+        return MappingProxyType(
+            {
+                name: axes
+                for name, axes in self.outputs.items()
+                if name in self.by_products and any(o.group in self.acting for o in self.layout(axes).occurrences)
+            }
+        )
+
     @property
     def null_directions(self) -> tuple[NullDirection, ...]:
         """What can be added to parameters without effect; only a spec with general symmetries knows."""
@@ -254,6 +271,7 @@ class SpecData:
             self,
             groups=still,
             axes={name: tuple(substitute(axis, new) for axis in axes) for name, axes in self.axes.items()},
+            outputs={name: tuple(substitute(axis, new) for axis in axes) for name, axes in self.outputs.items()},
             unread=tuple(replace(e, groups=tuple(n for n in e.groups if n not in names)) for e in self.unread),
             general=general,
         )
@@ -390,6 +408,7 @@ class SpecData:
                 new(n): replace(g, name=new(n), parents=tuple(map(new, g.parents))) for n, g in self.groups.items()
             },
             axes={name: tuple(rename(axis, new) for axis in axes) for name, axes in self.axes.items()},
+            outputs={name: tuple(rename(axis, new) for axis in axes) for name, axes in self.outputs.items()},
             unread=tuple(replace(entry, groups=tuple(map(new, entry.groups))) for entry in self.unread),
             general=self.general
             and replace(self.general, reasons={new(name): why for name, why in self.general.reasons.items()}),

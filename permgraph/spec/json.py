@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from permgraph.errors import SpecError
 from permgraph.spec.binding import Group
 from permgraph.spec.data import SpecData
-from permgraph.spec.expressions import parse_axis
+from permgraph.spec.expressions import Axis, parse_axis
 from permgraph.spec.general import General
 from permgraph.spec.provenance import Constraints, Pass, Pin, SlotPin, Tie, UnknownOp, Unread
 from permgraph.structures import Structure
@@ -41,6 +41,8 @@ def to_json(spec: SpecData) -> dict[str, Any]:
         "unknown_ops": list(map(_record, spec.unknown_ops)),
         "unused": list(spec.unused),
         "unread": [[*_record(entry)[:-1], list(entry.groups)] for entry in spec.unread],
+        "outputs": {name: list(map(str, axes)) for name, axes in spec.outputs.items()},
+        "by_products": list(spec.by_products),
         "notes": list(spec.notes),
         "passes": list(map(_record, spec.passes)),
         "constraints": None
@@ -131,6 +133,8 @@ def from_json(content: Any) -> dict[str, Any]:
             _records(constraints, "pins", SlotPin, (str, str), "constraints"),
         ),
         general=None if more is None else General.from_json(more),
+        outputs=_outputs(content),
+        by_products=_names(content, "by_products") if "by_products" in content else (),
     )
 
 
@@ -158,6 +162,17 @@ def _names(content: Any, key: str) -> tuple[str, ...]:
     if not all(isinstance(value, str) for value in values):
         raise SpecError(f"{key}: should be a list of texts")
     return tuple(values)
+
+
+def _outputs(content: Any) -> dict[str, tuple[Axis, ...]]:
+    """The axes of the outputs; none in files from before they were kept."""
+    found = {}
+    for name, texts in _get(content, "outputs", dict).items() if "outputs" in content else ():
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise SpecError(f"outputs.{name}: should be a list of texts")
+        with _at(f"outputs.{name}"):
+            found[name] = tuple(map(parse_axis, texts))
+    return found
 
 
 def _unread(content: Any) -> tuple[Unread, ...]:

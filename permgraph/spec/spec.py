@@ -46,6 +46,9 @@ class PermutationSpec(SpecData):
         model_class: the class of the model from which the spec was inferred.
         notes: what a reader should know about how the spec came to be.
         unread: axes of which no pass read all, with the groups to which they may belong.
+        outputs: for the name of each tensor that forward returns the expression of each dimension, as for a parameter;
+            sizes that stay put are those of the first pass. Outputs of which that is not known are left out.
+        by_products: the outputs that do not count as the result; see `outputs=` of `auto_spec`.
         constraints: what tied the axes to each other, for `explain` and `to_networkx`.
 
     Raises:

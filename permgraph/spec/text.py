@@ -12,7 +12,8 @@
 A group that is fibred over others says so, ``d 16 per h``; one that only names an axis is ``fixed``. A structure beyond
 permutations, as in ``d 16 GL per h``, is for people: what is read has permutations alone. A scalar has the
 shape ``scalar``. A name with spaces or punctuation stands in double quotes, as in JSON. Lines that begin with ``#``,
-and the lines ``pinned``, ``unknown operators``, ``unused`` and ``note``, are for people: reading skips them.
+and the lines ``by-products`` (what a model returns beside its result, where it moves), ``pinned``, ``unknown
+operators``, ``unused`` and ``note``, are for people: reading skips them.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from permgraph.structures import Structure
 
 _WIDTH = 118
 _NOTHING = "Nothing to permute:"
-_SECTION = re.compile(r"(groups|pinned|unknown operators|unused|note):(?:\s+|$)")
+_SECTION = re.compile(r"(groups|by-products|pinned|unknown operators|unused|note):(?:\s+|$)")
 _NAME = re.compile(r'\s*("(?:[^"\\]|\\.)*"|[^\s"=]+)')
 _SHAPE = re.compile(r"scalar|\d+(?:x\d+)*")
 
@@ -59,6 +60,8 @@ def write_spec(spec: SpecData) -> str:
     lines += [f"{_quote(alias)} = {_quote(canonical)}" for alias, canonical in spec.aliases.items()]
     if spec.groups:
         lines += _wrapped("groups:", map(_group, spec.groups.values()))
+    if spec.moving_outputs:
+        lines += _wrapped("by-products:", _by_products(spec))
     lines += _pinned(spec)
     if spec.unknown_ops:
         lines += _wrapped("unknown operators:", (f"{op.operator} {op.count}×" for op in spec.unknown_ops))
@@ -70,6 +73,14 @@ def write_spec(spec: SpecData) -> str:
 
 def _whole(axis: Axis) -> str:
     return "." if isinstance(axis, Fixed) else str(axis)
+
+
+def _by_products(spec: SpecData) -> Iterator[str]:
+    shown = list(spec.moving_outputs.items())
+    for name, axes in shown[:8]:
+        yield f"{_quote(name)} {' '.join(map(_whole, axes))}"
+    if len(shown) > 8:
+        yield f"and {len(shown) - 8} more"
 
 
 def _group(group: Group) -> str:

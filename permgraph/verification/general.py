@@ -82,7 +82,7 @@ def verify_general(
     if not spec.acting and not spec.null_directions:
         return GeneralVerification(True, 0.0, tolerance, {}, note="nothing to move: the spec has no groups")
     started = time.monotonic()
-    trial = Trial(model, spec.permutations(), first, seed)
+    trial = Trial(model, spec.permutations(), first, seed, whole=spec)
     reference = _reference(trial, tolerance)
     if reference is None:
         name = type(unwrap(model).core).__name__
@@ -127,6 +127,7 @@ def verify_general(
         tolerance,
         reports,
         len(reference),
+        note=trial.compared.note(),
         untried=tuple(untried),
         beyond=beyond,
         inert=tuple(inert),

@@ -72,7 +72,8 @@ def verify(
     Args:
         model: the module; it is not changed, and may be on the meta device.
         spec: the spec to check; inferred if None. Of one with general symmetries, random elements of the whole group
-            are tried, and larger structures are, too: see `GeneralVerification`.
+            are tried, and larger structures are, too: see `GeneralVerification`. Of by-products, it says how they
+            move: they are compared after they were moved back.
         example_inputs: positional arguments of forward; found if neither these nor keyword arguments are given.
         example_kwargs: keyword arguments of forward.
         permutation: check this one, on the model's own weights: that they compute the same after it, as
@@ -221,9 +222,10 @@ class _Proof:
             )
         reports = {name: reports[name] for name in self.moved}
         passed = max_error <= tolerance and all(report.passed for report in reports.values())
-        note = (
+        looked = (
             "outputs are empty or integers, so what the modules return was compared too" if trial.looks_inside else ""
         )
+        note = "; ".join(filter(None, (looked, trial.compared.note())))
         left_out = tuple(name for name in self.moved if name in untried)
         failed = tuple(name for name, report in reports.items() if not report.passed)
         runs = (Run(self.first.name, self.first.inputs.describe(), max_error, failed=failed),)

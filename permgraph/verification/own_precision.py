@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from permgraph.capture.outputs import returned_tensors
 from permgraph.spec.elements import AnyElement
+from permgraph.verification.compared import Axes, ComparedOutputs
 from permgraph.verification.report import OwnPrecision
 from permgraph.verification.trial import distance, is_floating
 
@@ -33,16 +33,20 @@ def in_own_precision(
     state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     given = (tuple(example_inputs), dict(example_kwargs or {}))
     dtype = next((p.dtype for p in model.parameters() if is_floating(p)), torch.get_default_dtype())
-    before = _outputs(model, given, dtype)
+    compared = ComparedOutputs(element.spec)
+    before = _outputs(model, given, dtype, compared)[0]
     model.load_state_dict(element.apply(state))
-    after = _outputs(model, given, dtype)
+    after = compared.moved_back(*_outputs(model, given, dtype, compared), element)
     model.load_state_dict(state)
-    exact = _outputs(model.double(), given, torch.float64)
+    exact = _outputs(model.double(), given, torch.float64, compared)[0]
     return OwnPrecision(distance(exact, after), distance(exact, before), str(dtype).removeprefix("torch."))
 
 
-def _outputs(model: nn.Module, given: tuple[tuple[Any, ...], dict[str, Any]], dtype: torch.dtype) -> list[Tensor]:
+def _outputs(
+    model: nn.Module, given: tuple[tuple[Any, ...], dict[str, Any]], dtype: torch.dtype, compared: ComparedOutputs
+) -> tuple[list[Tensor], list[Axes | None]]:
     args, kwargs = tree_map(lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, given)
     with torch.no_grad():
-        found = returned_tensors(model(*args, **kwargs))[0]
-    return [tensor.detach().double().clone() if is_floating(tensor) else tensor.clone() for tensor in found]
+        found = compared.among([model(*args, **kwargs)])
+    tensors = [tensor.detach().double().clone() if is_floating(tensor) else tensor.clone() for tensor, _ in found]
+    return tensors, [axes for _, axes in found]

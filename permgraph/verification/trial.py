@@ -26,7 +26,9 @@ from permgraph.capture.subject import unwrap
 from permgraph.errors import CaptureError, MismatchError
 from permgraph.spec.data import SpecData
 from permgraph.spec.elements import AnyElement
+from permgraph.spec.expressions import Axis
 from permgraph.spec.transformation import Transformation
+from permgraph.verification.compared import ComparedOutputs
 from permgraph.verification.double_precision import InDoublePrecision, double_by_default, has_values, in_double
 
 #: Weights that a permutation overwrites are kept up to this many bytes; others are drawn again.
@@ -42,20 +44,31 @@ class Trial:
         variation: what the copy is run on, until `vary` says otherwise.
         seed: for the random weights.
         own_weights: compute with the model's own weights, not with random ones.
+        whole: the spec that says how outputs move, if another than `spec`.
 
     Attributes:
         looks_inside: whether outputs include what the modules return.
         run_seconds: that the last run took.
         keeps_state: whether a run in evaluation mode has changed something on the model, so that a second call may do
             something else.
+        compared: which outputs are compared, and how.
         rankings: of each operator that ranked values: how many it ranked, and in how many rows.
     """
 
     def __init__(
-        self, model: nn.Module, spec: SpecData, variation: Variation, seed: int, *, own_weights: bool = False
+        self,
+        model: nn.Module,
+        spec: SpecData,
+        variation: Variation,
+        seed: int,
+        *,
+        own_weights: bool = False,
+        whole: SpecData | None = None,
     ) -> None:
         subject = unwrap(model)
         self.spec = spec
+        self.compared = ComparedOutputs(whole or spec)
+        self._axes: list[tuple[Axis, ...] | None] = []  # of the outputs of the last run, those that move
         state = state_tensors(subject.outer)
         self._copy = copy_module(subject.outer, subject.core, state, self._blank, in_double)
         make_transparent(self._copy.modules)
@@ -121,10 +134,13 @@ class Trial:
             self._restore(self._floating)
 
     def outputs(self, permutation: AnyElement | None, exclude: Sequence[tuple[str, int]] = ()) -> list[Tensor]:
-        """What the model returns when its weights are permuted, or transformed: all its tensors, detached."""
+        """What the model returns when its weights are permuted, or transformed: all its tensors, detached.
+
+        By-products that move with the weights are moved back.
+        """
         if isinstance(permutation, Transformation):
             weights = self.weights()
-            return self.outputs_with(
+            found = self.outputs_with(
                 {
                     name: permutation.apply_to(
                         name, weights[name], weights, exclude=[dim for other, dim in exclude if other == name]
@@ -133,6 +149,7 @@ class Trial:
                     if name in weights
                 }
             )
+            return self.compared.moved_back(found, self._axes, permutation)
         counts = {} if permutation is None else permutation.moved()
         moved = {name for group, count in counts.items() if count for name in self._users[group]}
         try:
@@ -140,7 +157,8 @@ class Trial:
                 assert permutation is not None
                 still = [dim for parameter, dim in exclude if parameter == name]
                 self._write(name, permutation.apply_to(name, self._floating[name][1], exclude=still))
-            return self._run()
+            found = self._run()
+            return found if permutation is None else self.compared.moved_back(found, self._axes, permutation)
         finally:
             self._restore(moved)
 
@@ -201,9 +219,7 @@ class Trial:
                     if self._copy.loading is not None:
                         self._copy.loading.run()
                     before = _attributes(self._copy.modules)
-                    result = self._copy.module(*args, **kwargs)
-                    for _ in range(1, self._variation.calls):
-                        result = [result, self._copy.module(*args, **kwargs)]
+                    results = [self._copy.module(*args, **kwargs) for _ in range(self._variation.calls)]
                     self.keeps_state |= not training and _changed(self._copy.modules, before)
             except Exception as error:
                 shapes = ", ".join(str(tuple(t.shape)) for t in tensor_leaves((args, kwargs))) or "none"
@@ -211,7 +227,9 @@ class Trial:
                     f"{type(self._copy.module).__name__} cannot be run in float64 with tensors of "
                     f"shape {shapes}: {error}; pass example_inputs or example_kwargs that its forward takes"
                 ) from error
-            outputs = [tensor.detach().clone() for tensor in returned_tensors(result)[0]]
+            returned_tensors(results)  # which refuses what can be read only once
+            compared = self.compared.among(results)
+            outputs = [tensor.detach().clone() for tensor, _ in compared]
         self.run_seconds = time.monotonic() - began
         if any(isinstance(tensor, FakeTensor) or tensor.is_meta for tensor in outputs):
             raise CaptureError(
@@ -226,6 +244,7 @@ class Trial:
         written = [name for name, (_, t) in self._floating.items() if t._version != versions[name]]
         self.keeps_state |= bool(written) and not training
         self._restore(written)
+        self._axes = [*(axes for _, axes in compared), *[None] * len(inside)]
         return [*outputs, *inside]
 
     @torch.no_grad()

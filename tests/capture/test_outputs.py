@@ -95,7 +95,7 @@ CONTAINERS: dict[str, Callable[[Returning, Tensor, Tensor], Any]] = {
 
 @pytest.mark.parametrize("give", CONTAINERS.values(), ids=CONTAINERS)
 def test_the_hidden_tensor_is_an_output(give: Callable[[Returning, Tensor, Tensor], Any]) -> None:
-    spec = pg.auto_spec(Returning(give), X)
+    spec = pg.auto_spec(Returning(give), X, outputs="all")
     assert dict(spec.moving) == {}
     assert spec.notes == ()
 

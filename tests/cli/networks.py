@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -37,6 +38,23 @@ class Tied(nn.Module):
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         x = self.embedding(tokens)
         return self.head(x + self.fc(x).relu())
+
+
+class Result(NamedTuple):
+    logits: torch.Tensor
+    features: torch.Tensor
+
+
+class Features(nn.Module):
+    """Returns its 6 features beside the logits, with 4 hidden units between the two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features, self.hidden, self.head = nn.Linear(5, 6), nn.Linear(6, 4), nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> Result:
+        features = self.features(x).relu()
+        return Result(self.head(self.hidden(features).relu()), features)
 
 
 def net() -> Net:

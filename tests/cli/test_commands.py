@@ -611,3 +611,29 @@ def test_a_constructor_that_needs_values_is_built_on_the_cpu_and_the_log_says_wh
         built = models.build(f"{tmp_path / 'model.py'}:make")
     assert built.weight.device.type == "cpu"
     assert "cannot be built on meta" in caplog.text
+
+
+def test_outputs_that_count(run: Run, tmp_path: Path) -> None:
+    """Features beside the logits move, unless all outputs count, or they are named."""
+    features = f"{NETWORKS}:Features"
+    found = {
+        words: json.loads(run("spec", features, *words, "--json").stdout)
+        for words in ((), ("--outputs", "final"), ("--outputs", "all"), ("--outputs", "logits, features"))
+    }
+    assert [list(data["groups"]) for data in found.values()] == [["features", "hidden"]] * 2 + [["hidden"]] * 2
+    assert [data["by_products"] for data in found.values()] == [["features"]] * 2 + [[]] * 2
+    assert json.loads(run("verify", features, "--outputs", "features", "--json").stdout)["groups"] == 2  # hidden, head
+    assert "it returns logits, features" in run("spec", features, "--outputs", "logit", code=2).stderr
+    assert "say final, all, or names" in run("spec", features, "--outputs", "logits,", code=2).stderr
+
+    run("spec", features, "-o", "spec.json")
+    assert "infer the spec again" in run("spec", "spec.json", "--outputs", "all", code=2).stderr
+    assert "infer the spec again" in run("verify", features, "--spec", "spec.json", "--outputs", "all", code=2).stderr
+    spec = pg.PermutationSpec.load(tmp_path / "spec.json")
+    a = trained(0, spec)
+    for name, weights in (("a", a), ("b", spec.random(1, every_group=True).apply(a))):
+        save_file(weights, tmp_path / f"{name}.safetensors", {"format": "pt"})
+    for words, same in (((), True), (("--outputs", "all"), False)):
+        run("align", "a.safetensors", "b.safetensors", "-m", features, *words, "-o", "c.safetensors", "--overwrite")
+        aligned = load_file(tmp_path / "c.safetensors")
+        assert all(torch.equal(a[name], aligned[name]) for name in a) == same
