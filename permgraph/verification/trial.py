@@ -160,10 +160,11 @@ class Trial:
     def outputs_scaled(self, permutation: AnyElement, name: str) -> list[Tensor]:
         """What the model returns when those elements of one weight that the permutation moves are scaled at random."""
         weight = self._floating[name][1]
-        places = torch.arange(weight.numel()).reshape(weight.shape)
         if isinstance(permutation, Transformation):
-            moved = places >= 0
+            weights = self.weights()
+            moved = permutation.apply_to(name, weights[name], weights) != weight
         else:
+            places = torch.arange(weight.numel()).reshape(weight.shape)
             moved = permutation.apply_to(name, places) != places
         factors = 0.5 + torch.rand(weight.shape, generator=seeded_generator(0), dtype=torch.float64)
         try:
