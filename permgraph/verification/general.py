@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -137,11 +137,12 @@ def verify_general(
     seconds = time.monotonic() - started
     if further <= 0 or not ok or (max_seconds is not None and seconds > max_seconds):
         return verified
+    scales = sorted(SCALES, key=lambda other: other != scale)
+    budget = max(LEAST_SECONDS, further * seconds)
     runs = FurtherRuns(
-        trial, model, elements[0], tolerance, sorted(SCALES, key=lambda other: other != scale),
-        max(LEAST_SECONDS, further * seconds), run_seconds, lambda: scrutiny.everything(elements[0], seed),
-    )(first)  # fmt: skip
-    return verified.with_runs(runs)
+        trial, model, elements[0], tolerance, scales, budget, run_seconds, scrutiny.move(elements[0], seed)
+    )
+    return verified.with_runs(runs(first))
 
 
 def _reference(trial: Trial, tolerance: float) -> tuple[list[Tensor] | None, float]:
@@ -184,13 +185,16 @@ class _Scrutiny:
             if passed:
                 return
 
-    def everything(self, element: Transformation, seed: int) -> list[Tensor]:
-        """What the model returns when null directions are added to its weights as they are now, and an element acts."""
-        weights = self.trial.weights()
-        weights |= self._with_nulls(self.spec.null_directions, weights, seed)
-        return self.trial.outputs_with(
-            {name: element.apply_to(name, weights[name], weights) for name in self.spec.axes if name in weights}
-        )
+    def move(self, element: Transformation, seed: int) -> Callable[[], list[Tensor]]:
+        """What makes the model run with null directions added to its weights as they are then, under an element."""
+
+        def outputs() -> list[Tensor]:
+            weights = self.trial.weights()
+            weights |= self._with_nulls(self.spec.null_directions, weights, seed)
+            names = [name for name in self.spec.axes if name in weights]
+            return self.trial.outputs_with({name: element.apply_to(name, weights[name], weights) for name in names})
+
+        return outputs
 
     def null_errors(self, seed: int, tolerance: float) -> dict[str, float]:
         """How far the output moves when random multiples of null directions are added.
