@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import permgraph as pg
+from permgraph.errors import MismatchError
+from permgraph.matching.general.between import BalancedLine
 from tests.general import models
 
 Function = Callable[[nn.Module, Tensor], Tensor]
@@ -83,10 +85,9 @@ def test_a_vector_times_itself_is_not_linear(function: Function, structure: str)
 class Penalised(nn.Module):
     """A norm whose gain something else reads: always, in training mode, or under a flag."""
 
-    def __init__(self, penalty: Function, when: str, norm: Callable[[int], nn.Module] = nn.RMSNorm) -> None:
+    def __init__(self, penalty: Function, when: str, norm: Callable[[int], nn.Module] = nn.RMSNorm, n: int = 6) -> None:
         super().__init__()
-        self.a, self.norm, self.h, self.penalty, self.when = nn.Linear(4, 6), norm(6), nn.Linear(6, 3), penalty, when
-        self.v = nn.Parameter(torch.ones(6))
+        self.a, self.norm, self.h, self.penalty, self.when = nn.Linear(4, n), norm(n), nn.Linear(n, 3), penalty, when
 
     def forward(self, x: Tensor, more: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         y = self.h(self.norm(self.a(x)))
@@ -163,3 +164,13 @@ def test_what_is_aligned_keeps_gains_that_stay(when: str) -> None:
     for ours, theirs in zip(aligned.train()(x), b.train()(x), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
     assert torch.equal(aligned.norm.weight, b.norm.weight)
+
+
+def test_what_needs_one_gain_in_both_networks_refuses_those_that_stay() -> None:
+    a, b, wide = (_randomised(Penalised(READERS[0][1], "in training", n=n), n).eval() for n in (6, 6, 8))
+    x = torch.randn(5, 4).double()
+    spec, wider = (pg.auto_spec(model, (x,), symmetry="general") for model in (a, wide))
+    with pytest.raises(MismatchError, match=r"norm\.weight.*spec\.permutations"):
+        BalancedLine(a, a.state_dict(), b.state_dict(), spec, F.mse_loss)
+    with pytest.raises(MismatchError, match=r"norm\.weight.*spec\.permutations"):
+        pg.match_widths(wide.state_dict(), b.state_dict(), wider, spec)
