@@ -358,6 +358,8 @@ def _watched(model: nn.Module, spec: PermutationSpec) -> Iterator[tuple[str, Wat
             found = Watched(axes[0], -1, weight)
         elif weight in spec.general_gains:
             found = Watched(axes[0], -1, weight, gain=True) if len(axes) == 1 else None
+        elif weight in spec.gains_that_stay:
+            continue
         elif isinstance(module, nn.LayerNorm):
             # A LayerNorm over several dimensions has as many at its output's end; only one of a single is one axis.
             found = Watched(axes[0], -1, _as_output(name, weight, spec)) if len(axes) == 1 else None

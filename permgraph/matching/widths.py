@@ -158,7 +158,7 @@ def common_spec(spec_a: PermutationSpec, spec_b: PermutationSpec) -> Permutation
             raise MismatchError(f"the symmetries of A act on {name!r} otherwise than those of B")
     return PermutationSpec(
         groups, spec_a.axes, aliases=spec_a.aliases, model_class=spec_a.model_class,
-        general=General(spec_a.general.actions, spec_a.general.reasons),
+        general=General(spec_a.general.actions, spec_a.general.reasons, gains_that_stay=spec_a.general.gains_that_stay),
     )  # fmt: skip
 
 

@@ -214,13 +214,26 @@ class SpecData:
 
     @functools.cached_property
     def general_gains(self) -> Mapping[str, Gain]:
-        """The gains between which matrices act, by the parameter's name; without those that are read in two ways."""
-        found: dict[str, Gain | None] = {}
+        """The gains between which matrices act, and that can be changed, by the parameter's name."""
+        found = {name: ways for name, ways in self._ways_of_gains.items() if name not in self.gains_that_stay}
+        return MappingProxyType({name: next(iter(ways)) for name, ways in found.items()})
+
+    @functools.cached_property
+    def gains_that_stay(self) -> frozenset[str]:
+        """The gains between which matrices act, but which are read in two ways, or by something else."""
+        ways = self._ways_of_gains
+        told = () if self.general is None else self.general.gains_that_stay
+        return frozenset(name for name in ways if len(ways[name]) > 1 or name in told)
+
+    @functools.cached_property
+    def _ways_of_gains(self) -> Mapping[str, Collection[Gain]]:
+        """For each parameter between which matrices act the ways in which it is a gain."""
+        found: dict[str, dict[Gain, None]] = {}
         for actions in {} if self.general is None else self.general.actions.values():
             for action in actions:
                 for gain, _ in action.gains:
-                    found[gain.name] = gain if found.get(gain.name, gain) == gain else None
-        return MappingProxyType({name: gain for name, gain in found.items() if gain is not None})
+                    found.setdefault(gain.name, {})[gain] = None
+        return found
 
     @property
     def symmetry(self) -> Literal["permutation", "general"]:

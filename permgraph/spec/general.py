@@ -111,19 +111,24 @@ class General:
         null_directions: what can be added to parameters without effect.
         untied: for each name under which a further module of the model holds a parameter the first name of it, if the
             spec is that of the model with these parameters untied.
+        gains_that_stay: the gains between which matrices act and which something else reads, so that a network cannot
+            be given the gains of another.
     """
 
     actions: Mapping[str, tuple[Action, ...]]
     reasons: Mapping[str, str] = field(default_factory=dict)
     null_directions: tuple[NullDirection, ...] = ()
     untied: Mapping[str, str] = field(default_factory=dict)
+    gains_that_stay: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("actions", "reasons", "untied"):
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return General, (dict(self.actions), dict(self.reasons), self.null_directions, dict(self.untied))
+        return General, (
+            dict(self.actions), dict(self.reasons), self.null_directions, dict(self.untied), self.gains_that_stay
+        )  # fmt: skip
 
     def untie(self, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
         """A state dict of the tied model with what it leaves out: the same tensors under the names that are untied."""
@@ -138,6 +143,9 @@ class General:
         for direction in self.null_directions:
             if direction.parameter not in layouts:
                 raise SpecError(f"there is a null direction of {direction.parameter!r}, but no axes")
+        for name in self.gains_that_stay:
+            if name not in layouts:
+                raise SpecError(f"{name!r} is a gain that stays, but has no axes")
         for name, actions in self.actions.items():
             if name not in layouts:
                 raise SpecError(f"there are actions for {name!r}, but no axes")
@@ -165,6 +173,7 @@ class General:
                 [d.parameter, list(d.uniform), d.part and list(d.part), d.reason] for d in self.null_directions
             ],
             "untied": dict(self.untied),
+            **({"gains_that_stay": list(self.gains_that_stay)} if self.gains_that_stay else {}),
         }
 
     @classmethod
@@ -191,7 +200,8 @@ class General:
                 for name, uniform, part, why in content.get("null_directions", ())
             )
             untied = {str(name): str(source) for name, source in content.get("untied", {}).items()}
-            return cls(actions, reasons, nulls, untied)
+            stay = tuple(map(str, content.get("gains_that_stay", ())))
+            return cls(actions, reasons, nulls, untied, stay)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise SpecError(f"general: malformed: {type(error).__name__}: {error}") from None
 

@@ -44,11 +44,12 @@ class FurtherRuns:
     Args:
         trial: which has been run on the inputs given.
         model: of which it is a copy.
-        everything: the permutation to apply.
+        everything: the permutation, or transformation, to apply.
         tolerance: the largest relative error.
         scales: of the weights, the likeliest first; the next one is tried where the outputs are not finite.
         seconds: that all runs may take together.
         run_seconds: that one run on the inputs given took.
+        move: what the model returns when all is moved; by default by `everything` alone.
     """
 
     trial: Trial
@@ -58,6 +59,7 @@ class FurtherRuns:
     scales: Sequence[float]
     seconds: float
     run_seconds: float
+    move: Callable[[], list[Tensor]] | None = None
     runs: list[Run] = field(default_factory=list)
 
     def __call__(self, first: Variation) -> tuple[Run, ...]:
@@ -104,7 +106,8 @@ class FurtherRuns:
                 reference = self.trial.randomise(scale, self.trial.looks_inside)
                 if reference is None:
                     continue
-                error = distance(reference, self.trial.outputs(self.everything))
+                moved = self.trial.outputs(self.everything) if self.move is None else self.move()
+                error = distance(reference, moved)
                 if error <= self.tolerance:
                     break
                 if self.trial.draws(reference):

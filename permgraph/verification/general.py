@@ -6,13 +6,15 @@ larger. Near the identity a larger one would be a direction in which the weights
 effect: so the output is differentiated along what single indices of each axis can do (index i is scaled; index j is
 added to index i), and the combinations without effect are counted. There are as many as the structure says, or else it
 is not the largest. Signs have no directions; where a group stands in few places, all their combinations are tried.
+
+`FurtherRuns` then repeats the move, null directions included, on other inputs.
 """
 
 from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -28,7 +30,8 @@ from permgraph.spec.general import Action, NullDirection
 from permgraph.spec.spec import PermutationSpec
 from permgraph.spec.transformation import Transformation, Where
 from permgraph.verification.directions import NEGLIGIBLE, Index, free_combinations
-from permgraph.verification.report import Control, GroupReport, Verification
+from permgraph.verification.further import LEAST_SECONDS, FurtherRuns
+from permgraph.verification.report import Control, GroupReport, Run, Verification
 from permgraph.verification.trial import Trial, distance, is_floating, seeded_generator
 
 SCALES = (1.0, 0.7, 0.5, 0.3, 0.05)
@@ -76,6 +79,7 @@ def verify_general(
     seed: int,
     tolerance: float,
     controls: Literal["one", "all", "none"],
+    further: float,
     max_seconds: float | None,
 ) -> Verification:
     """Check a spec with general symmetries; the arguments are those of `verify`, with inputs to run on."""
@@ -83,10 +87,11 @@ def verify_general(
         return GeneralVerification(True, 0.0, tolerance, {}, note="nothing to move: the spec has no groups")
     started = time.monotonic()
     trial = Trial(model, spec.permutations(), first, seed, whole=spec)
-    reference = _reference(trial, tolerance)
+    reference, scale = _reference(trial, tolerance)
     if reference is None:
         name = type(unwrap(model).core).__name__
         raise CaptureError(f"{name} gives nothing finite to compare on random weights; pass inputs on which it does")
+    run_seconds = trial.run_seconds
     scrutiny = _Scrutiny(trial, spec, reference)
     null_errors = scrutiny.null_errors(seed, tolerance)
     elements = [spec.random(seed + i, every_group=True) for i in range(2)]
@@ -106,22 +111,18 @@ def verify_general(
         if late and controls != "none":
             untried.append(name)
         elif controls != "none":
-            for parameter, dim in spec.uses(name):
-                change = scrutiny.change(alone, exclude=[(parameter, dim)])
-                tried.append(Control(name, parameter, dim, change, not change <= threshold))
-                if tried[-1].passed and controls == "one":
-                    break
+            tried = list(scrutiny.controls(alone, name, threshold, every=controls == "all"))
             if ok:
                 found, silent = scrutiny.beyond(name, threshold)
                 inert.update(dict.fromkeys(silent))
                 if found:
                     beyond[name] = found
-        passed = error <= tolerance and (controls == "none" or late or any(control.passed for control in tried))
-        reports[name] = GroupReport(name, spec.groups[name].size, error, tuple(tried), passed)
+        reports[name] = GroupReport(name, spec.groups[name].size, error, tuple(tried), error <= tolerance)
     reports = {name: reports[name] for name in spec.acting}
     ok = ok and all(error <= tolerance for error in null_errors.values())
     passed = ok and all(report.passed for report in reports.values())
-    return GeneralVerification(
+    failed = tuple(name for name, report in reports.items() if not report.passed)
+    verified = GeneralVerification(
         passed,
         max_error,
         tolerance,
@@ -129,21 +130,31 @@ def verify_general(
         len(reference),
         note=trial.compared.note(),
         untried=tuple(untried),
+        runs=(Run(first.name, first.inputs.describe(), max_error, failed=failed),),
         beyond=beyond,
         inert=tuple(inert),
         null_errors=null_errors,
     )
+    seconds = time.monotonic() - started
+    if further <= 0 or not ok or (max_seconds is not None and seconds > max_seconds):
+        return verified
+    scales = sorted(SCALES, key=lambda other: other != scale)
+    budget = max(LEAST_SECONDS, further * seconds)
+    runs = FurtherRuns(
+        trial, model, elements[0], tolerance, scales, budget, run_seconds, scrutiny.move(elements[0], seed)
+    )
+    return verified.with_runs(runs(first))
 
 
-def _reference(trial: Trial, tolerance: float) -> list[Tensor] | None:
+def _reference(trial: Trial, tolerance: float) -> tuple[list[Tensor] | None, float]:
     """What the model returns on random weights of the largest scale at which it is finite and not chaotic."""
     for scale in SCALES:
         reference = trial.randomise(scale, False)
         if reference is None or not any(is_floating(t) and t.numel() for t in reference):
             continue
         if trial.rounding(reference) <= tolerance / 100:
-            return reference
-    return None
+            return reference, scale
+    return None, 0.0
 
 
 class _Scrutiny:
@@ -157,6 +168,36 @@ class _Scrutiny:
         """How far the output moves when an element acts on all axes but these."""
         return distance(self.reference, self.trial.outputs(element, exclude))
 
+    def controls(self, alone: Transformation, name: str, threshold: float, every: bool) -> Iterator[Control]:
+        """A group on all of its axes but one; where that shows nothing, what it moves is scaled at random."""
+        uses = self.spec.uses(name)
+        changed = False
+        for parameter, dim in uses if len(uses) > 1 else ():
+            change = self.change(alone, exclude=[(parameter, dim)])
+            passed = not change <= threshold  # an output that is no longer finite has changed as well
+            yield Control(name, parameter, dim, change, passed)
+            changed |= passed
+            if changed and not every:
+                return
+        for parameter, dim in () if changed else uses:
+            change = distance(self.reference, self.trial.outputs_scaled(alone, parameter))
+            passed = not change <= threshold
+            yield Control(name, parameter, dim, change, passed, scaled=True)
+            if passed:
+                return
+
+    def move(self, element: Transformation, seed: int) -> Callable[[], list[Tensor]]:
+        """What makes the model run with null directions added to its weights as they are then, under an element."""
+
+        def outputs() -> list[Tensor]:
+            weights = self.trial.weights()
+            weights |= self._with_nulls(self.spec.null_directions, weights, seed)
+            names = [name for name in self.spec.axes if name in weights]
+            moved = {name: element.apply_to(name, weights[name], weights) for name in names}
+            return self.trial.outputs_with(moved, under=element)
+
+        return outputs
+
     def null_errors(self, seed: int, tolerance: float) -> dict[str, float]:
         """How far the output moves when random multiples of null directions are added.
 
@@ -169,12 +210,17 @@ class _Scrutiny:
         return {str(direction): self._added([direction], seed) for direction in directions}
 
     def _added(self, directions: Sequence[NullDirection], seed: int) -> float:
+        return distance(self.reference, self.trial.outputs_with(self._with_nulls(directions, self.weights, seed)))
+
+    @staticmethod
+    def _with_nulls(directions: Sequence[NullDirection], weights: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
+        """The weights to which random multiples of null directions are added."""
         moved: dict[str, Tensor] = {}
         for number, direction in enumerate(directions):
-            old = moved.get(direction.parameter, self.weights[direction.parameter])
+            old = moved.get(direction.parameter, weights[direction.parameter])
             more = direction.random(old.shape, seeded_generator(seed + number)).to(old.device)
             moved[direction.parameter] = old + more
-        return distance(self.reference, self.trial.outputs_with(moved))
+        return moved
 
     def beyond(self, name: str, threshold: float) -> tuple[str, list[str]]:
         """What a larger structure of a group could do, and the places that have no influence."""

@@ -126,7 +126,9 @@ def verify(
 
         assert isinstance(acting, PermutationSpec)
         first = Variation("the inputs", frozenset(), inputs)
-        return replace(verify_general(model, acting, first, seed, tolerance, controls, max_seconds), unread=unread)
+        return replace(
+            verify_general(model, acting, first, seed, tolerance, controls, further, max_seconds), unread=unread
+        )
     proof = _Proof(model, acting, inputs, permutation, seed, tolerance, controls, started, max_seconds)
     found = proof.on_the_first_inputs()
     late = max_seconds is not None and time.monotonic() - started > max_seconds
@@ -257,17 +259,4 @@ class _Proof:
         further = FurtherRuns(
             self.trial, self.model, self.everything, self.tolerance, likeliest, seconds, self.run_seconds
         )
-        runs = further(self.first)
-        errors = [run.error for run in runs if run.error is not None]
-        failed = {name for run in runs for name in run.failed}
-        groups = {
-            name: replace(report, passed=report.passed and name not in failed) for name, report in found.groups.items()
-        }
-        right = all(error <= self.tolerance for error in errors)
-        return replace(
-            found,
-            passed=found.passed and right,
-            max_error=max([found.max_error, *errors]),
-            groups=groups,
-            runs=(*found.runs, *runs),
-        )
+        return found.with_runs(further(self.first))

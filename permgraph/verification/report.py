@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple, Self
 
 
 @dataclass(frozen=True)
@@ -135,6 +135,18 @@ class Verification:
         leaves out. Nothing more was shown of them.
         """
         return tuple(name for name, group in self.groups.items() if group.inert_throughout)
+
+    def with_runs(self, runs: Sequence[Run]) -> Self:
+        """The verdict with what further inputs showed."""
+        errors = [run.error for run in runs if run.error is not None]
+        failed = {name for run in runs for name in run.failed}
+        return replace(
+            self,
+            passed=self.passed and all(error <= self.tolerance for error in errors),
+            max_error=max([self.max_error, *errors]),
+            groups={n: replace(report, passed=report.passed and n not in failed) for n, report in self.groups.items()},
+            runs=(*self.runs, *runs),
+        )
 
     def __bool__(self) -> bool:
         return self.passed

@@ -166,22 +166,24 @@ class Trial:
         """The weights as they are now, by their canonical names."""
         return {name: tensor.detach() for name, (_, tensor) in self._floating.items()}
 
-    def outputs_with(self, weights: Mapping[str, Tensor]) -> list[Tensor]:
-        """What the model returns with these weights in the place of its own."""
+    def outputs_with(self, weights: Mapping[str, Tensor], *, under: AnyElement | None = None) -> list[Tensor]:
+        """What the model returns with these weights in the place of its own; by-products moved back from `under`."""
         try:
             for name, values in weights.items():
                 self._write(name, values)
-            return self._run()
+            found = self._run()
+            return found if under is None else self.compared.moved_back(found, self._axes, under)
         finally:
             self._restore(weights)
 
     def outputs_scaled(self, permutation: AnyElement, name: str) -> list[Tensor]:
         """What the model returns when those elements of one weight that the permutation moves are scaled at random."""
         weight = self._floating[name][1]
-        places = torch.arange(weight.numel()).reshape(weight.shape)
         if isinstance(permutation, Transformation):
-            moved = places >= 0
+            weights = self.weights()
+            moved = permutation.apply_to(name, weights[name], weights) != weight
         else:
+            places = torch.arange(weight.numel()).reshape(weight.shape)
             moved = permutation.apply_to(name, places) != places
         factors = 0.5 + torch.rand(weight.shape, generator=seeded_generator(0), dtype=torch.float64)
         try:

@@ -110,6 +110,19 @@ class Step(nn.Module):
         return self.b((self.a(x) + self.r(state)).tanh())
 
 
+class Before(nn.Module):
+    """Something between logits and the softmax over them."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.function = nn.Linear(3, 5), nn.Linear(5, 4), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.function(self.a(x)).softmax(-1))
+
+
+TAKEN_OUT: Found = {("a.weight", (0,), None), ("a.bias", (0,), None)}
+
 ROWS: list[tuple[str, Callable[[], nn.Module], Callable[[], Tensor], Found]] = [
     ("keys", lambda: models.Attention(kernel=False), lambda: sequences(11), {("k.bias", (), None)}),
     ("keys of a kernel", models.Attention, lambda: sequences(11), {("k.bias", (), None)}),
@@ -145,6 +158,12 @@ ROWS: list[tuple[str, Callable[[], nn.Module], Callable[[], Tensor], Found]] = [
     ("cut off", lambda: Dropped(sliced=True), vectors, {("b.weight", (), None), ("b.bias", (), None)}),
     ("no state", Step, vectors, {("r.weight", (), None)}),
     ("linear", lambda: models.mlp(nn.ReLU()), vectors, set()),
+    ("divided", lambda: Before(lambda x: torch.div(x, 0.5)), vectors, TAKEN_OUT),
+    ("floor", lambda: Before(lambda x: torch.div(x, 0.5, rounding_mode="floor")), vectors, set()),
+    ("trunc", lambda: Before(lambda x: torch.div(x, 0.5, rounding_mode="trunc")), vectors, set()),
+    ("floor by a tensor", lambda: Before(lambda x: torch.div(x, x.new_ones(5), rounding_mode="floor")), vectors, set()),
+    ("with alpha", lambda: Before(lambda x: torch.sub(torch.ones(5), x, alpha=2)), vectors, TAKEN_OUT),
+    ("summed as whole numbers", lambda: Before(lambda x: x[:, None].sum(1, dtype=torch.long).to(x)), vectors, set()),
 ]
 
 

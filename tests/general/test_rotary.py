@@ -359,3 +359,59 @@ def test_layers_that_turn_alike_are_judged_once(changed_after: int, monkeypatch:
     if changed_after == 9:
         assert sum(one is not None for one in judged) <= 2  # queries and keys, or both at once
     assert pg.verify(model, spec, (sequences(11),)).passed
+
+
+def _unequal_where(unequal: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """Rotation whose second product is larger at some positions."""
+
+    def turn(x: Tensor, p: Tensor) -> Tensor:
+        angles = p[..., None] * 10.0 ** (-torch.arange(0, 8, 2) / 8)
+        more = torch.where(unequal(p), 1.3, 1.0)[..., None]
+        one, other = x.chunk(2, -1)
+        return torch.cat(
+            [one * angles.cos() - other * angles.sin(), more * other * angles.cos() + one * angles.sin()], -1
+        )
+
+    return turn
+
+
+class Positions(nn.Module):
+    """Scores of queries and keys at given positions."""
+
+    def __init__(self, turn: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.q, self.k, self.turn = nn.Linear(4, 8, bias=False), nn.Linear(4, 8, bias=False), turn
+
+    def forward(self, x: Tensor, p: Tensor) -> Tensor:
+        return (self.turn(self.q(x), p) @ self.turn(self.k(x), p).mT).softmax(-1)
+
+
+def _looked_up(rows: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """Rotation by a table of so many positions."""
+
+    def turn(x: Tensor, p: Tensor) -> Tensor:
+        table = torch.arange(rows)[:, None] * 10.0 ** (-torch.arange(0, 8, 2) / 8)
+        return halves(x, table[p])
+
+    return turn
+
+
+@pytest.mark.parametrize(
+    ("turn", "pairs"),
+    [
+        (_unequal_where(lambda p: p < 0), True),
+        (_unequal_where(lambda p: p >= 18), False),
+        (_unequal_where(lambda p: p >= 1000), False),
+        (_unequal_where(lambda p: p > 50_000), False),
+        (_unequal_where(lambda p: p == 3), False),
+        (_looked_up(16), True),
+        (_looked_up(40), True),
+        (_looked_up(70_000), True),
+        (lambda x, p: halves(x, (p[..., None] * torch.ones(4)).double().exp2().to(x)), True),  # beyond all numbers
+    ],
+    ids=["never", "from 18", "from 1000", "from 50,000", "at 3", "16 rows", "40 rows", "70,000 rows", "overflow"],
+)
+def test_a_turn_is_one_at_large_positions_too(turn: Callable[[Tensor, Tensor], Tensor], pairs: bool) -> None:
+    p = torch.arange(5).repeat(2, 1)
+    spec = pg.auto_spec(Positions(turn), (torch.randn(2, 5, 4), p), symmetry="general", vary=False)
+    assert any(g.structure.is_paired for g in spec.groups.values()) == pairs

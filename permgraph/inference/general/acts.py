@@ -308,18 +308,16 @@ class Statement:
                 said.within(x, ORTHOGONAL, f"{why}, whose squares are summed")
             said.factors([*((x, 1) for x, _ in within), (out, -1)])
             return
-        others = [(x, labelled) for x, labelled in within if self._gain(labelled, along) is None]
         gains = [(x, self._gain(labelled, along)) for x, labelled in within]
-        if len(others) == 0 and len(within) > 1:
-            others = [within[0]]
-        if len(others) == 1 and all(gain is not None for x, gain in gains if x != others[0][0]):
-            x = others[0][0]
-            absorbed = [(y, gain) for y, gain in gains if y != x and gain is not None]
+        others = [number for number, (_, gain) in enumerate(gains) if gain is None] or [0]
+        if len(others) == 1:
+            (x, _) = gains.pop(others[0])
             power: dict[Gain, int] = {}
-            for y, gain in absorbed:
+            for y, gain in gains:  # one of them may be x itself, which is then a gain and does not move
+                assert gain is not None
                 said.frames.stop(y, f"{why}, as a gain")
                 power[gain] = power.get(gain, 0) + 1
-                said.absorbed.add(gain.name)
+                said.absorb(gain, self.call.node, out)
             said.matrix(x, out, Acts(1, tuple(sorted(power.items()))), why)
         else:
             said.no_matrix([*(x for x, _ in within), out], f"{why}, element by element")
@@ -502,7 +500,8 @@ class Statement:
             said.within(x[0], structure, why)
             if passes:
                 named = tuple((gain, 1) for gain in gains if gain is not None)
-                said.absorbed.update(gain.name for gain, _ in named)
+                for gain, _ in named:
+                    said.absorb(gain, self.call.node, out[0])
                 said.matrix(x[0], out[0], Acts(1, named), why)
             else:
                 said.no_matrix(out, f"{why}, whose gain cannot be moved into what reads it")

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from permgraph.inference.operators import arguments_of, dimensions_kept, name_of
@@ -119,6 +120,7 @@ class _Paths:
             if steps > MOST_STEPS or node.op != "call_function" or node in self.written or node in self.left:
                 return None
             try:
+                _require_real(node)
                 after = self._after(node, states)
                 if isinstance(after, str):
                     reasons.setdefault(after)
@@ -147,6 +149,17 @@ class _Paths:
         if zeros and name_of(node) in PRODUCTS and not (name_of(node) == "addmm" and {"self"} & {*zeros, *added}):
             return f"{node.target} in {node.meta.get('module') or 'the model'}, with zeros"
         return step(node, given, states)
+
+
+def _require_real(node: fx.Node) -> None:
+    """Raise _UnknownError where an operator makes other than real numbers of what is added to, or reads its bits."""
+    made = [val for val in _tensors(node.meta.get("val")) if val.is_floating_point()]
+    if not made or node.target is torch.ops.aten.view.dtype:
+        raise _UnknownError
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [one for one in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(one, Tensor)]
 
 
 def _cuts(nodes: Sequence[fx.Node]) -> Mapping[int, Sequence[tuple[int, int]]]:
@@ -244,6 +257,8 @@ def _scaled(node: fx.Node, given: Mapping[str, Any], states: Mapping[fx.Node, Ad
     """A product with what does not vary along a dimension leaves what does not vary along it."""
     ndim = node.meta["val"].ndim
     one, other = given["self"], given["other"]
+    if given.get("rounding_mode") is not None:
+        raise _UnknownError
     if name_of(node) == "mul" and one not in states:
         one, other = other, one
     if one not in states or other in states:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from fractions import Fraction
 
+from torch import fx
+
 from permgraph.algebra import Axis
 from permgraph.inference.general.equations import DUAL, SAME, Acts, Frames, System
 from permgraph.inference.general.leaves import Leaves
+from permgraph.spec.general import Gain
 
 ORTHOGONAL, CENTRED = "O", "O1"
 
@@ -20,7 +23,8 @@ class Statements:
         at_most: for an atom the structures within which its matrices must lie, and the unknowns where, with reasons.
         plain: the atoms that keep permutations alone, each with the reason.
         why_not: for an atom the first operators that kept something from it, by what it kept.
-        absorbed: the gains that a class has been multiplied with: parameters that do not move with the axis.
+        absorbed: the gains that a class has been multiplied with: parameters that do not move with the axis; each with
+            the operators that multiply, and the unknowns of their results.
     """
 
     def __init__(self, leaves: Leaves) -> None:
@@ -31,12 +35,16 @@ class Statements:
         self.flips = System(modulo_two=True, kinds=leaves.atoms)
         self.at_most: dict[Axis, dict[tuple[str, int], str]] = {}
         self.plain: dict[Axis, str] = {}
-        self.absorbed: set[str] = set()
+        self.absorbed: dict[Gain, dict[fx.Node, list[int]]] = {}
 
     def keep_plain(self, atoms: Iterable[Axis], why: str) -> None:
         """Say that nothing but permutations acts on these atoms."""
         for atom in atoms:
             self.plain.setdefault(atom, why)
+
+    def absorb(self, gain: Gain, node: fx.Node, out: int) -> None:
+        """Say that this operator multiplies with a gain, and its result has it at this unknown."""
+        self.absorbed.setdefault(gain, {}).setdefault(node, []).append(out)
 
     # -- all readings at once ------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ added.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 
 from permgraph.algebra import Axis
@@ -23,11 +23,11 @@ from permgraph.inference.general.nulls import null_directions
 from permgraph.inference.general.patterns import Patterns
 from permgraph.inference.general.statements import ORTHOGONAL, Statements
 from permgraph.inference.general.turns import TURN
-from permgraph.inference.solution import Solution
+from permgraph.inference.solution import Solution, is_weight
 from permgraph.rules.registry import properties_of
 from permgraph.rules.typed_tensor import TypedTensor
 from permgraph.spec.binding import Group, Layout, coordinates
-from permgraph.spec.general import Action, General
+from permgraph.spec.general import Action, Gain, General
 from permgraph.spec.spec import PermutationSpec
 from permgraph.structures import LINEAR, Structure, meet
 from permgraph.structures.structure import PAIRED
@@ -46,7 +46,8 @@ def with_structures(spec: PermutationSpec, solution: Solution, fibres: Fibres) -
     writer = Writer(solution, fibres)
     parents = {parent for group in spec.groups.values() for parent in group.parents}
     movable, atoms_of = _movable(spec, writer)
-    said = statements(solution, frozenset(movable))
+    gains = Gains(solution)
+    said = statements(solution, frozenset(movable), gains)
     turned = turned_atoms(solution)
     for tensor in writer.parameters.values():
         if tensor.use_of is not None:
@@ -85,7 +86,8 @@ def with_structures(spec: PermutationSpec, solution: Solution, fibres: Fibres) -
     told = {name: tuple(found) for name, found in actions.items() if any(action != Action() for action in found)}
     paired = {name for name in of_pairs if groups[name].structure.is_paired}
     groups |= {name: replace(groups[name], fixed=True) for name in paired}
-    general = General(told, reasons, null_directions(solution))
+    stay = _gains_that_stay(told, by_atom.values(), said, solution, gains)
+    general = General(told, reasons, null_directions(solution), gains_that_stay=stay)
     whole = replace(spec, groups=groups, general=general).without(of_pairs - paired)
     return whole.rename(_names_of_pairs(whole, of_pairs))
 
@@ -136,10 +138,10 @@ def _names_of_pairs(spec: PermutationSpec, turned: Set[str]) -> dict[str, str]:
     return names
 
 
-def statements(solution: Solution, movable: frozenset[Axis]) -> Statements:
+def statements(solution: Solution, movable: frozenset[Axis], gains: Gains) -> Statements:
     """All that the operators of a graph say of the structure of these atoms."""
     said = Statements(Leaves(solution.axes, movable))
-    speaker = Speaker(said, solution.facts, Gains(solution), Patterns(solution))
+    speaker = Speaker(said, solution.facts, gains, Patterns(solution))
     for call in solution.calls:
         for tensor in call.tensors:
             if tensor.use_of is not None:
@@ -362,7 +364,7 @@ def _matrices(atom: Axis, places: Sequence[Place], said: Statements) -> tuple[tu
     for parameter, action, x in acts:
         root, _ = said.frames.find(x)
         if action is None:
-            if parameter not in said.absorbed:
+            if all(gain.name != parameter for gain in said.absorbed):
                 return None, _why_inert(said, x)
             actions.append(Action())
             continue
@@ -373,6 +375,62 @@ def _matrices(atom: Axis, places: Sequence[Place], said: Statements) -> tuple[tu
     if structure not in LINEAR:  # what two of them have in common may have no name
         return None, why
     return (structure, actions), why
+
+
+def _gains_that_stay(
+    actions: Mapping[str, Sequence[Action]],
+    places_of_atoms: Collection[Sequence[Place]],
+    said: Statements,
+    solution: Solution,
+    gains: Gains,
+) -> tuple[str, ...]:
+    """The gains between which matrices act, but which something else reads that cannot take up another value of them.
+
+    The matrices act whatever the gain is. To multiply it by a factor for each index, and what stands behind it by the
+    inverse, is a symmetry if it solves the equations of scales and of signs; of a number and a parameter, which these
+    leave alone, if nothing but what multiplies with them reads the parameter.
+    """
+    named = {gain for own in actions.values() for action in own for gain, _ in action.gains}
+    free = {gain for gain in named if gain.added and _is_read_as_gain_alone(gain, said, solution, gains)}
+    for places in places_of_atoms:
+        here = {parameter for parameter, _, _ in places}
+        plain = [gain for gain in named if gain.name in here and not gain.added]
+        unknowns = [x for _, _, x in places] if plain else []
+        scales, signs = said.scales.solutions(unknowns), said.signs.solutions(unknowns)
+        for gain in plain:
+            row = [_power_of_gain(gain, place, actions) for place in places]
+            if not independent(row, scales, False) and not independent(row, signs, True):
+                free.add(gain)
+    return tuple(sorted({gain.name for gain in named - free}))
+
+
+def _power_of_gain(gain: Gain, place: Place, actions: Mapping[str, Sequence[Action]]) -> int:
+    """The power at which a factor of a gain stands at a place where matrices act between gains, or at the gain."""
+    parameter, number, _ = place
+    if parameter == gain.name:
+        return 1
+    return dict(actions[parameter][number].gains).get(gain, 0) if parameter in actions else 0
+
+
+def _is_read_as_gain_alone(gain: Gain, said: Statements, solution: Solution, gains: Gains) -> bool:
+    """Whether all that reads a gain's parameter multiplies with this gain, where matrices pass."""
+    left = {node for one in solution.nodes for node in one.meta.get("left", ())}
+    absorbing = said.absorbed.get(gain, {})
+    for node, own in gains.nodes.items():
+        if own.name != gain.name:
+            continue
+        if node in left:
+            return False
+        for user in node.users:
+            derived = gains.nodes.get(user)
+            if derived is not None and derived.name == gain.name:
+                continue
+            if own != gain or user not in absorbing:
+                return False
+            if any(said.frames.action(out) is None for out in absorbing[user]):
+                return False
+    weights = [node for node in solution.nodes if is_weight(node) and node.meta["names"][0] == gain.name]
+    return all(node in gains.nodes for node in weights)
 
 
 def _in_order(structure: str, order: int) -> str:

@@ -5,7 +5,8 @@ alone. So a complex factor for each pair passes, and nothing else does: not even
 frequency of its own. The cosines and sines of one pair are two elements of a table each, or one, in whichever way the
 model writes it; what says that they are equal is how the table is made. So a part of the graph between a tensor and a
 later one of the same shape is run by itself, in float64, on random numbers, with tables made of random constants, and
-is *a turn* if it is linear, treats every row apart, and commutes with random factors for each pair, but with no matrix.
+is *a turn* if it is linear, treats every row apart, and commutes with random factors for each pair, but with no matrix;
+at positions below 16, and at larger ones as far as its tables reach.
 
 Some models put the pairs from the order of neighbours to that of halves on the way. Such a part takes the matrices of
 one order to those of the other.
@@ -43,6 +44,8 @@ MOST_NODES = 40
 """So many operators a turn may have."""
 MOST_ELEMENTS = 1 << 22
 TOLERANCE = 1e-9
+RANGES = (16, 64, 1024, 1 << 16)
+"""Below these the positions are with which tables are tried; those that are looked up may be shorter than the last."""
 REDUCED = (torch.float32, torch.float16, torch.bfloat16)
 
 #: The operators that a turn is written with: sums, products, and what puts elements elsewhere.
@@ -73,7 +76,7 @@ def free_turns(graph: fx.Graph) -> None:
         if node not in moving and (node in written or any(source in uncertain for source in node.all_input_nodes)):
             uncertain.add(node)
     tables = _Tables()
-    judged: dict[Any, tuple[str, tuple[int, ...]] | None] = {}
+    judged: dict[Any, Verdict | None] = {}
     found: list[tuple[fx.Node, fx.Node, list[fx.Node], str, tuple[int, ...]]] = []
     inside: set[fx.Node] = set()
     for end in nodes:
@@ -175,11 +178,11 @@ class _Named(str):
 
 
 class _Tables:
-    """The values of what depends on no weight, of random constants and inputs."""
+    """The values of what depends on no weight, of random constants and inputs, as often as there are `RANGES`."""
 
     def __init__(self) -> None:
-        self.values: dict[fx.Node, Any] = {}
-        self.generator = torch.Generator().manual_seed(0)
+        self.values: list[dict[fx.Node, Any]] = [{} for _ in RANGES]
+        self.generators = [torch.Generator().manual_seed(draw) for draw in range(len(RANGES))]
         self._numbers: dict[fx.Node, int] = {}
         self._known: dict[Any, int] = {}
 
@@ -194,14 +197,15 @@ class _Tables:
             self._numbers[one] = self._known.setdefault(key, len(self._known))
         return self._numbers[node]
 
-    def of(self, node: fx.Node) -> Any:
-        """The value of one node.
+    def of(self, node: fx.Node, draw: int) -> Any:
+        """The value of one node in one of the draws.
 
         Raises what its operators raise on numbers for which they were not meant.
         """
-        for one in self._from(node, self.values):
-            self.values[one] = run(one, self.values) if one.op == "call_function" else self._drawn(one)
-        return self.values[node]
+        values = self.values[draw]
+        for one in self._from(node, values):
+            values[one] = run(one, values) if one.op == "call_function" else self._drawn(one, draw)
+        return values[node]
 
     @staticmethod
     def _from(node: fx.Node, known: Mapping[fx.Node, Any]) -> Iterator[fx.Node]:
@@ -216,14 +220,22 @@ class _Tables:
                     yield last
             waiting += missing
 
-    def _drawn(self, node: fx.Node) -> Any:
-        val = node.meta["val"]
+    def _drawn(self, node: fx.Node, draw: int) -> Any:
+        val, generator, most = node.meta["val"], self.generators[draw], RANGES[draw]
         if not isinstance(val, Tensor) or val.numel() > MOST_ELEMENTS:
             raise ValueError(f"{node.name} is no tensor, or too large to try")
         if _is_whole(val):
-            # Positions that differ, but few enough of them for a table that is looked up.
-            return (torch.arange(val.numel()) % (2 if val.dtype == torch.bool else 16)).reshape(val.shape).to(val.dtype)
-        real = 0.5 + torch.rand((*val.shape, 2), generator=self.generator, dtype=torch.float64)
+            if val.dtype == torch.bool:
+                numbers = (torch.arange(val.numel()) // (1 << draw) + draw) % 2
+            elif draw == 0:  # positions that differ, but few enough of them for a table that is looked up
+                numbers = torch.arange(val.numel()) % most
+            else:
+                most = min(most, torch.iinfo(val.dtype).max)
+                numbers = (most ** torch.rand(val.numel(), generator=generator, dtype=torch.float64)).long()
+                numbers[:1] = most - 1
+            return numbers.reshape(val.shape).to(val.dtype)
+        real = 0.5 + torch.rand((*val.shape, 2), generator=generator, dtype=torch.float64)
+        real *= most / RANGES[0]
         return torch.view_as_complex(real) if val.is_complex() else real[..., 0].clone()
 
 
@@ -244,55 +256,82 @@ def run(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
     return node.target(*args, **{name: replaced(value) for name, value in given[1].items()})  # type: ignore[operator]
 
 
-def _judge(
-    start: fx.Node, end: fx.Node, part: Sequence[fx.Node], tables: _Tables
-) -> tuple[str, tuple[int, ...]] | None:
-    """Of a part that turns pairs, which pairs, and along which dimensions it varies; None of any other part."""
+Verdict = tuple[str, tuple[int, ...]]
+
+
+def _judge(start: fx.Node, end: fx.Node, part: Sequence[fx.Node], tables: _Tables) -> Verdict | None:
+    """Of a part that turns pairs, which pairs, and along which dimensions it varies; None of any other part.
+
+    It must turn the same pairs at small positions and at all larger ones for which its tables are made.
+    """
+    inner = {start, *part}
+    sources = {source for node in part for source in node.all_input_nodes if source not in inner}
+    found: Verdict | None = None
+    for draw in range(len(RANGES)):
+        try:
+            verdict = _judge_with({source: tables.of(source, draw) for source in sources}, start, end, part)
+        except Exception:  # whatever an operator says of numbers that are not the model's: then it is not known
+            verdict = _UNKNOWN
+        if draw == 0:
+            found = verdict
+        elif verdict is None or (verdict is not _UNKNOWN and found is not None and verdict[0] != found[0]):
+            return None
+        elif found is not None and verdict is not _UNKNOWN:
+            found = found[0], tuple(sorted({*found[1], *verdict[1]}))
+        if found is None or found is _UNKNOWN:
+            return None
+    return found
+
+
+_UNKNOWN: Verdict = ("", ())
+"""The verdict on numbers for which the operators are not made."""
+
+
+def _judge_with(given: Mapping[fx.Node, Any], start: fx.Node, end: fx.Node, part: Sequence[fx.Node]) -> Verdict | None:
+    """The verdict where tables have these values.
+
+    Raises what the operators raise on numbers for which they were not meant.
+    """
     shape = tuple(start.meta["val"].shape)
     generator = torch.Generator().manual_seed(1)
-    try:
-        inner = set(part) | {start}
-        given = {source: tables.of(source) for node in part for source in node.all_input_nodes if source not in inner}
 
-        def turned(x: Tensor) -> Tensor:
-            values = {**given, start: x}
-            for node in part:
-                values[node] = run(node, values)
-            found: Tensor = values[end]
-            return found
+    def turned(x: Tensor) -> Tensor:
+        values = {**given, start: x}
+        for node in part:
+            values[node] = run(node, values)
+        found: Tensor = values[end]
+        return found
 
-        def drawn(*sizes: int) -> Tensor:
-            return torch.randn(sizes, generator=generator, dtype=torch.float64)
+    def drawn(*sizes: int) -> Tensor:
+        return torch.randn(sizes, generator=generator, dtype=torch.float64)
 
-        def close(a: Tensor, b: Tensor) -> bool:
-            return a.shape == b.shape and bool((a - b).abs().max() <= TOLERANCE * b.abs().max())
+    def close(a: Tensor, b: Tensor) -> bool:
+        return a.shape == b.shape and bool((a - b).abs().max() <= TOLERANCE * b.abs().max())
 
-        x, rows = drawn(*shape), drawn(*shape[:-1], 1)
-        y = turned(x)
-        if y.dtype != torch.float64 or not bool(y.isfinite().all()) or not bool(y.abs().max() > 0):
-            return None
-        other = drawn(*shape)
-        if not close(turned(x + other), y + turned(other)) or not close(turned(rows * x), rows * y):
-            return None
-        numbers = np.random.default_rng(0)
-
-        def passes(before: str, order: int = 0) -> bool:
-            g = torch.from_numpy(random_element(before, shape[-1], numbers))
-            to = torch.arange(shape[-1])
-            if order:
-                to = to.reshape((-1, 2) if order == 1 else (2, -1)).T.reshape(-1)
-            return close(turned(x @ g.T), y @ g[to][:, to].T)
-
-        ways = [*((s, 0) for s in PAIRED), *ORDERS.items()]
-        way = next(((turn, order) for turn, order in ways if passes(turn.partition(">")[0], order)), None)
-        if way is None or passes("GL", way[1]):
-            return None
-        same = turned(drawn(shape[-1]).expand(shape).clone())
-        varies = tuple(
-            d for d in range(len(shape) - 1) if not close(same, same.select(d, 0).unsqueeze(d).expand(shape))
-        )
-    except Exception:  # whatever an operator says of numbers that are not the model's: then it is not known
+    x, rows = drawn(*shape), drawn(*shape[:-1], 1)
+    y = turned(x)
+    if y.dtype != torch.float64:
         return None
+    if not bool(y.isfinite().all()) or not bool(y.abs().max() > 0):
+        return _UNKNOWN
+    other = drawn(*shape)
+    if not close(turned(x + other), y + turned(other)) or not close(turned(rows * x), rows * y):
+        return None
+    numbers = np.random.default_rng(0)
+
+    def passes(before: str, order: int = 0) -> bool:
+        g = torch.from_numpy(random_element(before, shape[-1], numbers))
+        to = torch.arange(shape[-1])
+        if order:
+            to = to.reshape((-1, 2) if order == 1 else (2, -1)).T.reshape(-1)
+        return close(turned(x @ g.T), y @ g[to][:, to].T)
+
+    ways = [*((s, 0) for s in PAIRED), *ORDERS.items()]
+    way = next(((turn, order) for turn, order in ways if passes(turn.partition(">")[0], order)), None)
+    if way is None or passes("GL", way[1]):
+        return None
+    same = turned(drawn(shape[-1]).expand(shape).clone())
+    varies = tuple(d for d in range(len(shape) - 1) if not close(same, same.select(d, 0).unsqueeze(d).expand(shape)))
     return way[0], varies
 
 

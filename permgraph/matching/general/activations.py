@@ -11,7 +11,7 @@ from torch import Tensor
 
 from permgraph.matching.general.acting import Acting, Element
 from permgraph.matching.general.ascent import Climb
-from permgraph.matching.general.gauge import Gauge
+from permgraph.matching.general.gauge import Gauge, notes_on_gains
 from permgraph.matching.general.weights import best_climb
 from permgraph.matching.matcher import MatchResult, Progress
 from permgraph.matching.problem.moves import Plan
@@ -71,7 +71,7 @@ def match_observed(
         best = climb(Element(), ())
     found = gauge.transformation(best.element)
     unseen = sorted(set(spec.acting) - set(groups))
-    notes = observed.notes
+    notes = (*observed.notes, *notes_on_gains(spec))
     if unseen:
         notes = (*notes, f"no tensor that was compared carries {', '.join(unseen)}, so they stay as they are")
     return MatchResult(

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from permgraph.errors import MismatchError
 from permgraph.matching.general.acting import Element
 from permgraph.matching.general.gauge import Gauge
 from permgraph.matching.general.weights import as_transformation
@@ -47,7 +48,7 @@ class BalancedLine:
         a, b: their values in the models, at least in float32.
 
     Raises:
-        MismatchError: a gain has a zero, or a tensor has no values.
+        MismatchError: a gain has a zero, or cannot be taken up, or a tensor has no values.
         NonFiniteError: a tensor holds NaN or infinity.
     """
 
@@ -62,6 +63,12 @@ class BalancedLine:
     ) -> None:
         self.given = spec
         self.spec = spec if spec.general is not None else replace(spec, general=General({}))
+        if self.spec.gains_that_stay:
+            raise MismatchError(
+                f"{', '.join(sorted(self.spec.gains_that_stay)[:3])}: matrices act between gains that more reads than "
+                "what could take them up, so that no line joins the models without them; match by weights, or take "
+                "spec.permutations()"
+            )
         integers = [name for name, tensor in a.items() if isinstance(tensor, Tensor) and not is_continuous(tensor)]
         self.gauge = Gauge(self.spec, a, b, ignore=integers)
         self.acting = self.gauge.acting

@@ -186,8 +186,18 @@ def evidence(spec: PermutationSpec, ignore: Iterable[str]) -> list[str]:
         for name in spec.axes
         if any(occurrence.group in spec.acting for occurrence in spec.occurrences(name))
         and name not in spec.general_gains
+        and name not in spec.gains_that_stay
         and not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
     ]
+
+
+def notes_on_gains(spec: PermutationSpec) -> list[str]:
+    """What to know of gains that B keeps, whatever A's are."""
+    names = sorted(spec.gains_that_stay)
+    if not names:
+        return []
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return [f"B keeps its own gains {', '.join(names[:3])}{more}, since more reads them than what could take up A's"]
 
 
 def _canonical(spec: PermutationSpec, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from permgraph.matching.general.acting import Element, composed, powered
 from permgraph.matching.general.ascent import HOLDS, TOLERANCE, Climb
 from permgraph.matching.general.balancing import COARSE, balance_read
 from permgraph.matching.general.compact import Best, best_element, best_value, signs_of, whole
-from permgraph.matching.general.gauge import SMALL, between, compact_part, evidence
+from permgraph.matching.general.gauge import SMALL, between, compact_part, evidence, notes_on_gains
 from permgraph.matching.general.pieces import acting_on, in_pieces
 from permgraph.matching.general.weights import as_transformation, frozen_groups
 from permgraph.matching.matcher import NOTHING_TO_PERMUTE, MatchResult, Progress, Sweep
@@ -86,6 +86,7 @@ def match_streamed(
             outcome = run.outcome
     found = gauge.transformation(run.element)
     notes = [NOTHING_TO_PERMUTE] if not plan.moves else [ONE_START + "the permutation"] if init == "barycentre" else []
+    notes += notes_on_gains(spec)
     if gauge.readings > 1:
         notes.append(
             f"scales or invertible maps that meet in one weight are balanced to {COARSE:g}, for which it was read "

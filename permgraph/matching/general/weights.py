@@ -13,7 +13,7 @@ from torch import Tensor
 from permgraph.errors import PermgraphError
 from permgraph.matching.general.acting import Element
 from permgraph.matching.general.ascent import ROUGHLY, Climb
-from permgraph.matching.general.gauge import Gauge
+from permgraph.matching.general.gauge import Gauge, notes_on_gains
 from permgraph.matching.matcher import NOTHING_TO_PERMUTE, MatchResult, Progress
 from permgraph.matching.problem.limits import groups_named
 from permgraph.matching.problem.moves import Plan
@@ -49,7 +49,7 @@ def match_general(
     weighted, scale, offset = weighted_by(settings, gauge)
     frozen = frozen_groups(spec, settings)
     plan = Plan(gauge.acting.plain, gauge.a, frozen)
-    notes: list[str] = [] if plan.moves else [NOTHING_TO_PERMUTE]
+    notes = [*([] if plan.moves else [NOTHING_TO_PERMUTE]), *notes_on_gains(spec)]
     before = scale * sum(dot(weighted[name], gauge.b[name]) for name in weighted) + offset
 
     def climb(start: Element, unknown: Sequence[str]) -> Climb:

@@ -64,7 +64,7 @@ def embedded(
         factors: for each group of matrices what it is multiplied with; see `factor_of`.
 
     Raises:
-        MismatchError: a gain of the network is zero, or groups of pairs differ in size.
+        MismatchError: a gain of the network is zero or is read elsewhere, or groups of pairs differ in size.
     """
     groups = [n for n, g in spec.groups.items() if g.structure.linear and g.size != wider.groups[n].size]
     for name in groups:
@@ -80,6 +80,11 @@ def embedded(
     gains: set[str] = set()
     for group in groups:
         for name, added in gains_of(spec, group).items():
+            if spec.general is not None and name in spec.general.gains_that_stay:
+                raise MismatchError(
+                    f"{name!r} is a gain that more reads than what could take it up, so that it cannot be made longer; "
+                    "take spec.permutations() for such networks"
+                )
             # What is added to zeros has no gain: one, so that it can be undone. And what the old gains were is taken
             # up by what reads them, where nothing else does.
             old[name] = state[name].clone()
