@@ -357,11 +357,14 @@ def required(model: nn.Module) -> list[str]:
     return names or (["input"] if variadic else optional[:1])
 
 
-def _placed(model: nn.Module, values: dict[str, Tensor]) -> Candidate:
-    """Arguments by name as a call takes them: by position, but for those after a bare star."""
+def placed(model: nn.Module, values: dict[str, Any]) -> Candidate:
+    """Arguments by name as a call takes them: by position, but for those after a bare star or after one left out."""
     parameters = inspect.signature(model.forward).parameters
     keyword = {p.name for p in parameters.values() if p.kind is p.KEYWORD_ONLY}
-    args = tuple(value for name, value in values.items() if name not in keyword)
+    order = [name for name in parameters if name not in keyword]
+    left_out = next((at for at, name in enumerate(order) if name not in values), len(order))
+    keyword |= set(order[left_out:])
+    args = tuple(values[name] for name in order[:left_out]) + tuple(v for k, v in values.items() if k not in parameters)
     return args, {name: value for name, value in values.items() if name in keyword}
 
 
@@ -395,7 +398,7 @@ def from_layers(model: nn.Module) -> Iterator[Candidate]:
             for choice in itertools.islice(itertools.product(*trusted.values()), 4):
                 chosen = dict(zip(trusted, choice, strict=True))
                 # Each argument is a tensor of its own: attention, for one, asks whether its query is its key.
-                yield _placed(model, {name: chosen[name] if name in chosen else shape.clone() for name in names})
+                yield placed(model, {name: chosen[name] if name in chosen else shape.clone() for name in names})
     if not known:
         bilinear = next((m for m in model.modules() if isinstance(m, nn.Bilinear)), None)
         if bilinear is not None and len(names) == 2:
