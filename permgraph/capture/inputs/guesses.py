@@ -122,7 +122,8 @@ def channels_of(model: nn.Module) -> int:
 _TIMES = "t time times timestep timesteps step steps sigma sigmas noise level"
 _KINDS: tuple[tuple[str, tuple[str, ...]], ...] = (
     # Words in an argument's name, and what they hint at, the likeliest first.
-    ("edge+index edges adj edgelist", ("edges",)),
+    ("edge+index edges edgelist", ("edges",)),
+    ("adj adjacency", ("square", "edges")),
     ("edge+attr edge+attrs edge+weight edge+weights edge+features edge+feats", ("links",)),
     ("batch+index batch+idx batch+vec", ("members",)),
     ("length lengths lens len seqlens seqlen", ("lengths", "lengths last")),
@@ -180,6 +181,9 @@ def _begun(model: nn.Module, kind: str, place: int) -> Iterator[Guess]:
             yield Guess("lengths", (BATCH,), axis=-1)
         case "edges":
             yield Guess("edges", (2, LENGTHS[1]))
+        case "square":
+            yield Guess("real", (BATCH, LENGTHS[0], LENGTHS[0]))
+            yield Guess("real", (LENGTHS[0], LENGTHS[0]))
         case "links":
             yield Guess("real", (LENGTHS[1], width))
             yield Guess("real", (LENGTHS[1],))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 import time
 from collections.abc import Iterator
 
@@ -20,6 +21,7 @@ from permgraph.capture.inputs.registry import Candidate, input_finder
 from permgraph.capture.inputs.trials import attempt
 
 MAX_SECONDS = 4.0
+FIRST_SECONDS = 15.0
 MAX_TRIALS = 120
 #: So many mends of one failure are kept, the cheapest.
 MAX_MENDS = 24
@@ -28,24 +30,27 @@ MAX_MENDS = 24
 @input_finder("search")
 def from_search(model: nn.Module) -> Iterator[Candidate]:
     """Guesses at each required argument, mended by what the module complains of, until one runs."""
-    until = time.monotonic() + MAX_SECONDS
+    until = math.inf  # the first trial may load much of torch
     queue = _Queue()
     for cost, guesses in _beginnings(model):
         queue.add(cost, 0, guesses)
     furthest: tuple[int, Candidate | None] = (-1, None)
     for number in range(MAX_TRIALS):
         taken = queue.take(number % 3 == 2)
+        if number == 1:
+            until = time.monotonic() + MAX_SECONDS
         left = until - time.monotonic()
-        if taken is None or (number and left <= 0):
+        if taken is None or left <= 0:
             break
         cost, guesses = taken
         try:
             values = values_of(model, guesses)
         except (RuntimeError, IndexError):  # sizes that contradict each other
             continue
-        trial = attempt(model, values, max(left, 1.0))
+        trial = attempt(model, values, min(max(left, 1.0), FIRST_SECONDS))
         if trial.failure is None:
-            yield placed(model, values)
+            within = {name: _within(guess, trial.watch.rows.get(name)) for name, guess in guesses.items()}
+            yield placed(model, values_of(model, within))
             return
         if trial.progress > furthest[0]:
             furthest = trial.progress, placed(model, values)
@@ -54,6 +59,11 @@ def from_search(model: nn.Module) -> Iterator[Candidate]:
             queue.add(cost + more, trial.progress, mended)
     if furthest[1] is not None:  # so that the error says how far the search came
         yield furthest[1]
+
+
+def _within(guess: Guess, rows: int | None) -> Guess:
+    """A guess at integers that are all below a number of rows."""
+    return guess if rows is None or guess.bound <= rows or guess.kind != "ids" else guess.with_(bound=rows)
 
 
 class _Queue:

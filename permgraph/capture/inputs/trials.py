@@ -50,6 +50,8 @@ class Watch(TorchFunctionMode):
         self._kept: list[Any] = []
         self._origins: dict[int, frozenset[str]] = {}
         self._last: Operand | None = None
+        #: How many rows the smallest table has in which an argument was looked up.
+        self.rows: dict[str, int] = {}
         self._failed: tuple[Exception, str, tuple[Operand, ...], tuple[Any, ...]] | None = None
         for name, value in values.items():
             self._follow(value, name)
@@ -74,12 +76,17 @@ class Watch(TorchFunctionMode):
         with_origin = [operand for operand in operands if operand.origins]
         self._last = with_origin[-1] if with_origin else self._last
         try:
+            if _mixes(getattr(func, "__name__", ""), operands):
+                raise TypeError("expected floating-point numbers, and found integers")
             result = func(*args, **(kwargs or {}))
         except Exception as error:
             plain = tuple(value for value in (*args, *(kwargs or {}).values()) if not isinstance(value, Tensor))
             self._failed = (error, getattr(func, "__name__", ""), operands, plain)
             raise
         self.progress += 1
+        if func is nn.functional.embedding:
+            for name in operands[0].origins:
+                self.rows[name] = min(operands[-1].shape[0], self.rows.get(name, operands[-1].shape[0]))
         origins = frozenset().union(*(operand.origins for operand in operands))
         if origins:
             for tensor in _tensors(result):
@@ -98,6 +105,14 @@ class Watch(TorchFunctionMode):
         if self._failed is not None and self._failed[0] is error:
             return Failure(error, *self._failed[1:], last=self._last, asked=name)
         return Failure(error, last=self._last, asked=name)
+
+
+def _mixes(function: str, operands: tuple[Operand, ...]) -> bool:
+    """Whether a product is asked of integers and numbers, which tensors without memory let pass."""
+    multiplies = function in ("linear", "matmul", "__matmul__", "bmm", "mm", "addmm", "layer_norm", "group_norm")
+    if not (multiplies or function.startswith("conv")):
+        return False
+    return len({operand.floating for operand in operands}) > 1
 
 
 def _tensors(value: Any, depth: int = 0) -> Iterator[Tensor]:
