@@ -36,6 +36,7 @@ _RANKS = {
     "conv1d": 3, "conv2d": 4, "conv3d": 5, "conv_transpose1d": 3, "conv_transpose2d": 4, "conv_transpose3d": 5,
     "avg_pool2d": 4, "max_pool2d": 4, "_max_pool2d": 4, "lstm": 3, "gru": 3, "multi_head_attention_forward": 3,
 }  # fmt: skip
+_ELEMENTWISE = frozenset({"add", "sub", "mul", "div", "__add__", "__radd__", "__mul__", "__rmul__", "where", "cat"})
 
 
 def mends(model: nn.Module, guesses: Guesses, failure: Failure) -> Iterator[Mend]:
@@ -102,7 +103,11 @@ def _left_out(model: nn.Module, guesses: Guesses, failure: Failure) -> Iterator[
     named = [name for name in absent if re.search(rf"\b{name}\b", message)]
     read = [name for name in absent if name not in named and any(re.search(rf"\b{name}\b", line) for line in lines)]
     likely = named + read
-    if not likely and not _MENTIONS_NONE.search(message) and not isinstance(failure.error, (AssertionError, ValueError)):
+    if (
+        not likely
+        and not _MENTIONS_NONE.search(message)
+        and not isinstance(failure.error, (AssertionError, ValueError))
+    ):
         return
     order = list(parameters)
     for at, name in enumerate([*likely, *(n for n in absent if n not in likely)][:6]):
@@ -183,6 +188,8 @@ def _of_another_rank(model: nn.Module, guesses: Guesses, failure: Failure) -> It
             place = list(guesses).index(name)
             length, width = LENGTHS[place % len(LENGTHS)], WIDTHS[place % len(WIDTHS)]
             shapes = list(shape_of_rank(model, rank, length, width)) if 0 < rank < 7 else []
+            if rank in (2, 3) and len(guess.shape) in (2, 3):  # as wide as before
+                shapes = [(guess.shape[0], *(length,) * (rank - 2), guess.shape[-1])]
             if guess.kind in ("ids", "mask"):
                 shapes = [(*guess.shape, *LENGTHS[-2:])[:rank]] if rank > 0 else [()]
             elif rank == 5 and "conv3d" not in failure.function and failure.function in _RANKS:
@@ -203,6 +210,11 @@ def _wrong_ranks(failure: Failure) -> Iterator[tuple[Operand, int]]:
         if len(failure.operands[0].shape) != rank:
             yield failure.operands[0], rank
             return
+    if failure.function in _ELEMENTWISE:
+        highest = max(len(operand.shape) for operand in failure.operands)
+        for operand in failure.operands:
+            if operand.origins and 0 < len(operand.shape) < highest:
+                yield operand, len(operand.shape) + 1
     last = failure.operands[0] if failure.operands else failure.last
     if last is None:
         return
@@ -341,7 +353,7 @@ def _shapes(shape: tuple[int, ...], given: int, wanted: int) -> Iterator[tuple[f
         if (given - more) in shape[1:] and wanted > more:
             yield 0.2 + more, tuple(shape[:1]) + tuple(wanted - more if s == given - more else s for s in shape[1:])
     if shape and shape[0] == given and len(shape) < 3:
-        yield 1.5, (wanted, *shape[1:])
+        yield 2.5, (wanted, *shape[1:])
     for more in (0, 1, 2):
         if given <= more or wanted <= more:
             continue

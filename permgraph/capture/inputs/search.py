@@ -15,50 +15,67 @@ from collections.abc import Iterator
 from torch import nn
 
 from permgraph.capture.inputs.guesses import Guess, Guesses, annotations_of, beginnings, values_of
-from permgraph.capture.inputs.layers import placed, required
+from permgraph.capture.inputs.layers import SECONDS_FOR_LAYERS, layers_at_length, placed, required, within_seconds
 from permgraph.capture.inputs.mends import mends
 from permgraph.capture.inputs.registry import Candidate, input_finder
-from permgraph.capture.inputs.trials import attempt
+from permgraph.capture.inputs.trials import Bench
 
 MAX_SECONDS = 4.0
 FIRST_SECONDS = 15.0
-MAX_TRIALS = 120
+MAX_TRIALS = 250
+#: After so many trials, none of which came further than one before, the search gives up.
+PATIENCE = 60
 #: So many mends of one failure are kept, the cheapest.
 MAX_MENDS = 24
 
 
-@input_finder("search")
+@input_finder("search", last=True)
 def from_search(model: nn.Module) -> Iterator[Candidate]:
-    """Guesses at each required argument, mended by what the module complains of, until one runs."""
-    until = math.inf  # the first trial may load much of torch
+    """Guesses at each required argument, mended by what the module complains of, until one runs.
+
+    If none does, the one that came furthest, so that the error says how far that was.
+    """
+    with Bench(model) as bench:
+        found = _searched(model, bench)
+    if found is not None:
+        yield found
+
+
+@input_finder("other sizes", last=True)
+def from_other_sizes(model: nn.Module) -> Iterator[Candidate]:
+    """What the finder of layers had no time for."""
+    yield from within_seconds(layers_at_length(model), SECONDS_FOR_LAYERS)
+
+
+def _searched(model: nn.Module, bench: Bench) -> Candidate | None:
     queue = _Queue()
     for cost, guesses in _beginnings(model):
         queue.add(cost, 0, guesses)
+    until = math.inf  # the first trial may load much of torch
     furthest: tuple[int, Candidate | None] = (-1, None)
+    since = 0
     for number in range(MAX_TRIALS):
-        taken = queue.take(number % 3 == 2)
         if number == 1:
-            until = time.monotonic() + MAX_SECONDS
-        left = until - time.monotonic()
-        if taken is None or left <= 0:
+            until = time.process_time() + MAX_SECONDS
+        left = until - time.process_time()
+        taken = queue.take(number % 3 == 2)
+        if taken is None or left <= 0 or since > PATIENCE:
             break
         cost, guesses = taken
         try:
             values = values_of(model, guesses)
         except (RuntimeError, IndexError):  # sizes that contradict each other
             continue
-        trial = attempt(model, values, min(max(left, 1.0), FIRST_SECONDS))
+        since += 1
+        trial = bench.attempt(values, min(max(left, 1.0), FIRST_SECONDS))
         if trial.failure is None:
-            within = {name: _within(guess, trial.watch.rows.get(name)) for name, guess in guesses.items()}
-            yield placed(model, values_of(model, within))
-            return
+            return placed(model, values_of(model, {n: _within(g, trial.rows.get(n)) for n, g in guesses.items()}))
         if trial.progress > furthest[0]:
-            furthest = trial.progress, placed(model, values)
+            furthest, since = (trial.progress, placed(model, values)), 0
         found = sorted(mends(model, guesses, trial.failure), key=lambda mend: mend[0])
         for more, mended in found[:MAX_MENDS]:
             queue.add(cost + more, trial.progress, mended)
-    if furthest[1] is not None:  # so that the error says how far the search came
-        yield furthest[1]
+    return furthest[1]
 
 
 def _within(guess: Guess, rows: int | None) -> Guess:

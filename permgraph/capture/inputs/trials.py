@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
+from permgraph.capture.environment import make_transparent, reference_kernels
 from permgraph.capture.inputs.layers import placed
+from permgraph.capture.module_copy import copy_module, copy_with
+from permgraph.capture.python_state import python_state_restored
+from permgraph.capture.state import state_tensors
+from permgraph.capture.untracked import memory_readers_refuse_fakes
 from permgraph.errors import CaptureError
 
 
@@ -40,13 +49,15 @@ class Failure:
 class Watch(TorchFunctionMode):
     """Follows, through the functions of torch that a run calls, which arguments each tensor comes from."""
 
-    def __init__(self) -> None:
+    def __init__(self, until: float) -> None:
         super().__init__()
+        self._until = until
         self.begin({})
 
     def begin(self, values: dict[str, Any]) -> None:
         """Forget the run before, and follow these arguments."""
         self.progress = 0
+        self.failure: Failure | None = None
         self._kept: list[Any] = []
         self._origins: dict[int, frozenset[str]] = {}
         self._last: Operand | None = None
@@ -71,6 +82,8 @@ class Watch(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if time.process_time() > self._until:
+            raise CaptureError("the trial took too long")
         given = list(_tensors((args, tuple((kwargs or {}).values()))))
         operands = tuple(self._operand(tensor) for tensor in given)
         with_origin = [operand for operand in operands if operand.origins]
@@ -98,7 +111,7 @@ class Watch(TorchFunctionMode):
         # The mode is not on while it handles a call, so that these are not seen.
         return Operand(tuple(tensor.shape), tensor.is_floating_point(), self._origins.get(id(tensor), frozenset()))
 
-    def failure(self, error: Exception) -> Failure:
+    def failure_of(self, error: Exception) -> Failure:
         """What is known of an error that ended the run."""
         asked = self._origins.get(id(getattr(error, "obj", None)), frozenset())
         name = next(iter(asked), None)
@@ -123,50 +136,99 @@ def _tensors(value: Any, depth: int = 0) -> Iterator[Tensor]:
             yield from _tensors(item, depth + 1)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Trial:
-    """The outcome of a run: how many functions ran, and why it failed, if it did."""
+    """The outcome of a run: how many functions ran, why it failed if it did, and what tables were looked into."""
 
-    progress: int = 0
-    failure: Failure | None = None
-    watch: Watch = field(default_factory=Watch)
-
-
-_current: contextvars.ContextVar[Trial] = contextvars.ContextVar("trial")
+    progress: int
+    failure: Failure | None
+    rows: dict[str, int]
 
 
 class _Watched(nn.Module):
-    """The module under trial, called with arguments by name."""
+    """The module under trial, called with arguments by name, while the watch of the bench follows them."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, **values: Any) -> Any:
-        trial = _current.get()
-        trial.watch.begin(values)
-        trial.failure = None
+        watch = _watch.get()
+        watch.begin(values)
         args, kwargs = placed(self.model, values)
         try:
-            with trial.watch:
+            with watch:
                 return self.model(*args, **kwargs)
         except Exception as error:
-            trial.failure = trial.watch.failure(error)
+            watch.failure = watch.failure_of(error)
             raise
+
+
+_watch: contextvars.ContextVar[Watch] = contextvars.ContextVar("watch")
+
+
+class Bench:
+    """Runs a module on one set of arguments after another.
+
+    All runs on tensors without memory share a copy of the module, which is where most of the time of a capture of a
+    small module goes. What a run leaves behind in the copy, the next one finds: what is found here is to be captured
+    anew. Where the module asks for values, a run is a capture of its own.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._watched = _Watched(model)
+        self._stack = contextlib.ExitStack()
+        self._call: Callable[[dict[str, Any]], Any] | None = None
+
+    def __enter__(self) -> Bench:
+        try:
+            self._call = self._on_fakes()
+        except Exception:  # whatever keeps a module from being copied, a capture knows how to say it
+            self._stack.close()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+
+    def _on_fakes(self) -> Callable[[dict[str, Any]], Any] | None:
+        from permgraph.capture.run import Fakes  # which asks the finders, and they ask it
+
+        subject = unwrap(self._watched)
+        state, fake_mode = state_tensors(subject.outer), FakeTensorMode(allow_non_fake_inputs=True)
+        fakes = Fakes(fake_mode)
+        self._stack.enter_context(reference_kernels(torch.device("cpu")))
+        copied = copy_module(subject.outer, subject.core, state, fakes.of_state, fakes.of_attribute)
+        if copied.loading is not None:
+            return None
+        make_transparent(copied.modules)
+        self._stack.enter_context(python_state_restored(copied.modules, copied.memo))
+        self._stack.enter_context(memory_readers_refuse_fakes())
+
+        def call(values: dict[str, Any]) -> Any:
+            made = copy_with(values, fakes.of_input, {})
+            with fake_mode:
+                return contextvars.copy_context().run(copied.module, **made)
+
+        return call
+
+    def attempt(self, values: dict[str, Any], max_seconds: float) -> Trial:
+        """Runs the module; the trial has a failure if it did not come to an end, or not in time."""
+        from permgraph.capture.run import capture, needs_values
+
+        watch = Watch(time.process_time() + max_seconds)
+        token = _watch.set(watch)
+        try:
+            if self._call is not None:
+                try:
+                    self._call(values)
+                    return Trial(watch.progress, None, watch.rows)
+                except Exception as error:
+                    if not needs_values(error):
+                        return Trial(watch.progress, watch.failure or Failure(error), watch.rows)
+            try:
+                capture(self._watched, (), values, max_seconds=max_seconds)
+                return Trial(watch.progress, None, watch.rows)
+            except CaptureError as error:
+                return Trial(watch.progress, watch.failure or Failure(error), watch.rows)
         finally:
-            trial.progress = trial.watch.progress
-
-
-def attempt(model: nn.Module, values: dict[str, Any], max_seconds: float) -> Trial:
-    """Runs a module as a capture does; the trial has a failure if it did not come to an end."""
-    from permgraph.capture.run import capture  # which asks the finders, and they ask it
-
-    trial = Trial()
-    token = _current.set(trial)
-    try:
-        capture(_Watched(model), (), values, max_seconds=max_seconds)
-    except CaptureError as error:
-        trial.failure = trial.failure or Failure(error)
-    finally:
-        _current.reset(token)
-    return trial
+            _watch.reset(token)
