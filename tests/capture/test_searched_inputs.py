@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from permgraph.capture import Captured, capture
 from permgraph.capture.inputs.guesses import Guess, beginnings
+from permgraph.capture.inputs.trials import Bench
 from permgraph.errors import NoInputsError
 
 
@@ -171,8 +172,8 @@ def clip_with_places(self, clips):
 
 
 def video_channels_last(self, frames):
-    b, t, h, w, c = frames.shape
-    assert c == 3
+    *_, channels = frames.shape
+    assert len(frames.shape) == 5 and channels == 3
     return self.last(torch.relu(self.first(frames)).mean((1, 2, 3)))
 
 
@@ -409,6 +410,15 @@ def test_what_the_search_tried_is_listed() -> None:
 
     with pytest.raises(NoInputsError, match=r"search: .*not of \d dimensions"):
         capture(Module(refuses, first=nn.Linear(6, 16)))
+
+
+def test_trials_share_one_copy_of_the_module() -> None:
+    model = nn.Linear(3, 4)
+    with Bench(model) as bench:
+        failed, ran = (bench.attempt({"input": torch.zeros(2, width)}, 5.0) for width in (5, 3))
+        assert bench._call is not None
+    assert failed.failure is not None and failed.failure.function == "linear" and failed.progress == 0
+    assert ran.failure is None and ran.progress == 1
 
 
 def test_a_name_is_a_hint_and_no_verdict() -> None:

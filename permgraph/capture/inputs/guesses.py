@@ -7,6 +7,7 @@ whose it is.
 from __future__ import annotations
 
 import inspect
+import itertools
 import re
 import types
 import typing
@@ -34,7 +35,7 @@ class Guess:
 
     kind: Kind
     shape: tuple[int, ...] = ()
-    bound: int = 2
+    bound: float = 2
     axis: int = 1
 
     def with_(self, **changes: Any) -> Guess:
@@ -66,7 +67,7 @@ def _value(model: nn.Module, guess: Guess, guesses: Guesses) -> Any:
     rows = reals[0][0] if reals else BATCH
     match guess.kind:
         case "ids":
-            return integers(guess.bound, *shape)
+            return integers(int(guess.bound), *shape)
         case "mask":
             return filled(1, *shape).bool()
         case "lengths":  # the first sample is as long as the tensor, others are shorter
@@ -149,7 +150,7 @@ def beginnings(model: nn.Module, name: str, place: int, annotation: Any = None) 
     if number is not None:
         return [number]
     words = re.split(r"[_\d.]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower())
-    joined = set(words) | {"+".join(pair) for pair in zip(words, words[1:], strict=False)}
+    joined = set(words) | {"+".join(pair) for pair in itertools.pairwise(words)}
     named = [kind for listed, kinds in _KINDS if joined & set(listed.split()) for kind in kinds]
     made = [guess for kind in dict.fromkeys((*named, *_USUAL)) for guess in _begun(model, kind, place)]
     return list(dict.fromkeys(made))

@@ -66,14 +66,16 @@ _RECORDS = ("record", "mapping")
 def _asked_for(model: nn.Module, guesses: Guesses, failure: Failure) -> Iterator[Mend]:
     """A tensor for the attribute or the key that the model looked for, and an owner that has such."""
     error, place = failure.error, len(guesses)
+    owner: str | None = None
     if isinstance(error, AttributeError) and failure.asked in guesses and error.name:
         owner, key, kind = failure.asked, error.name, "record"
     elif isinstance(error, KeyError) and error.args and isinstance(error.args[0], str):
         owner, key, kind = next((n for n, g in guesses.items() if g.kind == "mapping"), None), error.args[0], "mapping"
     else:
         key = _string_index(error)
-        owner, kind = (failure.last and next(iter(failure.last.origins), None)) if key else None, "mapping"
-    if owner not in guesses or "." in owner or not key.isidentifier() or key.startswith("_"):
+        kind = "mapping"
+        owner = next(iter(failure.last.origins), None) if key and failure.last is not None else None
+    if owner is None or owner not in guesses or "." in owner or not key.isidentifier() or key.startswith("_"):
         return
     holder = guesses[owner] if guesses[owner].kind == kind else Guess(kind)  # type: ignore[arg-type]
     for at, guess in enumerate(beginnings(model, key, place)[:6]):

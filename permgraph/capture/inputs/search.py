@@ -49,8 +49,8 @@ def from_other_sizes(model: nn.Module) -> Iterator[Candidate]:
 
 def _searched(model: nn.Module, bench: Bench) -> Candidate | None:
     queue = _Queue()
-    for cost, guesses in _beginnings(model):
-        queue.add(cost, 0, guesses)
+    for cost, begun in _beginnings(model):
+        queue.add(cost, 0, begun)
     until = math.inf  # the first trial may load much of torch
     furthest: tuple[int, Candidate | None] = (-1, None)
     since = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,8 +20,11 @@ from permgraph.capture.inputs.layers import placed
 from permgraph.capture.module_copy import copy_module, copy_with
 from permgraph.capture.python_state import python_state_restored
 from permgraph.capture.state import state_tensors
+from permgraph.capture.subject import unwrap
 from permgraph.capture.untracked import memory_readers_refuse_fakes
 from permgraph.errors import CaptureError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -183,7 +187,8 @@ class Bench:
     def __enter__(self) -> Bench:
         try:
             self._call = self._on_fakes()
-        except Exception:  # whatever keeps a module from being copied, a capture knows how to say it
+        except Exception as error:  # whatever keeps a module from being copied, a capture knows how to say it
+            logger.debug("no bench for %s: %s: %s", type(self._watched.model).__name__, type(error).__name__, error)
             self._stack.close()
         return self
 
