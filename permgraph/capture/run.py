@@ -159,8 +159,9 @@ def _listing(tried: list[tuple[str, BaseException | None]]) -> list[str]:
         alike.setdefault(re.sub(r"\d+(, \d+)*", "#", cause), (cause, []))[1].append(text)
     lines = []
     for cause, described in alike.values():
-        more = f" and {len(described) - 2} more" if len(described) > 3 else ""
-        shown = described[:2] if more else described
+        first_of_each = {text.partition(":")[0]: text for text in reversed(described)}
+        shown = list(dict.fromkeys((*described[:2], *first_of_each.values()))) if len(described) > 3 else described
+        more = f" and {len(described) - len(shown)} more" if len(shown) < len(described) else ""
         lines.append(f"  {', '.join(shown)}{more}{f': {cause}' if cause else ''}")
     return lines
 
@@ -186,7 +187,7 @@ def _attempt(subject: Subject, inputs: ExampleInputs, limits: Limits) -> Capture
         raise
     except Exception as error:
         first = error
-    if not _needs_values(first):
+    if not needs_values(first):
         raise _failure(name, inputs, first) from first
     reason = f"{type(first).__name__}: {first_line(first)}"
     logger.info("%s: fake tensors are not enough (%s); using real ones", name, reason)
@@ -217,7 +218,8 @@ def _failure(name: str, inputs: ExampleInputs, error: Exception) -> _PassError:
     )
 
 
-def _needs_values(error: BaseException | None) -> bool:
+def needs_values(error: BaseException | None) -> bool:
+    """Whether a pass on fake tensors ended because the model asked for values, or for what only real tensors do."""
     while error is not None:
         if isinstance(error, _NEEDS_VALUES):
             return True
@@ -275,7 +277,7 @@ def capture_again(model: Any, captured: Captured, variation: Variation, limits: 
         try:
             return _pass(subject, variation.inputs, limits, captured.mode, captured.fallback_reason, variation, known)
         except Exception as error:
-            if captured.mode == "real" or not _needs_values(error):
+            if captured.mode == "real" or not needs_values(error):
                 raise
             reason = f"{type(error).__name__}: {first_line(error)}"
         return _pass(subject, variation.inputs, limits, "real", reason, variation, known)
@@ -294,7 +296,7 @@ def _pass(
     device = _CPU if mode == "fake" else _real_device(state)
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
     stand_in = (
-        _Fakes(fake_mode)
+        Fakes(fake_mode)
         if mode == "fake"
         else _Reals(state, device, inputs, None if variation is None else variation.weights)
     )
@@ -392,7 +394,7 @@ def _load(loading: Loading, mode: Mode, needed: bool) -> None:
     except CaptureError:
         raise
     except Exception as error:
-        if mode == "fake" and _needs_values(error):
+        if mode == "fake" and needs_values(error):
             raise
         message = f"{type(loading.module).__name__} does not load what it saves: {type(error).__name__}: {error}"
         if needed:
@@ -423,7 +425,7 @@ def _run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     return module(*args, **kwargs)
 
 
-class _Fakes:
+class Fakes:
     """Stand-ins without memory, all on the CPU, so that a model may lie on several devices, or on none."""
 
     def __init__(self, mode: FakeTensorMode) -> None:

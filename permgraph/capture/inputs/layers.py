@@ -10,6 +10,7 @@ import inspect
 import itertools
 import math
 import numbers
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
@@ -21,6 +22,8 @@ from permgraph.capture.python_state import attributes_of
 
 BATCH = 2
 LENGTH = 19
+#: So long the finder of layers tries candidates before the search has its turn, and as long after it.
+SECONDS_FOR_LAYERS = 2.5
 #: Square image sizes in the order in which they are tried.
 SIDES = (32, 64, 224, 299, 28, 96, 128, 160, 192, 256, 384, 448, 512, 16, 8)
 
@@ -357,11 +360,14 @@ def required(model: nn.Module) -> list[str]:
     return names or (["input"] if variadic else optional[:1])
 
 
-def _placed(model: nn.Module, values: dict[str, Tensor]) -> Candidate:
-    """Arguments by name as a call takes them: by position, but for those after a bare star."""
+def placed(model: nn.Module, values: dict[str, Any]) -> Candidate:
+    """Arguments by name as a call takes them: by position, but for those after a bare star or after one left out."""
     parameters = inspect.signature(model.forward).parameters
     keyword = {p.name for p in parameters.values() if p.kind is p.KEYWORD_ONLY}
-    args = tuple(value for name, value in values.items() if name not in keyword)
+    order = [name for name in parameters if name not in keyword]
+    left_out = next((at for at, name in enumerate(order) if name not in values), len(order))
+    keyword |= set(order[left_out:])
+    args = tuple(values[name] for name in order[:left_out]) + tuple(v for k, v in values.items() if k not in parameters)
     return args, {name: value for name, value in values.items() if name in keyword}
 
 
@@ -386,7 +392,25 @@ def from_pairs(model: nn.Module) -> Iterator[Candidate]:
 
 @input_finder("layers")
 def from_layers(model: nn.Module) -> Iterator[Candidate]:
-    """Each required argument by its name where that says something, else by the first layers of the model."""
+    """Each required argument by its name where that says something, else by the first layers of the model.
+
+    For some seconds, after which the search has its turn.
+    """
+    yield from within_seconds(layers_at_length(model), SECONDS_FOR_LAYERS)
+
+
+def within_seconds(candidates: Iterator[Candidate], seconds: float) -> Iterator[Candidate]:
+    """Candidates until so much computing time has gone by since the first of them was tried."""
+    began = None
+    for candidate in candidates:
+        yield candidate
+        began = time.process_time() if began is None else began
+        if time.process_time() - began > seconds:
+            return
+
+
+def layers_at_length(model: nn.Module) -> Iterator[Candidate]:
+    """All that the finder of layers has."""
     names = required(model)
     known = {name: list(BY_NAME[name](model)) for name in names if name in BY_NAME}
     # At last as if no name said anything: one model's `inputs` are a sound, and another's are images.
@@ -395,7 +419,7 @@ def from_layers(model: nn.Module) -> Iterator[Candidate]:
             for choice in itertools.islice(itertools.product(*trusted.values()), 4):
                 chosen = dict(zip(trusted, choice, strict=True))
                 # Each argument is a tensor of its own: attention, for one, asks whether its query is its key.
-                yield _placed(model, {name: chosen[name] if name in chosen else shape.clone() for name in names})
+                yield placed(model, {name: chosen[name] if name in chosen else shape.clone() for name in names})
     if not known:
         bilinear = next((m for m in model.modules() if isinstance(m, nn.Bilinear)), None)
         if bilinear is not None and len(names) == 2:

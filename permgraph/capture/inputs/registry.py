@@ -40,11 +40,11 @@ Finder = Callable[[nn.Module], Iterable[Candidate]]
 _finders: dict[str, Finder] = {}
 
 
-def input_finder(name: str) -> Callable[[Finder], Finder]:
+def input_finder(name: str, *, last: bool = False) -> Callable[[Finder], Finder]:
     """Registers a function which proposes inputs for a module: it yields `(args, kwargs)`, the likeliest first.
 
     A finder that does not know the module yields nothing. The newest finder is asked first; one with the name of
-    another replaces it.
+    another replaces it. One that is to be `last` is asked after all others.
 
     >>> @input_finder("my models")
     ... def my_inputs(model):
@@ -54,7 +54,10 @@ def input_finder(name: str) -> Callable[[Finder], Finder]:
 
     def register(finder: Finder) -> Finder:
         _finders.pop(name, None)
-        _finders[name] = finder
+        others = {} if not last else dict(_finders)
+        for other in others:
+            del _finders[other]
+        _finders.update({name: finder} | others)
         return finder
 
     return register

@@ -1,0 +1,218 @@
+"""What an argument of a module may be, as values to search over: kinds, sizes, and what its name hints at.
+
+The sizes with which a guess begins are primes, and another one for each argument, so that a size in a complaint tells
+whose it is.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import re
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from permgraph.capture.inputs.layers import BATCH, filled, floats, integer, integers, named_sides
+
+Kind = Literal["real", "ids", "mask", "lengths", "edges", "members", "list", "record", "mapping", "number"]
+
+#: Lengths and widths of the first, second, ... argument.
+LENGTHS = (19, 23, 29, 31, 43, 47, 71, 73)
+WIDTHS = (37, 41, 53, 59, 61, 67, 79, 83)
+FRAMES, SIDE = 8, 32
+
+
+@dataclass(frozen=True)
+class Guess:
+    """Values of one argument: of which kind, in which shape; integers below `bound`, lengths along `axis`."""
+
+    kind: Kind
+    shape: tuple[int, ...] = ()
+    bound: float = 2
+    axis: int = 1
+
+    def with_(self, **changes: Any) -> Guess:
+        return replace(self, **changes)
+
+
+Guesses = Mapping[str, Guess]
+"""The arguments that are given, by name; what a record holds goes by `record.name`."""
+
+
+def values_of(model: nn.Module, guesses: Guesses) -> dict[str, Any]:
+    """The arguments that guesses stand for."""
+    made: dict[str, Any] = {}
+    for name, guess in guesses.items():
+        value = _value(model, guess, guesses)
+        owner, _, own = name.rpartition(".")
+        if not owner:
+            made[name] = value
+        elif isinstance(made[owner], dict):
+            made[owner][own] = value
+        else:
+            setattr(made[owner], own, value)
+    return made
+
+
+def _value(model: nn.Module, guess: Guess, guesses: Guesses) -> Any:
+    shape = guess.shape
+    reals = [other.shape for other in guesses.values() if other.kind == "real" and len(other.shape) > 1]
+    rows = reals[0][0] if reals else BATCH
+    match guess.kind:
+        case "ids":
+            return integers(int(guess.bound), *shape)
+        case "mask":
+            return filled(1, *shape).bool()
+        case "lengths":  # the first sample is as long as the tensor, others are shorter
+            sequences = [other.shape for other in guesses.values() if other.kind in ("real", "ids") and other.shape]
+            longest = next((size[guess.axis] for size in sequences if len(size) > 1), 1)
+            return torch.tensor([max(longest - 2 * at, 1) for at in range(*shape)], device="cpu")
+        case "edges":
+            return integers(rows, *shape)
+        case "members":
+            return torch.arange(rows, device="cpu") * BATCH // rows
+        case "list":
+            return [floats(model, *shape[1:]) for _ in range(shape[0])]
+        case "record":
+            return SimpleNamespace()
+        case "mapping":
+            return {}
+        case "number":
+            return guess.bound
+        case _:
+            return floats(model, *shape)
+
+
+def shape_of_rank(model: nn.Module, rank: int, length: int, width: int) -> Iterator[tuple[int, ...]]:
+    """Shapes of so many dimensions as networks take: vectors, sequences, images, videos in both orders."""
+    channels = channels_of(model)
+    side = next((height for height, width_ in named_sides(model) if height == width_), SIDE)
+    match rank:
+        case 1:
+            yield (BATCH,)
+        case 2:
+            yield (BATCH, width)
+        case 3:
+            yield (BATCH, length, width)
+        case 4:
+            yield (BATCH, channels, side, side)
+        case 5:
+            yield (BATCH, channels, FRAMES, side, side)
+            yield (BATCH, FRAMES, channels, side, side)
+            yield (BATCH, FRAMES, side, side, channels)
+        case 6:
+            yield (BATCH, 3, channels, FRAMES, side, side)
+
+
+def channels_of(model: nn.Module) -> int:
+    """How many channels the first convolution takes, or the module says that it takes; three where none does."""
+    convolutions = (m.in_channels for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d)))
+    named = (integer(vars(model).get(name)) for name in ("channels", "in_channels", "in_chans", "num_channels"))
+    return next((size for size in (*convolutions, *named) if size), 3)
+
+
+# -- what names and annotations hint at -------------------------------------------------------------------------------
+
+_TIMES = "t time times timestep timesteps step steps sigma sigmas noise level"
+_KINDS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    # Words in an argument's name, and what they hint at, the likeliest first.
+    ("edge+index edges edgelist", ("edges",)),
+    ("adj adjacency", ("square", "edges")),
+    ("edge+attr edge+attrs edge+weight edge+weights edge+features edge+feats", ("links",)),
+    ("batch+index batch+idx batch+vec", ("members",)),
+    ("length lengths lens len seqlens seqlen", ("lengths", "lengths last")),
+    ("mask masks", ("mask", "ids")),
+    (_TIMES, ("labels", "numbers")),
+    ("label labels class classes category", ("labels", "ids", "vectors")),
+    ("ids tokens token text texts words idx indices index src tgt captions", ("ids", "labels")),
+    ("video videos clip clips frames vid", ("video",)),
+    ("sample image images img pixel pixels latent latents picture", ("image", "sequence")),
+    ("pooled projections embedding", ("vectors", "sequence")),
+    ("states embeds context features memory encoder", ("sequence", "vectors")),
+    ("bag bags instances", ("sequence", "list", "vectors")),
+    ("data graph batch sample inputs", ("sequence", "record", "mapping", "members")),
+)
+_USUAL = (
+    "sequence", "vectors", "ids", "image", "labels", "video", "mask", "list", "record", "mapping", "number",
+)  # fmt: skip
+
+
+def beginnings(model: nn.Module, name: str, place: int, annotation: Any = None) -> list[Guess]:
+    """What an argument may be, the likeliest first: by its annotation, then by its name, then whatever is usual."""
+    number = _number(annotation)
+    if number is not None:
+        return [number]
+    words = re.split(r"[_\d.]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower())
+    joined = set(words) | {"+".join(pair) for pair in itertools.pairwise(words)}
+    named = [kind for listed, kinds in _KINDS if joined & set(listed.split()) for kind in kinds]
+    made = [guess for kind in dict.fromkeys((*named, *_USUAL)) for guess in _begun(model, kind, place)]
+    return list(dict.fromkeys(made))
+
+
+def _number(annotation: Any) -> Guess | None:
+    """The guess for an argument that says of itself that it is a number; a tensor as well is taken for a tensor."""
+    union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    options = typing.get_args(annotation) if union else (annotation,)
+    if Tensor in options:
+        return None
+    return next((Guess("number", bound=kind(2)) for kind in (int, float, bool) if kind in options), None)
+
+
+def _begun(model: nn.Module, kind: str, place: int) -> Iterator[Guess]:
+    length, width = LENGTHS[place % len(LENGTHS)], WIDTHS[place % len(WIDTHS)]
+    ranks = {"numbers": 1, "vectors": 2, "sequence": 3, "image": 4, "video": 5}
+    vocabulary = next((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), 2)
+    match kind:
+        case "ids":
+            yield Guess("ids", (BATCH, length), vocabulary)
+        case "labels":
+            yield Guess("ids", (BATCH,))
+        case "mask":
+            yield Guess("mask", (BATCH, length))
+        case "lengths":
+            yield Guess("lengths", (BATCH,))
+        case "lengths last":
+            yield Guess("lengths", (BATCH,), axis=-1)
+        case "edges":
+            yield Guess("edges", (2, LENGTHS[1]))
+        case "square":
+            yield Guess("real", (BATCH, LENGTHS[0], LENGTHS[0]))
+            yield Guess("real", (LENGTHS[0], LENGTHS[0]))
+        case "links":
+            yield Guess("real", (LENGTHS[1], width))
+            yield Guess("real", (LENGTHS[1],))
+        case "members":
+            yield Guess("members")
+        case "list":
+            yield Guess("list", (BATCH, length, width))
+        case "record" | "mapping":
+            yield Guess(typing.cast(Kind, kind))
+        case "number":
+            yield Guess("number")
+        case _:
+            for shape in shape_of_rank(model, ranks[kind], length, width):
+                yield Guess("real", shape)
+
+
+def parameters_of(model: nn.Module) -> dict[str, inspect.Parameter]:
+    """The arguments of `forward` that can be given by name or by place; none where Python knows no signature."""
+    try:
+        found = inspect.signature(model.forward).parameters
+    except (TypeError, ValueError):
+        return {}
+    return {name: p for name, p in found.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+
+
+def annotations_of(model: nn.Module) -> dict[str, Any]:
+    """The annotations of `forward`, where they can be read."""
+    try:
+        return typing.get_type_hints(model.forward)
+    except Exception:  # names that are known where they are written, and nowhere else
+        return {}
