@@ -34,6 +34,7 @@ differently at each of the 4 indices of h is not said by types; `permgraph.infer
 constraints, and the group is 4! (5!)^4 (5!)^4."""
 
 from permgraph.algebra.axis import Axis, FactorKey, Index, Kind, Pinned, TooIntricateError, show
+from permgraph.algebra.factors import Cuts
 from permgraph.algebra.store import Axes
 
-__all__ = ["Axes", "Axis", "FactorKey", "Index", "Kind", "Pinned", "TooIntricateError", "show"]
+__all__ = ["Axes", "Axis", "Cuts", "FactorKey", "Index", "Kind", "Pinned", "TooIntricateError", "show"]

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from permgraph.algebra import refine
 from permgraph.algebra import unify as constraints
 from permgraph.algebra.axis import Axis, FactorKey, Index, Kind, Pinned, Restriction, TooIntricateError
-from permgraph.algebra.factors import Factors
+from permgraph.algebra.factors import Cuts, Factors
 from permgraph.algebra.limits import MAX_DEPTH, MAX_NESTING, RESTLESS, TOO_INTRICATE
 
 
@@ -40,7 +40,7 @@ class Axes:
     `cuts` says where factors will be cut, by their names; see `Factors`.
     """
 
-    def __init__(self, cuts: Mapping[FactorKey, tuple[int, ...]] | None = None) -> None:
+    def __init__(self, cuts: Mapping[FactorKey, Cuts] | None = None) -> None:
         self.changes = 0
         self.scope: int = -1  # the graph node whose rule is running
         self.has_families = False

@@ -35,7 +35,7 @@ import itertools
 from collections import deque
 from typing import Any
 
-from permgraph.algebra import Axes, Axis, FactorKey, Kind, TooIntricateError
+from permgraph.algebra import Axes, Axis, Cuts, FactorKey, Kind, TooIntricateError
 from permgraph.algebra.limits import OUT_OF_TIME, RESTLESS, TOO_INTRICATE
 from permgraph.capture.record import Limits
 from permgraph.errors import ConflictError
@@ -166,7 +166,7 @@ def _collapse_families(solution: Solution) -> None:
                 solution.axes.collapse(family)
 
 
-def _cuts_seen(solution: Solution, *, within: bool) -> dict[FactorKey, tuple[int, ...]]:
+def _cuts_seen(solution: Solution, *, within: bool) -> dict[FactorKey, Cuts]:
     """Where axes were cut, see `Factors.cuts_seen`; of a placeholder's, those of which a part was taken."""
     taken = {id(tensor) for call in solution.calls for tensor in call.ledger.taken}
     numbers = {n for n, node in enumerate(solution.nodes) if id(solution.values.get(node)) in taken}

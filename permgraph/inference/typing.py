@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from permgraph.algebra import Axes, FactorKey
+from permgraph.algebra import Axes, Cuts, FactorKey
 from permgraph.capture.schema import signature
 from permgraph.inference.facts import GraphFacts
 from permgraph.inference.predicted_cuts import PLACEHOLDER
@@ -20,7 +20,7 @@ from permgraph.rules.ledger import Ledger
 from permgraph.rules.typed_tensor import TypedTensor
 
 
-def type_graph(facts: GraphFacts, cuts: Mapping[FactorKey, tuple[int, ...]]) -> Solution:
+def type_graph(facts: GraphFacts, cuts: Mapping[FactorKey, Cuts]) -> Solution:
     """Fresh axes for every tensor, the dimensions of weights and constants made as `cuts` says of them."""
     number = {node: i for i, node in enumerate(facts.nodes)}
     weights = [node for node in facts.nodes if is_weight(node)]
