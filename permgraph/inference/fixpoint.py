@@ -57,7 +57,7 @@ def settle(facts: GraphFacts, limits: Limits | None = None) -> Solution:
 
     Raises `ConflictError`, naming the operator and its place in the source, where a rule ties axes of different sizes.
     """
-    cuts = foreseen_cuts(facts.nodes, facts.operators, facts.for_shape)
+    cuts: Mapping[FactorKey, Cuts] = foreseen_cuts(facts.nodes, facts.operators, facts.for_shape)
     for number in range(MAX_RUNS):
         solution = type_graph(facts, cuts)
         solution.limits = limits
