@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
+from collections.abc import Mapping
 from typing import Any
 
 from permgraph.algebra import Axes, Axis, Cuts, FactorKey, Kind, TooIntricateError
