@@ -128,7 +128,8 @@ class Trial:
         units = 4 * torch.finfo(torch.float64).eps
         try:
             for _, tensor in self._floating.values():
-                tensor.detach().mul_(1 + units * _normal(tensor.shape, nudge))
+                if tensor.layout is torch.strided:
+                    tensor.detach().mul_(1 + units * _normal(tensor.shape, nudge))
             return distance(reference, self._run())
         finally:
             self._restore(self._floating)
@@ -262,6 +263,8 @@ class Trial:
     def _restore(self, names: Iterable[str]) -> None:
         for name in names:
             entry, tensor = self._floating[name]
+            if tensor.layout is not torch.strided:  # a sparse matrix keeps its values
+                continue
             kept = self._kept.pop(name, None)
             self._kept_bytes -= 0 if kept is None else kept.nbytes
             if kept is None:

@@ -36,7 +36,7 @@ def runs_and_spec(captured: pg.capture.Captured, monkeypatch: pytest.MonkeyPatch
     with monkeypatch.context() as patch:
         patch.setattr(solving, "type_graph", counted)
         if not foresee:
-            patch.setattr(solving, "foreseen_cuts", lambda nodes, operators: {})
+            patch.setattr(solving, "foreseen_cuts", lambda *given: {})
         spec = spec_of(captured)
     return count, to_json(spec)
 
