@@ -242,7 +242,7 @@ class Trial:
         self.keeps_state |= not training and constants != [tensor._version for tensor, _ in self._constants]
         # A model that writes to its own weights, or gives them other memory, finds them as they were the next time.
         for name, (_, tensor) in self._floating.items():
-            if tensor.data_ptr() != self._memory[name].data_ptr():
+            if tensor.layout is torch.strided and tensor.data_ptr() != self._memory[name].data_ptr():
                 tensor.data = self._memory[name]
         written = [name for name, (_, t) in self._floating.items() if t._version != versions[name]]
         self.keeps_state |= bool(written) and not training
