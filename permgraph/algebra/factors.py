@@ -53,13 +53,16 @@ class Factors:
 
     def make(self, axes: Axes, name: FactorKey, sizes: Sequence[int]) -> list[Axis]:
         """New axes that stand side by side, known by a name: where one was cut in an earlier run, it is a sum now."""
-        result: list[Axis] = []
-        outers: dict[int, Axis] = {}  # those before that are sums, by their positions
+        cuts = [self.cuts.get((*name, position), ()) for position in range(len(sizes))]
+        outers: dict[int, Axis] = {}  # those that are sums, by their positions
         for position, size in enumerate(sizes):
-            cuts = self.cuts.get((*name, position), ())
-            result.append(_made_cut(axes, size, cuts, outers))
-            if isinstance(cuts, tuple) and cuts:
-                outers[position] = result[-1]
+            own = cuts[position]
+            if isinstance(own, tuple) and own:  # its parts differ with those of the ones before it
+                outers[position] = _made_cut(axes, size, own, dict(outers))
+        result = [
+            outers[position] if position in outers else _made_cut(axes, size, cuts[position], outers)
+            for position, size in enumerate(sizes)
+        ]
         self._made.extend(((*name, position), result, position) for position in range(len(sizes)))
         return result
 

@@ -60,7 +60,7 @@ def test_a_list_by_pattern() -> None:
         "aten._adaptive_avg_pool2d", "aten.adaptive_avg_pool2d", "aten.adaptive_max_pool2d", "aten.avg_pool2d",
         "aten.fractional_max_pool2d", "aten.max_pool2d",
     ]  # fmt: skip
-    assert "values='derived'" in out and "convolution.py:" in out
+    assert "values='derived'" in out and "pooling.py:" in out
     assert _run("list", "no such thing")[0] == 1
 
 
