@@ -82,5 +82,5 @@ class Waves(nn.Module):
 
     def forward(self, wave: torch.Tensor) -> torch.Tensor:
         if wave.shape[-1] != 3700:
-            raise ValueError(f"{wave.shape[-1]} samples, not 3700")
+            raise ValueError("too few samples, or too many")
         return self.down(self.up(wave.unflatten(-1, (100, 37)).mean(-2)).relu())

@@ -382,10 +382,11 @@ def bert() -> Any:
 def t5() -> Any:
     config = dict(d_model=32, d_kv=6, d_ff=11, num_layers=2, num_heads=4, vocab_size=37)
     model = _from("T5Config", "T5ForConditionalGeneration", **config)
-    # One stream, for the embedding is shared; it stays put, for the model returns it. Layers share a table of relative
-    # biases, and so one axis of heads in the encoder and one in the decoder's self-attention; cross-attention has none.
+    # One stream, for the embedding is shared; what the encoder leaves of it is a by-product. Layers share a table of
+    # relative biases, and so one axis of heads in the encoder and one in the decoder's self-attention; cross-attention
+    # has none.
     itself = s(4) + 2 * 2 * 4 * s(6)
-    return model, None, 2 * itself + 2 * heads(4, 6) + 4 * s(11)
+    return model, None, s(32) + 2 * itself + 2 * heads(4, 6) + 4 * s(11)
 
 
 @row
@@ -395,8 +396,8 @@ def whisper() -> Any:
         encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=11, decoder_ffn_dim=11, vocab_size=37,
         max_source_positions=12, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
     )  # fmt: skip
-    # the first of two convolutions; the decoder's stream (that of the encoder is returned); decoders attend twice
-    return model, None, 2 * s(32) + 2 * (heads(4, 8) + s(11)) + 2 * (2 * heads(4, 8) + s(11))
+    # the first of two convolutions; the streams of encoder and decoder; decoders attend twice
+    return model, None, 3 * s(32) + 2 * (heads(4, 8) + s(11)) + 2 * (2 * heads(4, 8) + s(11))
 
 
 @row
