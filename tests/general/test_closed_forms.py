@@ -130,11 +130,15 @@ def bert(d: int, layers: int, heads: int, inner: int, vocabulary: int) -> nn.Mod
     )  # fmt: skip
 
 
-# The encoder's stream is returned, and the decoder shares its table: no rotation. Attention of three kinds, and ReLU.
+# One stream, since encoder and decoder share a table; it is the head's too, behind the last gain: signs, and a factor for
+# each other gain, of 2 norms in a layer of the encoder, 3 in one of the decoder and one between them. Attention of three
+# kinds, and ReLU.
 @row(
     dict(d=24, layers=2, heads=4, each=6, inner=20, vocabulary=31),
     dict(d=768, layers=12, heads=12, each=64, inner=3072, vocabulary=32128),
-    lambda layers, heads, each, inner, **_: 3 * layers * heads * 2 * each**2 + 2 * layers * inner,
+    lambda d, layers, heads, each, inner, **_: (
+        3 * layers * heads * 2 * each**2 + 2 * layers * inner + (5 * layers + 1) * d
+    ),
 )
 def t5(d: int, layers: int, heads: int, each: int, inner: int, vocabulary: int) -> nn.Module:
     return _hf(
@@ -238,12 +242,12 @@ def projected_lstm(n: int, projected: int) -> nn.Module:
 
 
 # As ViT, but of the decoder alone, whose table is tied to the head behind the last gain: signs, and a factor for each
-# gain of the three norms of its layers. The encoder's stream is returned, and stays put.
+# gain of the three norms of its layers. The encoder's stream begins with a GELU: no signs, but as many factors.
 @row(
     dict(d=24, encoders=1, decoders=2, heads=4, inner=20, vocabulary=31),
     dict(d=768, encoders=12, decoders=12, heads=12, inner=3072, vocabulary=51865),
     lambda d, encoders, decoders, heads, **_: (
-        (encoders + 2 * decoders) * heads * 2 * (d // heads) ** 2 + 3 * decoders * d
+        (encoders + 2 * decoders) * heads * 2 * (d // heads) ** 2 + (3 * decoders + 2 * encoders + 1) * d
     ),
 )
 def whisper(d: int, encoders: int, decoders: int, heads: int, inner: int, vocabulary: int) -> nn.Module:
@@ -347,8 +351,10 @@ STRUCTURES: dict[str, Callable[..., dict[str, int]]] = {
         | ({"B": 2 * layers} if heads > keys else {"B^2": layers})
     ),
     "bert": lambda layers, **_: {f"M×S±^{2 * layers + 1}": 1, "GL": 2 * layers, "B": 1},
-    "t5": lambda layers, **_: {"GL": 6 * layers, "P": 2 * layers},
-    "whisper": lambda encoders, decoders, **_: {"GL": 2 * encoders + 4 * decoders, f"M^{3 * decoders}×S±": 1},
+    "t5": lambda layers, **_: {"GL": 6 * layers, "P": 2 * layers, f"M^{5 * layers + 1}×B": 1},
+    "whisper": lambda encoders, decoders, **_: (
+        {"GL": 2 * encoders + 4 * decoders, f"M^{3 * decoders}×S±": 1, f"M^{2 * encoders + 1}": 1}
+    ),
     "vit": lambda layers, **_: {"O1": 1, "GL": 2 * layers},
     "mixtral": lambda layers, **_: {"O": 1, "T": layers, "GL": layers, "M": layers},
     "deepseek_v3": lambda layers, dense, **_: (
