@@ -130,9 +130,9 @@ def bert(d: int, layers: int, heads: int, inner: int, vocabulary: int) -> nn.Mod
     )  # fmt: skip
 
 
-# One stream, since encoder and decoder share a table; it is the head's too, behind the last gain: signs, and a factor for
-# each other gain, of 2 norms in a layer of the encoder, 3 in one of the decoder and one between them. Attention of three
-# kinds, and ReLU.
+# One stream, since encoder and decoder share a table; it is the head's too, behind the last gain: signs, and a factor
+# for each other gain, of 2 norms in a layer of the encoder, 3 in one of the decoder and one between them. Attention of
+# three kinds, and ReLU.
 @row(
     dict(d=24, layers=2, heads=4, each=6, inner=20, vocabulary=31),
     dict(d=768, layers=12, heads=12, each=64, inner=3072, vocabulary=32128),
