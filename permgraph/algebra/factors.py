@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from permgraph.algebra.axis import Axis, FactorKey, Kind
@@ -24,6 +24,11 @@ class ByPart:
 
     position: int
     points: tuple[tuple[int, ...], ...]
+
+    @property
+    def anywhere(self) -> tuple[int, ...]:
+        """Where the factor is cut at any of the parts."""
+        return tuple(sorted({point for each in self.points for point in each}))
 
 
 Cuts = tuple[int, ...] | ByPart
@@ -91,14 +96,14 @@ def _by_part(axes: Axes, split: Sequence[Axis], position: int) -> Cuts | None:
     """Where a factor that is a family is cut; at which parts of which factor, if that is one before it."""
     axis = axes.resolve(split[position])
     assert axis.index is not None
-    points = [tuple(sorted(_points(axes, member))) for member in axis.children]
-    if not any(points):
+    cuts = ByPart(-1, tuple(tuple(sorted(_points(axes, member))) for member in axis.children))
+    if not any(cuts.points):
         return None
     for at, before in enumerate(split[:position]):
         before = axes.resolve(before)
         if before.kind is Kind.SUM and before.index is not None and before.index.find() is axis.index.find():
-            return ByPart(at, tuple(points))
-    return tuple(sorted({point for each in points for point in each}))
+            return replace(cuts, position=at)
+    return cuts.anywhere
 
 
 def _made_cut(axes: Axes, size: int, cuts: Cuts, outers: Mapping[int, Axis]) -> Axis:
@@ -106,7 +111,7 @@ def _made_cut(axes: Axes, size: int, cuts: Cuts, outers: Mapping[int, Axis]) -> 
     if isinstance(cuts, ByPart):
         outer = outers.get(cuts.position)
         if outer is None or len(outer.children) != len(cuts.points):
-            return _made_cut(axes, size, tuple(sorted({p for each in cuts.points for p in each})), outers)
+            return _made_cut(axes, size, cuts.anywhere, outers)
         others = {at: axis for at, axis in outers.items() if at != cuts.position}
         assert outer.index is not None
         return axes.family(outer.index, [_made_cut(axes, size, points, others) for points in cuts.points])

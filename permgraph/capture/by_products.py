@@ -75,8 +75,8 @@ def intermediate(results: Sequence[fx.Node]) -> set[fx.Node]:
     if len(results) < 2 or not ends:
         return set()
     nodes = list(ends[0].graph.nodes)
-    of_inputs = _computed_from_inputs(nodes)
-    weights = _computed_from_parameters(nodes) - of_inputs
+    of_inputs = _computed_from("input", nodes)
+    weights = _computed_from("parameter", nodes) - of_inputs
     above: set[fx.Node] = set(ends)
     behind: set[fx.Node] = set()  # what a parameter stands between and one of the ends
     for node in reversed(nodes):
@@ -95,20 +95,12 @@ def intermediate(results: Sequence[fx.Node]) -> set[fx.Node]:
     return {node for node in results if by_product(node)}
 
 
-def _computed_from_inputs(nodes: Sequence[fx.Node]) -> set[fx.Node]:
+def _computed_from(kind: str, nodes: Sequence[fx.Node]) -> set[fx.Node]:
+    """The placeholders of a kind, and all that is computed from them."""
     found: set[fx.Node] = set()
     for node in nodes:
-        is_input = node.op == "placeholder" and node.meta["kind"] == "input"
-        if is_input or not found.isdisjoint(node.all_input_nodes):
-            found.add(node)
-    return found
-
-
-def _computed_from_parameters(nodes: Sequence[fx.Node]) -> set[fx.Node]:
-    found: set[fx.Node] = set()
-    for node in nodes:
-        is_parameter = node.op == "placeholder" and node.meta["kind"] == "parameter"
-        if is_parameter or not found.isdisjoint(node.all_input_nodes):
+        is_source = node.op == "placeholder" and node.meta["kind"] == kind
+        if is_source or not found.isdisjoint(node.all_input_nodes):
             found.add(node)
     return found
 

@@ -6,10 +6,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
-from permgraph.capture.schema import operator_name
+from permgraph.capture.schema import is_random, operator_name
 
 #: Operators that make a tensor without reading the values of another.
 _MADE = frozenset(["empty", "ones", "zeros", "full", "new_empty", "new_ones", "new_zeros", "new_full"])
@@ -53,7 +52,7 @@ def drawn_factors(nodes: Sequence[fx.Node], batches: Collection[int]) -> DrawnFa
         nodes: those of a pass.
         batches: the sizes of batches: only a first dimension of one of these counts samples.
     """
-    random = [node for node in nodes if _is_random(node)]
+    random = [node for node in nodes if is_random(node.target)]
     if not random:
         return DrawnFactors()
     drawn: set[fx.Node] = set()
@@ -65,7 +64,7 @@ def drawn_factors(nodes: Sequence[fx.Node], batches: Collection[int]) -> DrawnFa
         read = [] if name in _MADE else node.all_input_nodes
         if not all(source in drawn or source in made for source in read):
             continue
-        if _is_random(node) or (name in _MAKES and any(source in drawn for source in read)):
+        if is_random(node.target) or (name in _MAKES and any(source in drawn for source in read)):
             drawn.add(node)
         elif name in _MADE or (name in _MAKES and read):
             made.add(node)
@@ -86,10 +85,6 @@ def drawn_factors(nodes: Sequence[fx.Node], batches: Collection[int]) -> DrawnFa
     many = {node for node in drawn if node.meta["val"].ndim and node.meta["val"].shape[0] != 1}
     by_sample = frozenset(node for node in products if not many.isdisjoint(node.all_input_nodes))
     return DrawnFactors(frozenset(drawing), products, by_sample)
-
-
-def _is_random(node: fx.Node) -> bool:
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def _multiplied(node: fx.Node, drawn: set[fx.Node], batches: Collection[int]) -> fx.Node | None:

@@ -23,7 +23,7 @@ from permgraph.capture.captured import Captured
 from permgraph.capture.inputs.registry import ExampleInputs
 from permgraph.capture.module_copy import copy_with
 from permgraph.capture.passes import Variation
-from permgraph.capture.schema import operator_name, signature
+from permgraph.capture.schema import is_random, operator_name, signature
 from permgraph.capture.untracked import CUT_ANYWHERE, VALUES_LEAVE_TORCH
 
 #: So many times something is answered otherwise, the first value for which each line asks before all second ones.
@@ -112,7 +112,7 @@ def _reads(captured: Captured) -> list[fx.Node]:
     varying: set[fx.Node] = set()
     for node in captured.graph.nodes:
         given = node.op == "placeholder" and node.meta["kind"] != "constant"
-        drawn = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+        drawn = is_random(node.target)
         if given or drawn or not varying.isdisjoint(node.all_input_nodes):
             varying.add(node)
     return [node for node in captured.graph.nodes if node in varying and _tells_values(node)]

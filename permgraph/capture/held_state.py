@@ -11,9 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from permgraph.capture.following_copy import Memo
-from permgraph.capture.python_state import MAX_LENGTH, attributes_of, content_of, is_of_others
+from permgraph.capture.python_state import MAX_LENGTH, OF_MODULES, attributes_of, content_of, is_of_others
 
-_OF_MODULES = frozenset(vars(nn.Module()))  # what every module has: its parameters, buffers, parts and hooks
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 _BY_IDENTITY = (Tensor, nn.Module, type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType)
 _CONTAINERS = (Mapping, list, tuple, set, frozenset, collections.deque)
@@ -41,7 +40,7 @@ class HeldState:
     def shown(self) -> list[Any]:
         """What is held now, in a form that is equal to an earlier one if nothing was added, replaced or counted."""
         look = _Look(self._alive)
-        found: list[Any] = [look.attributes(vars(module), skip=_OF_MODULES) for module in self._modules]
+        found: list[Any] = [look.attributes(vars(module), skip=OF_MODULES) for module in self._modules]
         for kind in self._kinds:
             found.append(look.attributes({k: v for k, v in vars(kind).items() if not k.startswith("__")}))
         found += [look.at(content_of(cell)) for cell in self._cells]

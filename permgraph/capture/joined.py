@@ -195,7 +195,7 @@ class _Numbers:
     """
 
     def __init__(self, node: fx.Node, other: fx.Node, sizes: _Sizes, varied: frozenset[tuple[int, int]]) -> None:
-        self._sizes, self._pairs, self._varied = sizes, sizes.differing(), varied
+        self._pairs, self._varied = sizes.differing(), varied
         self._name = operator_name(node.target) or getattr(node.target, "__name__", "")
         self._along = self._dimension_varies(node, other)
 

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._mode_utils import no_dispatch
 
+from permgraph.capture.schema import is_random
+
 logger = logging.getLogger(__name__)
 
 #: Larger tensors are not worth the time: what a model reads as numbers is small.
@@ -64,7 +66,7 @@ class KnownValues:
         for argument in args:  # nearly every operator of a model is settled by its first argument
             if isinstance(argument, Tensor) and id(argument) not in self._real:
                 return False
-        if torch.Tag.nondeterministic_seeded in func.tags:
+        if is_random(func):
             return False
         tensors = [leaf for leaf in pytree.arg_tree_leaves(*args, **kwargs) if isinstance(leaf, Tensor)]
         return all(id(tensor) in self._real for tensor in tensors) if tensors else _is_small(args)

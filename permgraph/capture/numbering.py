@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from permgraph.capture.captured import Captured
-from permgraph.capture.schema import signature
+from permgraph.capture.schema import is_random, signature
 from permgraph.capture.state import tensor_key
 
 
@@ -46,7 +46,7 @@ class Numbering:
             return _as_placeholder(node) if self._starts is None or node in self._starts else node
         if self._starts is not None:
             return ("start", self._starts[node]) if node in self._starts else node
-        if _is_random(node):
+        if is_random(node.target):
             return node
         said = self._said([*node.args, *node.kwargs.items()])
         key = str(node.target), said, _shape(node.meta["val"])
@@ -92,7 +92,7 @@ def _length_of_start(calls: Sequence[fx.Node], others: Sequence[fx.Node]) -> int
     numbers: dict[fx.Node, Hashable] = {}
     for length, pair in enumerate(zip(calls, others, strict=False)):
         ours, theirs = (_call(node, numbers) for node in pair)
-        if ours != theirs or _is_random(pair[0]):
+        if ours != theirs or is_random(pair[0].target):
             return length
         numbers.update(dict.fromkeys(pair, length))
     return min(len(calls), len(others))
@@ -116,10 +116,6 @@ def _as_placeholder(node: fx.Node) -> Hashable:
     if not node.meta["names"]:
         return node
     return node.meta["kind"], tuple(node.meta["names"]), _shape(node.meta["val"]), id(node.meta.get("real"))
-
-
-def _is_random(node: fx.Node) -> bool:
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def _reshapes_in_place(captured: Captured) -> bool:

@@ -28,6 +28,7 @@ from permgraph.capture.outputs import tensor_leaves
 
 #: Of larger containers no copy is made: a cache of tensors is small, a vocabulary is not.
 MAX_LENGTH = 4096
+OF_MODULES = frozenset(vars(nn.Module()))  # what every module has: its parameters, buffers, parts and hooks
 #: So many functions are looked at for the Python modules whose names they use.
 _MAX_FUNCTIONS = 200
 _MISSING = object()

@@ -36,7 +36,7 @@ from permgraph.capture.known import KnownValues
 from permgraph.capture.module_copy import as_parameter_like, copy_inputs, copy_module
 from permgraph.capture.outputs import returned_tensors, tensor_leaves
 from permgraph.capture.passes import Variation
-from permgraph.capture.python_state import MAX_LENGTH, python_state_restored
+from permgraph.capture.python_state import MAX_LENGTH, OF_MODULES, python_state_restored
 from permgraph.capture.record import Limits, Recorder
 from permgraph.capture.result import said_of
 from permgraph.capture.saved_layout import Loading
@@ -72,7 +72,6 @@ _MATERIALISE_LIMIT = 8 * 2**30
 _MATERIALISE_LIMIT_GUESSED = 2 * 2**30
 #: No new candidate for the inputs is tried after this many seconds.
 _GUESS_SECONDS = 60.0
-_OF_MODULES = frozenset(vars(nn.Module()))  # what every module has: its parameters, buffers, parts and hooks
 
 
 def capture(
@@ -257,7 +256,7 @@ def _held_tensors(modules: Sequence[nn.Module]) -> Iterator[tuple[int, str, torc
         (at, name, value, 0)
         for at, module in enumerate(modules)
         for name, value in vars(module).items()
-        if name not in _OF_MODULES
+        if name not in OF_MODULES
     ]
     for at, name, value, depth in waiting:
         if isinstance(value, (list, tuple, dict)) and len(value) <= MAX_LENGTH and depth < 3:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import torch
+
 
 @dataclass(frozen=True)
 class Argument:
@@ -29,6 +31,11 @@ def operator_name(operator: Any) -> str:
     """The name of an operator overload without its namespace and overload; none for a callable without a schema."""
     name: str = getattr(operator, "_opname", "")
     return name
+
+
+def is_random(operator: Any) -> bool:
+    """Whether an operator overload draws random numbers."""
+    return torch.Tag.nondeterministic_seeded in getattr(operator, "tags", ())
 
 
 @cache

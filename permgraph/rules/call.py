@@ -275,12 +275,13 @@ class Call:
         `via` has the labels, beside that of the groups, of a tensor inside the operator that has a value for each.
         """
         size = tensor.shape[dim] // groups
-        for start, end, period in stretches(self.axes, tensor.dims[dim], size):
+        for stretch in stretches(self.axes, tensor.dims[dim], size):
+            start, end, period = stretch
             piece = self.remember(f"{start} to {end}", lambda n=end - start: self.tensor_like(tensor, dim, n))
             self.take(tensor, piece, dim, start, end)
-            if period == end - start:
+            if stretch.rows == 1:
                 continue
-            shape = [*piece.shape[:dim], (end - start) // period, period, *piece.shape[dim + 1 :]]
+            shape = [*piece.shape[:dim], stretch.rows, period, *piece.shape[dim + 1 :]]
             rows = self.remember(
                 f"rows of {period} from {start} to {end}",
                 lambda n=shape: TypedTensor(f"{tensor.name}.rows", n, tensor.dtype, self.axes),

@@ -20,7 +20,7 @@ from permgraph.capture.environment import WithoutDropout, make_transparent, refe
 from permgraph.capture.module_copy import ModuleCopy, as_parameter_like, copy_inputs, copy_module, copy_with
 from permgraph.capture.outputs import returned_tensors, tensor_leaves
 from permgraph.capture.passes import Variation
-from permgraph.capture.python_state import MAX_LENGTH, python_state_restored
+from permgraph.capture.python_state import MAX_LENGTH, OF_MODULES, python_state_restored
 from permgraph.capture.state import StateTensor, state_tensors
 from permgraph.capture.subject import unwrap
 from permgraph.errors import CaptureError, MismatchError
@@ -336,14 +336,13 @@ def _held(copied: ModuleCopy) -> Iterator[Tensor]:
     yield from (tensor for _, tensor in copied.tensors)
     for module in copied.modules:
         for name, value in vars(module).items():
-            inside = isinstance(value, _CONTAINERS) and name not in _OF_MODULES and len(value) <= MAX_LENGTH
+            inside = isinstance(value, _CONTAINERS) and name not in OF_MODULES and len(value) <= MAX_LENGTH
             for item in (value.values() if isinstance(value, dict) else value) if inside else (value,):
                 if isinstance(item, Tensor) and item.layout == torch.strided and not item.is_quantized:
                     yield item
 
 
 _CONTAINERS = (dict, list, set, tuple)
-_OF_MODULES = frozenset(vars(nn.Module()))  # what every module has: its parameters, buffers, parts and hooks
 Attributes = list[dict[str, Any]]
 
 

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from permgraph.capture.schema import is_random
 from permgraph.inference.memory import Memory
 from permgraph.inference.operators import Operators, name_of
 from permgraph.inference.solution import is_weight
@@ -192,7 +193,7 @@ class _Tables:
         What is drawn is like nothing else.
         """
         for one in self._from(node, self._numbers):
-            pure = one.op == "call_function" and not _draws(one)
+            pure = one.op == "call_function" and not is_random(one.target)
             key = (_said(one, lambda source: str(self._numbers[source])), str(one.meta["val"])) if pure else one
             self._numbers[one] = self._known.setdefault(key, len(self._known))
         return self._numbers[node]
@@ -237,10 +238,6 @@ class _Tables:
         real = 0.5 + torch.rand((*val.shape, 2), generator=generator, dtype=torch.float64)
         real *= most / RANGES[0]
         return torch.view_as_complex(real) if val.is_complex() else real[..., 0].clone()
-
-
-def _draws(node: fx.Node) -> bool:
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def run(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
