@@ -15,7 +15,7 @@ from permgraph.capture.python_state import MAX_LENGTH, OF_MODULES, attributes_of
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 _BY_IDENTITY = (Tensor, nn.Module, type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType)
-_CONTAINERS = (Mapping, list, tuple, set, frozenset, collections.deque)
+_CONTAINERS = (dict, list, tuple, set, frozenset, collections.deque)  # others run code of their own when looked into
 _MAX_DEPTH = 5
 
 
@@ -70,17 +70,19 @@ class _Look:
             return id(value)
         self._seen.add(id(value))
         if issubclass(kind, _CONTAINERS):
-            return id(value), len(value), self._elements(value, depth)
+            return id(value), self._elements(value, depth)
         attributes = attributes_of(value)
         if attributes is None or is_of_others(kind.__module__):
             return id(value)
         return id(value), {name: self.at(inner, depth + 1) for name, inner in attributes.items()}
 
     def _elements(self, value: Any, depth: int) -> Any:
-        if len(value) > MAX_LENGTH:
-            return None
-        if issubclass(type(value), Mapping):
-            return [(self.at(key, depth + 1), self.at(inner, depth + 1)) for key, inner in value.items()]
-        if issubclass(type(value), (set, frozenset)):
-            return {id(inner) for inner in value}
-        return [self.at(inner, depth + 1) for inner in value]
+        kind = next(kind for kind in _CONTAINERS if issubclass(type(value), kind))
+        length = kind.__len__(value)
+        if length > MAX_LENGTH:
+            return length
+        if kind is dict:
+            return [(self.at(key, depth + 1), self.at(inner, depth + 1)) for key, inner in dict.items(value)]
+        if kind in (set, frozenset):
+            return {id(inner) for inner in kind.__iter__(value)}
+        return [self.at(inner, depth + 1) for inner in kind.__iter__(value)]
