@@ -99,6 +99,8 @@ def _by_part(axes: Axes, split: Sequence[Axis], position: int) -> Cuts | None:
     cuts = ByPart(-1, tuple(tuple(sorted(_points(axes, member))) for member in axis.children))
     if not any(cuts.points):
         return None
+    if len(set(cuts.points)) == 1:  # one seam for all of them, with which other factors can differ
+        return cuts.anywhere
     for at, before in enumerate(split[:position]):
         before = axes.resolve(before)
         if before.kind is Kind.SUM and before.index is not None and before.index.find() is axis.index.find():

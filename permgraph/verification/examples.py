@@ -146,7 +146,7 @@ READS = rows(
     ("_assert_scalar", lambda x: (aten._assert_scalar(True, "no"), x * 2)[1], F(2, 3), PAIR),
     ("sym_size.int", F(2, 3), 0, "(a b) -> () where b per a"),
     ("is_pinned", lambda x: (undivided(aten.is_pinned.default)(x), x * 2)[1], F(2, 3), PAIR),
-    ("item", lambda x: x * undivided(aten.item.default)(x[0, 0]), F(2, 3), "(s:[1 + 1] [1 + {a | b}@s]) -> (s:[1 + 1] [1 + {a | b}@s])"),
+    ("item", lambda x: x * undivided(aten.item.default)(x[0, 0]), F(2, 3), "(s:[1 + 1] {[1 + a] | b}@s) -> (s:[1 + 1] {[1 + a] | b}@s)"),
     ("item of an index", lambda x: x * x.argmax().item(), F(5), "(.) -> (.)"),
     ("_local_scalar_dense", lambda x, y: x * y.sum().item(), F(2, 3), F(5), "(a b), (c) -> (a b) where b per a"),
     ("is_nonzero", lambda x: x * undivided(aten.is_nonzero.default)(x.sum()), F(2, 3), PAIR),

@@ -65,6 +65,7 @@ def test_streamed_equals_in_memory(folder: Path, tmp_path: Path) -> None:
     assert report["check"]["max_error"] < 1e-5
 
 
+@pytest.mark.slow
 def test_half_precision_stays_half_precision(tmp_path: Path) -> None:
     folder = llama_pair(tmp_path, torch.bfloat16)
     run("align", folder / "a", folder / "b", "--symmetry", "general", "--stream", "-o", tmp_path / "c", "--no-check")
@@ -74,6 +75,7 @@ def test_half_precision_stays_half_precision(tmp_path: Path) -> None:
     assert float((before - after).abs().max() / before.abs().max()) < 0.05
 
 
+@pytest.mark.slow
 def test_tied_weights_stay_tied(tmp_path: Path) -> None:
     folder = llama_pair(tmp_path, tie_word_embeddings=True)
     run("align", folder / "a", folder / "b", "--symmetry", "general", "--stream", "-o", tmp_path / "c")
@@ -83,6 +85,7 @@ def test_tied_weights_stay_tied(tmp_path: Path) -> None:
     assert float((before - after).abs().max() / before.abs().max()) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_after_its_last_sweep(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     args = ("align", folder / "a", folder / "b", "--symmetry", "general", "--stream", "--json", "-o")
     whole = json.loads(run(*args, tmp_path / "whole").stdout)
@@ -108,6 +111,7 @@ def test_a_run_goes_on_after_its_last_sweep(folder: Path, tmp_path: Path, monkey
     assert one == other
 
 
+@pytest.mark.slow
 def test_two_are_merged_streamed_and_three_to_a_reference(folder: Path, tmp_path: Path) -> None:
     a, b = folder / "a", folder / "b"
     general = ("--symmetry", "general", "--stream")

@@ -236,6 +236,7 @@ def test_large_models_are_compared_in_single_precision_and_their_elements_are_ex
 # --- what is read and held --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", [0, 2000])
 def test_what_is_loaded_at_a_time_is_bounded(cache: int) -> None:
     """One parameter of each model, the gains, and the cache, however many parameters there are."""
@@ -271,6 +272,7 @@ def test_reads_as_often_as_the_estimate_says() -> None:
 # --- going on, and stopping -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_ends_where_an_unbroken_one_does(
     pair: tuple[nn.Module, State, State, pg.PermutationSpec, Tensor],
 ) -> None:
@@ -285,6 +287,7 @@ def test_a_run_that_was_stopped_ends_where_an_unbroken_one_does(
             assert torch.equal(own.apply(b)[name], tensor)
 
 
+@pytest.mark.slow
 def test_interrupted_it_keeps_the_last_whole_step(monkeypatch: pytest.MonkeyPatch) -> None:
     _, a, b, spec, _ = built(*NETWORKS["decoder"])
     best_element = compact.best_element
