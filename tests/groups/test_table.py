@@ -407,8 +407,8 @@ def clip() -> Any:
         hidden_size=24, intermediate_size=13, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=8
     )
     model = _from("CLIPConfig", "CLIPModel", text_config=text, vision_config=vision, projection_dim=16)
-    # the model returns both streams and both projections, which hence stay put
-    return model, None, 2 * (heads(4, 8) + s(11)) + 2 * (heads(4, 6) + s(13))
+    # The projections, which people store, stay put; the towers' streams are by-products, from which they are computed.
+    return model, None, s(32) + 2 * (heads(4, 8) + s(11)) + s(24) + 2 * (heads(4, 6) + s(13))
 
 
 @row
