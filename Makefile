@@ -7,14 +7,15 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 # One thread for each worker: the tests are many small computations, and two workers share the machine.
 WORKERS     ?= 2
 PYTEST_ARGS ?=
-test zoo: export OMP_NUM_THREADS ?= 1
+test slow zoo: export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test browser lint format docs bench zoo clean
+.PHONY: help demo test slow browser lint format docs bench zoo clean
 
 help:
 	@echo "make demo    train six small networks, align each pair, print the table, draw demo/report.png"
 	@echo "make test    the test suite (a few minutes on two cores)"
+	@echo "make slow    the tests that are left out of it because they take long"
 	@echo "make browser install what the tests of the report and of Ray clusters need besides; they skip without it"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  let ruff rewrite what it can"
@@ -44,6 +45,9 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+
+slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m slow $(PYTEST_ARGS)
 
 # The machine's own browser, else Debian's where root may install it, else Playwright's; and Ray. Whatever cannot be had
 # here is said, and the tests that need it skip with that reason at the end of the run.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -19,3 +22,13 @@ settings.register_profile(
 settings.load_profile("deterministic")
 
 operators.declare()
+
+LISTED_AS_SLOW = frozenset((Path(__file__).parent / "slow.txt").read_text().splitlines())
+"""Single cases of tests that take more than some three seconds, as ``pytest --durations=0`` names them."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.nodeid in LISTED_AS_SLOW:
+            item.add_marker(pytest.mark.slow)
