@@ -60,6 +60,34 @@ class Alignment(MatchResult):
         load_tied(model, self.state_dict)
         return model
 
+    def transport(self, x: Any, **options: Any) -> Any:
+        """What goes with B's weights, moved as these are: states of optimizers, averages, masks, adapters, differences.
+
+        Where `align` was given B's module, an optimizer's parameters are taken to be the module's.
+
+        Args:
+            x: what to move.
+            options: those of `permgraph.transport`.
+
+        Raises:
+            MismatchError: something does not fit B, or does not go along; the message names it.
+
+        Example:
+            >>> a, b = (nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1)) for _ in "ab")
+            >>> adam = torch.optim.Adam(b.parameters())
+            >>> b(torch.ones(2)).backward(), adam.step()
+            (None, None)
+            >>> fit = align(a, b)
+            >>> model = fit.model()
+            >>> again = torch.optim.Adam(model.parameters())
+            >>> again.load_state_dict(fit.transport(adam.state_dict()))  # and training goes on as it would have
+        """
+        if self._module is not None:
+            options.setdefault("parameters", self._module)
+        if self.transformation is not None and self.transformation.spec.general_gains and options.get("base") is None:
+            options["base"] = self.transformation.inverse().apply(self.state_dict)
+        return super().transport(x, **options)
+
     def __str__(self) -> str:
         return (
             f"{self.outcome} after {self.sweeps} sweeps in {self.seconds:.2f} s: objective {self.objective_before:.6g} "
