@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -89,7 +90,7 @@ def _moved(mover: Mover, x: Any, kind: Kind, parameters: Parameters | None, tran
     if is_optimizer_state(x):
         return optimizer_state(mover, x, parameters)
     if isinstance(x, Mapping):
-        if any(_moves(value) for value in x.values()):
+        if any(_moves(value) or _fits(value, key, mover.element.spec) for key, value in x.items()):
             return _state(mover, x, kind, parameters, transposed, where)
         return {key: _moved(mover, value, kind, parameters, transposed, f"{where}{key}.") for key, value in x.items()}
     if isinstance(x, (list, tuple)):
@@ -109,6 +110,12 @@ def _moved(mover: Mover, x: Any, kind: Kind, parameters: Parameters | None, tran
 def _moves(value: object) -> bool:
     """Whether this is a tensor with more than one real number, and no step or random state."""
     return isinstance(value, Tensor) and value.numel() > 1 and is_continuous(value)
+
+
+def _fits(value: object, key: object, spec: SpecData) -> bool:
+    """Whether this is a tensor of a parameter's name and shape, such as a mask of truth values."""
+    known = spec.shapes.get(spec.aliases.get(str(key), str(key)))
+    return isinstance(value, Tensor) and value.numel() > 1 and tuple(value.shape) == known
 
 
 def _state(
@@ -168,7 +175,8 @@ def part_moved(
     """What one key holds, after what acts on its parameter."""
     name = entry.name
     if entry.part in ("whole", "mask"):
-        return mover.parameter(name, tensor, "mask" if entry.part == "mask" else kind, own)
+        is_mask = entry.part == "mask" or tensor.dtype is torch.bool
+        return mover.parameter(name, tensor, "mask" if is_mask else kind, own)
     assert ways is not None
     what = repr(key)
     if entry.part in ("in", "out"):

@@ -105,6 +105,8 @@ def test_pruned_weights_and_their_masks() -> None:
     prune.custom_from_mask(fresh[3], "weight", moved["3.weight_mask"])
     x = torch.randn(5, 4)
     torch.testing.assert_close(fresh(x), given(x))
+    whole = {"model": there, "masks": {"3.weight": state["3.weight_mask"] > 0}}  # truth values, and nothing said
+    assert torch.equal(pg.transport(turn, whole)["masks"]["3.weight"], moved["3.weight_mask"] > 0)
     general = pg.auto_spec(net(), symmetry="general").random(1)
     signed = pg.transport(general, {"3.weight": state["3.weight_mask"]}, kind="mask")
     assert set(signed["3.weight"].unique().tolist()) == {0.0, 1.0}
