@@ -53,7 +53,9 @@ def align(
     with Screen(shown, resumes=True) as screen, distributed_run() as others:
         check_file(permutation_file, "--permutation", (".safetensors",))
         check_file(page, "--report", PAGES)
-        run = MatchingRun.prepare((a, b), subject, matching, data, screen, output=writing.output, like=1, others=others)
+        run = MatchingRun.prepare(
+            (a, b), subject, matching, data, screen, output=writing.output, like=1, others=others, other_rows=True
+        )
         if others is not None and not others.leads:
             run.follow(1)
             return
@@ -70,14 +72,15 @@ def align(
                 screen.note("going on where an earlier run stopped")
             permutation, report = run.match(staging, 1)
             report = {**report, "check": run.prove(1, permutation)}
+            own, weights = run.own(1, permutation), run.whole(1)
             if permutation_file is not None:
-                permutation.save(permutation_file)
+                own.save(permutation_file)
 
-            element = in_parts(permutation)
+            element = in_parts(own)
 
             def moved(key: str, tensor: torch.Tensor) -> torch.Tensor:
                 require_finite(key, tensor, b)
-                return moved_by(element, names[key], tensor, run.weights[1]) if key in names else tensor
+                return moved_by(element, names[key], tensor, weights) if key in names else tensor
 
             with screen.stage("writing", other.nbytes) as update:
                 write_checkpoint(other, staging, moved, progress=lambda done, whole: update(done))

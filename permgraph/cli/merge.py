@@ -61,7 +61,7 @@ def merge(
             raise MismatchError(f"--reference {reference}: the checkpoints are 0 to {len(checkpoints) - 1}")
         if recalibrate and data.data is None:
             raise EvaluationError("--recalibrate runs the merged network: say --data")
-        run = MatchingRun.prepare(checkpoints, subject, matching, data, screen, output=writing.output)
+        run = MatchingRun.prepare(checkpoints, subject, matching, data, screen, output=writing.output, other_rows=True)
         if recalibrate and not run.model:
             raise MismatchError("--recalibrate runs the merged network: say --model, not --spec")
         require_same_names(run.weights, run.spec)
