@@ -14,9 +14,11 @@ from permgraph.errors import MismatchError
 from permgraph.spec.data import SpecData
 from permgraph.spec.elements import element_of
 from permgraph.spec.expressions import Axis, Fixed, parse_axes, parse_axis
+from permgraph.spec.general import General
 from permgraph.transporting.mover import Kind, Mover
 from permgraph.transporting.names import Entry, entries, factored
 from permgraph.transporting.optimizers import Parameters, is_optimizer_state, optimizer_state, order_of
+from permgraph.weights.identity import SameTensor
 from permgraph.weights.state_dict import is_continuous, own_state
 
 What = Literal["weights", "difference", "gradient", "squares", "mask"]
@@ -135,8 +137,11 @@ def _state(
     except MismatchError as error:
         raise MismatchError(f"{where.removesuffix('.')}: {error}" if where else str(error)) from None
     own = {spec.canonical(e.name): tensors[k] for k, e in held.items() if e.part == "whole" and e.name in _known(spec)}
+    if spec.general is not None and kind == "weights":
+        state, held = _untied(spec.general, state, held, own)
     out: dict[str, Any] = {}
-    done: dict[tuple[int, Entry], Tensor] = {}
+    done: dict[tuple[str, Entry], Tensor] = {}
+    memory = SameTensor()
     for key, value in state.items():
         if key in held:
             entry = held[key]
@@ -144,7 +149,7 @@ def _state(
                 out[key] = value.clone()
                 continue
             name = spec.canonical(entry.name)
-            same = id(value), entry._replace(name=name)
+            same = memory.first_name(key, value), entry._replace(name=name)
             if same not in done:
                 done[same] = part_moved(mover, entry, key, value, kind, own, ways.get(entry.name))
             out[key] = done[same]
@@ -156,6 +161,19 @@ def _state(
         else:
             out[key] = _moved(mover, value, kind, parameters, transposed, f"{where}{key}.")
     return out
+
+
+def _untied(
+    general: General, state: Mapping[str, Any], held: Mapping[str, Entry], own: Mapping[str, Any]
+) -> tuple[Mapping[str, Any], dict[str, Entry]]:
+    """A state dict with what a tied network leaves out, where the spec is that of the network untied."""
+    more, found = dict(state), dict(held)
+    for name, source in general.untied.items():
+        for key, entry in held.items() if name not in own else ():
+            if entry == Entry(source):
+                new = key.removesuffix(source) + name
+                more[new], found[new] = state[key], Entry(name)
+    return more, found
 
 
 def _known(spec: SpecData) -> Mapping[str, Any]:

@@ -43,6 +43,31 @@ def test_a_state_dict_moves_as_permutations_and_transformations_move_it() -> Non
         assert equal(pg.transport(turn, part), {name: moved[name] for name in part})
 
 
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.fc, self.head = nn.Embedding(5, 4), nn.Linear(4, 4), nn.Linear(4, 5, bias=False)
+        self.norm = nn.RMSNorm(4)
+        self.head.weight = self.table.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.table(tokens)
+        return self.head(self.norm(x + self.fc(x)))
+
+
+def test_tied_weights_stay_tied_unless_the_spec_unties_them() -> None:
+    given, tokens = Tied().double(), torch.tensor([[0, 1, 2]])
+    turn = pg.auto_spec(given, (tokens,)).random(1, every_group=True)
+    moved = pg.transport(turn, {name: tensor.detach() for name, tensor in given.state_dict().items()})
+    assert moved["head.weight"].data_ptr() == moved["table.weight"].data_ptr()
+    spec = pg.auto_spec(given, (tokens,), symmetry="general", untie=True)
+    part = {f"ema.{name}": tensor for name, tensor in given.state_dict().items() if name != "head.weight"}
+    there = spec.random(1).apply(given.state_dict())
+    moved = pg.transport(spec.random(1), part)
+    assert not torch.equal(there["head.weight"], there["table.weight"])
+    assert equal({name.removeprefix("ema."): tensor for name, tensor in moved.items()}, there)
+
+
 def test_averages_under_a_prefix() -> None:
     given = net()
     average = AveragedModel(given, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9))
