@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from permgraph.cli.options import Data, Matching, Shown, Subject, Writing
+from permgraph.cli.options import Data, Matching, RowsBy, Shown, Subject, Writing
 from permgraph.cli.report import PAGE, PAGES, check_file
 from permgraph.cli.screen import Screen
 
@@ -25,6 +25,7 @@ def align(
         typer.Option("--permutation", "-p", help="Save the permutation, or the transformation, here as safetensors."),
     ] = None,
     page: Annotated[Path | None, typer.Option("--report", help=PAGE)] = None,
+    rows: RowsBy = "meaning",
     subject: Subject,
     matching: Matching,
     data: Data,
@@ -54,7 +55,7 @@ def align(
         check_file(permutation_file, "--permutation", (".safetensors",))
         check_file(page, "--report", PAGES)
         run = MatchingRun.prepare(
-            (a, b), subject, matching, data, screen, output=writing.output, like=1, others=others, other_rows=True
+            (a, b), subject, matching, data, screen, output=writing.output, like=1, others=others, rows=rows
         )
         if others is not None and not others.leads:
             run.follow(1)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,6 +18,7 @@ import permgraph
 from permgraph.cli.checkpoints import fitted, identity_of, require_finite, whole_state
 from permgraph.cli.data import class_dim_of, identity_of_data, load_data
 from permgraph.cli.distributed import DistributedRun
+from permgraph.cli.kept import keep_json, load_element, resumed, save
 from permgraph.cli.matchers import describe, machine_memory, matcher_of
 from permgraph.cli.models import build, own_model, parse_inputs, require_one_structure, spec_of
 from permgraph.cli.options import FORMS, Data, Init, Matching, Split, Subject
@@ -33,7 +34,6 @@ from permgraph.matching.rows import Rows, on_spec
 from permgraph.matching.streamed import StreamedWeightMatching
 from permgraph.merging.compared import Compared
 from permgraph.spec.elements import AnyElement
-from permgraph.spec.permutation import Permutation
 from permgraph.spec.spec import PermutationSpec
 from permgraph.spec.transformation import Transformation
 from permgraph.verification import verify
@@ -96,7 +96,7 @@ class MatchingRun:
         like: int = 0,
         split: Split = Split.train,
         others: DistributedRun | None = None,
-        other_rows: bool = False,
+        rows: str | None = None,
     ) -> MatchingRun:
         """Open the checkpoints, and make sure of all that can be known before anything is computed.
 
@@ -108,7 +108,7 @@ class MatchingRun:
             like: the number of the checkpoint whose layout that has.
             split: of data that have two, unless the options say.
             others: the processes that match together with this one.
-            other_rows: whether the checkpoints may have other tokens or classes.
+            rows: how rows are matched where checkpoints have other tokens or classes; they may not if None.
 
         Raises:
             CheckpointError, MismatchError: a checkpoint cannot be read, does not fit the model or the output's name.
@@ -140,27 +140,27 @@ class MatchingRun:
         leave = tuple(subject.leave or ())
         layout = model or ("" if folder is None else f"hf:{folder}")
         weights = tuple(
-            fitted(checkpoint, spec, screen, leave, layout, other_rows=other_rows and number > 0)
+            fitted(checkpoint, spec, screen, leave, layout, other_rows=rows is not None and number > 0)
             for number, checkpoint in enumerate(opened)
         )
         opened = tuple(each.checkpoint for each in weights)
-        rows = matched_rows(spec, weights, asked.rows, layout, screen) if other_rows else None
-        specs = [spec] * len(weights) if rows is None else list(rows.specs)
+        found = None if rows is None else matched_rows(spec, weights, rows, layout, screen)
+        specs = [spec] * len(weights) if found is None else list(found.specs)
         specs = [specs[0], *(with_own_ties(own, each) for own, each in zip(specs[1:], weights[1:], strict=True))]
-        if rows is not None:
+        if found is not None:
             if runs_networks(matcher):
                 raise MismatchError(
                     f"--matcher {asked.matcher.value} runs the networks, whose rows differ: take weight"
                 )
-            weights = tuple(CommonRows(each.checkpoint, each.keys_of, n, rows) for n, each in enumerate(weights))
-            spec = rows.spec
+            weights = tuple(CommonRows(each.checkpoint, each.keys_of, n, found) for n, each in enumerate(weights))
+            spec = found.spec
         for other in weights[1:]:
             _require_alike(weights[0], other)
         barycentre = asked.init is Init.barycentre
         inputs = tuple(subject.inputs or ())
         return cls(
             opened, weights, spec, model, matcher, loader, data, asked.seed, leave, barycentre, inputs, asked.check,
-            screen, others, rows, tuple(specs),
+            screen, others, found, tuple(specs),
         )  # fmt: skip
 
     def job(self, command: str, **more: Any) -> dict[str, Any]:
@@ -196,8 +196,7 @@ class MatchingRun:
 
     def own(self, number: int, element: AnyElement) -> AnyElement:
         """An element of the spec's group, as one that is applied to a checkpoint with all of its rows."""
-        own = self.spec_of(number)
-        return element if own is self.spec else on_spec(element, own)
+        return element if self.spec_of(number) is self.spec else on_spec(element, self.spec_of(number))
 
     def model_of(self, number: int) -> str:
         """The model that a checkpoint holds the weights of, as it is named on the command line; empty if not known."""
@@ -225,10 +224,10 @@ class MatchingRun:
             return {}
         started = time.perf_counter()
         args, kwargs = parse_inputs(list(self.inputs))
-        permutation = self.own(number, permutation)
         if self.rows is not None and model == self.model and number:  # its rows are those of the first
             self.screen.note(f"{path}: not checked: {model} has not its numbers of rows")
             return {}
+        permutation = self.own(number, permutation)
         with self.screen.stage(f"checking {path.name}"):
             try:
                 proof = verify(
@@ -372,43 +371,6 @@ def _spec(model: str, subject: Subject, reference: Checkpoint, screen: Screen) -
         )
     with screen.stage("finding symmetries"):
         return spec_of(model, subject.inputs, subject.symmetry, subject.outputs)
-
-
-def resumed(
-    matcher: StreamedWeightMatching, staging: Staging, prefix: str, spec: PermutationSpec
-) -> StreamedWeightMatching:
-    """The matcher, beginning after the last sweep that an earlier run has kept, and keeping its own."""
-    prefix = f"{prefix}sweep-"
-
-    def keep(sweep: int, element: AnyElement) -> None:
-        save(staging, f"{prefix}{sweep}.safetensors", element)
-
-    done = max((int(n.removeprefix(prefix).split(".")[0]) for n in staging.finished if n.startswith(prefix)), default=0)
-    if not done:
-        return dataclasses.replace(matcher, keep=keep)
-    reached = load_element(staging.path(f"{prefix}{done}.safetensors"), spec)
-    return dataclasses.replace(matcher, init=reached, done=done, keep=keep)
-
-
-def load_element(path: Path, spec: PermutationSpec) -> AnyElement:
-    """Read what `save` kept."""
-    return Permutation.load(path, spec) if spec.general is None else Transformation.load(path, spec)
-
-
-def save(staging: Staging, name: str, permutation: AnyElement) -> None:
-    """Keep a permutation, or a transformation, with the staging."""
-    permutation.save(staging.path(name))
-    content = staging.path(name).read_bytes()
-    staging.make(name, lambda file: _write(file, content))
-
-
-def keep_json(staging: Staging, name: str, value: Any) -> None:
-    """Keep plain data with the staging."""
-    staging.make(name, lambda file: _write(file, json.dumps(value).encode()))
-
-
-def _write(file: IO[bytes], content: bytes) -> None:
-    file.write(content)
 
 
 def in_words(report: Mapping[str, Any]) -> str:

@@ -139,6 +139,15 @@ Outputs = Annotated[
     ),
 ]
 
+RowsBy = Annotated[
+    Literal["meaning", "common"],
+    _matching(
+        "--rows",
+        help="Where checkpoints have other tokens or classes, which rows are the same: by the folders' tokenizers and "
+        "labels, or the first of all.",
+    ),
+]
+
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help=f"{FORMS}. Or a saved spec.", autocompletion=complete_model)
 ]
@@ -215,13 +224,6 @@ class Matching:
         _matching("--stream/--no-stream", help="Read tensors as they are needed; by default where memory is short."),
     ] = None
     seed: Annotated[int, _matching(help="Of all random choices.")] = 0
-    rows: Annotated[
-        Literal["meaning", "common"],
-        _matching(
-            help="Where checkpoints have other tokens or classes, which rows are the same: by the folders' tokenizers "
-            "and labels, or the first of all."
-        ),
-    ] = "meaning"
     check: Annotated[
         bool | None,
         _matching(

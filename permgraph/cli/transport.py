@@ -214,7 +214,7 @@ def _symmetry_of(fit: Path) -> Any:
 
 
 def _load(fit: Path, spec: PermutationSpec) -> AnyElement:
-    from permgraph.cli.matching_run import load_element
+    from permgraph.cli.kept import load_element
 
     try:
         return load_element(fit, spec)
