@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import permgraph as pg
@@ -245,3 +247,36 @@ def test_a_sparse_autoencoder_of_the_stream() -> None:
         ):
             with pytest.raises(MismatchError, match=said):
                 pg.transport(turn, dictionary, axes=wrong)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_adapters_that_peft_saves_load_on_the_moved_base(tmp_path: Path, dora: bool) -> None:
+    peft = pytest.importorskip("peft")
+    net = llama()
+    base = copy.deepcopy(net)
+    config = peft.LoraConfig(
+        r=RANK, target_modules=["q_proj", "v_proj", "up_proj"], use_dora=dora, modules_to_save=["lm_head"]
+    )
+    model = peft.get_peft_model(net, config).double()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name or "modules_to_save" in name:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    tokens = torch.arange(12).reshape(2, 6) % 23
+    with torch.no_grad():
+        before, without = model(tokens).logits, base(tokens).logits
+    assert float((before - without).abs().max()) > 1e-2
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert any("magnitude" in key for key in saved) == dora and any("lm_head" in key for key in saved)
+    turn = spec_of(llama).random(1, every_group=True)
+    base.load_state_dict(turn.apply(base.state_dict()))
+    save_file(pg.transport(turn, saved), tmp_path / "adapter_model.safetensors", {"format": "pt"})
+    again = peft.PeftModel.from_pretrained(base, tmp_path).double().eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(tokens).logits, before, rtol=1e-5, atol=1e-5)
+    # The adapted model's own state dict, with the base in it, moves as a whole.
+    whole = pg.transport(turn, model.state_dict())
+    model.load_state_dict(whole)
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens).logits, before, rtol=1e-5, atol=1e-5)
