@@ -310,8 +310,9 @@ def _partners(kind: Kind | None, sizes: Sequence[int]) -> tuple[Tensor, ...]:
 def _notes(kind: Kind | None, table: Table, sizes: Sequence[int], names: Sequence[str]) -> Iterable[str]:
     common = len(table.common(0))
     how = "the first of both" if kind is None else f"by their {kind.what}"
-    shown = ", ".join(f"{size} of {name}" for size, name in zip(sizes, names, strict=True))
+    counts = [f"{size} in {name}" for size, name in zip(sizes[1:], names[1:], strict=True)]
+    shown = (" and " if len(counts) == 1 else ", ").join([f"{sizes[0]} rows in {names[0]}", *counts])
     yield (
-        f"of the rows of {shown}, {common} are in common, {how}: these count in matching, and the others are moved "
-        "along with their units"
+        f"of {shown}, {common} are in common, {how}: these count in matching, and the others are moved along with their "
+        "units"
     )

@@ -72,7 +72,7 @@ def test_other_vocabularies_are_matched_by_their_tokens(tied: bool) -> None:
     fit = pg.align(a, given, rows=words, example_inputs=(TOKENS,))
     for name, tensor in b.state_dict().items():  # also the rows that A has not, which went along
         assert torch.equal(fit.state_dict[name], tensor)
-    assert any("of the rows of 9 of A, 11 of B, 9 are in common, by their names" in note for note in fit.notes)
+    assert any("of 9 rows in A and 11 in B, 9 are in common, by their names" in note for note in fit.notes)
     assert fit.permutation.spec.shapes["table.weight"] == (11, 6)
     assert torch.equal(fit.model()(TOKENS)[0], b(TOKENS)[0])
     # By place the words are others, and say nothing.
@@ -114,7 +114,7 @@ def test_other_classes_beside_other_tokens() -> None:
     with pytest.raises(MismatchError, match="'head.weight' has shape .* nothing says which rows mean the same"):
         pg.align(a, b, rows=(WORDS_A, WORDS_B), example_inputs=(TOKENS,))
     fit = pg.align(a, b, rows=[(WORDS_A, WORDS_B), labels], example_inputs=(TOKENS,))
-    assert len(fit.notes) == 2 and "of the rows of 4 of A, 3 of B, 2 are in common" in fit.notes[1]
+    assert len(fit.notes) == 2 and "of 4 rows in A and 3 in B, 2 are in common" in fit.notes[1]
     torch.testing.assert_close(fit.model()(TOKENS), b(TOKENS))
 
 
@@ -183,7 +183,7 @@ def test_modules_of_transformers_with_other_classes_need_no_names() -> None:
     given.load_state_dict(turn.apply(b.state_dict()))
     fit = pg.align(a, given, spec=spec)
     assert all(torch.equal(fit.state_dict[name], tensor) for name, tensor in b.state_dict().items())
-    assert "of the rows of 2 of A, 3 of B, 2 are in common, by their classes" in fit.notes[0]
+    assert "of 2 rows in A and 3 in B, 2 are in common, by their classes" in fit.notes[0]
 
 
 def test_tied_and_untied_modules_are_aligned_and_noted() -> None:
