@@ -313,6 +313,6 @@ def _notes(kind: Kind | None, table: Table, sizes: Sequence[int], names: Sequenc
     counts = [f"{size} in {name}" for size, name in zip(sizes[1:], names[1:], strict=True)]
     shown = (" and " if len(counts) == 1 else ", ").join([f"{sizes[0]} rows in {names[0]}", *counts])
     yield (
-        f"of {shown}, {common} are in common, {how}: these count in matching, and the others are moved along with their "
-        "units"
+        f"of {shown}, {common} are in common, {how}: these count in matching, and the others are moved along with "
+        "their units"
     )
