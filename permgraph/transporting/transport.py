@@ -136,9 +136,12 @@ def _state(
         ways = factored(held, tensors, spec, transposed)
     except MismatchError as error:
         raise MismatchError(f"{where.removesuffix('.')}: {error}" if where else str(error)) from None
-    own = {spec.canonical(e.name): tensors[k] for k, e in held.items() if e.part == "whole" and e.name in _known(spec)}
     if spec.general is not None and kind == "weights":
-        state, held = _untied(spec.general, state, held, own)
+        state, held = _untied(spec.general, state, held)
+    copies: dict[str, dict[str, Any]] = {}  # the weights, and averages of them, by what stands before their names
+    for key, entry in held.items():
+        if entry.part == "whole" and entry.name in _known(spec):
+            copies.setdefault(key.removesuffix(entry.name), {})[spec.canonical(entry.name)] = state[key]
     out: dict[str, Any] = {}
     done: dict[tuple[str, Entry], Tensor] = {}
     memory = SameTensor()
@@ -151,7 +154,8 @@ def _state(
             name = spec.canonical(entry.name)
             same = memory.first_name(key, value), entry._replace(name=name)
             if same not in done:
-                done[same] = part_moved(mover, entry, key, value, kind, own, ways.get(entry.name))
+                own = copies.get(key.removesuffix(entry.name), {})
+                done[same] = _part_moved(mover, entry, key, value, kind, own, ways.get(entry.name))
             out[key] = done[same]
         elif _moves(value):
             raise MismatchError(
@@ -164,14 +168,14 @@ def _state(
 
 
 def _untied(
-    general: General, state: Mapping[str, Any], held: Mapping[str, Entry], own: Mapping[str, Any]
+    general: General, state: Mapping[str, Any], held: Mapping[str, Entry]
 ) -> tuple[Mapping[str, Any], dict[str, Entry]]:
     """A state dict with what a tied network leaves out, where the spec is that of the network untied."""
     more, found = dict(state), dict(held)
     for name, source in general.untied.items():
-        for key, entry in held.items() if name not in own else ():
-            if entry == Entry(source):
-                new = key.removesuffix(source) + name
+        for key, entry in held.items():
+            new = key.removesuffix(source) + name
+            if entry == Entry(source) and new not in held:
                 more[new], found[new] = state[key], Entry(name)
     return more, found
 
@@ -181,7 +185,7 @@ def _known(spec: SpecData) -> Mapping[str, Any]:
     return {**spec.axes, **spec.aliases}
 
 
-def part_moved(
+def _part_moved(
     mover: Mover,
     entry: Entry,
     key: str,

@@ -169,6 +169,17 @@ def test_differences_go_with_the_linear_part() -> None:
         pg.transport(spec.random(1), difference, kind="gradient")
 
 
+def test_copies_of_the_weights_are_each_moved_by_their_own_gains() -> None:
+    given, tokens = Tied().double(), torch.tensor([[0, 1, 2]])
+    turn = pg.auto_spec(given, (tokens,), symmetry="general", untie=True).random(1)
+    average = {name: tensor.clone() for name, tensor in given.state_dict().items()}
+    average["norm.weight"] = torch.tensor([0.5, 2, 3, 4]).double()
+    moved = pg.transport(turn, {**given.state_dict(), **{f"ema.{name}": t for name, t in average.items()}})
+    for prefix, state in (("", given.state_dict()), ("ema.", average)):
+        for name, tensor in turn.apply(state).items():
+            torch.testing.assert_close(moved[prefix + name], tensor)
+
+
 def test_a_merge_moves_what_is_of_each_model() -> None:
     models = [net(), net()]
     merged = pg.merge(models)
