@@ -232,6 +232,9 @@ from .studies import (
 from .studies import (
     study as study,
 )
+from .transporting import (
+    transport as transport,
+)
 from .verification import (
     GeneralVerification as GeneralVerification,
 )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from permgraph.cli.options import Data, Matching, Shown, Subject, Writing
+from permgraph.cli.options import Data, Matching, RowsBy, Shown, Subject, Writing
 from permgraph.cli.report import PAGE, PAGES, check_file
 from permgraph.cli.screen import Screen
 
@@ -25,6 +25,7 @@ def align(
         typer.Option("--permutation", "-p", help="Save the permutation, or the transformation, here as safetensors."),
     ] = None,
     page: Annotated[Path | None, typer.Option("--report", help=PAGE)] = None,
+    rows: RowsBy = "meaning",
     subject: Subject,
     matching: Matching,
     data: Data,
@@ -53,7 +54,9 @@ def align(
     with Screen(shown, resumes=True) as screen, distributed_run() as others:
         check_file(permutation_file, "--permutation", (".safetensors",))
         check_file(page, "--report", PAGES)
-        run = MatchingRun.prepare((a, b), subject, matching, data, screen, output=writing.output, like=1, others=others)
+        run = MatchingRun.prepare(
+            (a, b), subject, matching, data, screen, output=writing.output, like=1, others=others, rows=rows
+        )
         if others is not None and not others.leads:
             run.follow(1)
             return
@@ -70,14 +73,15 @@ def align(
                 screen.note("going on where an earlier run stopped")
             permutation, report = run.match(staging, 1)
             report = {**report, "check": run.prove(1, permutation)}
+            own, weights = run.own(1, permutation), run.whole(1)
             if permutation_file is not None:
-                permutation.save(permutation_file)
+                own.save(permutation_file)
 
-            element = in_parts(permutation)
+            element = in_parts(own)
 
             def moved(key: str, tensor: torch.Tensor) -> torch.Tensor:
                 require_finite(key, tensor, b)
-                return moved_by(element, names[key], tensor, run.weights[1]) if key in names else tensor
+                return moved_by(element, names[key], tensor, weights) if key in names else tensor
 
             with screen.stage("writing", other.nbytes) as update:
                 write_checkpoint(other, staging, moved, progress=lambda done, whole: update(done))

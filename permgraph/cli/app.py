@@ -16,6 +16,7 @@ from permgraph.cli.plan import plan
 from permgraph.cli.rules import rules
 from permgraph.cli.structure import diff, explain, spec, verify
 from permgraph.cli.study import study
+from permgraph.cli.transport import transport
 
 app = typer.Typer(
     name="permgraph",
@@ -44,6 +45,6 @@ def permgraph(
     """
 
 
-for command in (spec, explain, diff, verify, align, merge, barrier, study, plan, doctor):
+for command in (spec, explain, diff, verify, align, merge, transport, barrier, study, plan, doctor):
     app.command()(spread(command))
 app.add_typer(rules, name="rules")

@@ -12,11 +12,13 @@ import torch
 from torch import nn
 
 from permgraph.cli.models import build
+from permgraph.cli.rows import tied_names
 from permgraph.cli.screen import Screen
 from permgraph.errors import MismatchError, NonFiniteError, PermgraphError
 from permgraph.io import Checkpoint, Renamed, match_names
 from permgraph.io.converted import Conversions, ConvertedCheckpoint, converted, names_on_disk
 from permgraph.matching.general.pieces import Piecewise
+from permgraph.matching.rows import resized
 from permgraph.spec.data import SpecData
 from permgraph.spec.elements import AnyElement
 from permgraph.spec.permutation import Permutation
@@ -27,7 +29,13 @@ log = logging.getLogger(__name__)
 
 
 def fitted(
-    checkpoint: Checkpoint, spec: PermutationSpec, screen: Screen, leave: Sequence[str] = (), model: str = ""
+    checkpoint: Checkpoint,
+    spec: PermutationSpec,
+    screen: Screen,
+    leave: Sequence[str] = (),
+    model: str = "",
+    *,
+    other_rows: bool = False,
 ) -> Renamed:
     """A checkpoint by the spec's names, once it is sure that every name and shape fits; no tensor is read.
 
@@ -37,6 +45,7 @@ def fitted(
         screen: is told of the prefix.
         leave: patterns of keys that the spec need not know; they are left as they are.
         model: what it holds the weights of, if that has names and tensors of its own for the keys.
+        other_rows: whether it may have other numbers of rows on which nothing acts, of tokens or classes.
 
     Raises:
         MismatchError: it does not fit; the message names the file and the first key at fault.
@@ -52,8 +61,13 @@ def fitted(
         if note:
             screen.note(f"{checkpoint.path}: {note}")
         known = {name: key for key, name in names.items() if not _left(key, name, leave)}
+        tied = tied_names(checkpoint.folder, known, spec)
+        if tied:
+            _materialise(tied, known, spec, checkpoint, screen)
+        known = {**tied, **known}  # the names that it has come last, and are those by which its keys are moved
         renamed = Renamed(checkpoint, known)
-        spec.check(renamed.without_values())
+        values = renamed.without_values()
+        (_with_shapes_of(values, spec) if other_rows else spec).check(values)
         for name, key in known.items():
             dtype = checkpoint.formats[key].dtype
             if spec.aliases.get(name, name) in spec.axes and not (dtype.is_floating_point or dtype.is_complex):
@@ -61,6 +75,32 @@ def fitted(
     except MismatchError as error:
         raise MismatchError(f"{checkpoint.path}: {error}") from None
     return renamed
+
+
+def _materialise(
+    tied: Mapping[str, str], known: Mapping[str, str], spec: PermutationSpec, checkpoint: Checkpoint, screen: Screen
+) -> None:
+    """Say which names a tied checkpoint's tensors are read under besides; refuse where it would not stay tied."""
+    names = {key: name for name, key in known.items()}
+    for name, key in tied.items():
+        if spec.general is not None:
+            raise MismatchError(
+                f"its configuration ties {name!r} to {names[key]!r}, which the other's does not: over general "
+                "symmetries they would not stay one: save it untied, or leave out --symmetry general"
+            )
+        if spec.axes[name] != spec.axes[spec.canonical(names[key])]:
+            raise MismatchError(
+                f"its configuration ties {name!r} to {names[key]!r}, which the other's does not, and whose units are "
+                "others there: save it untied"
+            )
+        screen.note(
+            f"{checkpoint.path}: {name!r} is tied to {names[key]!r} by its configuration, and untied in the other: "
+            "read as the same tensor"
+        )
+
+
+def _with_shapes_of(values: Mapping[str, torch.Tensor], spec: PermutationSpec) -> PermutationSpec:
+    return resized(spec, {spec.aliases.get(name, name): tuple(tensor.shape) for name, tensor in values.items()})
 
 
 def conversions_of(model: str) -> Conversions | None:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from permgraph.cli.checkpoints import require_finite, tensor_of
-from permgraph.cli.matching_run import MatchingRun, keep_json, load_element, save
+from permgraph.cli.kept import keep_json, load_element, save
+from permgraph.cli.matching_run import MatchingRun
 from permgraph.cli.mean import working_dtype
 from permgraph.cli.options import Method
 from permgraph.errors import MismatchError

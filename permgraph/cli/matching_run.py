@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,9 +18,11 @@ import permgraph
 from permgraph.cli.checkpoints import fitted, identity_of, require_finite, whole_state
 from permgraph.cli.data import class_dim_of, identity_of_data, load_data
 from permgraph.cli.distributed import DistributedRun
+from permgraph.cli.kept import keep_json, load_element, resumed, save
 from permgraph.cli.matchers import describe, machine_memory, matcher_of
 from permgraph.cli.models import build, own_model, parse_inputs, require_one_structure, spec_of
 from permgraph.cli.options import FORMS, Data, Init, Matching, Split, Subject
+from permgraph.cli.rows import CommonRows, digest_of, matched_rows, with_own_ties
 from permgraph.cli.screen import Screen
 from permgraph.errors import CaptureError, CheckpointError, EvaluationError, MismatchError, NonFiniteError, in_one_line
 from permgraph.io import Checkpoint, Renamed, Staging, open_checkpoint
@@ -28,10 +30,10 @@ from permgraph.io.torch_file import TorchFile
 from permgraph.io.write import check_target
 from permgraph.matching import MatchResult, SupportsMatch, Sweep, WeightMatching
 from permgraph.matching.matcher import runs_networks
+from permgraph.matching.rows import Rows, on_spec
 from permgraph.matching.streamed import StreamedWeightMatching
 from permgraph.merging.compared import Compared
 from permgraph.spec.elements import AnyElement
-from permgraph.spec.permutation import Permutation
 from permgraph.spec.spec import PermutationSpec
 from permgraph.spec.transformation import Transformation
 from permgraph.verification import verify
@@ -59,6 +61,9 @@ class MatchingRun:
         check: whether networks are to be checked after they were renumbered; if None, where memory is enough.
         screen: where to say what is going on.
         others: the processes that match together with this one.
+        rows: which rows mean the same, where the checkpoints have other tokens or classes; `weights` then have the rows
+            in common alone, of which `spec` is.
+        specs: for each checkpoint its own spec, with all of its rows and its own ties.
     """
 
     checkpoints: tuple[Checkpoint, ...]
@@ -75,6 +80,8 @@ class MatchingRun:
     check: bool | None
     screen: Screen
     others: DistributedRun | None = None
+    rows: Rows | None = None
+    specs: tuple[PermutationSpec, ...] = ()
 
     @classmethod
     def prepare(
@@ -89,6 +96,7 @@ class MatchingRun:
         like: int = 0,
         split: Split = Split.train,
         others: DistributedRun | None = None,
+        rows: str | None = None,
     ) -> MatchingRun:
         """Open the checkpoints, and make sure of all that can be known before anything is computed.
 
@@ -100,6 +108,7 @@ class MatchingRun:
             like: the number of the checkpoint whose layout that has.
             split: of data that have two, unless the options say.
             others: the processes that match together with this one.
+            rows: how rows are matched where checkpoints have other tokens or classes; they may not if None.
 
         Raises:
             CheckpointError, MismatchError: a checkpoint cannot be read, does not fit the model or the output's name.
@@ -130,15 +139,28 @@ class MatchingRun:
             raise MismatchError("several processes match together where tensors are streamed: say --stream")
         leave = tuple(subject.leave or ())
         layout = model or ("" if folder is None else f"hf:{folder}")
-        weights = tuple(fitted(checkpoint, spec, screen, leave, layout) for checkpoint in opened)
+        weights = tuple(
+            fitted(checkpoint, spec, screen, leave, layout, other_rows=rows is not None and number > 0)
+            for number, checkpoint in enumerate(opened)
+        )
         opened = tuple(each.checkpoint for each in weights)
+        found = None if rows is None else matched_rows(spec, weights, rows, layout, screen)
+        specs = [spec] * len(weights) if found is None else list(found.specs)
+        specs = [specs[0], *(with_own_ties(own, each) for own, each in zip(specs[1:], weights[1:], strict=True))]
+        if found is not None:
+            if runs_networks(matcher):
+                raise MismatchError(
+                    f"--matcher {asked.matcher.value} runs the networks, whose rows differ: take weight"
+                )
+            weights = tuple(CommonRows(each.checkpoint, each.keys_of, n, found) for n, each in enumerate(weights))
+            spec = found.spec
         for other in weights[1:]:
             _require_alike(weights[0], other)
         barycentre = asked.init is Init.barycentre
         inputs = tuple(subject.inputs or ())
         return cls(
             opened, weights, spec, model, matcher, loader, data, asked.seed, leave, barycentre, inputs, asked.check,
-            screen, others,
+            screen, others, found, tuple(specs),
         )  # fmt: skip
 
     def job(self, command: str, **more: Any) -> dict[str, Any]:
@@ -153,14 +175,28 @@ class MatchingRun:
             "data": None if self.loader is None else identity_of_data(self.data),
             "seed": self.seed,
             "leave": self.leave,
+            **({"rows": digest_of(self.rows)} if self.rows is not None else {}),
             **more,
         }
 
     def module(self, number: int) -> nn.Module:
         """The network of a checkpoint, as its own configuration says if it has one, in evaluation mode."""
         module = build(self.model_of(number), device=None)
-        module.load_state_dict(whole_state(self.weights[number], self.spec, module))
+        module.load_state_dict(whole_state(self.whole(number), self.spec_of(number), module))
         return module
+
+    def whole(self, number: int) -> Renamed:
+        """A checkpoint by the spec's names, with all of its rows."""
+        weights = self.weights[number]
+        return weights if self.rows is None else Renamed(weights.checkpoint, weights.keys_of)
+
+    def spec_of(self, number: int) -> PermutationSpec:
+        """The spec of a checkpoint with all of its rows and its own ties."""
+        return self.specs[number] if self.specs else self.spec
+
+    def own(self, number: int, element: AnyElement) -> AnyElement:
+        """An element of the spec's group, as one that is applied to a checkpoint with all of its rows."""
+        return element if self.spec_of(number) is self.spec else on_spec(element, self.spec_of(number))
 
     def model_of(self, number: int) -> str:
         """The model that a checkpoint holds the weights of, as it is named on the command line; empty if not known."""
@@ -188,6 +224,10 @@ class MatchingRun:
             return {}
         started = time.perf_counter()
         args, kwargs = parse_inputs(list(self.inputs))
+        if self.rows is not None and model == self.model and number:  # its rows are those of the first
+            self.screen.note(f"{path}: not checked: {model} has not its numbers of rows")
+            return {}
+        permutation = self.own(number, permutation)
         with self.screen.stage(f"checking {path.name}"):
             try:
                 proof = verify(
@@ -331,43 +371,6 @@ def _spec(model: str, subject: Subject, reference: Checkpoint, screen: Screen) -
         )
     with screen.stage("finding symmetries"):
         return spec_of(model, subject.inputs, subject.symmetry, subject.outputs)
-
-
-def resumed(
-    matcher: StreamedWeightMatching, staging: Staging, prefix: str, spec: PermutationSpec
-) -> StreamedWeightMatching:
-    """The matcher, beginning after the last sweep that an earlier run has kept, and keeping its own."""
-    prefix = f"{prefix}sweep-"
-
-    def keep(sweep: int, element: AnyElement) -> None:
-        save(staging, f"{prefix}{sweep}.safetensors", element)
-
-    done = max((int(n.removeprefix(prefix).split(".")[0]) for n in staging.finished if n.startswith(prefix)), default=0)
-    if not done:
-        return dataclasses.replace(matcher, keep=keep)
-    reached = load_element(staging.path(f"{prefix}{done}.safetensors"), spec)
-    return dataclasses.replace(matcher, init=reached, done=done, keep=keep)
-
-
-def load_element(path: Path, spec: PermutationSpec) -> AnyElement:
-    """Read what `save` kept."""
-    return Permutation.load(path, spec) if spec.general is None else Transformation.load(path, spec)
-
-
-def save(staging: Staging, name: str, permutation: AnyElement) -> None:
-    """Keep a permutation, or a transformation, with the staging."""
-    permutation.save(staging.path(name))
-    content = staging.path(name).read_bytes()
-    staging.make(name, lambda file: _write(file, content))
-
-
-def keep_json(staging: Staging, name: str, value: Any) -> None:
-    """Keep plain data with the staging."""
-    staging.make(name, lambda file: _write(file, json.dumps(value).encode()))
-
-
-def _write(file: IO[bytes], content: bytes) -> None:
-    file.write(content)
 
 
 def in_words(report: Mapping[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
@@ -42,8 +42,10 @@ class RenumberedMean:
 
     def __init__(self, run: MatchingRun, permutations: Sequence[AnyElement | None], shares: Sequence[float]) -> None:
         self.run, self.shares = run, shares
-        elements = [None if each is None else in_parts(each) for each in permutations]
-        self.members = tuple(zip(run.checkpoints, run.weights, elements, strict=True))
+        owned = [None if each is None else run.own(n, each) for n, each in enumerate(permutations)]
+        elements = [None if each is None else in_parts(each) for each in owned]
+        whole = [run.whole(number) for number in range(len(run.weights))]
+        self.members = tuple(zip(run.checkpoints, whole, elements, strict=True))
         self.names = {key: name for name, key in run.weights[0].keys_of.items()}
         self.differing: set[str] = set()
         self.measured: dict[str, torch.Tensor] | None = None
@@ -61,7 +63,11 @@ class RenumberedMean:
             if any(name in weights and not torch.equal(tensor, weights[name]) for _, weights, _ in self.members[1:]):
                 self.differing.add(key)
             return tensor
-        return mean(self._renumbered(key, name, tensor), self.shares).to(tensor.dtype)
+        members: Iterable[torch.Tensor] = self._renumbered(key, name, tensor)
+        rows = self.run.rows
+        if rows is not None and self.run.spec.aliases.get(name, name) in rows.tables:
+            members = rows.filled(name, list(members), self.shares)
+        return mean(members, self.shares).to(tensor.dtype)
 
     def _renumbered(self, key: str, name: str, tensor: torch.Tensor) -> Iterator[torch.Tensor]:
         """The tensor in each checkpoint, in working precision, one after the other."""
@@ -78,7 +84,7 @@ class RenumberedMean:
         run = self.run
         assert run.loader is not None
         module = build(run.model, device=None)
-        state = whole_state(run.weights[0], run.spec, module)
+        state = whole_state(run.whole(0), run.spec_of(0), module)
         keys = run.weights[0].keys_of
         merged = {name: self.of(keys[name], tensor) if name in keys else tensor for name, tensor in state.items()}
         module.load_state_dict(merged)
@@ -89,6 +95,10 @@ class RenumberedMean:
     def notes(self) -> list[str]:
         """What whoever uses the result should know."""
         found = []
+        if self.run.rows is not None:
+            found.append(
+                f"the result has the rows of {self.run.checkpoints[0].path}, each the mean of those that have it"
+            )
         if self.differing:
             found.append(
                 f"{len(self.differing)} integer tensors differ: those of {self.run.checkpoints[0].path} were taken: "
@@ -108,6 +118,24 @@ def require_same_names(named: Sequence[Renamed], spec: PermutationSpec) -> None:
     first = named[0]
     names = floating(first)
     for other in named[1:]:
+        _require_one_tie(first, other, spec)
         for name in sorted(names ^ floating(other)):
             has, lacks = (first, other) if name in names else (other, first)
             raise MismatchError(f"{has.checkpoint.path} has {name!r}, and {lacks.checkpoint.path} has not")
+
+
+def _require_one_tie(first: Renamed, other: Renamed, spec: PermutationSpec) -> None:
+    """Raise MismatchError where a later checkpoint has a tensor of its own for a name that the first one ties."""
+    for alias, name in spec.aliases.items():
+        if (
+            alias in other
+            and name in other
+            and alias not in first.keys_of
+            and other.keys_of[alias] != other.keys_of[name]
+        ):
+            one, two = other[alias], other[name]
+            if one.shape != two.shape or not torch.equal(one, two):
+                raise MismatchError(
+                    f"{first.checkpoint.path} ties {alias!r} to {name!r}, and {other.checkpoint.path} has another "
+                    "tensor for each, which the result has no place for: name that checkpoint first"
+                )

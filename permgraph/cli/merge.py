@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from permgraph.cli.options import Data, Matching, Method, Shown, Subject, Writing
+from permgraph.cli.options import Data, Matching, Method, RowsBy, Shown, Subject, Writing
 from permgraph.cli.screen import Screen
 from permgraph.errors import EvaluationError, MismatchError
 
@@ -33,6 +33,7 @@ def merge(
     recalibrate: Annotated[
         bool, typer.Option("--recalibrate", help="Measure the merged BatchNorm's statistics anew, on --data.")
     ] = False,
+    rows: RowsBy = "meaning",
     subject: Subject,
     matching: Matching,
     data: Data,
@@ -61,7 +62,7 @@ def merge(
             raise MismatchError(f"--reference {reference}: the checkpoints are 0 to {len(checkpoints) - 1}")
         if recalibrate and data.data is None:
             raise EvaluationError("--recalibrate runs the merged network: say --data")
-        run = MatchingRun.prepare(checkpoints, subject, matching, data, screen, output=writing.output)
+        run = MatchingRun.prepare(checkpoints, subject, matching, data, screen, output=writing.output, rows=rows)
         if recalibrate and not run.model:
             raise MismatchError("--recalibrate runs the merged network: say --model, not --spec")
         require_same_names(run.weights, run.spec)

@@ -139,6 +139,15 @@ Outputs = Annotated[
     ),
 ]
 
+RowsBy = Annotated[
+    Literal["meaning", "common"],
+    _matching(
+        "--rows",
+        help="Where checkpoints have other tokens or classes, which rows are the same: by the folders' tokenizers and "
+        "labels, or the first of all.",
+    ),
+]
+
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help=f"{FORMS}. Or a saved spec.", autocompletion=complete_model)
 ]

@@ -32,7 +32,7 @@ from permgraph.connectivity.barriers import Barrier, Evaluate, Prepare, barrier
 from permgraph.errors import EvaluationError, MismatchError
 from permgraph.networks.evaluate import template_of
 from permgraph.spec.elements import AnyElement, element_of, elements_of
-from permgraph.spec.transformation import Transformation
+from permgraph.transporting.mover import Mover
 from permgraph.weights.state_dict import Network, as_state_dict
 
 if TYPE_CHECKING:
@@ -280,18 +280,8 @@ def permute_masks(permutation: AnyElement | MatchResult, masks: Mapping[str, Ten
         >>> permute_masks(turn, {"1.weight": torch.tensor([[True, False]])})
         {'1.weight': tensor([[False,  True]])}
     """
-    element = element_of(permutation)
-    if not isinstance(element, Transformation):
-        return {name: element.apply_to(name, mask) for name, mask in masks.items()}
-    for name in masks:
-        for occurrence in element.spec.occurrences(name):
-            structure = element.spec.groups[occurrence.group].structure
-            if structure.linear:
-                raise MismatchError(
-                    f"{structure} acts on {name!r} by the group {occurrence.group!r}: matrices mix the weights that a "
-                    f"mask keeps with those that it does not; align with spec.permutations()"
-                )
-    return {name: element.permutation.apply_to(name, mask) for name, mask in masks.items()}
+    mover = Mover(element_of(permutation))
+    return {name: mover.parameter(name, mask, "mask") for name, mask in masks.items()}
 
 
 def _claim(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, TypeAlias
 
 from torch import nn
@@ -19,6 +20,7 @@ from permgraph.capture.likeness import built_alike, operators_differ
 from permgraph.errors import CaptureError, MismatchError
 from permgraph.inference.auto_spec import auto_spec
 from permgraph.inference.describe import ON_REAL_TENSORS
+from permgraph.matching.rows import resized
 from permgraph.spec.compare import first_difference
 from permgraph.spec.spec import PermutationSpec
 from permgraph.weights.state_dict import Network
@@ -147,7 +149,11 @@ class Structure:
             if not given:
                 raise
             return [_not_compared(name, error)]
-        difference = first_difference(ours, theirs, names)
+        # How many rows there are on which nothing acts, of tokens or classes, is no part of the structure.
+        others = resized(theirs, ours.shapes)
+        tied = dict(ours.aliases) != dict(theirs.aliases) and ours.general is None and theirs.general is None
+        one, other = (_untied(ours), _untied(others)) if tied else (ours, others)
+        difference = first_difference(one, other, names)
         if difference is not None and alike:
             raise MismatchError(
                 f"{self.name} and {name} are built alike, but their forward passes branch on values, and on their "
@@ -163,11 +169,17 @@ class Structure:
             )
         if alike:
             return []
+        if others is not theirs:  # whose operators name other sizes
+            log.info("%s and %s have other numbers of rows: their operators are not compared", self.name, name)
+            return []
+        if tied:
+            mine, its = (", ".join(map(repr, spec.aliases)) or "nothing" for spec in (ours, theirs))
+            return [f"{self.name} ties {mine} and {name} {its} to other parameters: the same permutations act on both"]
         try:
-            other = capture(module, inputs.args, inputs.kwargs)
+            second = capture(module, inputs.args, inputs.kwargs)
         except CaptureError as error:
             return [_not_compared(name, error)]
-        operators = operators_differ(self.captured, other, names)
+        operators = operators_differ(self.captured, second, names)
         if operators is None:
             return []
         return [
@@ -194,6 +206,12 @@ def _own(
 
 def _rests_on_values(spec: PermutationSpec) -> bool:
     return any(note.startswith(ON_REAL_TENSORS) for note in spec.notes)
+
+
+def _untied(spec: PermutationSpec) -> PermutationSpec:
+    """The spec of permutations of the same model with a tensor of its own under each name."""
+    axes = {**spec.axes, **{alias: spec.axes[name] for alias, name in spec.aliases.items()}}
+    return replace(spec, axes=axes, aliases={}, shapes={})
 
 
 def _not_compared(name: str, error: CaptureError) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -13,8 +13,11 @@ from torch import nn
 
 from permgraph.errors import MismatchError
 from permgraph.matching.matcher import Matcher, MatchResult, Progress, SupportsMatch, runs_networks
+from permgraph.matching.rows import RowNames, Rows, kinds_of, labels_of, tables_of
 from permgraph.matching.weight_matching import WeightMatching
+from permgraph.spec.elements import AnyElement
 from permgraph.spec.spec import PermutationSpec
+from permgraph.spec.transformation import Transformation
 from permgraph.weights.distributed import gathered_state, redistributed_state
 from permgraph.weights.identity import load_tied
 from permgraph.weights.state_dict import Network, own_state
@@ -60,6 +63,34 @@ class Alignment(MatchResult):
         load_tied(model, self.state_dict)
         return model
 
+    def transport(self, x: Any, **options: Any) -> Any:
+        """What goes with B's weights, moved as these are: states of optimizers, averages, masks, adapters, differences.
+
+        Where `align` was given B's module, an optimizer's parameters are taken to be the module's.
+
+        Args:
+            x: what to move.
+            options: those of `permgraph.transport`.
+
+        Raises:
+            MismatchError: something does not fit B, or does not go along; the message names it.
+
+        Example:
+            >>> a, b = (nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1)) for _ in "ab")
+            >>> adam = torch.optim.Adam(b.parameters())
+            >>> b(torch.ones(2)).backward(), adam.step()
+            (None, None)
+            >>> fit = align(a, b)
+            >>> model = fit.model()
+            >>> again = torch.optim.Adam(model.parameters())
+            >>> again.load_state_dict(fit.transport(adam.state_dict()))  # and training goes on as it would have
+        """
+        if self._module is not None:
+            options.setdefault("parameters", self._module)
+        if self.transformation is not None and self.transformation.spec.general_gains and options.get("base") is None:
+            options["base"] = self.transformation.inverse().apply(self.state_dict)
+        return super().transport(x, **options)
+
     def __str__(self) -> str:
         return (
             f"{self.outcome} after {self.sweeps} sweeps in {self.seconds:.2f} s: objective {self.objective_before:.6g} "
@@ -75,6 +106,7 @@ def align(
     spec: PermutationSpec | None = None,
     example_inputs: Sequence[Any] | None = None,
     example_kwargs: Mapping[str, Any] | None = None,
+    rows: RowNames | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Alignment:
@@ -91,6 +123,10 @@ def align(
         matcher: how to choose the permutation; `WeightMatching()` by default.
         spec: the symmetries; inferred from `model_a` if it is a module. Of general ones, the permutations are used.
         example_inputs, example_kwargs: arguments of forward to infer the symmetries on; found if neither is given.
+        rows: where B has other tokens or classes than A, which rows mean the same: their names in A and in B, such as
+            ``(tokenizer_a.get_vocab(), tokenizer_b.get_vocab())``, or a list of such pairs; or "common", for the first
+            rows of both. Those in common count in matching, and B keeps all of its own. Classes of modules of
+            transformers are matched by their labels without being told.
         seed: for all random choices.
         progress: called with a `Sweep` after each sweep of the matcher.
 
@@ -111,14 +147,17 @@ def align(
     """
     given = _state(model_b)
     a, b = gathered_state(_state(model_a)), gathered_state(given)
-    _require_alike(a, b)
+    kinds = (*kinds_of(rows, 2), *labels_of((model_a, model_b)))
+    _require_alike(a, b, shapes=rows is None and not kinds)
     if spec is None and not isinstance(model_a, nn.Module):
         raise MismatchError("state dicts do not say what their model computes: give align() a spec= with them")
     from permgraph.matching.agreement import agreed_spec
 
     spec, notes = agreed_spec((model_a, model_b), ("A", "B"), spec, example_inputs, example_kwargs)
     spec.check(a)
-    spec.check(b)
+    tables = tables_of(model_a) if isinstance(model_a, nn.Module) and rows is not None else ()
+    matched = Rows.of(spec, (a, b), kinds, first_ones=rows == "common", tables=tables)
+    (spec if matched is None else matched.specs[1]).check(b)
     if matcher is None:
         matcher = WeightMatching()
     if isinstance(matcher, type) or not isinstance(matcher, Matcher):
@@ -127,11 +166,21 @@ def align(
     if runs_networks(matcher):
         if not (isinstance(model_a, nn.Module) and isinstance(model_b, nn.Module)):
             raise MismatchError(f"{type(matcher).__name__} runs the networks: give align() modules, not state dicts")
+        if matched is not None:
+            raise MismatchError(
+                f"{type(matcher).__name__} runs the networks, whose rows differ ({matched.notes[0]}): match by weights"
+            )
         matcher = matcher.with_models(model_a, model_b)
     if spec.general is not None and not getattr(matcher, "general", False):
         notes = (*notes, f"{type(matcher).__name__} knows permutations alone: what else the spec allows stays at rest")
         spec = spec.permutations()
-    result = matcher.match(a, b, spec, seed, progress)
+    if matched is None:
+        result = matcher.match(a, b, spec, seed, progress)
+    else:
+        shared = matched.spec if spec.general is not None else matched.spec.permutations()
+        result = matcher.match(matched.common(0, a), matched.common(1, b), shared, seed, progress)
+        result = _on_own_rows(result, matched.own(1, result.element))
+        notes = (*matched.notes, *notes)
     aligned = result.element.apply(b)
     moved: dict[int, torch.Tensor] = {}
     for name, tensor in aligned.items():
@@ -153,12 +202,22 @@ def _state(model: Network) -> Mapping[str, torch.Tensor]:
     raise MismatchError(f"align() takes modules or state dicts, not a {type(model).__name__}")
 
 
-def _require_alike(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> None:
+def _on_own_rows(result: MatchResult, element: AnyElement) -> MatchResult:
+    """A result with its element as one of B's own spec."""
+    if isinstance(element, Transformation):
+        return replace(result, permutation=element.permutation, transformation=element)
+    return replace(result, permutation=element)
+
+
+def _require_alike(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor], *, shapes: bool) -> None:
     for name, tensor in a.items():
         if name not in b:
             raise MismatchError(f"B has no {name!r}, which A has with shape {_shape(tensor)}")
-        if _shape(tensor) != _shape(b[name]):
-            raise MismatchError(f"{name!r} has shape {_shape(tensor)} in A but {_shape(b[name])} in B")
+        if shapes and _shape(tensor) != _shape(b[name]):
+            raise MismatchError(
+                f"{name!r} has shape {_shape(tensor)} in A but {_shape(b[name])} in B; if these are rows of other "
+                "tokens or classes, rows= says which mean the same"
+            )
     for name, tensor in b.items():
         if name not in a:
             raise MismatchError(f"A has no {name!r}, which B has with shape {_shape(tensor)}")

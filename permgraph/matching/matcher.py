@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import ClassVar, Protocol, TypeGuard, runtime_checkable
+from typing import Any, ClassVar, Protocol, TypeGuard, runtime_checkable
 
 import numpy as np
 from torch import nn
@@ -17,6 +17,7 @@ from permgraph.pictures.tables import alignment_table
 from permgraph.spec.permutation import Permutation
 from permgraph.spec.spec import PermutationSpec
 from permgraph.spec.transformation import Transformation
+from permgraph.transporting import transport
 from permgraph.weights.state_dict import StateDict
 
 
@@ -93,6 +94,13 @@ class MatchResult:
     def sweeps(self) -> int:
         """How many passes the best run made."""
         return len(self.history)
+
+    def transport(self, x: Any, **options: Any) -> Any:
+        """What goes with B's weights, moved as these are: states of optimizers, averages, masks, adapters, differences.
+
+        See `permgraph.transport`, whose options it takes.
+        """
+        return transport(self.element, x, **options)
 
     def _repr_html_(self) -> str:
         return alignment_table(self)

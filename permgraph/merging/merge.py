@@ -12,6 +12,7 @@ from torch import nn
 
 from permgraph.errors import MismatchError
 from permgraph.matching import Matcher
+from permgraph.matching.rows import RowNames, Rows, kinds_of, labels_of, tables_of
 from permgraph.merging.compared import Compared, require_all_finite, sum_over_pairs
 from permgraph.merging.methods import CycleConsistent
 from permgraph.merging.result import Merge, MergeMethod, Models, Progress
@@ -34,6 +35,7 @@ def merge(
     example_inputs: Sequence[Any] | None = None,
     example_kwargs: Mapping[str, Any] | None = None,
     weights: Sequence[float] | None = None,
+    rows: RowNames | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Merge:
@@ -52,6 +54,9 @@ def merge(
             a matcher in it, that knows permutations alone is given these, and a note says so.
         example_inputs, example_kwargs: arguments of forward to infer the symmetries on; found if neither is given.
         weights: how much each model counts in the mean, not in the choice of permutations; scaled to a sum of 1.
+        rows: where models have other tokens or classes, which rows mean the same, as in `align`, a name list for each
+            model. The result has the first model's rows: each is the mean of the models that have it, and those that
+            only others have are left out.
         seed: for all random choices.
         progress: called with a `Round` after each pass over the models.
 
@@ -88,8 +93,9 @@ def merge(
     given = [_state(network, number) for number, network in enumerate(networks)]
     states = [gathered_state(state) for state in given]
     modules = [network for network in networks if isinstance(network, nn.Module)]
+    kinds = (*kinds_of(rows, len(networks)), *labels_of(networks))
     for number, state in enumerate(states[1:], start=1):
-        check_same_keys(states[0], state, ("model 0", f"model {number}"))
+        check_same_keys(states[0], state, ("model 0", f"model {number}"), shapes=rows is None and not kinds)
     if spec is None and not modules:
         raise MismatchError("state dicts do not say what their model computes: give merge() a spec= with them")
     from permgraph.matching.agreement import agreed_spec
@@ -101,29 +107,43 @@ def merge(
         who = type(method).__name__ if inner is None else f"{type(method).__name__} with {type(inner).__name__}"
         notes = (*notes, f"{who} knows permutations alone: what else the spec allows stays at rest")
         spec = spec.permutations()
+    tables = tables_of(modules[0]) if modules and rows is not None else ()
+    matched = Rows.of(spec, states, kinds, first_ones=rows == "common", tables=tables, names=names)
     for number, state in enumerate(states):
         try:
-            spec.check(state)
+            (spec if matched is None else matched.specs[number]).check(state)
         except MismatchError as error:
             raise MismatchError(f"model {number} does not fit the spec: {error}") from None
     compared = Compared.of(spec, states[0])
     require_all_finite(states, compared.names)
-    working = tuple(_working(state, states[0]) for state in states)
-    models_given = Models(working, spec, tuple(modules) if len(modules) == len(networks) else None)
+    whole = tuple(_working(state, states[0]) for state in states)
+    working, ran = whole, tuple(modules) if len(modules) == len(networks) else None
+    if matched is not None:
+        working, ran = tuple(matched.common(number, state) for number, state in enumerate(whole)), None
+        spec = matched.spec
+        notes = (*matched.notes, "the result has the rows of model 0, each the mean of the models that have it", *notes)
+    models_given = Models(working, spec, ran)
     result = method.find(models_given, seed, progress)
     elements: tuple[Permutation | Transformation, ...] = result.elements
     renumbered = [p.apply(state) for p, state in zip(elements, working, strict=True)]
+
+    def moved(given: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """All models with all of their rows, in the layout of the first."""
+        if matched is None:
+            return [p.apply(state) for p, state in zip(elements, given, strict=True)]
+        own = [matched.own(n, p).apply(s) for n, (p, s) in enumerate(zip(elements, given, strict=True))]
+        return matched.in_first(own, shares)
+
     if spec.general is None:
         before, objective = compared.pairs(working), compared.pairs(renumbered)
         del renumbered  # permutations move tensors of any type as they are
-        moved = [p.apply(state) for p, state in zip(result.permutations, states, strict=True)]
-        mean = average(moved, shares)
+        mean = average(moved(states), shares)
     else:
         written = models_given.written()
         own = written[result.reference]
         before = sum_over_pairs(own.tensors, [each.tensors for each in written])
         objective = sum_over_pairs(own.tensors, [own.image(state) for state in renumbered])
-        mean = _in_types_of(average(renumbered, shares), states[0])
+        mean = _in_types_of(average(renumbered if matched is None else moved(whole), shares), states[0])
     merged = Merge(
         state_dict=redistributed_state(mean, given[0]),
         permutations=result.permutations,

@@ -16,6 +16,7 @@ from permgraph.matching.general.gauge import Written, require_both_real
 from permgraph.spec.permutation import Permutation
 from permgraph.spec.spec import PermutationSpec
 from permgraph.spec.transformation import Transformation
+from permgraph.transporting import transport
 from permgraph.weights.identity import load_tied
 from permgraph.weights.state_dict import STATISTICS
 
@@ -181,9 +182,22 @@ class Merge:
             MismatchError: there is no model of that number.
         """
         for number in (i, j):
-            if not 0 <= number < len(self.permutations):
-                raise MismatchError(f"there is no model {number}: they are 0 to {len(self.permutations) - 1}")
+            self._require_model(number)
         return self.elements[i].inverse() @ self.elements[j]  # type: ignore[operator]
+
+    def transport(self, number: int, x: Any, **options: Any) -> Any:
+        """What goes with one model's weights, moved as these are before the mean; see `permgraph.transport`.
+
+        Args:
+            number: of the model, from 0.
+            x: what to move.
+            options: those of `permgraph.transport`.
+
+        Raises:
+            MismatchError: there is no model of that number, or `x` does not fit it.
+        """
+        self._require_model(number)
+        return transport(self.elements[number], x, **options)
 
     def model(self) -> nn.Module:
         """A copy of the first module with the merged weights, in its mode.
@@ -202,6 +216,10 @@ class Merge:
         model = copy.deepcopy(self._module)
         load_tied(model, self.state_dict)
         return model
+
+    def _require_model(self, number: int) -> None:
+        if not 0 <= number < len(self.permutations):
+            raise MismatchError(f"there is no model {number}: they are 0 to {len(self.permutations) - 1}")
 
     def __str__(self) -> str:
         return (

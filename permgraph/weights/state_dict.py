@@ -44,8 +44,10 @@ def as_real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
-def check_same_keys(a: Mapping[str, Any], b: Mapping[str, Any], names: tuple[str, str] = ("a", "b")) -> None:
-    """Refuse two state dicts of different keys, shapes or kinds, naming the first difference."""
+def check_same_keys(
+    a: Mapping[str, Any], b: Mapping[str, Any], names: tuple[str, str] = ("a", "b"), *, shapes: bool = True
+) -> None:
+    """Refuse two state dicts of different keys, kinds or, if asked, shapes, naming the first difference."""
     name_a, name_b = names
     for key, x in a.items():
         if key not in b:
@@ -53,7 +55,7 @@ def check_same_keys(a: Mapping[str, Any], b: Mapping[str, Any], names: tuple[str
         y = b[key]
         if not isinstance(x, Tensor) or not isinstance(y, Tensor):
             continue
-        if x.shape != y.shape:
+        if shapes and x.shape != y.shape:
             raise MismatchError(f"{key!r} has shape {tuple(x.shape)} in {name_a} but {tuple(y.shape)} in {name_b}")
         if is_continuous(x) != is_continuous(y):
             raise MismatchError(

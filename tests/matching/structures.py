@@ -84,14 +84,15 @@ def with_multihead(net: Any, x: Tensor) -> Tensor:
 
 
 class Tied(nn.Module):
-    def __init__(self, tied: bool) -> None:
+    def __init__(self, tied: bool, between: bool = False) -> None:
         super().__init__()
         self.embed, self.head = nn.Embedding(11, 6), nn.Linear(6, 11, bias=False)
+        self.between = nn.Linear(6, 6) if between else nn.Identity()
         if tied:
             self.head.weight = self.embed.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.embed((x[..., 0] * 5).long().clamp(0, 10)).tanh())
+        return self.head(self.between(self.embed((x[..., 0] * 5).long().clamp(0, 10)).tanh()))
 
 
 def experts(count: int) -> Body:
@@ -153,7 +154,6 @@ OTHER_STRUCTURE: dict[str, tuple[Pair, str]] = {
         "b.weight"),
     "a layer that is read, and not": (
         net(MLP, lambda n, x: n.o(n.c(n.b(n.a(x)).relu()).relu()), lambda n, x: n.o(n.b(n.a(x)).relu())), "c.weight"),
-    "tied, not tied": ((lambda: Tied(True), lambda: Tied(False), X), "head.weight"),
     "halves gated, pairs gated": (
         net(GATED, lambda n, x: n.o(F.glu(n.a(x))), lambda n, x: n.o(n.a(x)[..., ::2] * n.a(x)[..., 1::2].sigmoid())),
         "a.weight"),

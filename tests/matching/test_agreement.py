@@ -14,7 +14,7 @@ import permgraph as pg
 from permgraph.capture.likeness import built_alike
 from permgraph.errors import MismatchError
 from permgraph.spec.compare import first_difference
-from tests.matching.structures import MLP, OTHER_FUNCTION, OTHER_STRUCTURE, QKV, Net, X, attention, plain
+from tests.matching.structures import MLP, OTHER_FUNCTION, OTHER_STRUCTURE, QKV, Net, Tied, X, attention, plain
 
 agreement = importlib.import_module("permgraph.matching.agreement")
 
@@ -49,6 +49,17 @@ def test_networks_of_another_structure_are_refused_and_the_difference_is_named(k
         pg.merge([a, copy.deepcopy(a), b], example_inputs=(x,))
     with pytest.raises(MismatchError, match=f"'{parameter}'"):  # also where the spec of A is given
         pg.align(a, b, spec=pg.auto_spec(a, (x,)), example_inputs=(x,))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_tie_is_no_other_structure_unless_it_joins_groups(tied: bool) -> None:
+    a, b = Tied(tied).eval(), Tied(not tied).eval()
+    fit = pg.align(a, b, example_inputs=(X,))
+    assert any("ties" in note and "'head.weight'" in note for note in fit.notes)
+    with torch.no_grad():
+        torch.testing.assert_close(fit.model()(X), b(X))
+    with pytest.raises(MismatchError, match="same symmetries.*'(embed|head).weight'"):
+        pg.align(Tied(tied, between=True), Tied(not tied, between=True), example_inputs=(X,))
 
 
 def test_what_is_refused_would_have_been_ruined() -> None:

@@ -211,6 +211,17 @@ def test_disjoint(load, tmp_path: Path) -> None:
     assert float((second < 5).float().mean()) == pytest.approx(0.2, abs=0.05)
 
 
+def test_task_vectors(load, tmp_path: Path) -> None:
+    given = [*TINY, "--seeds", "1", "--strengths", "1", "--tuning-epochs", "2", "--out", str(tmp_path)]
+    found = load("task_vectors").main(given)["MLP"]
+    assert set(found) == {("the other base", 0.0), ("fine-tuned itself", 1.0)} | {
+        (way, 1.0) for way in ("naive", "permuted", "general")
+    }
+    assert found["the other base", 0.0][0]["new"] < 0.05  # it has not seen these classes
+    text = (tmp_path / "task_vectors.md").read_text()
+    assert "| permuted | 1 |" in text
+
+
 def test_permutation_training(load, tmp_path: Path) -> None:
     module = load("permutation_training")
     found = module.main(["--widths", "4", "20", "--rounds", "25", "--seeds", "1", "--out", str(tmp_path)])

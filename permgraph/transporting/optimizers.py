@@ -1,0 +1,136 @@
+"""The state of an optimizer, moved with the parameters that it is of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from permgraph.errors import MismatchError
+from permgraph.spec.data import SpecData
+from permgraph.transporting.mover import Kind, Mover
+from permgraph.transporting.names import entries
+
+Parameters: TypeAlias = nn.Module | Sequence[str]
+"""A module whose ``parameters()`` the optimizer was given, or their names in its order."""
+
+KINDS: dict[str, Kind] = {
+    "exp_avg": "gradient", "momentum_buffer": "gradient", "grad_avg": "gradient", "prev": "gradient",
+    "exp_avg_sq": "squares", "max_exp_avg_sq": "squares", "square_avg": "squares", "sum": "squares",
+    "exp_inf": "magnitude",
+}  # fmt: skip
+"""What torch's optimizers keep for each element of a parameter."""
+
+
+def is_optimizer_state(value: object) -> bool:
+    """Whether this is what ``optimizer.state_dict()`` gives."""
+    return isinstance(value, Mapping) and {"state", "param_groups"} <= value.keys()
+
+
+def optimizer_state(
+    mover: Mover, state: Mapping[str, Any], parameters: Parameters | None, order: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """The state of an optimizer after the parameters have moved; hyperparameters and steps stay.
+
+    Args:
+        mover: what moves the parameters.
+        state: what ``optimizer.state_dict()`` gave.
+        parameters: the module whose parameters it has, or their names in its order. Not needed where the state names
+            them, as that of an optimizer made of ``named_parameters()`` does.
+        order: their names in its order, if it is known.
+
+    Raises:
+        MismatchError: it is not known which parameter is which; a tensor has neither one element nor the parameter's
+            shape; or over general symmetries a tensor does not go along.
+    """
+    names = _names(state, mover.element.spec, parameters, order)
+    moved = {}
+    for index, kept in state["state"].items():
+        if index not in names:
+            raise MismatchError(f"the optimizer has a state for parameter {index!r}, which none of its groups has")
+        moved[index] = {key: _moved(mover, names[index], key, value) for key, value in kept.items()}
+    return {**state, "state": moved, "param_groups": [dict(group) for group in state["param_groups"]]}
+
+
+def _moved(mover: Mover, name: str, key: str, value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    shape = mover.element.spec.shapes[name]
+    if tuple(value.shape) != shape:
+        if value.numel() == 1:  # a step
+            return value.clone()
+        raise MismatchError(
+            f"the optimizer's {key!r} of {name!r} has shape {tuple(value.shape)}, but the parameter {shape}: only what "
+            "has an element for each of the parameter's is moved. If it is another parameter's, give the names in the "
+            "optimizer's order as parameters="
+        )
+    kind = KINDS.get(key)
+    if kind is None and mover.has_structure(name):
+        raise MismatchError(
+            f"what the optimizer keeps as {key!r} is not known to be like gradients or like their squares, and more "
+            f"than a permutation acts on {name!r}: align over permutations alone, with spec.permutations()"
+        )
+    return mover.parameter(name, value, kind or "gradient")
+
+
+def _names(
+    state: Mapping[str, Any], spec: SpecData, parameters: Parameters | None, order: Sequence[str] | None
+) -> dict[Any, str]:
+    """For each of the optimizer's indices the spec's name of the parameter."""
+    groups = state["param_groups"]
+    indices = [index for group in groups for index in group["params"]]
+    if order is None:
+        order = _order(groups, indices, parameters)
+    if len(order) != len(indices):
+        raise MismatchError(
+            f"the optimizer has {len(indices)} parameters, but {len(order)} names were given or are the module's: give "
+            "the names of those that it has, in its order, as parameters="
+        )
+    found = entries(order, spec)
+    for name in order:
+        if name not in found or found[name].name in spec.unused:
+            raise MismatchError(f"the optimizer has a parameter {name!r}, which the spec does not know")
+    return {index: spec.canonical(found[name].name) for index, name in zip(indices, order, strict=True)}
+
+
+def _order(groups: Sequence[Any], indices: Sequence[Any], parameters: Parameters | None) -> list[str]:
+    if indices and all(isinstance(index, str) for index in indices):  # as torch.distributed.checkpoint gives them
+        return list(indices)
+    named = [name for group in groups for name in group.get("param_names", ())]
+    if len(named) == len(indices):
+        return named
+    if parameters is None:
+        raise MismatchError(
+            "an optimizer's state does not say which parameter is which: give parameters=, the module that it trains "
+            "or their names in its order"
+        )
+    if not isinstance(parameters, nn.Module):
+        return list(parameters)
+    if len(groups) > 1:
+        raise MismatchError(
+            f"the optimizer has {len(groups)} groups of parameters, which need not be in the module's order: give the "
+            "names in the optimizer's order as parameters=, or the optimizer itself in place of its state"
+        )
+    return [name for name, _ in parameters.named_parameters()]
+
+
+def order_of(optimizer: Optimizer, module: nn.Module | None) -> list[str]:
+    """The names of an optimizer's parameters in its order, which the module has as the very same tensors.
+
+    Raises MismatchError if the module has not got one, or there is none.
+    """
+    if module is None:
+        raise MismatchError("give parameters=, the module that the optimizer trains")
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    order = []
+    for number, group in enumerate(optimizer.param_groups):
+        for parameter in group["params"]:
+            if id(parameter) not in names:
+                raise MismatchError(
+                    f"group {number} of the optimizer has a parameter of shape {tuple(parameter.shape)} that is none "
+                    f"of the {type(module).__name__}'s: give the module that it trains as parameters="
+                )
+            order.append(names[id(parameter)])
+    return order
