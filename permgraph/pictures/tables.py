@@ -76,7 +76,8 @@ def barrier_table(line: ShownLine) -> str:
     said = [f"{len(line.alphas)} points on the line", f"{line.seconds:.3g} s"]
     if line.nonfinite:
         said.append(f"{len(line.nonfinite)} values are not finite")
-    return f"<div>{caption('Barrier', said)}{table(('metric', 'at a', 'at b', 'barrier', 'highest at'), rows)}</div>"
+    body = table(("metric", "at a", "at b", "barrier", "highest at"), rows)
+    return f"<div>{caption('Barrier', said)}{body}{_notes(line.notes)}</div>"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
