@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from permgraph.cli.extra_keys import left_out
 from permgraph.cli.models import build
 from permgraph.cli.screen import Screen
 from permgraph.errors import MismatchError, NonFiniteError, PermgraphError
@@ -35,7 +35,7 @@ def fitted(
         checkpoint: whose keys may differ from the names by a prefix, or be of tensors that the model has joined.
         spec: what it must fit.
         screen: is told of the prefix.
-        leave: patterns of keys that the spec need not know; they are left as they are.
+        leave: patterns of keys that the spec does not know and that are left as they are; what it knows is not.
         model: what it holds the weights of, if that has names and tensors of its own for the keys.
 
     Raises:
@@ -51,7 +51,8 @@ def fitted(
         names = {key: matched[name] for key, name in today.items()}
         if note:
             screen.note(f"{checkpoint.path}: {note}")
-        known = {name: key for key, name in names.items() if not _left(key, name, leave)}
+        left = left_out(checkpoint, names, spec, leave, model, screen)
+        known = {name: key for key, name in names.items() if key not in left}
         renamed = Renamed(checkpoint, known)
         spec.check(renamed.without_values())
         for name, key in known.items():
@@ -72,10 +73,6 @@ def conversions_of(model: str) -> Conversions | None:
     except PermgraphError as error:  # whatever is missing, the spec that a checkpoint must fit is known already
         log.info("%s: no conversions: %s", model, error)
         return None
-
-
-def _left(key: str, name: str, leave: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatchcase(text, pattern) for pattern in leave for text in (key, name))
 
 
 def require_finite(name: str, tensor: torch.Tensor, path: Path) -> None:
@@ -132,10 +129,10 @@ def whole_state(weights: Renamed, spec: PermutationSpec, module: nn.Module) -> d
 
 
 def identity_of(checkpoint: Checkpoint) -> list[list[Any]]:
-    """What tells whether a checkpoint is still the same, without reading it: its files, their sizes and times."""
+    """What tells whether a checkpoint is still the same, without reading it: files, sizes, times, and the entry read."""
     found = []
     for file in checkpoint.files:
         path = file.path.resolve()
         status = path.stat()
-        found.append([str(path), status.st_size, status.st_mtime_ns])
+        found.append([str(path), status.st_size, status.st_mtime_ns, *getattr(file, "wrapper", ())])
     return found

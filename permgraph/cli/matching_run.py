@@ -18,14 +18,16 @@ import permgraph
 from permgraph.cli.checkpoints import fitted, identity_of, require_finite, whole_state
 from permgraph.cli.data import class_dim_of, identity_of_data, load_data
 from permgraph.cli.distributed import DistributedRun
+from permgraph.cli.extra_keys import require_matched
 from permgraph.cli.matchers import describe, machine_memory, matcher_of
-from permgraph.cli.models import build, own_model, parse_inputs, require_one_structure, spec_of
+from permgraph.cli.models import build, own_model, parse_inputs, require_one_structure, spec_of, with_kind
 from permgraph.cli.options import FORMS, Data, Init, Matching, Split, Subject
 from permgraph.cli.screen import Screen
 from permgraph.errors import CaptureError, CheckpointError, EvaluationError, MismatchError, NonFiniteError, in_one_line
 from permgraph.io import Checkpoint, Renamed, Staging, open_checkpoint
+from permgraph.io.checkpoint import TORCH_SUFFIXES, which_was_read
 from permgraph.io.torch_file import TorchFile
-from permgraph.io.write import check_target
+from permgraph.io.write import check_target, not_carried_over
 from permgraph.matching import MatchResult, SupportsMatch, Sweep, WeightMatching
 from permgraph.matching.matcher import runs_networks
 from permgraph.matching.streamed import StreamedWeightMatching
@@ -105,7 +107,11 @@ class MatchingRun:
             CheckpointError, MismatchError: a checkpoint cannot be read, does not fit the model or the output's name.
             EvaluationError: so for the data.
         """
-        opened = tuple(map(open_checkpoint, paths))
+        # A file of another kind has no entries, and is what it is.
+        wrapped = [path for path in paths if path.suffix in TORCH_SUFFIXES] or paths
+        opened = tuple(open_checkpoint(path, subject.entry if path in wrapped else None) for path in paths)
+        for checkpoint in opened:
+            screen.note(which_was_read(checkpoint))
         if output is not None:
             check_target(opened[like], output)
             for checkpoint in opened:
@@ -115,10 +121,11 @@ class MatchingRun:
                 if isinstance(file, TorchFile) and file.dropped:
                     names = ", ".join(map(repr, file.dropped))
                     screen.note(f"{file.path}: {names} not carried over: tensors in there would no longer fit")
+            screen.note(not_carried_over(opened[like]))
         folder = opened[0].folder if opened[0].folder and (opened[0].folder / "config.json").is_file() else None
         loader = load_data(data, folder, split=split) if data.data is not None else None
-        matcher = matcher_of(asked, opened[0], loader, class_dim_of(data), general=subject.symmetry == "general")
-        model = subject.model or ("" if subject.spec_file or folder is None else f"hf:{folder}")
+        matcher = matcher_of(asked, opened[0], loader, class_dim_of(data, loader), general=subject.symmetry == "general")
+        model = with_kind(subject.model or "") or ("" if subject.spec_file or folder is None else f"hf:{folder}")
         spec = _spec(model, subject, opened[0], screen)
         if spec.general is not None and others is not None:
             raise MismatchError("several processes match over permutations alone: leave out --symmetry general")
@@ -129,6 +136,7 @@ class MatchingRun:
         if others is not None and not isinstance(matcher, StreamedWeightMatching):
             raise MismatchError("several processes match together where tensors are streamed: say --stream")
         leave = tuple(subject.leave or ())
+        require_matched(leave, opened)
         layout = model or ("" if folder is None else f"hf:{folder}")
         weights = tuple(fitted(checkpoint, spec, screen, leave, layout) for checkpoint in opened)
         opened = tuple(each.checkpoint for each in weights)
@@ -373,9 +381,14 @@ def _write(file: IO[bytes], content: bytes) -> None:
 def in_words(report: Mapping[str, Any]) -> str:
     """A report of matching, in words."""
     return (
-        f"{report['outcome']} after {report['sweeps']} sweeps: objective {report['objective_before']:.6g} -> "
-        f"{report['objective']:.6g}; {report['moved']} of {report['of']} indices moved in {report['groups']} groups"
+        f"{report['outcome']} after {plural(report['sweeps'], 'sweep')}: objective {report['objective_before']:.6g} -> "
+        f"{report['objective']:.6g}; {report['moved']} of {report['of']} indices moved in {plural(report['groups'], 'group')}"
     )
+
+
+def plural(count: int, what: str) -> str:
+    """So many of something."""
+    return f"{count} {what}{'s' if count != 1 else ''}"
 
 
 def match_of(kept: Mapping[str, Any], element: AnyElement) -> MatchResult:

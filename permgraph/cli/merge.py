@@ -50,7 +50,7 @@ def merge(
         permgraph merge a.pt b.pt -m torchvision:resnet18 --data ./images --recalibrate -o merged.pt
     """
     from permgraph.cli.match_all import match_all
-    from permgraph.cli.matching_run import MatchingRun, in_words
+    from permgraph.cli.matching_run import MatchingRun, in_words, plural
     from permgraph.cli.mean import RenumberedMean, require_same_names, shares_from
     from permgraph.io import Staging, write_checkpoint
 
@@ -92,7 +92,7 @@ def merge(
         lines = [f"{r['checkpoint']}: {in_words(r)}" for r in report.get("alignments", ())]
         if "rounds" in report:
             lines.append(
-                f"{report['method']}: {report['outcome']} after {report['rounds']} rounds: inner products over all "
+                f"{report['method']}: {report['outcome']} after {plural(report['rounds'], 'round')}: inner products over all "
                 f"pairs sum to {report['objective']:.6g}"
             )
         text = "\n".join([*lines, f"written to {writing.output}"])

@@ -18,8 +18,8 @@ import typer
 from permgraph.errors import in_one_line
 
 FORMS = (
-    "timm:NAME, torchvision:NAME, hf:FOLDER, package.module:factory or file.py:Class; all but hf: take literal "
-    "arguments, as in timm:resnet18(num_classes=10)"
+    "timm:NAME, torchvision:NAME, hf:FOLDER or the FOLDER, package.module:factory or file.py:Class; all but folders take "
+    "literal arguments, as in timm:resnet18(num_classes=10)"
 )
 """How a model is named."""
 
@@ -66,7 +66,8 @@ def complete_model(incomplete: str) -> list[str]:
     kind, colon, rest = incomplete.partition(":")
     if not colon:
         files = [f"{path}:" for path in sorted(Path().glob("*.py"))] + [str(p) for p in sorted(Path().glob("*.json"))]
-        return [text for text in ("timm:", "torchvision:", "hf:", *files) if text.startswith(incomplete)]
+        folders = [str(path.parent) for path in sorted(Path().glob("*/config.json"))]
+        return [text for text in ("timm:", "torchvision:", "hf:", *files, *folders) if text.startswith(incomplete)]
     if kind == "hf":
         parent = Path(rest) if rest.endswith("/") or not rest else Path(rest).parent
         found = sorted(map(str, parent.iterdir())) if parent.is_dir() else []
@@ -139,6 +140,20 @@ Outputs = Annotated[
     ),
 ]
 
+Leave = Annotated[
+    list[str] | None,
+    typer.Option("--leave", help="Pattern of keys that the model does not know: leave them as they are."),
+]
+
+Entry = Annotated[
+    str | None,
+    typer.Option(
+        "--entry",
+        metavar="NAME[.NAME]",
+        help="Under which key of a PyTorch file the weights lie, as in params_ema; the usual ones are found.",
+    ),
+]
+
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help=f"{FORMS}. Or a saved spec.", autocompletion=complete_model)
 ]
@@ -177,10 +192,8 @@ class Subject:
         ),
     ] = "permutation"
     outputs: Outputs = None
-    leave: Annotated[
-        list[str] | None,
-        typer.Option("--leave", help="Pattern of keys that the model does not know: leave them as they are."),
-    ] = None
+    leave: Leave = None
+    entry: Entry = None
 
 
 @dataclass(frozen=True)
@@ -255,5 +268,5 @@ class Data:
     )
     length: Annotated[int, _data(help="Tokens in a sample of text.")] = 128
     class_dim: Annotated[
-        int | None, _data(help="Which dimension of the logits holds the classes: 1 by default, -1 for text.")
+        int | None, _data(help="Which dimension of the logits holds the classes: 1 by default, -1 for texts.")
     ] = None

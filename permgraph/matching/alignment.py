@@ -17,7 +17,7 @@ from permgraph.matching.weight_matching import WeightMatching
 from permgraph.spec.spec import PermutationSpec
 from permgraph.weights.distributed import gathered_state, redistributed_state
 from permgraph.weights.identity import load_tied
-from permgraph.weights.state_dict import Network, own_state
+from permgraph.weights.state_dict import Network, Weights, own_state, prefix_hint
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class Alignment(MatchResult):
 
     def __str__(self) -> str:
         return (
-            f"{self.outcome} after {self.sweeps} sweeps in {self.seconds:.2f} s: objective {self.objective_before:.6g} "
+            f"{self.outcome} after {self.sweeps} sweep{'s' if self.sweeps != 1 else ''} in {self.seconds:.2f} s: objective {self.objective_before:.6g} "
             f"-> {self.objective:.6g}" + "".join(f"\n{note}" for note in self.notes)
         )
 
@@ -142,7 +142,7 @@ def align(
     reported = {f.name: getattr(result, f.name) for f in fields(MatchResult)}
     return Alignment(
         **{**reported, "notes": (*result.notes, *notes)},
-        state_dict=redistributed_state(aligned, given),
+        state_dict=Weights(redistributed_state(aligned, given)),
         _module=model_b if isinstance(model_b, nn.Module) else None,
     )
 
@@ -156,12 +156,12 @@ def _state(model: Network) -> Mapping[str, torch.Tensor]:
 def _require_alike(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> None:
     for name, tensor in a.items():
         if name not in b:
-            raise MismatchError(f"B has no {name!r}, which A has with shape {_shape(tensor)}")
+            raise MismatchError(f"B has no {name!r}, which A has with shape {_shape(tensor)}{prefix_hint(name, b, '; B')}")
         if _shape(tensor) != _shape(b[name]):
             raise MismatchError(f"{name!r} has shape {_shape(tensor)} in A but {_shape(b[name])} in B")
     for name, tensor in b.items():
         if name not in a:
-            raise MismatchError(f"A has no {name!r}, which B has with shape {_shape(tensor)}")
+            raise MismatchError(f"A has no {name!r}, which B has with shape {_shape(tensor)}{prefix_hint(name, a, '; A')}")
 
 
 def _shape(value: object) -> tuple[int, ...]:

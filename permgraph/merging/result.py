@@ -205,7 +205,7 @@ class Merge:
 
     def __str__(self) -> str:
         return (
-            f"{len(self.permutations)} models, {self.outcome} after {self.rounds} rounds in {self.seconds:.2f} s: "
+            f"{len(self.permutations)} models, {self.outcome} after {self.rounds} round{'s' if self.rounds != 1 else ''} in {self.seconds:.2f} s: "
             f"objective {self.objective_before:.6g} -> {self.objective:.6g}"
             + "".join(f"\n{note}" for note in self.notes)
         )
