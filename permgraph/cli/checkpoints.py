@@ -129,7 +129,7 @@ def whole_state(weights: Renamed, spec: PermutationSpec, module: nn.Module) -> d
 
 
 def identity_of(checkpoint: Checkpoint) -> list[list[Any]]:
-    """What tells whether a checkpoint is still the same, without reading it: files, sizes, times, and the entry read."""
+    """What tells whether a checkpoint is still the same, without reading it: files, sizes, times, the entry read."""
     found = []
     for file in checkpoint.files:
         path = file.path.resolve()

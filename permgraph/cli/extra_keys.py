@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-
-import torch
 
 from permgraph.cli.models import build
 from permgraph.cli.screen import Screen
@@ -30,8 +29,8 @@ def left_out(
 ) -> frozenset[str]:
     """The keys that the spec does not know and that are left as they are; notes say which, and why.
 
-    These are what ``--leave`` names, and what the model's own library leaves unread: buffers that it computes by
-    itself, and those that its class names in ``_keys_to_ignore_on_load_unexpected``.
+    These are what ``--leave`` names, what the model's own library leaves unread, which are buffers that it computes by
+    itself and those that its class names in ``_keys_to_ignore_on_load_unexpected``, and single numbers.
 
     Args:
         checkpoint: whose keys these are.
@@ -45,11 +44,13 @@ def left_out(
         MismatchError: other keys are not known; the message names them, and patterns that would leave them.
     """
     known = {*spec.axes, *spec.aliases, *spec.unused}
-    floating = {key for key, form in checkpoint.formats.items() if form.dtype.is_floating_point or form.dtype.is_complex}
+    types = {key: form.dtype for key, form in checkpoint.formats.items()}
+    floating = {key for key, dtype in types.items() if dtype.is_floating_point or dtype.is_complex}
     extra = [key for key, name in names.items() if name not in known]
     asked = [key for key in extra if any(fnmatch.fnmatchcase(text, p) for p in leave for text in (key, names[key]))]
     rest = [key for key in extra if key in floating and key not in set(asked)]
-    unread = _unread(model, rest) if rest else []
+    single = [key for key in rest if math.prod(checkpoint.formats[key].shape) == 1]  # nothing in there can move
+    unread = [*single, *_unread(model, [key for key in rest if key not in single])] if rest else []
     refused = [key for key in rest if key not in set(unread)]
     if refused:
         patterns = " ".join(f"--leave '{pattern}'" for pattern in _patterns(refused)[:_SHOWN])
@@ -58,9 +59,11 @@ def left_out(
             f"model's units, leave them as they are: {patterns}"
         )
     if unread:
-        screen.note(f"{checkpoint.path}: {_counted(unread)} the model leaves unread: as they are: {_listed(unread)}")
+        screen.note(
+            f"{checkpoint.path}: {_counted(unread)} the model leaves unread stay as they are: {_listed(unread)}"
+        )
     if asked:
-        screen.note(f"{checkpoint.path}: --leave: {_counted(asked, '')} as they are: {_listed(asked)}")
+        screen.note(f"{checkpoint.path}: --leave: {_counted(asked, '')} left as they are: {_listed(asked)}")
         copies = [key for key in asked if key in floating and _original(key, checkpoint, spec)]
         if copies:
             screen.note(
@@ -80,7 +83,7 @@ def require_matched(patterns: Sequence[str], checkpoints: Iterable[Checkpoint]) 
 
 def _unread(model: str, keys: Sequence[str]) -> list[str]:
     """Which keys the library that loads the model leaves unread."""
-    if not model:
+    if not model or not keys:
         return []
     try:
         module = build(model)

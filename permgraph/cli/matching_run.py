@@ -23,6 +23,7 @@ from permgraph.cli.matchers import describe, machine_memory, matcher_of
 from permgraph.cli.models import build, own_model, parse_inputs, require_one_structure, spec_of, with_kind
 from permgraph.cli.options import FORMS, Data, Init, Matching, Split, Subject
 from permgraph.cli.screen import Screen
+from permgraph.conventions.displayed import plural
 from permgraph.errors import CaptureError, CheckpointError, EvaluationError, MismatchError, NonFiniteError, in_one_line
 from permgraph.io import Checkpoint, Renamed, Staging, open_checkpoint
 from permgraph.io.checkpoint import TORCH_SUFFIXES, which_was_read
@@ -124,7 +125,8 @@ class MatchingRun:
             screen.note(not_carried_over(opened[like]))
         folder = opened[0].folder if opened[0].folder and (opened[0].folder / "config.json").is_file() else None
         loader = load_data(data, folder, split=split) if data.data is not None else None
-        matcher = matcher_of(asked, opened[0], loader, class_dim_of(data, loader), general=subject.symmetry == "general")
+        general = subject.symmetry == "general"
+        matcher = matcher_of(asked, opened[0], loader, class_dim_of(data, loader), general=general)
         model = with_kind(subject.model or "") or ("" if subject.spec_file or folder is None else f"hf:{folder}")
         spec = _spec(model, subject, opened[0], screen)
         if spec.general is not None and others is not None:
@@ -382,13 +384,9 @@ def in_words(report: Mapping[str, Any]) -> str:
     """A report of matching, in words."""
     return (
         f"{report['outcome']} after {plural(report['sweeps'], 'sweep')}: objective {report['objective_before']:.6g} -> "
-        f"{report['objective']:.6g}; {report['moved']} of {report['of']} indices moved in {plural(report['groups'], 'group')}"
+        f"{report['objective']:.6g}; {report['moved']} of {report['of']} indices moved in "
+        f"{plural(report['groups'], 'group')}"
     )
-
-
-def plural(count: int, what: str) -> str:
-    """So many of something."""
-    return f"{count} {what}{'s' if count != 1 else ''}"
 
 
 def match_of(kept: Mapping[str, Any], element: AnyElement) -> MatchResult:

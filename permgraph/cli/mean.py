@@ -15,6 +15,7 @@ from permgraph.io import Renamed
 from permgraph.spec.elements import AnyElement
 from permgraph.spec.spec import PermutationSpec
 from permgraph.weights.combine import mean, shares_of
+from permgraph.weights.ratios import Ratios, ratios_of
 
 
 def shares_from(text: str | None, count: int) -> tuple[float, ...]:
@@ -32,16 +33,51 @@ def shares_from(text: str | None, count: int) -> tuple[float, ...]:
         raise MismatchError(f"--weights {text!r}: give numbers, as in 0.5,0.5") from None
 
 
+def ratios_from(texts: Sequence[str]) -> Ratios:
+    """How far each parameter goes to the second checkpoint, from ``--ratios``: patterns with numbers, or a schedule.
+
+    Raises MismatchError if a text is neither.
+    """
+    named = [text.rpartition("=") for text in texts if "=" in text]
+    try:
+        if named:
+            if len(named) < len(texts):
+                raise ValueError
+            return {pattern: float(number) for pattern, _, number in named}
+        (text,) = texts
+        schedule = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise MismatchError(
+            f"--ratios {' '.join(texts)!r}: give numbers that are spread over the layers, as in 0,0.5,1; or a pattern "
+            "and a number each time, as in --ratios 'head.*=0.9' --ratios '*=0.5'"
+        ) from None
+    return schedule[0] if len(schedule) == 1 else schedule
+
+
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
     """The precision that sums are taken in: float32 or better."""
     return torch.promote_types(dtype, torch.float32) if dtype.itemsize > 1 else torch.float32
 
 
 class RenumberedMean:
-    """The weighted mean of the renumbered checkpoints, a tensor at a time."""
+    """The weighted mean of the renumbered checkpoints, a tensor at a time.
 
-    def __init__(self, run: MatchingRun, permutations: Sequence[AnyElement | None], shares: Sequence[float]) -> None:
+    Args:
+        run: the checkpoints.
+        permutations: of each; None where it stays as it is.
+        shares: how much each counts.
+        ratios: of two, how far each parameter goes to the second, in place of the shares.
+    """
+
+    def __init__(
+        self,
+        run: MatchingRun,
+        permutations: Sequence[AnyElement | None],
+        shares: Sequence[float],
+        ratios: Ratios | None = None,
+    ) -> None:
         self.run, self.shares = run, shares
+        self.ratios = None if ratios is None else ratios_of(run.weights[0], ratios)
         elements = [None if each is None else in_parts(each) for each in permutations]
         self.members = tuple(zip(run.checkpoints, run.weights, elements, strict=True))
         self.names = {key: name for name, key in run.weights[0].keys_of.items()}
@@ -61,7 +97,8 @@ class RenumberedMean:
             if any(name in weights and not torch.equal(tensor, weights[name]) for _, weights, _ in self.members[1:]):
                 self.differing.add(key)
             return tensor
-        return mean(self._renumbered(key, name, tensor), self.shares).to(tensor.dtype)
+        shares = self.shares if self.ratios is None else (1 - self.ratios[name], self.ratios[name])
+        return mean(self._renumbered(key, name, tensor), shares).to(tensor.dtype)
 
     def _renumbered(self, key: str, name: str, tensor: torch.Tensor) -> Iterator[torch.Tensor]:
         """The tensor in each checkpoint, in working precision, one after the other."""

@@ -18,8 +18,8 @@ import typer
 from permgraph.errors import in_one_line
 
 FORMS = (
-    "timm:NAME, torchvision:NAME, hf:FOLDER or the FOLDER, package.module:factory or file.py:Class; all but folders take "
-    "literal arguments, as in timm:resnet18(num_classes=10)"
+    "timm:NAME, torchvision:NAME, hf:FOLDER or the FOLDER, package.module:factory or file.py:Class; all but folders "
+    "take literal arguments, as in timm:resnet18(num_classes=10)"
 )
 """How a model is named."""
 

@@ -263,7 +263,8 @@ def verify(
         text, passed = str(proof), proof.passed
         if checkpoint is not None:
             # The weights were trained in their own precision, but compute in float64 here.
-            own = _own_weights(open_checkpoint(checkpoint, entry), model, found, (args, kwargs), seed, tolerance, leave or (), screen)
+            opened = open_checkpoint(checkpoint, entry)
+            own = _own_weights(opened, model, found, (args, kwargs), seed, tolerance, leave or (), screen)
             passed = passed and own.passed
             data["checkpoint"] = {"path": str(checkpoint), "max_error": own.max_error}
             verdict = "computes the same" if own.passed else "does NOT compute the same"

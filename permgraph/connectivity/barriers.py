@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from permgraph.conventions.displayed import Displayed
 from permgraph.conventions.outcomes import StepProgress
 from permgraph.errors import EvaluationError, in_one_line
 from permgraph.networks.batches import undisturbed
@@ -56,8 +57,8 @@ Prepare = Callable[[nn.Module, float], nn.Module]
 """Called with the network at a point and the point, returns the network to evaluate there."""
 
 
-@dataclass(frozen=True)
-class Barrier:
+@dataclass(frozen=True, repr=False)
+class Barrier(Displayed):
     """What was measured on the line between two networks, and the height of the barrier on it.
 
     Attributes:

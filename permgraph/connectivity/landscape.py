@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from permgraph.connectivity.barriers import Evaluate, Prepare, measure, prepared
+from permgraph.conventions.displayed import Displayed
 from permgraph.conventions.outcomes import StepProgress
 from permgraph.errors import EvaluationError
 from permgraph.networks.batches import undisturbed
@@ -40,8 +41,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-@dataclass(frozen=True)
-class LossSurface:
+@dataclass(frozen=True, repr=False)
+class LossSurface(Displayed):
     """What was measured on the plane through three networks.
 
     Attributes:

@@ -21,6 +21,7 @@ from types import MappingProxyType
 from torch import Tensor, nn
 
 from permgraph.connectivity.barriers import Barrier, Evaluate, Prepare, barrier
+from permgraph.conventions.displayed import Displayed
 from permgraph.conventions.outcomes import StepProgress
 from permgraph.errors import EvaluationError
 from permgraph.networks.evaluate import template_of
@@ -28,8 +29,8 @@ from permgraph.weights.identity import SameTensor
 from permgraph.weights.state_dict import Network, as_state_dict, check_same_keys
 
 
-@dataclass(frozen=True)
-class LayerwiseBarriers:
+@dataclass(frozen=True, repr=False)
+class LayerwiseBarriers(Displayed):
     """What moving one layer at a time does.
 
     Attributes:

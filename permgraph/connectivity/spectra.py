@@ -20,13 +20,14 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from permgraph.conventions.displayed import Displayed
 from permgraph.errors import EvaluationError, MismatchError
 from permgraph.weights.identity import SameTensor
 from permgraph.weights.state_dict import Network, as_state_dict, check_same_keys, require_finite
 
 
-@dataclass(frozen=True)
-class LayerSpectra:
+@dataclass(frozen=True, repr=False)
+class LayerSpectra(Displayed):
     """Two networks' versions of one weight, seen as matrices with one row for each output.
 
     Attributes:
@@ -66,8 +67,8 @@ class LayerSpectra:
         return a, b
 
 
-@dataclass(frozen=True)
-class SpectralComparison:
+@dataclass(frozen=True, repr=False)
+class SpectralComparison(Displayed):
     """How the singular values and vectors of two networks compare.
 
     Attributes:

@@ -139,7 +139,8 @@ def not_carried_over(source: Checkpoint) -> str:
     if source.folder is None and source.index is None:
         return ""
     base, read = _base(source), {file.path.name for file in source.files}
-    weights = [p.name for p in sorted(base.iterdir()) if p.is_file() and p.name.endswith(WEIGHTS) and p.name not in read]
+    there = sorted(path.name for path in base.iterdir() if path.is_file())
+    weights = [name for name in there if name.endswith(WEIGHTS) and name not in read]
     if not weights or any(isinstance(file, DistributedFolder) for file in source.files):
         return ""
     return f"{source.path}: {', '.join(weights)} not carried over: tensors in there may no longer fit the weights"

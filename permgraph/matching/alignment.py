@@ -22,7 +22,7 @@ from permgraph.weights.state_dict import Network, Weights, own_state, prefix_hin
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Alignment(MatchResult):
     """B, renumbered so that it corresponds to A; and what the matcher reported, see `MatchResult`.
 
@@ -59,12 +59,6 @@ class Alignment(MatchResult):
             model.to(next(iter(devices)))
         load_tied(model, self.state_dict)
         return model
-
-    def __str__(self) -> str:
-        return (
-            f"{self.outcome} after {self.sweeps} sweep{'s' if self.sweeps != 1 else ''} in {self.seconds:.2f} s: objective {self.objective_before:.6g} "
-            f"-> {self.objective:.6g}" + "".join(f"\n{note}" for note in self.notes)
-        )
 
 
 def align(
@@ -156,12 +150,16 @@ def _state(model: Network) -> Mapping[str, torch.Tensor]:
 def _require_alike(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> None:
     for name, tensor in a.items():
         if name not in b:
-            raise MismatchError(f"B has no {name!r}, which A has with shape {_shape(tensor)}{prefix_hint(name, b, '; B')}")
+            raise MismatchError(
+                f"B has no {name!r}, which A has with shape {_shape(tensor)}{prefix_hint(name, b, '; B')}"
+            )
         if _shape(tensor) != _shape(b[name]):
             raise MismatchError(f"{name!r} has shape {_shape(tensor)} in A but {_shape(b[name])} in B")
     for name, tensor in b.items():
         if name not in a:
-            raise MismatchError(f"A has no {name!r}, which B has with shape {_shape(tensor)}{prefix_hint(name, a, '; A')}")
+            raise MismatchError(
+                f"A has no {name!r}, which B has with shape {_shape(tensor)}{prefix_hint(name, a, '; A')}"
+            )
 
 
 def _shape(value: object) -> tuple[int, ...]:

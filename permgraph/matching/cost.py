@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from permgraph.assignment.solve import ROUGH, WIDE, assign
+from permgraph.conventions.displayed import Displayed
 from permgraph.errors import MismatchError, PermgraphError
 from permgraph.matching import tuned
 from permgraph.matching.general.polar import polar
@@ -107,8 +108,8 @@ class MoveCost:
         return self.flops / rates.flops, solving
 
 
-@dataclass(frozen=True)
-class Estimate:
+@dataclass(frozen=True, repr=False)
+class Estimate(Displayed):
     """What one alignment over a spec costs.
 
     Attributes:

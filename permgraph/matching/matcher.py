@@ -13,6 +13,7 @@ from typing import ClassVar, Protocol, TypeGuard, runtime_checkable
 import numpy as np
 from torch import nn
 
+from permgraph.conventions.displayed import Displayed, plural
 from permgraph.conventions.outcomes import Outcome
 from permgraph.errors import MismatchError
 from permgraph.pictures.tables import alignment_table
@@ -54,8 +55,8 @@ def moved_between(before: Permutation, after: Permutation) -> dict[str, int]:
     return {name: count for name, count in counts.items() if count}
 
 
-@dataclass(frozen=True)
-class MatchResult:
+@dataclass(frozen=True, repr=False)
+class MatchResult(Displayed):
     """The permutation of B that a matcher chose, and how it went.
 
     Attributes:
@@ -95,6 +96,10 @@ class MatchResult:
     def sweeps(self) -> int:
         """How many passes the best run made."""
         return len(self.history)
+
+    def __str__(self) -> str:
+        done = f"{self.outcome} after {plural(self.sweeps, 'sweep')} in {self.seconds:.2f} s"
+        return "\n".join((f"{done}: objective {self.objective_before:.6g} -> {self.objective:.6g}", *self.notes))
 
     def _repr_html_(self) -> str:
         return alignment_table(self)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from permgraph.conventions.choices import require_choice
+from permgraph.conventions.displayed import Displayed
 from permgraph.errors import MismatchError
 from permgraph.matching.general.widening import Norms, embedded, factor_of
 from permgraph.matching.matcher import MatchResult, Progress, SupportsMatch
@@ -29,8 +30,8 @@ from permgraph.spec.spec import PermutationSpec
 from permgraph.spec.transformation import Transformation
 
 
-@dataclass(frozen=True)
-class PartialMatch:
+@dataclass(frozen=True, repr=False)
+class PartialMatch(Displayed):
     """B brought to A, where groups may differ in size.
 
     Attributes:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from permgraph.conventions.displayed import Displayed
 from permgraph.conventions.outcomes import StepProgress, TrainingOutcome
 from permgraph.conventions.renamed import renamed
 from permgraph.errors import MismatchError
@@ -26,8 +27,8 @@ from permgraph.weights.combine import average
 from permgraph.weights.state_dict import Network, as_state_dict, check_same_keys
 
 
-@dataclass(frozen=True)
-class Star:
+@dataclass(frozen=True, repr=False)
+class Star(Displayed):
     """A network trained to be connected to several others.
 
     Attributes:

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from permgraph.errors import EvaluationError
 from permgraph.networks.batches import (
     UNCOUNTED,
-    are_the_tokens,
     Loader,
     Loss,
+    are_the_tokens,
     batches,
     device_of,
     fitting,
@@ -64,7 +64,6 @@ def evaluate_on(
 
     if bins is not None and bins < 1:
         raise EvaluationError(f"bins={bins}: calibration needs 1 or more")
-
 
     def evaluate(model: nn.Module) -> dict[str, float]:
         require_eval_mode(model, "the model to evaluate")

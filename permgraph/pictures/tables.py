@@ -9,6 +9,7 @@ import html
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from permgraph.conventions.displayed import summary
 from permgraph.pictures.palette import COLOURS
 from permgraph.spec.expressions import Fixed
 
@@ -80,6 +81,13 @@ def barrier_table(line: ShownLine) -> str:
     return f"<div>{caption('Barrier', said)}{body}{_notes(line.notes)}</div>"
 
 
+def result_table(result: object) -> str:
+    """Any result: its fields in a few words each, and its notes."""
+    rows = [(text(name), text(said)) for name, said in summary(result) if name != "notes"]
+    notes = _notes(getattr(result, "notes", ()))
+    return f"<div>{caption(type(result).__name__, ())}{table(('field', 'value'), rows)}{notes}</div>"
+
+
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """An HTML table; the head is text, the cells are HTML already."""
     columns = "".join(f'<th scope="col" style="{_CELL}">{text(name)}</th>' for name in head)
@@ -89,7 +97,8 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def caption(title: str, said: Iterable[str]) -> str:
     """A bold title and facts about it, as a paragraph of HTML."""
-    return f"<p><strong>{text(title)}</strong>: {text(' · '.join(said))}</p>"
+    facts = text(" · ".join(said))
+    return f"<p><strong>{text(title)}</strong>{facts and ': '}{facts}</p>"
 
 
 def text(raw: object) -> str:

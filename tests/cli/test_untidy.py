@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import permgraph as pg
 from permgraph.cli.app import app
 
-NETS = '''
+NETS = """
 import torch
 from torch import nn
 
@@ -35,7 +35,7 @@ class Mlp(nn.Module):
 class Normed(nn.Sequential):
     def __init__(self):
         super().__init__(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
-'''
+"""
 
 Run = Callable[..., Any]
 State = dict[str, torch.Tensor]
@@ -77,10 +77,10 @@ def align(run: Run) -> Run:
 
 
 def test_keys_that_the_model_computes_or_ignores_stay_as_they_are(align: Run) -> None:
-    extra = {"table": torch.ones(5), "x.old.mask": torch.ones(8)}
+    extra = {"table": torch.ones(5), "x.old.mask": torch.ones(8), "x.masked_bias": torch.tensor(-1e4)}
     save_file({**weights(1), **extra}, "b.safetensors")
     said = align("b.safetensors").stderr
-    assert "2 keys that the model leaves unread: as they are: 'table', 'x.old.mask'" in said
+    assert "3 keys that the model leaves unread stay as they are" in said
     assert torch.equal(load_file("out.safetensors")["x.old.mask"], torch.ones(8))
 
 
@@ -91,24 +91,26 @@ def test_other_keys_are_named_together_with_the_options_that_leave_them(align: R
     assert "4 keys that the model does not know" in said and "--leave 'h.*.m'" in said and "--leave 'h.*.bias'" in said
     # What it knows is not taken away, though the pattern matches it.
     said = align("b.safetensors", "--leave", "*.m", "--leave", "*bias").stderr
-    assert "4 keys as they are" in said
+    assert "4 keys left as they are" in said
     assert "matches no key" in align("b.safetensors", "--leave", "n.*", out="c.safetensors", code=2).stderr
 
 
 def test_averages_that_are_left_are_said_to_fit_no_more(align: Run) -> None:
     state = weights(1)
     save_file({**state, **{f"ema.{name}": tensor.clone() for name, tensor in state.items()}}, "b.safetensors")
-    assert "of these 6 have the names and shapes of the model's own weights" in align(
-        "b.safetensors", "--leave", "ema.*"
-    ).stderr
+    assert (
+        "of these 6 have the names and shapes of the model's own weights"
+        in align("b.safetensors", "--leave", "ema.*").stderr
+    )
 
 
 def test_an_entry_of_a_file_is_read_and_the_others_are_not_carried_over(align: Run) -> None:
     torch.save({"ema": weights(1), "raw": weights(2)}, "b.pt")
     assert "state dicts under 'ema', 'raw': say which one, as --entry ema" in align("b.pt", out="c.pt", code=2).stderr
-    assert "there is no state dict under 'emma'; the file has 'ema', 'raw'" in align(
-        "b.pt", "--entry", "emma", out="c.pt", code=2
-    ).stderr
+    assert (
+        "there is no state dict under 'emma'; the file has 'ema', 'raw'"
+        in align("b.pt", "--entry", "emma", out="c.pt", code=2).stderr
+    )
     torch.save({"params": weights(0)}, "a.pt")
     torch.save({"gan": {"generator": weights(0), "step": 3}, "epoch": 7}, "deep.pt")  # the only one is found
     torch.save({"ema": weights(0), "raw": weights(3)}, "first.pt")
@@ -163,3 +165,48 @@ def test_barrier_says_that_statistics_are_only_interpolated(run: Run) -> None:
     command = ("barrier", "0.safetensors", "1.safetensors", "-m", "net.py:Normed", "--data", "data.safetensors")
     assert "the networks have BatchNorm" in run(*command, "--points", 3).stderr
     assert "the networks have BatchNorm" not in run(*command, "--points", 3, "--recalibrate").stderr
+
+
+def test_lists_need_no_syntax_of_python(align: Run) -> None:
+    save_file(weights(1), "b.safetensors")
+    data = json.loads(align("b.safetensors", "--set", "frozen=a", "--json").stdout)
+    assert 0 < data["moved"] <= 8 < data["of"]  # of the two groups of eight, one moves
+    assert json.loads(align("b.safetensors", "--set", "frozen=a,b", "--json", out="c.safetensors").stdout)["moved"] == 0
+    said = align("b.safetensors", "--set", "ignore=haed.*", out="d.safetensors", code=2).stderr
+    assert "no parameter fits the pattern 'haed.*'; there is 'head." in said
+
+
+@pytest.mark.parametrize(
+    ("ratios", "expected"),
+    [
+        (["0.25"], {"a": 0.25, "b": 0.25, "head": 0.25}),
+        (["0,0.5,0.8"], {"a": 0.0, "b": 0.5, "head": 0.8}),
+        (["head.*=1", "*=0.5"], {"a": 0.5, "b": 0.5, "head": 1.0}),
+    ],
+)
+def test_merge_with_a_ratio_for_each_layer(run: Run, ratios: list[str], expected: dict[str, float]) -> None:
+    a, b = ({name: torch.full_like(t, float(value)) for name, t in weights(0).items()} for value in (0, 1))
+    save_file(a, "a.safetensors")
+    save_file(b, "b.safetensors")
+    options = [part for ratio in ratios for part in ("--ratios", ratio)]
+    run("merge", "a.safetensors", "b.safetensors", "-m", "net.py:Mlp", "-o", "c.safetensors", "--no-align", *options)
+    merged = load_file("c.safetensors")
+    assert {name: float(merged[f"{name}.weight"].mean()) for name in expected} == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--ratios", "haed.*=1", "--ratios", "*=0"], "no parameter fits the pattern 'haed.*'"),
+        (["--ratios", "head.*=1"], "no pattern of the ratios fits 'a.bias'"),
+        (["--ratios", "much"], "give numbers that are spread over the layers"),
+        (["--ratios", "0.5", "--weights", "1,1"], "leave out --weights"),
+        (["--ratios", "nan"], "must be finite"),
+    ],
+)
+def test_ratios_that_say_nothing_are_refused(run: Run, options: list[str], said: str) -> None:
+    save_file(weights(0), "a.safetensors")
+    save_file(weights(1), "b.safetensors")
+    command = ("merge", "a.safetensors", "b.safetensors", "-m", "net.py:Mlp", "-o", "c.safetensors", "--no-align")
+    assert said in run(*command, *options, code=2).stderr
+    assert not Path("c.safetensors").exists()
