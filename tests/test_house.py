@@ -45,7 +45,7 @@ ARROWS = {
     "verification": "capture rules spec inference",
     "verify": "verification",
     "studies": "io weights spec networks pictures inference matching connectivity",
-    "cli": "io weights spec rules inference pictures matching merging connectivity verification studies",
+    "cli": "io weights spec networks rules inference pictures matching merging connectivity verification studies",
     "__main__": "cli",
 }
 FOR_ALL = {"errors", "display", "conventions"}

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from permgraph.conventions.displayed import Displayed
 from permgraph.conventions.outcomes import StepProgress
+from permgraph.conventions.waiting import waits
 from permgraph.errors import EvaluationError, in_one_line
 from permgraph.networks.batches import undisturbed
 from permgraph.networks.evaluate import template_of
@@ -220,6 +221,7 @@ def barrier(
     )
 
 
+@waits("measuring the path")
 def barrier_along(
     path: Callable[[float], Mapping[str, Tensor]],
     evaluate: Evaluate,

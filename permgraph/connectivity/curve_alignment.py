@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from permgraph.connectivity.curves import Curve, Shape
 from permgraph.conventions.displayed import Displayed
 from permgraph.conventions.outcomes import StepProgress, TrainingOutcome
+from permgraph.conventions.waiting import waits
 from permgraph.errors import EvaluationError, MismatchError
 from permgraph.matching import WeightMatching
 from permgraph.matching.matcher import MatchResult
@@ -81,6 +82,7 @@ class AlignedCurve(Displayed):
         )
 
 
+@waits("fitting the curve")
 def fit_aligned_curve(
     a: Network,
     b: Network,

@@ -23,6 +23,7 @@ from permgraph.conventions.choices import require_choice
 from permgraph.conventions.displayed import Displayed
 from permgraph.conventions.outcomes import StepProgress, TrainingOutcome
 from permgraph.conventions.renamed import renamed
+from permgraph.conventions.waiting import waits
 from permgraph.errors import EvaluationError
 from permgraph.networks.batches import Loader, Loss, MakeOptimizer, require_rereadable
 from permgraph.networks.blended import Parts, Perturb, Workbench
@@ -120,6 +121,7 @@ class Curve(Displayed):
 
 
 @renamed(start="init")
+@waits("fitting the curve")
 def fit_curve(
     a: Network,
     b: Network,

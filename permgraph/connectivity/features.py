@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from permgraph.connectivity.barriers import Prepare
 from permgraph.conventions.displayed import Displayed
+from permgraph.conventions.waiting import waits
 from permgraph.errors import EvaluationError
 from permgraph.networks.batches import Loader, batches, device_of, fitting, observed, split_batch, undisturbed
 from permgraph.networks.evaluate import template_of
@@ -76,6 +77,7 @@ class FeatureConnectivity(Displayed):
         return "\n".join(lines)
 
 
+@waits("comparing features")
 def feature_connectivity(
     a: Network,
     b: Network,

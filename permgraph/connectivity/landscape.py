@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from permgraph.connectivity.barriers import Evaluate, Prepare, measure, prepared
 from permgraph.conventions.displayed import Displayed
 from permgraph.conventions.outcomes import StepProgress
+from permgraph.conventions.waiting import waits
 from permgraph.errors import EvaluationError
 from permgraph.networks.batches import undisturbed
 from permgraph.networks.evaluate import template_of
@@ -144,6 +145,7 @@ class LossSurface(Displayed):
         return ax
 
 
+@waits("measuring the plane")
 def loss_surface(
     a: Network,
     b: Network,

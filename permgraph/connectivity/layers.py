@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from permgraph.connectivity.barriers import Barrier, Evaluate, Prepare, barrier
 from permgraph.conventions.displayed import Displayed
 from permgraph.conventions.outcomes import StepProgress
+from permgraph.conventions.waiting import waits
 from permgraph.errors import EvaluationError
 from permgraph.networks.evaluate import template_of
 from permgraph.weights.identity import SameTensor
@@ -77,6 +78,7 @@ class LayerwiseBarriers(Displayed):
         return "\n".join([*lines, f"{'(all)':{width}}  {self.whole.barrier:7.4g}  {self.whole.losses[-1]:.4g}"])
 
 
+@waits("measuring layer by layer")
 def layerwise_barriers(
     a: Network,
     b: Network,

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from permgraph.conventions.displayed import Displayed
+from permgraph.conventions.waiting import waits
 from permgraph.errors import EvaluationError, MismatchError
 from permgraph.weights.identity import SameTensor
 from permgraph.weights.state_dict import Network, as_state_dict, check_same_keys, require_finite
@@ -107,6 +108,7 @@ class SpectralComparison(Displayed):
         return "\n".join(lines)
 
 
+@waits("comparing spectra")
 def compare_spectra(a: Network, b: Network, *, names: Sequence[str] | None = None) -> SpectralComparison:
     """Compare the singular values and vectors of two networks' weights, and measure their distance.
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from permgraph.conventions.waiting import waits
 from permgraph.errors import MismatchError
 from permgraph.matching.matcher import Matcher, MatchResult, Progress, SupportsMatch, runs_networks
 from permgraph.matching.weight_matching import WeightMatching
@@ -61,6 +62,7 @@ class Alignment(MatchResult):
         return model
 
 
+@waits("aligning")
 def align(
     model_a: Network,
     model_b: Network,

@@ -20,6 +20,7 @@ import torch
 
 from permgraph.assignment.solve import ROUGH, WIDE, assign
 from permgraph.conventions.displayed import Displayed
+from permgraph.conventions.waiting import waits
 from permgraph.errors import MismatchError, PermgraphError
 from permgraph.matching import tuned
 from permgraph.matching.general.polar import polar
@@ -246,6 +247,7 @@ def estimate(spec: PermutationSpec) -> Estimate:
     return Estimate(tuple(costs.values()), sum(elements.values()), rounds_of(spec, list(costs)))
 
 
+@waits("measuring this machine")
 def calibrate(seconds: float = 2.0) -> Rates:
     """Measure this machine, with torch's present number of threads.
 

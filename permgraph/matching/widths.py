@@ -18,6 +18,7 @@ import torch
 
 from permgraph.conventions.choices import require_choice
 from permgraph.conventions.displayed import Displayed
+from permgraph.conventions.waiting import waits
 from permgraph.errors import MismatchError
 from permgraph.matching.general.widening import Norms, embedded, factor_of
 from permgraph.matching.matcher import MatchResult, Progress, SupportsMatch
@@ -54,6 +55,7 @@ class PartialMatch(Displayed):
     factors: Mapping[str, float] = field(default_factory=dict)
 
 
+@waits("matching")
 def match_widths(
     a: Mapping[str, torch.Tensor],
     b: Mapping[str, torch.Tensor],

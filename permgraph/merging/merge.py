@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from permgraph.conventions.waiting import waits
 from permgraph.errors import MismatchError
 from permgraph.matching import Matcher
 from permgraph.merging.compared import Compared, require_all_finite, sum_over_pairs
@@ -26,6 +27,7 @@ from permgraph.weights.state_dict import Network, Weights, check_same_keys, is_c
 log = logging.getLogger(__name__)
 
 
+@waits("merging")
 def merge(
     models: Sequence[Network],
     method: MergeMethod | None = None,

@@ -18,6 +18,7 @@ from torch import nn
 from permgraph.conventions.displayed import Displayed
 from permgraph.conventions.outcomes import StepProgress, TrainingOutcome
 from permgraph.conventions.renamed import renamed
+from permgraph.conventions.waiting import waits
 from permgraph.errors import MismatchError
 from permgraph.networks.batches import Loader, Loss, MakeOptimizer
 from permgraph.networks.blended import State, Workbench
@@ -49,6 +50,7 @@ class Star(Displayed):
 
 
 @renamed(start="init")
+@waits("training the centre")
 def fit_star(
     networks: Sequence[Network],
     loader: Loader,

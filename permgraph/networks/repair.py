@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from permgraph.conventions.displayed import Displayed
+from permgraph.conventions.waiting import waits
 from permgraph.errors import EvaluationError, MismatchError, NonFiniteError
 from permgraph.networks.batches import Loader, observed, run_over, undisturbed
 from permgraph.networks.evaluate import require_eval_mode
@@ -44,6 +45,7 @@ class ChannelStatistics(Displayed):
     deviations: Mapping[str, Tensor]
 
 
+@waits("measuring statistics")
 def channel_statistics(model: nn.Module, loader: Loader, layers: Layers | None = None) -> ChannelStatistics:
     """Return the mean and deviation of each channel that the linear and convolution layers of ``model`` put out.
 
@@ -87,6 +89,7 @@ def channel_statistics(model: nn.Module, loader: Loader, layers: Layers | None =
     )
 
 
+@waits("repairing")
 def repair(
     model: Module,
     loader: Loader,

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import TYPE_CHECKING
 
+from permgraph.conventions.waiting import waits
 from permgraph.errors import MismatchError
 from permgraph.io.files import write_atomically
 from permgraph.pictures.charts import line_chart, similarity_rows
@@ -57,6 +58,7 @@ class Report:
         )
 
 
+@waits("writing the report")
 def report(
     spec: PermutationSpec,
     path: str | os.PathLike[str] | None = None,
