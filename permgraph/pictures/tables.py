@@ -57,7 +57,7 @@ def alignment_table(result: ShownMatch) -> str:
         [str(sweep.number), f"{sweep.objective:.6g}", str(sum(sweep.moved.values())), f"{sweep.seconds:.3g}"]
         for sweep in shown
     ]
-    head = ("sweep", "objective", "indices moved", "seconds")
+    head = ("sweep", "objective", "indices moved", "seconds since the start")
     body = table(head, rows) if rows else ""
     return f"<div>{caption(type(result).__name__, said)}{body}{_notes(result.notes)}</div>"
 
