@@ -138,6 +138,7 @@ def explain(
 
         permgraph explain torchvision:resnet18 layer1.0.conv2.weight 0
     """
+    from permgraph.cli.explained import in_lines
     from permgraph.cli.models import spec_of
 
     with Screen(shown) as screen:
@@ -156,7 +157,7 @@ def explain(
             for part in explanation.parts
         ]
         data = {"slot": explanation.slot, "size": explanation.size, "axis": explanation.axis, "parts": parts}
-        screen.result({**data, "text": str(explanation)}, str(explanation))
+        screen.result({**data, "text": str(explanation)}, in_lines(explanation))
 
 
 def diff(

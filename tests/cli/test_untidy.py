@@ -210,3 +210,17 @@ def test_ratios_that_say_nothing_are_refused(run: Run, options: list[str], said:
     command = ("merge", "a.safetensors", "b.safetensors", "-m", "net.py:Mlp", "-o", "c.safetensors", "--no-align")
     assert said in run(*command, *options, code=2).stderr
     assert not Path("c.safetensors").exists()
+
+
+def test_an_explanation_has_a_reason_for_each_axis_and_lines_that_fit(run: Run) -> None:
+    said = run("explain", "net.py:Mlp", "a.weight", 0).stdout
+    lines = said.splitlines()
+    assert max(map(len, lines)) <= 120
+    assert lines[0] == "a.weight[0] (8) is group a:"
+    tied = [at for at, line in enumerate(lines) if line.startswith("  tied to")]
+    assert any(lines[at].startswith("  tied to b.weight[1] by") for at in tied)
+    for at in tied:
+        reason = lines[at].endswith(" by") and lines[at + 1].startswith("      ")
+        assert reason or ": directly" in lines[at] or ": of one group" in lines[at]
+    still = run("explain", "net.py:Mlp", "head.weight", 0).stdout
+    assert still.startswith("head.weight[0] (3) stays put:\n  ") and len(still.splitlines()) > 1
