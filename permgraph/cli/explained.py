@@ -76,7 +76,8 @@ def _steps(made: Sequence[Tie | SlotPin]) -> Iterator[str]:
     """The operators of a path in words: those that follow each other in one module together, with the lines."""
     known = [step for step in made if step.operator is not None]
     for module, run in itertools.groupby(known, key=lambda step: step.module):
-        operators, places = [], []
+        operators: list[str] = []
+        places: list[str] = []
         for step in run:
             assert step.operator is not None
             name = step.operator.removeprefix("aten.").partition(".")[0]

@@ -250,6 +250,11 @@ def barrier_along(
         0.25
     """
     start = time.perf_counter()
+    if not callable(evaluate):
+        kind = type(evaluate).__name__
+        raise EvaluationError(
+            f"evaluate must be a function of a network, as evaluate_on(loader) makes one, not a {kind}"
+        )
     alphas = _alphas(points)
     template = template_of(model)
     curves: dict[str, list[float]] = {}

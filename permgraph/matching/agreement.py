@@ -161,10 +161,12 @@ class Structure:
             )
         if difference is not None:
             classes = [type(net).__name__ for net in (self.module, module)]
+            tied = " itself in " in difference
+            advice = "permgraph.untied(model) makes a copy of the tied one that is not" if tied else "build both alike"
             raise MismatchError(
                 f"{self.name} ({classes[0]}) and {name} ({classes[1]}) have tensors of the same shapes, but not the "
                 f"same symmetries: {difference}. What renumbers one would change what the other computes: "
-                "build both alike"
+                f"{advice}"
             )
         if alike:
             return []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any, NoReturn, TypeAlias
@@ -43,8 +44,20 @@ def as_state_dict(network: Network) -> Mapping[str, Any]:
 
 
 def own_state(network: Network) -> Mapping[str, Any]:
-    """A module's state dict, or a state dict as it is; offloaded tensors fetched, and sharded ones in their parts."""
-    return module_state(network) if isinstance(network, nn.Module) else network
+    """A module's state dict, or a state dict as it is; offloaded tensors fetched, and sharded ones in their parts.
+
+    Raises MismatchError if it is neither.
+    """
+    if isinstance(network, nn.Module):
+        return module_state(network)
+    if isinstance(network, Mapping):
+        return network
+    hint = ""
+    if isinstance(getattr(network, "state_dict", None), Mapping):
+        hint = ": pass its .state_dict"
+    elif isinstance(network, (str, os.PathLike)):
+        hint = f": load {os.fspath(network)!r} first"
+    raise MismatchError(f"a module or a state dict is needed, not a {type(network).__name__}{hint}")
 
 
 def is_continuous(tensor: Tensor) -> bool:

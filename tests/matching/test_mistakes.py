@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import permgraph as pg
 from permgraph.errors import MismatchError, PermgraphError
@@ -33,8 +34,19 @@ B = SPEC.random(1, every_group=True).apply(A)
             "no parameter fits the pattern '0.wieght'; there is '0.weight'",
         ),
         (lambda: pg.align(A, B, pg.WeightMatching(ignore="0.*"), spec=SPEC), "is a text: give a tuple"),
+        (lambda: pg.interpolate(A, pg.align(A, B, spec=SPEC), 0.5), "not a Alignment: pass its .state_dict"),
+        (lambda: pg.average(["a.pt", "b.pt"]), "not a str: load 'a.pt' first"),
     ],
-    ids=["a path", "no spec", "a name for a method", "compiled", "a pattern that fits nothing", "a text for a list"],
+    ids=[
+        "a path",
+        "no spec",
+        "a name for a method",
+        "compiled",
+        "a pattern that fits nothing",
+        "a text for a list",
+        "a result",
+        "a path for a model",
+    ],
 )
 def test_a_mistake_is_named_with_the_next_step(call: Any, said: str) -> None:
     with pytest.raises(MismatchError, match=said):
@@ -51,3 +63,19 @@ def test_a_state_dict_that_is_called_says_that_it_is_none_to_call(result: Any) -
     read = torch.load(file, weights_only=True)
     assert type(read) is type(copy.deepcopy(result.state_dict)) is OrderedDict
     assert all(torch.equal(read[name], tensor) for name, tensor in result.state_dict.items())
+
+
+def test_a_loader_is_no_evaluation() -> None:
+    net = nn.Linear(2, 2).eval()
+    with pytest.raises(PermgraphError, match=r"as evaluate_on\(loader\) makes one, not a list"):
+        pg.barrier(net, net, [(torch.zeros(1, 2), torch.zeros(1))])
+
+
+def test_networks_of_other_widths_may_be_modules() -> None:
+    wide, narrow = (nn.Sequential(nn.Linear(2, width), nn.ReLU(), nn.Linear(width, 1)) for width in (5, 3))
+    specs = pg.auto_spec(wide), pg.auto_spec(narrow)
+    found = pg.match_widths(wide, narrow, *specs)
+    assert torch.equal(
+        found.state_dict["0.weight"],
+        pg.match_widths(wide.state_dict(), narrow.state_dict(), *specs).state_dict["0.weight"],
+    )
