@@ -54,6 +54,13 @@ def ratios_from(texts: Sequence[str]) -> Ratios:
     return schedule[0] if len(schedule) == 1 else schedule
 
 
+def ratios_for(run: MatchingRun, ratios: Ratios) -> dict[str, float]:
+    """The ratio of each parameter of the first checkpoint, by the model's name and in the model's order."""
+    places = {name: at for at, name in enumerate(run.spec.axes)}
+    aliases = run.spec.aliases
+    return ratios_of(sorted(run.weights[0], key=lambda name: places.get(aliases.get(name, name), len(places))), ratios)
+
+
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
     """The precision that sums are taken in: float32 or better."""
     return torch.promote_types(dtype, torch.float32) if dtype.itemsize > 1 else torch.float32
@@ -77,7 +84,7 @@ class RenumberedMean:
         ratios: Ratios | None = None,
     ) -> None:
         self.run, self.shares = run, shares
-        self.ratios = None if ratios is None else ratios_of(run.weights[0], ratios)
+        self.ratios = None if ratios is None else ratios_for(run, ratios)
         elements = [None if each is None else in_parts(each) for each in permutations]
         self.members = tuple(zip(run.checkpoints, run.weights, elements, strict=True))
         self.names = {key: name for name, key in run.weights[0].keys_of.items()}

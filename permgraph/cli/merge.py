@@ -63,10 +63,9 @@ def merge(
     """
     from permgraph.cli.match_all import match_all
     from permgraph.cli.matching_run import MatchingRun, in_words
-    from permgraph.cli.mean import RenumberedMean, ratios_from, require_same_names, shares_from
+    from permgraph.cli.mean import RenumberedMean, ratios_for, ratios_from, require_same_names, shares_from
     from permgraph.conventions.displayed import plural
     from permgraph.io import Staging, write_checkpoint
-    from permgraph.weights.ratios import ratios_of
 
     with Screen(shown, resumes=True) as screen:
         shares = shares_from(weights, len(checkpoints))
@@ -86,7 +85,7 @@ def merge(
         matched_by = {"method": method.value, "reference": reference} if aligned else None
         job = run.job("merge", shares=shares, ratios=by_layer, how=matched_by, recalibrate=recalibrate)
         if by_layer is not None:
-            ratios_of(run.weights[0], by_layer)  # before anything is computed
+            ratios_for(run, by_layer)  # before anything is computed
         with Staging(writing.output, job, overwrite=writing.overwrite) as staging:
             if staging.complete:
                 write_checkpoint(first, staging, lambda key, tensor: tensor)

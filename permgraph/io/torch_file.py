@@ -141,13 +141,14 @@ def _unwrap(content: Any, path: Path) -> tuple[Mapping[str, Any], tuple[str, ...
     entries = list(_entries(content))
     if len(entries) == 1:
         return _at(content, entries[0], path)
-    found = f"a {type(content).__name__}"
     if entries:
-        found = f"state dicts under {', '.join(map(repr, entries))}: say which one, as --entry {entries[0]}"
-    elif isinstance(content, Mapping):
+        listed = ", ".join(map(repr, entries))
+        raise CheckpointError(f"{path}: it has state dicts under {listed}: say which one, as --entry {entries[0]}")
+    found = f"a {type(content).__name__}"
+    if isinstance(content, Mapping):
         found = f"a mapping with the keys {', '.join(map(repr, list(content)[:6]))}" if content else "an empty mapping"
     raise CheckpointError(
-        f"{path}: no state dict where one is expected, but {found}; it is looked for at the top and under "
+        f"{path}: no state dict in it, but {found}; a state dict is looked for at the top and under "
         f"{', '.join(map(repr, WRAPPERS))}"
     )
 

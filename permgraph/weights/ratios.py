@@ -18,8 +18,9 @@ def ratios_of(names: Iterable[str], given: Ratios) -> dict[str, float]:
     """The ratio of each parameter, by its name.
 
     The layers of a schedule are what the names have up to their first whole number, such as ``model.layers.3`` and
-    ``layer1.0``, in the order in which they come; where no name has one, its modules. The first number of the schedule
-    is the first layer's, and that of all that comes before it; the last one that of the last, and of all behind it.
+    ``layer1.0``, in the order of what stands before it and then by the number; where no name has one, the modules in
+    their order. The first number of the schedule is the first layer's, and that of the names before it; the last one
+    that of the last, and of the names behind it.
 
     Raises:
         EvaluationError: a ratio is not a finite number, or there is none.
@@ -70,12 +71,22 @@ def _depths(names: Sequence[str]) -> dict[str, int]:
     layers = {name: _layer(name) for name in names}
     if not any(layers.values()):
         layers = {name: name.rpartition(".")[0] for name in names}
-    order = {layer: depth for depth, layer in enumerate(dict.fromkeys(filter(None, layers.values())))}
+        order = {layer: depth for depth, layer in enumerate(dict.fromkeys(layers.values()))}
+    else:
+        lists = {before: at for at, before in enumerate(dict.fromkeys(map(_list, filter(None, layers.values()))))}
+        known = dict.fromkeys(filter(None, layers.values()))
+        # A file may have the names in the order of the alphabet, the tenth layer before the second.
+        known_in_order = sorted(known, key=lambda layer: (lists[_list(layer)], int(layer.rpartition(".")[2])))
+        order = {layer: depth for depth, layer in enumerate(known_in_order)}
     depth, found = 0, {}
     for name, layer in layers.items():
         depth = order.get(layer, depth)
         found[name] = depth
     return found
+
+
+def _list(layer: str) -> str:
+    return layer.rpartition(".")[0]
 
 
 def _layer(name: str) -> str:

@@ -198,7 +198,7 @@ def test_merge_with_a_ratio_for_each_layer(run: Run, ratios: list[str], expected
     ("options", "said"),
     [
         (["--ratios", "haed.*=1", "--ratios", "*=0"], "no parameter fits the pattern 'haed.*'"),
-        (["--ratios", "head.*=1"], "no pattern of the ratios fits 'a.bias'"),
+        (["--ratios", "head.*=1"], "no pattern of the ratios fits 'a.weight'"),
         (["--ratios", "much"], "give numbers that are spread over the layers"),
         (["--ratios", "0.5", "--weights", "1,1"], "leave out --weights"),
         (["--ratios", "nan"], "must be finite"),

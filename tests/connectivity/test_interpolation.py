@@ -119,6 +119,9 @@ def test_ratios_by_layer() -> None:
     assert mixed((0.0, 1.0)) == [0, 0, 4, 4, 8, 8]  # three layers; what is outside goes with its neighbour
     assert mixed((0.5, 0.25, 1.0)) == [4, 4, 2, 2, 8, 8]
     assert mixed([0.25]) == [2] * 6
+    shuffled = {f"layers.{n}.w": torch.ones(1) for n in sorted(range(11), key=str)}  # 0, 1, 10, 2, ...
+    line = interpolate({name: torch.zeros(1) for name in shuffled}, shuffled, (0.0, 1.0))
+    assert [float(line[f"layers.{n}.w"]) for n in range(11)] == pytest.approx([n / 10 for n in range(11)])
     assert mixed({"layer1.1.*": 1, "layer*": 0.5, "*": 0}) == [0, 4, 8, 8, 4, 0]
     with pytest.raises(MismatchError, match=r"no parameter fits the pattern 'layer3\.\*'"):
         mixed({"layer3.*": 1, "*": 0})
