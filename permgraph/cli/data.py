@@ -421,6 +421,8 @@ def class_dim_of(asked: Data, loader: Iterable[Any] | None) -> int:
     """The dimension of the logits that holds the classes: as asked for; the last for texts, else 1."""
     if asked.class_dim is not None:
         return asked.class_dim
+    if asked.data and Path(asked.data).is_dir():  # of images
+        return 1
     first = None if loader is None else next(iter(loader), None)
     return -1 if isinstance(first, Mapping) and TOKENS in first else 1
 

@@ -240,8 +240,9 @@ class Matching:
 
 DATA_HELP = (
     "A folder of MNIST (idx), CIFAR (Python batches) or images in one folder per class; a file of tensors "
-    "(.safetensors, .pt, .npz: inputs and targets, or keyword arguments and labels); a text (.txt) for language "
-    "models; or package.module:loader or file.py:loader, a sequence of batches or a function that makes one."
+    "(.safetensors, .pt, .npz: inputs and targets, keyword arguments and labels, or input_ids alone); a text (.txt) "
+    "for language models; or package.module:loader or file.py:loader, a sequence of batches or a function that makes "
+    "one."
 )
 
 
