@@ -14,8 +14,11 @@ from permgraph.cli.extra_keys import left_out
 from permgraph.cli.models import build
 from permgraph.cli.screen import Screen
 from permgraph.errors import MismatchError, NonFiniteError, PermgraphError
-from permgraph.io import Checkpoint, Renamed, match_names
+from permgraph.io import Checkpoint, Renamed, match_names, open_checkpoint
+from permgraph.io.checkpoint import TORCH_SUFFIXES, which_was_read
 from permgraph.io.converted import Conversions, ConvertedCheckpoint, converted, names_on_disk
+from permgraph.io.torch_file import TorchFile
+from permgraph.io.write import not_carried_over
 from permgraph.matching.general.pieces import Piecewise
 from permgraph.spec.data import SpecData
 from permgraph.spec.elements import AnyElement
@@ -24,6 +27,27 @@ from permgraph.spec.spec import PermutationSpec
 from permgraph.spec.transformation import Transformation
 
 log = logging.getLogger(__name__)
+
+
+def open_all(paths: Sequence[Path], entry: str | None, screen: Screen) -> tuple[Checkpoint, ...]:
+    """Open checkpoints, and say which of a folder's weights were read, where it has several.
+
+    An entry is looked up in the PyTorch files among them: a file of another kind has none, and is what it is.
+    """
+    wrapped = [path for path in paths if path.suffix in TORCH_SUFFIXES] or paths
+    opened = tuple(open_checkpoint(path, entry if path in wrapped else None) for path in paths)
+    for checkpoint in opened:
+        screen.note(which_was_read(checkpoint))
+    return opened
+
+
+def note_what_is_left_behind(checkpoint: Checkpoint, screen: Screen) -> None:
+    """Say what lies beside a checkpoint's weights, and holds tensors that no copy is given."""
+    for file in checkpoint.files:
+        if isinstance(file, TorchFile) and file.dropped:
+            names = ", ".join(map(repr, file.dropped))
+            screen.note(f"{file.path}: {names} not carried over: tensors in there would no longer fit")
+    screen.note(not_carried_over(checkpoint))
 
 
 def fitted(

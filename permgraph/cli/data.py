@@ -20,6 +20,7 @@ import torch
 
 from permgraph.cli.models import load_object
 from permgraph.cli.options import Data, Split
+from permgraph.cli.text import tokens_of
 from permgraph.errors import EvaluationError, MissingExtraError, PermgraphError, in_one_line
 from permgraph.io import open_checkpoint
 from permgraph.io.torch_file import load_safely
@@ -377,41 +378,14 @@ def _pictures(path: Path, split: Split, asked: Data) -> Batches:
 # --- text -------------------------------------------------------------------------------------------------------------
 
 
-_TOKENIZER = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")  # the files of which a tokenizer has one at least
-
-
 def _text(path: Path, folder: Path | None, asked: Data) -> Batches:
     """A text cut into samples of equal length, each token's target being the next token."""
-    if not path.is_file():
-        raise EvaluationError(f"--data {path}: no such file")
-    if folder is None:
-        raise EvaluationError(f"--data {path}: text needs a tokenizer: say --tokenizer FOLDER")
-    if not (folder.is_dir() and any(list(folder.glob(pattern)) for pattern in _TOKENIZER)):
-        raise EvaluationError(
-            f"{folder}: no tokenizer that can be used: there is neither {' nor '.join(_TOKENIZER)} in it: say "
-            f"--tokenizer FOLDER, or give the tokens, input_ids in a .safetensors file, in place of {path.name}"
-        )
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise EvaluationError(f"{path}: not a text in UTF-8: {error}") from None
-    try:
-        transformers = importlib.import_module("transformers")
-    except ImportError:
-        raise MissingExtraError("text needs a tokenizer of transformers: pip install 'permgraph[zoo]'") from None
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        tokens = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.long)
-    except Exception as error:  # whatever a folder without a good tokenizer makes transformers raise
-        raise EvaluationError(f"{folder}: no tokenizer that can be used: {in_one_line(error, 200)}") from None
-    length = asked.length
+    tokens, length = tokens_of(path, folder), asked.length
 
     def take(numbers: Sequence[int]) -> Any:
         rows = torch.stack([tokens[number * length : (number + 1) * length + 1] for number in numbers])
         return {"input_ids": rows[:, :-1], "labels": rows[:, 1:]}
 
-    if not len(tokens):
-        raise EvaluationError(f"{path}: the tokenizer of {folder} makes no token of it: is it that of the model?")
     if len(tokens) <= length:
         raise EvaluationError(f"{path}: {len(tokens)} tokens, too few for samples of {length}: say --length")
     return _batches((len(tokens) - 1) // length, asked, take)

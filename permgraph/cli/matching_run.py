@@ -15,7 +15,14 @@ import torch
 from torch import nn
 
 import permgraph
-from permgraph.cli.checkpoints import fitted, identity_of, require_finite, whole_state
+from permgraph.cli.checkpoints import (
+    fitted,
+    identity_of,
+    note_what_is_left_behind,
+    open_all,
+    require_finite,
+    whole_state,
+)
 from permgraph.cli.data import class_dim_of, identity_of_data, load_data
 from permgraph.cli.distributed import DistributedRun
 from permgraph.cli.extra_keys import require_matched
@@ -25,10 +32,8 @@ from permgraph.cli.options import FORMS, Data, Init, Matching, Split, Subject
 from permgraph.cli.screen import Screen
 from permgraph.conventions.displayed import plural
 from permgraph.errors import CaptureError, CheckpointError, EvaluationError, MismatchError, NonFiniteError, in_one_line
-from permgraph.io import Checkpoint, Renamed, Staging, open_checkpoint
-from permgraph.io.checkpoint import TORCH_SUFFIXES, which_was_read
-from permgraph.io.torch_file import TorchFile
-from permgraph.io.write import check_target, not_carried_over
+from permgraph.io import Checkpoint, Renamed, Staging
+from permgraph.io.write import check_target
 from permgraph.matching import MatchResult, SupportsMatch, Sweep, WeightMatching
 from permgraph.matching.matcher import runs_networks
 from permgraph.matching.streamed import StreamedWeightMatching
@@ -108,21 +113,13 @@ class MatchingRun:
             CheckpointError, MismatchError: a checkpoint cannot be read, does not fit the model or the output's name.
             EvaluationError: so for the data.
         """
-        # A file of another kind has no entries, and is what it is.
-        wrapped = [path for path in paths if path.suffix in TORCH_SUFFIXES] or paths
-        opened = tuple(open_checkpoint(path, subject.entry if path in wrapped else None) for path in paths)
-        for checkpoint in opened:
-            screen.note(which_was_read(checkpoint))
+        opened = open_all(paths, subject.entry, screen)
         if output is not None:
             check_target(opened[like], output)
             for checkpoint in opened:
                 if output.resolve() == checkpoint.path.resolve():
                     raise CheckpointError(f"{output} is one of the inputs, which are only read: choose another place")
-            for file in opened[like].files:
-                if isinstance(file, TorchFile) and file.dropped:
-                    names = ", ".join(map(repr, file.dropped))
-                    screen.note(f"{file.path}: {names} not carried over: tensors in there would no longer fit")
-            screen.note(not_carried_over(opened[like]))
+            note_what_is_left_behind(opened[like], screen)
         folder = opened[0].folder if opened[0].folder and (opened[0].folder / "config.json").is_file() else None
         loader = load_data(data, folder, split=split) if data.data is not None else None
         general = subject.symmetry == "general"
