@@ -12,6 +12,7 @@ from typing import Any
 PICTURES = {
     "spec": "permgraph.pictures.drawing:plot_spec",
     "spec table": "permgraph.pictures.tables:spec_table",
+    "result table": "permgraph.pictures.tables:result_table",
 }
 
 

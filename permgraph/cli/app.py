@@ -40,8 +40,8 @@ def permgraph(
 ) -> None:
     """Every permutation symmetry of a PyTorch model, and the alignment of trained networks over it.
 
-    A MODEL is timm:NAME, torchvision:NAME, hf:FOLDER, package.module:factory or file.py:Class. Exit codes: 0 success,
-    1 the answer is no, 2 bad input, 70 a bug.
+    A MODEL is timm:NAME, torchvision:NAME, hf:FOLDER or the FOLDER, package.module:factory or file.py:Class. Exit
+    codes: 0 success, 1 the answer is no, 2 bad input, 70 a bug.
     """
 
 

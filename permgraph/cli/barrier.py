@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -73,7 +74,7 @@ def barrier(
             lines["aligned"] = fit.permutation.apply(states[1])
         loader, module = run.loader, modules[0]
         assert loader is not None
-        evaluate = evaluate_on(loader, class_dim=class_dim_of(data))
+        evaluate = evaluate_on(loader, class_dim=class_dim_of(data, loader))
         found: dict[str, Barrier] = {}
         for title, end in lines.items():
             with screen.stage(f"measuring, {title}", points) as update:
@@ -104,7 +105,10 @@ def barrier(
             _write(output, found, result)
         if output is not None:
             screen.note(f"written to {output}")
-        screen.result(result, "\n".join(f"{title}: {line}" for title, line in found.items()))
+        for note in dict.fromkeys(note for line in found.values() for note in line.notes):
+            screen.note(note)
+        texts = [f"{title}: {dataclasses.replace(line, notes=())}" for title, line in found.items()]
+        screen.result(result, "\n".join(texts))
 
 
 def _write(output: Path, found: Mapping[str, Barrier], result: Mapping[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,12 +10,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from permgraph.cli.extra_keys import left_out
 from permgraph.cli.models import build
 from permgraph.cli.rows import tied_names
 from permgraph.cli.screen import Screen
 from permgraph.errors import MismatchError, NonFiniteError, PermgraphError
-from permgraph.io import Checkpoint, Renamed, match_names
+from permgraph.io import Checkpoint, Renamed, match_names, open_checkpoint
+from permgraph.io.checkpoint import TORCH_SUFFIXES, which_was_read
 from permgraph.io.converted import Conversions, ConvertedCheckpoint, converted, names_on_disk
+from permgraph.io.torch_file import TorchFile
+from permgraph.io.write import not_carried_over
 from permgraph.matching.general.pieces import Piecewise
 from permgraph.matching.rows import resized
 from permgraph.spec.data import SpecData
@@ -26,6 +29,27 @@ from permgraph.spec.spec import PermutationSpec
 from permgraph.spec.transformation import Transformation
 
 log = logging.getLogger(__name__)
+
+
+def open_all(paths: Sequence[Path], entry: str | None, screen: Screen) -> tuple[Checkpoint, ...]:
+    """Open checkpoints, and say which of a folder's weights were read, where it has several.
+
+    An entry is looked up in the PyTorch files among them: a file of another kind has none, and is what it is.
+    """
+    wrapped = [path for path in paths if path.suffix in TORCH_SUFFIXES] or paths
+    opened = tuple(open_checkpoint(path, entry if path in wrapped else None) for path in paths)
+    for checkpoint in opened:
+        screen.note(which_was_read(checkpoint))
+    return opened
+
+
+def note_what_is_left_behind(checkpoint: Checkpoint, screen: Screen) -> None:
+    """Say what lies beside a checkpoint's weights, and holds tensors that no copy is given."""
+    for file in checkpoint.files:
+        if isinstance(file, TorchFile) and file.dropped:
+            names = ", ".join(map(repr, file.dropped))
+            screen.note(f"{file.path}: {names} not carried over: tensors in there would no longer fit")
+    screen.note(not_carried_over(checkpoint))
 
 
 def fitted(
@@ -43,7 +67,7 @@ def fitted(
         checkpoint: whose keys may differ from the names by a prefix, or be of tensors that the model has joined.
         spec: what it must fit.
         screen: is told of the prefix.
-        leave: patterns of keys that the spec need not know; they are left as they are.
+        leave: patterns of keys that the spec does not know and that are left as they are; what it knows is not.
         model: what it holds the weights of, if that has names and tensors of its own for the keys.
         other_rows: whether it may have other numbers of rows on which nothing acts, of tokens or classes.
 
@@ -60,7 +84,8 @@ def fitted(
         names = {key: matched[name] for key, name in today.items()}
         if note:
             screen.note(f"{checkpoint.path}: {note}")
-        known = {name: key for key, name in names.items() if not _left(key, name, leave)}
+        left = left_out(checkpoint, names, spec, leave, model, screen)
+        known = {name: key for key, name in names.items() if key not in left}
         tied = tied_names(checkpoint.folder, known, spec)
         if tied:
             _materialise(tied, known, spec, checkpoint, screen)
@@ -112,10 +137,6 @@ def conversions_of(model: str) -> Conversions | None:
     except PermgraphError as error:  # whatever is missing, the spec that a checkpoint must fit is known already
         log.info("%s: no conversions: %s", model, error)
         return None
-
-
-def _left(key: str, name: str, leave: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatchcase(text, pattern) for pattern in leave for text in (key, name))
 
 
 def require_finite(name: str, tensor: torch.Tensor, path: Path) -> None:
@@ -172,10 +193,10 @@ def whole_state(weights: Renamed, spec: PermutationSpec, module: nn.Module) -> d
 
 
 def identity_of(checkpoint: Checkpoint) -> list[list[Any]]:
-    """What tells whether a checkpoint is still the same, without reading it: its files, their sizes and times."""
+    """What tells whether a checkpoint is still the same, without reading it: files, sizes, times, the entry read."""
     found = []
     for file in checkpoint.files:
         path = file.path.resolve()
         status = path.stat()
-        found.append([str(path), status.st_size, status.st_mtime_ns])
+        found.append([str(path), status.st_size, status.st_mtime_ns, *getattr(file, "wrapper", ())])
     return found

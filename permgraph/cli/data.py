@@ -20,12 +20,15 @@ import torch
 
 from permgraph.cli.models import load_object
 from permgraph.cli.options import Data, Split
+from permgraph.cli.text import tokens_of
 from permgraph.errors import EvaluationError, MissingExtraError, PermgraphError, in_one_line
 from permgraph.io import open_checkpoint
 from permgraph.io.torch_file import load_safely
+from permgraph.networks.batches import UNCOUNTED, are_the_tokens, next_tokens
 
 INPUTS = ("inputs", "input", "x", "images", "data")
 TARGETS = ("targets", "target", "y", "labels", "label")
+TOKENS = "input_ids"
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
 LARGEST_SET = 1 << 32  # bytes; a file that claims more is refused before anything is allocated
 
@@ -124,8 +127,12 @@ def _tensors(path: Path, asked: Data) -> Batches:
         raise EvaluationError(f"{path}: its tensors must have one length, not {sizes}")
     inputs = next((name for name in INPUTS if name in tensors), None)
     targets = next((name for name in TARGETS if name in tensors), None)
+    if targets is None and TOKENS in tensors:  # a text by itself: each token is predicted from those before it
+        targets, tensors["labels"] = "labels", _labels_of(tensors)
     if targets is None:
         raise EvaluationError(f"{path}: no targets; name them one of {', '.join(TARGETS)}; it has {', '.join(tensors)}")
+    if are_the_tokens(tensors[targets], tensors.get(TOKENS)):
+        tensors[targets] = next_tokens(tensors[targets])
     finish = _Images(asked).finish if inputs is not None and tensors[inputs].dtype == torch.uint8 else None
 
     def take(numbers: Sequence[int]) -> Any:
@@ -136,6 +143,12 @@ def _tensors(path: Path, asked: Data) -> Batches:
         return {**cut, "labels": labels}
 
     return _batches(next(iter(sizes.values())), asked, take)
+
+
+def _labels_of(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The tokens of a text as its labels; padding does not count."""
+    tokens, mask = tensors[TOKENS].long(), tensors.get("attention_mask")
+    return tokens if mask is None or mask.shape != tokens.shape else tokens.masked_fill(mask == 0, UNCOUNTED)
 
 
 def _arrays(path: Path) -> dict[str, torch.Tensor]:
@@ -367,24 +380,7 @@ def _pictures(path: Path, split: Split, asked: Data) -> Batches:
 
 def _text(path: Path, folder: Path | None, asked: Data) -> Batches:
     """A text cut into samples of equal length, each token's target being the next token."""
-    if not path.is_file():
-        raise EvaluationError(f"--data {path}: no such file")
-    if folder is None:
-        raise EvaluationError(f"--data {path}: text needs a tokenizer: say --tokenizer FOLDER")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise EvaluationError(f"{path}: not a text in UTF-8: {error}") from None
-    try:
-        transformers = importlib.import_module("transformers")
-    except ImportError:
-        raise MissingExtraError("text needs a tokenizer of transformers: pip install 'permgraph[zoo]'") from None
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        tokens = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.long)
-    except Exception as error:  # whatever a folder without a good tokenizer makes transformers raise
-        raise EvaluationError(f"{folder}: no tokenizer that can be used: {in_one_line(error, 200)}") from None
-    length = asked.length
+    tokens, length = tokens_of(path, folder), asked.length
 
     def take(numbers: Sequence[int]) -> Any:
         rows = torch.stack([tokens[number * length : (number + 1) * length + 1] for number in numbers])
@@ -395,11 +391,14 @@ def _text(path: Path, folder: Path | None, asked: Data) -> Batches:
     return _batches((len(tokens) - 1) // length, asked, take)
 
 
-def class_dim_of(asked: Data) -> int:
-    """The dimension of the logits that holds the classes."""
+def class_dim_of(asked: Data, loader: Iterable[Any] | None) -> int:
+    """The dimension of the logits that holds the classes: as asked for; the last for texts, else 1."""
     if asked.class_dim is not None:
         return asked.class_dim
-    return -1 if Path(asked.data or "").suffix == ".txt" else 1
+    if asked.data and Path(asked.data).is_dir():  # of images
+        return 1
+    first = None if loader is None else next(iter(loader), None)
+    return -1 if isinstance(first, Mapping) and TOKENS in first else 1
 
 
 def loss_on(class_dim: int) -> Callable[[Any, Any], torch.Tensor]:

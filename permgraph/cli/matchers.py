@@ -134,11 +134,12 @@ def _changed(matcher: M, settings: Mapping[str, Any]) -> M:
     inner = _ascent(matcher)
     own = _plain(matcher)
     nested = _plain(getattr(matcher, inner)) if inner else {}
-    for name, value in settings.items():
+    for name, value in list(settings.items()):
         if name not in own and name not in nested:
             known = ", ".join(sorted({*own, *nested})) or "none"
             raise MismatchError(f"{type(matcher).__name__} has no setting {name!r}; it has {known}")
         old = own.get(name, nested.get(name))
+        value = settings[name] = _as_list(value) if isinstance(old, tuple) else value
         fits = isinstance(value, (int, float, NoneType)) if old is None else _alike(old, value)
         if not fits and not (value is None and name in OPTIONAL):
             raise MismatchError(f"--set {name}={value!r}: it should be like {'a number' if old is None else repr(old)}")
@@ -147,6 +148,13 @@ def _changed(matcher: M, settings: Mapping[str, Any]) -> M:
         rest = {name: value for name, value in settings.items() if name not in own}
         mine[inner] = dataclasses.replace(getattr(matcher, inner), **rest)
     return dataclasses.replace(matcher, **mine)  # type: ignore[type-var]
+
+
+def _as_list(value: Any) -> tuple[Any, ...]:
+    """What was given for a list: ``a,b`` and ``a`` are one, as ``('a', 'b')`` is."""
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
 
 
 def _plain(owner: Any) -> dict[str, Any]:

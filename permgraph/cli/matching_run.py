@@ -15,18 +15,26 @@ import torch
 from torch import nn
 
 import permgraph
-from permgraph.cli.checkpoints import fitted, identity_of, require_finite, whole_state
+from permgraph.cli.checkpoints import (
+    fitted,
+    identity_of,
+    note_what_is_left_behind,
+    open_all,
+    require_finite,
+    whole_state,
+)
 from permgraph.cli.data import class_dim_of, identity_of_data, load_data
 from permgraph.cli.distributed import DistributedRun
+from permgraph.cli.extra_keys import require_matched
 from permgraph.cli.kept import keep_json, load_element, resumed, save
 from permgraph.cli.matchers import describe, machine_memory, matcher_of
-from permgraph.cli.models import build, own_model, parse_inputs, require_one_structure, spec_of
+from permgraph.cli.models import build, own_model, parse_inputs, require_one_structure, spec_of, with_kind
 from permgraph.cli.options import FORMS, Data, Init, Matching, Split, Subject
 from permgraph.cli.rows import CommonRows, digest_of, matched_rows, with_own_ties
 from permgraph.cli.screen import Screen
+from permgraph.conventions.displayed import plural
 from permgraph.errors import CaptureError, CheckpointError, EvaluationError, MismatchError, NonFiniteError, in_one_line
-from permgraph.io import Checkpoint, Renamed, Staging, open_checkpoint
-from permgraph.io.torch_file import TorchFile
+from permgraph.io import Checkpoint, Renamed, Staging
 from permgraph.io.write import check_target
 from permgraph.matching import MatchResult, SupportsMatch, Sweep, WeightMatching
 from permgraph.matching.matcher import runs_networks
@@ -114,20 +122,18 @@ class MatchingRun:
             CheckpointError, MismatchError: a checkpoint cannot be read, does not fit the model or the output's name.
             EvaluationError: so for the data.
         """
-        opened = tuple(map(open_checkpoint, paths))
+        opened = open_all(paths, subject.entry, screen)
         if output is not None:
             check_target(opened[like], output)
             for checkpoint in opened:
                 if output.resolve() == checkpoint.path.resolve():
                     raise CheckpointError(f"{output} is one of the inputs, which are only read: choose another place")
-            for file in opened[like].files:
-                if isinstance(file, TorchFile) and file.dropped:
-                    names = ", ".join(map(repr, file.dropped))
-                    screen.note(f"{file.path}: {names} not carried over: tensors in there would no longer fit")
+            note_what_is_left_behind(opened[like], screen)
         folder = opened[0].folder if opened[0].folder and (opened[0].folder / "config.json").is_file() else None
         loader = load_data(data, folder, split=split) if data.data is not None else None
-        matcher = matcher_of(asked, opened[0], loader, class_dim_of(data), general=subject.symmetry == "general")
-        model = subject.model or ("" if subject.spec_file or folder is None else f"hf:{folder}")
+        general = subject.symmetry == "general"
+        matcher = matcher_of(asked, opened[0], loader, class_dim_of(data, loader), general=general)
+        model = with_kind(subject.model or "") or ("" if subject.spec_file or folder is None else f"hf:{folder}")
         spec = _spec(model, subject, opened[0], screen)
         if spec.general is not None and others is not None:
             raise MismatchError("several processes match over permutations alone: leave out --symmetry general")
@@ -138,6 +144,7 @@ class MatchingRun:
         if others is not None and not isinstance(matcher, StreamedWeightMatching):
             raise MismatchError("several processes match together where tensors are streamed: say --stream")
         leave = tuple(subject.leave or ())
+        require_matched(leave, opened)
         layout = model or ("" if folder is None else f"hf:{folder}")
         weights = tuple(
             fitted(checkpoint, spec, screen, leave, layout, other_rows=rows is not None and number > 0)
@@ -376,8 +383,9 @@ def _spec(model: str, subject: Subject, reference: Checkpoint, screen: Screen) -
 def in_words(report: Mapping[str, Any]) -> str:
     """A report of matching, in words."""
     return (
-        f"{report['outcome']} after {report['sweeps']} sweeps: objective {report['objective_before']:.6g} -> "
-        f"{report['objective']:.6g}; {report['moved']} of {report['of']} indices moved in {report['groups']} groups"
+        f"{report['outcome']} after {plural(report['sweeps'], 'sweep')}: objective {report['objective_before']:.6g} -> "
+        f"{report['objective']:.6g}; {report['moved']} of {report['of']} indices moved in "
+        f"{plural(report['groups'], 'group')}"
     )
 
 

@@ -15,6 +15,7 @@ from permgraph.io import Renamed
 from permgraph.spec.elements import AnyElement
 from permgraph.spec.spec import PermutationSpec
 from permgraph.weights.combine import mean, shares_of
+from permgraph.weights.ratios import Ratios, ratios_of
 
 
 def shares_from(text: str | None, count: int) -> tuple[float, ...]:
@@ -32,16 +33,58 @@ def shares_from(text: str | None, count: int) -> tuple[float, ...]:
         raise MismatchError(f"--weights {text!r}: give numbers, as in 0.5,0.5") from None
 
 
+def ratios_from(texts: Sequence[str]) -> Ratios:
+    """How far each parameter goes to the second checkpoint, from ``--ratios``: patterns with numbers, or a schedule.
+
+    Raises MismatchError if a text is neither.
+    """
+    named = [text.rpartition("=") for text in texts if "=" in text]
+    try:
+        if named:
+            if len(named) < len(texts):
+                raise ValueError
+            return {pattern: float(number) for pattern, _, number in named}
+        (text,) = texts
+        schedule = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise MismatchError(
+            f"--ratios {' '.join(texts)!r}: give numbers that are spread over the layers, as in 0,0.5,1; or a pattern "
+            "and a number each time, as in --ratios 'head.*=0.9' --ratios '*=0.5'"
+        ) from None
+    return schedule[0] if len(schedule) == 1 else schedule
+
+
+def ratios_for(run: MatchingRun, ratios: Ratios) -> dict[str, float]:
+    """The ratio of each parameter of the first checkpoint, by the model's name and in the model's order."""
+    places = {name: at for at, name in enumerate(run.spec.axes)}
+    aliases = run.spec.aliases
+    return ratios_of(sorted(run.weights[0], key=lambda name: places.get(aliases.get(name, name), len(places))), ratios)
+
+
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
     """The precision that sums are taken in: float32 or better."""
     return torch.promote_types(dtype, torch.float32) if dtype.itemsize > 1 else torch.float32
 
 
 class RenumberedMean:
-    """The weighted mean of the renumbered checkpoints, a tensor at a time."""
+    """The weighted mean of the renumbered checkpoints, a tensor at a time.
 
-    def __init__(self, run: MatchingRun, permutations: Sequence[AnyElement | None], shares: Sequence[float]) -> None:
+    Args:
+        run: the checkpoints.
+        permutations: of each; None where it stays as it is.
+        shares: how much each counts.
+        ratios: of two, how far each parameter goes to the second, in place of the shares.
+    """
+
+    def __init__(
+        self,
+        run: MatchingRun,
+        permutations: Sequence[AnyElement | None],
+        shares: Sequence[float],
+        ratios: Ratios | None = None,
+    ) -> None:
         self.run, self.shares = run, shares
+        self.ratios = None if ratios is None else ratios_for(run, ratios)
         owned = [None if each is None else run.own(n, each) for n, each in enumerate(permutations)]
         elements = [None if each is None else in_parts(each) for each in owned]
         whole = [run.whole(number) for number in range(len(run.weights))]
@@ -63,11 +106,12 @@ class RenumberedMean:
             if any(name in weights and not torch.equal(tensor, weights[name]) for _, weights, _ in self.members[1:]):
                 self.differing.add(key)
             return tensor
+        shares = self.shares if self.ratios is None else (1 - self.ratios[name], self.ratios[name])
         members: Iterable[torch.Tensor] = self._renumbered(key, name, tensor)
         rows = self.run.rows
         if rows is not None and self.run.spec.aliases.get(name, name) in rows.tables:
-            members = rows.filled(name, list(members), self.shares)
-        return mean(members, self.shares).to(tensor.dtype)
+            members = rows.filled(name, list(members), shares)
+        return mean(members, shares).to(tensor.dtype)
 
     def _renumbered(self, key: str, name: str, tensor: torch.Tensor) -> Iterator[torch.Tensor]:
         """The tensor in each checkpoint, in working precision, one after the other."""

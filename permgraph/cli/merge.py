@@ -20,7 +20,17 @@ def merge(
     checkpoints: Annotated[list[Path], typer.Argument(metavar="A B ...", help="Two checkpoints or more.")],
     *,
     writing: Writing,
-    weights: Annotated[str | None, typer.Option(help="How much each counts, as in 0.5,0.3,0.2.")] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="How much each counts, as in 2,1,1; scaled to a sum of 1.")
+    ] = None,
+    ratios: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="0,0.5,1|PATTERN=0.5",
+            help="Of two, how far to go from the first (0) to the second (1): numbers that are spread over the layers; "
+            "or by patterns of names, the first that fits counting.",
+        ),
+    ] = None,
     aligned: Annotated[bool, typer.Option("--align/--no-align", help="Align before averaging.")] = True,
     method: Annotated[
         Method | None,
@@ -48,15 +58,21 @@ def merge(
 
         permgraph merge ./model-a ./model-b ./model-c -o ./merged --weights 0.5,0.25,0.25
 
+        permgraph merge ./model-a ./model-b -o ./merged --ratios 0,0.3,0.5
+
         permgraph merge a.pt b.pt -m torchvision:resnet18 --data ./images --recalibrate -o merged.pt
     """
     from permgraph.cli.match_all import match_all
     from permgraph.cli.matching_run import MatchingRun, in_words
-    from permgraph.cli.mean import RenumberedMean, require_same_names, shares_from
+    from permgraph.cli.mean import RenumberedMean, ratios_for, ratios_from, require_same_names, shares_from
+    from permgraph.conventions.displayed import plural
     from permgraph.io import Staging, write_checkpoint
 
     with Screen(shown, resumes=True) as screen:
         shares = shares_from(weights, len(checkpoints))
+        if ratios and (weights or len(checkpoints) != 2):
+            raise MismatchError("--ratios go from one checkpoint to a second: give two, and leave out --weights")
+        by_layer = ratios_from(ratios) if ratios else None
         method = method or (Method.reference if len(checkpoints) == 2 else Method.cycle_consistent)
         if not 0 <= reference < len(checkpoints):
             raise MismatchError(f"--reference {reference}: the checkpoints are 0 to {len(checkpoints) - 1}")
@@ -68,7 +84,9 @@ def merge(
         require_same_names(run.weights, run.spec)
         first = run.checkpoints[0]
         matched_by = {"method": method.value, "reference": reference} if aligned else None
-        job = run.job("merge", shares=shares, how=matched_by, recalibrate=recalibrate)
+        job = run.job("merge", shares=shares, ratios=by_layer, how=matched_by, recalibrate=recalibrate)
+        if by_layer is not None:
+            ratios_for(run, by_layer)  # before anything is computed
         with Staging(writing.output, job, overwrite=writing.overwrite) as staging:
             if staging.complete:
                 write_checkpoint(first, staging, lambda key, tensor: tensor)
@@ -82,7 +100,7 @@ def merge(
                 permutations, report = match_all(run, staging, method, reference)
                 checks = [run.prove(number, permutation) for number, permutation in enumerate(permutations)]
                 report = {**report, "checks": [check for check in checks if check]}
-            mean = RenumberedMean(run, permutations, shares)
+            mean = RenumberedMean(run, permutations, shares, by_layer)
             if recalibrate:
                 with screen.stage("measuring statistics"):
                     mean.measure()
@@ -93,8 +111,8 @@ def merge(
         lines = [f"{r['checkpoint']}: {in_words(r)}" for r in report.get("alignments", ())]
         if "rounds" in report:
             lines.append(
-                f"{report['method']}: {report['outcome']} after {report['rounds']} rounds: inner products over all "
-                f"pairs sum to {report['objective']:.6g}"
+                f"{report['method']}: {report['outcome']} after {plural(report['rounds'], 'round')}: "
+                f"inner products over all pairs sum to {report['objective']:.6g}"
             )
         text = "\n".join([*lines, f"written to {writing.output}"])
-        screen.result({"output": str(writing.output), "weights": list(shares), **report}, text)
+        screen.result({"output": str(writing.output), "weights": list(shares), "ratios": by_layer, **report}, text)

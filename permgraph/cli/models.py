@@ -8,6 +8,7 @@ import difflib
 import importlib
 import importlib.util
 import inspect
+import json
 import logging
 import re
 import sys
@@ -41,6 +42,7 @@ def build(model: str, device: str | None = "meta") -> nn.Module:
         CaptureError: the text names nothing, or what it names cannot be built.
         MissingExtraError: the package that knows the model is not installed.
     """
+    model = with_kind(model)
     kind, _, rest = model.partition(":")
     if kind == "hf" and rest:
         make = _from_folder(Path(rest))
@@ -65,6 +67,11 @@ def build(model: str, device: str | None = "meta") -> nn.Module:
             raise
         except Exception as error:
             raise CaptureError(f"{model} cannot be built: {type(error).__name__}: {error}") from error
+
+
+def with_kind(model: str) -> str:
+    """A model as it is named on the command line, with ``hf:`` before a bare folder."""
+    return f"hf:{model}" if model and Path(model).is_dir() else model
 
 
 def spec_of(
@@ -257,6 +264,9 @@ def _from_torchvision(name: str, arguments: list[Any], keywords: dict[str, Any])
 def _from_folder(folder: Path) -> Callable[[], Any]:
     if not (folder / "config.json").is_file():
         raise CaptureError(f"hf:{folder}: there is no config.json: name a folder that save_pretrained wrote")
+    diffusers = _from_diffusers(folder)
+    if diffusers is not None:
+        return diffusers
     transformers = _package("transformers", "zoo")
     transformers.utils.logging.set_verbosity_error()
     try:
@@ -275,6 +285,27 @@ def _from_folder(folder: Path) -> Callable[[], Any]:
     return lambda: transformers.AutoModel.from_config(config)
 
 
+def _from_diffusers(folder: Path) -> Callable[[], Any] | None:
+    """What makes the model of a folder that diffusers wrote; None if it is another's."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError:
+        return None  # transformers says what is wrong with it
+    named = config.get("_class_name") if isinstance(config, dict) else None
+    if not isinstance(named, str) or "model_type" in config:
+        return None
+    try:
+        made = getattr(importlib.import_module("diffusers"), named, None)
+    except ImportError:
+        made = None
+    if not hasattr(made, "from_config"):
+        raise CaptureError(
+            f"hf:{folder}: it is the {named} of diffusers, which is not installed, or has no such class: build it in a "
+            "file of yours and say file.py:factory"
+        )
+    return lambda: made.from_config(config)  # type: ignore[union-attr]
+
+
 def _from_code(model: str, arguments: list[Any], keywords: dict[str, Any]) -> Callable[[], Any]:
     text = model.partition("(")[0] if arguments or keywords or "(" in model else model
     found = load_object(text)
@@ -290,6 +321,8 @@ def load_object(text: str, wanted: str = f"model: say {FORMS}") -> Any:
 
     Raises CaptureError if there is no such file, module or name, or its code fails; ``wanted`` says what to name.
     """
+    if Path(text).is_file() and not text.endswith(".py"):
+        raise CaptureError(f"{text} is a file, which names no {wanted}")
     place, colon, name = text.rpartition(":")
     if not colon or not place or not name:
         raise CaptureError(f"{text!r} names no {wanted}")

@@ -18,8 +18,8 @@ import typer
 from permgraph.errors import in_one_line
 
 FORMS = (
-    "timm:NAME, torchvision:NAME, hf:FOLDER, package.module:factory or file.py:Class; all but hf: take literal "
-    "arguments, as in timm:resnet18(num_classes=10)"
+    "timm:NAME, torchvision:NAME, hf:FOLDER or the FOLDER, package.module:factory or file.py:Class; all but folders "
+    "take literal arguments, as in timm:resnet18(num_classes=10)"
 )
 """How a model is named."""
 
@@ -66,7 +66,8 @@ def complete_model(incomplete: str) -> list[str]:
     kind, colon, rest = incomplete.partition(":")
     if not colon:
         files = [f"{path}:" for path in sorted(Path().glob("*.py"))] + [str(p) for p in sorted(Path().glob("*.json"))]
-        return [text for text in ("timm:", "torchvision:", "hf:", *files) if text.startswith(incomplete)]
+        folders = [str(path.parent) for path in sorted(Path().glob("*/config.json"))]
+        return [text for text in ("timm:", "torchvision:", "hf:", *files, *folders) if text.startswith(incomplete)]
     if kind == "hf":
         parent = Path(rest) if rest.endswith("/") or not rest else Path(rest).parent
         found = sorted(map(str, parent.iterdir())) if parent.is_dir() else []
@@ -148,6 +149,20 @@ RowsBy = Annotated[
     ),
 ]
 
+Leave = Annotated[
+    list[str] | None,
+    typer.Option("--leave", help="Pattern of keys that the model does not know: leave them as they are."),
+]
+
+Entry = Annotated[
+    str | None,
+    typer.Option(
+        "--entry",
+        metavar="NAME[.NAME]",
+        help="Under which key of a PyTorch file the weights lie, as in params_ema; the usual ones are found.",
+    ),
+]
+
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help=f"{FORMS}. Or a saved spec.", autocompletion=complete_model)
 ]
@@ -186,10 +201,8 @@ class Subject:
         ),
     ] = "permutation"
     outputs: Outputs = None
-    leave: Annotated[
-        list[str] | None,
-        typer.Option("--leave", help="Pattern of keys that the model does not know: leave them as they are."),
-    ] = None
+    leave: Leave = None
+    entry: Entry = None
 
 
 @dataclass(frozen=True)
@@ -236,8 +249,9 @@ class Matching:
 
 DATA_HELP = (
     "A folder of MNIST (idx), CIFAR (Python batches) or images in one folder per class; a file of tensors "
-    "(.safetensors, .pt, .npz: inputs and targets, or keyword arguments and labels); a text (.txt) for language "
-    "models; or package.module:loader or file.py:loader, a sequence of batches or a function that makes one."
+    "(.safetensors, .pt, .npz: inputs and targets, keyword arguments and labels, or input_ids alone); a text (.txt) "
+    "for language models; or package.module:loader or file.py:loader, a sequence of batches or a function that makes "
+    "one."
 )
 
 
@@ -264,5 +278,5 @@ class Data:
     )
     length: Annotated[int, _data(help="Tokens in a sample of text.")] = 128
     class_dim: Annotated[
-        int | None, _data(help="Which dimension of the logits holds the classes: 1 by default, -1 for text.")
+        int | None, _data(help="Which dimension of the logits holds the classes: 1 by default, -1 for texts.")
     ] = None

@@ -120,7 +120,7 @@ def read_plan(path: Path, screen: Screen) -> StudyPlan:
             str(name): _matcher(entry, root, folder, first, f"{path}: matchers: {name}")
             for name, entry in _mapping(content.get("matchers", {}), f"{path}: matchers").items()
         },
-        evaluate=None if measured is None else evaluate_on(measured, class_dim=class_dim_of(measured.asked)),
+        evaluate=None if measured is None else evaluate_on(measured, class_dim=measured.asked.class_dim),
         seeds=_seeds(content.get("seeds", [0]), path),
         pairs=_pairs(content.get("pairs", "all"), path),
         prepare=None if again is None else Recalibrated(again),
@@ -193,7 +193,7 @@ def _matcher(entry: Any, root: Path, folder: Path | None, checkpoint: Checkpoint
     loader = _opened(of_data or None, root, folder, Split.train, where)
     settings = [f"{key}={value!r}" for key, value in asked.items()]
     options = Matching(matcher=name, settings=settings, stream=False)
-    return matcher_of(options, checkpoint, loader, 1 if loader is None else class_dim_of(loader.asked))
+    return matcher_of(options, checkpoint, loader, 1 if loader is None else _class_dim(loader))
 
 
 def _data_fields() -> set[str]:
@@ -225,6 +225,11 @@ def _batches(opened: Opened) -> Iterable[Any]:
     if fingerprint(list(batches)) != opened.fingerprint:
         raise StudyError(f"{opened.asked.data} has other content here than where the study was planned")
     return batches
+
+
+def _class_dim(opened: Opened) -> int:
+    """The dimension of the logits that holds the classes; read afresh, so that workers still compare the data."""
+    return class_dim_of(opened.asked, load_data(opened.asked, opened.folder, split=opened.split))
 
 
 def _anchored(text: str, root: Path) -> str:

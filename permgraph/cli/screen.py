@@ -10,13 +10,14 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from permgraph.cli.options import Shown
+from permgraph.conventions.waiting import silent
 from permgraph.errors import PermgraphError, in_one_line
 
 if TYPE_CHECKING:
@@ -53,17 +54,20 @@ class Screen:
         self.resumes = resumes
         self.as_json, self.quiet, self.debug = shown.as_json, shown.quiet, shown.debug
         self.notes: list[str] = []
+        self._bars = ExitStack()
 
     def __enter__(self) -> Screen:
         if self.debug:
             logging.basicConfig(level=logging.DEBUG, stream=sys.stderr, format="%(name)s: %(message)s")
         else:
             warnings.simplefilter("ignore")  # those of other libraries about models that we did not write
+        self._bars.enter_context(silent())  # those of the library, beside which stages have their own
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._bars.close()
         if error is None or isinstance(error, typer.Exit):
             return
         if isinstance(error, BrokenPipeError):  # stdout was closed, as by head

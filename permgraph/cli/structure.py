@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from permgraph.cli.options import FORMS, Inputs, Model, Outputs, Shown, Symmetry, complete_model
+from permgraph.cli.options import FORMS, Entry, Inputs, Leave, Model, Outputs, Shown, Symmetry, complete_model
 from permgraph.cli.report import PAGE, PAGES, check_file
 from permgraph.cli.screen import SAYS_NO, Screen, table
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from permgraph.io import Checkpoint
     from permgraph.spec.spec import PermutationSpec
     from permgraph.verification import Verification
 
@@ -37,7 +40,7 @@ def spec(
 
         permgraph spec torchvision:resnet18 -o resnet18.json
 
-        permgraph spec hf:./my-llama --pins
+        permgraph spec ./my-llama --pins
 
         permgraph spec timm:convnext_atto --report convnext.html
 
@@ -135,6 +138,7 @@ def explain(
 
         permgraph explain torchvision:resnet18 layer1.0.conv2.weight 0
     """
+    from permgraph.cli.explained import in_lines
     from permgraph.cli.models import spec_of
 
     with Screen(shown) as screen:
@@ -153,7 +157,7 @@ def explain(
             for part in explanation.parts
         ]
         data = {"slot": explanation.slot, "size": explanation.size, "axis": explanation.axis, "parts": parts}
-        screen.result({**data, "text": str(explanation)}, str(explanation))
+        screen.result({**data, "text": str(explanation)}, in_lines(explanation))
 
 
 def diff(
@@ -193,6 +197,8 @@ def verify(
     inputs: Inputs = None,
     symmetry: Symmetry = "permutation",
     outputs: Outputs = None,
+    leave: Leave = None,
+    entry: Entry = None,
     seed: Annotated[int, typer.Option(help="Of the random weights and permutations.")] = 0,
     tolerance: Annotated[float, typer.Option(help="The largest relative error that counts as equal.")] = 1e-9,
     further: Annotated[
@@ -213,14 +219,16 @@ def verify(
 
         permgraph verify timm:convnext_atto
 
-        permgraph verify hf:./my-bert --checkpoint ./my-bert
+        permgraph verify ./my-bert --checkpoint ./my-bert
     """
-    from permgraph.cli.models import build, parse_inputs, spec_of
+    from permgraph.cli.models import build, parse_inputs, spec_of, with_kind
     from permgraph.errors import SpecError
+    from permgraph.io import open_checkpoint
     from permgraph.spec.spec import PermutationSpec
     from permgraph.verification import verify as verify_spec
     from permgraph.verification.general import GeneralVerification
 
+    model = with_kind(model)
     with Screen(shown) as screen:
         module = build(model)
         args, kwargs = parse_inputs(inputs or [])
@@ -256,7 +264,8 @@ def verify(
         text, passed = str(proof), proof.passed
         if checkpoint is not None:
             # The weights were trained in their own precision, but compute in float64 here.
-            own = _own_weights(checkpoint, model, found, (args, kwargs), seed, tolerance, screen)
+            opened = open_checkpoint(checkpoint, entry)
+            own = _own_weights(opened, model, found, (args, kwargs), seed, tolerance, leave or (), screen)
             passed = passed and own.passed
             data["checkpoint"] = {"path": str(checkpoint), "max_error": own.max_error}
             verdict = "computes the same" if own.passed else "does NOT compute the same"
@@ -267,20 +276,27 @@ def verify(
 
 
 def _own_weights(
-    path: Path, model: str, spec: PermutationSpec, given: tuple[Any, Any], seed: int, tolerance: float, screen: Screen
+    checkpoint: Checkpoint,
+    model: str,
+    spec: PermutationSpec,
+    given: tuple[Any, Any],
+    seed: int,
+    tolerance: float,
+    leave: Sequence[str],
+    screen: Screen,
 ) -> Verification:
     """The proof that the checkpoint's own weights compute the same when all groups are moved."""
     from permgraph.cli.checkpoints import fitted, require_finite, whole_state
+    from permgraph.cli.extra_keys import require_matched
     from permgraph.cli.models import build
-    from permgraph.io import open_checkpoint
     from permgraph.verification import verify as verify_spec
 
-    checkpoint = open_checkpoint(path)
-    weights = fitted(checkpoint, spec, screen, model=model)
+    require_matched(leave, (checkpoint,))
+    weights = fitted(checkpoint, spec, screen, leave, model)
     module = build(model, device=None)
     state = whole_state(weights, spec, module)
     for name, tensor in state.items():
-        require_finite(name, tensor, path)
+        require_finite(name, tensor, checkpoint.path)
     module.load_state_dict(state)
     everything = spec.random(seed, every_group=True)
     args, kwargs = given

@@ -30,10 +30,13 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from permgraph.conventions.displayed import Displayed
 from permgraph.conventions.outcomes import StepProgress
+from permgraph.conventions.waiting import waits
 from permgraph.errors import EvaluationError, in_one_line
 from permgraph.networks.batches import undisturbed
 from permgraph.networks.evaluate import template_of
+from permgraph.networks.statistics import running_norms
 from permgraph.pictures.tables import barrier_table
 from permgraph.weights.combine import interpolate
 from permgraph.weights.distributed import redistributed_state
@@ -45,12 +48,18 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Evaluate = Callable[[nn.Module], float | Mapping[str, float]]
+AS_INTERPOLATED = (
+    "the networks have BatchNorm, whose statistics between the ends are interpolated, and belong to no network there: "
+    "much of the barrier may be theirs. Measure them at each point (recalibrate_batchnorm as prepare=; --recalibrate)"
+)
+"""What is to be known of a barrier between networks whose normalisation keeps statistics."""
+
 Prepare = Callable[[nn.Module, float], nn.Module]
 """Called with the network at a point and the point, returns the network to evaluate there."""
 
 
-@dataclass(frozen=True)
-class Barrier:
+@dataclass(frozen=True, repr=False)
+class Barrier(Displayed):
     """What was measured on the line between two networks, and the height of the barrier on it.
 
     Attributes:
@@ -59,6 +68,7 @@ class Barrier:
         higher_is_better: the metrics that fall when a network gets worse.
         metric: the metric that ``barrier``, ``losses`` and ``instability`` speak of.
         seconds: how long the evaluation took.
+        notes: what there is to know of the numbers, in sentences.
     """
 
     alphas: tuple[float, ...]
@@ -66,6 +76,7 @@ class Barrier:
     higher_is_better: frozenset[str] = frozenset()
     metric: str = "loss"
     seconds: float = field(default=0.0, compare=False)
+    notes: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def losses(self) -> tuple[float, ...]:
@@ -138,11 +149,12 @@ class Barrier:
 
     def __str__(self) -> str:
         heights = ", ".join(f"{metric} {height:.4g}" for metric, height in self.barriers.items())
-        where = f", highest at {self.position():.3g}" if math.isfinite(self.barrier) else ""
+        of = f" in {self.metric}" if len(self.curves) > 1 else ""
+        where = f", highest{of} at {self.position():.3g}" if 0 < self.barrier < math.inf else ""
         text = f"barrier: {heights} ({len(self.alphas)} points{where})"
         if self.nonfinite:
             text += f"; not finite at {', '.join(f'{metric}[{t:.3g}]' for metric, t in self.nonfinite)}"
-        return text
+        return "\n".join((text, *self.notes))
 
     def _repr_html_(self) -> str:
         return barrier_table(self)
@@ -209,6 +221,7 @@ def barrier(
     )
 
 
+@waits("measuring the path")
 def barrier_along(
     path: Callable[[float], Mapping[str, Tensor]],
     evaluate: Evaluate,
@@ -237,6 +250,11 @@ def barrier_along(
         0.25
     """
     start = time.perf_counter()
+    if not callable(evaluate):
+        kind = type(evaluate).__name__
+        raise EvaluationError(
+            f"evaluate must be a function of a network, as evaluate_on(loader) makes one, not a {kind}"
+        )
     alphas = _alphas(points)
     template = template_of(model)
     curves: dict[str, list[float]] = {}
@@ -255,6 +273,7 @@ def barrier_along(
         higher_is_better=frozenset(higher_is_better) & curves.keys(),
         metric="loss" if "loss" in curves else next(iter(curves)),
         seconds=time.perf_counter() - start,
+        notes=(AS_INTERPOLATED,) if prepare is None and running_norms(model) else (),
     )
     if result.nonfinite:
         logger.warning("the path between the networks has values that are not finite: %s", result)

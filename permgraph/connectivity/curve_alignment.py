@@ -27,7 +27,9 @@ import torch
 from torch import Tensor, nn
 
 from permgraph.connectivity.curves import Curve, Shape
+from permgraph.conventions.displayed import Displayed
 from permgraph.conventions.outcomes import StepProgress, TrainingOutcome
+from permgraph.conventions.waiting import waits
 from permgraph.errors import EvaluationError, MismatchError
 from permgraph.matching import WeightMatching
 from permgraph.matching.matcher import MatchResult
@@ -46,8 +48,8 @@ log = logging.getLogger(__name__)
 _BEYOND = (32.0, 16.0, 8.0, 4.0, 2.0, 1.0, 0.5)
 
 
-@dataclass(frozen=True)
-class AlignedCurve:
+@dataclass(frozen=True, repr=False)
+class AlignedCurve(Displayed):
     """A curve from a to the permuted b, and the permutation.
 
     Attributes:
@@ -80,6 +82,7 @@ class AlignedCurve:
         )
 
 
+@waits("fitting the curve")
 def fit_aligned_curve(
     a: Network,
     b: Network,

@@ -20,8 +20,10 @@ from torch import nn
 
 from permgraph.connectivity.barriers import Barrier, Evaluate, Prepare, barrier_along
 from permgraph.conventions.choices import require_choice
+from permgraph.conventions.displayed import Displayed
 from permgraph.conventions.outcomes import StepProgress, TrainingOutcome
 from permgraph.conventions.renamed import renamed
+from permgraph.conventions.waiting import waits
 from permgraph.errors import EvaluationError
 from permgraph.networks.batches import Loader, Loss, MakeOptimizer, require_rereadable
 from permgraph.networks.blended import Parts, Perturb, Workbench
@@ -35,8 +37,8 @@ log = logging.getLogger(__name__)
 Shape: TypeAlias = Literal["bezier", "polygon"]
 
 
-@dataclass(frozen=True)
-class Curve:
+@dataclass(frozen=True, repr=False)
+class Curve(Displayed):
     """A path from one network to another, given by points: its two ends, and the bends between them.
 
     Called with t from 0 to 1 it returns the state dict there, so that ``barrier_along`` takes it as a path.
@@ -119,6 +121,7 @@ class Curve:
 
 
 @renamed(start="init")
+@waits("fitting the curve")
 def fit_curve(
     a: Network,
     b: Network,

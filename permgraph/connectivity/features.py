@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from permgraph.connectivity.barriers import Prepare
+from permgraph.conventions.displayed import Displayed
+from permgraph.conventions.waiting import waits
 from permgraph.errors import EvaluationError
 from permgraph.networks.batches import Loader, batches, device_of, fitting, observed, split_batch, undisturbed
 from permgraph.networks.evaluate import template_of
@@ -29,8 +31,8 @@ from permgraph.weights.combine import interpolate
 from permgraph.weights.state_dict import Network, as_state_dict, check_same_keys
 
 
-@dataclass(frozen=True)
-class FeatureAgreement:
+@dataclass(frozen=True, repr=False)
+class FeatureAgreement(Displayed):
     """How the features at one module of the network between compare with the features between.
 
     Attributes:
@@ -48,8 +50,8 @@ class FeatureAgreement:
     skipped: int = 0
 
 
-@dataclass(frozen=True)
-class FeatureConnectivity:
+@dataclass(frozen=True, repr=False)
+class FeatureConnectivity(Displayed):
     """Layerwise linear feature connectivity at one point of the line between two networks.
 
     Attributes:
@@ -75,6 +77,7 @@ class FeatureConnectivity:
         return "\n".join(lines)
 
 
+@waits("comparing features")
 def feature_connectivity(
     a: Network,
     b: Network,

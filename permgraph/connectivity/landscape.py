@@ -21,7 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from permgraph.connectivity.barriers import Evaluate, Prepare, measure, prepared
+from permgraph.conventions.displayed import Displayed
 from permgraph.conventions.outcomes import StepProgress
+from permgraph.conventions.waiting import waits
 from permgraph.errors import EvaluationError
 from permgraph.networks.batches import undisturbed
 from permgraph.networks.evaluate import template_of
@@ -40,8 +42,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-@dataclass(frozen=True)
-class LossSurface:
+@dataclass(frozen=True, repr=False)
+class LossSurface(Displayed):
     """What was measured on the plane through three networks.
 
     Attributes:
@@ -143,6 +145,7 @@ class LossSurface:
         return ax
 
 
+@waits("measuring the plane")
 def loss_surface(
     a: Network,
     b: Network,

@@ -21,15 +21,17 @@ from types import MappingProxyType
 from torch import Tensor, nn
 
 from permgraph.connectivity.barriers import Barrier, Evaluate, Prepare, barrier
+from permgraph.conventions.displayed import Displayed
 from permgraph.conventions.outcomes import StepProgress
+from permgraph.conventions.waiting import waits
 from permgraph.errors import EvaluationError
 from permgraph.networks.evaluate import template_of
 from permgraph.weights.identity import SameTensor
 from permgraph.weights.state_dict import Network, as_state_dict, check_same_keys
 
 
-@dataclass(frozen=True)
-class LayerwiseBarriers:
+@dataclass(frozen=True, repr=False)
+class LayerwiseBarriers(Displayed):
     """What moving one layer at a time does.
 
     Attributes:
@@ -76,6 +78,7 @@ class LayerwiseBarriers:
         return "\n".join([*lines, f"{'(all)':{width}}  {self.whole.barrier:7.4g}  {self.whole.losses[-1]:.4g}"])
 
 
+@waits("measuring layer by layer")
 def layerwise_barriers(
     a: Network,
     b: Network,

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from torch import Tensor, nn
 
 from permgraph.connectivity.barriers import Barrier, Evaluate, Prepare, barrier
+from permgraph.conventions.displayed import Displayed
 from permgraph.errors import EvaluationError, MismatchError
 from permgraph.networks.evaluate import template_of
 from permgraph.spec.elements import AnyElement, element_of, elements_of
@@ -52,8 +53,8 @@ class SeveralElements(Protocol):
 Pairs = dict[tuple[int, ...], tuple[End, End]]
 
 
-@dataclass(frozen=True)
-class Claim:
+@dataclass(frozen=True, repr=False)
+class Claim(Displayed):
     """Whether networks are linearly connected up to the permutations at hand.
 
     Attributes:

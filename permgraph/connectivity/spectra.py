@@ -20,13 +20,15 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from permgraph.conventions.displayed import Displayed
+from permgraph.conventions.waiting import waits
 from permgraph.errors import EvaluationError, MismatchError
 from permgraph.weights.identity import SameTensor
 from permgraph.weights.state_dict import Network, as_state_dict, check_same_keys, require_finite
 
 
-@dataclass(frozen=True)
-class LayerSpectra:
+@dataclass(frozen=True, repr=False)
+class LayerSpectra(Displayed):
     """Two networks' versions of one weight, seen as matrices with one row for each output.
 
     Attributes:
@@ -66,8 +68,8 @@ class LayerSpectra:
         return a, b
 
 
-@dataclass(frozen=True)
-class SpectralComparison:
+@dataclass(frozen=True, repr=False)
+class SpectralComparison(Displayed):
     """How the singular values and vectors of two networks compare.
 
     Attributes:
@@ -106,6 +108,7 @@ class SpectralComparison:
         return "\n".join(lines)
 
 
+@waits("comparing spectra")
 def compare_spectra(a: Network, b: Network, *, names: Sequence[str] | None = None) -> SpectralComparison:
     """Compare the singular values and vectors of two networks' weights, and measure their distance.
 

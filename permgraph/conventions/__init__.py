@@ -1,1 +1,1 @@
-"""What all of the package shares: how runs end and report, choices among words, keywords by their former names."""
+"""What all of the package shares: how runs end and report, how results show, choices among words, former names."""

@@ -82,13 +82,18 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         return transform
 
 
-def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+def open_checkpoint(path: str | os.PathLike[str], entry: str | None = None) -> Checkpoint:
     """Open a checkpoint: a safetensors or PyTorch file, an index of several, or a folder with any of these.
 
     A folder may also be one that ``torch.distributed.checkpoint`` wrote; its tensors are put together as they are read.
 
     PyTorch files are read with ``weights_only=True`` only; a state dict that a training script has wrapped up
     (``"state_dict"``, ``"model"``, ...) is found. A folder's index may name only files in that folder.
+
+    Args:
+        path: of the file or folder.
+        entry: under which key of a PyTorch file the state dict lies, with dots where it lies deeper; by default the
+            usual ones are looked through.
 
     Raises:
         CheckpointError: there is no checkpoint, or it is damaged, incomplete or unsafe; the message names the file.
@@ -112,7 +117,9 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     elif weights.name == METADATA:
         index, files, listed = None, (DistributedFolder.open(weights.parent),), None
     else:
-        index, files, listed = None, (_open_file(weights),), None
+        index, files, listed = None, (_open_file(weights, entry),), None
+    if entry is not None and not isinstance(files[0], TorchFile):
+        raise CheckpointError(f"{path}: only a PyTorch file has entries such as {entry!r}: leave out the entry")
     formats: dict[str, TensorFormat] = {}
     holder: dict[str, TensorFile] = {}
     for file in files:
@@ -136,6 +143,8 @@ def _weights_in(folder: Path) -> Path:
             return folder / name
     if (folder / METADATA).is_file():
         return folder / METADATA
+    if (folder / "adapter_config.json").is_file():
+        raise CheckpointError(f"{folder}: it holds an adapter, not a model: name the folder of the model it adapts")
     found = [p for p in sorted(folder.iterdir()) if p.suffix == ".safetensors" and p.is_file()]
     found = found or [p for p in sorted(folder.iterdir()) if p.suffix in TORCH_SUFFIXES and p.is_file()]
     if len(found) == 1:
@@ -146,17 +155,32 @@ def _weights_in(folder: Path) -> Path:
     raise CheckpointError(f"{folder}: no weights in this folder: looked for {', '.join(IN_FOLDERS)}, *.safetensors")
 
 
-def _open_file(path: Path) -> TensorFile:
+def _open_file(path: Path, entry: str | None = None) -> TensorFile:
     if not path.exists():
-        near = difflib.get_close_matches(path.name, os.listdir(path.parent), n=1) if path.parent.is_dir() else []
+        there = [p.name for p in path.parent.iterdir() if _may_hold_weights(p)] if path.parent.is_dir() else []
+        near = difflib.get_close_matches(path.name, there, n=1, cutoff=0.75)
         raise CheckpointError(f"{path}: no such file or folder" + (f"; did you mean {near[0]!r}?" if near else ""))
     if not path.is_file():
         raise CheckpointError(f"{path}: neither a file nor a folder")
     if path.suffix == ".safetensors":
         return SafetensorsFile.open(path)
     if path.suffix in TORCH_SUFFIXES:
-        return TorchFile.open(path)
+        return TorchFile.open(path, entry)
+    if path.suffix == ".gguf":
+        raise CheckpointError(f"{path}: GGUF is not read: its tensors are quantised; give the model it was made from")
     raise CheckpointError(f"{path}: a checkpoint is a folder, or ends in .safetensors, {', '.join(TORCH_SUFFIXES)}")
+
+
+def _may_hold_weights(path: Path) -> bool:
+    return path.is_dir() or path.suffix in (".safetensors", *TORCH_SUFFIXES)
+
+
+def which_was_read(checkpoint: Checkpoint) -> str:
+    """A sentence on which of a folder's weights were read, where others lie beside them; empty if none do."""
+    if checkpoint.folder is None:
+        return ""
+    there = [name for name in IN_FOLDERS if (checkpoint.folder / name).is_file()]
+    return f"{checkpoint.path}: {there[0]} was read, not {', '.join(there[1:])}" if len(there) > 1 else ""
 
 
 def _shards(index: Path) -> tuple[tuple[TensorFile, ...], dict[str, str]]:

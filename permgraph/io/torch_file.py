@@ -7,7 +7,7 @@ import os
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -32,8 +32,8 @@ class TorchFile:
         formats: name to dtype and shape.
         wrapper: the keys under which the state dict lies in the file; empty if it is the file's content.
         kept: what else the file holds, without anything that holds tensors.
-        dropped: the keys beside the state dict that hold tensors (optimisers, averaged weights): they are not carried
-            over, since they would no longer fit.
+        dropped: the keys beside the state dict that hold tensors (optimisers, averaged weights), and all that lies
+            beside it below the top: they are not carried over, since they would no longer fit.
     """
 
     path: Path
@@ -44,8 +44,12 @@ class TorchFile:
     _state: Mapping[str, Any] = field(repr=False)
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> TorchFile:
+    def open(cls, path: str | os.PathLike[str], entry: str | None = None) -> TorchFile:
         """Read a file, and find the state dict in it.
+
+        Args:
+            path: of the file.
+            entry: under which key it lies, with dots where it lies deeper; by default it is looked for.
 
         Raises:
             CheckpointError: it is damaged, holds objects other than tensors and plain data, or no state dict.
@@ -53,7 +57,7 @@ class TorchFile:
         """
         path = Path(path)
         content = load_safely(path)
-        state, wrapper, beside = _unwrap(content, path)
+        state, wrapper, beside = _unwrap(content, path) if entry is None else _at(content, entry, path)
         tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
         for name, tensor in tensors.items():
             if tensor.layout is not torch.strided or tensor.is_quantized:
@@ -64,6 +68,7 @@ class TorchFile:
         formats = {name: TensorFormat(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
         dropped = tuple(name for name, value in beside.items() if _holds_tensors(value))
         kept = {name: value for name, value in beside.items() if name not in dropped}
+        dropped += _beside_below(content, wrapper)
         return cls(path, formats, wrapper, kept, dropped, state)
 
     def read(self, key: str) -> torch.Tensor:
@@ -125,7 +130,7 @@ def _unwrap(content: Any, path: Path) -> tuple[Mapping[str, Any], tuple[str, ...
     for _ in range(4):
         if not isinstance(at, Mapping):
             break
-        if any(isinstance(value, torch.Tensor) for value in at.values()) and all(isinstance(key, str) for key in at):
+        if _is_state_dict(at):
             beside = {str(key): value for key, value in content.items() if not keys or key != keys[0]} if keys else {}
             return at, tuple(keys), beside
         key = next((key for key in WRAPPERS if isinstance(at.get(key), Mapping) and at[key]), None)
@@ -133,6 +138,12 @@ def _unwrap(content: Any, path: Path) -> tuple[Mapping[str, Any], tuple[str, ...
             break
         keys.append(key)
         at = at[key]
+    entries = list(_entries(content))
+    if len(entries) == 1:
+        return _at(content, entries[0], path)
+    if entries:
+        listed = ", ".join(map(repr, entries))
+        raise CheckpointError(f"{path}: it has state dicts under {listed}: say which one, as --entry {entries[0]}")
     found = f"a {type(content).__name__}"
     if isinstance(content, Mapping):
         found = f"a mapping with the keys {', '.join(map(repr, list(content)[:6]))}" if content else "an empty mapping"
@@ -140,6 +151,45 @@ def _unwrap(content: Any, path: Path) -> tuple[Mapping[str, Any], tuple[str, ...
         f"{path}: no state dict in it, but {found}; a state dict is looked for at the top and under "
         f"{', '.join(map(repr, WRAPPERS))}"
     )
+
+
+def _at(content: Any, entry: str, path: Path) -> tuple[Mapping[str, Any], tuple[str, ...], dict[str, Any]]:
+    """The state dict under an entry, the keys that lead to it, and what lies beside it at the top."""
+    keys = (entry,) if isinstance(content, Mapping) and entry in content else tuple(entry.split("."))
+    at: Any = content
+    for key in keys:
+        at = at.get(key) if isinstance(at, Mapping) else None
+    if not _is_state_dict(at):
+        there = ", ".join(map(repr, _entries(content))) or "no state dict beneath a key"
+        raise CheckpointError(f"{path}: there is no state dict under {entry!r}; the file has {there}")
+    return at, keys, {str(key): value for key, value in content.items() if key != keys[0]}
+
+
+def _beside_below(content: Any, keys: tuple[str, ...]) -> tuple[str, ...]:
+    """What lies beside the way to a state dict below the top, with dots between the keys that lead there."""
+    found: list[str] = []
+    for depth, key in enumerate(keys):
+        if depth:
+            found += [".".join((*keys[:depth], str(other))) for other in content if other != key]
+        content = content[key]
+    return tuple(found)
+
+
+def _entries(content: Any, before: str = "") -> Iterator[str]:
+    """Where state dicts lie in a file, with dots between the keys that lead to them."""
+    if not isinstance(content, Mapping) or before.count(".") > 2:
+        return
+    for key, value in content.items():
+        if isinstance(key, str) and _is_state_dict(value):
+            yield before + key
+        elif isinstance(key, str):
+            yield from _entries(value, f"{before}{key}.")
+
+
+def _is_state_dict(value: Any) -> bool:
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        return False
+    return any(isinstance(item, torch.Tensor) for item in value.values())
 
 
 def _holds_tensors(value: Any) -> bool:

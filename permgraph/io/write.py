@@ -134,6 +134,18 @@ def companions(source: Checkpoint) -> list[Path]:
     return found
 
 
+def not_carried_over(source: Checkpoint) -> str:
+    """A sentence on the files of tensors in the checkpoint's folder that no copy of it is given; empty without any."""
+    if source.folder is None and source.index is None:
+        return ""
+    base, read = _base(source), {file.path.name for file in source.files}
+    there = sorted(path.name for path in base.iterdir() if path.is_file())
+    weights = [name for name in there if name.endswith(WEIGHTS) and name not in read]
+    if not weights or any(isinstance(file, DistributedFolder) for file in source.files):
+        return ""
+    return f"{source.path}: {', '.join(weights)} not carried over: tensors in there may no longer fit the weights"
+
+
 def _base(source: Checkpoint) -> Path:
     return source.folder or source.path.parent
 

@@ -8,6 +8,7 @@ each module are found, and must be the same.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, TypeAlias
@@ -56,6 +57,10 @@ def agreed_spec(
             which they do, and both expressions. Or there is no spec, and no module to infer it from.
         CaptureError: no spec was given, and a module cannot be run.
     """
+    if isinstance(spec, (str, os.PathLike)):
+        raise MismatchError(f"spec is a path: read it first, as PermutationSpec.load({os.fspath(spec)!r})")
+    if spec is not None and not isinstance(spec, PermutationSpec):
+        raise MismatchError(f"spec must be a PermutationSpec, as auto_spec() returns it, not a {type(spec).__name__}")
     modules = [(name, net) for name, net in zip(names, networks, strict=True) if isinstance(net, nn.Module)]
     if not modules:
         if spec is None:
@@ -162,10 +167,12 @@ class Structure:
             )
         if difference is not None:
             classes = [type(net).__name__ for net in (self.module, module)]
+            tied = " itself in " in difference
+            advice = "permgraph.untied(model) makes a copy of the tied one that is not" if tied else "build both alike"
             raise MismatchError(
                 f"{self.name} ({classes[0]}) and {name} ({classes[1]}) have tensors of the same shapes, but not the "
                 f"same symmetries: {difference}. What renumbers one would change what the other computes: "
-                "build both alike"
+                f"{advice}"
             )
         if alike:
             return []

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from permgraph.conventions.waiting import waits
 from permgraph.errors import MismatchError
 from permgraph.matching.matcher import Matcher, MatchResult, Progress, SupportsMatch, runs_networks
 from permgraph.matching.rows import RowNames, Rows, kinds_of, labels_of, tables_of
@@ -20,12 +21,12 @@ from permgraph.spec.spec import PermutationSpec
 from permgraph.spec.transformation import Transformation
 from permgraph.weights.distributed import gathered_state, redistributed_state
 from permgraph.weights.identity import load_tied
-from permgraph.weights.state_dict import Network, own_state
+from permgraph.weights.state_dict import Network, Weights, own_state, prefix_hint
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Alignment(MatchResult):
     """B, renumbered so that it corresponds to A; and what the matcher reported, see `MatchResult`.
 
@@ -91,13 +92,8 @@ class Alignment(MatchResult):
             options["base"] = self.transformation.inverse().apply(self.state_dict)
         return super().transport(x, **options)
 
-    def __str__(self) -> str:
-        return (
-            f"{self.outcome} after {self.sweeps} sweeps in {self.seconds:.2f} s: objective {self.objective_before:.6g} "
-            f"-> {self.objective:.6g}" + "".join(f"\n{note}" for note in self.notes)
-        )
 
-
+@waits("aligning")
 def align(
     model_a: Network,
     model_b: Network,
@@ -191,7 +187,7 @@ def align(
     reported = {f.name: getattr(result, f.name) for f in fields(MatchResult)}
     return Alignment(
         **{**reported, "notes": (*result.notes, *notes)},
-        state_dict=redistributed_state(aligned, given),
+        state_dict=Weights(redistributed_state(aligned, given)),
         _module=model_b if isinstance(model_b, nn.Module) else None,
     )
 
@@ -212,7 +208,9 @@ def _on_own_rows(result: MatchResult, element: AnyElement) -> MatchResult:
 def _require_alike(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor], *, shapes: bool) -> None:
     for name, tensor in a.items():
         if name not in b:
-            raise MismatchError(f"B has no {name!r}, which A has with shape {_shape(tensor)}")
+            raise MismatchError(
+                f"B has no {name!r}, which A has with shape {_shape(tensor)}{prefix_hint(name, b, '; B')}"
+            )
         if shapes and _shape(tensor) != _shape(b[name]):
             raise MismatchError(
                 f"{name!r} has shape {_shape(tensor)} in A but {_shape(b[name])} in B; if these are rows of other "
@@ -220,7 +218,9 @@ def _require_alike(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor],
             )
     for name, tensor in b.items():
         if name not in a:
-            raise MismatchError(f"A has no {name!r}, which B has with shape {_shape(tensor)}")
+            raise MismatchError(
+                f"A has no {name!r}, which B has with shape {_shape(tensor)}{prefix_hint(name, a, '; A')}"
+            )
 
 
 def _shape(value: object) -> tuple[int, ...]:

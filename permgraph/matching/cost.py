@@ -19,6 +19,8 @@ import numpy as np
 import torch
 
 from permgraph.assignment.solve import ROUGH, WIDE, assign
+from permgraph.conventions.displayed import Displayed
+from permgraph.conventions.waiting import waits
 from permgraph.errors import MismatchError, PermgraphError
 from permgraph.matching import tuned
 from permgraph.matching.general.polar import polar
@@ -107,8 +109,8 @@ class MoveCost:
         return self.flops / rates.flops, solving
 
 
-@dataclass(frozen=True)
-class Estimate:
+@dataclass(frozen=True, repr=False)
+class Estimate(Displayed):
     """What one alignment over a spec costs.
 
     Attributes:
@@ -245,6 +247,7 @@ def estimate(spec: PermutationSpec) -> Estimate:
     return Estimate(tuple(costs.values()), sum(elements.values()), rounds_of(spec, list(costs)))
 
 
+@waits("measuring this machine")
 def calibrate(seconds: float = 2.0) -> Rates:
     """Measure this machine, with torch's present number of threads.
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
+import fnmatch
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, ClassVar, Protocol, TypeGuard, runtime_checkable
@@ -11,6 +13,7 @@ from typing import Any, ClassVar, Protocol, TypeGuard, runtime_checkable
 import numpy as np
 from torch import nn
 
+from permgraph.conventions.displayed import Displayed, plural
 from permgraph.conventions.outcomes import Outcome
 from permgraph.errors import MismatchError
 from permgraph.pictures.tables import alignment_table
@@ -18,7 +21,7 @@ from permgraph.spec.permutation import Permutation
 from permgraph.spec.spec import PermutationSpec
 from permgraph.spec.transformation import Transformation
 from permgraph.transporting import transport
-from permgraph.weights.state_dict import StateDict
+from permgraph.weights.state_dict import STATISTICS, StateDict
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Sweep:
 Progress = Callable[[Sweep], object]
 """Called with the record of each sweep, after it; see `permgraph.conventions.outcomes`."""
 
-NOTHING_TO_PERMUTE = "nothing to permute: no group of the spec stands in a compared parameter"
+NOTHING_TO_PERMUTE = "nothing to permute: no group of the spec that may move stands in a compared parameter"
 
 
 def moved_between(before: Permutation, after: Permutation) -> dict[str, int]:
@@ -53,8 +56,8 @@ def moved_between(before: Permutation, after: Permutation) -> dict[str, int]:
     return {name: count for name, count in counts.items() if count}
 
 
-@dataclass(frozen=True)
-class MatchResult:
+@dataclass(frozen=True, repr=False)
+class MatchResult(Displayed):
     """The permutation of B that a matcher chose, and how it went.
 
     Attributes:
@@ -101,6 +104,10 @@ class MatchResult:
         See `permgraph.transport`, whose options it takes.
         """
         return transport(self.element, x, **options)
+
+    def __str__(self) -> str:
+        done = f"{self.outcome} after {plural(self.sweeps, 'sweep')} in {self.seconds:.2f} s"
+        return "\n".join((f"{done}: objective {self.objective_before:.6g} -> {self.objective:.6g}", *self.notes))
 
     def _repr_html_(self) -> str:
         return alignment_table(self)
@@ -157,7 +164,11 @@ class Matcher(ABC):
         """
 
     def require_fit(self, spec: PermutationSpec, *states: StateDict) -> None:
-        """Raise MismatchError unless the state dicts fit the spec, `init` is of it, and what is to be run is there."""
+        """Raise MismatchError unless the state dicts fit the spec, `init` is of it, and what is to be run is there.
+
+        A pattern of `ignore` that no name of the spec fits is refused too: it is mistyped, or of another model.
+        """
+        _require_patterns(getattr(self, "ignore", ()), spec)
         if self.needs_models and getattr(self, "models", None) is None:
             raise MismatchError(
                 f"{type(self).__name__} runs the networks: call align() with modules, or with_models() first"
@@ -173,6 +184,18 @@ class Matcher(ABC):
     @classmethod
     def __subclasshook__(cls, other: type) -> bool:
         return callable(getattr(other, "match", None)) if cls is Matcher else NotImplemented
+
+
+def _require_patterns(ignore: Sequence[str], spec: PermutationSpec) -> None:
+    """Refuse patterns of names that fit none, but for those that stand there by default."""
+    if isinstance(ignore, str):
+        raise MismatchError(f"ignore={ignore!r} is a text: give a tuple of patterns, as in ignore=({ignore!r},)")
+    names = [*spec.axes, *spec.aliases, *spec.unused]
+    for pattern in ignore:
+        if pattern not in STATISTICS and not fnmatch.filter(names, pattern):
+            near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.3) or names[:1]
+            hint = f"; there is {near[0]!r}" if near else ""
+            raise MismatchError(f"ignore: no parameter fits the pattern {pattern!r}{hint}")
 
 
 def runs_networks(matcher: object) -> TypeGuard[NeedsModels]:

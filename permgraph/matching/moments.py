@@ -11,6 +11,12 @@ from permgraph.matching.workers import Workers
 from permgraph.weights.state_dict import as_real
 
 
+def _masked(x: torch.Tensor) -> torch.Tensor:
+    """The samples in which all units, (units, samples), are minus infinity or near the least number of their type."""
+    least = torch.finfo(x.dtype).min if x.is_floating_point() else -torch.inf
+    return (x <= least / 2).all(0)
+
+
 class Moments:
     """Running sums over samples of two sets of units, from which correlations follow; float64 after each batch.
 
@@ -28,9 +34,11 @@ class Moments:
 
     def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
         """Add a batch: (units, samples) of A and of B; real and imaginary parts are samples like others."""
-        x, y = as_real(x).flatten(1).float(), as_real(y).flatten(1).float()
-        # Scores that a mask has set to minus infinity are the same in all units of both: no sample at all.
-        masked = (x == -torch.inf).all(0) & (y == -torch.inf).all(0)
+        x, y = as_real(x).flatten(1), as_real(y).flatten(1)
+        # Scores that a mask has set to minus infinity, or to the least number there is, are so in all units of both:
+        # no sample at all.
+        masked = _masked(x) & _masked(y)
+        x, y = x.float(), y.float()
         if bool(masked.any()):
             x, y = x[:, ~masked], y[:, ~masked]
             if not x.shape[1]:

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 
 from permgraph.conventions.choices import require_choice
+from permgraph.conventions.displayed import Displayed
+from permgraph.conventions.waiting import waits
 from permgraph.errors import MismatchError
 from permgraph.matching.general.widening import Norms, embedded, factor_of
 from permgraph.matching.matcher import MatchResult, Progress, SupportsMatch
@@ -27,10 +29,11 @@ from permgraph.spec.general import General
 from permgraph.spec.permutation import Permutation, old_parents
 from permgraph.spec.spec import PermutationSpec
 from permgraph.spec.transformation import Transformation
+from permgraph.weights.state_dict import Network, as_state_dict
 
 
-@dataclass(frozen=True)
-class PartialMatch:
+@dataclass(frozen=True, repr=False)
+class PartialMatch(Displayed):
     """B brought to A, where groups may differ in size.
 
     Attributes:
@@ -53,9 +56,10 @@ class PartialMatch:
     factors: Mapping[str, float] = field(default_factory=dict)
 
 
+@waits("matching")
 def match_widths(
-    a: Mapping[str, torch.Tensor],
-    b: Mapping[str, torch.Tensor],
+    a: Network,
+    b: Network,
     spec_a: PermutationSpec,
     spec_b: PermutationSpec,
     matcher: SupportsMatch | None = None,
@@ -75,7 +79,7 @@ def match_widths(
     embedded computes what it did with norms over them too; the result has A's gains.
 
     Args:
-        a, b: the two state dicts.
+        a, b: the two state dicts, or modules.
         spec_a, spec_b: what `auto_spec` finds for each; they must have the same groups and axes but for sizes.
         matcher: `WeightMatching()` by default, or any that needs nothing but weights. One that knows permutations alone
             is given these of general specs.
@@ -99,6 +103,7 @@ def match_widths(
         [1, -1, 0]
     """
     matcher = WeightMatching() if matcher is None else matcher
+    a, b = as_state_dict(a), as_state_dict(b)
     if not getattr(matcher, "general", False):
         spec_a, spec_b = spec_a.permutations(), spec_b.permutations()
     spec = common_spec(spec_a, spec_b)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from permgraph.conventions.waiting import waits
 from permgraph.errors import MismatchError
 from permgraph.matching import Matcher
 from permgraph.matching.rows import RowNames, Rows, kinds_of, labels_of, tables_of
@@ -22,11 +23,12 @@ from permgraph.spec.transformation import Transformation
 from permgraph.weights.combine import average, shares_of
 from permgraph.weights.distributed import gathered_state, redistributed_state
 from permgraph.weights.identity import SameTensor
-from permgraph.weights.state_dict import Network, check_same_keys, is_continuous, own_state
+from permgraph.weights.state_dict import Network, Weights, check_same_keys, is_continuous, own_state
 
 log = logging.getLogger(__name__)
 
 
+@waits("merging")
 def merge(
     models: Sequence[Network],
     method: MergeMethod | None = None,
@@ -82,7 +84,8 @@ def merge(
     if isinstance(models, (nn.Module, Mapping)) and not isinstance(models, nn.ModuleList):
         raise MismatchError("merge() takes its models in a list, as in merge([a, b, c])")
     method = CycleConsistent() if method is None else method
-    if isinstance(method, type) or not isinstance(method, MergeMethod):
+    # A text has a method `find` of its own.
+    if isinstance(method, (type, str)) or not isinstance(method, MergeMethod):
         named = f"the class {method.__name__}" if isinstance(method, type) else f"a {type(method).__name__}"
         hint = f": say ToReference(matcher={type(method).__name__}())" if isinstance(method, Matcher) else ""
         raise MismatchError(f"merge() takes a method, such as CycleConsistent(), not {named}{hint}")
@@ -145,7 +148,7 @@ def merge(
         objective = sum_over_pairs(own.tensors, [own.image(state) for state in renumbered])
         mean = _in_types_of(average(renumbered if matched is None else moved(whole), shares), states[0])
     merged = Merge(
-        state_dict=redistributed_state(mean, given[0]),
+        state_dict=Weights(redistributed_state(mean, given[0])),
         permutations=result.permutations,
         objective=objective,
         objective_before=before,

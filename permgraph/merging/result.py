@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import nn
 
+from permgraph.conventions.displayed import Displayed, plural
 from permgraph.conventions.outcomes import Outcome
 from permgraph.errors import MismatchError
 from permgraph.matching.general.gauge import Written, require_both_real
@@ -122,8 +123,8 @@ class MergeMethod(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Merge:
+@dataclass(frozen=True, repr=False)
+class Merge(Displayed):
     """Several models brought into correspondence, and their mean.
 
     Attributes:
@@ -222,8 +223,6 @@ class Merge:
             raise MismatchError(f"there is no model {number}: they are 0 to {len(self.permutations) - 1}")
 
     def __str__(self) -> str:
-        return (
-            f"{len(self.permutations)} models, {self.outcome} after {self.rounds} rounds in {self.seconds:.2f} s: "
-            f"objective {self.objective_before:.6g} -> {self.objective:.6g}"
-            + "".join(f"\n{note}" for note in self.notes)
-        )
+        done = f"{self.outcome} after {plural(self.rounds, 'round')} in {self.seconds:.2f} s"
+        objective = f"objective {self.objective_before:.6g} -> {self.objective:.6g}"
+        return "\n".join((f"{len(self.permutations)} models, {done}: {objective}", *self.notes))

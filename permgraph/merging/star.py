@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from permgraph.conventions.displayed import Displayed
 from permgraph.conventions.outcomes import StepProgress, TrainingOutcome
 from permgraph.conventions.renamed import renamed
+from permgraph.conventions.waiting import waits
 from permgraph.errors import MismatchError
 from permgraph.networks.batches import Loader, Loss, MakeOptimizer
 from permgraph.networks.blended import State, Workbench
@@ -26,8 +28,8 @@ from permgraph.weights.combine import average
 from permgraph.weights.state_dict import Network, as_state_dict, check_same_keys
 
 
-@dataclass(frozen=True)
-class Star:
+@dataclass(frozen=True, repr=False)
+class Star(Displayed):
     """A network trained to be connected to several others.
 
     Attributes:
@@ -48,6 +50,7 @@ class Star:
 
 
 @renamed(start="init")
+@waits("training the centre")
 def fit_star(
     networks: Sequence[Network],
     loader: Loader,

@@ -92,6 +92,29 @@ def split_labelled(batch: Any, device: torch.device | None) -> tuple[tuple[Any, 
     return args, kwargs, targets
 
 
+UNCOUNTED = -100
+"""The target of a place that does not count, as in `torch.nn.functional.cross_entropy`."""
+
+
+def next_tokens(labels: Tensor) -> Tensor:
+    """Labels that stand at their own tokens, (N, T), each moved to the place before it, where it is predicted.
+
+    So Hugging Face's causal models read ``labels``, which are the ``input_ids`` themselves. The last place of each row
+    predicts nothing that is known, and does not count.
+    """
+    return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=UNCOUNTED)
+
+
+def are_the_tokens(targets: Any, tokens: Any) -> bool:
+    """Whether labels are the tokens of their batch at every place that counts, and some place does."""
+    if not isinstance(targets, Tensor) or not isinstance(tokens, Tensor):
+        return False
+    if targets.ndim != 2 or targets.shape != tokens.shape or targets.is_floating_point():
+        return False
+    counted = targets != UNCOUNTED
+    return bool(counted.any()) and bool((targets == tokens)[counted].all())
+
+
 @contextmanager
 def fitting(
     args: Sequence[Any],

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from permgraph.conventions.displayed import Displayed
+from permgraph.conventions.waiting import waits
 from permgraph.errors import EvaluationError, MismatchError, NonFiniteError
 from permgraph.networks.batches import Loader, observed, run_over, undisturbed
 from permgraph.networks.evaluate import require_eval_mode
@@ -32,8 +34,8 @@ _AFFINE = (nn.Linear, *_CONVOLUTIONS, *_TRANSPOSED)
 _LINEAR_TRANSPOSED = "Conv1D"  # transformers' linear layer with the weight (in, out), known by name so as not to import
 
 
-@dataclass(frozen=True)
-class ChannelStatistics:
+@dataclass(frozen=True, repr=False)
+class ChannelStatistics(Displayed):
     """Mean and standard deviation of each output channel of a network's affine layers, over some data.
 
     Both map the layer's name to a float64 tensor of shape ``(channels,)``.
@@ -43,6 +45,7 @@ class ChannelStatistics:
     deviations: Mapping[str, Tensor]
 
 
+@waits("measuring statistics")
 def channel_statistics(model: nn.Module, loader: Loader, layers: Layers | None = None) -> ChannelStatistics:
     """Return the mean and deviation of each channel that the linear and convolution layers of ``model`` put out.
 
@@ -86,6 +89,7 @@ def channel_statistics(model: nn.Module, loader: Loader, layers: Layers | None =
     )
 
 
+@waits("repairing")
 def repair(
     model: Module,
     loader: Loader,

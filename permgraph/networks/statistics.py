@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from permgraph.conventions.waiting import waits
 from permgraph.errors import EvaluationError
 from permgraph.networks.batches import Loader, run_over, undisturbed
 
@@ -20,6 +21,7 @@ logger = logging.getLogger(__name__)
 Module = TypeVar("Module", bound=nn.Module)
 
 
+@waits("measuring statistics")
 def recalibrate_batchnorm(model: Module, loader: Loader) -> Module:
     """Return a copy of ``model`` whose normalisation layers' running statistics are those of ``loader``'s data.
 

@@ -6,10 +6,11 @@ take a megabyte or two. The page finds the paths through them itself.
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from permgraph.pictures.lanes import lay_out
-from permgraph.pictures.palette import COLOURS
+from permgraph.pictures.palette import COLOURS, STYLES
 from permgraph.pictures.tree import Module, Repeated, module_tree, short_names
 from permgraph.spec.expressions import Axis, Family, Fixed, Label, Product, Ref, Sum
 
@@ -17,6 +18,12 @@ if TYPE_CHECKING:
     from permgraph.spec import PermutationSpec, Pin
     from permgraph.spec.binding import Group
     from permgraph.spec.provenance import SlotPin, Tie
+
+
+_NUMBER = re.compile(r"(?:(?<=\.)|^)\d+(?=[.#]|$)")  # of a module in a list
+
+_REASONS = {"constant": "a constant, as of the code or a buffer: no checkpoint holds it, so nothing can renumber it"}
+"""What a short reason says in full."""
 
 
 def content(spec: PermutationSpec) -> dict[str, Any]:
@@ -79,15 +86,25 @@ class _Writer:
         return [group.name, short, group.size, parents, int(group.fixed), int(moving), colour]
 
     def colours(self) -> dict[str, int]:
-        """A colour for each moving group: that of its lane where it has one, so that neighbours differ."""
+        """A colour with a border for each moving group, by number: of those in one row, and in one block, no two alike.
+
+        Groups that have the same name but for the numbers of modules, as in blocks alike, have the same where they can.
+        """
         picture = lay_out(self.spec, rows=len(self.spec.axes) + 1, collapse=False)
-        found = {lane.group: lane.column % len(COLOURS) for lane in picture.lanes}
-        for row in picture.rows:
-            taken = {found[group] for group in row.first | row.later if group in found}
-            for group in row.inner:
-                free = [colour for colour in range(len(COLOURS)) if colour not in taken]
-                found[group] = free[0] if free else len(found) % len(COLOURS)
-                taken.add(found[group])
+        every = range(len(COLOURS) * STYLES)
+        last_used = dict.fromkeys(every, -1)
+        of_role: dict[str, int] = {}
+        found: dict[str, int] = {}
+        for at, row in enumerate(picture.rows):
+            begin = [lane.group for lane in picture.lanes if lane.start == at]
+            live = {lane.group for lane in picture.lanes if lane.start <= at <= lane.stop}
+            for group in (*begin, *row.inner):
+                taken = {found[other] for other in (*live, *row.inner) if other in found}
+                role = _NUMBER.sub("*", group)
+                if role not in of_role or of_role[role] in taken:
+                    of_role[role] = min(every, key=lambda number: (number in taken, last_used[number], number))
+                found[group] = of_role[role]
+                last_used[found[group]] = at
         return found
 
     def expression(self, axis: Axis) -> Any:
@@ -124,4 +141,4 @@ class _Writer:
         return self.slots.setdefault(slot, len(self.slots))
 
     def because(self, pin: SlotPin | Pin) -> tuple[int, int]:
-        return self.string(pin.reason), self.step(pin)
+        return self.string(_REASONS.get(pin.reason, pin.reason)), self.step(pin)

@@ -117,7 +117,8 @@ def _beside(at: int, row: Row, picture: Lanes, spec: PermutationSpec) -> list[tu
     def said(group: str) -> str:
         parents = spec.groups[group].parents
         per = f" per {_cut(_last(parents[-1]), 20)}" if parents else ""
-        own = _last(group) if group.startswith(row.module) else picture.names[group]
+        alone = sum(_last(lane.group) == _last(group) for lane in picture.lanes) == 1
+        own = _last(group) if alone and group.startswith(row.module) else picture.names[group]
         return f"{_cut(own, 30)} {spec.groups[group].size}{per}"
 
     begun: list[tuple[str, str | None]] = [

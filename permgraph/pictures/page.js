@@ -114,7 +114,8 @@
   }
 
   const button = (attributes, ...inside) => make("button", { type: "button", ...attributes }, ...inside);
-  const swatch = (group) => make("i", { class: `swatch g${group.colour}`, "aria-hidden": "true" });
+  const look = (group) => `g${group.colour % 7} s${Math.floor(group.colour / 7)}`; // a colour, and a border
+  const swatch = (group) => make("i", { class: `swatch ${look(group)}`, "aria-hidden": "true" });
   const plural = (count, one, many) => `${count.toLocaleString("en")} ${count === 1 ? one : many}`;
 
   /** A list that shows its first items, and more when asked. */
@@ -155,7 +156,7 @@
     }
     const group = groups[-1 - leaf];
     return button({
-      class: `chip ${group.fixed ? "still" : `g${group.colour}`}`, "data-slot": slot, "data-leaf": leaf,
+      class: `chip ${group.fixed ? "still" : look(group)}`, "data-slot": slot, "data-leaf": leaf,
       "aria-pressed": "false", title: `${group.name}, ${group.size}`,
       "aria-label": `${slotName(slot)}, dimension ${dim}: group ${group.name} of ${group.size}`,
     }, labelOf(slot, group));
@@ -267,7 +268,7 @@
     if (origin && origin.isConnected) origin.focus();
   }
   const hint = () => detail.replaceChildren(make("p", { class: "faint" },
-    "Choose an axis to see everything that is tied to it, and why. Colours are groups; grey stays put."));
+    "Choose an axis to see everything that is tied to it, and why. Groups in one place differ in colour or border; grey stays put."));
 
   /** Open the modules around a slot, scroll there and choose it. */
   function reveal(slot, leaf) {
@@ -317,7 +318,7 @@
     let filled = false;
     const head = button({ class: "module", "aria-expanded": "false" }, make("span", { class: "twist", "aria-hidden": "true" }),
       make("span", { class: "name" }, label), make("span", { class: "faint" }, described), inside);
-    const entry = { rows: isRun(node) ? node[1].length : node[1].length + node[2].length, open(wanted) {
+    const entry = { alike: isRun(node), rows: isRun(node) ? node[1].length : node[1].length + node[2].length, open(wanted) {
       if (wanted && !filled) { filled = true; list.append(...fill(way)); }
       list.hidden = !wanted;
       head.setAttribute("aria-expanded", String(wanted));
@@ -425,10 +426,10 @@
     // A first look: level by level, as long as there is room.
     for (let at = 0, room = 60; at < entries.length;) {
       const level = entries.slice(at);
-      room -= level.reduce((sum, entry) => sum + entry.rows, 0);
+      room -= level.reduce((sum, entry) => sum + (entry.alike ? 0 : entry.rows), 0);
       if (room < 0 && level.length > 1) break;
       at += level.length;
-      level.forEach((entry) => entry.open(true));
+      level.filter((entry) => !entry.alike).forEach((entry) => entry.open(true));
     }
     if (!parameters.length) panel.append(make("p", {}, "There are no parameters."));
   }

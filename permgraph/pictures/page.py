@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import TYPE_CHECKING
 
+from permgraph.conventions.waiting import waits
 from permgraph.errors import MismatchError
 from permgraph.io.files import write_atomically
 from permgraph.pictures.charts import line_chart, similarity_rows
@@ -57,6 +58,7 @@ class Report:
         )
 
 
+@waits("writing the report")
 def report(
     spec: PermutationSpec,
     path: str | os.PathLike[str] | None = None,
@@ -122,7 +124,9 @@ def _notes(spec: PermutationSpec) -> tuple[str, ...]:
 
 
 def _facts(spec: PermutationSpec) -> list[tuple[str, str]]:
-    still = sum(isinstance(axis, Fixed) and axis.size > 1 for axes in spec.axes.values() for axis in axes)
+    whole = sum(isinstance(axis, Fixed) and axis.size > 1 for axes in spec.axes.values() for axis in axes)
+    parts = len(spec.pins) - whole
+    still = f"{whole:,}" + (f", and {parts:,} in part" if parts > 0 else "")
     order = spec.log_order()
     ran = [run for run in spec.passes if run.outcome in ("solved", "alike")]
     return [
@@ -130,7 +134,7 @@ def _facts(spec: PermutationSpec) -> list[tuple[str, str]]:
         ("parameters and buffers", f"{len(spec.axes):,}"),
         ("groups", f"{len(spec.moving):,}"),
         ("ln of the number of permutations", f"{order:,.0f}" if order >= 1000 else f"{order:.4g}"),
-        ("axes that stay put", f"{still:,}"),
+        ("axes that stay put", still),
         ("operators without a rule", f"{len(spec.unknown_ops):,}"),
     ]
 
@@ -199,8 +203,10 @@ def _line_panel(lines: Mapping[str, ShownLine]) -> str:
         ]
         for title, line in lines.items()
     ]
-    head = ("B", *(f"barrier in {metric}" for metric in metrics), "highest at")
-    return f'<div class="wide">{table(head, rows)}</div>{"".join(charts)}'
+    highest = f"highest in {next(iter(lines.values())).metric} at" if len(metrics) > 1 else "highest at"
+    head = ("B", *(f"barrier in {metric}" for metric in metrics), highest)
+    notes = "".join(f"<p>{text(note)}</p>" for note in dict.fromkeys(n for line in lines.values() for n in line.notes))
+    return f'<div class="wide">{table(head, rows)}</div>{notes}{"".join(charts)}'
 
 
 def _list_of_facts(facts: list[tuple[str, str]]) -> str:

@@ -9,6 +9,7 @@ import html
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from permgraph.conventions.displayed import summary
 from permgraph.pictures.palette import COLOURS
 from permgraph.spec.expressions import Fixed
 
@@ -56,7 +57,7 @@ def alignment_table(result: ShownMatch) -> str:
         [str(sweep.number), f"{sweep.objective:.6g}", str(sum(sweep.moved.values())), f"{sweep.seconds:.3g}"]
         for sweep in shown
     ]
-    head = ("sweep", "objective", "indices moved", "seconds")
+    head = ("sweep", "objective", "indices moved", "seconds since the start")
     body = table(head, rows) if rows else ""
     return f"<div>{caption(type(result).__name__, said)}{body}{_notes(result.notes)}</div>"
 
@@ -76,7 +77,15 @@ def barrier_table(line: ShownLine) -> str:
     said = [f"{len(line.alphas)} points on the line", f"{line.seconds:.3g} s"]
     if line.nonfinite:
         said.append(f"{len(line.nonfinite)} values are not finite")
-    return f"<div>{caption('Barrier', said)}{table(('metric', 'at a', 'at b', 'barrier', 'highest at'), rows)}</div>"
+    body = table(("metric", "at a", "at b", "barrier", "highest at"), rows)
+    return f"<div>{caption('Barrier', said)}{body}{_notes(line.notes)}</div>"
+
+
+def result_table(result: object) -> str:
+    """Any result: its fields in a few words each, and its notes."""
+    rows = [(text(name), text(said)) for name, said in summary(result) if name != "notes"]
+    notes = _notes(getattr(result, "notes", ()))
+    return f"<div>{caption(type(result).__name__, ())}{table(('field', 'value'), rows)}{notes}</div>"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -88,7 +97,8 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def caption(title: str, said: Iterable[str]) -> str:
     """A bold title and facts about it, as a paragraph of HTML."""
-    return f"<p><strong>{text(title)}</strong>: {text(' · '.join(said))}</p>"
+    facts = text(" · ".join(said))
+    return f"<p><strong>{text(title)}</strong>{facts and ': '}{facts}</p>"
 
 
 def text(raw: object) -> str:

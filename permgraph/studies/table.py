@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from permgraph.conventions.displayed import Displayed
 from permgraph.errors import StudyError
 from permgraph.io.files import write_atomically
 from permgraph.spec.permutation import Permutation
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
 TIMES = ("seconds",)
 
 
-@dataclass(frozen=True)
-class StudyResult:
+@dataclass(frozen=True, repr=False)
+class StudyResult(Displayed):
     """The results of a plan, read from its store.
 
     Attributes:

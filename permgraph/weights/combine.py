@@ -10,14 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from permgraph.errors import EvaluationError, MismatchError
+from permgraph.errors import MismatchError
 from permgraph.weights.distributed import gathered_state, redistributed_state
 from permgraph.weights.identity import SameTensor, are_same
+from permgraph.weights.ratios import Ratios, ratios_of
 from permgraph.weights.state_dict import Network, as_state_dict, check_same_keys, is_continuous, own_state
 
 
-def interpolate(a: Network, b: Network, t: float) -> dict[str, Tensor]:
+def interpolate(a: Network, b: Network, t: Ratios) -> dict[str, Tensor]:
     """Return the state dict at ``t`` on the line from ``a`` (``t = 0``) to ``b`` (``t = 1``).
+
+    ``t`` is a number; or, for ratios by layer, a mapping from patterns of names to numbers, of which the first that
+    fits counts, as in ``{"head.*": 0.9, "*": 0.5}``; or a schedule such as ``(0, 0.5, 1)``, which is spread evenly over
+    the layers: `permgraph.weights.ratios.ratios_of` says which these are.
 
     Floating-point and complex tensors are interpolated linearly, in float32 or better, and keep the dtype and device
     that they have in ``a``; the ends are met exactly. Integer and boolean tensors, such as
@@ -27,7 +32,8 @@ def interpolate(a: Network, b: Network, t: float) -> dict[str, Tensor]:
 
     Raises:
         MismatchError: a key is missing from one side, two shapes differ, a tensor is on the meta device or quantised,
-            or names that are tied in ``a`` hold different values in ``b``. The message names the first such tensor.
+            or names that are tied in ``a`` hold different values in ``b``. The message names the first such tensor. Or
+            a pattern of ``t`` fits no name, or a name no pattern.
         EvaluationError: ``t`` is not finite.
 
     Example:
@@ -35,12 +41,12 @@ def interpolate(a: Network, b: Network, t: float) -> dict[str, Tensor]:
         >>> interpolate(a, b, 0.25)["weight"]
         tensor([0.2500, 0.2500, 0.2500])
     """
-    if not math.isfinite(t):
-        raise EvaluationError(f"t must be finite, not {t}")
     given = own_state(a)
+    ratios = ratios_of(given, t)
     states = gathered_state(given), as_state_dict(b)
     check_same_keys(*states)
-    return redistributed_state(_combined(states, lambda tensors: _lerp(tensors[0], tensors[1], t), ("a", "b")), given)
+    mixed = _combined(states, lambda key, tensors: _lerp(tensors[0], tensors[1], ratios[key]), ("a", "b"))
+    return redistributed_state(mixed, given)
 
 
 def average(networks: Sequence[Network], weights: Sequence[float] | None = None) -> dict[str, Any]:
@@ -69,7 +75,7 @@ def average(networks: Sequence[Network], weights: Sequence[float] | None = None)
     names = [f"network {number}" for number in range(len(states))]
     for state, name in zip(states[1:], names[1:], strict=True):
         check_same_keys(states[0], state, (names[0], name))
-    return redistributed_state(_combined(states, lambda tensors: mean(tensors, shares), names), given)
+    return redistributed_state(_combined(states, lambda _, tensors: mean(tensors, shares), names), given)
 
 
 def blend(states: Sequence[Mapping[str, Any]], shares: Sequence[float]) -> dict[str, Any]:
@@ -80,7 +86,7 @@ def blend(states: Sequence[Mapping[str, Any]], shares: Sequence[float]) -> dict[
     whole = next((state for state, share in zip(states, shares, strict=True) if share == 1), None)
     if whole is not None:
         return interpolate(states[0], whole, 1.0 if whole is not states[0] else 0.0)
-    return _combined(states, lambda tensors: mean(tensors, shares))
+    return _combined(states, lambda _, tensors: mean(tensors, shares))
 
 
 def shares_of(weights: Sequence[float] | None, count: int) -> tuple[float, ...]:
@@ -103,7 +109,7 @@ def shares_of(weights: Sequence[float] | None, count: int) -> tuple[float, ...]:
 
 def _combined(
     states: Sequence[Mapping[str, Any]],
-    combine: Callable[[Sequence[Tensor]], Tensor],
+    combine: Callable[[str, Sequence[Tensor]], Tensor],
     names: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Each name's tensors combined; integers and extra state are the first's, and so is which names are tied.
@@ -122,7 +128,7 @@ def _combined(
                 _require_tied(states, names, first, key)
             result[key] = result[first]
         elif is_continuous(value):
-            result[key] = combine([value, *(state[key] for state in states[1:])])
+            result[key] = combine(key, [value, *(state[key] for state in states[1:])])
         else:
             result[key] = value.detach().clone()
     return result

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from collections import OrderedDict
 from collections.abc import Mapping
-from typing import Any, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from permgraph.errors import MismatchError, NonFiniteError
+from permgraph.errors import MismatchError, NonFiniteError, PermgraphError
 from permgraph.weights.distributed import gathered_state, module_state
 
 StateDict: TypeAlias = Mapping[str, torch.Tensor]
@@ -21,14 +23,41 @@ STATISTICS = ("*running_mean", "*running_var", "*num_batches_tracked")
 """Patterns of names that normalisation layers keep: permuted with the rest, but no evidence of which units match."""
 
 
+class Weights(dict[str, Any]):
+    """A state dict that is an attribute, and says so to whoever calls it as a module's method.
+
+    It is copied and pickled as the plain dictionary that it is otherwise, so that ``torch.save`` writes nothing of this
+    class, and ``torch.load`` with ``weights_only=True`` reads it.
+    """
+
+    def __call__(self) -> NoReturn:
+        """Raise PermgraphError with what to write instead."""
+        raise PermgraphError("state_dict is an attribute here, not a method: leave the brackets out")
+
+    def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
+        return OrderedDict, (), None, None, iter(self.items())
+
+
 def as_state_dict(network: Network) -> Mapping[str, Any]:
     """A module's state dict, or a state dict as it is; sharded tensors gathered, and offloaded ones fetched."""
     return gathered_state(own_state(network))
 
 
 def own_state(network: Network) -> Mapping[str, Any]:
-    """A module's state dict, or a state dict as it is; offloaded tensors fetched, and sharded ones in their parts."""
-    return module_state(network) if isinstance(network, nn.Module) else network
+    """A module's state dict, or a state dict as it is; offloaded tensors fetched, and sharded ones in their parts.
+
+    Raises MismatchError if it is neither.
+    """
+    if isinstance(network, nn.Module):
+        return module_state(network)
+    if isinstance(network, Mapping):
+        return network
+    hint = ""
+    if isinstance(getattr(network, "state_dict", None), Mapping):
+        hint = ": pass its .state_dict"
+    elif isinstance(network, (str, os.PathLike)):
+        hint = f": load {os.fspath(network)!r} first"
+    raise MismatchError(f"a module or a state dict is needed, not a {type(network).__name__}{hint}")
 
 
 def is_continuous(tensor: Tensor) -> bool:
@@ -51,7 +80,7 @@ def check_same_keys(
     name_a, name_b = names
     for key, x in a.items():
         if key not in b:
-            raise MismatchError(f"{key!r} is in {name_a} but not in {name_b}{_prefix_hint(key, b)}")
+            raise MismatchError(f"{key!r} is in {name_a} but not in {name_b}{prefix_hint(key, b)}")
         y = b[key]
         if not isinstance(x, Tensor) or not isinstance(y, Tensor):
             continue
@@ -68,15 +97,16 @@ def check_same_keys(
                 raise MismatchError(f"{key!r} in {side} is quantised: dequantise the network first")
     for key in b:
         if key not in a:
-            raise MismatchError(f"{key!r} is in {name_b} but not in {name_a}{_prefix_hint(key, a)}")
+            raise MismatchError(f"{key!r} is in {name_b} but not in {name_a}{prefix_hint(key, a)}")
 
 
-def _prefix_hint(name: str, state: Mapping[str, Any]) -> str:
+def prefix_hint(name: str, state: Mapping[str, Any], who: str = ", which") -> str:
+    """The end of a message that ``name`` is not in a state dict, where it is there with a prefix or without one."""
     for key in state:
         if key.endswith("." + name):
-            return f", which has {key!r}: strip the prefix {key[: -len(name)]!r}"
+            return f"{who} has {key!r}: strip the prefix {key[: -len(name)]!r}"
         if name.endswith("." + key):
-            return f", which has {key!r}: strip the prefix {name[: -len(key)]!r}"
+            return f"{who} has {key!r}: strip the prefix {name[: -len(key)]!r}"
     return ""
 
 

@@ -154,6 +154,18 @@ def test_a_limit_takes_samples_from_all_over(tmp_path: Path) -> None:
         Batches([1], 1, lambda numbers: numbers)[1]
 
 
+def test_the_targets_of_tokens_by_themselves_are_the_next_ones(tmp_path: Path) -> None:
+    ids = torch.tensor([[5, 6, 7], [8, 9, 0]])
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
+    save_file({"input_ids": ids, "attention_mask": mask}, tmp_path / "alone.safetensors")
+    save_file({"input_ids": ids, "labels": ids.clone()}, tmp_path / "same.safetensors")
+    save_file({"input_ids": ids, "labels": ids + 1}, tmp_path / "other.safetensors")
+    (alone,), (same,), (other,) = (load(tmp_path / f"{name}.safetensors") for name in ("alone", "same", "other"))
+    assert alone["labels"].tolist() == [[6, 7, -100], [9, -100, -100]]
+    assert same["labels"].tolist() == [[6, 7, -100], [9, 0, -100]]
+    assert other["labels"].tolist() == (ids + 1).tolist()
+
+
 def test_text_for_a_language_model(tmp_path: Path) -> None:
     tokenizers = pytest.importorskip("tokenizers")
     pytest.importorskip("transformers")
@@ -170,7 +182,8 @@ def test_text_for_a_language_model(tmp_path: Path) -> None:
     (batch,) = load(tmp_path / "t.txt", tokenizer=tmp_path / "hf", length=4)
     assert batch["input_ids"].tolist() == [tokens[0:4], tokens[4:8], tokens[8:12]]
     assert batch["labels"].tolist() == [tokens[1:5], tokens[5:9], tokens[9:13]]
-    assert class_dim_of(Data(data="t.txt")) == -1 and class_dim_of(Data(data="t.txt", class_dim=2)) == 2
+    assert class_dim_of(Data(), [batch]) == -1 and class_dim_of(Data(class_dim=2), [batch]) == 2
+    assert class_dim_of(Data(), [(torch.zeros(1, 3), torch.zeros(1))]) == 1
     logits = torch.randn(3, 4, 9)
     assert loss_on(-1)(logits, batch["labels"]) == pytest.approx(
         float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten()))

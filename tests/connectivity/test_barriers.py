@@ -6,6 +6,7 @@ import builtins
 import copy
 import logging
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -252,6 +253,34 @@ def test_evaluate_on_takes_mappings_and_other_class_dimensions() -> None:
     assert "labels" in batch  # the caller's batch is whole
     with pytest.raises(EvaluationError, match=r"targets must have shape \(3, 4\), not \(3,\)"):
         evaluate_on([(torch.zeros(3, 5, 4), torch.zeros(3, dtype=torch.long))])(nn.Identity().eval())
+
+
+@dataclass
+class CausalLMOutput:
+    """An output as transformers names that of its causal language models."""
+
+    logits: torch.Tensor
+
+
+class Successor(nn.Module):
+    """Gives the logits of the next number, of seven: certain of it."""
+
+    def forward(self, input_ids: torch.Tensor) -> CausalLMOutput:
+        return CausalLMOutput(50 * nn.functional.one_hot((input_ids + 1) % 7, 7).float())
+
+
+def test_the_labels_of_a_causal_language_model_are_those_of_the_next_place() -> None:
+    ids = torch.tensor([[0, 1, 2, 3], [4, 5, 6, 1]])  # only the last step of the second is no successor
+    batch = {"input_ids": ids, "labels": ids.clone()}
+    found = evaluate_on([batch])(Successor().eval())
+    assert found["accuracy"] == 5 / 6 and found["loss"] == pytest.approx(50 / 6)
+    assert evaluate_on([batch], shift=False)(Successor().eval())["accuracy"] == 0
+    masked = {"input_ids": ids, "labels": torch.tensor([[0, 1, 2, 3], [4, 5, 6, -100]])}
+    assert evaluate_on([batch, masked])(Successor().eval())["accuracy"] == 10 / 11
+    moved = {"input_ids": ids, "labels": (ids + 1) % 7}  # by the loader already
+    assert evaluate_on([moved])(Successor().eval())["accuracy"] == 1
+    with pytest.raises(EvaluationError, match="no target counts"):
+        evaluate_on([{"input_ids": ids[:, :1], "labels": ids[:, :1]}])(Successor().eval())
 
 
 def test_evaluate_on_refuses() -> None:

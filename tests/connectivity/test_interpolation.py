@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+from typing import Any
 
 import pytest
 import torch
@@ -105,3 +107,26 @@ def test_what_does_not_fit_is_named() -> None:
         interpolate(a, {**a, "weight": torch.zeros(5, 3, device="meta")}, 0.5)
     with pytest.raises(EvaluationError, match="t must be finite"):
         interpolate(a, a, float("nan"))
+
+
+def test_ratios_by_layer() -> None:
+    names = ["embed.weight", "layer1.0.w", "layer1.1.w", "layer1.1.b", "layer2.0.w", "fc.weight"]
+    a, b = ({name: torch.full((2,), value) for name in names} for value in (0.0, 8.0))
+
+    def mixed(t: Any) -> list[float]:
+        return [float(tensor[0]) for tensor in interpolate(a, b, t).values()]
+
+    assert mixed((0.0, 1.0)) == [0, 0, 4, 4, 8, 8]  # three layers; what is outside goes with its neighbour
+    assert mixed((0.5, 0.25, 1.0)) == [4, 4, 2, 2, 8, 8]
+    assert mixed([0.25]) == [2] * 6
+    shuffled = {f"layers.{n}.w": torch.ones(1) for n in sorted(range(11), key=str)}  # 0, 1, 10, 2, ...
+    line = interpolate({name: torch.zeros(1) for name in shuffled}, shuffled, (0.0, 1.0))
+    assert [float(line[f"layers.{n}.w"]) for n in range(11)] == pytest.approx([n / 10 for n in range(11)])
+    assert mixed({"layer1.1.*": 1, "layer*": 0.5, "*": 0}) == [0, 4, 8, 8, 4, 0]
+    with pytest.raises(MismatchError, match=r"no parameter fits the pattern 'layer3\.\*'"):
+        mixed({"layer3.*": 1, "*": 0})
+    with pytest.raises(MismatchError, match="no pattern of the ratios fits 'embed.weight': end them with"):
+        mixed({"layer*": 1, "fc.*": 0})
+    for wrong in (math.nan, (0.0, math.inf), "much"):
+        with pytest.raises(EvaluationError, match="must be finite"):
+            mixed(wrong)

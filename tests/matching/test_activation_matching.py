@@ -327,3 +327,13 @@ def test_refuses_bad_batches_however_it_looks(tensors):
             align(*linear, ActivationMatching([torch.randn(1, 3)], measure, tensors=tensors))
     with pytest.raises(PermgraphError, match="unknown tensors 'all'"):
         ActivationMatching(IMAGES, tensors="all")
+
+
+@pytest.mark.parametrize("least", [-torch.inf, torch.finfo(torch.float32).min])
+def test_scores_that_a_mask_has_set_to_the_least_number_are_no_samples(least: float) -> None:
+    x, y = torch.randn(3, 40), torch.randn(3, 40)
+    masked = torch.arange(40) % 4 == 0
+    without, with_mask = Moments(), Moments()
+    without.add(x[:, ~masked], y[:, ~masked])
+    with_mask.add(*(z.masked_fill(masked, least) for z in (x, y)))
+    assert torch.equal(with_mask.correlation(""), without.correlation(""))

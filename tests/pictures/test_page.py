@@ -139,6 +139,29 @@ def test_neighbouring_groups_have_different_colours() -> None:
             assert len({colour[group] for group in groups}) == len(groups)
 
 
+def test_groups_of_one_block_have_different_colours_though_they_share_no_row() -> None:
+    lines = ["embed.weight 5x4 . stream"]
+    for block in range(3):
+        for inner in ("q", "v", "up"):
+            lines += [
+                f"{block}.{inner}.weight 6x4 {block}.{inner} stream",
+                f"{block}.{inner}_out.weight 4x6 stream {block}.{inner}",
+            ]
+    groups = ["stream 4", *(f"{block}.{inner} 6" for block in range(3) for inner in ("q", "v", "up"))]
+    spec = pg.PermutationSpec.parse("\n".join([*lines, f"groups: {' · '.join(groups)}"]))
+    colour = {group[0]: group[6] for group in content(spec)["groups"]}
+    for block in range(3):
+        assert len({colour["stream"], *(colour[f"{block}.{inner}"] for inner in ("q", "v", "up"))}) == 4
+    assert colour["0.up"] == colour["1.up"] == colour["2.up"]
+
+
+def test_more_groups_than_colours_differ_in_their_borders() -> None:
+    names = [f"group{letter}" for letter in "abcdefghijkl"]  # twelve, all in one place
+    axes = " ".join(names)
+    spec = pg.PermutationSpec.parse(f"w {'x'.join(['2'] * 12)} {axes}\ngroups: {' · '.join(f'{n} 2' for n in names)}")
+    assert len({group[6] for group in content(spec)["groups"]}) == 12
+
+
 def test_blocks_alike_have_colours_alike() -> None:
     colour = {group[0]: group[6] for group in content(stack(6))["groups"]}
     assert len({colour[f"layers.{layer}.up"] for layer in range(6)}) == 1

@@ -81,7 +81,7 @@ class GeneralMoveCost(MoveCost):
     together: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class GeneralEstimate(Estimate):
     """What one alignment over a spec with general symmetries costs.
 
