@@ -155,7 +155,7 @@ def list_rules(filter: str | None = None) -> list[RegisteredRule]:
         For each rule its `name`, `function`, `place` (file and line) and declared `properties`.
 
     >>> [str(entry) for entry in list_rules("aten.*addmm")]
-    ['aten.addmm']
+    ['aten._sparse_addmm', 'aten.addmm']
     """
     load_entry_points()
     pattern = "*" if filter is None else filter if "*" in filter else f"*{filter}*"
