@@ -19,6 +19,7 @@ from permgraph.capture.joined import joined
 from permgraph.capture.record import Limits
 from permgraph.capture.result import check_outputs
 from permgraph.capture.untied import sources_of_ties, untied
+from permgraph.conventions.waiting import waits
 from permgraph.errors import ConflictError, SpecError
 from permgraph.inference.describe import describe
 from permgraph.inference.ends import pin_unread
@@ -40,6 +41,7 @@ MAX_PASSES = 10
 MAX_NODES = 200_000
 
 
+@waits("finding symmetries")
 def auto_spec(
     model: nn.Module | torch.export.ExportedProgram,
     example_inputs: Sequence[Any] | None = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -25,7 +26,8 @@ class Link:
     ties: tuple[Tie, ...] = ()
 
     def __str__(self) -> str:
-        return f"tied to {self.slot}{_by(self.ties)}"
+        how = _by(self.ties) or (": directly" if self.ties else ": of one group; by which operators was not kept")
+        return f"tied to {self.slot}{how}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,14 +65,21 @@ class Part:
         return [line + (f", reached{_by(self.pin_path)}" if self.pin_path else "")]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Explanation:
-    """Why one dimension of a parameter is what it is; `str` is for people."""
+    """Why one dimension of a parameter is what it is; `str` is for people, and what a prompt shows is its beginning."""
 
     slot: Slot
     size: int
     axis: str
     parts: tuple[Part, ...]
+
+    def __repr__(self) -> str:
+        lines = [line if len(line) <= 120 else f"{line[:117]}..." for line in str(self).splitlines()]
+        return "\n".join([*lines[:39], f"... and {len(lines) - 39} more lines: print it"] if len(lines) > 40 else lines)
+
+    def _repr_html_(self) -> str:
+        return f"<pre style='white-space:pre-wrap'>{html.escape(str(self))}</pre>"
 
     def __str__(self) -> str:
         if len(self.parts) == 1 and self.parts[0].axis == self.axis:

@@ -6,6 +6,7 @@ The convention, stated once in the architecture: ``new[i] = old[p[i]]``, and ``p
 from __future__ import annotations
 
 import functools
+import html
 import os
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -130,6 +131,9 @@ class Permutation:
         of = sum(array.size for array in self.arrays.values())
         return f"<Permutation of {len(self.spec.moving)} groups: {moved} of {of} indices move>"
 
+    def _repr_html_(self) -> str:
+        return f"<p>{html.escape(repr(self))}</p>"
+
     def moved(self) -> dict[str, int]:
         """For each group, how many of its indices move, over all indices of its parents."""
         return {name: int((array != np.arange(array.shape[-1])).sum()) for name, array in self.arrays.items()}
@@ -198,6 +202,9 @@ class Permutation:
             MismatchError: the state dict does not fit the spec (see `PermutationSpec.check`), or a tensor has no
                 values to move (meta, fake, uninitialised), or is quantised or sparse.
         """
+        if not isinstance(state_dict, Mapping):
+            kind = type(state_dict).__name__
+            raise MismatchError(f"apply() takes a state dict, not a {kind}: call it with .state_dict()")
         self.spec.check(state_dict)
         still: dict[str, set[int]] = {}
         for name, dim in exclude:

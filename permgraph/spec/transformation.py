@@ -240,6 +240,9 @@ class Transformation:
             MismatchError: the state dict does not fit the spec, or a gain that a matrix acts between has a zero.
         """
         assert self.spec.general is not None
+        if not isinstance(state_dict, Mapping):
+            kind = type(state_dict).__name__
+            raise MismatchError(f"apply() takes a state dict, not a {kind}: call it with .state_dict()")
         state_dict = self.spec.general.untie(state_dict)
         moved = self.permutation.apply(state_dict, exclude=exclude)
         known = {self.spec.aliases.get(key, key): value for key, value in state_dict.items()}

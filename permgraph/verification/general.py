@@ -43,7 +43,7 @@ TRIES = 5
 """So many indices are tried before a direction counts as free."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class GeneralVerification(Verification):
     """What `verify` says of a spec with general symmetries.
 

@@ -35,6 +35,7 @@ from permgraph.capture.inputs.registry import ExampleInputs
 from permgraph.capture.passes import Variation
 from permgraph.capture.subject import unwrap
 from permgraph.capture.untied import untied
+from permgraph.conventions.waiting import waits
 from permgraph.errors import CaptureError, EvaluationError, MismatchError, in_one_line
 from permgraph.inference.auto_spec import auto_spec
 from permgraph.spec.data import SpecData
@@ -50,6 +51,7 @@ from permgraph.verification.trial import Trial, distance, is_floating, seeded_ge
 SCALES = (1.0, 0.7, 0.5, 0.3, 0.05)
 
 
+@waits("verifying")
 def verify(
     model: nn.Module,
     spec: PermutationSpec | None = None,

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Self
 
+from permgraph.conventions.displayed import Displayed
+
 
 @dataclass(frozen=True)
 class Control:
@@ -87,8 +89,8 @@ class OwnPrecision(NamedTuple):
         return f"in {self.dtype} the outputs are {self.moved:.1e} from exact ones, and were {self.rounding:.1e} before"
 
 
-@dataclass(frozen=True)
-class Verification:
+@dataclass(frozen=True, repr=False)
+class Verification(Displayed):
     """Whether a spec preserves the model's function, and whether the test could have told.
 
     Attributes:
