@@ -52,8 +52,8 @@ class WeightMatching(Matcher):
     Where an ascent ends hangs on where it begins, and the objective tells: so runs begin with nothing known, at the
     identity, at the best permutation, and where activations agree if there is a `loader`; `restarts` is how many of
     these, by default all, but without a loader the first alone for networks of more than 16.8 million elements. All
-    runs end where a sweep adds less than 1e-5 of the objective, and the best goes on to 1e-7. `details` has what each
-    reached.
+    runs end where a sweep adds less than 1e-5 of the objective, or where ten more at the present pace would not reach
+    the best before; the best goes on to 1e-6. `details` has what each reached.
 
     Args:
         max_sweeps: stop after so many passes over the groups.

@@ -31,6 +31,8 @@ from permgraph.verification.trial import Trial, distance, is_floating, seeded_ge
 LEAST_SECONDS = 5.0
 #: Where units are ranked, they are in so many rows.
 ROWS = 10_000
+#: So many times the rows are tried next, until they are as many.
+MORE_ROWS = 4
 #: A model that keeps something from call to call is called so often.
 CALLS = 6
 #: Inputs of many rows take no more memory.
@@ -141,20 +143,25 @@ class FurtherRuns:
         wanted = math.ceil(ROWS / max(1, min(ranked)))
         held = sum(tensor.nbytes for tensor in tensor_leaves((first.inputs.args, first.inputs.kwargs)))
         wanted = max(1, min(wanted, MOST_BYTES // max(1, held)))
-        factor, seconds = 1, self.run_seconds
+        factor, seconds, power = 1, self.run_seconds, 1.0
         while factor < wanted:
-            step = min(wanted, 8 * factor)
-            if 3 * seconds * step / factor > deadline - time.monotonic():
+            step = min(wanted, MORE_ROWS * factor)
+            if 3 * seconds * (step / factor) ** power > deadline - time.monotonic():
                 break
             larger = replace(first, inputs=many(first.inputs, step))
             try:
                 self.trial.vary(larger)
                 began = time.monotonic()
                 self.trial.outputs(None)
-                seconds, factor = time.monotonic() - began, step
+                took = time.monotonic() - began
             except Exception as failure:  # the module takes this batch only
                 self._say(replace(first, name="many rows", inputs=larger.inputs), in_one_line(failure, 160))
                 return
+            if 3 * took > deadline - time.monotonic():
+                break
+            # Such as 2 where all rows meet each other.
+            power = max(1.0, math.log(max(took, 1e-6) / max(seconds, 1e-6), step / factor))
+            seconds, factor = took, step
         rows = f"units ranked in {factor * min(ranked):,} rows"
         if factor == 1:
             self._say(replace(first, name=f"units ranked in {ROWS:,} rows"), "no time was left")

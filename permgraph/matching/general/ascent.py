@@ -23,11 +23,14 @@ from permgraph.matching.problem.moves import Move, Node, Place, Plan
 from permgraph.matching.problem.objective import dot
 from permgraph.structures import Structure
 
-TOLERANCE = 1e-7
+TOLERANCE = 1e-6
 """An ascent has converged when a whole sweep adds less than this, relative to the objective."""
 
 ROUGHLY = 1e-5
 """The same, where it is only to be known which of several ascents goes on."""
+
+PACE, AHEAD = 2, 10
+"""An ascent is given up where so many more sweeps, at the mean pace of the last few, would not reach the best one."""
 
 INNER_SWEEPS = 6
 """Rounds over the groups inside a root that meet each other, for each pair of its indices."""
@@ -66,6 +69,7 @@ class Climb:
         self.history: list[Sweep] = []
         self.outcome: Outcome = "converged"
         self.added = math.inf  # by the last sweep
+        self.goal = -math.inf  # what another ascent has reached: where this one will not get there, it ends early
         self._begin(b)
 
     def _begin(self, b: Mapping[str, Tensor]) -> None:
@@ -112,9 +116,18 @@ class Climb:
                     progress(sweep)
                 if last:
                     return
+                if self._falls_short():
+                    break
             self.outcome = "sweep limit"
         except KeyboardInterrupt:
             self.outcome = "interrupted"
+
+    def _falls_short(self) -> bool:
+        """Whether the objective would stay below the goal even if it went on at the pace of the last sweeps."""
+        if len(self.history) <= PACE + 1:  # the first sweep begins anywhere
+            return False
+        pace = (self.objective - self.history[-1 - PACE].objective) / PACE
+        return self.objective + AHEAD * pace < self.goal
 
     @property
     def is_over(self) -> bool:

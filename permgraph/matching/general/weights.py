@@ -86,7 +86,7 @@ def best_climb(
 ) -> tuple[Climb | None, dict[str, float], bool]:
     """The best of the climbs from several starts, what each reached, and whether Ctrl-C ended them.
 
-    All end where a sweep adds little; the best of them goes on to its end.
+    All end where a sweep adds little, or where they would not reach the best before them, which goes on to its end.
 
     Args:
         starts: where climbs begin, in words and as an element, each with the groups that are unknown there.
@@ -102,6 +102,8 @@ def best_climb(
             run = climb(start, unknown)
             if best is None:
                 best, ahead = run, begun
+            else:
+                run.goal = best.objective
             run.climb(max_sweeps, progress, ROUGHLY)
             reached[begun] = run.objective
             if run.objective > best.objective:
