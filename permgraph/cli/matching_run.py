@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -134,7 +134,8 @@ class MatchingRun:
         general = subject.symmetry == "general"
         matcher = matcher_of(asked, opened[0], loader, class_dim_of(data, loader), general=general)
         model = with_kind(subject.model or "") or ("" if subject.spec_file or folder is None else f"hf:{folder}")
-        spec = _spec(model, subject, opened[0], screen)
+        missing = f"{opened[0].path} does not say what it holds the weights of"
+        spec = spec_of_subject(model, subject, subject.symmetry, missing, screen)
         if spec.general is not None and others is not None:
             raise MismatchError("several processes match over permutations alone: leave out --symmetry general")
         with screen.stage("comparing structures"):
@@ -365,19 +366,20 @@ def _require_alike(a: Renamed, b: Renamed) -> None:
             raise MismatchError(f"{key!r} is {one} in {a.checkpoint.path} but {two} in {b.checkpoint.path}")
 
 
-def _spec(model: str, subject: Subject, reference: Checkpoint, screen: Screen) -> PermutationSpec:
+def spec_of_subject(
+    model: str, subject: Subject, symmetry: Literal["permutation", "general"], missing: str, screen: Screen
+) -> PermutationSpec:
+    """The spec that a command is told of, or infers; `missing` is what to say where no model is known."""
     if subject.spec_file is not None:
         if not subject.spec_file.is_file():
             raise CheckpointError(f"{subject.spec_file}: no such file")
         if not subject.model:
-            return spec_of(str(subject.spec_file), symmetry=subject.symmetry, outputs=subject.outputs)
+            return spec_of(str(subject.spec_file), symmetry=symmetry, outputs=subject.outputs)
         raise MismatchError("--model and --spec both say what the checkpoints are weights of: give one")
     if not model:
-        raise MismatchError(
-            f"{reference.path} does not say what it holds the weights of: say --model {FORMS}; or --spec FILE"
-        )
+        raise MismatchError(f"{missing}: say --model {FORMS}; or --spec FILE")
     with screen.stage("finding symmetries"):
-        return spec_of(model, subject.inputs, subject.symmetry, subject.outputs)
+        return spec_of(model, subject.inputs, symmetry, subject.outputs)
 
 
 def in_words(report: Mapping[str, Any]) -> str:

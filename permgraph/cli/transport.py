@@ -98,6 +98,7 @@ def _with_fit(
     screen: Screen,
 ) -> None:  # fmt: skip
     import permgraph
+    from permgraph.cli.matching_run import spec_of_subject
     from permgraph.io import Staging, open_checkpoint, write_checkpoint
     from permgraph.io.checkpoint import TORCH_SUFFIXES
 
@@ -106,7 +107,7 @@ def _with_fit(
     symmetry = _symmetry_of(fit)
     adapter = file.is_dir() and (file / ADAPTER_CONFIG).is_file()
     model = subject.model or ("" if subject.spec_file else _model_of(file))
-    spec = _spec(model, subject, symmetry, file, screen)
+    spec = spec_of_subject(model, subject, symmetry, f"{file} does not say what model it goes with", screen)
     element = _load(fit, spec)
     if file.resolve() == writing.output.resolve():
         raise CheckpointError(f"{writing.output} is the input, which is only read: choose another place")
@@ -232,20 +233,6 @@ def _model_of(file: Path) -> str:
         return own
     named = json.loads((file / ADAPTER_CONFIG).read_text()).get("base_model_name_or_path") or ""
     return own_model(Path(named)) or own_model(file / named)
-
-
-def _spec(model: str, subject: Subject, symmetry: Any, file: Path, screen: Screen) -> PermutationSpec:
-    from permgraph.cli.models import spec_of
-    from permgraph.cli.options import FORMS
-
-    if subject.model and subject.spec_file:
-        raise MismatchError("--model and --spec both say what the checkpoints are weights of: give one")
-    if subject.spec_file is not None:
-        return spec_of(str(subject.spec_file), symmetry=symmetry, outputs=subject.outputs)
-    if not model:
-        raise MismatchError(f"{file} does not say what model it goes with: say --model {FORMS}; or --spec FILE")
-    with screen.stage("finding symmetries"):
-        return spec_of(model, subject.inputs, symmetry, subject.outputs)
 
 
 def _parameters(file: Path | None, model: str) -> Any:
