@@ -67,7 +67,7 @@ class FurtherPasses:
         shown = set(IF_DIFFERENT) if captured.keeps_state else {"calls", *IF_DIFFERENT}  # else one call is like another
         runs = 1
         unread = _unread(captured)
-        kinds = draws(captured), variations(unwrap(model).core, captured.inputs, unread)
+        kinds = draws(captured), variations(unwrap(model).core, captured.inputs, unread, shown)
         later: list[Variation] = []
         refused: set[str] = set()
         bases: dict[str, Captured] = {}

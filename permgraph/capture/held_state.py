@@ -61,7 +61,7 @@ class _Look:
     def at(self, value: Any, depth: int = 0) -> Any:
         """What shows whether a value was changed."""
         kind = type(value)  # a value is not asked for its class
-        if issubclass(kind, _PLAIN):
+        if kind in _PLAIN or issubclass(kind, _PLAIN):
             return value
         if kind is itertools.count:
             return repr(value)
@@ -70,7 +70,7 @@ class _Look:
             return id(value)
         self._seen.add(id(value))
         if issubclass(kind, _CONTAINERS):
-            return id(value), self._elements(value, depth)
+            return id(value), self._elements(value, depth) if kind.__len__(value) else 0
         attributes = attributes_of(value)
         if attributes is None or is_of_others(kind.__module__):
             return id(value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
 import torch
@@ -81,22 +81,24 @@ IF_DIFFERENT = frozenset({"sizes alone", "training alone", "calls in training"})
 """What is looked at only where another pass was found to differ from the first, see `FurtherPasses`."""
 
 
-def variations(model: nn.Module, inputs: ExampleInputs, unread: Collection[str] = ()) -> Iterator[Variation]:
+def variations(
+    model: nn.Module, inputs: ExampleInputs, unread: Collection[str] = (), shown: Set[str] = frozenset()
+) -> Iterator[Variation]:
     """What to vary, the passes that show most first: sizes and training mode, a second call, then other arguments.
 
-    Where parameters are `unread` when it comes to that, tensors are made up for arguments that default to None.
+    Where parameters are `unread` when it comes to that, tensors are made up for arguments that default to None. No
+    larger inputs are made, which takes time, for what is among `shown` by then.
     """
     larger = [(sizes, {"batch", "sizes"}, "larger sizes") for sizes in _larger_sizes(model, inputs, _GUESSES)]
     if not larger:
         larger = [(sizes, {"batch", "rows"}, "longer rows") for sizes in _larger_sizes(model, inputs, (_rows,))]
     larger += [(sizes, {"batch"}, "a larger batch") for sizes in _larger_sizes(model, inputs, (_no_places,))]
-    for training in (True, False):
-        for sizes, shows, name in larger:
-            made = _mapped(inputs, functools.partial(resized, sizes=sizes))
-            if training:
-                yield Variation(f"{name} in training mode", frozenset(shows | {"training"}), made, True)
-            else:
-                yield Variation(name, frozenset(shows | {"sizes alone"}), made)
+    for training, mode in ((True, "training"), (False, "sizes alone")):
+        for sizes, of_sizes, name in larger:
+            shows = frozenset({*of_sizes, mode})
+            if not shows <= shown:
+                made = _mapped(inputs, functools.partial(resized, sizes=sizes))
+                yield Variation(f"{name} in training mode" if training else name, shows, made, training)
     yield Variation("training mode", frozenset({"training", "training alone"}), inputs, training=True)
     yield Variation("two calls", frozenset({"calls"}), inputs, calls=2)
     in_turn = frozenset({"calls in training"})

@@ -332,11 +332,11 @@ def _pass(
         watch = fake_mode if mode == "fake" else WatchUntrackedReads(recorder.untracked_read)
         guard = memory_readers_refuse_fakes() if mode == "fake" else contextlib.nullcontext()
         state_in_python = HeldState(copied.modules, copied.memo)
-        shown_before = state_in_python.shown()
         dropout = WithoutDropout() if training else contextlib.nullcontext()
         with python_state_restored(copied.modules, copied.memo), guard, watch, recorder, dropout:
             if copied.loading is not None:
                 _load(copied.loading, mode, any(entry.role == "saved" for entry in state))
+            shown_before = state_in_python.shown()  # copies stand in the place of originals by now
             context = contextvars.copy_context()  # what forward sets in it is not the caller's
             results = [context.run(_run, copied.module, args, kwargs)]
             keeps_attributes = state_in_python.shown() != shown_before

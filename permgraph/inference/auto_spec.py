@@ -118,11 +118,12 @@ def auto_spec(
     if untie and isinstance(model, nn.Module):
         ties = sources_of_ties(model)
         model = untied(model, share=True)
-    captured = capture(
-        model, example_inputs, example_kwargs, outputs=outputs, max_nodes=max_nodes, max_seconds=max_seconds
-    )
-    passes = FurtherPasses(model, captured, max_passes if vary else 1, limits)
-    spec = spec_of_passes(passes, vary=vary, unread=unread, symmetry=symmetry)
+    with gc_paused():
+        captured = capture(
+            model, example_inputs, example_kwargs, outputs=outputs, max_nodes=max_nodes, max_seconds=max_seconds
+        )
+        passes = FurtherPasses(model, captured, max_passes if vary else 1, limits)
+        spec = spec_of_passes(passes, vary=vary, unread=unread, symmetry=symmetry)
     return _with_ties(spec, ties) if untie else spec
 
 

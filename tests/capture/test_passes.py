@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import pytest
 import torch
@@ -382,6 +382,25 @@ def test_joined_passes_share_what_they_both_compute_from_weights() -> None:
     # Two products and a ReLU in each; the two weights are transposed once.
     assert (len(calls[0]), len(calls[1]), len(calls[2])) == (5, 5, 8)
     assert [len(p.graph.nodes) for p in passes] == [len(calls[0]) + 6] * 2, "the passes themselves are left alone"
+
+
+class _Planned(nn.Module):
+    """What a class lists, an instance holds in a list of its own, as transformers' plans for several devices are."""
+
+    plan: ClassVar[dict[str, Any]] = {"out": (["h"], ["y"])}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = dict(type(self).plan)
+        self.linear = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x)
+
+
+def test_a_copy_in_the_place_of_an_original_is_no_state_that_a_pass_keeps() -> None:
+    assert not capture(_Planned(), (torch.randn(2, 3),)).keeps_state
+    assert "two calls" not in _tried(_Planned(), torch.randn(2, 3))
 
 
 class _Last(nn.Module):
