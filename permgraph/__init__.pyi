@@ -182,6 +182,9 @@ from .merging import (
     MergeMethod as MergeMethod,
 )
 from .merging import (
+    PartialMerge as PartialMerge,
+)
+from .merging import (
     Star as Star,
 )
 from .merging import (
@@ -194,7 +197,13 @@ from .merging import (
     fit_star as fit_star,
 )
 from .merging import (
+    least_squares as least_squares,
+)
+from .merging import (
     merge as merge,
+)
+from .merging import (
+    partial_merge as partial_merge,
 )
 from .pictures import (
     Report as Report,

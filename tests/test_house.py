@@ -41,7 +41,7 @@ ARROWS = {
     "transporting": "io spec structures weights",
     "pictures": "spec weights io",
     "matching": "assignment io weights spec structures networks pictures capture inference transporting",
-    "merging": "weights spec networks matching transporting",
+    "merging": "weights spec networks matching transporting capture inference",
     "connectivity": "weights spec networks pictures matching transporting",
     "verification": "capture rules spec inference",
     "verify": "verification",

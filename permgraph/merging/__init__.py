@@ -7,8 +7,10 @@ specification, and knows no architecture.
 from __future__ import annotations
 
 from permgraph.merging.frank_wolfe import FrankWolfeMany
+from permgraph.merging.least_squares import least_squares
 from permgraph.merging.merge import merge
 from permgraph.merging.methods import CycleConsistent, MergeMany, ToReference
+from permgraph.merging.partial import PartialMerge, partial_merge
 from permgraph.merging.result import Found, Merge, MergeMethod, Models, Round
 from permgraph.merging.star import Star, fit_star
 from permgraph.weights.combine import average
@@ -21,10 +23,13 @@ __all__ = [
     "MergeMany",
     "MergeMethod",
     "Models",
+    "PartialMerge",
     "Round",
     "Star",
     "ToReference",
     "average",
     "fit_star",
+    "least_squares",
     "merge",
+    "partial_merge",
 ]

@@ -31,7 +31,7 @@ Layers = Callable[[str, nn.Module], bool]
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _AFFINE = (nn.Linear, *_CONVOLUTIONS, *_TRANSPOSED)
-_LINEAR_TRANSPOSED = "Conv1D"  # transformers' linear layer with the weight (in, out), known by name so as not to import
+LINEAR_TRANSPOSED = "Conv1D"  # transformers' linear layer with the weight (in, out), known by name so as not to import
 
 
 @dataclass(frozen=True, repr=False)
@@ -73,7 +73,7 @@ def channel_statistics(model: nn.Module, loader: Loader, layers: Layers | None =
     running: dict[str, _Running] = {}
 
     def observe(name: str, layer: nn.Module, x: Tensor) -> None:
-        running.setdefault(name, _Running()).add(x, _channel_dim(layer, x))
+        running.setdefault(name, _Running()).add(x, channel_dim(layer, x))
 
     with undisturbed(), observed(affine_layers(model, layers), observe):
         run_over(model, loader)
@@ -135,7 +135,7 @@ def repair(
     if len(parents) < 2:
         raise EvaluationError(f"repair needs the networks that were merged, at least 2 parents, not {len(parents)}")
     result = copy.deepcopy(model)
-    affine = {name: m for name, m in affine_layers(result, layers).items() if _may_be_rewritten(name, m, result)}
+    affine = {name: m for name, m in affine_layers(result, layers).items() if may_be_rewritten(name, m, result)}
     measured = [
         parent if isinstance(parent, ChannelStatistics) else channel_statistics(parent, loader, layers)
         for parent in parents
@@ -144,7 +144,7 @@ def repair(
     running: dict[str, _Running] = {}
 
     def renormalise(name: str, layer: nn.Module, x: Tensor) -> Tensor:
-        dim = _channel_dim(layer, x)
+        dim = channel_dim(layer, x)
         channels = x.shape[dim]
         wanted = target.means.get(name)
         if wanted is None or wanted.numel() != channels:
@@ -179,7 +179,7 @@ def affine_layers(model: nn.Module, layers: Layers | None = None) -> dict[str, n
     return {
         name: m
         for name, m in model.named_modules()
-        if (isinstance(m, _AFFINE) or type(m).__name__ == _LINEAR_TRANSPOSED) and (layers is None or layers(name, m))
+        if (isinstance(m, _AFFINE) or type(m).__name__ == LINEAR_TRANSPOSED) and (layers is None or layers(name, m))
     }
 
 
@@ -260,7 +260,7 @@ def _fuse(layer: nn.Module, scale: Tensor, shift: Tensor) -> None:
         groups = layer.groups
         blocks = exact.view(groups, exact.shape[0] // groups, exact.shape[1], -1)
         exact = (blocks * scale.view(groups, 1, -1, 1)).view(exact.shape)
-    elif type(layer).__name__ == _LINEAR_TRANSPOSED:
+    elif type(layer).__name__ == LINEAR_TRANSPOSED:
         exact = exact * scale
     else:
         exact = exact * scale.view(-1, *[1] * (exact.ndim - 1))
@@ -269,21 +269,23 @@ def _fuse(layer: nn.Module, scale: Tensor, shift: Tensor) -> None:
         bias.copy_(bias.detach().to("cpu", torch.float64) * scale + shift)
 
 
-def _may_be_rewritten(name: str, layer: nn.Module, model: nn.Module) -> bool:
+def may_be_rewritten(name: str, layer: nn.Module, model: nn.Module) -> bool:
+    """Whether a layer's weight and bias are its own to change; a warning says why not."""
     owned = [layer._parameters.get("weight"), layer._parameters.get("bias")]
     if owned[0] is None:
-        logger.warning("layer %r was not repaired: its weight is parametrised", name)
+        logger.warning("layer %r is left as it is: its weight is parametrised", name)
         return False
     names: dict[int, list[str]] = {}
     for parameter_name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(parameter_name)
     for own in owned:
         if own is not None and len(names[id(own)]) > 1:
-            logger.warning("layer %r was not repaired: tied parameter %s", name, " = ".join(names[id(own)]))
+            logger.warning("layer %r is left as it is: tied parameter %s", name, " = ".join(names[id(own)]))
             return False
     return True
 
 
-def _channel_dim(layer: nn.Module, output: Tensor) -> int:
+def channel_dim(layer: nn.Module, output: Tensor) -> int:
+    """The dimension of a layer's output that holds its channels."""
     spatial = layer.weight.ndim - 2  # type: ignore[operator]
     return int(output.ndim - 1 - spatial)

@@ -222,6 +222,14 @@ def test_task_vectors(load, tmp_path: Path) -> None:
     assert "| permuted | 1 |" in text
 
 
+def test_partial(load, tmp_path: Path) -> None:
+    given = [*TINY, "--seeds", "1", "--widths", "1.5", "2", "--out", str(tmp_path)]
+    found = load("partial").main(given)["MLP"]
+    assert found["2x"][0] == found["ensemble"][0]  # twice the width is the mean of the outputs
+    assert found["aligned, least squares"][0]["task"] > found["aligned"][0]["task"]
+    assert "| 1.5x, least squares |" in (tmp_path / "partial.md").read_text()
+
+
 def test_permutation_training(load, tmp_path: Path) -> None:
     module = load("permutation_training")
     found = module.main(["--widths", "4", "20", "--rounds", "25", "--seeds", "1", "--out", str(tmp_path)])
