@@ -173,6 +173,9 @@ from .merging import (
     FrankWolfeMany as FrankWolfeMany,
 )
 from .merging import (
+    LearnedRatios as LearnedRatios,
+)
+from .merging import (
     Merge as Merge,
 )
 from .merging import (
@@ -195,6 +198,9 @@ from .merging import (
 )
 from .merging import (
     fit_star as fit_star,
+)
+from .merging import (
+    learn_ratios as learn_ratios,
 )
 from .merging import (
     least_squares as least_squares,

@@ -7,6 +7,7 @@ specification, and knows no architecture.
 from __future__ import annotations
 
 from permgraph.merging.frank_wolfe import FrankWolfeMany
+from permgraph.merging.learned_ratios import LearnedRatios, learn_ratios
 from permgraph.merging.least_squares import least_squares
 from permgraph.merging.merge import merge
 from permgraph.merging.methods import CycleConsistent, MergeMany, ToReference
@@ -19,6 +20,7 @@ __all__ = [
     "CycleConsistent",
     "Found",
     "FrankWolfeMany",
+    "LearnedRatios",
     "Merge",
     "MergeMany",
     "MergeMethod",
@@ -29,6 +31,7 @@ __all__ = [
     "ToReference",
     "average",
     "fit_star",
+    "learn_ratios",
     "least_squares",
     "merge",
     "partial_merge",
