@@ -17,6 +17,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from permgraph.capture.outputs import tensor_leaves
 from permgraph.conventions.choices import require_choice
 from permgraph.conventions.waiting import waits
 from permgraph.errors import EvaluationError, MismatchError, NonFiniteError
@@ -60,7 +61,8 @@ def least_squares(
     The parents are the two networks that were merged into ``model``, *after* alignment. Each linear layer and
     convolution gets the weight and bias of least squared error over all examples and positions, drawn by ``ridge``
     to the weight that it has, so that what the data do not determine stays. Where layers are followed by BatchNorm,
-    statistics are recalibrated on the way and at the end.
+    statistics are recalibrated on the way and at the end. If the outputs come no nearer to the mean of the parents'
+    on these data, ``model`` comes back as it was, but for its statistics, with a logged warning.
 
     Layers are left alone, with a logged warning, when they share a parameter with another layer, when the weight is
     parametrised, when the forward pass does not call them, and transposed convolutions.
@@ -128,7 +130,38 @@ def fit_layers(
         for parent, mode in zip(parents, modes, strict=True):
             parent.train(mode)
     result = recalibrate_batchnorm(fitted, loader) if running_norms(fitted) else fitted
+    start = recalibrate_batchnorm(model, loader).eval() if running_norms(model) else model
+    before, after = (_gap(one, parents, loader, shares) for one in (start, result))
+    if not after <= before:
+        logger.warning(
+            "the fitted layers are no nearer to the parents' outputs (%.3g) than the network was (%.3g), which is "
+            "returned: give more data, or a larger ridge", after, before,
+        )  # fmt: skip
+        result = copy.deepcopy(start)
     return result.train(model.training)
+
+
+def _gap(model: nn.Module, parents: Sequence[nn.Module], loader: Loader, shares: tuple[float, float]) -> float:
+    """The mean square by which a network's outputs differ from the mean of its parents'."""
+    total, count = 0.0, 0
+    modes = [(one, one.training) for one in (model, *parents)]
+    try:
+        with undisturbed():
+            for batch in batches(loader):
+                own, a, b = (_outputs(one.eval(), batch) for one, _ in modes)
+                for x, y, z in zip(own, a, b, strict=True):
+                    total += float((x - shares[0] * y - shares[1] * z).double().square().sum())
+                    count += x.numel()
+    finally:
+        for one, mode in modes:
+            one.train(mode)
+    return total / max(count, 1)
+
+
+def _outputs(model: nn.Module, batch: object) -> list[Tensor]:
+    args, kwargs, _ = split_batch(batch, device_of(model))
+    with fitting(args, kwargs):
+        return [t for t in tensor_leaves(model(*args, **kwargs)) if t.is_floating_point()]
 
 
 class _Fit:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from permgraph.capture import Captured, capture
+from permgraph.capture import Captured, ExampleInputs, capture
 from permgraph.capture.outputs import tensor_leaves
 from permgraph.conventions.displayed import Displayed
 from permgraph.conventions.waiting import waits
@@ -109,8 +109,8 @@ def partial_merge(
 
     B is aligned to A. Then the pairs of each group that are most alike are merged, as many as the width leaves, and the
     others are kept. A merged unit is the mean of both; a unit of one network alone reads what it read there, merged
-    units in the place of its own. At width 1 the result is the average of A and the aligned B. At width 2 it computes
-    the mean of both networks' outputs.
+    units in the place of its own. At width 1 the result is the average of A and the aligned B. At width 2, where all
+    groups can be wider, what the last layer gives is the mean of what both networks' last layers give.
 
     Groups over which a norm, a mean or another function of all of them runs would not compute what they did beside the
     other network's: such groups, and those whose size the model's code knows by number, are found by merging A with
@@ -259,20 +259,15 @@ def _that_hold(
 
     All are tried at once; if they do not hold, one by one, and once more together.
     """
-    state = as_state_dict(model)
-    inputs = captured.inputs
     mode = model.training
 
     def difference(some: Mapping[str, Tensor]) -> float:
-        zipped, _ = _zipped(spec, state, state, some, read, (0.5, 0.5))
-        try:
-            wider = module_of_widths(model, zipped, {len(m): 2 * len(m) - int(m.sum()) for m in some.values()}).eval()
-            with undisturbed():
-                pairs = zip(_run(model, inputs), _run(wider, inputs), strict=True)
-                return max((_relative(x, y) for x, y in pairs), default=0.0)
-        except Exception as error:  # the model's own: its code knows the size by number
-            log.debug("merged with itself, %s does not run: %s", type(model).__name__, error)
-            return float("inf")
+        """How far A merged with itself is from A: as asked, and where half of each group is merged.
+
+        Where every unit stands beside a copy of itself, a mean over all of them is what it was, and tells nothing.
+        """
+        halves = {name: torch.arange(len(mask)) < len(mask) // 2 for name, mask in some.items()}
+        return max(_beside_itself(model, captured.inputs, spec, masks, read) for masks in (some, halves))
 
     try:
         model.eval()
@@ -290,7 +285,28 @@ def _that_hold(
     return held, (f"{', '.join(left)} keep their width: beside other units they would not compute what they do",)
 
 
-def _run(model: nn.Module, inputs: Any) -> list[Tensor]:
+def _beside_itself(
+    model: nn.Module,
+    inputs: ExampleInputs,
+    spec: PermutationSpec,
+    merged: Mapping[str, Tensor],
+    read: Mapping[str, frozenset[int]],
+) -> float:
+    """How far a module merged with itself is from itself, relative to its outputs; infinitely if it does not run."""
+    state = as_state_dict(model)
+    zipped, _ = _zipped(spec, state, state, merged, read, (0.5, 0.5))
+    sizes = {len(mask): 2 * len(mask) - int(mask.sum()) for mask in merged.values()}
+    try:
+        wider = module_of_widths(model, zipped, sizes).eval()
+        with undisturbed():
+            pairs = zip(_run(model, inputs), _run(wider, inputs), strict=True)
+            return max((_relative(x, y) for x, y in pairs), default=0.0)
+    except Exception as error:  # the model's own: its code knows the size by number
+        log.debug("merged with itself, %s does not run: %s", type(model).__name__, error)
+        return float("inf")
+
+
+def _run(model: nn.Module, inputs: ExampleInputs) -> list[Tensor]:
     first = next(iter(model.parameters()), None)
     device = None if first is None else first.device
 

@@ -26,8 +26,8 @@ def module_of_widths(module: nn.Module, state: Mapping[str, Any], sizes: Mapping
     """A module like this one, in whose places a state dict of other widths fits, with these weights.
 
     A model of transformers is built from its configuration where the widths that it names, changed alike, give these
-    shapes. Any other module is copied with the new tensors in their places, and torch's own layers note the new sizes;
-    what a forward pass of one's own knows of sizes by number stays as it was, and may then refuse to run.
+    shapes. Any other module is copied with the new tensors in their places, and the modules that hold them note the new
+    sizes; what a forward pass knows of sizes otherwise stays as it was, and may then refuse to run.
 
     Args:
         module: the module, in whose mode the result is; it is not changed.
@@ -49,24 +49,36 @@ def _from_configuration(module: nn.Module, state: Mapping[str, Any], sizes: Mapp
     config = getattr(module, "config", None)
     if config is None or not hasattr(config, "to_dict") or not sizes:
         return None
-    widened = copy.deepcopy(config)
-    for part in (widened, *vars(widened).values()):
-        for name, value in list(getattr(part, "__dict__", {}).items()):
-            if type(value) is int and value in sizes and _is_width(name):
-                setattr(part, name, sizes[value])
+    for unset in (None, *sizes.values()):  # a width that is None is some multiple of another until it is set
+        widened = copy.deepcopy(config)
+        for part in (widened, *vars(widened).values()):
+            for name, value in list(getattr(part, "__dict__", {}).items()):
+                if type(value) is int and value in sizes and _is_width(name):
+                    setattr(part, name, sizes[value])
+                elif value is None and unset is not None and _is_width(name):
+                    setattr(part, name, unset)
+        made = _built(module, widened, state)
+        if made is not None:
+            return made
+    return None
+
+
+def _built(module: nn.Module, config: Any, state: Mapping[str, Any]) -> nn.Module | None:
+    """A module of this class from a configuration; None where its tensors do not have the shapes of a state dict."""
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")
-            made = type(module)(widened)
+            made = type(module)(config)
     except Exception:  # of a class that takes more, or of sizes that it refuses
         return None
     shapes = {name: tensor.shape for name, tensor in made.state_dict().items()}
     fits = shapes == {name: state[name].shape for name in shapes} and shapes.keys() == module.state_dict().keys()
-    return made.to(next(iter(module.parameters())).dtype) if fits else None
+    first = next(iter(module.parameters()))
+    return made.to(first.device, first.dtype) if fits else None
 
 
 def _is_width(name: str) -> bool:
-    return any(word in name for word in ("size", "dim", "width", "inner", "channels", "features", "experts"))
+    return any(word in name for word in ("size", "dim", "width", "inner", "channels", "features", "experts", "ff"))
 
 
 def _with_tensors(module: nn.Module, state: Mapping[str, Any]) -> nn.Module:
@@ -90,6 +102,17 @@ def _with_tensors(module: nn.Module, state: Mapping[str, Any]) -> nn.Module:
 
 
 def _note_sizes(part: nn.Module, old: Mapping[str, Tensor | None]) -> None:
+    """Let a module note the sizes of its new tensors: torch's own by what they mean, others where there is no doubt."""
+    pairs = {
+        (before, after)
+        for name, tensor in old.items()
+        if tensor is not None
+        for before, after in zip(tensor.shape, getattr(part, name).shape, strict=True)
+    }
+    new = {before: after for before, after in pairs if before != after and (before, before) not in pairs}
+    for name, value in list(vars(part).items()) if not type(part).__module__.startswith("torch.") else ():
+        if type(value) is int and value in new and sum(before == value for before, _ in pairs) == 1:
+            setattr(part, name, new[value])
     weight = getattr(part, "weight", None)
     before = old.get("weight")
     shape = weight.shape if isinstance(weight, Tensor) else getattr(part, "running_mean", torch.empty(0)).shape

@@ -117,6 +117,20 @@ def test_what_cannot_be_fitted_is_left_and_said(caplog: pytest.LogCaptureFixture
     assert "'0' is left as it is: a transposed or grouped" in caplog.text and "'2' is left" in caplog.text
 
 
+def test_what_does_not_help_is_not_kept(caplog: pytest.LogCaptureFixture) -> None:
+    """Of one network and itself nothing is to be gained, and a wrong scale of the inputs' statistics loses much."""
+    torch.manual_seed(0)
+    a = nn.Sequential(nn.Linear(3, 16), nn.BatchNorm1d(16), nn.Linear(16, 2)).eval()
+    with torch.no_grad():
+        a[1].running_var.fill_(100.0)  # so that what the data have is not what the network was made for
+    x = torch.randn(5, 3)
+    with caplog.at_level(logging.WARNING):
+        fitted = pg.least_squares(a, [x], (a, a), layers=lambda name, _: name == "0")
+    again = pg.recalibrate_batchnorm(a, [x])
+    assert "no nearer" in caplog.text
+    assert all(torch.equal(fitted.state_dict()[name], tensor) for name, tensor in again.state_dict().items())
+
+
 def test_a_partial_merge_is_fitted_too() -> None:
     a, b, x = _mlp(0), _mlp(1), torch.randn(300, 3, dtype=torch.float64)
     for inputs in ("merged", "parents"):

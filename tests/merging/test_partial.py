@@ -218,3 +218,39 @@ def test_what_is_read() -> None:
     read = dimensions_read(pg.capture(Residual().eval(), (torch.randn(2, 2, 6, 6),)))
     assert read["first.weight"] == {1} and read["up.weight"] == {0} and read["head.weight"] == {1}
     assert read["head.bias"] == read["norm.weight"] == read["norm.running_mean"] == frozenset()
+
+
+class Normed(nn.Module):
+    """A norm over units, of which each stands beside a copy of itself where a network is doubled with itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.up = nn.Linear(3, 6), nn.LayerNorm(6), nn.Linear(6, 10)
+        self.last = nn.Linear(10, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(relu(self.up(self.norm(self.first(x)))))
+
+
+def test_a_norm_keeps_its_width_at_twice_the_width_too() -> None:
+    a, b = _random(Normed, 0), _random(Normed, 1)
+    assert pg.partial_merge(a, b, width=2).sizes == {"up": (10, 20)}
+
+
+class Noting(nn.Module):
+    """A layer of one's own that notes how many it puts out, as the one of GPT-2 does."""
+
+    def __init__(self, reads: int, writes: int) -> None:
+        super().__init__()
+        self.writes = writes
+        self.weight = nn.Parameter(torch.randn(reads, writes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.flatten(0, -2) @ self.weight).view(*x.shape[:-1], self.writes)
+
+
+def test_modules_that_note_their_sizes_note_the_new_ones() -> None:
+    a, b = (_random(lambda: nn.Sequential(Noting(3, 8), nn.Tanh(), Noting(8, 2)), seed) for seed in (0, 1))
+    model, x = pg.partial_merge(a, b, width=2).model(), torch.randn(4, 5, 3, dtype=torch.float64)
+    assert (model[0].writes, model[2].writes) == (16, 2)
+    assert _gap(model(x), (a(x) + b(x)) / 2) < 1e-10
