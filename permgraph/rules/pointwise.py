@@ -236,9 +236,12 @@ def leave(call: Call) -> None:
     call.pin_all(call.tensors, "its values were read outside torch")
 
 
-@rule("permgraph.cut_anywhere")
+@rule("permgraph.cut_anywhere", values="moved")
 def cut_anywhere(call: Call) -> None:
-    """A value says where the dimension is cut: on another one each of its indices may be on the other side."""
+    """A value says where the dimension is cut: on another one each of its indices may be on the other side.
+
+    No element is read here, so that a part that nothing else reads counts as unread.
+    """
     call.pin(call["tensor"], call["dim"], "where it is cut depends on values")
 
 

@@ -141,3 +141,34 @@ def test_a_stack_of_matrices_read_in_part_has_a_spec():
     assert {entry.parameter for entry in most.unread} == {"steps"}
     pinned = pg.auto_spec(model, (torch.randn(3, 3),), unread="pin", vary=False)
     assert error(model, pinned, torch.randn(4, 3)) < 1e-9
+
+
+class StackedExperts(nn.Module):
+    """Experts in one tensor, of which Python takes those that some token chose, one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(4, 8)
+        self.up, self.down = nn.Parameter(torch.randn(8, 5, 4)), nn.Parameter(torch.randn(8, 4, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = self.router(x).argmax(-1)
+        out = torch.zeros_like(x)
+        for expert in torch.unique(chosen):
+            number = int(expert)
+            rows = torch.where(chosen == number)[0]
+            out = out.index_add(0, rows, torch.relu(x[rows] @ self.up[number].T) @ self.down[number].T)
+        return out
+
+
+@pytest.mark.parametrize("max_passes", [1, 4, 10])
+def test_slices_that_only_a_value_could_have_chosen_are_not_free(max_passes: int):
+    """That a value says which slice is taken pins the slices' order; it reads none of them."""
+    torch.manual_seed(0)
+    model = StackedExperts().eval()
+    with torch.no_grad():
+        model.router.weight.mul_(0.1)
+        model.router.bias.copy_(torch.tensor([0.0, 9, 0, 9.01, 0, 0, 0, 0]))
+    spec = pg.auto_spec(model, (torch.randn(7, 4),), max_passes=max_passes)
+    assert 0 < spec.log_order() <= factorials(*[5] * 8) + 1e-9
+    assert error(model, spec, torch.randn(2000, 4)) < 1e-9  # of random weights, by which tokens choose most of them
