@@ -61,7 +61,9 @@ def mergekit(
             if output.resolve() == path.resolve():
                 raise CheckpointError(f"{output} is one of the models, which are only read: choose another place")
         run = MatchingRun.prepare(paths, subject, matching, data, screen, rows=rows)
-        job = run.job("mergekit", recipe=recipe.source, options=recipe.options.model_dump(mode="json"))
+        job = run.job(
+            "mergekit", recipe=recipe.source, options=recipe.options.model_dump(mode="json", exclude={"quiet"})
+        )
         reports: list[dict[str, Any]] = []
         with Staging(output, job, overwrite=overwrite) as staging:
             if staging.complete:
@@ -71,7 +73,7 @@ def mergekit(
             if staging.resumed:
                 screen.note("going on where an earlier run stopped")
             try:
-                folders = {}
+                folders = {recipe.base: paths[0]}
                 for number, reference in enumerate(recipe.others, start=1):
                     folders[reference], report = _aligned(run, staging, number)
                     reports.append({"model": str(reference), **report})

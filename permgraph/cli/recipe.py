@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -123,7 +124,7 @@ class Recipe:
         """Let mergekit merge the models that lie in these folders.
 
         Args:
-            folders: for each model that was aligned, where it lies now.
+            folders: for each model where it lies, and each but the base was aligned.
             out: an empty folder, to write to.
             name: of the result, in its model card.
 
@@ -136,7 +137,7 @@ class Recipe:
 
         swapped = {
             reference: ModelReference(
-                model=ModelPath(path=str(path)), override_architecture=reference.override_architecture
+                model=ModelPath(path=str(path.resolve())), override_architecture=reference.override_architecture
             )
             for reference, path in folders.items()
         }
@@ -144,7 +145,9 @@ class Recipe:
         options = self.options.model_copy(update={"write_model_card": False})
         if options.copy_tokenizer and not (self.folder(self.base) / "tokenizer_config.json").is_file():
             options = options.model_copy(update={"copy_tokenizer": False})
-        _asked(self.path, lambda: run_merge(replaced(self.config, swapped), str(out), options, self.source))
+        config = replaced(self.config, swapped)
+        with _own_loaders():
+            _asked(self.path, lambda: run_merge(config, str(out), options, self.source))
         if self.options.write_model_card:
             version = getattr(mergekit, "__version__", "") or _version()
             card = CARD.format(
@@ -161,9 +164,25 @@ class Recipe:
 
         config = self.config.model_copy(deep=True)  # planning rewrites it
         LoaderCache().setup(options=self.options)
-        architecture = get_architecture_info(config, self.options)
-        planner = MergePlanner(config, architecture, options=self.options, out_model_config=self.base.config())
-        planner.plan_to_disk(out_path=os.devnull)  # which is opened when the plan is carried out, as this one is not
+        with _own_loaders():
+            architecture = get_architecture_info(config, self.options)
+            planner = MergePlanner(config, architecture, options=self.options, out_model_config=self.base.config())
+            planner.plan_to_disk(out_path=os.devnull)  # which is opened when a plan is carried out, as this one is not
+
+
+@contextmanager
+def _own_loaders() -> Iterator[None]:
+    """Let mergekit open files anew, and forget them afterwards: it keeps them by their paths, for the whole process."""
+    from mergekit.io.tasks import LoaderCache
+
+    kept = LoaderCache().loaders
+    others = dict(kept)
+    kept.clear()
+    try:
+        yield
+    finally:
+        kept.clear()
+        kept.update(others)
 
 
 def _asked(path: Path, do: Callable[[], T], what: str = "") -> T:

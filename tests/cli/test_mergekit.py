@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -140,7 +141,7 @@ def test_other_methods_see_aligned_models(here: Path, method: str, each: str, mo
     found = merged(text)
     run("align", "model-a", "model-b", "-o", "aligned")
     yaml = pytest.importorskip("yaml")
-    config = MergeConfiguration.model_validate(yaml.safe_load(text.replace("model-b", "aligned")))
+    config = MergeConfiguration.model_validate(yaml.safe_load(text.replace("model-b", str(here / "aligned"))))
     run_merge(config, "two-steps", MergeOptions(quiet=True, copy_tokenizer=False, write_model_card=False))
     assert differ(found, weights("two-steps")) == 0
     assert differ(found, weights("model-a")) > 1e-3
@@ -179,7 +180,10 @@ def test_places_and_options_that_will_not_do(here: Path) -> None:
     refused = run("mergekit", "recipe.yaml", "out", "--option", "trust_remote_code=true", code=2)
     assert "is not run" in refused.stderr
     run("mergekit", "recipe.yaml", "out", "-q")
-    run("mergekit", "recipe.yaml", "out", "-q", "--overwrite", "--option", "write_model_card=false")
+    told = run("mergekit", "recipe.yaml", "out", "--json", "--overwrite", "--option", "write_model_card=false").stdout
+    found = json.loads(told)  # and nothing else on it
+    assert (found["method"], found["base"]) == ("permgraph_align", "model-a")
+    assert [each["model"] for each in found["alignments"]] == ["renumbered"]
     assert not Path("out", "README.md").exists()
 
 

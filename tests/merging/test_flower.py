@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -185,6 +187,19 @@ def test_failures_are_flowers_own_affair() -> None:
     assert strategy.aggregate_fit(1, [], []) == (None, {})
     assert strategy.aggregate_fit(1, [result(model.state_dict())], [RuntimeError()]) == (None, {})
     assert strategy.alignments == ()
+
+
+def test_the_example_of_the_documentation_is_sound() -> None:
+    """It defines an app of Flower's; that runs on a server only."""
+    page = Path(__file__).resolve().parents[2] / "docs" / "many-models.md"
+    (code,) = re.findall(r"^```py\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    names: dict[str, Any] = {"Net": network}
+    exec(code, names)
+    assert isinstance(names["app"], names["ServerApp"])
+    given = re.search(r"AlignedMessageFedAvg\((.*?)\)", code)
+    assert given is not None
+    strategy = eval(f"AlignedMessageFedAvg({given[1]})", {**names, "model": network()})
+    assert strategy.fraction_train == 0.5 and strategy.alignments == ()
 
 
 # --- messages ---------------------------------------------------------------------------------------------------------
