@@ -82,6 +82,7 @@ def mergekit(
                 out.mkdir()
                 with screen.stage("merging"):
                     recipe.run(folders, out, output.name)
+                    _check(out, config)
                 staging.finish()
             except PermgraphError:  # bad input, with which no later run goes on
                 shutil.rmtree(staging.folder, ignore_errors=True)
@@ -90,6 +91,19 @@ def mergekit(
         lines.append(f"merged by {recipe.method}; written to {output}")
         found = {"output": str(output), "method": recipe.method, "base": str(recipe.base), "alignments": reports}
         screen.result(found, "\n".join(lines))
+
+
+def _check(out: Path, config: Path) -> None:
+    """Raise NonFiniteError where a merge holds NaN or infinity, as one whose weights sum to zero does."""
+    from permgraph.cli.checkpoints import require_finite
+    from permgraph.errors import NonFiniteError
+    from permgraph.io import open_checkpoint
+
+    for key, tensor in open_checkpoint(out).items():
+        try:
+            require_finite(key, tensor, config)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{error} of the merge: look at the weights in the recipe") from None
 
 
 def _aligned(run: MatchingRun, staging: Staging, number: int) -> tuple[Path, dict[str, Any]]:

@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 from permgraph.errors import MismatchError, MissingExtraError
-from permgraph.inference import auto_spec
 from permgraph.matching import WeightMatching
+from permgraph.matching.agreement import agreed_spec
 from permgraph.matching.matcher import SupportsMatch, runs_networks
 from permgraph.merging.methods import CycleConsistent
 from permgraph.merging.result import MergeMethod, Models
@@ -89,7 +89,7 @@ class _Alignment:
                 raise MismatchError(
                     f"{type(searcher).__name__} runs the networks on data, which a server has not: match by weights"
                 )
-        spec = auto_spec(model) if spec is None else spec
+        spec, _ = agreed_spec([model], ["the model"], spec)
         self.spec = spec if spec.general is None else spec.permutations()
         state = model.state_dict()
         self.spec.check(state)
