@@ -43,7 +43,19 @@ def test_the_package_alone_is_light() -> None:
         (("--version",), "permgraph "),
         *(
             ((name, "--help"), "Usage")
-            for name in ("spec", "explain", "diff", "verify", "align", "merge", "barrier", "study", "plan", "doctor")
+            for name in (
+                "spec",
+                "explain",
+                "diff",
+                "verify",
+                "align",
+                "merge",
+                "mergekit",
+                "barrier",
+                "study",
+                "plan",
+                "doctor",
+            )
         ),
     ],
     ids=" ".join,

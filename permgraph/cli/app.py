@@ -11,6 +11,7 @@ from permgraph.cli.align import align
 from permgraph.cli.barrier import barrier
 from permgraph.cli.doctor import doctor
 from permgraph.cli.merge import merge
+from permgraph.cli.mergekit import mergekit
 from permgraph.cli.options import spread
 from permgraph.cli.plan import plan
 from permgraph.cli.rules import rules
@@ -45,6 +46,6 @@ def permgraph(
     """
 
 
-for command in (spec, explain, diff, verify, align, merge, transport, barrier, study, plan, doctor):
+for command in (spec, explain, diff, verify, align, merge, mergekit, transport, barrier, study, plan, doctor):
     app.command()(spread(command))
 app.add_typer(rules, name="rules")

@@ -24,6 +24,8 @@ OPTIONAL = {
     "torchvision": "zoo",
     "timm": "zoo",
     "transformers": "zoo",
+    "mergekit": "mergekit",
+    "flwr": "federated",
 }
 
 

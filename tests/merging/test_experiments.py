@@ -320,3 +320,23 @@ def test_what_was_interrupted_is_not_kept(load, tmp_path: Path, monkeypatch: pyt
         experiment.main([*SMALL, "--out", str(tmp_path), "--curve-epochs", "2"])
     assert list((tmp_path / "networks").glob("*.pt"))  # the networks were trained before
     assert not list((tmp_path / "networks").glob("*bezier*"))
+
+
+def test_federated(load, tmp_path: Path) -> None:
+    pytest.importorskip("flwr")
+    module = load("federated")
+    given = [*TINY, "--seeds", "1", "--clients", "3", "--rounds", "2", "--local-epochs", "2", "--out", str(tmp_path)]
+    found = module.main(given)["MLP"]
+    assert list(found) == list(module.WAYS)
+    assert all(len(run.accuracy) == len(run.aggregation) == 2 for (run,) in found.values())
+    # From one start nothing has to be renumbered, and the means are the same to the bit.
+    assert found["aligned, one start"][0].accuracy == found["FedAvg, one start"][0].accuracy
+    assert found["aligned, own starts"][0].accuracy != found["FedAvg, own starts"][0].accuracy
+    assert "| aligned, own starts |" in (tmp_path / "federated.md").read_text()
+    labels = torch.arange(1000) % 10
+    parts = module.shares((labels[:, None], labels), 4, 0.3, 1)
+    assert torch.equal(torch.cat([part for _, part in parts]).sort().values, labels.sort().values)  # each once
+    assert min(len(part) for _, part in parts) >= 10
+    counts = torch.stack([part.bincount(minlength=10) for _, part in parts]).double()
+    # Of four clients' shares of a class the variance is 4/3 · (1/4 · 3/4) / (4 · 0.3 + 1) = 0.114, on average.
+    assert float((counts / counts.sum(0)).var(0).mean()) == pytest.approx(0.114, abs=0.06)
