@@ -203,6 +203,10 @@ class Subject:
     outputs: Outputs = None
     leave: Leave = None
     entry: Entry = None
+    components: Annotated[
+        list[str] | None,
+        typer.Option("--component", help="Of pipelines of diffusers: what to work on; by default all that they share."),
+    ] = None
 
 
 @dataclass(frozen=True)

@@ -225,7 +225,7 @@ def _load(fit: Path, spec: PermutationSpec) -> AnyElement:
 
 def _model_of(file: Path) -> str:
     """The model that a folder says that it is of, or its base if it is of an adapter; empty if it does not."""
-    from permgraph.cli.models import own_model
+    from permgraph.cli.folders import own_model
 
     if not file.is_dir():
         return own_model(file.parent) if file.name.endswith((".safetensors", ".bin", ".index.json")) else ""
