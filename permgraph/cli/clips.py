@@ -34,8 +34,8 @@ def open_clip_model(path: Path) -> Callable[[], Any]:
     custom = config.pop("custom_text", False) or "hf_model_name" in text
     if text.get("hf_model_name") and not text.get("hf_model_config"):
         raise CaptureError(
-            f"{path}: its text tower is {text['hf_model_name']!r} of the Hub, which is not in the folder: build it in a "
-            "file of yours and say file.py:factory"
+            f"{path}: its text tower is {text['hf_model_name']!r} of the Hub, which is not in the folder: build it in "
+            "a file of yours and say file.py:factory"
         )
     coca = custom and "multimodal_cfg" in config
     made = open_clip.CoCa if coca else open_clip.CustomTextCLIP if custom else open_clip.CLIP

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-
-from torch import nn
 
 from permgraph.cli.sentences import sentence_pipeline
 from permgraph.errors import CaptureError, CheckpointError, MissingExtraError
@@ -55,6 +55,18 @@ def own_model(folder: Path | None, components: Sequence[str] = ()) -> str:
 def model_of(checkpoint: Checkpoint) -> str:
     """The model that a checkpoint's own folder describes, as `own_model` says."""
     return own_model(checkpoint.home, checkpoint.components)
+
+
+def named_inside(checkpoint: Checkpoint) -> str:
+    """The model that a training checkpoint of timm's names, as it is named on the command line; empty of any other."""
+    kept = getattr(checkpoint.files[0], "kept", {})
+    arguments, named = kept.get("args"), kept.get("arch")
+    if not isinstance(arguments, argparse.Namespace) or "version" not in kept or not isinstance(named, str):
+        return ""
+    if getattr(arguments, "model", None) != named or not re.fullmatch(r"[\w.]+", named):
+        return ""
+    classes = getattr(arguments, "num_classes", None)
+    return f"timm:{named}" + (f"(num_classes={classes})" if isinstance(classes, int) else "")
 
 
 def configuration_of(model: str) -> str:
@@ -176,7 +188,8 @@ def _from_diffusers(folder: Path, config: dict[str, Any]) -> Factory:
         made = getattr(package("diffusers", "diffusers"), named, None)
     except MissingExtraError as error:
         raise MissingExtraError(
-            f"hf:{folder}: it is the {named} of diffusers; {error}; or build it in a file of yours and say file.py:factory"
+            f"hf:{folder}: it is the {named} of diffusers; {error}; or build it in a file of yours and say "
+            "file.py:factory"
         ) from None
     if not hasattr(made, "from_config"):
         raise CaptureError(

@@ -26,9 +26,9 @@ from permgraph.cli.checkpoints import (
 from permgraph.cli.data import class_dim_of, identity_of_data, load_data
 from permgraph.cli.distributed import DistributedRun
 from permgraph.cli.extra_keys import require_matched
+from permgraph.cli.folders import model_of, named_inside
 from permgraph.cli.kept import keep_json, load_element, resumed, save
 from permgraph.cli.matchers import describe, machine_memory, matcher_of
-from permgraph.cli.folders import model_of
 from permgraph.cli.models import build, parse_inputs, require_one_structure, spec_of, with_kind
 from permgraph.cli.options import FORMS, Data, Init, Matching, Split, Subject
 from permgraph.cli.rows import CommonRows, digest_of, matched_rows, with_own_ties
@@ -130,8 +130,12 @@ class MatchingRun:
                 if output.resolve() == checkpoint.path.resolve():
                     raise CheckpointError(f"{output} is one of the inputs, which are only read: choose another place")
             note_what_is_left_behind(opened[like], screen)
-        own = model_of(opened[0])
-        loader = load_data(data, opened[0].home if own else None, split=split) if data.data is not None else None
+        own = model_of(opened[0]) or named_inside(opened[0])
+        loader = (
+            load_data(data, opened[0].home if own.startswith("hf:") else None, split=split)
+            if data.data is not None
+            else None
+        )
         general = subject.symmetry == "general"
         matcher = matcher_of(asked, opened[0], loader, class_dim_of(data, loader), general=general)
         model = with_kind(subject.model or "") or ("" if subject.spec_file else own)

@@ -65,7 +65,7 @@ def of_diffusers(model: nn.Module) -> Iterator[tuple[tuple[Any, ...], dict[str, 
     """A noisy sample, its time, and for a model with cross-attention what it attends to."""
     config = getattr(model, "config", None)
     named = getattr(config, "get", None)
-    if named is None or not named("_class_name") and not named("_diffusers_version"):
+    if named is None or (not named("_class_name") and not named("_diffusers_version")):
         return
     channels, width = named("in_channels"), named("cross_attention_dim")
     if isinstance(model, _Autoencoder) and isinstance(channels, int) and isinstance(named("latent_channels"), int):

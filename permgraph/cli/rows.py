@@ -48,7 +48,8 @@ def matched_rows(
     Args:
         spec: of the first.
         weights: of each, by the spec's names.
-        asked: "meaning", by the tokens and classes that the folders tell, or "common", the first rows of all.
+        asked: "meaning", by the tokens and classes that the folders tell, "union", so that the result has those of all,
+            or "common", the first rows of all.
         model: what the first is of, as it is named on the command line.
         screen: is told what was matched and what is left.
 
@@ -58,7 +59,7 @@ def matched_rows(
     names = [str(each.checkpoint.path) for each in weights]
     kinds: list[Kind] = []
     tables: list[str] = []
-    if asked == "meaning" and all(folders):
+    if asked != "common" and all(folders):
         known = [folder for folder in folders if folder is not None]
         for what, read in (("tokens", tokens_in), ("classes", classes_in)):
             found = tuple(map(read, known))
@@ -68,7 +69,8 @@ def matched_rows(
                     tables = _tables(model, spec)
     states = [each.without_values() for each in weights]
     try:
-        rows = Rows.of(spec, states, kinds, first_ones=asked == "common", tables=tables, names=names)
+        union = asked == "union"
+        rows = Rows.of(spec, states, kinds, first_ones=asked == "common", tables=tables, names=names, union=union)
     except MismatchError as error:
         said = str(error)
         start, found_it, _ = said.partition(": rows=")
@@ -133,7 +135,7 @@ def with_own_ties(spec: PermutationSpec, weights: Renamed) -> PermutationSpec:
 
 
 def _sharing(checkpoint: Checkpoint) -> list[list[str]]:
-    """The names under which the model that a checkpoint's folder describes has one parameter, where these are several."""
+    """The names under which the model that a checkpoint's folder describes has one parameter, if there are several."""
     own = model_of(checkpoint)
     if not own:
         return []

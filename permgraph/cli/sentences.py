@@ -143,7 +143,9 @@ def sentence_pipeline(folder: Path, transformer: Callable[[Path], Callable[[], n
     task = settings.get("transformer_task", "feature-extraction")
     text = (settings.get("modality_config") or {}).get("text", {"method": "forward"})
     if task != "feature-extraction" or text.get("method_output_name", "last_hidden_state") != "last_hidden_state":
-        raise CaptureError(f"{folder}: its transformer's task is {task!r} with {text}: only embeddings of texts are known")
+        raise CaptureError(
+            f"{folder}: its transformer's task is {task!r} with {text}: only embeddings of texts are known"
+        )
     makers: dict[str, Callable[[], nn.Module]] = {first.name: transformer(first.folder)}
     for module in others:
         makers[module.name] = _maker(folder, module)
@@ -169,7 +171,9 @@ def _pooling(module: SentenceModule, settings: Mapping[str, Any]) -> Callable[[]
     modes = (asked,) if isinstance(asked, str) else tuple(asked)
     unknown = [mode for mode in modes if mode not in NAMED_MODES.values()]
     if unknown:
-        raise CaptureError(f"{module.folder}: pools by {unknown[0]!r}, which is not known: {', '.join(NAMED_MODES.values())}")
+        raise CaptureError(
+            f"{module.folder}: pools by {unknown[0]!r}, which is not known: {', '.join(NAMED_MODES.values())}"
+        )
     return lambda: Pooling(modes)
 
 
@@ -207,6 +211,7 @@ def _settings(module: SentenceModule, name: str) -> dict[str, Any]:
 
 def _unknown(folder: Path, module: SentenceModule) -> CaptureError:
     return CaptureError(
-        f"{folder}: its module {module.name!r} is a {module.kind} of {module.package or 'nothing'}; known are a Transformer "
-        f"and after it {', '.join(MAKERS)} of sentence_transformers: build it in a file of yours and say file.py:factory"
+        f"{folder}: its module {module.name!r} is a {module.kind} of {module.package or 'nothing'}; known are a "
+        f"Transformer and after it {', '.join(MAKERS)} of sentence_transformers: build it in a file of yours and say "
+        "file.py:factory"
     )

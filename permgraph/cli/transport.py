@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from permgraph.cli.options import Data, Matching, Shown, Subject, Writing
+from permgraph.cli.options import CommonRowsBy, Data, Matching, Shown, Subject, Writing
 from permgraph.cli.screen import Screen
 from permgraph.errors import CheckpointError, MismatchError, SpecError
 
@@ -54,6 +54,7 @@ def transport(
         typer.Option(help="Of part of a network in FILE: the checkpoint before it was moved, where gains are read."),
     ] = None,
     strength: Annotated[float, typer.Option(help="Of three: how much of the fine-tuning is added.")] = 1.0,
+    rows: CommonRowsBy = "meaning",
     subject: Subject,
     matching: Matching,
     data: Data,
@@ -83,7 +84,7 @@ def transport(
                 raise MismatchError(f"--strength {strength}: give a finite number")
             from permgraph.cli.task_vector import task_vector
 
-            task_vector(paths, writing, strength, subject, matching, data, screen)
+            task_vector(paths, writing, strength, subject, matching, data, screen, rows)
         else:
             raise MismatchError(
                 f"{len(paths)} paths: give two, FIT FILE, or three, BASE_A TUNED_A BASE_B; see permgraph transport -h"

@@ -133,12 +133,12 @@ def open_checkpoint(
     """
     path = Path(path)
     folder = path if path.is_dir() else None
+    if components and not (folder is not None and components_of(folder)):
+        raise CheckpointError(f"{path}: no pipeline of diffusers with a {PIPELINE}: only these have components")
     if folder is not None and (inside := _parts_in(folder, components)):
         if entry is not None:
             raise CheckpointError(f"{path}: only a PyTorch file has entries such as {entry!r}: leave out the entry")
         return _of_parts(folder, inside, tuple(inside) if components_of(folder) else ())
-    if components:
-        raise CheckpointError(f"{path}: no pipeline of diffusers with a {PIPELINE}: only these have components")
     return _plain(path, entry)
 
 

@@ -74,7 +74,7 @@ class _PartRenaming:
     conversions: Conversions
 
     def rename_source_key(self, key: str) -> tuple[str, None]:
-        """A key of the part by the name that it has today, any other as it is; as transformers' own renamings give it."""
+        """A key of the part by the name that it has today, any other as it is, as renamings of transformers give it."""
         if not key.startswith(self.prefix):
             return key, None
         return self.prefix + self.conversions.renamed(key.removeprefix(self.prefix)), None

@@ -117,7 +117,9 @@ def chosen_components(folder: Path, asked: Sequence[str], weighted: Sequence[str
     unknown = [name for name in asked if name not in weighted]
     if unknown or not weighted:
         have = ", ".join(weighted) or "none"
-        raise CheckpointError(f"{folder}: no component {', '.join(unknown) or 'has weights'}: those with weights: {have}")
+        raise CheckpointError(
+            f"{folder}: no component {', '.join(unknown) or 'has weights'}: those with weights: {have}"
+        )
     return tuple(dict.fromkeys(asked)) or tuple(weighted)
 
 
