@@ -52,7 +52,7 @@ def test_rows_of_others_follow_after_the_last_that_has_a_name() -> None:
 
 def test_a_merge_has_the_rows_of_all(networks: Networks) -> None:
     spec, a, b = networks
-    merged = pg.merge([a, moved(b)], spec=spec, rows=pg.UnionRows(NAMES), weights=(1, 3)).state_dict
+    merged = pg.merge([a, moved(b)], pg.ToReference(), spec=spec, rows=pg.UnionRows(NAMES), weights=(1, 3)).state_dict
     for name in ("table.weight", "head.weight", "head.bias"):
         torch.testing.assert_close(merged[name], torch.cat([a[name], b[name][1:]]))
     torch.testing.assert_close(merged["up.weight"], a["up.weight"])
@@ -75,7 +75,7 @@ def test_without_names_the_first_rows_are_the_same(
 ) -> None:
     spec, a, b = networks
     b = {**b, **{name: torch.cat([a[name], b[name][3:]]) for name in a if name != "up.weight"}}
-    merged = pg.merge([a, moved(b)], spec=spec, rows=pg.UnionRows("common")).state_dict
+    merged = pg.merge([a, moved(b)], pg.ToReference(), spec=spec, rows=pg.UnionRows("common")).state_dict
     for name, tensor in b.items():
         torch.testing.assert_close(merged[name], tensor)
 
