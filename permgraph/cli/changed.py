@@ -127,7 +127,7 @@ def _is_apart(first: Renamed, other: Renamed, alias: str, spec: PermutationSpec)
 def _is_embedding(first: Renamed, alias: str, name: str) -> bool:
     """Whether a folder's model ties these two as its word embeddings, which its configuration can undo."""
     own, folder = model_of(first.checkpoint), first.checkpoint.folder
-    if not own or folder is None or first.checkpoint.parts or not Path(folder, "config.json").is_file():
+    if not own or folder is None or first.checkpoint.inside or not Path(folder, "config.json").is_file():
         return False
     try:
         module = build(own)

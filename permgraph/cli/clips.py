@@ -50,7 +50,7 @@ def of_open_clip(model: nn.Module) -> Iterator[tuple[tuple[Any, ...], dict[str, 
     size = getattr(model.visual, "image_size", 224)
     height, width = size if isinstance(size, (tuple, list)) else (size, size)
     length = getattr(model, "context_length", 77)
-    bound = getattr(model, "vocab_size", None) or getattr(getattr(model, "text", None), "vocab_size", 2)
+    bound = int(getattr(model, "vocab_size", None) or getattr(getattr(model, "text", None), "vocab_size", None) or 2)
     drawn = torch.Generator().manual_seed(0)
     dtype = next(model.parameters()).dtype
     image = torch.randn((2, 3, height, width), generator=drawn).to(dtype)

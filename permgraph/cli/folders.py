@@ -198,7 +198,7 @@ def _from_diffusers(folder: Path, config: dict[str, Any]) -> Factory:
         )
     from permgraph.cli.pipelines import as_pipelines_use_it
 
-    return lambda: as_pipelines_use_it(made.from_config(config))
+    return lambda: as_pipelines_use_it(made.from_config(config))  # type: ignore[union-attr]
 
 
 def _from_timm(folder: Path, config: dict[str, Any]) -> Factory:

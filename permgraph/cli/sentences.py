@@ -50,7 +50,8 @@ class SentencePipeline(nn.Module):
         x = first(input_ids=input_ids, attention_mask=attention_mask)[0]
         for module in others:
             x = module(x, attention_mask) if isinstance(module, Pooling) else module(x)
-        return x
+        embedding: Tensor = x
+        return embedding
 
 
 class Pooling(nn.Module):

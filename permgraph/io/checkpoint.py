@@ -47,7 +47,7 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         folder: the folder, if a folder was opened.
         index: its index file, if the tensors are shared out over several files.
         formats: name to dtype and shape; known without reading any tensor.
-        parts: the checkpoints that it is made of, where its folder has several; each by what stands before its names.
+        inside: the checkpoints that it is made of, where its folder has several; each by what stands before its names.
         components: those of a diffusers pipeline that are among them, if it is one.
     """
 
@@ -57,7 +57,7 @@ class Checkpoint(Mapping[str, torch.Tensor]):
     index: Path | None
     formats: Mapping[str, TensorFormat]
     _holder: Mapping[str, TensorFile]
-    parts: Mapping[str, Checkpoint] = field(default_factory=dict, kw_only=True)
+    inside: Mapping[str, Checkpoint] = field(default_factory=dict, kw_only=True)
     components: tuple[str, ...] = field(default=(), kw_only=True)
 
     def __getitem__(self, key: str) -> torch.Tensor:
@@ -213,7 +213,7 @@ def _of_parts(folder: Path, inside: Mapping[str, Path], components: tuple[str, .
         None,
         MappingProxyType(formats),
         MappingProxyType(holder),
-        parts=MappingProxyType(parts),
+        inside=MappingProxyType(parts),
         components=components,
     )
 
@@ -258,8 +258,8 @@ def _may_hold_weights(path: Path) -> bool:
 
 def which_was_read(checkpoint: Checkpoint) -> str:
     """A sentence on which of a folder's weights were read, where others lie beside them; empty if none do."""
-    if checkpoint.parts:
-        return "; ".join(filter(None, map(which_was_read, checkpoint.parts.values())))
+    if checkpoint.inside:
+        return "; ".join(filter(None, map(which_was_read, checkpoint.inside.values())))
     if checkpoint.folder is None:
         return ""
     there = [name for name in IN_FOLDERS if (checkpoint.folder / name).is_file()]

@@ -74,7 +74,7 @@ def sentence_modules(folder: Path) -> tuple[SentenceModule, ...]:
     path = folder / MODULES
     if not path.is_file():
         return ()
-    found = []
+    found: list[SentenceModule] = []
     listed = _read(path)
     for entry in listed if isinstance(listed, list) and listed else [None]:
         if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("name", "path", "type")):

@@ -152,7 +152,7 @@ def _size(path: Path) -> int:
 
 def _indexes(source: Checkpoint) -> list[Path]:
     """The index files of a checkpoint and of its parts."""
-    return [index for each in (source, *source.parts.values()) if (index := each.index) is not None]
+    return [index for each in (source, *source.inside.values()) if (index := each.index) is not None]
 
 
 def _index_with(path: Path, source: Checkpoint, changes: Changes) -> bytes:
@@ -214,8 +214,8 @@ def companions(source: Checkpoint) -> list[Path]:
 
 def not_carried_over(source: Checkpoint) -> str:
     """A sentence on the files of tensors in the checkpoint's folder that no copy of it is given; empty without any."""
-    if source.parts:
-        return "; ".join(filter(None, map(not_carried_over, source.parts.values())))
+    if source.inside:
+        return "; ".join(filter(None, map(not_carried_over, source.inside.values())))
     if source.folder is None and source.index is None:
         return ""
     base, read = _base(source), {file.path.name for file in source.files}

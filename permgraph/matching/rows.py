@@ -180,11 +180,10 @@ class Rows:
         table = self.tables.get(self.spec.aliases.get(name, name))
         if table is None:
             return tensor
-        rows = []
-        for each, partners in ((tensor, table.partners[number]), (first.to(tensor), table.partners[0])):
-            rows.append(each.detach().index_select(table.dim, partners.to(tensor.device).clamp(min=0)))
-        had = (table.partners[number] >= 0) | (table.partners[0] < 0)
-        return torch.where(_along(had.to(tensor.device), table.dim, tensor.ndim), *rows)
+        at, at_first = (table.partners[n].to(tensor.device) for n in (number, 0))
+        own = tensor.detach().index_select(table.dim, at.clamp(min=0))
+        others = first.to(tensor).detach().index_select(table.dim, at_first.clamp(min=0))
+        return torch.where(_along(at >= 0, table.dim, tensor.ndim), own, others)
 
     def pick(self, number: int, name: str, tensor: Tensor) -> Tensor:
         """A parameter of a network with the rows in common alone; any other as it is."""
