@@ -20,6 +20,7 @@ from permgraph.errors import MismatchError, NonFiniteError, PermgraphError
 from permgraph.io import Checkpoint, Renamed, match_names, open_checkpoint
 from permgraph.io.checkpoint import TORCH_SUFFIXES, which_was_read
 from permgraph.io.converted import Conversions, ConvertedCheckpoint, converted, names_on_disk
+from permgraph.io.original import is_original, of_diffusers
 from permgraph.io.parts import PartFile, is_pipeline
 from permgraph.io.torch_file import TorchFile
 from permgraph.io.write import not_carried_over
@@ -90,8 +91,11 @@ def fitted(
         MismatchError: it does not fit; the message names the file and the first key at fault.
     """
     try:
-        conversions = conversions_of(model)
-        checkpoint = converted(checkpoint, conversions)
+        if is_original(checkpoint) and model.startswith("hf:"):
+            checkpoint, conversions = of_diffusers(checkpoint, build(model)), None
+        else:
+            conversions = conversions_of(model)
+            checkpoint = converted(checkpoint, conversions)
         made = checkpoint.units if isinstance(checkpoint, ConvertedCheckpoint) else {}  # these have the model's names
         plain = [key for key in checkpoint if key not in made]
         today = {**names_on_disk(conversions, plain), **{key: key for key in made}}

@@ -297,3 +297,48 @@ def test_only_pipelines_have_components(tmp_path: Path) -> None:
     assert "only these have components" in refused("align", folder, folder, "-o", tmp_path / "o", "--component", "unet")
     with pytest.raises(CaptureError, match="no component 'unet'"):
         build(f"hf:{folder}#unet")
+
+
+def in_original_keys(name: str) -> str:
+    """The key that latent diffusion's own code has for a parameter of a `UNet2DConditionModel` of two levels."""
+    places = {
+        "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
+        "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2",
+        "down_blocks.0.resnets.0": "input_blocks.1.0",
+        "down_blocks.0.downsamplers.0.conv": "input_blocks.2.0.op", "down_blocks.1.resnets.0": "input_blocks.3.0",
+        "down_blocks.1.attentions.0": "input_blocks.3.1", "mid_block.resnets.0": "middle_block.0",
+        "mid_block.attentions.0": "middle_block.1", "mid_block.resnets.1": "middle_block.2",
+        "up_blocks.0.resnets.0": "output_blocks.0.0", "up_blocks.0.attentions.0": "output_blocks.0.1",
+        "up_blocks.0.resnets.1": "output_blocks.1.0", "up_blocks.0.attentions.1": "output_blocks.1.1",
+        "up_blocks.0.upsamplers.0.conv": "output_blocks.1.2.conv", "up_blocks.1.resnets.0": "output_blocks.2.0",
+        "up_blocks.1.resnets.1": "output_blocks.3.0",
+    }  # fmt: skip
+    inner = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0"}
+    inner |= {"conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
+    (start,) = (place for place in places if name.startswith(place + "."))
+    rest = name.removeprefix(start)
+    for new, old in inner.items() if "resnets" in start else ():
+        rest = rest.replace(f".{new}.", f".{old}.")
+    return f"model.diffusion_model.{places[start]}{rest}"
+
+
+def test_a_single_file_in_original_keys_is_aligned_in_these(tmp_path: Path) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    model = seeded(diffusers.UNet2DConditionModel, **CONDITIONED)
+    model.save_config(tmp_path / "unet")
+    state = model.state_dict()
+    moved = spec_of(f"hf:{tmp_path / 'unet'}").random(1, every_group=True).apply(state)
+    beside = {"first_stage_model.quant_conv.weight": torch.ones(2, 2)}
+    for name, tensors in (("a", state), ("b", moved)):
+        keys = {in_original_keys(key): tensor.contiguous() for key, tensor in tensors.items()}
+        save_file({**keys, **beside}, tmp_path / f"{name}.safetensors")
+    files = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    out = tmp_path / "out.safetensors"
+    run("align", *files, "-m", tmp_path / "unet", "-o", out, "--no-check")
+    written, wanted = load_file(out), load_file(files[0])
+    assert written.keys() == wanted.keys() and all(torch.equal(written[key], wanted[key]) for key in wanted)
+    assert "say --model" in refused("align", *files, "-o", tmp_path / "no.safetensors")
+    save_file({**wanted, "model_ema.decay": torch.ones(3)}, files[1])
+    assert "averages of its weights" in refused(
+        "align", *files, "-m", tmp_path / "unet", "-o", tmp_path / "no.safetensors"
+    )
