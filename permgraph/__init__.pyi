@@ -149,6 +149,9 @@ from .matching import (
     StreamedWeightMatching as StreamedWeightMatching,
 )
 from .matching import (
+    UnionRows as UnionRows,
+)
+from .matching import (
     WeightMatching as WeightMatching,
 )
 from .matching import (

@@ -46,8 +46,8 @@ ARROWS = {
     "verification": "capture rules spec inference",
     "verify": "verification",
     "studies": "io weights spec networks pictures inference matching connectivity",
-    "cli": "io weights spec networks rules inference pictures matching merging connectivity verification studies "
-    "transporting",
+    "cli": "io weights spec networks rules capture inference pictures matching merging connectivity verification "
+    "studies transporting",
     "__main__": "cli",
 }
 FOR_ALL = {"errors", "display", "conventions"}

@@ -45,7 +45,8 @@ def align(
 
         torchrun --nproc-per-node 2 -m permgraph align ./model-a ./model-b -o ./out --stream
     """
-    from permgraph.cli.checkpoints import in_parts, moved_by, require_finite
+    from permgraph.cli.changed import changes_of
+    from permgraph.cli.checkpoints import in_parts, moved_by, require_finite, tensor_of
     from permgraph.cli.distributed import distributed_run
     from permgraph.cli.matching_run import MatchingRun, in_words, match_of
     from permgraph.io import Staging, write_checkpoint
@@ -62,6 +63,7 @@ def align(
             return
         other = run.checkpoints[1]
         names = {key: name for name, key in run.weights[1].keys_of.items()}
+        changes = changes_of(run.rows, run.weights, 1, run.spec)
         with Staging(writing.output, run.job("align"), overwrite=writing.overwrite) as staging:
             if staging.complete:
                 write_checkpoint(other, staging, lambda key, tensor: tensor)
@@ -77,14 +79,17 @@ def align(
             if permutation_file is not None:
                 own.save(permutation_file)
 
-            element = in_parts(own)
+            element, first = in_parts(own), run.whole(0)
 
             def moved(key: str, tensor: torch.Tensor) -> torch.Tensor:
                 require_finite(key, tensor, b)
-                return moved_by(element, names[key], tensor, weights) if key in names else tensor
+                new = moved_by(element, names[key], tensor, weights) if key in names else tensor
+                if changes.shapes and key in changes.shapes and run.rows is not None:
+                    new = run.rows.completed(1, names[key], new, tensor_of(first, names[key], run.spec))
+                return new
 
             with screen.stage("writing", other.nbytes) as update:
-                write_checkpoint(other, staging, moved, progress=lambda done, whole: update(done))
+                write_checkpoint(other, staging, moved, progress=lambda done, whole: update(done), changes=changes)
         if page is not None:
             about = {"A": str(a), "B": str(b), "weights of": run.model or str(subject.spec_file)}
             with screen.stage("comparing layers"):

@@ -12,12 +12,16 @@ from torch import nn
 
 from permgraph.cli.extra_keys import left_out
 from permgraph.cli.models import build
+from permgraph.cli.pipelines import Components
 from permgraph.cli.rows import tied_names
 from permgraph.cli.screen import Screen
+from permgraph.cli.sentences import SentencePipeline
 from permgraph.errors import MismatchError, NonFiniteError, PermgraphError
 from permgraph.io import Checkpoint, Renamed, match_names, open_checkpoint
 from permgraph.io.checkpoint import TORCH_SUFFIXES, which_was_read
 from permgraph.io.converted import Conversions, ConvertedCheckpoint, converted, names_on_disk
+from permgraph.io.original import is_original, of_diffusers
+from permgraph.io.parts import PartFile, is_pipeline
 from permgraph.io.torch_file import TorchFile
 from permgraph.io.write import not_carried_over
 from permgraph.matching.general.pieces import Piecewise
@@ -31,13 +35,24 @@ from permgraph.spec.transformation import Transformation
 log = logging.getLogger(__name__)
 
 
-def open_all(paths: Sequence[Path], entry: str | None, screen: Screen) -> tuple[Checkpoint, ...]:
+def open_all(
+    paths: Sequence[Path], entry: str | None, screen: Screen, components: Sequence[str] = ()
+) -> tuple[Checkpoint, ...]:
     """Open checkpoints, and say which of a folder's weights were read, where it has several.
 
-    An entry is looked up in the PyTorch files among them: a file of another kind has none, and is what it is.
+    An entry is looked up in the PyTorch files among them: a file of another kind has none, and is what it is. Of
+    pipelines of diffusers, the components that all have are read, or those that are asked for.
     """
+    if not components and all(map(is_pipeline, paths)):
+        each = [open_checkpoint(path).components for path in paths]
+        components = [name for name in each[0] if all(name in others for others in each)]
+        rest = sorted({name for own in each for name in own} - set(components))
+        if not components:
+            raise MismatchError(f"{paths[0]} and {paths[1]} have no component of the same name with weights")
+        if rest:
+            screen.note(f"{', '.join(rest)}: not in all of them, and copied where the output's layout has it")
     wrapped = [path for path in paths if path.suffix in TORCH_SUFFIXES] or paths
-    opened = tuple(open_checkpoint(path, entry if path in wrapped else None) for path in paths)
+    opened = tuple(open_checkpoint(path, entry if path in wrapped else None, components) for path in paths)
     for checkpoint in opened:
         screen.note(which_was_read(checkpoint))
     return opened
@@ -45,7 +60,8 @@ def open_all(paths: Sequence[Path], entry: str | None, screen: Screen) -> tuple[
 
 def note_what_is_left_behind(checkpoint: Checkpoint, screen: Screen) -> None:
     """Say what lies beside a checkpoint's weights, and holds tensors that no copy is given."""
-    for file in checkpoint.files:
+    for each in checkpoint.files:
+        file = each.file if isinstance(each, PartFile) else each
         if isinstance(file, TorchFile) and file.dropped:
             names = ", ".join(map(repr, file.dropped))
             screen.note(f"{file.path}: {names} not carried over: tensors in there would no longer fit")
@@ -75,8 +91,11 @@ def fitted(
         MismatchError: it does not fit; the message names the file and the first key at fault.
     """
     try:
-        conversions = conversions_of(model)
-        checkpoint = converted(checkpoint, conversions)
+        if is_original(checkpoint) and model.startswith("hf:"):
+            checkpoint, conversions = of_diffusers(checkpoint, build(model)), None
+        else:
+            conversions = conversions_of(model)
+            checkpoint = converted(checkpoint, conversions)
         made = checkpoint.units if isinstance(checkpoint, ConvertedCheckpoint) else {}  # these have the model's names
         plain = [key for key in checkpoint if key not in made]
         today = {**names_on_disk(conversions, plain), **{key: key for key in made}}
@@ -86,7 +105,7 @@ def fitted(
             screen.note(f"{checkpoint.path}: {note}")
         left = left_out(checkpoint, names, spec, leave, model, screen)
         known = {name: key for key, name in names.items() if key not in left}
-        tied = tied_names(checkpoint.folder, known, spec)
+        tied = tied_names(checkpoint, known, spec)
         if tied:
             _materialise(tied, known, spec, checkpoint, screen)
         known = {**tied, **known}  # the names that it has come last, and are those by which its keys are moved
@@ -133,7 +152,8 @@ def conversions_of(model: str) -> Conversions | None:
     if not model.startswith("hf:"):
         return None
     try:
-        return Conversions.of(build(model))
+        module = build(model)
+        return (Conversions.of_parts if isinstance(module, (SentencePipeline, Components)) else Conversions.of)(module)
     except PermgraphError as error:  # whatever is missing, the spec that a checkpoint must fit is known already
         log.info("%s: no conversions: %s", model, error)
         return None

@@ -26,9 +26,10 @@ from permgraph.cli.checkpoints import (
 from permgraph.cli.data import class_dim_of, identity_of_data, load_data
 from permgraph.cli.distributed import DistributedRun
 from permgraph.cli.extra_keys import require_matched
+from permgraph.cli.folders import model_of, named_inside
 from permgraph.cli.kept import keep_json, load_element, resumed, save
 from permgraph.cli.matchers import describe, machine_memory, matcher_of
-from permgraph.cli.models import build, own_model, parse_inputs, require_one_structure, spec_of, with_kind
+from permgraph.cli.models import build, parse_inputs, require_one_structure, spec_of, with_kind
 from permgraph.cli.options import FORMS, Data, Init, Matching, Split, Subject
 from permgraph.cli.rows import CommonRows, digest_of, matched_rows, with_own_ties
 from permgraph.cli.screen import Screen
@@ -122,31 +123,35 @@ class MatchingRun:
             CheckpointError, MismatchError: a checkpoint cannot be read, does not fit the model or the output's name.
             EvaluationError: so for the data.
         """
-        opened = open_all(paths, subject.entry, screen)
+        opened = open_all(paths, subject.entry, screen, tuple(subject.components or ()))
         if output is not None:
             check_target(opened[like], output)
             for checkpoint in opened:
                 if output.resolve() == checkpoint.path.resolve():
                     raise CheckpointError(f"{output} is one of the inputs, which are only read: choose another place")
             note_what_is_left_behind(opened[like], screen)
-        folder = opened[0].folder if opened[0].folder and (opened[0].folder / "config.json").is_file() else None
-        loader = load_data(data, folder, split=split) if data.data is not None else None
+        own = model_of(opened[0]) or named_inside(opened[0])
+        loader = (
+            load_data(data, opened[0].home if own.startswith("hf:") else None, split=split)
+            if data.data is not None
+            else None
+        )
         general = subject.symmetry == "general"
         matcher = matcher_of(asked, opened[0], loader, class_dim_of(data, loader), general=general)
-        model = with_kind(subject.model or "") or ("" if subject.spec_file or folder is None else f"hf:{folder}")
+        model = with_kind(subject.model or "") or ("" if subject.spec_file else own)
         missing = f"{opened[0].path} does not say what it holds the weights of"
         spec = spec_of_subject(model, subject, subject.symmetry, missing, screen)
         if spec.general is not None and others is not None:
             raise MismatchError("several processes match over permutations alone: leave out --symmetry general")
         with screen.stage("comparing structures"):
-            require_one_structure([each.folder for each in opened], model, spec, subject.inputs, screen)
+            require_one_structure(opened, model, spec, subject.inputs, screen)
         if runs_networks(matcher) and not model:
             raise MismatchError(f"--matcher {asked.matcher.value} runs the networks: say --model {FORMS}")
         if others is not None and not isinstance(matcher, StreamedWeightMatching):
             raise MismatchError("several processes match together where tensors are streamed: say --stream")
         leave = tuple(subject.leave or ())
         require_matched(leave, opened)
-        layout = model or ("" if folder is None else f"hf:{folder}")
+        layout = model or own
         weights = tuple(
             fitted(checkpoint, spec, screen, leave, layout, other_rows=rows is not None and number > 0)
             for number, checkpoint in enumerate(opened)
@@ -208,7 +213,7 @@ class MatchingRun:
 
     def model_of(self, number: int) -> str:
         """The model that a checkpoint holds the weights of, as it is named on the command line; empty if not known."""
-        own = own_model(self.checkpoints[number].folder)
+        own = model_of(self.checkpoints[number])
         return own if own and (not self.model or self.model.startswith("hf:")) else self.model
 
     def prove(self, number: int, permutation: AnyElement | None) -> dict[str, Any]:

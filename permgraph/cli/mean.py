@@ -140,9 +140,8 @@ class RenumberedMean:
         """What whoever uses the result should know."""
         found = []
         if self.run.rows is not None:
-            found.append(
-                f"the result has the rows of {self.run.checkpoints[0].path}, each the mean of those that have it"
-            )
+            whose = "all" if self.run.rows.union else self.run.checkpoints[0].path
+            found.append(f"the result has the rows of {whose}, each the mean of those that have it")
         if self.differing:
             found.append(
                 f"{len(self.differing)} integer tensors differ: those of {self.run.checkpoints[0].path} were taken: "
@@ -162,24 +161,6 @@ def require_same_names(named: Sequence[Renamed], spec: PermutationSpec) -> None:
     first = named[0]
     names = floating(first)
     for other in named[1:]:
-        _require_one_tie(first, other, spec)
         for name in sorted(names ^ floating(other)):
             has, lacks = (first, other) if name in names else (other, first)
             raise MismatchError(f"{has.checkpoint.path} has {name!r}, and {lacks.checkpoint.path} has not")
-
-
-def _require_one_tie(first: Renamed, other: Renamed, spec: PermutationSpec) -> None:
-    """Raise MismatchError where a later checkpoint has a tensor of its own for a name that the first one ties."""
-    for alias, name in spec.aliases.items():
-        if (
-            alias in other
-            and name in other
-            and alias not in first.keys_of
-            and other.keys_of[alias] != other.keys_of[name]
-        ):
-            one, two = other[alias], other[name]
-            if one.shape != two.shape or not torch.equal(one, two):
-                raise MismatchError(
-                    f"{first.checkpoint.path} ties {alias!r} to {name!r}, and {other.checkpoint.path} has another "
-                    "tensor for each, which the result has no place for: name that checkpoint first"
-                )

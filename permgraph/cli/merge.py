@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -62,6 +63,7 @@ def merge(
 
         permgraph merge a.pt b.pt -m torchvision:resnet18 --data ./images --recalibrate -o merged.pt
     """
+    from permgraph.cli.changed import changes_of, untied_for
     from permgraph.cli.match_all import match_all
     from permgraph.cli.matching_run import MatchingRun, in_words
     from permgraph.cli.mean import RenumberedMean, ratios_for, ratios_from, require_same_names, shares_from
@@ -82,7 +84,15 @@ def merge(
         if recalibrate and not run.model:
             raise MismatchError("--recalibrate runs the merged network: say --model, not --spec")
         require_same_names(run.weights, run.spec)
-        first = run.checkpoints[0]
+        first, changes = run.checkpoints[0], changes_of(run.rows, run.weights, 0, run.spec)
+        untied, apart = untied_for(run.weights, run.spec)
+        if (changes.shapes or apart) and recalibrate:
+            raise MismatchError("--recalibrate runs the first one's network, which the result is not: leave it out")
+        if apart and changes:
+            raise MismatchError("--rows union of checkpoints of which only the first is tied: name another one first")
+        if apart:
+            screen.note(f"{first.path} is tied where others are not: the result has {', '.join(apart.added)} besides")
+            changes = apart
         matched_by = {"method": method.value, "reference": reference} if aligned else None
         job = run.job("merge", shares=shares, ratios=by_layer, how=matched_by, recalibrate=recalibrate)
         if by_layer is not None:
@@ -100,12 +110,13 @@ def merge(
                 permutations, report = match_all(run, staging, method, reference)
                 checks = [run.prove(number, permutation) for number, permutation in enumerate(permutations)]
                 report = {**report, "checks": [check for check in checks if check]}
-            mean = RenumberedMean(run, permutations, shares, by_layer)
+            whole = dataclasses.replace(run, weights=(untied, *run.weights[1:]))
+            mean = RenumberedMean(whole, permutations, shares, by_layer)
             if recalibrate:
                 with screen.stage("measuring statistics"):
                     mean.measure()
             with screen.stage("writing", first.nbytes) as update:
-                write_checkpoint(first, staging, mean.of, progress=lambda done, whole: update(done))
+                write_checkpoint(first, staging, mean.of, progress=lambda done, whole: update(done), changes=changes)
         for note in mean.notes():
             screen.note(note)
         lines = [f"{r['checkpoint']}: {in_words(r)}" for r in report.get("alignments", ())]

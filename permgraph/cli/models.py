@@ -8,7 +8,6 @@ import difflib
 import importlib
 import importlib.util
 import inspect
-import json
 import logging
 import re
 import sys
@@ -19,10 +18,12 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from permgraph.cli.folders import configuration_of, from_folder, is_folder, is_of_pipeline, model_of, package
 from permgraph.cli.options import FORMS
 from permgraph.cli.screen import Screen
-from permgraph.errors import CaptureError, MissingExtraError, NoInputsError, PermgraphError, SpecError, in_one_line
+from permgraph.errors import CaptureError, NoInputsError, PermgraphError, SpecError, in_one_line
 from permgraph.inference.auto_spec import auto_spec
+from permgraph.io import Checkpoint
 from permgraph.spec.spec import PermutationSpec
 
 log = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ def build(model: str, device: str | None = "meta") -> nn.Module:
     model = with_kind(model)
     kind, _, rest = model.partition(":")
     if kind == "hf" and rest:
-        make = _from_folder(Path(rest))
+        make = from_folder(rest)
     else:
         rest, arguments, keywords = _call(rest, model)
         if kind == "timm" and rest:
@@ -71,7 +72,7 @@ def build(model: str, device: str | None = "meta") -> nn.Module:
 
 def with_kind(model: str) -> str:
     """A model as it is named on the command line, with ``hf:`` before a bare folder."""
-    return f"hf:{model}" if model and Path(model).is_dir() else model
+    return f"hf:{model}" if model and is_folder(model) else model
 
 
 def spec_of(
@@ -86,7 +87,8 @@ def spec_of(
         model: a file that `PermutationSpec.save` wrote, or one of the `FORMS`.
         inputs: example inputs as text, see `parse_inputs`.
         symmetry: that of `auto_spec`; a file holds what it holds.
-        outputs: what of the model's result counts, as text: final, all, or names with commas between them.
+        outputs: what of the model's result counts, as text: final, all, or names with commas between them. Of a
+            pipeline's components all does by default: other components may read any of it.
 
     Raises:
         CaptureError: there is no such file or model, or it does not run; without inputs, because none were found.
@@ -104,6 +106,9 @@ def spec_of(
             raise SpecError(f"{model} says by itself which outputs count: infer the spec again for --outputs {outputs}")
         return found
     args, kwargs = parse_inputs(inputs or [])
+    model = with_kind(model)
+    if outputs is None and is_of_pipeline(model):
+        outputs = "all"
     try:
         return auto_spec(build(model), args or None, kwargs or None, outputs=parse_outputs(outputs), symmetry=symmetry)
     except NoInputsError as error:
@@ -125,13 +130,8 @@ def parse_outputs(text: str | None) -> str | list[str] | None:
     return names[0] if len(names) == 1 else names or None
 
 
-def own_model(folder: Path | None) -> str:
-    """The model that a folder's own configuration describes, as it is named on the command line; empty if none does."""
-    return f"hf:{folder}" if folder is not None and (folder / "config.json").is_file() else ""
-
-
 def require_one_structure(
-    folders: Sequence[Path | None],
+    checkpoints: Sequence[Checkpoint],
     model: str,
     spec: PermutationSpec,
     inputs: list[str] | None,
@@ -140,7 +140,7 @@ def require_one_structure(
     """Make sure that every checkpoint with a configuration of its own is of one structure with the others.
 
     Args:
-        folders: in which the checkpoints lie.
+        checkpoints: as they were opened.
         model: what they are weights of, as it is named on the command line; if empty, only the spec is known, and the
             configurations are compared with each other.
         spec: the symmetries of that model.
@@ -156,8 +156,8 @@ def require_one_structure(
     first: Structure | None = None
     seen = {model: ""}
     asked: Any = {"symmetry": spec.symmetry, "outputs": outputs_of(spec)}
-    for own in dict.fromkeys(filter(None, map(own_model, folders))):
-        content = Path(own.removeprefix("hf:"), "config.json").read_text()
+    for own in dict.fromkeys(filter(None, map(model_of, checkpoints))):
+        content = configuration_of(own)
         if own in seen or content in seen.values():
             continue
         seen[own] = content
@@ -224,17 +224,6 @@ def _call(text: str, model: str) -> tuple[str, list[Any], dict[str, Any]]:
     return name, arguments, {str(key): value for key, value in keywords.items()}
 
 
-def _package(name: str, extra: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name != name:
-            raise CaptureError(f"{name} cannot be imported: {error}") from error
-        raise MissingExtraError(f"{name} is not installed: pip install 'permgraph[{extra}]'") from None
-    except Exception as error:
-        raise CaptureError(f"{name} cannot be imported: {type(error).__name__}: {error}") from error
-
-
 def _near(name: str, known: Sequence[str]) -> list[str]:
     """Up to four of the known names: those that begin with the name, or contain it, or are spelt like it."""
     begin = [other for other in known if other.startswith(name)]
@@ -242,7 +231,7 @@ def _near(name: str, known: Sequence[str]) -> list[str]:
 
 
 def _from_timm(name: str, arguments: list[Any], keywords: dict[str, Any]) -> Callable[[], Any]:
-    timm = _package("timm", "zoo")
+    timm = package("timm", "zoo")
     known = name.split(".")[0]
     if not timm.is_model(known):
         near = _near(known, timm.list_models())
@@ -251,7 +240,7 @@ def _from_timm(name: str, arguments: list[Any], keywords: dict[str, Any]) -> Cal
 
 
 def _from_torchvision(name: str, arguments: list[Any], keywords: dict[str, Any]) -> Callable[[], Any]:
-    models = _package("torchvision", "zoo").models
+    models = package("torchvision", "zoo").models
     if name.lower() not in models.list_models():
         near = _near(name.lower(), models.list_models())
         raise CaptureError(f"torchvision has no model {name!r}" + (f"; it has {', '.join(near)}" if near else ""))
@@ -259,51 +248,6 @@ def _from_torchvision(name: str, arguments: list[Any], keywords: dict[str, Any])
     if "weights_backbone" in inspect.signature(models.get_model_builder(name)).parameters:  # else it is downloaded
         options.setdefault("weights_backbone", None)
     return lambda: models.get_model(name, *arguments, **options)
-
-
-def _from_folder(folder: Path) -> Callable[[], Any]:
-    if not (folder / "config.json").is_file():
-        raise CaptureError(f"hf:{folder}: there is no config.json: name a folder that save_pretrained wrote")
-    diffusers = _from_diffusers(folder)
-    if diffusers is not None:
-        return diffusers
-    transformers = _package("transformers", "zoo")
-    transformers.utils.logging.set_verbosity_error()
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        named = (getattr(config, "architectures", None) or [None])[0]
-        known = getattr(transformers, named, None) if named else None
-    except Exception as error:
-        raise CaptureError(f"hf:{folder}: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
-    if named and known is None:
-        raise CaptureError(
-            f"hf:{folder}: transformers {transformers.__version__} has no {named}, and code that comes with a "
-            f"checkpoint is not run: build it in a file of yours and say file.py:factory"
-        )
-    if known is not None:
-        return lambda: known(config)
-    return lambda: transformers.AutoModel.from_config(config)
-
-
-def _from_diffusers(folder: Path) -> Callable[[], Any] | None:
-    """What makes the model of a folder that diffusers wrote; None if it is another's."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError:
-        return None  # transformers says what is wrong with it
-    named = config.get("_class_name") if isinstance(config, dict) else None
-    if not isinstance(named, str) or "model_type" in config:
-        return None
-    try:
-        made = getattr(importlib.import_module("diffusers"), named, None)
-    except ImportError:
-        made = None
-    if not hasattr(made, "from_config"):
-        raise CaptureError(
-            f"hf:{folder}: it is the {named} of diffusers, which is not installed, or has no such class: build it in a "
-            "file of yours and say file.py:factory"
-        )
-    return lambda: made.from_config(config)  # type: ignore[union-attr]
 
 
 def _from_code(model: str, arguments: list[Any], keywords: dict[str, Any]) -> Callable[[], Any]:

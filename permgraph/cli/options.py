@@ -141,11 +141,19 @@ Outputs = Annotated[
 ]
 
 RowsBy = Annotated[
-    Literal["meaning", "common"],
+    Literal["meaning", "common", "union"],
     _matching(
         "--rows",
         help="Where checkpoints have other tokens or classes, which rows are the same: by the folders' tokenizers and "
-        "labels, or the first of all.",
+        "labels, or the first of all. With union, by meaning, and the result has the rows of all.",
+    ),
+]
+CommonRowsBy = Annotated[
+    Literal["meaning", "common"],
+    _matching(
+        "--rows",
+        help="Of three checkpoints with other tokens or classes, which rows are the same: by the folders' tokenizers "
+        "and labels, or the first of all.",
     ),
 ]
 
@@ -203,6 +211,10 @@ class Subject:
     outputs: Outputs = None
     leave: Leave = None
     entry: Entry = None
+    components: Annotated[
+        list[str] | None,
+        typer.Option("--component", help="Of pipelines of diffusers: what to work on; by default all that they share."),
+    ] = None
 
 
 @dataclass(frozen=True)

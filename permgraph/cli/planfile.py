@@ -103,7 +103,7 @@ def read_plan(path: Path, screen: Screen) -> StudyPlan:
     module = build(model, device=None).eval()
     checkpoints = {name: open_checkpoint(file) for name, file in _networks(content["networks"], root, path).items()}
     inputs = _inputs(content.get("input"), path)
-    require_one_structure([each.folder for each in checkpoints.values()], model, spec, inputs, screen)
+    require_one_structure(list(checkpoints.values()), model, spec, inputs, screen)
     networks = {name: _state(checkpoint, spec, module, model, screen) for name, checkpoint in checkpoints.items()}
     folder = next((checkpoint.folder for checkpoint in checkpoints.values() if checkpoint.folder), None)
     measured = _opened(content.get("data"), root, folder, Split.test, f"{path}: data")

@@ -6,14 +6,14 @@ import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
-from permgraph.cli.models import build, own_model
+from permgraph.cli.folders import model_of
+from permgraph.cli.models import build
 from permgraph.cli.screen import Screen
 from permgraph.errors import MismatchError, PermgraphError
-from permgraph.io import Renamed
+from permgraph.io import Checkpoint, Renamed
 from permgraph.io.vocabulary import classes_in, tokens_in
 from permgraph.matching.rows import Kind, Rows, tables_of
 from permgraph.spec.spec import PermutationSpec
@@ -48,17 +48,18 @@ def matched_rows(
     Args:
         spec: of the first.
         weights: of each, by the spec's names.
-        asked: "meaning", by the tokens and classes that the folders tell, or "common", the first rows of all.
+        asked: "meaning", by the tokens and classes that the folders tell, "union", so that the result has those of all,
+            or "common", the first rows of all.
         model: what the first is of, as it is named on the command line.
         screen: is told what was matched and what is left.
 
     Raises MismatchError if the checkpoints differ in more, or nothing says which rows mean the same.
     """
-    folders = [each.checkpoint.folder for each in weights]
+    folders = [each.checkpoint.home for each in weights]
     names = [str(each.checkpoint.path) for each in weights]
     kinds: list[Kind] = []
     tables: list[str] = []
-    if asked == "meaning" and all(folders):
+    if asked != "common" and all(folders):
         known = [folder for folder in folders if folder is not None]
         for what, read in (("tokens", tokens_in), ("classes", classes_in)):
             found = tuple(map(read, known))
@@ -68,7 +69,8 @@ def matched_rows(
                     tables = _tables(model, spec)
     states = [each.without_values() for each in weights]
     try:
-        rows = Rows.of(spec, states, kinds, first_ones=asked == "common", tables=tables, names=names)
+        union = asked == "union"
+        rows = Rows.of(spec, states, kinds, first_ones=asked == "common", tables=tables, names=names, union=union)
     except MismatchError as error:
         said = str(error)
         start, found_it, _ = said.partition(": rows=")
@@ -97,18 +99,18 @@ def digest_of(rows: Rows | None) -> str:
     return found.hexdigest() if rows is not None else ""
 
 
-def tied_names(folder: Path | None, known: Mapping[str, str], spec: PermutationSpec) -> dict[str, str]:
+def tied_names(checkpoint: Checkpoint, known: Mapping[str, str], spec: PermutationSpec) -> dict[str, str]:
     """Names that a checkpoint leaves out because its own configuration ties them, with the key that holds each.
 
     Args:
-        folder: of the checkpoint.
+        checkpoint: whose names these are.
         known: the names that it has, with its keys.
         spec: whose names are wanted.
     """
     have = {spec.aliases.get(name, name) for name in known}
     missing = [name for name in spec.axes if name not in have]
     found = {}
-    for names in _sharing(folder) if missing else ():
+    for names in _sharing(checkpoint) if missing else ():
         held = next((name for name in names if name in known), None)
         found.update({name: known[held] for name in names if name in missing and held is not None})
     return found
@@ -123,8 +125,8 @@ def with_own_ties(spec: PermutationSpec, weights: Renamed) -> PermutationSpec:
     ]
     if spec.general is not None or not (doubled or apart):
         return spec
-    aliases = {other: first for first, *others in _sharing(weights.checkpoint.folder) for other in others}
-    if not aliases and not own_model(weights.checkpoint.folder):
+    aliases = {other: first for first, *others in _sharing(weights.checkpoint) for other in others}
+    if not aliases and not model_of(weights.checkpoint):
         return spec
     axes = {**spec.axes, **{alias: spec.axes[name] for alias, name in spec.aliases.items()}}
     aliases = {alias: name for alias, name in aliases.items() if alias in axes and name in axes}
@@ -132,9 +134,9 @@ def with_own_ties(spec: PermutationSpec, weights: Renamed) -> PermutationSpec:
     return dataclasses.replace(spec, axes=kept, aliases=aliases, shapes={})
 
 
-def _sharing(folder: Path | None) -> list[list[str]]:
-    """The names under which the model that a folder describes has one parameter, where these are several."""
-    own = own_model(folder)
+def _sharing(checkpoint: Checkpoint) -> list[list[str]]:
+    """The names under which the model that a checkpoint's folder describes has one parameter, if there are several."""
+    own = model_of(checkpoint)
     if not own:
         return []
     try:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from permgraph.cli.options import Data, Matching, Shown, Subject, Writing
+from permgraph.cli.options import CommonRowsBy, Data, Matching, Shown, Subject, Writing
 from permgraph.cli.screen import Screen
 from permgraph.errors import CheckpointError, MismatchError, SpecError
 
@@ -54,6 +54,7 @@ def transport(
         typer.Option(help="Of part of a network in FILE: the checkpoint before it was moved, where gains are read."),
     ] = None,
     strength: Annotated[float, typer.Option(help="Of three: how much of the fine-tuning is added.")] = 1.0,
+    rows: CommonRowsBy = "meaning",
     subject: Subject,
     matching: Matching,
     data: Data,
@@ -83,7 +84,7 @@ def transport(
                 raise MismatchError(f"--strength {strength}: give a finite number")
             from permgraph.cli.task_vector import task_vector
 
-            task_vector(paths, writing, strength, subject, matching, data, screen)
+            task_vector(paths, writing, strength, subject, matching, data, screen, rows)
         else:
             raise MismatchError(
                 f"{len(paths)} paths: give two, FIT FILE, or three, BASE_A TUNED_A BASE_B; see permgraph transport -h"
@@ -105,8 +106,8 @@ def _with_fit(
     if not file.exists():
         raise CheckpointError(f"{file}: no such file or folder")
     symmetry = _symmetry_of(fit)
-    adapter = file.is_dir() and (file / ADAPTER_CONFIG).is_file()
-    model = subject.model or ("" if subject.spec_file else _model_of(file))
+    adapter, components = file.is_dir() and (file / ADAPTER_CONFIG).is_file(), tuple(subject.components or ())
+    model = subject.model or ("" if subject.spec_file else _model_of(file, components))
     spec = spec_of_subject(model, subject, symmetry, f"{file} does not say what model it goes with", screen)
     element = _load(fit, spec)
     if file.resolve() == writing.output.resolve():
@@ -122,7 +123,7 @@ def _with_fit(
         if file.is_file() and file.suffix in TORCH_SUFFIXES:
             _torch_file(file, element, options, staging)
         else:
-            opened = open_checkpoint(_adapter_in(file) if adapter else file)
+            opened = open_checkpoint(_adapter_in(file) if adapter else file, components=components)
             if adapter:
                 config = json.loads((file / ADAPTER_CONFIG).read_text())
                 options["fan_in_fan_out"] = config.get("fan_in_fan_out")
@@ -223,13 +224,13 @@ def _load(fit: Path, spec: PermutationSpec) -> AnyElement:
         raise MismatchError(f"{error}: say the --model, the --spec or the --outputs that it was found for") from None
 
 
-def _model_of(file: Path) -> str:
+def _model_of(file: Path, components: tuple[str, ...] = ()) -> str:
     """The model that a folder says that it is of, or its base if it is of an adapter; empty if it does not."""
-    from permgraph.cli.models import own_model
+    from permgraph.cli.folders import own_model
 
     if not file.is_dir():
         return own_model(file.parent) if file.name.endswith((".safetensors", ".bin", ".index.json")) else ""
-    if (own := own_model(file)) or not (file / ADAPTER_CONFIG).is_file():
+    if (own := own_model(file, components)) or not (file / ADAPTER_CONFIG).is_file():
         return own
     named = json.loads((file / ADAPTER_CONFIG).read_text()).get("base_model_name_or_path") or ""
     return own_model(Path(named)) or own_model(file / named)

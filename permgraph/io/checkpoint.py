@@ -5,8 +5,8 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 
 from permgraph.errors import CheckpointError, MismatchError
 from permgraph.io.distributed_folder import METADATA, DistributedFolder
+from permgraph.io.parts import NO_WEIGHTS, PIPELINE, PartFile, chosen_components, components_of, sentence_modules
 from permgraph.io.safetensors_file import SafetensorsFile
 from permgraph.io.tensors import TensorFile, TensorFormat, Transform
 from permgraph.io.torch_file import TorchFile
@@ -27,6 +28,8 @@ IN_FOLDERS = (
     "pytorch_model.bin.index.json",
     "diffusion_pytorch_model.safetensors",
     "diffusion_pytorch_model.safetensors.index.json",
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.bin",
 )
 """The weights of a folder, the first that is there: the order in which transformers looks for them."""
 
@@ -44,6 +47,8 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         folder: the folder, if a folder was opened.
         index: its index file, if the tensors are shared out over several files.
         formats: name to dtype and shape; known without reading any tensor.
+        inside: the checkpoints that it is made of, where its folder has several; each by what stands before its names.
+        components: those of a diffusers pipeline that are among them, if it is one.
     """
 
     path: Path
@@ -52,6 +57,8 @@ class Checkpoint(Mapping[str, torch.Tensor]):
     index: Path | None
     formats: Mapping[str, TensorFormat]
     _holder: Mapping[str, TensorFile]
+    inside: Mapping[str, Checkpoint] = field(default_factory=dict, kw_only=True)
+    components: tuple[str, ...] = field(default=(), kw_only=True)
 
     def __getitem__(self, key: str) -> torch.Tensor:
         return self._holder[key].read(key)
@@ -69,6 +76,17 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         return f"Checkpoint({str(self.path)!r}, {len(self)} tensors, {self.nbytes} bytes, {len(self.files)} files)"
 
     @property
+    def home(self) -> Path | None:
+        """The folder whose configuration says what this is: its own, or that of a file that a folder is read by."""
+        if self.folder is not None or not self.path.is_file():
+            return self.folder
+        parent = self.path.parent
+        if self.path.name in IN_FOLDERS:
+            return parent
+        others = [p for p in parent.iterdir() if p.is_file() and p.suffix in (".safetensors", *TORCH_SUFFIXES)]
+        return parent if others == [self.path] else None
+
+    @property
     def nbytes(self) -> int:
         """How many bytes its tensors take."""
         return sum(form.nbytes for form in self.formats.values())
@@ -82,10 +100,14 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         return transform
 
 
-def open_checkpoint(path: str | os.PathLike[str], entry: str | None = None) -> Checkpoint:
+def open_checkpoint(
+    path: str | os.PathLike[str], entry: str | None = None, components: Sequence[str] = ()
+) -> Checkpoint:
     """Open a checkpoint: a safetensors or PyTorch file, an index of several, or a folder with any of these.
 
     A folder may also be one that ``torch.distributed.checkpoint`` wrote; its tensors are put together as they are read.
+    Of a folder of sentence-transformers all modules are read, and of a pipeline of diffusers all components that have
+    weights; the names of each part's tensors begin with the part's name and a dot.
 
     PyTorch files are read with ``weights_only=True`` only; a state dict that a training script has wrapped up
     (``"state_dict"``, ``"model"``, ...) is found. A folder's index may name only files in that folder.
@@ -94,6 +116,7 @@ def open_checkpoint(path: str | os.PathLike[str], entry: str | None = None) -> C
         path: of the file or folder.
         entry: under which key of a PyTorch file the state dict lies, with dots where it lies deeper; by default the
             usual ones are looked through.
+        components: of a pipeline of diffusers, those that are read; the names of a single one are its own.
 
     Raises:
         CheckpointError: there is no checkpoint, or it is damaged, incomplete or unsafe; the message names the file.
@@ -109,6 +132,18 @@ def open_checkpoint(path: str | os.PathLike[str], entry: str | None = None) -> C
         ((2, 2), [[1.0, 0.0], [0.0, 1.0]])
     """
     path = Path(path)
+    folder = path if path.is_dir() else None
+    if components and not (folder is not None and components_of(folder)):
+        raise CheckpointError(f"{path}: no pipeline of diffusers with a {PIPELINE}: only these have components")
+    if folder is not None and (inside := _parts_in(folder, components)):
+        if entry is not None:
+            raise CheckpointError(f"{path}: only a PyTorch file has entries such as {entry!r}: leave out the entry")
+        return _of_parts(folder, inside, tuple(inside) if components_of(folder) else ())
+    return _plain(path, entry)
+
+
+def _plain(path: Path, entry: str | None = None) -> Checkpoint:
+    """A checkpoint that is of one part."""
     folder = path if path.is_dir() else None
     weights = path if folder is None else _weights_in(folder)
     if weights.name.endswith(".index.json"):
@@ -137,6 +172,52 @@ def open_checkpoint(path: str | os.PathLike[str], entry: str | None = None) -> C
     return Checkpoint(path, files, folder, index, MappingProxyType(formats), MappingProxyType(holder))
 
 
+def _parts_in(folder: Path, asked: Sequence[str]) -> dict[str, Path]:
+    """The parts of a folder that have weights, by name; nothing if the folder is of one part."""
+    found = {module.name: module.folder for module in sentence_modules(folder)}
+    found = found or {name: folder / name for name in components_of(folder)}
+    weighted = {name: part for name, part in found.items() if _has_weights(part)}
+    if components_of(folder):
+        return {name: weighted[name] for name in chosen_components(folder, asked, tuple(weighted))}
+    return weighted
+
+
+def _has_weights(folder: Path) -> bool:
+    try:
+        return folder.is_dir() and bool(_weights_in(folder))
+    except CheckpointError as error:
+        if NO_WEIGHTS in str(error):
+            return False
+        raise
+
+
+def _of_parts(folder: Path, inside: Mapping[str, Path], components: tuple[str, ...]) -> Checkpoint:
+    """The checkpoint of a folder with several parts, whose names begin with the part's."""
+    prefixes = {name: "" if len(components) == 1 else f"{name}." for name in inside}
+    parts = {prefixes[name]: _plain(part) for name, part in inside.items()}
+    files: list[TensorFile] = []
+    formats: dict[str, TensorFormat] = {}
+    holder: dict[str, TensorFile] = {}
+    for prefix, part in parts.items():
+        for file in part.files:
+            if isinstance(file, DistributedFolder):
+                raise CheckpointError(f"{part.path}: a distributed checkpoint cannot be part of a folder: convert it")
+            own = PartFile(file, prefix)
+            files.append(own)
+            formats.update(own.formats)
+            holder.update(dict.fromkeys(own.formats, own))
+    return Checkpoint(
+        folder,
+        tuple(files),
+        folder,
+        None,
+        MappingProxyType(formats),
+        MappingProxyType(holder),
+        inside=MappingProxyType(parts),
+        components=components,
+    )
+
+
 def _weights_in(folder: Path) -> Path:
     for name in IN_FOLDERS:
         if (folder / name).is_file():
@@ -152,7 +233,7 @@ def _weights_in(folder: Path) -> Path:
     if found:
         names = ", ".join(p.name for p in found[:4])
         raise CheckpointError(f"{folder}: several weight files and no index ({names}): name one of them")
-    raise CheckpointError(f"{folder}: no weights in this folder: looked for {', '.join(IN_FOLDERS)}, *.safetensors")
+    raise CheckpointError(f"{folder}: {NO_WEIGHTS}: looked for {', '.join(IN_FOLDERS)}, *.safetensors")
 
 
 def _open_file(path: Path, entry: str | None = None) -> TensorFile:
@@ -177,6 +258,8 @@ def _may_hold_weights(path: Path) -> bool:
 
 def which_was_read(checkpoint: Checkpoint) -> str:
     """A sentence on which of a folder's weights were read, where others lie beside them; empty if none do."""
+    if checkpoint.inside:
+        return "; ".join(filter(None, map(which_was_read, checkpoint.inside.values())))
     if checkpoint.folder is None:
         return ""
     there = [name for name in IN_FOLDERS if (checkpoint.folder / name).is_file()]

@@ -52,11 +52,32 @@ class Conversions:
             log.info("%s: no conversions: %s", type(module).__name__, in_one_line(error))
             return None
 
+    @classmethod
+    def of_parts(cls, module: nn.Module) -> Conversions | None:
+        """Those of the parts of a model side by side, as far as they change names; None if no part has any."""
+        found = {f"{name}.": cls.of(part) for name, part in module.named_children()}
+        renamings = [_PartRenaming(prefix, own) for prefix, own in found.items() if own is not None]
+        return cls(module, renamings, []) if renamings else None
+
     def renamed(self, key: str) -> str:
         """A key by the name that it has today, before anything is joined."""
         for renaming in self.renamings:
             key = renaming.rename_source_key(key)[0]
         return key
+
+
+@dataclass(frozen=True)
+class _PartRenaming:
+    """What is renamed of one part of a model, whose names begin with a prefix."""
+
+    prefix: str
+    conversions: Conversions
+
+    def rename_source_key(self, key: str) -> tuple[str, None]:
+        """A key of the part by the name that it has today, any other as it is, as renamings of transformers give it."""
+        if not key.startswith(self.prefix):
+            return key, None
+        return self.prefix + self.conversions.renamed(key.removeprefix(self.prefix)), None
 
 
 #: There is no such table in this version of transformers, or it is another.

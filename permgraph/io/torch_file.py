@@ -76,8 +76,14 @@ class TorchFile:
         tensor: torch.Tensor = self._state[key]
         return tensor.detach()
 
-    def rewrite(self, file: IO[bytes], transform: Transform) -> None:
-        """Write the same content with other values in its tensors; names that share a tensor share the new one."""
+    def rewrite(self, file: IO[bytes], transform: Transform, added: Mapping[str, torch.Tensor] | None = None) -> None:
+        """Write the same content with other values in its tensors; names that share a tensor share the new one.
+
+        Args:
+            file: open for writing.
+            transform: gives the new values.
+            added: tensors that the state dict has besides.
+        """
         done: dict[Any, torch.Tensor] = {}
         state: dict[str, Any] = {}
         for name, value in self._state.items():
@@ -87,7 +93,7 @@ class TorchFile:
                     done[where] = transform(name, value.detach())
                 value = done[where]
             state[name] = value
-        content: Any = state
+        content: Any = {**state, **(added or {})}
         for key in reversed(self.wrapper):
             content = {key: content}
         if self.wrapper:

@@ -9,6 +9,7 @@ from permgraph.matching.cost import Estimate, calibrate, estimate
 from permgraph.matching.frank_wolfe import FrankWolfe
 from permgraph.matching.learned import LearnedMatching
 from permgraph.matching.matcher import Matcher, MatchResult, NeedsModels, SupportsMatch, Sweep
+from permgraph.matching.rows import UnionRows
 from permgraph.matching.sinkhorn import Sinkhorn
 from permgraph.matching.straight_through import StraightThrough
 from permgraph.matching.streamed import StreamedWeightMatching
@@ -44,6 +45,7 @@ __all__ = [
     "StreamedWeightMatching",
     "SupportsMatch",
     "Sweep",
+    "UnionRows",
     "WeightMatching",
     "Workers",
     "align",

@@ -14,7 +14,7 @@ from torch import nn
 from permgraph.conventions.waiting import waits
 from permgraph.errors import MismatchError
 from permgraph.matching.matcher import Matcher, MatchResult, Progress, SupportsMatch, runs_networks
-from permgraph.matching.rows import RowNames, Rows, kinds_of, labels_of, tables_of
+from permgraph.matching.rows import RowNames, Rows, UnionRows, kinds_of, labels_of, tables_of, takes_first_ones
 from permgraph.matching.weight_matching import WeightMatching
 from permgraph.spec.elements import AnyElement
 from permgraph.spec.spec import PermutationSpec
@@ -122,7 +122,8 @@ def align(
         rows: where B has other tokens or classes than A, which rows mean the same: their names in A and in B, such as
             ``(tokenizer_a.get_vocab(), tokenizer_b.get_vocab())``, or a list of such pairs; or "common", for the first
             rows of both. Those in common count in matching, and B keeps all of its own. Classes of modules of
-            transformers are matched by their labels without being told.
+            transformers are matched by their labels without being told. As a `UnionRows`, the state dict has the rows
+            of both: A's in their order, with A's values where B has none, and after them those that only B has.
         seed: for all random choices.
         progress: called with a `Sweep` after each sweep of the matcher.
 
@@ -152,7 +153,8 @@ def align(
     spec, notes = agreed_spec((model_a, model_b), ("A", "B"), spec, example_inputs, example_kwargs)
     spec.check(a)
     tables = tables_of(model_a) if isinstance(model_a, nn.Module) and rows is not None else ()
-    matched = Rows.of(spec, (a, b), kinds, first_ones=rows == "common", tables=tables)
+    union = isinstance(rows, UnionRows)
+    matched = Rows.of(spec, (a, b), kinds, first_ones=takes_first_ones(rows), tables=tables, union=union)
     (spec if matched is None else matched.specs[1]).check(b)
     if matcher is None:
         matcher = WeightMatching()
@@ -178,6 +180,8 @@ def align(
         result = _on_own_rows(result, matched.own(1, result.element))
         notes = (*matched.notes, *notes)
     aligned = result.element.apply(b)
+    if matched is not None and union:
+        aligned = matched.completed_state(1, aligned, a)
     moved: dict[int, torch.Tensor] = {}
     for name, tensor in aligned.items():
         if isinstance(tensor, torch.Tensor):
@@ -188,7 +192,7 @@ def align(
     return Alignment(
         **{**reported, "notes": (*result.notes, *notes)},
         state_dict=Weights(redistributed_state(aligned, given)),
-        _module=model_b if isinstance(model_b, nn.Module) else None,
+        _module=model_b if isinstance(model_b, nn.Module) and (matched is None or not union) else None,
     )
 
 

@@ -23,9 +23,35 @@ from permgraph.weights.state_dict import is_continuous
 
 Names: TypeAlias = Mapping[str, int] | Mapping[int, str] | Sequence[str]
 """What the rows of one network are called, as ``tokenizer.get_vocab()``, ``config.id2label`` or a list says it."""
-RowNames: TypeAlias = Literal["common"] | Sequence[Names] | Sequence[Sequence[Names]]
+
+
+@dataclass(frozen=True)
+class UnionRows:
+    """Rows of networks of which the result has all: those of the first, and after them what only others have.
+
+    Attributes:
+        names: what the rows of each network are called, as ``rows=`` of `align` and `merge` takes it. With ``"common"``
+            the first rows are the same, and further ones are those of the network that has most.
+
+    Example:
+        >>> spec = PermutationSpec.parse("head.bias  2  .\\ngroups: unit 1")
+        >>> a, b = {"head.bias": torch.tensor([1.0, 2.0])}, {"head.bias": torch.tensor([5.0, 4.0, 3.0])}
+        >>> from permgraph import merge
+        >>> rows = UnionRows([["cat", "dog"], ["owl", "dog", "cat"]])
+        >>> merge([a, b], spec=spec, rows=rows).state_dict["head.bias"].tolist()
+        [2.0, 3.0, 5.0]
+    """
+
+    names: Any
+
+
+RowNames: TypeAlias = Literal["common"] | Sequence[Names] | Sequence[Sequence[Names]] | UnionRows
 """For each network what its rows are called, or a list of that for rows of several kinds; or ``"common"``: the first
-rows of both are the same, as far as both have them."""
+rows of both are the same, as far as both have them. As a `UnionRows`, the result has the rows of all."""
+
+
+RESULT = "output of the model"
+"""Why what a model returns stays put, in the words of a spec's pins."""
 
 
 class Kind(NamedTuple):
@@ -43,7 +69,10 @@ class Kind(NamedTuple):
 
 
 class Table(NamedTuple):
-    """The rows of one parameter: in which dimension, and for each network where the first one's rows are, or -1."""
+    """The rows of one parameter: in which dimension, and for each network where the result's rows are, or -1.
+
+    The result has the rows of the first network, or after them those that only others have.
+    """
 
     dim: int
     partners: tuple[Tensor, ...]
@@ -63,12 +92,14 @@ class Rows:
         spec: the spec of the rows that all have.
         tables: the parameters of which rows are matched.
         notes: what was matched, and what is left.
+        union: whether the result has the rows of all networks, and not those of the first alone.
     """
 
     specs: tuple[PermutationSpec, ...]
     spec: PermutationSpec
     tables: Mapping[str, Table]
     notes: tuple[str, ...]
+    union: bool = False
 
     @classmethod
     def of(
@@ -80,6 +111,7 @@ class Rows:
         first_ones: bool = False,
         tables: Iterable[str] = (),
         names: Sequence[str] = ("A", "B"),
+        union: bool = False,
     ) -> Rows | None:
         """Find them; None if all networks have the same rows.
 
@@ -90,6 +122,7 @@ class Rows:
             first_ones: take the first rows of each as the same, where no kind fits.
             tables: parameters that have rows of the first kind, also where the networks have equally many.
             names: what to call the networks.
+            union: whether the result has the rows of all.
 
         Raises:
             MismatchError: parameters differ in something else than the number of rows on which nothing acts; or nothing
@@ -99,15 +132,19 @@ class Rows:
         tables = {spec.canonical(name) for name in tables}
         found: dict[str, Table] = {}
         told: dict[str, None] = {}
+        results = {pin.parameter for pin in spec.pins if not pin.dim and pin.reason == RESULT} if union else set()
         for name, axes in spec.axes.items():
             every = [each.get(name, spec.shapes[name]) for each in shapes]
             dim = _row_dimension(name, axes, every, names)
-            reordered = dim is None and name in tables and bool(kinds)
+            reordered = dim is None and (name in tables or name in results) and bool(kinds)
             if dim is None and not reordered:
                 continue
             dim = 0 if dim is None else dim
             sizes = [shape[dim] for shape in every]
-            kind = next((kind for kind in kinds if kind.fits(sizes)), None)
+            fitting = [kind for kind in kinds if kind.fits(sizes)]
+            if reordered and name not in tables:  # nothing else says that these are classes
+                fitting = [kind for kind in fitting if all(len(rows) == sizes[0] for rows in kind.rows)]
+            kind = next(iter(fitting), None)
             if kind is None and reordered:
                 continue
             if kind is None and not first_ones:
@@ -116,21 +153,37 @@ class Rows:
                     f'{names[_first_other(every)]}, and nothing says which rows mean the same: rows="common" takes the '
                     "first of both, and names of the rows may be given, such as tokenizer.get_vocab() of both"
                 )
-            partners = _partners(kind, sizes)
+            partners = _partners(kind, sizes, union)
             table = Table(dim, partners)
-            if reordered and all(torch.equal(each, partners[0]) for each in partners):
+            if reordered and all(torch.equal(each, torch.arange(sizes[0])) for each in partners):
                 continue
             if not len(table.common(0)):
                 raise MismatchError(f"{name!r}: no row of {names[0]} has the name of one of every other network")
             found[name] = table
-            told.update(dict.fromkeys(_notes(kind, table, sizes, names)))
+            told.update(dict.fromkeys(_notes(kind, table, sizes, names, union)))
         if not found:
             return None
         specs = tuple(resized(spec, each) for each in shapes)
         common = {name: list(spec.shapes[name]) for name in found}
         for name, table in found.items():
             common[name][table.dim] = len(table.common(0))
-        return cls(specs, resized(spec, {n: tuple(s) for n, s in common.items()}), found, tuple(told))
+        return cls(specs, resized(spec, {n: tuple(s) for n, s in common.items()}), found, tuple(told), union)
+
+    def shape(self, name: str, shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape in the result of a parameter that has this shape in any of the networks."""
+        table = self.tables.get(self.spec.aliases.get(name, name))
+        rows = {} if table is None else {table.dim: len(table.partners[0])}
+        return tuple(rows.get(dim, size) for dim, size in enumerate(shape))
+
+    def completed(self, number: int, name: str, tensor: Tensor, first: Tensor) -> Tensor:
+        """A parameter of a network in the layout of the result, with the first network's rows where it has none."""
+        table = self.tables.get(self.spec.aliases.get(name, name))
+        if table is None:
+            return tensor
+        at, at_first = (table.partners[n].to(tensor.device) for n in (number, 0))
+        own = tensor.detach().index_select(table.dim, at.clamp(min=0))
+        others = first.to(tensor).detach().index_select(table.dim, at_first.clamp(min=0))
+        return torch.where(_along(at >= 0, table.dim, tensor.ndim), own, others)
 
     def pick(self, number: int, name: str, tensor: Tensor) -> Tensor:
         """A parameter of a network with the rows in common alone; any other as it is."""
@@ -155,7 +208,7 @@ class Rows:
         return on_spec(element, self.specs[number])
 
     def filled(self, name: str, tensors: Sequence[Tensor], shares: Sequence[float]) -> list[Tensor]:
-        """A parameter of each network in the layout of the first: rows that one has not got are the others' mean.
+        """A parameter of each network in the layout of the result: rows that one has not got are the others' mean.
 
         So the mean of all, with these shares, is in each row the mean of those that have it.
         """
@@ -167,7 +220,7 @@ class Rows:
             at = partners.to(tensor.device)
             rows = tensor.detach().index_select(table.dim, at.clamp(min=0))
             spread.append(rows)
-            had.append((at >= 0).reshape([-1 if d == table.dim else 1 for d in range(tensor.ndim)]))
+            had.append(_along(at >= 0, table.dim, tensor.ndim))
         weights = [share * mask.double() for share, mask in zip(shares, had, strict=True)]
         whole = sum(weights[1:], weights[0])
         work = torch.promote_types(spread[0].dtype, torch.float32)
@@ -178,15 +231,28 @@ class Rows:
         mean = torch.where(whole > 0, mean, spread[0].to(work))  # where those that have it do not count
         return [torch.where(m, rows, mean.to(rows.dtype)) for rows, m in zip(spread, had, strict=True)]
 
+    def completed_state(self, number: int, state: Mapping[str, Any], first: Mapping[str, Any]) -> dict[str, Any]:
+        """A network in the layout of the result, as `completed` says; what is tied stays tied."""
+        done: dict[tuple[int, int], Tensor] = {}
+        out = dict(state)
+        for key, value in state.items():
+            if isinstance(value, Tensor) and self.spec.aliases.get(key, key) in self.tables:
+                same = id(value), id(first[key])
+                if same not in done:
+                    done[same] = self.completed(number, key, value, first[key])
+                out[key] = done[same]
+        return out
+
     def in_first(self, states: Sequence[Mapping[str, Any]], shares: Sequence[float]) -> list[dict[str, Any]]:
-        """Networks in the layout of the first, as `filled` says."""
+        """Networks in the layout of the result, as `filled` says."""
         out: list[dict[str, Any]] = [dict(state) for state in states]
-        done: dict[int, list[Tensor]] = {}
+        done: dict[tuple[int, ...], list[Tensor]] = {}
         for key, value in states[0].items():
             if isinstance(value, Tensor) and is_continuous(value) and self.spec.aliases.get(key, key) in self.tables:
-                if id(value) not in done:
-                    done[id(value)] = self.filled(key, [state[key] for state in states], shares)
-                for state, tensor in zip(out, done[id(value)], strict=True):
+                same = tuple(id(state[key]) for state in states)
+                if same not in done:
+                    done[same] = self.filled(key, [state[key] for state in states], shares)
+                for state, tensor in zip(out, done[same], strict=True):
                     state[key] = tensor
         return out
 
@@ -196,7 +262,9 @@ def kinds_of(rows: RowNames | None, count: int) -> tuple[Kind, ...]:
 
     Raises MismatchError if it does not say it for each.
     """
-    if rows is None or rows == "common":
+    if isinstance(rows, UnionRows):
+        rows = rows.names
+    if rows is None or (isinstance(rows, str) and rows == "common"):
         return ()
     if isinstance(rows, str) or not isinstance(rows, Sequence) or not rows:
         raise MismatchError(f'rows is "common", or the names of the rows of each network, not {str(rows)[:80]!r}')
@@ -205,6 +273,11 @@ def kinds_of(rows: RowNames | None, count: int) -> tuple[Kind, ...]:
         if len(each) != count:
             raise MismatchError(f"rows has the names of {len(each)} networks, and there are {count}")
     return tuple(Kind("names", tuple(map(rows_by_name, each))) for each in several)
+
+
+def takes_first_ones(rows: RowNames | None) -> bool:
+    """Whether the first rows of networks are to be taken as the same."""
+    return bool((rows.names if isinstance(rows, UnionRows) else rows) == "common")
 
 
 def _is_several(rows: Sequence[Any]) -> bool:
@@ -293,9 +366,42 @@ def _row_dimension(
     return dims[0]
 
 
-def _partners(kind: Kind | None, sizes: Sequence[int]) -> tuple[Tensor, ...]:
-    """For each network where the first one's rows are, or -1."""
-    own = torch.arange(sizes[0])
+def _along(mask: Tensor, dim: int, ndim: int) -> Tensor:
+    """A mask of rows in the shape in which it meets a tensor."""
+    return mask.reshape([-1 if d == dim else 1 for d in range(ndim)])
+
+
+def rows_in_union(rows: Sequence[Mapping[str, int]]) -> dict[str, int]:
+    """The row of each name in the result of a union: the first network's as they are, those of others after them.
+
+    They come next after the last row that has a name, as a tokenizer counts what is added to it, also where the first
+    network's tables have rows to spare.
+    """
+    found = dict(rows[0])
+    after = max(found.values(), default=-1) + 1
+    for each in rows[1:]:
+        for name in sorted(each, key=each.__getitem__):
+            if name not in found:
+                found[name] = after
+                after += 1
+    return found
+
+
+def _partners(kind: Kind | None, sizes: Sequence[int], union: bool) -> tuple[Tensor, ...]:
+    """For each network where the result's rows are, or -1."""
+    own = torch.arange(max(sizes) if union else sizes[0])
+    if union and kind is not None:
+        named = rows_in_union(kind.rows)
+        whole = max(sizes[0], max(named.values()) + 1)
+        partners = []
+        for number, rows in enumerate(kind.rows):
+            at = torch.full((whole,), -1)
+            if not number:
+                at[: sizes[0]] = torch.arange(sizes[0])  # its rows to spare too, but for those that get a name
+            for name, row in named.items():
+                at[row] = rows.get(name, -1)
+            partners.append(at)
+        return tuple(partners)
     if kind is None:
         return tuple(torch.where(own < size, own, -1) for size in sizes)
     found = [own]
@@ -307,7 +413,7 @@ def _partners(kind: Kind | None, sizes: Sequence[int]) -> tuple[Tensor, ...]:
     return tuple(found)
 
 
-def _notes(kind: Kind | None, table: Table, sizes: Sequence[int], names: Sequence[str]) -> Iterable[str]:
+def _notes(kind: Kind | None, table: Table, sizes: Sequence[int], names: Sequence[str], union: bool) -> Iterable[str]:
     common = len(table.common(0))
     how = "the first of both" if kind is None else f"by their {kind.what}"
     counts = [f"{size} in {name}" for size, name in zip(sizes[1:], names[1:], strict=True)]
@@ -316,3 +422,6 @@ def _notes(kind: Kind | None, table: Table, sizes: Sequence[int], names: Sequenc
         f"of {shown}, {common} are in common, {how}: these count in matching, and the others are moved along with "
         "their units"
     )
+    if union:
+        added = int((table.partners[0] < 0).sum())
+        yield f"the result has the {sizes[0]} rows of {names[0]} in their order, and {added} that only others have"

@@ -13,7 +13,7 @@ from torch import nn
 from permgraph.conventions.waiting import waits
 from permgraph.errors import MismatchError
 from permgraph.matching import Matcher
-from permgraph.matching.rows import RowNames, Rows, kinds_of, labels_of, tables_of
+from permgraph.matching.rows import RowNames, Rows, UnionRows, kinds_of, labels_of, tables_of, takes_first_ones
 from permgraph.merging.compared import Compared, require_all_finite, sum_over_pairs
 from permgraph.merging.methods import CycleConsistent
 from permgraph.merging.result import Merge, MergeMethod, Models, Progress
@@ -58,7 +58,7 @@ def merge(
         weights: how much each model counts in the mean, not in the choice of permutations; scaled to a sum of 1.
         rows: where models have other tokens or classes, which rows mean the same, as in `align`, a name list for each
             model. The result has the first model's rows: each is the mean of the models that have it, and those that
-            only others have are left out.
+            only others have are left out; as a `UnionRows`, they follow, in the order of the models.
         seed: for all random choices.
         progress: called with a `Round` after each pass over the models.
 
@@ -111,7 +111,8 @@ def merge(
         notes = (*notes, f"{who} knows permutations alone: what else the spec allows stays at rest")
         spec = spec.permutations()
     tables = tables_of(modules[0]) if modules and rows is not None else ()
-    matched = Rows.of(spec, states, kinds, first_ones=rows == "common", tables=tables, names=names)
+    union, first = isinstance(rows, UnionRows), takes_first_ones(rows)
+    matched = Rows.of(spec, states, kinds, first_ones=first, tables=tables, names=names, union=union)
     for number, state in enumerate(states):
         try:
             (spec if matched is None else matched.specs[number]).check(state)
@@ -124,7 +125,12 @@ def merge(
     if matched is not None:
         working, ran = tuple(matched.common(number, state) for number, state in enumerate(whole)), None
         spec = matched.spec
-        notes = (*matched.notes, "the result has the rows of model 0, each the mean of the models that have it", *notes)
+        whose = "all models" if union else "model 0"
+        notes = (
+            *matched.notes,
+            f"the result has the rows of {whose}, each the mean of the models that have it",
+            *notes,
+        )
     models_given = Models(working, spec, ran)
     result = method.find(models_given, seed, progress)
     elements: tuple[Permutation | Transformation, ...] = result.elements
@@ -160,7 +166,7 @@ def merge(
         seconds=time.perf_counter() - started,
         notes=(*result.notes, *notes),
         transformations=result.transformations,
-        _module=modules[0] if modules else None,
+        _module=modules[0] if modules and (matched is None or not union) else None,
     )
     log.info("%s", merged)
     return merged
