@@ -34,6 +34,9 @@ MEANS: dict[str, int] = {
 BY_SIZE = ("exp_avg_sq_r", "exp_avg_sq_c")
 """The same of big_vision's Adafactor, in timm: it is over one of the two longest dimensions, whose size is 1 then."""
 
+NESTED = "__bnb_optimizer_quant_state__"
+"""Under which key bitsandbytes lays all tensors of a parameter's state, in eight bits and in more."""
+
 _BLOCKS = re.compile(
     r"(absmax|qmap|new_max|max)\d"
 )  # bitsandbytes: factors of blocks of codes, and what the codes mean
@@ -66,7 +69,7 @@ def optimizer_state(
     for index, kept in state["state"].items():
         if index not in names:
             raise MismatchError(f"the optimizer has a state for parameter {index!r}, which none of its groups has")
-        _refuse_blocks(names[index], kept)
+        _refuse_blocks(names[index], {**kept, **kept.get(NESTED, {})})
         moved[index] = {key: _moved(mover, names[index], key, value) for key, value in kept.items()}
     return {**state, "state": moved, "param_groups": [dict(group) for group in state["param_groups"]]}
 
@@ -81,8 +84,8 @@ def _refuse_blocks(name: str, kept: Mapping[str, Any]) -> None:
             made = f" ({', '.join(parts)})" if parts else ""
             raise MismatchError(
                 f"the optimizer's states of {name!r} are quantised in blocks, as {key!r}{made} shows: the elements of "
-                "a block share a factor, and moving them apart would round them anew. Continue with a state in floating "
-                "point, or begin the optimizer anew"
+                "a block share a factor, and moving them apart would round them anew. Continue with a state in "
+                "floating point, or begin the optimizer anew"
             )
 
 
@@ -96,6 +99,8 @@ def _holds_numbers(value: Any) -> bool:
 
 
 def _moved(mover: Mover, name: str, key: str, value: Any) -> Any:
+    if key == NESTED:
+        return {inner: _moved(mover, name, inner, tensor) for inner, tensor in value.items()}
     if _FACTORS.fullmatch(str(key)) or (not isinstance(value, Tensor) and _holds_numbers(value)):
         raise MismatchError(
             f"the optimizer's {key!r} of {name!r} is no tensor with an element for each of the parameter's, and what "

@@ -160,6 +160,16 @@ def test_signs_leave_means_of_squares_and_scales_do_not() -> None:
         torch.testing.assert_close(moved, turn.permutation.apply_to("0.bias", given[:, 0])[:, None])
 
 
+def test_states_of_bitsandbytes_in_full_precision_move() -> None:
+    turn = pg.PermutationSpec.parse(SQUARE).random(0, every_group=True)
+    kept = {"state1": torch.rand(4, 4), "state2": torch.rand(4, 4)}
+    state = {"state": {0: {"step": 3, "__bnb_optimizer_quant_state__": kept}}, "param_groups": [{"params": [0]}]}
+    moved = pg.transport(turn, state, parameters=["a.weight"])["state"][0]
+    assert moved["step"] == 3
+    for key, tensor in kept.items():
+        assert torch.equal(moved["__bnb_optimizer_quant_state__"][key], turn.apply_to("a.weight", tensor))
+
+
 SQUARE = "a.weight 4x4 h s\nb.weight 2x4 . h\nc.weight 4x2 s .\ngroups: h 4 · s 4"
 
 
@@ -178,6 +188,10 @@ class Coded(torch.Tensor):
             "quantised in blocks, as 'qmap1'",
         ),
         ({"exp_avg": torch.zeros(4, 4).as_subclass(Coded)}, r"quantised in blocks, as 'exp_avg' \(codes, scale\)"),
+        (
+            {"step": 1, "__bnb_optimizer_quant_state__": {"state1": torch.zeros(4, 4), "absmax1": torch.rand(1)}},
+            "quantised in blocks, as 'absmax1'",
+        ),
         ({"precond_0": torch.eye(4)}, "'precond_0' of 'a.weight' is no tensor with an element for each"),
         ({"exp_avg": torch.ones(4, 4), "GG": [torch.eye(4), torch.eye(4)]}, "'GG' of 'a.weight' is no tensor"),
         ({"row_var": torch.rand(3, 1)}, r"'row_var' of 'a.weight' has shape \(3, 1\), but means over dimension 1"),
