@@ -47,7 +47,8 @@ def align(
     """
     from permgraph.cli.checkpoints import in_parts, moved_by, require_finite
     from permgraph.cli.distributed import distributed_run
-    from permgraph.cli.matching_run import MatchingRun, in_words, match_of
+    from permgraph.cli.matching_run import MatchingRun
+    from permgraph.cli.outcome import in_words, match_of
     from permgraph.io import Staging, write_checkpoint
     from permgraph.pictures import report as write_page
 

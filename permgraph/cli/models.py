@@ -19,9 +19,18 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from permgraph.cli.options import FORMS
+from permgraph.cli.options import FORMS, Subject
 from permgraph.cli.screen import Screen
-from permgraph.errors import CaptureError, MissingExtraError, NoInputsError, PermgraphError, SpecError, in_one_line
+from permgraph.errors import (
+    CaptureError,
+    CheckpointError,
+    MismatchError,
+    MissingExtraError,
+    NoInputsError,
+    PermgraphError,
+    SpecError,
+    in_one_line,
+)
 from permgraph.inference.auto_spec import auto_spec
 from permgraph.spec.spec import PermutationSpec
 
@@ -112,6 +121,22 @@ def spec_of(
             f"{found_none} Give the shape of one: --input 1,3,224,224, int:2,16 for whole numbers, or name=2,16; "
             "--debug lists what was tried"
         ) from error
+
+
+def spec_of_subject(
+    model: str, subject: Subject, symmetry: Literal["permutation", "general"], missing: str, screen: Screen
+) -> PermutationSpec:
+    """The spec that a command is told of, or infers; `missing` is what to say where no model is known."""
+    if subject.spec_file is not None:
+        if not subject.spec_file.is_file():
+            raise CheckpointError(f"{subject.spec_file}: no such file")
+        if not subject.model:
+            return spec_of(str(subject.spec_file), symmetry=symmetry, outputs=subject.outputs)
+        raise MismatchError("--model and --spec both say what the checkpoints are weights of: give one")
+    if not model:
+        raise MismatchError(f"{missing}: say --model {FORMS}; or --spec FILE")
+    with screen.stage("finding symmetries"):
+        return spec_of(model, subject.inputs, symmetry, subject.outputs)
 
 
 def parse_outputs(text: str | None) -> str | list[str] | None:

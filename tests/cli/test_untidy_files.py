@@ -52,12 +52,11 @@ def require_refusal(result: Any, said: str, before: dict[Path, bytes]) -> None:
 
 
 def read(path: Path) -> Any:
-    """What a result holds, by no code of permgraph's."""
+    """What a file of ours or a result holds, by no code of permgraph's; of a folder the safetensors, if it has any."""
     if path.is_dir():
-        return {
-            k: v for p in sorted(path.iterdir()) if p.suffix in (".safetensors", ".bin") for k, v in read(p).items()
-        }
-    return load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+        parts = sorted(path.glob("model*.safetensors")) or sorted(path.glob("*.bin"))
+        return {key: tensor for part in parts for key, tensor in read(part).items()}
+    return load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=False)
 
 
 def by_name(path: Path, case: Case, names: State) -> State:
