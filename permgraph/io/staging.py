@@ -8,6 +8,7 @@ if none came to take its place.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -76,7 +77,8 @@ class Staging:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if isinstance(error, (MismatchError, NonFiniteError)):  # the inputs are at fault: nothing is left to go on from
-            self._discard()
+            with contextlib.suppress(OSError, CheckpointError):  # what is at fault is said by the error that there is
+                self._discard()
         self._release()
 
     def _begin(self) -> None:

@@ -64,7 +64,11 @@ class Folders:
 
 
 def old_buffers(state: State) -> State:
-    return {**state, "transformer.h.0.attn.bias": torch.ones(1, 1, 12, 12), "transformer.h.0.attn.masked_bias": torch.tensor(-1e4)}
+    return {
+        **state,
+        "transformer.h.0.attn.bias": torch.ones(1, 1, 12, 12),
+        "transformer.h.0.attn.masked_bias": torch.tensor(-1e4),
+    }
 
 
 def as_bin(folder: Path) -> None:
@@ -93,7 +97,9 @@ def pair(root: Path, case: Folders) -> tuple[State, State]:
     a, b = gpt2(case.kind, **case.a), gpt2(case.kind, **case.b)
     known = a.state_dict()
     draw = near(known)
-    state = {n: draw[n] if draw.get(n) is not None and draw[n].shape == t.shape else t for n, t in b.state_dict().items()}
+    state = {
+        n: draw[n] if draw.get(n) is not None and draw[n].shape == t.shape else t for n, t in b.state_dict().items()
+    }
     for name, tensor in state.items():  # rows that both have mean the same
         if name in known and known[name].shape != tensor.shape:
             rows = min(len(tensor), len(known[name]))
@@ -130,8 +136,12 @@ def test_folders(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         expected = state if command == "align" else {n: (t + state[n][: len(t)]) / 2 for n, t in known.items()}
         for key, tensor in expected.items():  # no bit of B's changes; in the mean, rows that only one has are its own
             rows = len(tensor) if command == "align" else min(len(tensor), len(state[key]))
-            torch.testing.assert_close(written[key][:rows], tensor[:rows], rtol=1e-6, atol=0 if command == "align" else 1e-6)
+            torch.testing.assert_close(
+                written[key][:rows], tensor[:rows], rtol=1e-6, atol=0 if command == "align" else 1e-6
+            )
         if command == "align":
             tokens = torch.randint(20, (2, 7))
-            logits = [getattr(transformers, case.kind).from_pretrained(f).eval()(tokens).logits for f in ("b", "aligned")]
+            logits = [
+                getattr(transformers, case.kind).from_pretrained(f).eval()(tokens).logits for f in ("b", "aligned")
+            ]
             torch.testing.assert_close(logits[1], logits[0], rtol=1e-5, atol=1e-6)
