@@ -173,6 +173,7 @@ def require_one_structure(
         screen: is told of configurations that cannot be read, and of models that compute something else.
 
     Raises:
+        CheckpointError: a configuration is no JSON.
         MismatchError: a configuration is of a model with other symmetries.
     """
     from permgraph.matching.agreement import Structure, outputs_of
@@ -182,7 +183,7 @@ def require_one_structure(
     seen = {model: ""}
     asked: Any = {"symmetry": spec.symmetry, "outputs": outputs_of(spec)}
     for own in dict.fromkeys(filter(None, map(own_model, folders))):
-        content = Path(own.removeprefix("hf:"), "config.json").read_text()
+        content = _configuration(Path(own.removeprefix("hf:"), "config.json"))
         if own in seen or content in seen.values():
             continue
         seen[own] = content
@@ -198,6 +199,19 @@ def require_one_structure(
             continue
         for note in first.compare(own, module, given=True):
             screen.note(note)
+
+
+def _configuration(path: Path) -> str:
+    """The text of a configuration, if it is JSON; what only some version of a library can read passes."""
+    try:
+        text = path.read_bytes().decode()
+        json.loads(text)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path}: not valid JSON, so nothing says what the weights beside it are of: {in_one_line(error, 90)}: "
+            "mend it, or name the file of weights in place of the folder"
+        ) from None
+    return text
 
 
 def parse_inputs(texts: list[str]) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:
