@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
+
+SPINNING = {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "0"}
+"""How long a thread of OpenMP waits busily for others: some 50 microseconds, and none, in place of many thousands."""
 
 
 def main() -> None:
@@ -12,6 +16,9 @@ def main() -> None:
     if missing:
         print(f"error: the command line needs {' and '.join(missing)}: pip install 'permgraph[cli]'", file=sys.stderr)
         raise SystemExit(2)
+    if "OMP_WAIT_POLICY" not in os.environ:
+        for name, value in SPINNING.items():  # read once, when torch is loaded
+            os.environ.setdefault(name, value)
     from permgraph.cli.app import app
 
     app()

@@ -48,7 +48,8 @@ def align(
     from permgraph.cli.changed import changes_of
     from permgraph.cli.checkpoints import in_parts, moved_by, require_finite, tensor_of
     from permgraph.cli.distributed import distributed_run
-    from permgraph.cli.matching_run import MatchingRun, in_words, match_of
+    from permgraph.cli.matching_run import MatchingRun
+    from permgraph.cli.outcome import in_words, match_of
     from permgraph.io import Staging, write_checkpoint
     from permgraph.pictures import report as write_page
 

@@ -159,6 +159,17 @@ def conversions_of(model: str) -> Conversions | None:
         return None
 
 
+def require_alike(a: Renamed, b: Renamed) -> None:
+    """Raise MismatchError for a real tensor beside a complex one: no renumbering brings them together."""
+    for name, key in a.keys_of.items():
+        other = b.keys_of.get(name)
+        if other is None:
+            continue
+        one, two = a.checkpoint.formats[key].dtype, b.checkpoint.formats[other].dtype
+        if one.is_complex != two.is_complex:
+            raise MismatchError(f"{key!r} is {one} in {a.checkpoint.path} but {two} in {b.checkpoint.path}")
+
+
 def require_finite(name: str, tensor: torch.Tensor, path: Path) -> None:
     """Raise NonFiniteError if a tensor holds NaN or infinity."""
     if not (tensor.is_floating_point() or tensor.is_complex()):
@@ -214,9 +225,18 @@ def whole_state(weights: Renamed, spec: PermutationSpec, module: nn.Module) -> d
 
 def identity_of(checkpoint: Checkpoint) -> list[list[Any]]:
     """What tells whether a checkpoint is still the same, without reading it: files, sizes, times, the entry read."""
+    return [[*_identity(file.path), *getattr(file, "wrapper", ())] for file in checkpoint.files]
+
+
+def identity_of_files(*paths: Path | None) -> list[list[Any]]:
+    """The same of files of any kind, and of all that lie in folders."""
     found = []
-    for file in checkpoint.files:
-        path = file.path.resolve()
-        status = path.stat()
-        found.append([str(path), status.st_size, status.st_mtime_ns, *getattr(file, "wrapper", ())])
-    return found
+    for path in filter(None, paths):
+        found += sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    return [_identity(path) for path in found]
+
+
+def _identity(path: Path) -> list[Any]:
+    path = path.resolve()
+    status = path.stat()
+    return [str(path), status.st_size, status.st_mtime_ns]

@@ -49,6 +49,7 @@ def left_out(
     extra = [key for key, name in names.items() if name not in known]
     asked = [key for key in extra if any(fnmatch.fnmatchcase(text, p) for p in leave for text in (key, names[key]))]
     rest = [key for key in extra if key in floating and key not in set(asked)]
+    _refuse_scales(checkpoint, names, extra, known)
     single = [key for key in rest if math.prod(checkpoint.formats[key].shape) == 1]  # nothing in there can move
     unread = [*single, *_unread(model, [key for key in rest if key not in single])] if rest else []
     refused = [key for key in rest if key not in set(unread)]
@@ -71,6 +72,23 @@ def left_out(
                 f"a prefix, as averages of them do, and no longer go with them: {_listed(copies)}"
             )
     return frozenset((*asked, *unread))
+
+
+def _refuse_scales(
+    checkpoint: Checkpoint, names: Mapping[str, str], extra: Sequence[str], known: Iterable[str]
+) -> None:
+    """Raise MismatchError where weights in eight bits have factors beside them: their values are not the weights."""
+    codes = {name: key for key, name in names.items() if checkpoint.formats[key].dtype.itemsize == 1}
+    small = {name: key for name, key in codes.items() if name in set(known)}
+    for key in extra if small else ():
+        module = names[key].rpartition(".")[0]
+        if "scale" in names[key].rpartition(".")[2].lower():
+            weight = next((k for name, k in small.items() if name.rpartition(".")[0] == module), None)
+            if weight is not None:
+                raise MismatchError(
+                    f"{weight!r} is {checkpoint.formats[weight].dtype}, and {key!r} scales it: values are compared and "
+                    "averaged as they stand, so dequantise first"
+                )
 
 
 def require_matched(patterns: Sequence[str], checkpoints: Iterable[Checkpoint]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from permgraph.cli.sentences import sentence_pipeline
-from permgraph.errors import CaptureError, CheckpointError, MissingExtraError
+from permgraph.errors import CaptureError, CheckpointError, MissingExtraError, in_one_line
 from permgraph.io import Checkpoint, open_checkpoint
 from permgraph.io.parts import MODULES, PIPELINE, is_pipeline, sentence_modules
 
@@ -70,12 +70,28 @@ def named_inside(checkpoint: Checkpoint) -> str:
 
 
 def configuration_of(model: str) -> str:
-    """What the files say by which a model that `own_model` names is described."""
+    """What the files say by which a model that `own_model` names is described.
+
+    Raises CheckpointError if one is no JSON.
+    """
     folder, components = _split(model.removeprefix("hf:"))
     inside = [folder, *(module.folder for module in sentence_modules(folder)), *(folder / name for name in components)]
     files = [part / name for part in dict.fromkeys(inside) for name in SAYS]
     files = [path for path in files if path.is_file() and not (components and path.name == PIPELINE)]
-    return "\n".join(f"{path.relative_to(folder)}: {path.read_text(encoding='utf-8')}" for path in files)
+    return "\n".join(f"{path.relative_to(folder)}: {_text_of(path)}" for path in files)
+
+
+def _text_of(path: Path) -> str:
+    """The text of a configuration, if it is JSON; what only some version of a library can read passes."""
+    try:
+        text = path.read_bytes().decode()
+        json.loads(text)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path}: not valid JSON, so nothing says what the weights beside it are of: {in_one_line(error, 90)}: "
+            "mend it, or name the file of weights in place of the folder"
+        ) from None
+    return text
 
 
 def is_of_pipeline(model: str) -> bool:

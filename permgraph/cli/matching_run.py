@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,6 +20,7 @@ from permgraph.cli.checkpoints import (
     identity_of,
     note_what_is_left_behind,
     open_all,
+    require_alike,
     require_finite,
     whole_state,
 )
@@ -29,11 +30,10 @@ from permgraph.cli.extra_keys import require_matched
 from permgraph.cli.folders import model_of, named_inside
 from permgraph.cli.kept import keep_json, load_element, resumed, save
 from permgraph.cli.matchers import describe, machine_memory, matcher_of
-from permgraph.cli.models import build, parse_inputs, require_one_structure, spec_of, with_kind
+from permgraph.cli.models import build, parse_inputs, require_one_structure, spec_of_subject, with_kind
 from permgraph.cli.options import FORMS, Data, Init, Matching, Split, Subject
 from permgraph.cli.rows import CommonRows, digest_of, matched_rows, with_own_ties
 from permgraph.cli.screen import Screen
-from permgraph.conventions.displayed import plural
 from permgraph.errors import CaptureError, CheckpointError, EvaluationError, MismatchError, NonFiniteError, in_one_line
 from permgraph.io import Checkpoint, Renamed, Staging
 from permgraph.io.write import check_target
@@ -44,7 +44,6 @@ from permgraph.matching.streamed import StreamedWeightMatching
 from permgraph.merging.compared import Compared
 from permgraph.spec.elements import AnyElement
 from permgraph.spec.spec import PermutationSpec
-from permgraph.spec.transformation import Transformation
 from permgraph.verification import verify
 
 #: Bytes for each weight while a network is checked: as it is, in float64, and what a permutation makes of it.
@@ -168,7 +167,7 @@ class MatchingRun:
             weights = tuple(CommonRows(each.checkpoint, each.keys_of, n, found) for n, each in enumerate(weights))
             spec = found.spec
         for other in weights[1:]:
-            _require_alike(weights[0], other)
+            require_alike(weights[0], other)
         barycentre = asked.init is Init.barycentre
         inputs = tuple(subject.inputs or ())
         return cls(
@@ -358,58 +357,3 @@ class MatchingRun:
                 for sweep in result.history
             ],
         }
-
-
-def _require_alike(a: Renamed, b: Renamed) -> None:
-    """Refuse a real tensor beside a complex one: no renumbering brings them together."""
-    for name, key in a.keys_of.items():
-        other = b.keys_of.get(name)
-        if other is None:
-            continue
-        one, two = a.checkpoint.formats[key].dtype, b.checkpoint.formats[other].dtype
-        if one.is_complex != two.is_complex:
-            raise MismatchError(f"{key!r} is {one} in {a.checkpoint.path} but {two} in {b.checkpoint.path}")
-
-
-def spec_of_subject(
-    model: str, subject: Subject, symmetry: Literal["permutation", "general"], missing: str, screen: Screen
-) -> PermutationSpec:
-    """The spec that a command is told of, or infers; `missing` is what to say where no model is known."""
-    if subject.spec_file is not None:
-        if not subject.spec_file.is_file():
-            raise CheckpointError(f"{subject.spec_file}: no such file")
-        if not subject.model:
-            return spec_of(str(subject.spec_file), symmetry=symmetry, outputs=subject.outputs)
-        raise MismatchError("--model and --spec both say what the checkpoints are weights of: give one")
-    if not model:
-        raise MismatchError(f"{missing}: say --model {FORMS}; or --spec FILE")
-    with screen.stage("finding symmetries"):
-        return spec_of(model, subject.inputs, symmetry, subject.outputs)
-
-
-def in_words(report: Mapping[str, Any]) -> str:
-    """A report of matching, in words."""
-    return (
-        f"{report['outcome']} after {plural(report['sweeps'], 'sweep')}: objective {report['objective_before']:.6g} -> "
-        f"{report['objective']:.6g}; {report['moved']} of {report['of']} indices moved in "
-        f"{plural(report['groups'], 'group')}"
-    )
-
-
-def match_of(kept: Mapping[str, Any], element: AnyElement) -> MatchResult:
-    """The outcome of matching, from what `MatchingRun.report` made of it; of each sweep only totals are known."""
-    history = tuple(
-        Sweep(sweep["sweep"], sweep["objective"], {"all groups": sweep["moved"]}, {}, sweep["seconds"])
-        for sweep in kept.get("history", ())
-    )
-    transformation = element if isinstance(element, Transformation) else None
-    return MatchResult(
-        element.permutation if isinstance(element, Transformation) else element,
-        kept["objective"],
-        kept["objective_before"],
-        kept["outcome"],
-        history,
-        seed=kept["seed"],
-        seconds=kept.get("seconds", 0.0),
-        transformation=transformation,
-    )

@@ -65,8 +65,9 @@ def merge(
     """
     from permgraph.cli.changed import changes_of, untied_for
     from permgraph.cli.match_all import match_all
-    from permgraph.cli.matching_run import MatchingRun, in_words
+    from permgraph.cli.matching_run import MatchingRun
     from permgraph.cli.mean import RenumberedMean, ratios_for, ratios_from, require_same_names, shares_from
+    from permgraph.cli.outcome import in_words
     from permgraph.conventions.displayed import plural
     from permgraph.io import Staging, write_checkpoint
 

@@ -44,7 +44,8 @@ def mergekit(
 
         permgraph mergekit recipe.yaml ./merged
     """
-    from permgraph.cli.matching_run import MatchingRun, in_words
+    from permgraph.cli.matching_run import MatchingRun
+    from permgraph.cli.outcome import in_words
     from permgraph.cli.recipe import Recipe
     from permgraph.errors import CheckpointError, PermgraphError
     from permgraph.io import Staging

@@ -19,9 +19,17 @@ import torch
 from torch import nn
 
 from permgraph.cli.folders import configuration_of, from_folder, is_folder, is_of_pipeline, model_of, package
-from permgraph.cli.options import FORMS
+from permgraph.cli.options import FORMS, Subject
 from permgraph.cli.screen import Screen
-from permgraph.errors import CaptureError, NoInputsError, PermgraphError, SpecError, in_one_line
+from permgraph.errors import (
+    CaptureError,
+    CheckpointError,
+    MismatchError,
+    NoInputsError,
+    PermgraphError,
+    SpecError,
+    in_one_line,
+)
 from permgraph.inference.auto_spec import auto_spec
 from permgraph.io import Checkpoint
 from permgraph.spec.spec import PermutationSpec
@@ -119,6 +127,22 @@ def spec_of(
         ) from error
 
 
+def spec_of_subject(
+    model: str, subject: Subject, symmetry: Literal["permutation", "general"], missing: str, screen: Screen
+) -> PermutationSpec:
+    """The spec that a command is told of, or infers; `missing` is what to say where no model is known."""
+    if subject.spec_file is not None:
+        if not subject.spec_file.is_file():
+            raise CheckpointError(f"{subject.spec_file}: no such file")
+        if not subject.model:
+            return spec_of(str(subject.spec_file), symmetry=symmetry, outputs=subject.outputs)
+        raise MismatchError("--model and --spec both say what the checkpoints are weights of: give one")
+    if not model:
+        raise MismatchError(f"{missing}: say --model {FORMS}; or --spec FILE")
+    with screen.stage("finding symmetries"):
+        return spec_of(model, subject.inputs, symmetry, subject.outputs)
+
+
 def parse_outputs(text: str | None) -> str | list[str] | None:
     """What ``--outputs`` says: one word or name, or several names.
 
@@ -148,6 +172,7 @@ def require_one_structure(
         screen: is told of configurations that cannot be read, and of models that compute something else.
 
     Raises:
+        CheckpointError: a configuration is no JSON.
         MismatchError: a configuration is of a model with other symmetries.
     """
     from permgraph.matching.agreement import Structure, outputs_of

@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 
 from permgraph.cli.checkpoints import in_parts, moved_by, require_finite, tensor_of
-from permgraph.cli.matching_run import MatchingRun, in_words
+from permgraph.cli.matching_run import MatchingRun
 from permgraph.cli.mean import require_same_names
 from permgraph.cli.options import Data, Matching, Subject, Writing
+from permgraph.cli.outcome import in_words
 from permgraph.cli.screen import Screen
 from permgraph.io import Staging, write_checkpoint
 

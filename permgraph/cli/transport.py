@@ -99,7 +99,8 @@ def _with_fit(
     screen: Screen,
 ) -> None:  # fmt: skip
     import permgraph
-    from permgraph.cli.matching_run import spec_of_subject
+    from permgraph.cli.checkpoints import identity_of_files
+    from permgraph.cli.models import spec_of_subject
     from permgraph.io import Staging, open_checkpoint, write_checkpoint
     from permgraph.io.checkpoint import TORCH_SUFFIXES
 
@@ -116,7 +117,7 @@ def _with_fit(
     job = {
         "command": "transport",
         "permgraph": permgraph.__version__,
-        "inputs": _identities(fit, file, base, parameters),
+        "inputs": identity_of_files(fit, file, base, parameters),
     }
     job |= {"spec": spec.fingerprint, "kind": kind}
     with Staging(writing.output, job, overwrite=writing.overwrite) as staging:
@@ -263,12 +264,3 @@ def _adapter_in(folder: Path) -> Path:
 def _in_folder(opened: Checkpoint, folder: Path) -> Checkpoint:
     """A checkpoint of one file, to be written with what else lies in its folder."""
     return dataclasses.replace(opened, path=folder, folder=folder)
-
-
-def _identities(*paths: Path | None) -> list[Any]:
-    """What tells whether files are still the same, without reading them."""
-    found = []
-    for path in filter(None, paths):
-        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-        found += [[str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns] for p in files]
-    return found

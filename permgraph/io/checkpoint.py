@@ -15,6 +15,7 @@ import torch
 
 from permgraph.errors import CheckpointError, MismatchError
 from permgraph.io.distributed_folder import METADATA, DistributedFolder
+from permgraph.io.foreign import require_checkpoint
 from permgraph.io.parts import NO_WEIGHTS, PIPELINE, PartFile, chosen_components, components_of, sentence_modules
 from permgraph.io.safetensors_file import SafetensorsFile
 from permgraph.io.tensors import TensorFile, TensorFormat, Transform
@@ -243,6 +244,8 @@ def _open_file(path: Path, entry: str | None = None) -> TensorFile:
         raise CheckpointError(f"{path}: no such file or folder" + (f"; did you mean {near[0]!r}?" if near else ""))
     if not path.is_file():
         raise CheckpointError(f"{path}: neither a file nor a folder")
+    if path.suffix in (".safetensors", *TORCH_SUFFIXES):
+        require_checkpoint(path)
     if path.suffix == ".safetensors":
         return SafetensorsFile.open(path)
     if path.suffix in TORCH_SUFFIXES:
@@ -363,16 +366,24 @@ def match_names(keys: Collection[str], wanted: Collection[str]) -> tuple[dict[st
 
 
 def _stripped(key: str, prefix: str) -> str:
-    return key.replace(prefix, "") if prefix == COMPILED else key.removeprefix(prefix)
+    if prefix not in WITHIN:
+        return key.removeprefix(prefix)
+    for word in WITHIN[WITHIN.index(prefix) :]:
+        key = key.replace(word, "")
+    return key
 
 
-COMPILED = "_orig_mod."
+WITHIN = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+"""What `torch.compile`, FSDP and activation checkpointing put before any part of a name; where one is stripped, those
+after it are too."""
 
 
 def _prefixes(keys: Collection[str], names: set[str]) -> Iterator[tuple[str, bool]]:
     """Every prefix worth a try, and whether to strip it from the keys (else to add it)."""
-    if any(COMPILED in key for key in keys):
-        yield COMPILED, True
+    for word in WITHIN:
+        if any(word in key for key in keys):
+            yield word, True
+            break
     endings: dict[str, list[str]] = {}
     for name in names:
         endings.setdefault(name.rpartition(".")[2], []).append(name)

@@ -8,6 +8,7 @@ if none came to take its place.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -17,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from permgraph.errors import CheckpointError
+from permgraph.errors import CheckpointError, MismatchError, NonFiniteError
 from permgraph.io.distributed_folder import METADATA
 from permgraph.io.files import write_atomically
 
@@ -75,6 +76,9 @@ class Staging:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if isinstance(error, (MismatchError, NonFiniteError)):  # the inputs are at fault: nothing is left to go on from
+            with contextlib.suppress(OSError, CheckpointError):  # what is at fault is said by the error that there is
+                self._discard()
         self._release()
 
     def _begin(self) -> None:
@@ -171,6 +175,10 @@ class Staging:
             _sync_folder(self.target.parent)
             if only is not None:
                 shutil.rmtree(result)
+        self._discard()
+
+    def _discard(self) -> None:
+        """Remove the staging folder and all that is in it, its journal after the rest."""
         self._clear(everything=True)
         (self.folder / JOURNAL).unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)

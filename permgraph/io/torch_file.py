@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import functools
 import os
 import re
 import warnings
@@ -12,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import torch
 
 from permgraph.errors import CheckpointError, in_one_line
@@ -60,6 +63,8 @@ class TorchFile:
         state, wrapper, beside = _unwrap(content, path) if entry is None else _at(content, entry, path)
         tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
         for name, tensor in tensors.items():
+            if tensor.is_meta:
+                raise CheckpointError(f"{path}: {name!r} has no values: it was saved on the meta device")
             if tensor.layout is not torch.strided or tensor.is_quantized:
                 raise CheckpointError(
                     f"{path}: {name!r} is {'quantised' if tensor.is_quantized else str(tensor.layout)}: only ordinary "
@@ -106,14 +111,18 @@ def load_safely(path: Path) -> Any:
 
     Raises CheckpointError if it is damaged, or holds anything else.
     """
-    # Others' training scripts store their arguments as a Namespace, which holds data and runs nothing.
-    with torch.serialization.safe_globals([argparse.Namespace]):
+    # Others' training scripts store arguments as a Namespace, and scores as NumPy has them: data, which runs nothing.
+    with torch.serialization.safe_globals([argparse.Namespace, *_numpy_numbers()]):
         try:
             mapped = zipfile.is_zipfile(path)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # on pickle protocols: what follows is read or refused either way
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-        except OSError:
+        except OSError as error:
+            if (
+                error.filename is None and error.errno == errno.EINVAL
+            ):  # a file that was cut off is sought beyond its end
+                raise CheckpointError(f"{path}: not a PyTorch file, or a damaged one: it is cut off") from error
             raise
         except Exception as error:  # whatever a damaged or hostile file can make the loader raise
             text = in_one_line(error)
@@ -127,6 +136,14 @@ def load_safely(path: Path) -> Any:
             raise CheckpointError(
                 f"{path}: not a PyTorch file, or a damaged one: {text.split('. ')[0][:120]}"
             ) from error
+
+
+@functools.cache
+def _numpy_numbers() -> tuple[Any, ...]:
+    """What the pickle of a single number of NumPy's names, under NumPy's present name and its old one."""
+    make: Any = np.float64(0).__reduce__()[0]
+    kinds = {type(np.dtype(kind)) for kind in (bool, *np.typecodes["AllInteger"], *np.typecodes["Float"])}
+    return (make, (make, "numpy.core.multiarray.scalar"), np.dtype, *kinds)
 
 
 def _unwrap(content: Any, path: Path) -> tuple[Mapping[str, Any], tuple[str, ...], dict[str, Any]]:

@@ -23,6 +23,7 @@ from permgraph.errors import EvaluationError, NonFiniteError, PermgraphError, Sp
 from permgraph.matching.matcher import Matcher, MatchResult, Progress
 from permgraph.matching.moments import Moments
 from permgraph.matching.replay import Replay, Site
+from permgraph.matching.threads import on_free_cores
 from permgraph.matching.weight_matching import WeightMatching
 from permgraph.matching.workers import Workers, require_each_once
 from permgraph.networks.batches import NO_BATCH, Loader, fitting, seeded, to
@@ -109,6 +110,7 @@ class ActivationMatching(Matcher):
         """The same matcher for these two modules, which it copies before it runs them."""
         return replace(self, models=(model_a, model_b))
 
+    @on_free_cores
     def match(
         self, a: StateDict, b: StateDict, spec: PermutationSpec, seed: int = 0, progress: Progress | None = None
     ) -> MatchResult:

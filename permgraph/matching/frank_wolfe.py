@@ -21,6 +21,7 @@ from permgraph.matching.general.weights import as_transformation, weighted_by
 from permgraph.matching.matcher import NOTHING_TO_PERMUTE, Matcher, MatchResult, Progress, Sweep
 from permgraph.matching.problem.objective import Pair, pair
 from permgraph.matching.relaxation import Matrices, Relaxation, RelaxedAscent
+from permgraph.matching.threads import on_free_cores
 from permgraph.matching.weight_matching import Init, WeightMatching
 from permgraph.spec.permutation import Permutation
 from permgraph.spec.spec import PermutationSpec
@@ -90,6 +91,7 @@ class FrankWolfe(Matcher):
             raise PermgraphError(f"max_steps={self.max_steps} and tolerance={self.tolerance}: neither can be negative")
         require_choice("init", self.init, "identity", "barycentre", or_a="Permutation")
 
+    @on_free_cores
     def match(
         self, a: StateDict, b: StateDict, spec: PermutationSpec, seed: int = 0, progress: Progress | None = None
     ) -> MatchResult:

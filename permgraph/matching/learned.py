@@ -33,6 +33,7 @@ from permgraph.matching.run_checkpoint import (
     restore_random_state,
     write_run,
 )
+from permgraph.matching.threads import on_free_cores
 from permgraph.matching.weight_matching import WeightMatching
 from permgraph.networks.batches import Loader, Loss, MakeOptimizer, batches, require_rereadable, seeded
 from permgraph.networks.blended import Between
@@ -162,6 +163,7 @@ class LearnedMatching(Matcher):
         """The same matcher for these two modules, of which it runs a copy of A's."""
         return replace(self, models=(model_a, model_b))
 
+    @on_free_cores
     def match(
         self, a: StateDict, b: StateDict, spec: PermutationSpec, seed: int = 0, progress: Progress | None = None
     ) -> MatchResult:

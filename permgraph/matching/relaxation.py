@@ -18,6 +18,7 @@ from permgraph.matching.matcher import Progress, Sweep
 from permgraph.matching.problem.moves import Plan
 from permgraph.matching.problem.objective import Pair
 from permgraph.matching.problem.renumber import Arrays
+from permgraph.matching.threads import look_again
 from permgraph.spec.blocks import Block
 from permgraph.spec.permutation import old_parents
 from permgraph.spec.spec import PermutationSpec
@@ -318,6 +319,7 @@ class RelaxedAscent:
                 sweep = Sweep(len(self.history) + 1, self.compared.reported(value), {}, {}, seconds)
                 self.history.append(sweep)
                 log.debug("%s", sweep)
+                look_again()
                 if progress is not None:
                     progress(sweep)
         except KeyboardInterrupt:

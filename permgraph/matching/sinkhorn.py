@@ -29,6 +29,7 @@ from permgraph.matching.general.kept import kept_part, on_top
 from permgraph.matching.matcher import NOTHING_TO_PERMUTE, Matcher, MatchResult, Progress, Sweep, moved_between
 from permgraph.matching.problem.objective import Pair, pair
 from permgraph.matching.relaxation import Matrices, Relaxation
+from permgraph.matching.threads import look_again, on_free_cores
 from permgraph.matching.weight_matching import WeightMatching
 from permgraph.networks.batches import Loader, Loss, MakeOptimizer, batches, require_rereadable, seeded
 from permgraph.networks.blended import MIDPOINT, Between
@@ -155,6 +156,7 @@ class Sinkhorn(Matcher):
         """The same matcher for these two modules, of which it runs a copy of A's."""
         return replace(self, models=(model_a, model_b))
 
+    @on_free_cores
     def match(
         self, a: StateDict, b: StateDict, spec: PermutationSpec, seed: int = 0, progress: Progress | None = None
     ) -> MatchResult:
@@ -237,6 +239,7 @@ class Sinkhorn(Matcher):
                 task.cost(scores.matrices(temperature)).backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
                 done = step
+                look_again()
                 if step % self.round_every and step != self.steps:
                     continue
                 scores.require_finite()

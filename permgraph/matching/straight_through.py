@@ -23,6 +23,7 @@ from permgraph.matching.general.kept import kept_part, on_top, permutation_of
 from permgraph.matching.matcher import Matcher, MatchResult, Progress, Sweep, moved_between
 from permgraph.matching.projection_interval import counted, steps_between
 from permgraph.matching.run_checkpoint import identity_of, random_state, read_run, restore_random_state, write_run
+from permgraph.matching.threads import on_free_cores
 from permgraph.matching.weight_matching import WeightMatching
 from permgraph.networks.batches import Loader, Loss, MakeOptimizer, batches, require_rereadable, seeded
 from permgraph.networks.blended import Between
@@ -150,6 +151,7 @@ class StraightThrough(Matcher):
         """The same matcher for these two modules, of which it runs a copy of A's."""
         return replace(self, models=(model_a, model_b))
 
+    @on_free_cores
     def match(
         self, a: StateDict, b: StateDict, spec: PermutationSpec, seed: int = 0, progress: Progress | None = None
     ) -> MatchResult:

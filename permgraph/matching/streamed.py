@@ -32,6 +32,7 @@ from permgraph.matching.problem.moves import Move, Place, Plan
 from permgraph.matching.problem.objective import ADVICE, comparable, compared_names, with_real_parts
 from permgraph.matching.problem.order import informed_order
 from permgraph.matching.problem.renumber import Arrays, act
+from permgraph.matching.threads import on_free_cores
 from permgraph.matching.workers import Share, Workers
 from permgraph.spec.permutation import Permutation
 from permgraph.spec.spec import PermutationSpec
@@ -113,6 +114,7 @@ class StreamedWeightMatching(Matcher):
             raise PermgraphError(f"max_sweeps={self.max_sweeps} and cache={self.cache}: neither can be negative")
         require_choice("init", self.init, "identity", "barycentre", or_a="Permutation")
 
+    @on_free_cores
     def match(
         self, a: StateDict, b: StateDict, spec: PermutationSpec, seed: int = 0, progress: Progress | None = None
     ) -> MatchResult:

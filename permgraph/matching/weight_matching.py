@@ -26,6 +26,7 @@ from permgraph.matching.problem.moves import Plan
 from permgraph.matching.problem.objective import Objective, Pair, Weights, pair
 from permgraph.matching.problem.renumber import Arrays
 from permgraph.matching.relaxation import relaxed_start
+from permgraph.matching.threads import on_free_cores
 from permgraph.networks.batches import Loader
 from permgraph.spec.permutation import Permutation
 from permgraph.spec.spec import PermutationSpec
@@ -130,6 +131,7 @@ class WeightMatching(Matcher):
         require_choice("order", self.order, "informed", "random", "given")
         require_choice("init", self.init, "identity", "barycentre", or_a="Permutation")
 
+    @on_free_cores
     def match(
         self, a: StateDict, b: StateDict, spec: PermutationSpec, seed: int = 0, progress: Progress | None = None
     ) -> MatchResult:

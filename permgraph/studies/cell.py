@@ -18,6 +18,7 @@ from torch import nn
 from permgraph.connectivity.barriers import Evaluate, Prepare, barrier
 from permgraph.errors import in_one_line
 from permgraph.matching import Matcher, align
+from permgraph.matching.threads import as_set
 from permgraph.networks.batches import undisturbed
 from permgraph.spec.spec import PermutationSpec
 from permgraph.studies.store import Store, UnwritableError
@@ -87,7 +88,8 @@ def _run(task: Task) -> dict[str, Any]:
     try:
         if differing:
             raise RuntimeError(f"this worker has other versions, as (here, where the study began): {differing}")
-        record = {"status": "done", **_result(task)}
+        with as_set():
+            record = {"status": "done", **_result(task)}
     except UnwritableError:  # whoever comes next would fail as well
         raise
     except Exception as error:

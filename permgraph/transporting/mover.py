@@ -61,14 +61,57 @@ class Mover:
         if kind == "mask":
             self._refuse_matrices(name, "mix the weights that a mask keeps with those that it does not")
             return element.permutation.apply_to(name, tensor)
-        if name in self._gains or any(action.gains for _, _, action in self._acting(name)):
-            raise MismatchError(
-                f"the gradient of {name!r} depends on gains between which matrices act, and does not go along by "
-                f"itself: {PERMUTE}, or begin the optimizer anew"
-            )
+        self._refuse_gains(name)
         if kind != "gradient":
             self._refuse_matrices(name, f"mix the gradients of which these are the {kind}")
         return self._dual(kind).apply_to(name, tensor, {})
+
+    def mean_squares(self, name: str, tensor: Tensor, over: int, what: str) -> Tensor:
+        """A new tensor: means of a gradient's squares over one dimension, moved along the parameter's others.
+
+        A mean is the same in whatever order its terms stand, so that what is left moves by the axes that are left.
+
+        Args:
+            name: of the parameter.
+            tensor: of its shape without that dimension, or with 1 in its place.
+            over: the dimension that the means are over.
+            what: what to call the tensor in errors.
+
+        Raises:
+            MismatchError: the shape is another; what moves a dimension that is left depends on the one that is not; or
+                scales or matrices act, which change single elements before the means are taken.
+        """
+        spec = self.element.spec
+        name = spec.canonical(name)
+        shape, axes = spec.shapes[name], list(spec.axes[name])
+        if tuple(tensor.shape) == (*shape[:over], *shape[over + 1 :]):
+            del axes[over]
+        elif tuple(tensor.shape) == (*shape[:over], 1, *shape[over + 1 :]):
+            axes[over] = axes[over] if shape[over] == 1 else Fixed(1)
+        else:
+            raise MismatchError(
+                f"{what} has shape {tuple(tensor.shape)}, but means over dimension {over} are due, of a parameter of "
+                f"shape {shape}"
+            )
+        try:
+            spec.layout(tuple(axes), what)
+        except SpecError as error:
+            raise MismatchError(
+                f"{what}: what acts on the dimensions that are left depends on dimension {over}, over which these are "
+                f"means ({error}), so that they do not go along: begin the optimizer anew"
+            ) from None
+        element = self.element
+        if not isinstance(element, Transformation):
+            return element.apply_axes(tuple(axes), tensor)
+        self._refuse_gains(name)
+        self._refuse_matrices(name, "mix the gradients of whose squares these are means")
+        for group, structure, _ in self._acting(name):
+            if structure.scales:
+                raise MismatchError(
+                    f"{what}: {structure} acts on {name!r} by the group {group!r}, and scales the gradients before the "
+                    f"means of their squares are taken: {PERMUTE}"
+                )
+        return element.permutation.apply_axes(tuple(axes), tensor)
 
     def along(self, name: str, dim: int, tensor: Tensor, at: int, what: str) -> Tensor:
         """A new tensor: one whose dimension ``at`` is an axis of a parameter's, moved along it as the parameter is.
@@ -166,6 +209,13 @@ class Mover:
         assert isinstance(self.element, Transformation) and self.element.spec.general is not None
         acting = (each for name in self.element.spec.general.actions for each in self._acting(name))
         return frozenset(self.element.gains) | {gain.name for _, _, action in acting for gain, _ in action.gains}
+
+    def _refuse_gains(self, name: str) -> None:
+        if name in self._gains or any(action.gains for _, _, action in self._acting(name)):
+            raise MismatchError(
+                f"the gradient of {name!r} depends on gains between which matrices act, and does not go along by "
+                f"itself: {PERMUTE}, or begin the optimizer anew"
+            )
 
     def _refuse_matrices(self, name: str, why: str) -> None:
         for group, structure, _ in self._acting(name):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -19,9 +20,27 @@ Parameters: TypeAlias = nn.Module | Sequence[str]
 KINDS: dict[str, Kind] = {
     "exp_avg": "gradient", "momentum_buffer": "gradient", "grad_avg": "gradient", "prev": "gradient",
     "exp_avg_sq": "squares", "max_exp_avg_sq": "squares", "square_avg": "squares", "sum": "squares",
-    "exp_inf": "magnitude",
+    "variance": "squares", "exp_inf": "magnitude",
 }  # fmt: skip
 """What torch's optimizers keep for each element of a parameter."""
+
+MEANS: dict[str, int] = {
+    "row_var": -1, "exp_avg_sq_row": -1, "exp_avg_res_row": -1,
+    "col_var": -2, "exp_avg_sq_col": -2, "exp_avg_res_col": -2,
+}  # fmt: skip
+"""What Adafactor (torch's, transformers') and CAME keep of squares, and the dimension over which it is a mean
+(Shazeer and Stern, "Adafactor", 2018, section 3)."""
+
+BY_SIZE = ("exp_avg_sq_r", "exp_avg_sq_c")
+"""The same of big_vision's Adafactor, in timm: it is over one of the two longest dimensions, whose size is 1 then."""
+
+NESTED = "__bnb_optimizer_quant_state__"
+"""Under which key bitsandbytes lays all tensors of a parameter's state, in eight bits and in more."""
+
+_BLOCKS = re.compile(
+    r"(absmax|qmap|new_max|max)\d"
+)  # bitsandbytes: factors of blocks of codes, and what the codes mean
+_FACTORS = re.compile(r"(inv_)?pre_?cond(itioner)?s?(_\d+)?|Q|GG")  # Shampoo, SOAP, PSGD: matrices on each dimension
 
 
 def is_optimizer_state(value: object) -> bool:
@@ -50,21 +69,56 @@ def optimizer_state(
     for index, kept in state["state"].items():
         if index not in names:
             raise MismatchError(f"the optimizer has a state for parameter {index!r}, which none of its groups has")
+        _refuse_blocks(names[index], {**kept, **kept.get(NESTED, {})})
         moved[index] = {key: _moved(mover, names[index], key, value) for key, value in kept.items()}
     return {**state, "state": moved, "param_groups": [dict(group) for group in state["param_groups"]]}
 
 
+def _refuse_blocks(name: str, kept: Mapping[str, Any]) -> None:
+    """Raise MismatchError if states of a parameter are codes that share a factor with others in a block."""
+    for key, value in kept.items():
+        # Tensors of torchao's say what they are made of: codes, factors, what the codes mean.
+        flatten = getattr(value, "__tensor_flatten__", None) if isinstance(value, Tensor) else None
+        parts = () if flatten is None else flatten()[0]
+        if len(parts) > 1 or _BLOCKS.fullmatch(str(key)):
+            made = f" ({', '.join(parts)})" if parts else ""
+            raise MismatchError(
+                f"the optimizer's states of {name!r} are quantised in blocks, as {key!r}{made} shows: the elements of "
+                "a block share a factor, and moving them apart would round them anew. Continue with a state in "
+                "floating point, or begin the optimizer anew"
+            )
+
+
+def _holds_numbers(value: Any) -> bool:
+    """Whether a state has tensors of more than one element somewhere in it."""
+    if isinstance(value, Mapping):
+        return any(map(_holds_numbers, value.values()))
+    if isinstance(value, (list, tuple)):
+        return any(map(_holds_numbers, value))
+    return isinstance(value, Tensor) and value.numel() > 1
+
+
 def _moved(mover: Mover, name: str, key: str, value: Any) -> Any:
+    if key == NESTED:
+        return {inner: _moved(mover, name, inner, tensor) for inner, tensor in value.items()}
+    if _FACTORS.fullmatch(str(key)) or (not isinstance(value, Tensor) and _holds_numbers(value)):
+        raise MismatchError(
+            f"the optimizer's {key!r} of {name!r} is no tensor with an element for each of the parameter's, and what "
+            "its dimensions are is not known: begin the optimizer anew"
+        )
     if not isinstance(value, Tensor):
         return value
     shape = mover.element.spec.shapes[name]
+    over = _mean_over(key, value, shape)
+    if over is not None:
+        return mover.mean_squares(name, value, over, f"the optimizer's {key!r} of {name!r}")
     if tuple(value.shape) != shape:
         if value.numel() == 1:  # a step
             return value.clone()
         raise MismatchError(
             f"the optimizer's {key!r} of {name!r} has shape {tuple(value.shape)}, but the parameter {shape}: only what "
-            "has an element for each of the parameter's is moved. If it is another parameter's, give the names in the "
-            "optimizer's order as parameters="
+            "has an element for each of the parameter's is moved, and Adafactor's means. If it is another parameter's, "
+            "give the names in the optimizer's order as parameters="
         )
     kind = KINDS.get(key)
     if kind is None and mover.has_structure(name):
@@ -73,6 +127,16 @@ def _moved(mover: Mover, name: str, key: str, value: Any) -> Any:
             f"than a permutation acts on {name!r}: align over permutations alone, with spec.permutations()"
         )
     return mover.parameter(name, value, kind or "gradient")
+
+
+def _mean_over(key: str, value: Tensor, shape: tuple[int, ...]) -> int | None:
+    """The dimension of a parameter over which a state of its optimizer is a mean of squares; None if it is none."""
+    if key in MEANS and len(shape) > 1:
+        return len(shape) + MEANS[key]
+    if key not in BY_SIZE or value.ndim != len(shape):
+        return None
+    shorter = [dim for dim, size in enumerate(shape) if value.shape[dim] != size]
+    return shorter[0] if len(shorter) == 1 else None
 
 
 def _names(

@@ -31,6 +31,7 @@ from permgraph.matching.problem.limits import Limits, choose_limited
 from permgraph.matching.problem.moves import Move, Plan, Tensors
 from permgraph.matching.problem.order import ranks
 from permgraph.matching.problem.renumber import Arrays
+from permgraph.matching.threads import look_again
 from permgraph.spec.permutation import compose
 
 log = logging.getLogger(__name__)
@@ -155,6 +156,7 @@ class Climb(ABC):
         visited = 0
         for rank in ranks(list(self.order()), self.plan.neighbours):
             self.turns, visited = visited, visited + len(rank)
+            look_again()
             due = [n for n in rank if n in self.stale and not (wait and len(moves[n].groups) > 1)]
             for number, gain in self.take(due):
                 gains[moves[number].name] = gains.get(moves[number].name, 0.0) + gain

@@ -27,6 +27,7 @@ from permgraph.matching.matcher import Progress, Sweep
 from permgraph.matching.problem.moves import Move, Plan
 from permgraph.matching.problem.objective import Pair
 from permgraph.matching.problem.renumber import Arrays
+from permgraph.matching.threads import look_again
 
 
 @dataclass(frozen=True)
@@ -167,6 +168,7 @@ class BatchedAscent:
                     scaled = {name: gain * self.compared.scale for name, gain in gains[run].items()}
                     reached = self.compared.reported(float(values[run]))
                     histories[run].append(Sweep(number, reached, changed, scaled, seconds))
+                look_again()
                 if progress is not None:
                     progress(histories[max(busy.tolist(), key=lambda run: values[run])][-1])
         except KeyboardInterrupt:

@@ -21,6 +21,7 @@ from permgraph.matching.general.compact import best_element, best_value, signs_o
 from permgraph.matching.matcher import Progress, Sweep
 from permgraph.matching.problem.moves import Move, Node, Place, Plan
 from permgraph.matching.problem.objective import dot
+from permgraph.matching.threads import look_again
 from permgraph.structures import Structure
 
 TOLERANCE = 1e-6
@@ -112,6 +113,7 @@ class Climb:
                 self.added = math.inf if first else self.objective - before
                 last = self.added <= tolerance * abs(self.objective)
                 self._end_sweep(sweep, last)
+                look_again()
                 if progress is not None:
                     progress(sweep)
                 if last:
