@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -16,7 +18,9 @@ SWEEP = range(1012, 1500)
 
 def _proof(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> pg.Verification | None:
     spec = pg.auto_spec(model, inputs, symmetry="general")
-    assert spec.permutations() == pg.auto_spec(model, inputs)
+    plain = pg.auto_spec(model, inputs)
+    # The chains of ties may differ: those of BatchNorm in training mode count for scales alone.
+    assert replace(spec.permutations(), constraints=None) == replace(plain, constraints=None)
     further = 0 if isinstance(model, RandomProgram) else 2  # with other sizes it draws another program, or none
     return pg.verify(model, spec, inputs, controls="none", further=further) if spec.moving else None
 
