@@ -383,8 +383,8 @@ def test_files_that_cannot_be_written_are_refused_before_any_work(
     def work(*arguments: object) -> None:
         raise AssertionError("it should have been refused")
 
-    for module in ("models", "matching_run"):
-        monkeypatch.setattr(f"permgraph.cli.{module}.spec_of", work)
+    for place in ("models.spec_of", "matching_run.spec_of_subject"):
+        monkeypatch.setattr(f"permgraph.cli.{place}", work)
     ending = ".safetensors" if command[0] == "align" else ".json"
     Path(f"folder{ending}").mkdir()
     for name, said in ((f"absent/x{ending}", "there is no folder absent"), (f"folder{ending}", "it is a folder")):
