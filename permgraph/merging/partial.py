@@ -122,8 +122,8 @@ def partial_merge(
         width: how many times A's width, from 1 to 2; or by patterns of the names of groups, of which the first that
             fits counts, as in ``{"layer4*": 2, "*": 1.25}``. Groups that no pattern fits keep their width.
         loader: batches on which to compare the partners' activations; by default their weights are compared.
-        spec: the symmetries, inferred from A if not given; B is aligned over all of a general one, and its permutations say
-            what can be wider.
+        spec: the symmetries, inferred from A if not given; B is aligned over all of a general one, whose permutations
+            say what can be wider.
         example_inputs, example_kwargs: arguments of forward to infer the symmetries on; found if neither is given.
         weights: how much A and B count in a mean; alike by default.
         seed, progress: as in `align`.
