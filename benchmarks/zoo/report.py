@@ -38,8 +38,8 @@ written by `python -m benchmarks.zoo report` from what `make zoo` measured; each
   in float64). The models' tables list the structures, each with the number of groups that have it, and how many real
   numbers an element has (*dimension*). How groups are written is said in [general symmetries](general.md).
 
-Units that no output depends on are pinned: they count under *no output depends on it*. Models that have no row here, all
-entrypoints of timm without data, controls, and other tools beside this one were measured [with one pass
+Units that no output depends on are pinned: they count under *no output depends on it*. Models that have no row here,
+all entrypoints of timm without data, controls, and other tools beside this one were measured [with one pass
 each](coverage-one-pass.md).
 
 transformers models are built from their default configuration, shrunk by what the names of its numbers mean; timm's and
