@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from permgraph.errors import NonFiniteError
-from permgraph.networks.batches import Loader, batches, device_of, fitting, observed, split_batch, undisturbed
+from permgraph.networks.batches import Loader, batches, evaluating, observed, run_on, undisturbed
 from permgraph.networks.repair import affine_layers, channel_dim
 
 
@@ -23,21 +23,15 @@ def channel_correlations(model_a: nn.Module, model_b: nn.Module, loader: Loader)
         NonFiniteError: a layer puts out NaN or infinity.
     """
     sums: dict[str, Tensor] = {}
-    modes = model_a.training, model_b.training
-    try:
-        with undisturbed():
-            for batch in batches(loader):
-                seen = [outputs_of_layers(model.eval(), batch) for model in (model_a, model_b)]
-                for name in seen[0].keys() & seen[1].keys():
-                    x, y = (one[name].to(torch.float64) for one in seen)
-                    count = torch.full((x.shape[0],), float(x.shape[1]), dtype=torch.float64)
-                    moments = [m.cpu() for m in (x.sum(1), y.sum(1), (x * x).sum(1), (y * y).sum(1), (x * y).sum(1))]
-                    sums[name] = sums.get(name, torch.zeros(6, len(x), dtype=torch.float64)) + torch.stack(
-                        [count, *moments]
-                    )
-    finally:
-        model_a.train(modes[0])
-        model_b.train(modes[1])
+    with undisturbed(), evaluating(model_a, model_b):
+        for batch in batches(loader):
+            seen = [outputs_of_layers(model, batch) for model in (model_a, model_b)]
+            for name in seen[0].keys() & seen[1].keys():
+                x, y = (one[name].to(torch.float64) for one in seen)
+                count = torch.full((x.shape[0],), float(x.shape[1]), dtype=torch.float64)
+                moments = [m.cpu() for m in (x.sum(1), y.sum(1), (x * x).sum(1), (y * y).sum(1), (x * y).sum(1))]
+                before = sums.get(name, torch.zeros(6, len(x), dtype=torch.float64))
+                sums[name] = before + torch.stack([count, *moments])
     found: dict[str, Tensor] = {}
     for name, (count, x, y, xx, yy, xy) in sums.items():
         if not bool(torch.isfinite(sums[name]).all()):
@@ -56,7 +50,6 @@ def outputs_of_layers(model: nn.Module, batch: object) -> dict[str, Tensor]:
         flat = x.detach().movedim(channel_dim(layer, x), 0).flatten(1)
         found[name] = torch.cat([found[name], flat], 1) if name in found else flat
 
-    args, kwargs, _ = split_batch(batch, device_of(model))
-    with observed(affine_layers(model), see), fitting(args, kwargs):
-        model(*args, **kwargs)
+    with observed(affine_layers(model), see):
+        run_on(model, batch)
     return found

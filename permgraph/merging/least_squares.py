@@ -28,12 +28,13 @@ from permgraph.networks.batches import (
     batch_size,
     batches,
     device_of,
-    fitting,
+    evaluating,
     require_rereadable,
+    run_on,
     split_batch,
     undisturbed,
 )
-from permgraph.networks.repair import LINEAR_TRANSPOSED, Layers, affine_layers, channel_dim, may_be_rewritten
+from permgraph.networks.repair import Layers, affine_layers, channel_dim, is_transposed_linear, may_be_rewritten
 from permgraph.networks.statistics import collecting, recalibrate_batchnorm, running_norms
 from permgraph.weights.combine import shares_of
 
@@ -118,50 +119,35 @@ def fit_layers(
     if not ridge > 0:
         raise EvaluationError(f"ridge is {ridge}: it must be positive")
     require_rereadable(loader)
-    fitted = copy.deepcopy(model).eval()
-    modes = [parent.training for parent in parents]
-    found = _Fit(fitted, [parent.eval() for parent in parents], loader, places, shares, ridge)
-    try:
+    fitted = copy.deepcopy(model)
+    found = _Fit(fitted, parents, loader, places, shares, ridge)
+    with undisturbed(), evaluating(fitted, *parents):
         names = found.in_order(layers)
-        with undisturbed():
-            for some in [[name] for name in names] if inputs == "merged" else found.portions(names):
-                found.solve(some, of_parents=inputs == "parents")
-    finally:
-        for parent, mode in zip(parents, modes, strict=True):
-            parent.train(mode)
+        for some in [[name] for name in names] if inputs == "merged" else found.portions(names):
+            found.solve(some, of_parents=inputs == "parents")
     result = recalibrate_batchnorm(fitted, loader) if running_norms(fitted) else fitted
-    start = recalibrate_batchnorm(model, loader).eval() if running_norms(model) else model
+    start = recalibrate_batchnorm(model, loader) if running_norms(model) else model
     before, after = (_gap(one, parents, loader, shares) for one in (start, result))
     if not after <= before:
         logger.warning(
             "the fitted layers are no nearer to the parents' outputs (%.3g) than the network was (%.3g), which is "
             "returned: give more data, or a larger ridge", after, before,
         )  # fmt: skip
-        result = copy.deepcopy(start)
-    return result.train(model.training)
+        return copy.deepcopy(start)
+    return result
 
 
 def _gap(model: nn.Module, parents: Sequence[nn.Module], loader: Loader, shares: tuple[float, float]) -> float:
     """The mean square by which a network's outputs differ from the mean of its parents'."""
     total, count = 0.0, 0
-    modes = [(one, one.training) for one in (model, *parents)]
-    try:
-        with undisturbed():
-            for batch in batches(loader):
-                own, a, b = (_outputs(one.eval(), batch) for one, _ in modes)
-                for x, y, z in zip(own, a, b, strict=True):
-                    total += float((x - shares[0] * y - shares[1] * z).double().square().sum())
-                    count += x.numel()
-    finally:
-        for one, mode in modes:
-            one.train(mode)
+    networks = (model, *parents)
+    with undisturbed(), evaluating(*networks):
+        for batch in batches(loader):
+            own, a, b = ([t for t in tensor_leaves(run_on(one, batch)) if t.is_floating_point()] for one in networks)
+            for x, y, z in zip(own, a, b, strict=True):
+                total += float((x - shares[0] * y - shares[1] * z).double().square().sum())
+                count += x.numel()
     return total / max(count, 1)
-
-
-def _outputs(model: nn.Module, batch: object) -> list[Tensor]:
-    args, kwargs, _ = split_batch(batch, device_of(model))
-    with fitting(args, kwargs):
-        return [t for t in tensor_leaves(model(*args, **kwargs)) if t.is_floating_point()]
 
 
 class _Fit:
@@ -187,9 +173,7 @@ class _Fit:
         handles = [m.register_forward_pre_hook(lambda _m, _x, n=n: called.setdefault(n)) for n, m in known.items()]
         try:
             for batch in batches(self.loader):
-                args, kwargs, _ = split_batch(batch, device_of(self.model))
-                with undisturbed(), fitting(args, kwargs):
-                    self.model(*args, **kwargs)
+                run_on(self.model, batch)
                 break
         finally:
             for handle in handles:
@@ -268,7 +252,7 @@ class _Fit:
         own = self.places.get(f"{name}.weight")
         if own is None:
             return None, None
-        out, into = (1, 0) if _transposed(layer) else (0, 1)
+        out, into = (1, 0) if is_transposed_linear(layer) else (0, 1)
         return own[into], own[out]
 
     def _write(self, name: str, inner: Tensor, outer: Tensor) -> None:
@@ -280,10 +264,6 @@ class _Fit:
         if not bool(torch.isfinite(solution).all()):
             raise NonFiniteError(f"layer {name!r} has no finite solution: its activations hold NaN or infinity")
         write_matrix(layer, solution)
-
-
-def _transposed(layer: nn.Module) -> bool:
-    return type(layer).__name__ == LINEAR_TRANSPOSED
 
 
 def _seen(model: nn.Module, names: Sequence[str], batch: object) -> dict[str, list[tuple[Tensor, Tensor]]]:
@@ -298,10 +278,8 @@ def _seen(model: nn.Module, names: Sequence[str], batch: object) -> dict[str, li
         return see
 
     handles = [model.get_submodule(n).register_forward_hook(hook(n), with_kwargs=True) for n in names]
-    args, kwargs, _ = split_batch(batch, device_of(model))
     try:
-        with fitting(args, kwargs):
-            model(*args, **kwargs)
+        run_on(model, batch)
     finally:
         for handle in handles:
             handle.remove()

@@ -28,7 +28,7 @@ from permgraph.merging.correlation import channel_correlations
 from permgraph.merging.least_squares import fit_layers
 from permgraph.merging.places import Places, combined, indices_of, may_widen, places_of, widened
 from permgraph.merging.roles import dimensions_read
-from permgraph.networks.batches import Loader, undisturbed
+from permgraph.networks.batches import Loader, evaluating, undisturbed
 from permgraph.networks.widened import module_of_widths
 from permgraph.spec.spec import PermutationSpec
 from permgraph.weights.combine import shares_of
@@ -68,7 +68,7 @@ class PartialMerge(Displayed):
     @property
     def sizes(self) -> dict[str, tuple[int, int]]:
         """For each group that became wider its size in A and here."""
-        return {name: (len(mask), 2 * len(mask) - int(mask.sum())) for name, mask in self.merged.items()}
+        return _sizes_of(self.merged)
 
     def model(self) -> nn.Module:
         """A module with these weights, of A's class, in A's mode.
@@ -182,6 +182,11 @@ def _sizes(spec: PermutationSpec, width: Widths) -> dict[str, int]:
     return found
 
 
+def _sizes_of(merged: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
+    """For each group its size in A and in the wider network."""
+    return {name: (len(mask), 2 * len(mask) - int(mask.sum())) for name, mask in merged.items()}
+
+
 def _most_alike(alike: Tensor, many: int) -> Tensor:
     """A mask of as many as are most alike; of equal ones the first."""
     mask = torch.zeros(len(alike), dtype=torch.bool)
@@ -260,7 +265,6 @@ def _that_hold(
 
     All are tried at once; if they do not hold, one by one, and once more together.
     """
-    mode = model.training
 
     def difference(some: Mapping[str, Tensor]) -> float:
         """How far A merged with itself is from A: as asked, and where half of each group is merged.
@@ -270,8 +274,7 @@ def _that_hold(
         halves = {name: torch.arange(len(mask)) < len(mask) // 2 for name, mask in some.items()}
         return max(_beside_itself(model, captured.inputs, spec, masks, read) for masks in (some, halves))
 
-    try:
-        model.eval()
+    with evaluating(model):
         if not merged or difference(merged) <= SAME:
             return dict(merged), ()
         held = {name: mask for name, mask in merged.items() if difference({name: mask}) <= SAME}
@@ -280,8 +283,6 @@ def _that_hold(
                 f"no wider {type(model).__name__} computes what it does, though each of {', '.join(held)} can be "
                 "wider alone: name those that are to be in width="
             )
-    finally:
-        model.train(mode)
     left = [name for name in merged if name not in held]
     return held, (f"{', '.join(left)} keep their width: beside other units they would not compute what they do",)
 
@@ -296,9 +297,8 @@ def _beside_itself(
     """How far a module merged with itself is from itself, relative to its outputs; infinitely if it does not run."""
     state = as_state_dict(model)
     zipped, _ = _zipped(spec, state, state, merged, read, (0.5, 0.5))
-    sizes = {len(mask): 2 * len(mask) - int(mask.sum()) for mask in merged.values()}
     try:
-        wider = module_of_widths(model, zipped, sizes).eval()
+        wider = module_of_widths(model, zipped, dict(_sizes_of(merged).values())).eval()
         with undisturbed():
             pairs = zip(_run(model, inputs), _run(wider, inputs), strict=True)
             return max((_relative(x, y) for x, y in pairs), default=0.0)

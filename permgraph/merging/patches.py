@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from permgraph.networks.repair import LINEAR_TRANSPOSED
+from permgraph.networks.repair import is_transposed_linear
 
 #: Rows of at most so many bytes are made at once.
 _BYTES = 2**26
@@ -18,14 +18,14 @@ def has_patches(layer: nn.Module) -> bool:
     """Whether a layer can be seen so: a linear layer, or a convolution that is neither transposed nor grouped."""
     if isinstance(layer, nn.modules.conv._ConvNd):
         return not layer.transposed and layer.groups == 1
-    return isinstance(layer, nn.Linear) or type(layer).__name__ == LINEAR_TRANSPOSED
+    return isinstance(layer, nn.Linear) or is_transposed_linear(layer)
 
 
 def input_size(layer: nn.Module) -> int:
     """The length of a row, without the one for the bias."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
-    return weight.shape[0] if type(layer).__name__ == LINEAR_TRANSPOSED else weight[0].numel()
+    return weight.shape[0] if is_transposed_linear(layer) else weight[0].numel()
 
 
 def patches(layer: nn.Module, x: Tensor) -> Iterator[Tensor]:
@@ -64,7 +64,7 @@ def weight_as_matrix(layer: nn.Module) -> Tensor:
     """The matrix in float64, (inputs and one for a bias, outputs)."""
     weight, bias = layer.weight, layer.bias
     assert isinstance(weight, Tensor)
-    matrix = weight if type(layer).__name__ == LINEAR_TRANSPOSED else weight.flatten(1).T
+    matrix = weight if is_transposed_linear(layer) else weight.flatten(1).T
     parts = [matrix] if bias is None else [matrix, bias[None]]  # type: ignore[index]
     return torch.cat([part.detach().to(torch.float64) for part in parts])
 
@@ -75,6 +75,6 @@ def write_matrix(layer: nn.Module, matrix: Tensor) -> None:
     assert isinstance(weight, Tensor)
     with torch.no_grad():
         own = matrix[: input_size(layer)]
-        weight.copy_(own if type(layer).__name__ == LINEAR_TRANSPOSED else own.T.reshape(weight.shape))
+        weight.copy_(own if is_transposed_linear(layer) else own.T.reshape(weight.shape))
         if isinstance(bias, Tensor):
             bias.copy_(matrix[-1])

@@ -50,6 +50,19 @@ def undisturbed() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Run models in evaluation mode; afterwards each of their modules is in its own mode again."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 def require_rereadable(loader: Loader) -> None:
     """Refuse a generator, which gives its batches only once."""
     if isinstance(loader, Iterator):
@@ -135,6 +148,13 @@ def fitting(
         which = f"of shape {shapes}" if shapes else "without a tensor"
         said = in_one_line(error).rstrip(".")
         raise EvaluationError(f"{what} {which}: {said}. Check what the loader gives") from error
+
+
+def run_on(model: nn.Module, batch: Any) -> Any:
+    """What a model returns on a batch."""
+    args, kwargs, _ = split_batch(batch, device_of(model))
+    with fitting(args, kwargs):
+        return model(*args, **kwargs)
 
 
 def run_over(model: nn.Module, loader: Loader, before: Callable[[int], object] | None = None) -> None:

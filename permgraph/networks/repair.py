@@ -31,7 +31,7 @@ Layers = Callable[[str, nn.Module], bool]
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _AFFINE = (nn.Linear, *_CONVOLUTIONS, *_TRANSPOSED)
-LINEAR_TRANSPOSED = "Conv1D"  # transformers' linear layer with the weight (in, out), known by name so as not to import
+_LINEAR_TRANSPOSED = "Conv1D"  # transformers' linear layer with the weight (in, out), known by name so as not to import
 
 
 @dataclass(frozen=True, repr=False)
@@ -179,8 +179,13 @@ def affine_layers(model: nn.Module, layers: Layers | None = None) -> dict[str, n
     return {
         name: m
         for name, m in model.named_modules()
-        if (isinstance(m, _AFFINE) or type(m).__name__ == LINEAR_TRANSPOSED) and (layers is None or layers(name, m))
+        if (isinstance(m, _AFFINE) or is_transposed_linear(m)) and (layers is None or layers(name, m))
     }
+
+
+def is_transposed_linear(layer: nn.Module) -> bool:
+    """Whether a layer is transformers' linear layer, whose weight is (in, out)."""
+    return type(layer).__name__ == _LINEAR_TRANSPOSED
 
 
 class _Running:
@@ -260,7 +265,7 @@ def _fuse(layer: nn.Module, scale: Tensor, shift: Tensor) -> None:
         groups = layer.groups
         blocks = exact.view(groups, exact.shape[0] // groups, exact.shape[1], -1)
         exact = (blocks * scale.view(groups, 1, -1, 1)).view(exact.shape)
-    elif type(layer).__name__ == LINEAR_TRANSPOSED:
+    elif is_transposed_linear(layer):
         exact = exact * scale
     else:
         exact = exact * scale.view(-1, *[1] * (exact.ndim - 1))

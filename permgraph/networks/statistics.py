@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from permgraph.conventions.waiting import waits
 from permgraph.errors import EvaluationError
-from permgraph.networks.batches import Loader, run_over, undisturbed
+from permgraph.networks.batches import Loader, evaluating, run_over, undisturbed
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +88,6 @@ def collecting(model: nn.Module, norms: list[_NormBase]) -> Iterator[Callable[[i
 
     Yields a function to be told each batch's size beforehand. Modes and momenta are restored at the end.
     """
-    modes = {module: module.training for module in model.modules()}
     momenta = {norm: norm.momentum for norm in norms}
     seen = 0
 
@@ -99,14 +98,11 @@ def collecting(model: nn.Module, norms: list[_NormBase]) -> Iterator[Callable[[i
             norm.momentum = examples / seen  # so that running statistics are the mean over all examples so far
 
     try:
-        for module in modes:
-            module.training = False
-        for norm in norms:
-            norm.training = True
-            norm.reset_running_stats()
-        yield weigh
+        with evaluating(model):
+            for norm in norms:
+                norm.training = True
+                norm.reset_running_stats()
+            yield weigh
     finally:
-        for module, training in modes.items():
-            module.training = training
         for norm, momentum in momenta.items():
             norm.momentum = momentum

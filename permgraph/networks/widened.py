@@ -42,7 +42,7 @@ def module_of_widths(module: nn.Module, state: Mapping[str, Any], sizes: Mapping
         raise MismatchError(f"the state dict lacks {missing[0]!r}, which {type(module).__name__} has")
     made = _from_configuration(module, state, sizes) or _with_tensors(module, state)
     made.load_state_dict(dict(state))
-    return made.train(module.training)
+    return made
 
 
 def _from_configuration(module: nn.Module, state: Mapping[str, Any], sizes: Mapping[int, int]) -> nn.Module | None:
@@ -74,7 +74,7 @@ def _built(module: nn.Module, config: Any, state: Mapping[str, Any]) -> nn.Modul
     shapes = {name: tensor.shape for name, tensor in made.state_dict().items()}
     fits = shapes == {name: state[name].shape for name in shapes} and shapes.keys() == module.state_dict().keys()
     first = next(iter(module.parameters()))
-    return made.to(first.device, first.dtype) if fits else None
+    return made.to(first.device, first.dtype).train(module.training) if fits else None
 
 
 def _is_width(name: str) -> bool:

@@ -167,9 +167,12 @@ def test_state_dicts_are_refused() -> None:
 
 def test_models_are_not_changed() -> None:
     a, b = _random(Residual, 0).train(), _random(Residual, 1)
+    a.norm.eval()  # a frozen norm in a network that trains
     before = [{k: v.clone() for k, v in m.state_dict().items()} for m in (a, b)]
     merge = pg.partial_merge(a, b, width=1.5, loader=[torch.randn(8, 2, 6, 6, dtype=torch.float64)])
-    assert merge.model().training and a.training and not b.training
+    for model in (merge.model(), merge.least_squares([torch.randn(8, 2, 6, 6, dtype=torch.float64)]), a):
+        assert model.training and model.first.training and not model.norm.training
+    assert not b.training
     for model, state in zip((a, b), before, strict=True):
         assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in state.items())
 
