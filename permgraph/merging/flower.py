@@ -179,7 +179,30 @@ class _Alignment:
         }
 
 
-class AlignedFedAvg(_FitFedAvg):  # type: ignore[misc]
+class _Aligned:
+    """What both strategies take besides the options of Flower's own, and tell."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        spec: PermutationSpec | None = None,
+        rounds_apart: int = 1,
+        matcher: SupportsMatch | None = None,
+        method: MergeMethod | None = None,
+        seed: int = 0,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)  # Flower's, which comes next in the order of classes
+        self._alignment = _Alignment(model, spec, rounds_apart, matcher, method, seed)
+
+    @property
+    def alignments(self) -> tuple[AlignedRound, ...]:
+        """How the clients of each round were aligned."""
+        return tuple(self._alignment.history)
+
+
+class AlignedFedAvg(_Aligned, _FitFedAvg):  # type: ignore[misc]
     """`FedAvg` of ``flwr.server.strategy``, with each client aligned before the mean is taken.
 
     In the first `rounds_apart` rounds, in which clients begin with weights of their own, they are matched to each
@@ -215,27 +238,8 @@ class AlignedFedAvg(_FitFedAvg):  # type: ignore[misc]
         Re-Basin", 2022, Section 3.2 (the matching).
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        spec: PermutationSpec | None = None,
-        rounds_apart: int = 1,
-        matcher: SupportsMatch | None = None,
-        method: MergeMethod | None = None,
-        seed: int = 0,
-        **options: Any,
-    ) -> None:
-        super().__init__(**options)
-        self._alignment = _Alignment(model, spec, rounds_apart, matcher, method, seed)
-
     def __repr__(self) -> str:
         return f"AlignedFedAvg(accept_failures={self.accept_failures}, rounds_apart={self._alignment.rounds_apart})"
-
-    @property
-    def alignments(self) -> tuple[AlignedRound, ...]:
-        """How the clients of each round were aligned."""
-        return tuple(self._alignment.history)
 
     def configure_fit(self, server_round: int, parameters: Any, client_manager: Any) -> Any:
         """Note the global model, and choose clients as `FedAvg` does."""
@@ -269,7 +273,7 @@ class AlignedFedAvg(_FitFedAvg):  # type: ignore[misc]
         return self._alignment.listed(parameters_to_ndarrays(parameters), who)
 
 
-class AlignedMessageFedAvg(_MessageFedAvg):  # type: ignore[misc]
+class AlignedMessageFedAvg(_Aligned, _MessageFedAvg):  # type: ignore[misc]
     """The message-based `FedAvg` of ``flwr.serverapp.strategy``, with each client aligned before the mean is taken.
 
     As `AlignedFedAvg`, for clients that answer with an ``ArrayRecord(model.state_dict())``, whose keys are the names of
@@ -286,25 +290,6 @@ class AlignedMessageFedAvg(_MessageFedAvg):  # type: ignore[misc]
         MissingExtraError: Flower is not installed.
         MismatchError: the model does not fit the spec, or a matcher runs networks on data.
     """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        spec: PermutationSpec | None = None,
-        rounds_apart: int = 1,
-        matcher: SupportsMatch | None = None,
-        method: MergeMethod | None = None,
-        seed: int = 0,
-        **options: Any,
-    ) -> None:
-        super().__init__(**options)
-        self._alignment = _Alignment(model, spec, rounds_apart, matcher, method, seed)
-
-    @property
-    def alignments(self) -> tuple[AlignedRound, ...]:
-        """How the clients of each round were aligned."""
-        return tuple(self._alignment.history)
 
     def configure_train(self, server_round: int, arrays: Any, config: Any, grid: Any) -> Any:
         """Note the global model, and choose clients as `FedAvg` does."""
