@@ -23,7 +23,7 @@ from permgraph.errors import EvaluationError
 from permgraph.networks.batches import Loader, Loss, MakeOptimizer, batches, require_rereadable, seeded
 from permgraph.networks.blended import Parts, Workbench
 from permgraph.networks.descend import descend
-from permgraph.weights.ratios import Ratios, ratios_of
+from permgraph.weights.ratios import Ratios, layer_of, ratios_of
 from permgraph.weights.state_dict import Network, as_state_dict, check_same_keys
 
 By: TypeAlias = Literal["layer", "parameter"]
@@ -102,7 +102,9 @@ def learn_ratios(
     check_same_keys(*states, ("A", "B"))
     bench = Workbench(a, states[0], loss)
     given = ratios_of(states[0], start)
-    layers = {name: _layer(name) if by == "layer" else name for name in states[0]}
+    layers = {name: name for name in states[0]}
+    if by == "layer":  # names outside of layers go with the module that holds them
+        layers = {name: layer_of(name) or name.rpartition(".")[0] for name in layers}
     members: dict[str, list[str]] = {}
     for name in bench.names:
         members.setdefault(layers[name], []).append(name)
@@ -134,13 +136,6 @@ def learn_ratios(
     ratios = {name: learned.get(layers[name], given[name]) for name in states[0]}
     seconds = time.perf_counter() - started
     return LearnedRatios(ratios, (before, after), training.history, training.outcome, seconds)
-
-
-def _layer(name: str) -> str:
-    """What a name has up to its first whole number; without one, the module that holds it."""
-    parts = name.split(".")
-    number = next((at for at, part in enumerate(parts) if part.isdecimal()), len(parts) - 2)
-    return ".".join(parts[: number + 1])
 
 
 def _adam(parameters: list[Tensor]) -> torch.optim.Optimizer:

@@ -68,7 +68,7 @@ def _by_patterns(names: Sequence[str], given: Mapping[str, float]) -> dict[str, 
 
 def _depths(names: Sequence[str]) -> dict[str, int]:
     """The number of each name's layer, from 0; names outside of layers have that of the layer before them."""
-    layers = {name: _layer(name) for name in names}
+    layers = {name: layer_of(name) for name in names}
     if not any(layers.values()):
         layers = {name: name.rpartition(".")[0] for name in names}
         order = {layer: depth for depth, layer in enumerate(dict.fromkeys(layers.values()))}
@@ -89,7 +89,8 @@ def _list(layer: str) -> str:
     return layer.rpartition(".")[0]
 
 
-def _layer(name: str) -> str:
+def layer_of(name: str) -> str:
+    """What a name has up to its first whole number; empty where it has none."""
     parts = name.split(".")
     at = next((at for at, part in enumerate(parts) if part.isdecimal()), None)
     return "" if at is None else ".".join(parts[: at + 1])
