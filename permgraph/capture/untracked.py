@@ -61,8 +61,17 @@ class WatchUntrackedReads(TorchFunctionMode):
         each = of_each_element(func.__name__, args) if func in _PER_ELEMENT else None
         if func in _READERS and each is None:
             self._report(args[0])
+        if func is torch.nn.functional.one_hot and (made := _one_hot(*args, **(kwargs or {}))) is not None:
+            return made
         result = func(*args, **(kwargs or {}))
         return result if each is None else ELEMENTWISE(*each)
+
+
+def _one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor | None:
+    """A one-hot code without the smallest and largest value, which torch reads to check them; None if it needs these."""
+    if num_classes < 1 or tensor.numel() == 0:
+        return None
+    return torch.zeros((*tensor.shape, num_classes), dtype=torch.int64).scatter_(-1, tensor.unsqueeze(-1), 1)
 
 
 @contextlib.contextmanager

@@ -50,6 +50,7 @@ def auto_spec(
     outputs: Outputs = None,
     symmetry: Literal["permutation", "general"] = "permutation",
     untie: bool = False,
+    modules: bool = False,
     vary: bool = True,
     unread: Policy = "note",
     max_passes: int = MAX_PASSES,
@@ -82,6 +83,9 @@ def auto_spec(
         untie: find the symmetries that the model has once parameters which several of its modules share are each their
             own, such as a head that is the embedding's table; with ``"general"`` alone. What the spec's elements do to
             a state dict needs a model with untied weights (`untied`).
+        modules: also find modules that can change places as wholes: experts and heads in a `ModuleList`, branches that are
+            summed or put together, ensembles. They are groups like others, whose parameters `spec.stacks` lists. Of
+            permutations alone.
         vary: False keeps to the inputs, in evaluation mode: the spec then holds for these sizes and branches alone.
         unread: what becomes of groups as long as an axis of a parameter that no pass reads and that may belong to
             them: `"note"` names them in `spec.unread` and in the notes, `"pin"` makes them stay put.
@@ -94,8 +98,8 @@ def auto_spec(
         The spec: groups, and for each parameter axis the expression that places them.
 
     Raises:
-        SpecError: `symmetry` is neither of the two, or `untie` goes with permutations alone; or `outputs` names what
-            the model does not return.
+        SpecError: `symmetry` is neither of the two; `untie` goes with permutations alone, or `modules` with general
+            symmetries; or `outputs` names what the model does not return.
         CaptureError: the module could not be run, or no example input was found; it says what was tried.
         ValueError: `unread` is neither of the two.
 
@@ -107,6 +111,8 @@ def auto_spec(
         raise SpecError(f"symmetry is {symmetry!r}; it may be 'permutation' or 'general'")
     if untie and symmetry == "permutation":
         raise SpecError("untie=True finds no more permutations: it goes with symmetry='general'")
+    if modules and symmetry == "general":
+        raise SpecError("modules=True goes with symmetry='permutation': groups of modules have no general structures yet")
     if type(max_passes) is not int or max_passes < 1:
         raise ValueError(f"max_passes={max_passes!r} is no whole number from 1 on")
     check_policy(unread)
@@ -123,7 +129,7 @@ def auto_spec(
             model, example_inputs, example_kwargs, outputs=outputs, max_nodes=max_nodes, max_seconds=max_seconds
         )
         passes = FurtherPasses(model, captured, max_passes if vary else 1, limits)
-        spec = spec_of_passes(passes, vary=vary, unread=unread, symmetry=symmetry)
+        spec = spec_of_passes(passes, vary=vary, unread=unread, symmetry=symmetry, modules=modules)
     return _with_ties(spec, ties) if untie else spec
 
 
@@ -140,20 +146,25 @@ def _with_ties(spec: PermutationSpec, ties: Mapping[str, str]) -> PermutationSpe
 
 
 def spec_of_passes(
-    passes: FurtherPasses, *, vary: bool = True, unread: Policy = "note", symmetry: str = "permutation"
+    passes: FurtherPasses,
+    *,
+    vary: bool = True,
+    unread: Policy = "note",
+    symmetry: str = "permutation",
+    modules: bool = False,
 ) -> PermutationSpec:
     """The spec of several passes, which lists them, and says what they do not cover."""
     captured = passes.passes[0]
     solved = [*passes.passes, *(passes.in_training if symmetry == "general" else ())]
     try:
         together, stand_ins = _joined(solved)
-        spec = spec_of(together, passes.limits, unread, symmetry, stand_ins)
+        spec = spec_of(together, passes.limits, unread, symmetry, stand_ins, modules=modules)
     except ConflictError as error:
         if len(solved) == 1:
             raise
         log.debug("passes of %s cannot be solved together", captured.model_class, exc_info=True)
         passes.keep_the_first(f"{type(error).__name__}: {error}")
-        spec = spec_of(captured, passes.limits, unread, symmetry)
+        spec = spec_of(captured, passes.limits, unread, symmetry, modules=modules)
     as_given = f"inferred from one pass, in evaluation mode, on {captured.inputs.describe()}"
     notes = passes.notes() if vary else (as_given,)
     # In training batches are counted, which no pass that was solved shows.
@@ -196,6 +207,8 @@ def spec_of(
     unread: Policy = "note",
     symmetry: str = "permutation",
     stand_ins: Sequence[StandIn] = (),
+    *,
+    modules: bool = False,
 ) -> PermutationSpec:
     """The spec of a captured graph, in which `stand_ins` stand in their siblings' places.
 
@@ -213,6 +226,10 @@ def spec_of(
             from permgraph.inference.general import with_structures
 
             spec = with_structures(spec, solution, fibres)
+        if modules:
+            from permgraph.inference.modules import with_modules
+
+            spec = with_modules(spec, solution)
     log.info("%s: %d groups in %d operators", captured.model_class, len(spec.moving), len(solution.nodes))
     return spec
 

@@ -21,6 +21,7 @@ from permgraph.spec.binding import Group, Layout, Occurrence, bind, check_groups
 from permgraph.spec.expressions import Axis, Fixed, Ref, normalise, rename, size_of, substitute
 from permgraph.spec.general import Action, Gain, General, NullDirection
 from permgraph.spec.provenance import Constraints, Pass, Pin, UnknownOp, Unread
+from permgraph.spec.stacks import Names, dimensions, places, stacked, unstacked
 from permgraph.structures import Structure
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ class SpecData:
     general: General | None = field(default=None, repr=False)
     outputs: Mapping[str, tuple[Axis, ...]] = field(default_factory=dict, repr=False)
     by_products: tuple[str, ...] = ()
+    stacks: Mapping[str, Names] = field(default_factory=dict)
     _layouts: dict[tuple[Axis, ...], Layout] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -73,6 +75,7 @@ class SpecData:
                 raise SpecError(f"{alias!r} is an alias of {canonical!r}, so it cannot have axes of its own")
             if canonical not in axes:
                 raise SpecError(f"{alias!r} is an alias of {canonical!r}, for which there are no axes")
+        self._check_stacks(axes, shapes)
         outputs = {name: tuple(map(normalise, given)) for name, given in self.outputs.items()}
         for name, given in outputs.items():
             self.layout(given, f"output {name!r}")
@@ -82,10 +85,31 @@ class SpecData:
         freeze("shapes", MappingProxyType(shapes))
         freeze("aliases", MappingProxyType(dict(self.aliases)))
         freeze("outputs", MappingProxyType(outputs))
+        freeze("stacks", MappingProxyType(dict(self.stacks)))
         if self.general is not None:
             self.general.check(self.groups, {name: self.layout(axes[name]) for name in axes}, self.shapes)
         elif any(not group.structure.is_plain for group in self.groups.values()):
             raise SpecError("a group has a structure beyond permutations, but nothing says how it acts")
+
+    def _check_stacks(
+        self, axes: Mapping[str, tuple[Axis, ...]], shapes: Mapping[str, tuple[int, ...]]
+    ) -> None:
+        """Raise SpecError unless each stack has axes, a group of modules along each of its dimensions, and own names."""
+        seen: dict[str, str] = {}
+        for stack, names in self.stacks.items():
+            if stack not in axes:
+                raise SpecError(f"there is a stack {stack!r}, but there are no axes for it")
+            sizes = dimensions(names)
+            if not sizes or sizes != shapes[stack][: len(sizes)]:
+                raise SpecError(f"the stack {stack!r} holds {sizes} modules, but its shape is {shapes[stack]}")
+            if not all(isinstance(axis, Ref) for axis in axes[stack][: len(sizes)]):
+                raise SpecError(f"the stack {stack!r} has no group along a dimension of modules: {axes[stack]}")
+            for _, name in places(names):
+                if name in seen or name in axes or name in self.aliases:
+                    raise SpecError(f"{name!r} is in the stack {stack!r}, and {seen.get(name, 'a parameter of its own')}")
+                seen[name] = f"in the stack {stack!r}"
+        if self.stacks and self.general is not None:
+            raise SpecError("a spec with general symmetries has no groups of modules")
 
     def _shape(self, name: str, axes: tuple[Axis, ...]) -> tuple[int, ...]:
         try:
@@ -128,6 +152,8 @@ class SpecData:
         if self.general is not None:
             content["structures"] = {name: str(group.structure) for name, group in self.groups.items()}
             content["actions"] = self.general.as_json()["actions"]
+        if self.stacks:
+            content["stacks"] = dict(self.stacks)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     # --- groups and where they stand ----------------------------------------------------------------------------------
@@ -150,12 +176,37 @@ class SpecData:
         paired = {name: g for name, g in self.groups.items() if g.structure.is_paired and self.uses(name)}
         return MappingProxyType({name: g for name, g in self.groups.items() if name in self.moving or name in paired})
 
+    @functools.cached_property
+    def in_stack(self) -> Mapping[str, tuple[str, tuple[int, ...]]]:
+        """For each name in a stack, that stack and its place there."""
+        return MappingProxyType(
+            {name: (stack, place) for stack, names in self.stacks.items() for place, name in places(names)}
+        )
+
+    def over_stacks(self) -> Self:
+        """The spec of state dicts whose stacks are single tensors, see `stacked`; itself if there are none."""
+        return replace(self, stacks={}) if self.stacks else self
+
+    def stacked(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+        """A state dict with the tensors of modules that change places stacked, as the axes name them.
+
+        Raises MismatchError where one of them is missing, or unlike the others.
+        """
+        return stacked(self.stacks, state_dict)
+
+    def unstacked(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+        """What `stacked` undoes: each stack as tensors under their own names."""
+        return unstacked(self.stacks, state_dict)
+
     def canonical(self, name: str) -> str:
         """The canonical name of a parameter or buffer.
 
         Raises SpecError if the spec does not know it.
         """
         name = self.aliases.get(name, name)
+        if name in self.in_stack:
+            stack, _ = self.in_stack[name]
+            raise SpecError(f"{name!r} changes places with others: its axes are those of the stack {stack!r}")
         if name not in self.axes:
             near = difflib.get_close_matches(name, [*self.axes, *self.aliases], n=3)
             raise SpecError(f"no parameter {name!r} in this spec" + (f"; near: {', '.join(near)}" if near else ""))
@@ -333,8 +384,13 @@ class SpecData:
         others: dict[str, list[str]] = {}
         for alias, canonical in self.aliases.items():
             others.setdefault(canonical, []).append(alias)
-        for name in self.axes:
+        for name in (*(n for n in self.axes if n not in self.stacks), *self.in_stack):
             if name not in state_dict and not any(alias in state_dict for alias in others.get(name, ())):
+                if name in self.in_stack:
+                    stack, _ = self.in_stack[name]
+                    raise MismatchError(
+                        f"the state dict has no {name!r}, which changes places with others of {stack!r}{hint}"
+                    )
                 raise MismatchError(
                     f"the state dict has no {name!r}, of shape {self.shapes[name]}; it has {len(state_dict)} "
                     f"keys, the spec {len(self.axes)}{hint}"
@@ -348,20 +404,22 @@ class SpecData:
         if is_lazy(value):
             raise MismatchError(f"{key!r} is not initialised yet: run the model once")
         shape = getattr(value, "shape", None)
-        if name in self.axes:
-            if shape is None or tuple(shape) != self.shapes[name]:
+        if name in self.axes or name in self.in_stack:
+            stack, place = self.in_stack.get(name, (name, ()))
+            due = self.shapes[stack][len(place) :]
+            if shape is None or tuple(shape) != due:
                 got = f"is a {type(value).__name__}" if shape is None else f"has shape {tuple(shape)}"
-                raise MismatchError(f"{key!r} {got}, but the spec says {self.shapes[name]}")
+                raise MismatchError(f"{key!r} {got}, but the spec says {due}")
         elif key not in self.unused and shape is not None and (value.is_floating_point() or value.is_complex()):
             raise MismatchError(
                 f"the state dict has {key!r}, of shape {tuple(shape)}, which the spec does not know{hint}"
             )
 
     def _prefix_hint(self, state_dict: Mapping[str, Any]) -> str:
-        mine, its = set(self.axes), set(state_dict)
+        mine, its = {*self.axes, *self.in_stack}.difference(self.stacks), set(state_dict)
         if not mine or not its or mine & its:
             return ""
-        name, key = next(iter(self.axes)), next(iter(state_dict))
+        name, key = next(iter(mine)), next(iter(state_dict))
         for longer in its:
             prefix = longer.removesuffix(name)
             if longer.endswith(f".{name}") and {prefix + other for other in mine} <= its:
@@ -398,6 +456,7 @@ class SpecData:
         same = [name for name in self.axes if name in other.axes]
         compare("shape of", {n: self.shapes[n] for n in same}, {n: other.shapes[n] for n in same}, str)
         compare("alias", self.aliases, other.aliases, str)
+        compare("stack", self.stacks, other.stacks, str)
         return tuple(lines)
 
     def rename(self, names: Mapping[str, str]) -> Self:

@@ -14,6 +14,7 @@ from permgraph.spec.data import SpecData
 from permgraph.spec.expressions import Axis, parse_axis
 from permgraph.spec.general import General
 from permgraph.spec.provenance import Constraints, Pass, Pin, SlotPin, Tie, UnknownOp, Unread
+from permgraph.spec.stacks import Names
 from permgraph.structures import Structure
 
 FORMAT = "permgraph.spec"
@@ -37,6 +38,7 @@ def to_json(spec: SpecData) -> dict[str, Any]:
             name: {"shape": list(spec.shapes[name]), "axes": list(map(str, axes))} for name, axes in spec.axes.items()
         },
         "aliases": dict(spec.aliases),
+        **({"stacks": dict(spec.stacks)} if spec.stacks else {}),
         "pins": list(map(_record, spec.pins)),
         "unknown_ops": list(map(_record, spec.unknown_ops)),
         "unused": list(spec.unused),
@@ -119,6 +121,7 @@ def from_json(content: Any) -> dict[str, Any]:
         axes=axes,
         shapes=shapes,
         aliases=aliases,
+        stacks=_stacks(content),
         pins=_records(content, "pins", Pin, (str, int, int, str)),
         unknown_ops=_records(content, "unknown_ops", UnknownOp, (str, int)),
         unused=_names(content, "unused"),
@@ -162,6 +165,20 @@ def _names(content: Any, key: str) -> tuple[str, ...]:
     if not all(isinstance(value, str) for value in values):
         raise SpecError(f"{key}: should be a list of texts")
     return tuple(values)
+
+
+def _stacks(content: Any) -> dict[str, Names]:
+    """The names of tensors of modules that change places; none in files from before they were kept."""
+    found = _get(content, "stacks", dict) if "stacks" in content else {}
+
+    def names(value: Any, stack: str) -> Names:
+        if isinstance(value, str):
+            return value
+        if not isinstance(value, list) or not value:
+            raise SpecError(f"stacks.{stack}: should be a list of names, or of such lists, found {value!r}")
+        return tuple(names(one, stack) for one in value)
+
+    return {stack: names(value, stack) for stack, value in found.items()}
 
 
 def _outputs(content: Any) -> dict[str, tuple[Axis, ...]]:

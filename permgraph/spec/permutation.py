@@ -210,6 +210,8 @@ class Permutation:
         for name, dim in exclude:
             self._require_dimension(name, dim)
             still.setdefault(self.spec.canonical(name), set()).add(dim)
+        order = list(state_dict)
+        state_dict = self.spec.stacked(state_dict) if self.spec.stacks else state_dict
         out: dict[str, Any] = {}
         done: dict[tuple[str, str], torch.Tensor] = {}
         tied, same = frozenset(self.spec.aliases.values()), SameTensor()
@@ -226,6 +228,9 @@ class Permutation:
                 plan = () if axes is None else self._plan(axes, frozenset(still.get(name, ())))
                 done[identity] = redistributed_like(gather(value.detach(), plan), sample)
             out[key] = done[identity]
+        if self.spec.stacks:
+            apart = self.spec.unstacked(out)
+            return {key: apart[key].clone() if key in self.spec.in_stack else apart[key] for key in order}
         return out
 
     def apply_to(self, name: str, tensor: torch.Tensor, *, exclude: Collection[int] = ()) -> torch.Tensor:

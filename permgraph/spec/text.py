@@ -6,10 +6,13 @@
     fc1.bias     64      hidden
     fc2.weight   10x64   . hidden
     head.weight = fc2.weight
+    experts.*.weight  2x8x64  experts . .
+    experts.*.weight = experts.0.weight, experts.1.weight
     groups: hidden 64
     pinned: 3 axes: model input 1 · model output 2
 
-A group that is fibred over others says so, ``d 16 per h``; one that only names an axis is ``fixed``. A structure beyond
+A name that is several, with commas, is a stack: the tensors of modules that change places, whose first dimensions these
+modules are. A group that is fibred over others says so, ``d 16 per h``; one that only names an axis is ``fixed``. A structure beyond
 permutations, as in ``d 16 GL per h``, is for people: what is read has permutations alone. A scalar has the
 shape ``scalar``. A name with spaces or punctuation stands in double quotes, as in JSON. Lines that begin with ``#``,
 and the lines ``by-products`` (what a model returns beside its result, where it moves), ``pinned``, ``unknown
@@ -20,16 +23,18 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import re
 import textwrap
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from permgraph.errors import SpecError
 from permgraph.spec.binding import Group
 from permgraph.spec.data import SpecData
 from permgraph.spec.expressions import Axis, Fixed, is_name, parse_axes
+from permgraph.spec.stacks import Names, named, places
 from permgraph.structures import Structure
 
 _WIDTH = 118
@@ -58,6 +63,8 @@ def write_spec(spec: SpecData) -> str:
     shape_width = min(20, max((len(shape) for _, shape, _ in rows), default=0))
     lines += [f"{name:<{name_width}}  {shape:<{shape_width}}  {axes}".rstrip() for name, shape, axes in rows]
     lines += [f"{_quote(alias)} = {_quote(canonical)}" for alias, canonical in spec.aliases.items()]
+    for stack, names in spec.stacks.items():
+        lines.append(f"{_quote(stack)} = {', '.join(_quote(name) for _, name in places(names))}")
     if spec.groups:
         lines += _wrapped("groups:", map(_group, spec.groups.values()))
     if spec.moving_outputs:
@@ -135,10 +142,14 @@ def read_spec(text: str) -> dict[str, Any]:
     axes: dict[str, tuple[Axis, ...]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     aliases: dict[str, str] = {}
+    stacks: dict[str, list[str]] = {}
     for number, line in rows:
         name, rest = _read_name(number, line)
-        if name in axes or name in aliases:
+        if (name in axes and not rest.lstrip().startswith("=")) or name in aliases or name in stacks:
             raise SpecError(f"line {number}: {name!r} is there twice")
+        if rest.lstrip().startswith("=") and name in axes:
+            stacks[name] = list(_read_names(number, rest.lstrip()[1:]))
+            continue
         if rest.lstrip().startswith("="):
             aliases[name], after = _read_name(number, rest.lstrip()[1:])
             if after.strip():
@@ -155,7 +166,28 @@ def read_spec(text: str) -> dict[str, Any]:
             axes[name] = parse_axes(words[1] if len(words) == 2 else "", shapes[name])
         except SpecError as error:
             raise SpecError(f"line {number}, parameter {name!r}: {error}") from None
-    return {"groups": groups, "axes": axes, "shapes": shapes, "aliases": aliases}
+    return {
+        "groups": groups,
+        "axes": axes,
+        "shapes": shapes,
+        "aliases": aliases,
+        "stacks": {stack: _stack(stack, names, shapes[stack]) for stack, names in stacks.items()},
+    }
+
+
+def _read_names(number: int, text: str) -> Iterator[str]:
+    """Names with commas between them."""
+    while text.strip():
+        name, text = _read_name(number, text.lstrip().removeprefix(","))
+        yield name.removesuffix(",")
+
+
+def _stack(stack: str, names: Sequence[str], shape: Sequence[int]) -> Names:
+    """The names of a stack, in as many dimensions of its shape as they fill."""
+    for depth in range(1, len(shape) + 1):
+        if math.prod(shape[:depth]) == len(names):
+            return named(names, shape[:depth])
+    raise SpecError(f"the stack {stack!r} has {len(names)} names, which fill no dimensions of its shape {tuple(shape)}")
 
 
 def _read_name(number: int, line: str) -> tuple[str, str]:

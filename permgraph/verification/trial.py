@@ -27,6 +27,7 @@ from permgraph.errors import CaptureError, MismatchError
 from permgraph.spec.data import SpecData
 from permgraph.spec.elements import AnyElement
 from permgraph.spec.expressions import Axis
+from permgraph.spec.stacks import places, together
 from permgraph.spec.transformation import Transformation
 from permgraph.verification.compared import ComparedOutputs
 from permgraph.verification.double_precision import InDoublePrecision, double_by_default, has_values, in_double
@@ -152,12 +153,21 @@ class Trial:
             )
             return self.compared.moved_back(found, self._axes, permutation)
         counts = {} if permutation is None else permutation.moved()
-        moved = {name for group, count in counts.items() if count for name in self._users[group]}
+        stacks = self.spec.stacks
+        parts = {
+            name: dict(places(stacks[name])) if name in stacks else {(): name}
+            for name in {name for group, count in counts.items() if count for name in self._users[group]}
+        }
+        moved = {own for names in parts.values() for own in names.values()}
         try:
-            for name in moved:
+            for name, names in parts.items():
                 assert permutation is not None
                 still = [dim for parameter, dim in exclude if parameter == name]
-                self._write(name, permutation.apply_to(name, self._floating[name][1], exclude=still))
+                values = {own: self._floating[own][1] for own in names.values()}
+                given = together(name, stacks[name], values) if name in stacks else values[name]
+                made = permutation.apply_to(name, given, exclude=still)
+                for place, own in names.items():
+                    self._write(own, made[place])
             found = self._run()
             return found if permutation is None else self.compared.moved_back(found, self._axes, permutation)
         finally:
@@ -297,7 +307,7 @@ class Trial:
 
     def _check_names(self) -> None:
         known = {name for entry, _ in self._floating.values() for name in entry.names}
-        missing = sorted(set(self.spec.axes) - known)
+        missing = sorted({*self.spec.axes, *self.spec.in_stack}.difference(self.spec.stacks) - known)
         if missing:
             raise MismatchError(f"the spec has {missing[0]!r}, which {type(self._copy.module).__name__} has not")
         self.spec.check({name: made for entry, made in self._floating.values() for name in entry.names})

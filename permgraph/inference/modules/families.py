@@ -1,0 +1,180 @@
+"""Modules any two of which can change places, put together from exchanges of two."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import fx
+
+from permgraph.inference.modules.colours import Colours
+from permgraph.inference.modules.exchange import Exchange, Exchanger
+from permgraph.inference.modules.moves import IntArray, Refused
+from permgraph.inference.modules.proof import Proof
+from permgraph.inference.modules.reading import Dataflow
+from permgraph.inference.solution import Solution, is_weight
+
+log = logging.getLogger(__name__)
+
+MOST_TRIALS = 20_000
+"""Exchanges that are tried in one graph; what is left then keeps its place."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """Modules any two of which change places.
+
+    Args:
+        members: of each module its weights, by their names, in such an order that the i-th ones go to each other.
+        blocks: for dimensions of weights outside the modules, whose parts change places along with these: for each module
+            the indices of its part.
+    """
+
+    members: tuple[tuple[str, ...], ...]
+    blocks: Mapping[tuple[str, int], tuple[IntArray, ...]]
+
+
+@dataclass(frozen=True)
+class Found:
+    """The families of a graph, outer ones before those inside them, and what was tried but is none.
+
+    Args:
+        families: the families.
+        refused: for two weights that stand in like places, by their names, why they do not change places.
+    """
+
+    families: tuple[Family, ...]
+    refused: Mapping[tuple[str, str], str]
+
+
+def find_families(solution: Solution) -> Found:
+    """All families of modules of a solved graph."""
+    flow = Dataflow(solution)
+    colours = Colours(flow)
+    classes = colours.classes()
+    if not classes:
+        return Found((), {})
+    search = _Search(flow, colours)
+    for weights in classes:
+        search.look_into(weights)
+    families = sorted(search.families, key=lambda family: -sum(map(len, family.members)))
+    return Found(tuple(families), search.refused)
+
+
+class _Search:
+    def __init__(self, flow: Dataflow, colours: Colours) -> None:
+        self._exchanger = Exchanger(flow, colours)
+        self._proof = Proof(flow)
+        self._trials = 0
+        self._levels: dict[fx.Node, int] = {}  # of how many families each weight's module is a member
+        self.families: list[Family] = []
+        self.refused: dict[tuple[str, str], str] = {}
+
+    def look_into(self, weights: Sequence[fx.Node]) -> None:
+        """Find the families of weights that look alike."""
+        left = list(weights)
+        while len(left) > 1 and self._trials < MOST_TRIALS:
+            first, *others = left
+            if self._accounted_for(first, weights):
+                return
+            found = [e for other in others if (e := self._exchange(first, other)) is not None]
+            gone = {first}
+            for members in _levels(found):
+                gone.update(self._add(members))
+            left = [weight for weight in left if weight not in gone and weight not in self._levels]
+
+    def _accounted_for(self, first: fx.Node, weights: Sequence[fx.Node]) -> bool:
+        """Whether the families that are known explain all that look like a weight."""
+        number = 1
+        for family in self.families:
+            if any(_name(first) in member for member in family.members):
+                number *= len(family.members)
+        return number >= len(weights)
+
+    def _exchange(self, one: fx.Node, other: fx.Node) -> Exchange | None:
+        self._trials += 1
+        try:
+            exchange = self._exchanger.of(one, other)
+            self._proof.check(exchange)
+        except Refused as refused:
+            self.refused[_name(one), _name(other)] = str(refused)
+            return None
+        return exchange
+
+    def _add(self, exchanges: Sequence[Exchange]) -> Iterator[fx.Node]:
+        """Keep the family of these exchanges of its first member; give the weights in it."""
+        try:
+            family = _family(exchanges)
+        except Refused as refused:
+            log.debug("no family: %s", refused)
+            return
+        if all(_nested_or_apart(family, other) for other in self.families):
+            self.families.append(family)
+            for exchange in exchanges:
+                for node in exchange.twins:
+                    if is_weight(node):
+                        self._levels[node] = self._levels.get(node, 0) + 1
+                        yield node
+
+
+def _levels(exchanges: Sequence[Exchange]) -> Iterator[list[Exchange]]:
+    """Exchanges in lists, one for each module that a weight is in, that carry it each to another such module."""
+    by_first: dict[frozenset[fx.Node], dict[frozenset[fx.Node], Exchange]] = {}
+    for exchange in exchanges:
+        second = frozenset(exchange.twins[node] for node in exchange.first)
+        by_first.setdefault(exchange.first, {}).setdefault(second, exchange)
+    for first in sorted(by_first, key=len, reverse=True):
+        yield list(by_first[first].values())
+
+
+def _family(exchanges: Sequence[Exchange]) -> Family:
+    """The family of exchanges of one member with each other one.
+
+    Raises Refused where the parts that go with them do not fit together.
+    """
+    weights = sorted((n for n in exchanges[0].first if is_weight(n)), key=_name)
+    members = [tuple(map(_name, weights)), *(tuple(_name(e.twins[w]) for w in weights) for e in exchanges)]
+    if len({name for member in members for name in member}) < sum(map(len, members)):
+        raise Refused("two of the modules share a weight")
+    blocks: dict[tuple[str, int], list[IntArray]] = {}
+    for number, exchange in enumerate(exchanges):
+        for (name, dim), (mine, its) in _moved_weights(exchange).items():
+            known = blocks.setdefault((name, dim), [mine])
+            if len(known) != number + 1 or not np.array_equal(known[0], mine):
+                raise Refused(f"the part of {name} that goes with a module depends on which it changes places with")
+            known.append(its)
+    for (name, dim), parts in blocks.items():
+        if len(parts) != len(members) or len(np.unique(np.concatenate(parts))) != sum(map(len, parts)):
+            raise Refused(f"the parts of {name} along dimension {dim} overlap")
+    order = list(range(len(members)))
+    if blocks:
+        first = next(iter(blocks.values()))
+        order.sort(key=lambda i: int(first[i].min()))
+    return Family(
+        tuple(members[i] for i in order), {key: tuple(parts[i] for i in order) for key, parts in blocks.items()}
+    )
+
+
+def _moved_weights(exchange: Exchange) -> dict[tuple[str, int], tuple[IntArray, IntArray]]:
+    """For dimensions of weights that are moved: the indices of the first module, and where each goes."""
+    found = {}
+    for name, tensor in exchange.moved_weights:
+        for dim, move in exchange.moves.of(tensor).items():
+            mine = np.flatnonzero(move.side == 1)
+            found[name, dim] = (mine, move.to[mine])
+    return found
+
+
+def _nested_or_apart(one: Family, other: Family) -> bool:
+    """Whether two families have no weight in common, or one lies within a single member of the other."""
+    mine, its = ({name for member in family.members for name in member} for family in (one, other))
+    if mine.isdisjoint(its):
+        return True
+    return any(mine <= set(member) for member in other.members) or any(its <= set(member) for member in one.members)
+
+
+def _name(node: fx.Node) -> str:
+    name: str = node.meta["names"][0]
+    return name

@@ -1,0 +1,302 @@
+"""What each call of a graph does to which operands, as far as exchanging modules cares.
+
+Sums, products and the like are flattened to their terms, in whatever order they were added. Operators that take, or put
+together, parts of a dimension are read without the places of these parts; the proof looks at places again.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from permgraph.inference.operators import arguments_of, first_result, name_of
+from permgraph.inference.solution import Solution, tensors_in
+from permgraph.rules.call import Call
+from permgraph.rules.typed_tensor import TypedTensor
+
+LISTS = frozenset("unbind unbind_copy split split_with_sizes chunk tensor_split split_copy split_with_sizes_copy".split())
+"""Operators whose results are the parts of a dimension, in order."""
+
+JOINS = frozenset("cat concat concatenate stack".split())
+
+TAKES = frozenset("select select_copy slice slice_copy narrow".split())
+"""Operators that take a part of one dimension."""
+
+SUMS = frozenset("add sub index_add scatter_add index_put".split())
+
+COMMUTATIVE = {
+    "mul": "mul", "multiply": "mul", "maximum": "maximum", "minimum": "minimum", "logical_and": "logical_and",
+    "logical_or": "logical_or", "logical_xor": "logical_xor", "bitwise_and": "bitwise_and",
+    "bitwise_or": "bitwise_or", "bitwise_xor": "bitwise_xor", "eq": "eq", "ne": "ne",
+}  # fmt: skip
+
+ASSOCIATIVE = frozenset("mul maximum minimum logical_and logical_or logical_xor bitwise_and bitwise_or bitwise_xor".split())
+
+
+@dataclass(frozen=True)
+class Term:
+    """Operands of one kind: nodes in order, and a key that says what becomes of them."""
+
+    key: Hashable
+    nodes: tuple[fx.Node, ...]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a node computes: a key that says how, and terms; in any order unless `ordered`.
+
+    Args:
+        key: the operator and its arguments that are no tensors, but for places.
+        terms: the operands.
+        ordered: whether the order of the terms counts.
+        places: the part of a dimension that is taken: dimension, start, end; or the number a value is compared with.
+        inside: nodes that compute parts of this one, such as sums of some of its terms.
+    """
+
+    key: Hashable
+    terms: tuple[Term, ...]
+    ordered: bool = True
+    places: tuple[int, ...] = ()
+    inside: tuple[fx.Node, ...] = ()
+
+
+class Dataflow:
+    """The live nodes of a solved graph, each with its reading.
+
+    Attributes:
+        nodes: the nodes that are read, in order; those inside a sum of others are not among them.
+        readings: what each of them computes.
+        users: for each of them the nodes that take it as an operand, with the key by which they do, once for each use.
+        within: for each node inside another's reading, that other.
+        left: the nodes that the forward pass leaves on the model.
+        calls: the call of each node that calls an operator.
+    """
+
+    def __init__(self, solution: Solution) -> None:
+        self.solution = solution
+        facts = solution.facts
+        self.operators = facts.operators
+        self.memory = facts.memory
+        self.calls: dict[fx.Node, Call] = {call.node: call for call in solution.calls}
+        live = [n for n in facts.nodes if n in facts.live or n.op != "call_function"]
+        self.place = {node: i for i, node in enumerate(facts.nodes)}
+        self._live = set(live)
+        self.left = {kept for node in facts.nodes for kept in node.meta.get("left", ())}
+        self._users = {node: [u for u in node.users if u in self._live] for node in live}
+        self.within: dict[fx.Node, fx.Node] = {}
+        self.readings: dict[fx.Node, Reading] = {}
+        for node in reversed(live):
+            if node not in self.within:
+                reading = self.readings[node] = self._read(node)
+                self.within.update(dict.fromkeys(reading.inside, node))
+        self.nodes = [node for node in live if node in self.readings]
+        self.users: dict[fx.Node, list[tuple[fx.Node, Hashable]]] = {node: [] for node in self.nodes}
+        for node in self.nodes:
+            reading = self.readings[node]
+            for number, term in enumerate(reading.terms):
+                for slot, source in enumerate(term.nodes):
+                    key = (reading.key, term.key, slot, number if reading.ordered else None)
+                    self.users[source].append((node, key))
+
+        self._calls_of: dict[int, list[Call]] = {}
+        self._of_nodes = {id(t) for value in solution.values.values() for t in tensors_in(value)}
+        for call in self.calls.values():
+            if call.node in self._live:
+                for tensor in {id(t): t for t in map(whole, (*call.tensors, *call.results))}.values():
+                    self._calls_of.setdefault(id(tensor), []).append(call)
+
+    def calls_of(self, tensor: TypedTensor) -> Sequence[Call]:
+        """The live calls that take or give a tensor."""
+        return self._calls_of.get(id(tensor), ())
+
+    def is_of_node(self, tensor: TypedTensor) -> bool:
+        """Whether a tensor is some node's, and none inside an operator."""
+        return id(whole(tensor)) in self._of_nodes
+
+    def tensor(self, node: fx.Node) -> TypedTensor | None:
+        """The typed tensor of a node that has one."""
+        value = self.solution.values.get(node)
+        return value if isinstance(value, TypedTensor) else None
+
+    def name(self, node: fx.Node) -> str:
+        """The operator that a node calls, ``"getitem"``, or what else it is."""
+        if node.op != "call_function":
+            return node.op
+        return "getitem" if node.target is operator.getitem else name_of(node)
+
+    # -- one node ------------------------------------------------------------------------------------------------------
+
+    def _read(self, node: fx.Node) -> Reading:
+        if node.op == "placeholder":
+            return Reading((node.op, node.meta["kind"]), ())
+        if node.op == "output":
+            return Reading(node, tuple(Term(i, (n,)) for i, n in enumerate(node.all_input_nodes)))
+        if node.target is operator.getitem:
+            return self._item(node)
+        properties, name = self.operators.of(node), name_of(node)
+        given = arguments_of(node) or {str(i): arg for i, arg in enumerate((*node.args, *node.kwargs.values()))}
+        if not properties.reads_values:
+            val = first_result(node)
+            return Reading((str(node.target), None if val is None else tuple(val.shape), self._constants(given)), ())
+        if name in SUMS and (summed := self._sum(node)) is not None:
+            return summed
+        if name in ASSOCIATIVE or (name in COMMUTATIVE and len(node.all_input_nodes) == 2):
+            return self._product(node, COMMUTATIVE[name])
+        if name in JOINS:
+            tensors = given.get("tensors", ())
+            terms = tuple(Term("part", (n,)) for n in tensors if isinstance(n, fx.Node))
+            return Reading((name, given.get("dim", 0)), terms, ordered=False)
+        if name in TAKES:
+            return self._part(node, name, given)
+        if name in ("eq", "ne") and isinstance(given.get("other"), int) and not isinstance(given["other"], bool):
+            source = given["self"]
+            typed = self.tensor(source) if isinstance(source, fx.Node) else None
+            if typed is not None and typed.value is not None:
+                return Reading((name, "number"), (Term("self", (source,)),), places=(given["other"],))
+        return Reading((str(node.target), self._constants(given)), tuple(self._operands(given)))
+
+    def _item(self, node: fx.Node) -> Reading:
+        source, item = node.args
+        assert isinstance(source, fx.Node) and isinstance(item, int)
+        if self.name(source) in LISTS:
+            dim, bounds = self.bounds(source)
+            start, end = bounds[item]
+            given = {k: v for k, v in arguments_of(source).items() if k != "self"}
+            key = ("item", name_of(source), end - start, self._constants(given))
+            return Reading(key, (Term("of", (source,)),), places=(dim, start, end))
+        return Reading(("item", item), (Term("of", (source,)),))
+
+    def bounds(self, node: fx.Node) -> tuple[int, list[tuple[int, int]]]:
+        """Of an operator whose results are parts: the dimension, and where along it each begins and ends."""
+        given = arguments_of(node)
+        source = given["self"].meta["val"]
+        dim = given.get("dim", 0) % source.ndim
+        if name_of(node).startswith("unbind"):
+            return dim, [(i, i + 1) for i in range(source.shape[dim])]
+        sizes = [part.shape[dim] for part in node.meta["val"]]
+        ends = torch.tensor(sizes).cumsum(0).tolist()
+        return dim, [(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+
+    def _part(self, node: fx.Node, name: str, given: Mapping[str, Any]) -> Reading:
+        source = given["self"]
+        size = source.meta["val"].shape
+        dim = given.get("dim", 0) % len(size)
+        if name.startswith("select"):
+            start = given["index"] % size[dim]
+            end = start + 1
+        elif name == "narrow":
+            start = given["start"] % max(size[dim], 1) if isinstance(given["start"], int) else -1
+            end = start + given["length"]
+        else:
+            start, end, _ = slice(given["start"], given["end"]).indices(size[dim])
+        step = given.get("step", 1)
+        if start < 0 or step != 1:
+            return Reading((str(node.target), self._constants(given)), tuple(self._operands(given)))
+        return Reading((name, dim, end - start), (Term("self", (source,)),), places=(dim, start, end))
+
+    def _operands(self, given: Mapping[str, Any]) -> Iterator[Term]:
+        for name, value in given.items():
+            for i, leaf in enumerate(_leaves(value)):
+                if isinstance(leaf, fx.Node):
+                    yield Term((name, i), (leaf,))
+
+    def _constants(self, given: Mapping[str, Any]) -> Hashable:
+        """The arguments that are no tensors, as a text: equal for equal ones."""
+        return repr(fx.node.map_arg(dict(given), lambda _: None))
+
+    # -- sums and products ---------------------------------------------------------------------------------------------
+
+    def _sum(self, node: fx.Node) -> Reading | None:
+        """A sum with all its terms, those of sums that are used here alone among them; None if it is none."""
+        terms: list[Term] = []
+        inside: list[fx.Node] = []
+        stack: list[tuple[Any, bool]] = [(node, False)]
+        while stack:
+            part, negative = stack.pop()
+            opened = part is node or (isinstance(part, fx.Node) and self._used_here_alone(part))
+            found = self._addends(part) if opened else None
+            if found is None:
+                if part is node:
+                    return None
+                terms.append(self._addend(part, negative))
+                continue
+            if part is not node:
+                inside.append(part)
+            for addend, minus in found:
+                if isinstance(addend, Term):
+                    if negative:
+                        return None
+                    terms.append(addend)
+                else:
+                    stack.append((addend, negative != minus))
+        return Reading(("sum", str(first_result(node).dtype)), tuple(terms), ordered=False, inside=tuple(inside))  # type: ignore[union-attr]
+
+    @staticmethod
+    def _addend(part: Any, negative: bool) -> Term:
+        if isinstance(part, fx.Node):
+            return Term(("minus" if negative else "plus",), (part,))
+        return Term(("minus" if negative else "plus", repr(part)), ())
+
+    def _addends(self, node: fx.Node) -> list[tuple[Any, bool]] | None:
+        """What a node adds up: operands with whether they are subtracted, and other terms; None if it adds nothing."""
+        if node.op != "call_function" or node.target is operator.getitem:
+            return None
+        name, given = name_of(node), arguments_of(node)
+        if name in ("add", "sub") and given.get("alpha", 1) == 1 and "self" in given:
+            return [(given["self"], False), (given["other"], name == "sub")]
+        accumulates = {
+            "index_add": ("dim", "index", "source"),
+            "scatter_add": ("dim", "index", "src"),
+            "index_put": ("indices", "values"),
+        }
+        if name not in accumulates or given.get("alpha", 1) != 1 or (name == "index_put" and not given["accumulate"]):
+            return None
+        others = {key: given[key] for key in accumulates[name]}
+        nodes = tuple(leaf for value in others.values() for leaf in _leaves(value) if isinstance(leaf, fx.Node))
+        return [(given["self"], False), (Term((name, self._constants(others)), nodes), False)]
+
+    def _product(self, node: fx.Node, kind: str) -> Reading:
+        """A product, maximum or the like, with all its factors."""
+        terms: list[Term] = []
+        inside: list[fx.Node] = []
+        stack: list[Any] = [node]
+        while stack:
+            part = stack.pop()
+            opens = part is node or (
+                kind in ASSOCIATIVE
+                and isinstance(part, fx.Node)
+                and part.op == "call_function"
+                and COMMUTATIVE.get(self.name(part)) == kind
+                and self._used_here_alone(part)
+            )
+            if not opens:
+                terms.append(self._addend(part, False))
+                continue
+            if part is not node:
+                inside.append(part)
+            given = arguments_of(part)
+            stack += [given["self"], given["other"]]
+        return Reading((kind, str(first_result(node).dtype)), tuple(terms), ordered=False, inside=tuple(inside))  # type: ignore[union-attr]
+
+    def _used_here_alone(self, node: fx.Node) -> bool:
+        alone = len(self._users.get(node, ())) == 1 and len(node.users) == 1
+        return alone and node not in self.left and "read" not in node.meta
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """The values in a nest of lists, in order."""
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _leaves(item)
+    else:
+        yield value
+
+
+def whole(tensor: TypedTensor) -> TypedTensor:
+    """The tensor itself, where this is one use of it."""
+    return tensor.use_of or tensor

@@ -1,0 +1,105 @@
+"""Tensors of several modules that change places, as one tensor with a dimension for the modules.
+
+Where modules can change places as wholes, such as the experts of a mixture, their tensors of one kind are taken together::
+
+    experts.*.up.weight = experts.0.up.weight, experts.1.up.weight, experts.2.up.weight
+
+The spec's axes are those of such a *stack*, ``experts.*.up.weight  3x16x8  experts experts.0.up .``: its first dimension is
+the group of the modules, and every other group inside them is fibred over that. What acts on a state dict stacks it
+first, and takes the result apart again; whatever else knows groups need not know that the first dimension is spread over
+several names. Modules within modules make stacks with as many such dimensions, outermost first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeAlias, Union
+
+import torch
+from torch import Tensor
+
+from permgraph.errors import MismatchError, SpecError
+
+Names: TypeAlias = "Union[str, tuple[Names, ...]]"
+"""The names in a stack: a tuple for each dimension of modules, outermost first."""
+
+Place: TypeAlias = tuple[int, ...]
+
+
+def places(names: Names, at: Place = ()) -> Iterator[tuple[Place, str]]:
+    """Each name in a stack with its place, in order."""
+    if isinstance(names, str):
+        yield at, names
+        return
+    for i, inner in enumerate(names):
+        yield from places(inner, (*at, i))
+
+
+def dimensions(names: Names) -> tuple[int, ...]:
+    """How many modules there are along each dimension of a stack.
+
+    Raises SpecError where that differs from place to place.
+    """
+    if isinstance(names, str):
+        return ()
+    inner = {dimensions(one) for one in names}
+    if len(inner) != 1:
+        raise SpecError(f"a stack holds unlike numbers of modules: {names}")
+    return (len(names), *inner.pop())
+
+
+def named(flat: Sequence[str], sizes: Sequence[int]) -> Names:
+    """The names of a stack of so many modules along each dimension, from all its names in order."""
+    if not sizes:
+        return flat[0]
+    step = len(flat) // sizes[0]
+    return tuple(named(flat[i * step : (i + 1) * step], sizes[1:]) for i in range(sizes[0]))
+
+
+def stacked(stacks: Mapping[str, Names], state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict with the tensors of each stack as one, in the place of the first of them.
+
+    The tensors are on the device of the first one. A stack that is there as such is left as it is.
+
+    Raises MismatchError where one is missing, or of another shape or dtype than the first.
+    """
+    belongs = {name: stack for stack, names in stacks.items() for _, name in places(names)}
+    found: dict[str, Any] = {}
+    for key, value in state.items():
+        stack = belongs.get(key)
+        if stack is None:
+            found[key] = value
+        elif stack not in found:
+            found[stack] = together(stack, stacks[stack], state)
+    return found
+
+
+def together(stack: str, names: Names, state: Mapping[str, Any]) -> Tensor:
+    """The tensors of one stack as one; see `stacked`."""
+    tensors = []
+    for _, name in places(names):
+        if name not in state:
+            raise MismatchError(f"the state dict has no {name!r}, which changes places with others of {stack!r}")
+        tensor = state[name]
+        first = tensors[0] if tensors else tensor
+        if not isinstance(tensor, Tensor) or tensor.shape != first.shape or tensor.dtype != first.dtype:
+            raise MismatchError(
+                f"{name!r} is {_said(tensor)}, but others of {stack!r}, with which it changes places, are {_said(first)}"
+            )
+        tensors.append(tensor.detach().to(first.device))
+    return torch.stack(tensors).reshape(*dimensions(names), *tensors[0].shape)
+
+
+def _said(value: Any) -> str:
+    return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+
+def unstacked(stacks: Mapping[str, Names], state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict with each stack taken apart into tensors under their own names, each a part of it."""
+    found: dict[str, Any] = {}
+    for key, value in state.items():
+        if key in stacks:
+            found |= {name: value[place] for place, name in places(stacks[key])}
+        else:
+            found[key] = value
+    return found
