@@ -68,7 +68,7 @@ class WatchUntrackedReads(TorchFunctionMode):
 
 
 def _one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor | None:
-    """A one-hot code without the smallest and largest value, which torch reads to check them; None if it needs these."""
+    """A one-hot code without the smallest and largest value, which torch reads to check them; None if needed."""
     if num_classes < 1 or tensor.numel() == 0:
         return None
     return torch.zeros((*tensor.shape, num_classes), dtype=torch.int64).scatter_(-1, tensor.unsqueeze(-1), 1)

@@ -83,9 +83,9 @@ def auto_spec(
         untie: find the symmetries that the model has once parameters which several of its modules share are each their
             own, such as a head that is the embedding's table; with ``"general"`` alone. What the spec's elements do to
             a state dict needs a model with untied weights (`untied`).
-        modules: also find modules that can change places as wholes: experts and heads in a `ModuleList`, branches that are
-            summed or put together, ensembles. They are groups like others, whose parameters `spec.stacks` lists. Of
-            permutations alone.
+        modules: also find modules that can change places as wholes: experts and heads in a `ModuleList`, branches that
+            are summed or put together, ensembles. They are groups like others, whose parameters `spec.stacks` lists.
+            Of permutations alone.
         vary: False keeps to the inputs, in evaluation mode: the spec then holds for these sizes and branches alone.
         unread: what becomes of groups as long as an axis of a parameter that no pass reads and that may belong to
             them: `"note"` names them in `spec.unread` and in the notes, `"pin"` makes them stay put.
@@ -112,7 +112,9 @@ def auto_spec(
     if untie and symmetry == "permutation":
         raise SpecError("untie=True finds no more permutations: it goes with symmetry='general'")
     if modules and symmetry == "general":
-        raise SpecError("modules=True goes with symmetry='permutation': groups of modules have no general structures yet")
+        raise SpecError(
+            "modules=True goes with symmetry='permutation': groups of modules have no general structures yet"
+        )
     if type(max_passes) is not int or max_passes < 1:
         raise ValueError(f"max_passes={max_passes!r} is no whole number from 1 on")
     check_policy(unread)

@@ -91,10 +91,8 @@ class SpecData:
         elif any(not group.structure.is_plain for group in self.groups.values()):
             raise SpecError("a group has a structure beyond permutations, but nothing says how it acts")
 
-    def _check_stacks(
-        self, axes: Mapping[str, tuple[Axis, ...]], shapes: Mapping[str, tuple[int, ...]]
-    ) -> None:
-        """Raise SpecError unless each stack has axes, a group of modules along each of its dimensions, and own names."""
+    def _check_stacks(self, axes: Mapping[str, tuple[Axis, ...]], shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raise SpecError unless each stack has axes, a group along each dimension of modules, and own names."""
         seen: dict[str, str] = {}
         for stack, names in self.stacks.items():
             if stack not in axes:
@@ -106,7 +104,9 @@ class SpecData:
                 raise SpecError(f"the stack {stack!r} has no group along a dimension of modules: {axes[stack]}")
             for _, name in places(names):
                 if name in seen or name in axes or name in self.aliases:
-                    raise SpecError(f"{name!r} is in the stack {stack!r}, and {seen.get(name, 'a parameter of its own')}")
+                    raise SpecError(
+                        f"{name!r} is in the stack {stack!r}, and {seen.get(name, 'a parameter of its own')}"
+                    )
                 seen[name] = f"in the stack {stack!r}"
         if self.stacks and self.general is not None:
             raise SpecError("a spec with general symmetries has no groups of modules")

@@ -26,7 +26,7 @@ T = TypeVar("T")
 def to_json(spec: SpecData) -> dict[str, Any]:
     """``spec`` as plain lists and dictionaries; records without names are lists, in the order of their fields."""
     constraints = spec.constraints
-    content = {
+    content: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
         "model_class": spec.model_class,

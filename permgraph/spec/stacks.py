@@ -1,26 +1,28 @@
 """Tensors of several modules that change places, as one tensor with a dimension for the modules.
 
-Where modules can change places as wholes, such as the experts of a mixture, their tensors of one kind are taken together::
+Where modules can change places as wholes, such as the experts of a mixture, their tensors of one kind are taken
+together::
 
     experts.*.up.weight = experts.0.up.weight, experts.1.up.weight, experts.2.up.weight
 
-The spec's axes are those of such a *stack*, ``experts.*.up.weight  3x16x8  experts experts.0.up .``: its first dimension is
-the group of the modules, and every other group inside them is fibred over that. What acts on a state dict stacks it
-first, and takes the result apart again; whatever else knows groups need not know that the first dimension is spread over
-several names. Modules within modules make stacks with as many such dimensions, outermost first.
+The spec's axes are those of such a *stack*, ``experts.*.up.weight  3x16x8  experts experts.0.up .``: its first
+dimension is the group of the modules, and every other group inside them is fibred over that. What acts on a state
+dict stacks it first, and takes the result apart again; whatever else knows groups need not know that the first
+dimension is spread over several names. Modules within modules make stacks with as many such dimensions, outermost
+first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypeAlias, Union
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from permgraph.errors import MismatchError, SpecError
 
-Names: TypeAlias = "Union[str, tuple[Names, ...]]"
+Names: TypeAlias = "str | tuple[Names, ...]"
 """The names in a stack: a tuple for each dimension of modules, outermost first."""
 
 Place: TypeAlias = tuple[int, ...]
@@ -76,7 +78,7 @@ def stacked(stacks: Mapping[str, Names], state: Mapping[str, Any]) -> dict[str, 
 
 def together(stack: str, names: Names, state: Mapping[str, Any]) -> Tensor:
     """The tensors of one stack as one; see `stacked`."""
-    tensors = []
+    tensors: list[Tensor] = []
     for _, name in places(names):
         if name not in state:
             raise MismatchError(f"the state dict has no {name!r}, which changes places with others of {stack!r}")
@@ -84,7 +86,8 @@ def together(stack: str, names: Names, state: Mapping[str, Any]) -> Tensor:
         first = tensors[0] if tensors else tensor
         if not isinstance(tensor, Tensor) or tensor.shape != first.shape or tensor.dtype != first.dtype:
             raise MismatchError(
-                f"{name!r} is {_said(tensor)}, but others of {stack!r}, with which it changes places, are {_said(first)}"
+                f"{name!r} is {_said(tensor)}, but others of {stack!r}, with which it changes places, "
+                f"are {_said(first)}"
             )
         tensors.append(tensor.detach().to(first.device))
     return torch.stack(tensors).reshape(*dimensions(names), *tensors[0].shape)

@@ -12,10 +12,10 @@
     pinned: 3 axes: model input 1 · model output 2
 
 A name that is several, with commas, is a stack: the tensors of modules that change places, whose first dimensions these
-modules are. A group that is fibred over others says so, ``d 16 per h``; one that only names an axis is ``fixed``. A structure beyond
-permutations, as in ``d 16 GL per h``, is for people: what is read has permutations alone. A scalar has the
-shape ``scalar``. A name with spaces or punctuation stands in double quotes, as in JSON. Lines that begin with ``#``,
-and the lines ``by-products`` (what a model returns beside its result, where it moves), ``pinned``, ``unknown
+modules are. A group that is fibred over others says so, ``d 16 per h``; one that only names an axis is ``fixed``. A
+structure beyond permutations, as in ``d 16 GL per h``, is for people: what is read has permutations alone. A scalar
+has the shape ``scalar``. A name with spaces or punctuation stands in double quotes, as in JSON. Lines that begin with
+``#``, and the lines ``by-products`` (what a model returns beside its result, where it moves), ``pinned``, ``unknown
 operators``, ``unused`` and ``note``, are for people: reading skips them.
 """
 

@@ -1,7 +1,7 @@
 """Whole modules that can change places: automorphisms of the captured graph that carry parameters to other parameters.
 
-Experts in a `ModuleList`, heads that are modules, parallel branches and ensembles are stretches of the graph that compute
-alike and meet where their order does not count. Four steps find them:
+Experts in a `ModuleList`, heads that are modules, parallel branches and ensembles are stretches of the graph that
+compute alike and meet where their order does not count. Four steps find them:
 
 | step | file | does |
 | --- | --- | --- |

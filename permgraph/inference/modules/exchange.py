@@ -157,7 +157,11 @@ class _Pairs:
             mine, its = self._flow.readings[one], self._flow.readings[other]
             if mine.key != its.key or len(mine.terms) != len(its.terms):
                 raise Refused(f"{one} and {other} compute different things")
-            for a, b in self._matched(mine.terms, its.terms) if not self._in_order(one) else zip(mine.terms, its.terms, strict=True):
+            for a, b in (
+                self._matched(mine.terms, its.terms)
+                if not self._in_order(one)
+                else zip(mine.terms, its.terms, strict=True)
+            ):
                 if a.key != b.key or len(a.nodes) != len(b.nodes):
                     raise Refused(f"{one} and {other} compute different things")
                 for node, twin in zip(a.nodes, b.nodes, strict=True):
@@ -169,7 +173,8 @@ class _Pairs:
 
     def _matched(self, mine: Sequence[Term], its: Sequence[Term]) -> list[tuple[Term, Term]]:
         """The terms of two sums in pairs: those that are known to be twins, shared ones, then those that look alike."""
-        left, found = list(its), []
+        left = list(its)
+        found: list[tuple[Term, Term]] = []
         for certain in (True, False):
             for term in mine if certain else [t for t in mine if not any(t is a for a, _ in found)]:
                 options = [o for o in left if o.key == term.key and len(o.nodes) == len(term.nodes)]
@@ -197,8 +202,8 @@ class _Pairs:
     def _follow_users(self, one: fx.Node, other: fx.Node) -> None:
         """Pair the users of two twins; a user of both stays."""
         mine, its = defaultdict[Hashable, list[fx.Node]](list), defaultdict[Hashable, list[fx.Node]](list)
-        for users, found in ((self._flow.users[one], mine), (self._flow.users[other], its)):
-            for user, key in users:
+        for node, found in ((one, mine), (other, its)):
+            for user, key in self._flow.users[node]:
                 found[key, self._colours[user]].append(user)
         if mine.keys() != its.keys():
             raise Refused(f"what becomes of {one} and of {other} differs")

@@ -28,8 +28,8 @@ class Family:
 
     Args:
         members: of each module its weights, by their names, in such an order that the i-th ones go to each other.
-        blocks: for dimensions of weights outside the modules, whose parts change places along with these: for each module
-            the indices of its part.
+        blocks: for dimensions of weights outside the modules, whose parts change places along with these: for each
+            module the indices of its part.
     """
 
     members: tuple[tuple[str, ...], ...]

@@ -1,7 +1,7 @@
 """Families of modules written into a spec: k modules become one, whose tensors have k as their first dimension.
 
-The groups inside the first module become groups fibred over that of the modules, and stand for those of all; where parts
-of other weights change places along, ``[a + b + c]`` becomes ``(modules a)``.
+The groups inside the first module become groups fibred over that of the modules, and stand for those of all; where
+parts of other weights change places along, ``[a + b + c]`` becomes ``(modules a)``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,20 @@ from permgraph.errors import SpecError
 from permgraph.inference.modules.families import Family, Found
 from permgraph.inference.modules.moves import IntArray, Refused
 from permgraph.spec.binding import Group
-from permgraph.spec.expressions import Axis, Family as AxisFamily, Fixed, Label, Product, Ref, Sum, refs, rename, size_of
+from permgraph.spec.expressions import (
+    Axis,
+    Fixed,
+    Label,
+    Product,
+    Ref,
+    Sum,
+    refs,
+    rename,
+    size_of,
+)
+from permgraph.spec.expressions import (
+    Family as AxisFamily,
+)
 from permgraph.spec.spec import PermutationSpec
 from permgraph.spec.stacks import Names, dimensions
 
@@ -161,7 +174,13 @@ class _Fold:
             joined = np.concatenate(parts)
             if not np.array_equal(joined, np.arange(joined.min(), joined.max() + 1)):
                 raise Refused("the parts that go with them do not lie side by side, in one order")
-            return _replaced(axis, int(joined.min()), int(joined.max()) + 1, self.spec, lambda piece: self._block(piece, parts, modules))
+            return _replaced(
+                axis,
+                int(joined.min()),
+                int(joined.max()) + 1,
+                self.spec,
+                lambda piece: self._block(piece, parts, modules),
+            )
         raise Refused("the parts that go with them are interleaved")
 
     def _block(self, piece: Axis, parts: Sequence[IntArray], modules: str) -> Axis:
@@ -169,7 +188,8 @@ class _Fold:
         first = _piece(piece, np.arange(size), self.spec)
         for number in range(1, len(parts)):
             other = _piece(piece, np.arange(number * size, (number + 1) * size), self.spec)
-            if rename(first, lambda name, n=number: self.renamed[n].get(name, name)) != other:  # type: ignore[misc]
+            renaming = self.renamed[number]
+            if rename(first, lambda name, r=renaming: r.get(name, name)) != other:  # type: ignore[misc]
                 raise Refused("the parts that go with them differ")
         return Ref(modules) if size == 1 else Product((Ref(modules), first))
 
@@ -218,19 +238,25 @@ class _Fold:
             return name in stack_names or name not in gone
 
         pins = tuple(
-            replace(p, parameter=stack_names.get(p.parameter, p.parameter), dim=p.dim + (p.dim >= depth) * (p.parameter in stack_names))
+            replace(
+                p,
+                parameter=stack_names.get(p.parameter, p.parameter),
+                dim=p.dim + (p.dim >= depth) * (p.parameter in stack_names),
+            )
             for p in spec.pins
             if kept(p.parameter)
         )
         unread = tuple(
-            replace(u, parameter=stack_names.get(u.parameter, u.parameter), dim=u.dim + (u.dim >= depth) * (u.parameter in stack_names))
+            replace(
+                u,
+                parameter=stack_names.get(u.parameter, u.parameter),
+                dim=u.dim + (u.dim >= depth) * (u.parameter in stack_names),
+            )
             for u in spec.unread
             if kept(u.parameter)
         )
         try:
-            made = replace(
-                spec, groups=groups, axes=axes, shapes=shapes, stacks=stacks, pins=pins, unread=unread
-            )
+            made = replace(spec, groups=groups, axes=axes, shapes=shapes, stacks=stacks, pins=pins, unread=unread)
         except SpecError as error:
             raise Refused(str(error)) from None
         for inner, stack in list(self.inside.items()):
@@ -310,13 +336,20 @@ def _replaced(axis: Axis, start: int, end: int, spec: PermutationSpec, new: Call
         if isinstance(head, Fixed) and start % inner_size == 0 and end % inner_size == 0:
             before, among, after = (n // inner_size for n in (start, end - start, size - end))
             tails = [Product((Fixed(n), *rest)) if n > 1 else _tail(rest) for n in (before, among, after)]
-            return _summed([t if n else Fixed(0) for n, t in zip((before, 1, after), (tails[0], new(tails[1]), tails[2]), strict=True)])
+            return _summed(
+                [
+                    t if n else Fixed(0)
+                    for n, t in zip((before, 1, after), (tails[0], new(tails[1]), tails[2]), strict=True)
+                ]
+            )
     if isinstance(axis, Sum):
         parts = list(_parts(axis, spec))
         inside = [(a, b, part) for a, b, part in parts if a < end and b > start]
         if len(inside) == 1:
             a, _, part = inside[0]
-            return _summed([_replaced(p, start - a, end - a, spec, new) if p is part and s == a else p for s, _, p in parts])
+            return _summed(
+                [_replaced(p, start - a, end - a, spec, new) if p is part and s == a else p for s, _, p in parts]
+            )
         if inside and inside[0][0] == start and inside[-1][1] == end:
             within = new(Sum(tuple(part for *_, part in inside)))
             return _summed([

@@ -1,8 +1,8 @@
 """Indices that change places along the dimensions of tensors, and where operators carry them.
 
 When modules change places, so do the rows of a router that score them, the parts of a concatenation that they make, and
-the columns that read it. Such a move is known where a part is taken or put; along labels and through views it is carried
-to all tensors of the dimension, weights among them. What carries a move wrongly is refused by the proof.
+the columns that read it. Such a move is known where a part is taken or put; along labels and through views it is
+carried to all tensors of the dimension, weights among them. What carries a move wrongly is refused by the proof.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from permgraph.rules.typed_tensor import VALUE, TypedTensor, matching_dims
 IntArray = npt.NDArray[np.int64]
 
 
-class Refused(Exception):  # noqa: N818
+class Refused(Exception):
     """An exchange that is no symmetry, or is not known to be one: a sentence that says why."""
 
 
@@ -112,7 +112,9 @@ class Moves:
                 for other, at, move in self._through(call, tensor, dim, self._found[id(tensor), dim]):
                     self.add(other, at, move)
 
-    def _through(self, call: Call, tensor: TypedTensor, dim: int, move: Move) -> Iterator[tuple[TypedTensor, int, Move]]:
+    def _through(
+        self, call: Call, tensor: TypedTensor, dim: int, move: Move
+    ) -> Iterator[tuple[TypedTensor, int, Move]]:
         if not self._flow.operators.of(call.node).reads_values:
             return
         told = False
@@ -188,12 +190,11 @@ def _apart(flat: IntArray, side: IntArray, dims: Sequence[int], sizes: Sequence[
     """A move of flattened dimensions as one of a single dimension among them."""
     for at, d in enumerate(dims):
         grid, sides = np.moveaxis(flat.reshape(sizes), at, 0), np.moveaxis(side.reshape(sizes), at, 0)
-        first = (0,) * (len(sizes) - 1)
         stride = math.prod(sizes[at + 1 :])
-        to = (grid[(slice(None), *first)] // stride) % sizes[at]
+        to = (grid.reshape(sizes[at], -1)[:, 0] // stride) % sizes[at]
         number = np.arange(math.prod(sizes)).reshape(sizes)
         expected = np.take(number, to, axis=at)
-        own = sides[(slice(None), *first)]
+        own = sides.reshape(sizes[at], -1)[:, 0]
         alike = np.broadcast_to(own.reshape([-1, *(1,) * (len(sizes) - 1)]), sides.shape)
         if np.array_equal(expected.reshape(-1), flat) and np.array_equal(alike, sides):
             yield d, Move(to, own.copy())

@@ -1,8 +1,9 @@
 """Whether every call of a graph computes the same after two modules have changed places.
 
 Let the weights of the second module be put in the place of the first and the other way round, and the dimensions of
-weights be moved as `moves` says. Claimed is that then the twin of each node holds what the node held, its dimensions moved
-as `moves` says. By induction along the graph it is enough that this holds for each call if it does for its operands:
+weights be moved as `moves` says. Claimed is that then the twin of each node holds what the node held, its dimensions
+moved as `moves` says. By induction along the graph it is enough that this holds for each call if it does for its
+operands:
 
 - a call whose operands stay and are not moved: its result stays, and is not moved;
 - a call whose twin takes the twins of its operands, with the same other arguments: so does its result, where nothing is
@@ -12,8 +13,8 @@ as `moves` says. By induction along the graph it is enough that this holds for e
 - a call that only puts elements elsewhere (a view, a part, a concatenation) is tried on numbers that tell all elements
   apart, exactly.
 
-What counts of the result must stay, and so must inputs, constants and what is left on the model from call to call. What is
-drawn at random, read by Python, or written to memory that is seen through views is refused.
+What counts of the result must stay, and so must inputs, constants and what is left on the model from call to call.
+What is drawn at random, read by Python, or written to memory that is seen through views is refused.
 """
 
 from __future__ import annotations
@@ -54,11 +55,10 @@ class Proof:
             self._pinned.setdefault((id(whole(tensor)), dim), []).append((why, number))
         self._unseen = frozenset(flow.solution.unseen)
         self._memory_is_plain = _plain_memory(flow)
-        self._last_write = {
-            flow.memory.owner(source): flow.within.get(node, node)
-            for node in flow.solution.facts.nodes
-            for source in flow.memory.written_by(node)
-        }
+        self._writes: dict[fx.Node, set[fx.Node]] = {}
+        for node in flow.solution.facts.nodes:
+            for source in flow.memory.written_by(node):
+                self._writes.setdefault(flow.memory.owner(source), set()).add(flow.within.get(node, node))
 
     def check(self, exchange: Exchange) -> None:
         """Raise Refused, saying why, unless an exchange leaves all that counts as it was."""
@@ -93,7 +93,11 @@ class Proof:
             self._check_output(node, exchange)
         else:
             moved = self._moves_around(node, exchange)
-            if node is twin and not moved and not any(n in exchange.twins for t in flow.readings[node].terms for n in t.nodes):
+            if (
+                node is twin
+                and not moved
+                and not any(n in exchange.twins for t in flow.readings[node].terms for n in t.nodes)
+            ):
                 return
             if node is not twin or moved:
                 self._check_effects(node)
@@ -129,8 +133,8 @@ class Proof:
                 raise Refused(f"{what} met only constants")
             for dim in moves:
                 self._refuse_pins(tensor, dim, -1)
-            written, its = (self._last_write.get(self._flow.memory.owner(n)) for n in (node, twin))
-            if written is not None and exchange.twins.get(written, written) is not its:
+            written, its = (self._writes.get(self._flow.memory.owner(n), set()) for n in (node, twin))
+            if {exchange.twins.get(write, write) for write in written} != its:
                 raise Refused(f"what is written to {what} tells the modules apart")
             return
         if node is not twin and (constant_key(node) is None or constant_key(node) != constant_key(twin)):
@@ -146,7 +150,9 @@ class Proof:
         kept = list(node.meta.get("left", ()))
         for end in (*(n for n in ends if isinstance(n, fx.Node)), *kept):
             if end in exchange.twins:
-                raise Refused("the result lists what the modules make" if end not in kept else "the model keeps what they make")
+                raise Refused(
+                    "the result lists what the modules make" if end not in kept else "the model keeps what they make"
+                )
             for tensor in tensors_in([self._flow.solution.values[end]]):
                 if exchange.moves.of(tensor):
                     raise Refused("the order of the modules is seen in the result")
@@ -216,7 +222,8 @@ class Proof:
             for told in by_label.values():
                 moves_of_label = [move for _, move in told]
                 if any(m is not None for m in moves_of_label) and not all(
-                    m is not None and moves_of_label[0] is not None and m.same(moves_of_label[0]) for m in moves_of_label
+                    m is not None and moves_of_label[0] is not None and m.same(moves_of_label[0])
+                    for m in moves_of_label
                 ):
                     raise Refused(f"{call.node.target} ties what is moved to what is not")
         for given in (*call.tensors, *call.results):
@@ -298,7 +305,8 @@ def _first(moves: Sequence[Move | None]) -> Move:
 
 def _run(node: fx.Node, tags: dict[fx.Node, Tensor]) -> Any:
     """The result of a call on other tensors."""
-    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: tags[n])
+    given: Any = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: tags[n])
+    args, kwargs = given
     name = str(node.target)
     if ".view" in name or "unsafe_view" in name:
         return args[0].reshape(args[1])

@@ -19,15 +19,26 @@ from permgraph.inference.solution import Solution, tensors_in
 from permgraph.rules.call import Call
 from permgraph.rules.typed_tensor import TypedTensor
 
-LISTS = frozenset("unbind unbind_copy split split_with_sizes chunk tensor_split split_copy split_with_sizes_copy".split())
+LISTS = frozenset(
+    [
+        "unbind",
+        "unbind_copy",
+        "split",
+        "split_with_sizes",
+        "chunk",
+        "tensor_split",
+        "split_copy",
+        "split_with_sizes_copy",
+    ]
+)
 """Operators whose results are the parts of a dimension, in order."""
 
-JOINS = frozenset("cat concat concatenate stack".split())
+JOINS = frozenset(["cat", "concat", "concatenate", "stack"])
 
-TAKES = frozenset("select select_copy slice slice_copy narrow".split())
+TAKES = frozenset(["select", "select_copy", "slice", "slice_copy", "narrow"])
 """Operators that take a part of one dimension."""
 
-SUMS = frozenset("add sub index_add scatter_add index_put".split())
+SUMS = frozenset(["add", "sub", "index_add", "scatter_add", "index_put"])
 
 COMMUTATIVE = {
     "mul": "mul", "multiply": "mul", "maximum": "maximum", "minimum": "minimum", "logical_and": "logical_and",
@@ -35,7 +46,19 @@ COMMUTATIVE = {
     "bitwise_or": "bitwise_or", "bitwise_xor": "bitwise_xor", "eq": "eq", "ne": "ne",
 }  # fmt: skip
 
-ASSOCIATIVE = frozenset("mul maximum minimum logical_and logical_or logical_xor bitwise_and bitwise_or bitwise_xor".split())
+ASSOCIATIVE = frozenset(
+    [
+        "mul",
+        "maximum",
+        "minimum",
+        "logical_and",
+        "logical_or",
+        "logical_xor",
+        "bitwise_and",
+        "bitwise_or",
+        "bitwise_xor",
+    ]
+)
 
 
 @dataclass(frozen=True)
