@@ -27,10 +27,12 @@ from permgraph.matching.threads import on_free_cores
 from permgraph.matching.weight_matching import WeightMatching
 from permgraph.matching.workers import Workers, require_each_once
 from permgraph.networks.batches import NO_BATCH, Loader, fitting, seeded, to
-from permgraph.spec.expressions import Axis, Fixed, refs, size_of
+from permgraph.networks.stacked_module import StackedModule
+from permgraph.spec.expressions import Axis, Fixed, Product, refs, size_of
 from permgraph.spec.general import Action
 from permgraph.spec.permutation import Permutation
 from permgraph.spec.spec import PermutationSpec
+from permgraph.spec.stacks import dimensions, places
 from permgraph.weights.state_dict import StateDict, is_continuous
 
 log = logging.getLogger(__name__)
@@ -179,6 +181,7 @@ class Watched:
         dim: which dimension of the output they are.
         parameter, of: the parameter, and its dimension, that has these units.
         gain: whether that parameter is a gain, by which the output was multiplied.
+        parts: the modules whose outputs, side by side, are the units, where it is a stack of several.
     """
 
     axis: Axis
@@ -186,6 +189,7 @@ class Watched:
     parameter: str
     of: int = 0
     gain: bool = False
+    parts: tuple[str, ...] = ()
 
 
 @dataclass
@@ -267,10 +271,15 @@ def _observe(
                 seen_batches = number
                 if watched:
                     outputs = [network.run(batch, number) for network in networks]
-                    for name in watched:
-                        for x, y in zip(outputs[0][name], outputs[1][name], strict=True):
+                    for name, module in watched.items():
+                        seen_of = [_side_by_side(module.parts or (name,), own) for own in outputs]
+                        if any(each is None for each in seen_of):
+                            uneven.add(name)
+                            continue
+                        for x, y in zip(*seen_of, strict=True):
                             found[name][1].add(x, y)
-                if number == 1 and (settings.tensors == "graph" or (settings.tensors == "auto" and missing)):
+                wants_graph = settings.tensors == "graph" or (settings.tensors == "auto" and missing)
+                if number == 1 and wants_graph and not isinstance(models[0], StackedModule):
                     try:
                         replay = Replay(models, (a, b), spec, _arguments(batch))
                     except PermgraphError as error:
@@ -297,6 +306,8 @@ def _observe(
     if not seen_batches:
         raise EvaluationError(NO_BATCH)
     notes += [f"{name} has as many samples as the weights decide, and is left out" for name in sorted(uneven)]
+    if replay is None and isinstance(models[0], StackedModule):
+        notes.append("of modules that change places the outputs of modules alone were compared")
     sites = {
         name: SeenSite(axis, moments, watched.get(name))
         for name, (axis, moments) in found.items()
@@ -347,14 +358,33 @@ class _Scaled:
         return own * self.factor
 
 
+def _side_by_side(names: Sequence[str], outputs: Mapping[str, list[torch.Tensor]]) -> list[torch.Tensor] | None:
+    """What several modules gave, each time that they ran, as that of one; None if they saw other numbers of samples."""
+    calls = [outputs[name] for name in names]
+    if len({tuple(x.shape[1:] for x in own) for own in calls}) > 1:
+        return None
+    return [torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*calls, strict=True)]
+
+
+def _modules(model: nn.Module, spec: PermutationSpec) -> Iterator[tuple[str, nn.Module, tuple[str, ...], int]]:
+    """Each module by its name; those of a stack as one, with their names and its number of dimensions of modules."""
+    inner = model.inner if isinstance(model, StackedModule) else model
+    for name, module in inner.named_modules():
+        yield name, module, (), 0
+    for stack, names in model.stacks.items() if isinstance(model, StackedModule) else ():
+        parts = tuple(name.rpartition(".")[0] for _, name in places(names))
+        if stack.endswith(".weight") and all(name.endswith(".weight") for _, name in places(names)):
+            yield stack.rpartition(".")[0], inner.get_submodule(parts[0]), parts, len(dimensions(names))
+
+
 def _watched(model: nn.Module, spec: PermutationSpec) -> Iterator[tuple[str, Watched]]:
     """Each module whose output has an axis on which something acts."""
-    for name, module in model.named_modules():
+    for name, module, parts, depth in _modules(model, spec):
         weight = f"{name}.weight" if name else "weight"
         weight = spec.aliases.get(weight, weight)
-        if weight not in spec.axes or not spec.axes[weight]:
+        if weight not in spec.axes or not spec.axes[weight][depth:]:
             continue
-        axes = spec.axes[weight]
+        above, axes = spec.axes[weight][:depth], spec.axes[weight][depth:]
         found = None
         if isinstance(module, nn.Linear):
             found = Watched(axes[0], -1, weight)
@@ -375,6 +405,8 @@ def _watched(model: nn.Module, spec: PermutationSpec) -> Iterator[tuple[str, Wat
             found = Watched(axes[0], 1, weight)
         if found is None or not found.parameter:
             continue
+        if parts:
+            found = replace(found, axis=Product((*above, found.axis)), parts=parts)
         try:
             acts = any(o.group in spec.acting for o in spec.layout((found.axis, Fixed(1)), name).occurrences)
         except SpecError:  # the axis is fibred over one that stands in another dimension of the weight
@@ -407,8 +439,11 @@ class _Watch:
             if name in there:
                 tensor.data = tensor.data.to(there[name])
         self.outputs: dict[str, list[torch.Tensor]] = {}
+        self._names = [part for name, module in watched.items() for part in module.parts or (name,)]
+        runs = self.model.inner if isinstance(self.model, StackedModule) else self.model
         for name, module in watched.items():
-            self.model.get_submodule(name).register_forward_hook(self._hook(name, module.dim))
+            for part in module.parts or (name,):
+                runs.get_submodule(part).register_forward_hook(self._hook(part, module.dim))
 
     def _hook(self, name: str, dim: int) -> Any:
         def keep(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
@@ -419,7 +454,7 @@ class _Watch:
 
     def run(self, batch: Any, number: int) -> dict[str, list[torch.Tensor]]:
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
-        self.outputs = {name: [] for name in dict(self.model.named_modules())}
+        self.outputs = {name: [] for name in self._names}
         args, kwargs = _arguments(batch)
         with fitting(args, kwargs, what=f"the network cannot run on batch {number} of the loader,"):
             self.model(*(to(x, device) for x in args), **{key: to(value, device) for key, value in kwargs.items()})

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, ClassVar, Protocol, TypeGuard, runtime_checkable
 
@@ -16,6 +17,7 @@ from torch import nn
 from permgraph.conventions.displayed import Displayed, plural
 from permgraph.conventions.outcomes import Outcome
 from permgraph.errors import MismatchError
+from permgraph.networks.stacked_module import StackedModule
 from permgraph.pictures.tables import alignment_table
 from permgraph.spec.permutation import Permutation
 from permgraph.spec.spec import PermutationSpec
@@ -145,6 +147,11 @@ class Matcher(ABC):
     general: ClassVar[bool] = False
     """Whether it takes specs with general symmetries; one that does not is given their permutations."""
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "match" in vars(cls):
+            cls.match = _over_stacks(cls.match)  # type: ignore[method-assign]
+
     @property
     def needs_models(self) -> bool:
         """Whether it runs the networks in its present settings; `align` then gives it the modules."""
@@ -184,6 +191,30 @@ class Matcher(ABC):
     @classmethod
     def __subclasshook__(cls, other: type) -> bool:
         return callable(getattr(other, "match", None)) if cls is Matcher else NotImplemented
+
+
+def _over_stacks(match: Callable[..., MatchResult]) -> Callable[..., MatchResult]:
+    """A method `match` that takes specs whose modules change places: it sees the tensors of these as stacks."""
+
+    @functools.wraps(match)
+    def matched(
+        self: Matcher, a: StateDict, b: StateDict, spec: PermutationSpec, *args: Any, **kwargs: Any
+    ) -> MatchResult:
+        if not spec.stacks:
+            return match(self, a, b, spec, *args, **kwargs)
+        self.require_fit(spec, a, b)
+        over = spec.over_stacks()
+        changed: dict[str, Any] = {}
+        init, models = getattr(self, "init", None), getattr(self, "models", None)
+        if isinstance(init, Permutation):
+            changed["init"] = Permutation(over, dict(init.arrays))
+        if models is not None:
+            changed["models"] = tuple(StackedModule(model, spec) for model in models)
+        able = replace(self, **changed) if changed else self  # type: ignore[type-var]
+        result = match(able, spec.stacked(a), spec.stacked(b), over, *args, **kwargs)
+        return replace(result, permutation=Permutation(spec, dict(result.permutation.arrays)))
+
+    return matched
 
 
 def _require_patterns(ignore: Sequence[str], spec: PermutationSpec) -> None:

@@ -128,6 +128,13 @@ class Rows:
             MismatchError: parameters differ in something else than the number of rows on which nothing acts; or nothing
                 says which of them mean the same, or they have none in common.
         """
+        if spec.stacks and not kinds:
+            return None
+        if spec.stacks:
+            raise MismatchError(
+                "the networks' rows differ, and the spec has groups of modules, which do not go together: infer it "
+                "without modules=True"
+            )
         shapes = [_shapes(spec, state) for state in states]
         tables = {spec.canonical(name) for name in tables}
         found: dict[str, Table] = {}

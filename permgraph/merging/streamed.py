@@ -177,6 +177,9 @@ class _Moved(LoadedOnAccess):
     def _renumbered(self, name: str) -> torch.Tensor:
         tensor: torch.Tensor = self.state[name].detach()
         spec = self.permutation.spec
+        if name in spec.in_stack:
+            source, within, _ = self.permutation.member(name)
+            return _Moved(self.state, within)[source]
         if tensor.dtype.itemsize == 1 and tensor.is_floating_point():
             tensor = tensor.to(torch.bfloat16)  # exact, and eight-bit floats cannot be indexed everywhere
         known = spec.aliases.get(name, name)

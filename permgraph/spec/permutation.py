@@ -9,7 +9,7 @@ import functools
 import html
 import os
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path as FilePath
 from types import MappingProxyType
 from typing import Any
@@ -26,7 +26,8 @@ from permgraph.io.files import write_atomically
 from permgraph.spec.action import Block, blocks, gather
 from permgraph.spec.binding import Group, IntArray
 from permgraph.spec.data import SpecData
-from permgraph.spec.expressions import Axis, size_of
+from permgraph.spec.expressions import Axis, Ref, refs, size_of
+from permgraph.spec.stacks import places
 from permgraph.weights.distributed import gathered, redistributed_like
 from permgraph.weights.identity import SameTensor
 
@@ -63,6 +64,7 @@ class Permutation:
     spec: SpecData
     arrays: Mapping[str, IntArray]
     _plans: dict[Any, tuple[Block, ...]] = field(default_factory=dict, init=False, repr=False)
+    _inner: dict[str, SpecData] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.spec.general is not None:
@@ -210,14 +212,17 @@ class Permutation:
         for name, dim in exclude:
             self._require_dimension(name, dim)
             still.setdefault(self.spec.canonical(name), set()).add(dim)
-        order = list(state_dict)
-        state_dict = self.spec.stacked(state_dict) if self.spec.stacks else state_dict
         out: dict[str, Any] = {}
         done: dict[tuple[str, str], torch.Tensor] = {}
         tied, same = frozenset(self.spec.aliases.values()), SameTensor()
         for key, value in state_dict.items():
             if not isinstance(value, torch.Tensor):
                 out[key] = value
+                continue
+            if key in self.spec.in_stack:
+                stack, _ = self.spec.in_stack[key]
+                source, within, kept = self.member(key, exclude=still.get(stack, ()))
+                out[key] = within.apply_to(source, state_dict[source], exclude=kept)
                 continue
             sample, value = value, gathered(value)
             require_values(key, value)
@@ -228,9 +233,6 @@ class Permutation:
                 plan = () if axes is None else self._plan(axes, frozenset(still.get(name, ())))
                 done[identity] = redistributed_like(gather(value.detach(), plan), sample)
             out[key] = done[identity]
-        if self.spec.stacks:
-            apart = self.spec.unstacked(out)
-            return {key: apart[key].clone() if key in self.spec.in_stack else apart[key] for key in order}
         return out
 
     def apply_to(self, name: str, tensor: torch.Tensor, *, exclude: Collection[int] = ()) -> torch.Tensor:
@@ -247,6 +249,53 @@ class Permutation:
         require_values(name, tensor)
         plan = self._plan(self.spec.axes[name], frozenset(exclude))
         return redistributed_like(gather(tensor.detach(), plan), sample)
+
+    def member(self, name: str, *, exclude: Collection[int] = ()) -> tuple[str, Permutation, tuple[int, ...]]:
+        """Where a tensor of a module that changes places comes from, and what is done to it on the way.
+
+        Args:
+            name: of a tensor in a stack, see `PermutationSpec.stacks`.
+            exclude: dimensions of the stack to leave unmoved.
+
+        Returns:
+            The name of the tensor that takes its place; a permutation of a spec that has such tensors alone; and which
+            of its dimensions are to be left unmoved.
+
+        Raises SpecError if no stack has the name.
+        """
+        if name not in self.spec.in_stack:
+            raise SpecError(f"{name!r} is in no stack of the spec")
+        stack, place = self.spec.in_stack[name]
+        axes, groups = self.spec.axes[stack], self.spec.groups
+        depth = len(place)
+        above = {axis.group: at for axis, at in zip(axes, place, strict=False) if isinstance(axis, Ref)}
+        old = []
+        for dim, (group, at) in enumerate(above.items()):
+            array = None if dim in exclude else self.arrays.get(group)
+            over = tuple(above[parent] for parent in groups[group].parents)
+            old.append(at if array is None else int(array[(*over, at)]))
+        source: Any = self.spec.stacks[stack]
+        for at in old:
+            source = source[at]
+        if stack not in self._inner:
+            inside: dict[str, Group] = {}
+            for axis in axes[depth:]:
+                for own in refs(axis):
+                    inside |= {own: groups[own]} | {parent: groups[parent] for parent in groups[own].parents}
+            own_groups = {
+                group: replace(given, parents=tuple(p for p in given.parents if p not in above))
+                for group, given in inside.items()
+                if group not in above
+            }
+            members = [member for _, member in places(self.spec.stacks[stack])]
+            self._inner[stack] = type(self.spec)(own_groups, dict.fromkeys(members, axes[depth:]))
+        spec = self._inner[stack]
+        arrays = {
+            group: array[tuple(above.get(p, slice(None)) for p in groups[group].parents)]
+            for group, array in self.arrays.items()
+            if group in spec.groups
+        }
+        return source, Permutation(spec, arrays), tuple(dim - depth for dim in exclude if dim >= depth)
 
     def apply_axes(self, axes: tuple[Axis, ...], tensor: torch.Tensor) -> torch.Tensor:
         """A new tensor: ``tensor``, whose dimensions are ``axes``, permuted; for activations, say.
