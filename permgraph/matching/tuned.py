@@ -75,3 +75,17 @@ UPDATING_OPERATIONS = 240.0
 
 FEW_PRODUCTS = 3
 """In each cost between experts before the axes around are in order: one for each of their matrices."""
+
+# --- many experts: benchmarks/experts.py ------------------------------------------------------------------------------
+
+ALL_PAIRS = 64
+"""Experts, heads or other modules of which all pairs are looked at, however large they are."""
+
+ALL_PRODUCTS = 10**11
+"""Operations of matrix products up to which all pairs are looked at, however many there are."""
+
+CANDIDATES = 4
+"""Of each expert, the others that look likeliest and are looked at."""
+
+DIRECTIONS = 32
+"""Random directions to which the weights of a unit are projected, for each of its matrices."""

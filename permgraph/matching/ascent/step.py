@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -18,6 +19,9 @@ from permgraph.matching.workers import Share
 from permgraph.spec.spec import PermutationSpec
 
 Tensors = Mapping[str, torch.Tensor]
+
+Part: TypeAlias = "slice | torch.Tensor"
+"""Some indices of an axis: a range, or a list of them."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class Scene:
     share: Share | None = None
 
 
-def gram(scene: Scene, node: Node, rows: slice = slice(None), columns: slice = slice(None)) -> torch.Tensor | None:
+def gram(scene: Scene, node: Node, rows: slice = slice(None), columns: Part = slice(None)) -> torch.Tensor | None:
     """The Gram matrix of one group, over every place where it stands; None if it stands in none by itself.
 
     `rows` are of A and `columns` of B, along the axis of the move's root.
@@ -60,14 +64,14 @@ def gram(scene: Scene, node: Node, rows: slice = slice(None), columns: slice = s
     return total
 
 
-def _shape(scene: Scene, node: Node, rows: slice, columns: slice) -> tuple[int, ...]:
+def _shape(scene: Scene, node: Node, rows: slice, columns: Part) -> tuple[int, ...]:
     size = {name: group.size for name, group in scene.spec.groups.items()}
     root, *inner = node.chain
-    pairs = [len(range(size[root])[rows]), len(range(size[root])[columns])]
+    pairs = [len(range(size[root])[part]) if isinstance(part, slice) else len(part) for part in (rows, columns)]
     return (*(size[name] for name in node.batch), *pairs, *(size[name] for name in inner for _ in "ab"))
 
 
-def values(scene: Scene, node: Node, rows: slice = slice(None), columns: slice = slice(None)) -> torch.Tensor:
+def values(scene: Scene, node: Node, rows: slice = slice(None), columns: Part = slice(None)) -> torch.Tensor:
     """What each pairing of the group's indices is worth, with the best assignments inside it.
 
     Shape: (*sizes of batch, then a pair of axes for each group of the chain).
@@ -87,6 +91,10 @@ def values(scene: Scene, node: Node, rows: slice = slice(None), columns: slice =
 
 def outer_values(scene: Scene, root: Node) -> torch.Tensor:
     """`values` of a move's root (*batch, n, n), in portions that fit the memory where groups are nested."""
+    from permgraph.matching.ascent.prefilter import is_worthwhile, likely_values
+
+    if is_worthwhile(scene, root):
+        return likely_values(scene, root)
     n = scene.spec.groups[root.group].size
     need = max((_bytes(scene, node) for node in root.nodes() if node is not root), default=0)
     if need <= scene.memory:
