@@ -90,7 +90,7 @@ def _projected(place: Place, view: torch.Tensor, scene: Scene, generator: torch.
     directions = torch.randn(size, min(tuned.DIRECTIONS, size), generator=generator).to(view)
     step = max(1, tuned.PORTION * view.shape[place.own[0]] // max(1, view.numel()))
     found = []
-    for part in view.split(step, place.own[0]):  # what is flattened is copied
+    for part in torch.split(view, step, place.own[0]):  # what is flattened is copied
         flat = part.sum(unknown, keepdim=True) if unknown else part
         found.append(flat.permute(*place.own, *known, *unknown).flatten(len(place.own)) @ directions)
     return torch.cat(found) / math.sqrt(directions.shape[1])
