@@ -11,6 +11,7 @@ whole Gram matrices). So experts whose Gram matrices are close are looked at, an
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 
@@ -39,6 +40,8 @@ def likely_values(scene: Scene, root: Node) -> torch.Tensor:
     For each index of A the likeliest few of B are looked at, for each of B those of A, and the pairs at rest, so that
     an assignment of these never loses.
     """
+    names = {place.block.parameter for node in root.nodes() for place in node.places}
+    scene = replace(scene, b={name: scene.b[name] for name in names})  # permuted once, and not for every pair
     wanted = _candidates(scene, root)
     n = len(wanted)
     total = torch.full((n, n), -math.inf, dtype=next(iter(scene.a.values())).dtype)
