@@ -87,5 +87,8 @@ ALL_PRODUCTS = 10**11
 CANDIDATES = 4
 """Of each expert, the others that look likeliest and are looked at."""
 
+CLEARLY = 5.0
+"""Standard deviations by which the likeliest must stand out from all; else all are looked at."""
+
 DIRECTIONS = 32
 """Random directions to which the weights of a unit are projected, for each of its matrices."""

@@ -1,11 +1,11 @@
 """Which pairs of many experts are worth a closer look, by what the order of the units inside does not change.
-change.
 
 What it is worth to put expert j of B in the place of expert i of A is an assignment between all their units. With 256
 experts these are 65,536 assignments a step, nearly all of them between experts that have nothing in common. Each unit's
 weights, all of its matrices together, are projected to a few random directions; the Gram matrix of these projections
 over the units of an expert is the same in whatever order they stand (Tran et al., 2509.11348, equation 11, compare
-whole Gram matrices). So experts whose Gram matrices are close are looked at, and each pair that is at rest.
+whole Gram matrices). So experts whose Gram matrices are close are looked at, and each pair that is at rest; all pairs of
+an expert from which none stands out, as happens where the axes around are not in order yet.
 """
 
 from __future__ import annotations
@@ -63,6 +63,9 @@ def _candidates(scene: Scene, root: Node) -> torch.Tensor:
     few = min(tuned.CANDIDATES, n)
     wanted.scatter_(1, distance.topk(few, largest=False).indices.cpu(), True)
     wanted.T.scatter_(1, distance.T.topk(few, largest=False).indices.cpu(), True)
+    nearest, middle = distance.min(1).values, distance.median(1).values
+    spread = 1.4826 * (distance - middle[:, None]).abs().median(1).values
+    wanted[(middle - nearest < tuned.CLEARLY * spread).cpu()] = True  # nothing stands out: look at all
     return wanted
 
 
