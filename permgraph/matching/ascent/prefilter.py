@@ -4,7 +4,7 @@ What it is worth to put expert j of B in the place of expert i of A is an assign
 experts these are 65,536 assignments a step, nearly all of them between experts that have nothing in common. Each unit's
 weights, all of its matrices together, are projected to a few random directions; the Gram matrix of these projections
 over the units of an expert is the same in whatever order they stand (Tran et al., 2509.11348, equation 11, compare
-whole Gram matrices). So experts whose Gram matrices are close are looked at, and each pair that is at rest; all pairs of
+whole Gram matrices). So experts whose Gram matrices are close are looked at, and each pair that is at rest; all of
 an expert from which none stands out, as happens where the axes around are not in order yet.
 """
 
