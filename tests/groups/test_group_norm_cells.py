@@ -128,10 +128,10 @@ def lf(n: int) -> float:
         ((32, 16), 4, (4, 4), 3 * lf(8) + 2 * lf(4) + 4 * lf(4) + lf(3)),
         # Cells of 20 are two groups of 10 each, in both tensors.
         ((40, 20), 3, (4, 2), lf(2) + 6 * lf(10) + 3 * lf(2)),
-        # [8][4|4][8] twice, which change places, [8][4] and [4]; of the other [8], in a cell with these 4, and two cells.
+        # [8][4|4][8] twice, which change places, [8][4], [4]; of the other [8], in a cell with these 4, and two cells.
         ((64, 32), 8, (8, 0), 5 * lf(8) + 6 * lf(4) + lf(2) + lf(8) + 2 * lf(12) + lf(2)),
-        # The same behind the other: two cells and [8], in one cell with half of the first group; [4][8], and from 48 on
-        # cells and groups begin together.
+        # The same behind the other: two cells and [8], in one cell with half of the first group; [4][8], and from here
+        # on cells and groups begin together.
         ((32, 64), 8, (0, 8), lf(2) + 2 * lf(12) + lf(8) + 2 * lf(4) + lf(8) + lf(2) + 4 * lf(8) + 4 * lf(4)),
         # Cells and groups never begin together: all pieces stay where they are.
         ((2, 48, 10), 5, (0, 6, 0), lf(2) + 2 * lf(8) + 4 * lf(6) + 4 * lf(2) + lf(10)),
