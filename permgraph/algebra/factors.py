@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from permgraph.algebra.axis import Axis, FactorKey, Kind
+from permgraph.algebra.limits import MAX_PARTS
 
 if TYPE_CHECKING:
     from permgraph.algebra.store import Axes
@@ -170,10 +171,11 @@ def _family_of_atoms(axes: Axes, size: int, outers: Sequence[Axis]) -> Axis:
 
 def _nest(axes: Axes, axis: Axis) -> Nest | None:
     """How an axis is made up, if there are rows in it that are each cut; of families nothing is said."""
-    stack, rows = [axis], False
+    stack, rows, parts = [axis], False, 0
     while stack:
         one = axes.resolve(stack.pop())
-        if one.kind is Kind.FAMILY:
+        parts += one.kind is Kind.SUM and len(one.children)
+        if one.kind is Kind.FAMILY or parts > MAX_PARTS:
             return None
         rows |= one.kind is Kind.PRODUCT and any(factor.kind is Kind.SUM for factor in axes.factors(one))
         stack.extend(one.children)
