@@ -18,4 +18,4 @@ MAX_SKEW = 8
 with longer rows, so that each is shifted against the one before, would be cut once more for every row."""
 
 MAX_PARTS = 256
-"""Of so many parts, at most, is an axis that stands beside rows that are each cut told apart: 32 in Stable Diffusion."""
+"""So many parts an axis may tell apart that stands beside rows each of which is cut: 32 in Stable Diffusion."""
