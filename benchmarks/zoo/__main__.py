@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from benchmarks.zoo import compare, report, sizes
+from benchmarks.zoo import compare, final, report, sizes
 from benchmarks.zoo.names import ZOOS
 from benchmarks.zoo.sweep import sweep
 
@@ -24,7 +24,15 @@ def main() -> None:
     commands.add_parser("sizes", help="time the models that are too large to hold, and the deep ones")
     commands.add_parser("compare", help="measure torch-pruning and rebasin on the same models")
     commands.add_parser("report", help="write docs/coverage.md")
+    outputs = commands.add_parser("final", help="compare groups with the whole result and with the final outputs alone")
+    outputs.add_argument("names", nargs="*", help="only these models")
+    outputs.add_argument("--zoo", choices=list(ZOOS), default="heads")
+    outputs.add_argument("--seconds", type=float, default=60, help="for one model")
+    outputs.add_argument("--total", type=float, default=900, help="begin no further model after so long")
     given = parser.parse_args()
+    if given.command == "final":
+        final.sweep(given.names or None, zoo=given.zoo, seconds=given.seconds, total=given.total)
+        return
     if given.command == "sweep":
         for zoo in [given.zoo] if given.zoo else ZOOS:
             options = {"again": given.again, "controls": given.controls, "seconds": given.seconds, "gib": given.gib}

@@ -52,31 +52,39 @@ class Stretch(NamedTuple):
 def stretches(axes: Axes, axis: Axis, size: int) -> list[Stretch]:
     """The pieces of an axis between its seams and the borders of cells of this size, in order.
 
-    Whole cells that follow one another are rows, where they are groups that the axis has, or cut each of these into as
-    many. Others are single cells.
+    Whole cells that follow one another are rows, of one cell or of several, where these are all made up alike. Others
+    are single cells.
     """
     found = []
     seams = [0, *itertools.accumulate(part.size for part in axes.parts(axis))]
-    for start, end in itertools.pairwise(seams):
+    for part, (start, end) in zip(axes.parts(axis), itertools.pairwise(seams), strict=True):
         first, last = -(-start // size) * size, end // size * size
         if first > last:  # within one cell
             found.append(Stretch(start, end, end - start))
             continue
         if start < first:
             found.append(Stretch(start, first, first - start))
-        if first < last:
-            unit = _unit(axes, axes.slice(axis, first, last)[0])
-            period = math.lcm(size, unit)
-            # Rows are all made up alike: where cells cut groups of another size, they would cut every one of them.
-            if period == max(size, unit) and (rows := (last - first) // period) > 1:
-                found.append(Stretch(first, first + rows * period, period))
-                first += rows * period
-            found += [Stretch(low, low + size, size) for low in range(first, last, size)]
+        rows = _rows(axes, part, size, first - start, last - start)
+        low, high = (first, first) if rows is None else (start + rows.start, start + rows.end)
+        found += [Stretch(at, at + size, size) for at in range(first, low, size)]
+        if rows is not None:
+            found.append(Stretch(low, high, rows.period))
+        found += [Stretch(at, at + size, size) for at in range(high, last, size)]
         if last < end:
             found.append(Stretch(last, end, end - last))
     return found
 
 
-def _unit(axes: Axes, axis: Axis) -> int:
-    """The size of the groups that an axis has already; of one that has none, one."""
-    return math.prod(factor.size for factor in axes.factors(axis)[1:])
+def _rows(axes: Axes, part: Axis, size: int, first: int, last: int) -> Stretch | None:
+    """The rows of whole cells between two indices of a part that are made up alike, if there are several.
+
+    Rows begin where a cell and a group that the part has begin together, and have as many indices as several of each
+    have, or as several cells in one group: others would be tied to what they are not like.
+    """
+    head, *rest = axes.factors(part)
+    unit = part.size // head.size
+    low = next((at for at in range(first, min(last, first + math.lcm(size, unit)), size) if at % unit == 0), last)
+    within = [period for period in range(size, unit, size) if unit % period == 0]
+    period = next((p for p in within if fits(axes, axes.product(rest), p)), math.lcm(size, unit))
+    rows = (last - low) // math.lcm(period, unit) * math.lcm(period, unit) // period
+    return Stretch(low, low + rows * period, period) if rows > 1 else None

@@ -16,3 +16,6 @@ half of the 1,000 frames that Python allows, so that the caller may have used th
 MAX_SKEW = 8
 """How often rows may be cut off the joints of a concatenation within one another: a matrix that is padded and viewed
 with longer rows, so that each is shifted against the one before, would be cut once more for every row."""
+
+MAX_PARTS = 256
+"""So many parts an axis may tell apart that stands beside rows each of which is cut: 32 in Stable Diffusion."""

@@ -86,7 +86,7 @@ def _split(axes: Axes, axis: Axis, sizes: list[int]) -> list[Axis]:
 def _split_atom(axes: Axes, axis: Axis, sizes: list[int]) -> list[Axis]:
     if axis.pinned is not None:
         return [axes.pinned(size, axis.pinned) for size in sizes]
-    return axes.named.make(axes, axes.named.split_name(axes.scope, axis.size, tuple(sizes)), sizes)
+    return axes.named.make(axes, axes.named.split_name(axes.scope, axis.size, tuple(sizes)), sizes, nested=True)
 
 
 def _split_product(axes: Axes, axis: Axis, sizes: list[int]) -> list[Axis]:

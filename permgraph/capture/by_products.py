@@ -8,7 +8,7 @@ is no result, and a pass that differs from the first by its flags keeps the resu
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import torch
@@ -16,7 +16,7 @@ from torch import fx
 
 from permgraph.capture.captured import Captured
 from permgraph.capture.counting import counting, returned_by
-from permgraph.capture.numbering import Numbering
+from permgraph.capture.numbering import Numbering, computed_again
 from permgraph.capture.schema import operator_name, signature
 
 
@@ -63,13 +63,15 @@ def without_by_products(again: Captured, first: Captured) -> tuple[Captured, int
     return replace(again, graph=graph), len(outputs) - len(kept)
 
 
-def intermediate(results: Sequence[fx.Node]) -> set[fx.Node]:
+def intermediate(results: Sequence[fx.Node], of_parts: Collection[fx.Node] = ()) -> set[fx.Node]:
     """The results of one call that are by-products: from which another is computed by way of a parameter.
 
     Layers stand between what is computed on the way and the result. Where no parameter does, or a single number such
     as a temperature, both are results: logits and what is made of them, embeddings and how similar they are. A scalar
     makes nothing a by-product, for it may be a loss. The values of a by-product put elsewhere, as a cache holds them,
-    are one; what was not computed from inputs, and whole numbers and truth values, are none.
+    or computed once more, as a norm that is applied twice does, are one; what was not computed from inputs, and whole
+    numbers and truth values, are none. Of results that parts of the model gave, `of_parts`, a normalised by-product is
+    one too: a pooled state beside the states.
     """
     ends = [node for node in results if node.meta["val"].ndim]
     if len(results) < 2 or not ends:
@@ -85,12 +87,14 @@ def intermediate(results: Sequence[fx.Node]) -> set[fx.Node]:
             if node in behind or any(_has_axes(source) for source in weights.intersection(node.all_input_nodes)):
                 behind.update(node.all_input_nodes)
 
+    again = computed_again(nodes, behind)
+
     def by_product(node: fx.Node) -> bool:
         value = node.meta["val"]
         if node not in of_inputs or not (value.is_floating_point() or value.is_complex()):
             return False
-        sources = _sources(node)
-        return node in behind or (bool(sources) and sources <= behind)
+        sources = _sources(node, norms=node in of_parts)
+        return node in behind or (bool(sources) and sources <= behind | again)
 
     return {node for node in results if by_product(node)}
 
@@ -117,8 +121,14 @@ _COPIES = frozenset(
 )
 
 
-def _sources(node: fx.Node) -> set[fx.Node]:
-    """The computed nodes whose values a node holds as they are, here or there; itself, if it computes them."""
+_NORMS = frozenset(["native_layer_norm", "layer_norm", "_fused_rms_norm", "rms_norm"])
+
+
+def _sources(node: fx.Node, *, norms: bool = False) -> set[fx.Node]:
+    """The computed nodes whose values a node holds as they are, here or there; itself, if it computes them.
+
+    With `norms`, also those of which it holds the values normalised.
+    """
     found: set[fx.Node] = set()
     seen = {node}
     waiting = [node]
@@ -126,13 +136,19 @@ def _sources(node: fx.Node) -> set[fx.Node]:
         one = waiting.pop()
         if one.op != "call_function" or not one.all_input_nodes or _reads_no_values(one):
             continue
-        if not _moves_alone(one):
+        of_norm = norms and one.target is operator.getitem and one.args[1] == 0 and _is_norm(one.all_input_nodes[0])
+        if not (_moves_alone(one) or of_norm or (norms and _is_norm(one))):
             found.add(one)
             continue
-        new = [source for source in one.all_input_nodes if source not in seen]
+        read = one.all_input_nodes[:1] if norms and _is_norm(one) else one.all_input_nodes
+        new = [source for source in read if source not in seen]
         seen.update(new)
         waiting.extend(new)
     return found
+
+
+def _is_norm(node: fx.Node) -> bool:
+    return node.op == "call_function" and operator_name(node.target) in _NORMS
 
 
 def _reads_no_values(node: fx.Node) -> bool:

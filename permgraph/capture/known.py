@@ -6,7 +6,7 @@ A model that builds a table of grid sizes and then reads it with `.item()` asks 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -42,6 +42,7 @@ class KnownValues:
     def before(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[bool, Any]:
         """Whether the operator's result is known, and that result, as real tensors."""
         if not self._all_known(func, args, kwargs):
+            self._check_places(func, args)
             self._forget_written(func, args, kwargs)
             return False, None
         real_args, real_kwargs = pytree.tree_map_only(Tensor, lambda t: self._real[id(t)], (args, kwargs))
@@ -71,6 +72,18 @@ class KnownValues:
         tensors = [leaf for leaf in pytree.arg_tree_leaves(*args, **kwargs) if isinstance(leaf, Tensor)]
         return all(id(tensor) in self._real for tensor in tensors) if tensors else _is_small(args)
 
+    def _check_places(self, func: Any, args: tuple[Any, ...]) -> None:
+        """Raise IndexError where known numbers look up what is not there, as the operator does on real tensors."""
+        for index, dim, size in _looked_up(func._schema.name, args):
+            places = self._real.get(id(index))
+            if places is None or places.dtype in (torch.bool, torch.uint8) or not places.numel():
+                continue
+            with no_dispatch():
+                least, most = int(places.min()), int(places.max())
+            if least < -size or most >= size:
+                at = most if most >= size else least
+                raise IndexError(f"index {at} is out of bounds for dimension {dim} with size {size}")
+
     def after(self, result: Any, real: Any) -> None:
         """Notes the values of an operator's results."""
         for made, value in zip(pytree.tree_leaves(result), pytree.tree_leaves(real), strict=True):
@@ -90,6 +103,22 @@ class KnownValues:
                 if real is not None:
                     memory = real.untyped_storage()._cdata
                     self._real = {k: v for k, v in self._real.items() if v.untyped_storage()._cdata != memory}
+
+
+def _looked_up(name: str, args: tuple[Any, ...]) -> Iterator[tuple[Tensor, int, int]]:
+    """The tensors by which an operator looks up a dimension of its first one, which it is, and how long it is."""
+    table = args[0] if args else None
+    if not isinstance(table, Tensor):
+        return
+    if name == "aten::embedding":
+        yield args[1], 0, table.shape[0]
+    elif name == "aten::index_select" and table.ndim:
+        yield args[2], args[1], table.shape[args[1]]
+    elif name in ("aten::index", "aten::_unsafe_index"):
+        indices = [(dim, index) for dim, index in enumerate(args[1]) if isinstance(index, Tensor)]
+        if all(index.dtype not in (torch.bool, torch.uint8) for _, index in indices):  # masks cover several dimensions
+            for dim, index in indices:
+                yield index, dim, table.shape[dim]
 
 
 def _is_small(args: tuple[Any, ...]) -> bool:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
 
 from permgraph.capture.captured import Captured
 from permgraph.capture.schema import is_random, signature
@@ -62,6 +63,30 @@ class Numbering:
         if isinstance(value, (list, tuple)):
             return tuple(map(self._said, value))
         return type(value).__name__, repr(value)
+
+
+def computed_again(nodes: Sequence[fx.Node], known: Collection[fx.Node]) -> set[fx.Node]:
+    """The operators of one graph that compute the same as one of the nodes that are `known`.
+
+    They apply the same operator to the same tensors, into none of which anything is written.
+    """
+    calls = [node for node in nodes if node.op == "call_function"]
+    written = {key for node in calls for key in _written(node)}
+    if written and any(not isinstance(node.meta["val"], FakeTensor) for node in calls if _is_tensor(node)):
+        return set()  # of real tensors, nodes do not keep the memory
+    numbers: dict[fx.Node, Hashable] = {}
+    first: dict[Hashable, int] = {}
+    for node in calls:
+        touched = [node, *(source for source in node.all_input_nodes if "val" in source.meta)]
+        changes = any(not written.isdisjoint(_memory(one.meta["val"])) for one in touched) if written else False
+        key: Hashable = node if changes or is_random(node.target) else _call(node, numbers)
+        numbers[node] = first.setdefault(key, len(first))
+    same = {numbers[node] for node in known if node in numbers}
+    return {node for node in calls if numbers[node] in same}
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), Tensor)
 
 
 def _common_starts(passes: Sequence[Captured]) -> dict[fx.Node, int]:

@@ -58,7 +58,11 @@ def _counting(
     if outputs == "all" or (outputs is None and _field_names(result) is None):
         return everything
     if outputs is None or outputs == "final":
-        left_out = intermediate([node_of[id(tensor)] for tensor, _ in named])
+        parts = [
+            field for field in _field_names(result) or () if _field_names(getattr(result, field, None)) is not None
+        ]
+        of_parts = {node_of[id(t)] for t, paths in named if all(path.split(".")[0] in parts for path in paths)}
+        left_out = intermediate([node_of[id(tensor)] for tensor, _ in named], of_parts)
         first = _first_field(result) if outputs is None else set()
         return first | {at for at in everything if node_of[at] not in left_out}
     if isinstance(outputs, AllBut):

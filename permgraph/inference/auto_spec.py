@@ -26,6 +26,7 @@ from permgraph.inference.ends import pin_unread
 from permgraph.inference.facts import GraphFacts
 from permgraph.inference.fibres import find_fibres
 from permgraph.inference.fixpoint import run_until_stable, settle
+from permgraph.inference.off_diagonal import with_off_diagonals
 from permgraph.inference.siblings import with_siblings
 from permgraph.inference.solution import Solution, StandIn
 from permgraph.inference.unread import Policy, check_policy, pin_loose
@@ -250,6 +251,7 @@ def solve(
 
     Raises `ConflictError`, naming the operator and its place in the source, where a rule ties axes of different sizes.
     """
+    graph = graph if results else with_off_diagonals(graph)
     facts, more = with_siblings(GraphFacts(list(graph.nodes), results))
     solution = settle(facts, limits)
     solution.stand_ins = (*stand_ins, *more)

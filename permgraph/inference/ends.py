@@ -129,7 +129,7 @@ def _join_all_unread(solution: Solution, unread: set[Axis]) -> bool:
     before = solution.axes.changes
     for _, node in solution.weights_read() if solution.axes.has_families else ():
         for axis in solution.values[node].dims:
-            for family in reversed(list(loose_families(solution.axes, axis))):  # inner ones first
+            for family, _ in reversed(list(loose_families(solution.axes, axis))):  # inner ones first
                 members = {solution.axes.resolve(member) for member in family.find().children}
                 idle = {m for m in members if unread.issuperset(solution.axes.atoms(m))}
                 if idle and len(members - idle) == 1:

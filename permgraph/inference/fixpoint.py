@@ -156,14 +156,12 @@ def _collapse_families(solution: Solution) -> None:
         for d, axis in enumerate(tensor.dims) if 0 not in tensor.shape else ():
             for family in list(solution.axes.families_within_themselves(axis)):
                 solution.axes.collapse(family)
-            for family in list(loose_families(solution.axes, axis)):
-                assert family.index is not None
-                index = family.index.find()
-                givers = [k for k, other in enumerate(tensor.dims) if k != d and provides(solution.axes, other, index)]
+            for loose in list(loose_families(solution.axes, axis)):
+                givers = [k for k, other in enumerate(tensor.dims) if k != d and provides(solution.axes, other, loose)]
                 if len(givers) != 1:
-                    solution.axes.collapse(family)
+                    solution.axes.collapse(loose.family)
         if tensor.value is not None:
-            for family in list(loose_families(solution.axes, tensor.value)):
+            for family, _ in list(loose_families(solution.axes, tensor.value)):
                 solution.axes.collapse(family)
 
 

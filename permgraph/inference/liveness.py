@@ -27,7 +27,8 @@ def live_nodes(
 ) -> set[fx.Node]:
     """The nodes on which a result depends, what the forward pass leaves in buffers, or what left torch as a number.
 
-    `results` are those of a graph that has no output node. Nothing depends on what is multiplied with one of `zeros`,
+    `results` are those of a graph that has no output node; nodes that are `seen` on another run, as what stands in its
+    siblings' places is, count as results. Nothing depends on what is multiplied with one of `zeros`,
     nor on what these are computed from.
     """
     writers: dict[fx.Node, list[fx.Node]] = defaultdict(list)
@@ -36,7 +37,12 @@ def live_nodes(
         written = [memory.owner(source) for source in memory.written_by(node)]
         for owner in written:
             writers[owner].append(node)
-        if node.op == "output" or any(owner.op == "placeholder" for owner in written) or _has_effect(node):
+        if (
+            node.op == "output"
+            or node.meta.get("seen")
+            or any(owner.op == "placeholder" for owner in written)
+            or _has_effect(node)
+        ):
             roots.append(node)
     live: set[fx.Node] = set()
     while roots:

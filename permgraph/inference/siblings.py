@@ -224,7 +224,7 @@ class _Rerun:
             self._either = self.graph.call_function(torch.ops.aten.full.default, ([], True))
             self._either.meta.update(val=torch.empty((), dtype=torch.bool, device="meta"), module="", source=None)
         tie = self.graph.call_function(torch.ops.aten.where.self, (self._either, a, b))
-        tie.meta.update(val=a.meta["val"], module=b.meta["module"], source=b.meta["source"])
+        tie.meta.update(val=a.meta["val"], module=b.meta["module"], source=b.meta["source"], seen=True)
         self.ties.append(tie)
 
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from permgraph.conventions.waiting import waits
 from permgraph.errors import MismatchError
+from permgraph.matching.fixed_tensors import with_fixed_held
 from permgraph.matching.matcher import Matcher, MatchResult, Progress, SupportsMatch, runs_networks
 from permgraph.matching.rows import RowNames, Rows, UnionRows, kinds_of, labels_of, tables_of, takes_first_ones
 from permgraph.matching.weight_matching import WeightMatching
@@ -110,7 +111,8 @@ def align(
 
     The function that B computes is unchanged. Neither model is modified. Where both are modules, the symmetries of
     each are found, unless B is certain to be built as A is, and must agree: tensors of the same shapes may be those of
-    2 heads or of 8. `verify(model_b, permutation=...)` proves on B itself that the result computes what B did.
+    2 heads or of 8. Units that a fixed tensor tells apart, a buffer or a frozen parameter of which both have the same,
+    stay put. `verify(model_b, permutation=...)` proves on B itself that the result computes what B did.
 
     Args:
         model_a, model_b: modules, or state dicts when `spec` is given. The two may differ in device and dtype. Tensors
@@ -152,6 +154,8 @@ def align(
 
     spec, notes = agreed_spec((model_a, model_b), ("A", "B"), spec, example_inputs, example_kwargs)
     spec.check(a)
+    spec, held = with_fixed_held(spec, (model_a, model_b), (a, b))
+    notes = (*notes, *held)
     tables = tables_of(model_a) if isinstance(model_a, nn.Module) and rows is not None else ()
     union = isinstance(rows, UnionRows)
     matched = Rows.of(spec, (a, b), kinds, first_ones=takes_first_ones(rows), tables=tables, union=union)

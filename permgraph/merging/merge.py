@@ -13,6 +13,7 @@ from torch import nn
 from permgraph.conventions.waiting import waits
 from permgraph.errors import MismatchError
 from permgraph.matching import Matcher
+from permgraph.matching.fixed_tensors import with_fixed_held
 from permgraph.matching.rows import RowNames, Rows, UnionRows, kinds_of, labels_of, tables_of, takes_first_ones
 from permgraph.merging.compared import Compared, require_all_finite, sum_over_pairs
 from permgraph.merging.methods import CycleConsistent
@@ -106,6 +107,8 @@ def merge(
 
     names = [f"model {number}" for number in range(len(networks))]
     spec, notes = agreed_spec(networks, names, spec, example_inputs, example_kwargs)
+    spec, held = with_fixed_held(spec, networks, states)
+    notes = (*notes, *held)
     if spec.general is not None and not getattr(method, "general", False):
         inner = getattr(method, "matcher", None)
         who = type(method).__name__ if inner is None else f"{type(method).__name__} with {type(inner).__name__}"

@@ -436,13 +436,11 @@ class Call:
             if labelled.tensor is not None and 0 in labelled.tensor.shape:
                 continue  # no element shows which member is meant
             for label, axis in labelled.axes.items():
-                for family in list(loose_families(self.axes, axis)):
-                    assert family.index is not None
-                    index = family.index.find()
+                for loose in list(loose_families(self.axes, axis)):
                     others = {m: other for m, other in labelled.axes.items() if m != label}
-                    givers = [m for m, other in others.items() if provides(self.axes, other, index)]
+                    givers = [m for m, other in others.items() if provides(self.axes, other, loose)]
                     if len(givers) != 1 or any(label in t.axes and givers[0] not in t.axes for t in tensors):
-                        self.axes.collapse(family)
+                        self.axes.collapse(loose.family)
 
     def _tie(self, tensors: Sequence[Labelled]) -> None:
         first: dict[str, tuple[TypedTensor, int, Axis]] = {}

@@ -151,6 +151,10 @@ def index_put(call: Call) -> None:
     """``x[i, :, j] = values``."""
     x, values = call["self"], call["values"]
     call.pointwise(x, call.out)
+    given = [(dim, i) for dim, i in enumerate(call["indices"]) if i is not None]
+    if len(given) == 1 and given[0][1].known is not None:
+        _put_at_known(call, *given[0], values)
+        return
     looked, found, slots = _advanced(call, call.out, call["indices"])
     labels = found.split()
     call.link((call.out, looked), *slots, (values, " ".join(labels[len(labels) - values.ndim :])))
@@ -159,6 +163,18 @@ def index_put(call: Call) -> None:
         call.pin(values, places, LAST_WINS)
     call.pin_values(x, "indices are mixed with other integers")
     call.pin_values(values, "indices are mixed with other integers")
+
+
+def _put_at_known(call: Call, dim: int, index: TypedTensor, values: TypedTensor | None) -> None:
+    """Slices of the result at places that the model's code knows are those of `values`, or alike, if that is None."""
+    assert index.known is not None
+    known = index.known
+    there = call.remember("there", lambda: call.tensor_like(call.out, dim, len(known)))
+    call.take_known(call.out, there, dim, known)
+    if values is not None:
+        call.pointwise(there, values)
+    for tensor in (call["self"], *([] if values is None else [values])):
+        call.pin_values(tensor, "indices are mixed with other integers")
 
 
 def _advanced(
@@ -212,6 +228,9 @@ def index_add(call: Call) -> None:
     x, index, source = call["self"], call["index"], call["source"]
     dim = call.dim(x)
     call.pointwise(x, call.out)
+    if index.known is not None and x.ndim:
+        _put_at_known(call, dim, index, source)
+        return
     looked = call.names(x, named={dim: _mark(call, call.out, dim, index)})
     call.link((call.out, looked), (index, f"k ; e{dim}"), (source, call.names(x, named={dim: "k"})))
     if "index_copy" in str(call.node.target):
@@ -226,6 +245,9 @@ def index_fill(call: Call) -> None:
     x, index = call["self"], call["index"]
     dim = call.dim(x)
     call.pointwise(x, call.out)
+    if index.known is not None and x.ndim:
+        _put_at_known(call, dim, index, None)
+        return
     call.link((call.out, call.names(x, named={dim: _mark(call, call.out, dim, index)})), (index, f"k ; e{dim}"))
 
 

@@ -283,6 +283,14 @@ def diagonal(call: Call) -> None:
     call.link((matrix, call.names(matrix, named={i: "v", j: "_"})), (line, f"{call.names(matrix, skip=(i, j))} v"))
 
 
+@rule("permgraph.off_diagonal")
+def off_diagonal(call: Call) -> None:
+    """All of a square matrix but its diagonal, each element where it was: rows and columns are one axis."""
+    x = call["matrix"]
+    call.link((x, "i j"), (call.out, "i j"))
+    call.unify(x, 0, x, 1)
+
+
 @rule("aten.trace", values="reduced", zeros="all")
 def trace(call: Call) -> None:
     """The sum of the diagonal of a matrix: rows and columns are one axis."""

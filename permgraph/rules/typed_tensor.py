@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
@@ -95,7 +96,24 @@ def matching_dims(left: tuple[int, ...], right: tuple[int, ...]) -> tuple[tuple[
     return tuple(runs)
 
 
-def loose_families(axes: Axes, axis: Axis, provided: frozenset[Index] = frozenset()) -> Iterator[Axis]:
+class Loose(NamedTuple):
+    """A family whose sum must be told by another dimension.
+
+    Attributes:
+        family: the axis.
+        within: the families of which it is a member, by their indices, and the part at which it is one.
+    """
+
+    family: Axis
+    within: tuple[tuple[Index, int], ...]
+
+
+def loose_families(
+    axes: Axes,
+    axis: Axis,
+    provided: frozenset[Index] = frozenset(),
+    within: tuple[tuple[Index, int], ...] = (),
+) -> Iterator[Loose]:
     """The families in an axis whose sum is not in the same product: they need it in another dimension."""
     if not axes.contains_family(axis):
         return
@@ -104,14 +122,30 @@ def loose_families(axes: Axes, axis: Axis, provided: frozenset[Index] = frozense
         factors = axes.factors(axis)
         provided |= {f.index.find() for f in factors if f.kind is Kind.SUM and f.index is not None}
         for factor in factors:
-            yield from loose_families(axes, factor, provided)
-    else:
-        if axis.kind is Kind.FAMILY and axis.index is not None and axis.index.find() not in provided:
-            yield axis
-        for child in axis.children:
-            yield from loose_families(axes, child, provided)
+            yield from loose_families(axes, factor, provided, within)
+        return
+    family = axis.index.find() if axis.kind is Kind.FAMILY and axis.index is not None else None
+    if family is not None and family not in provided:
+        yield Loose(axis, within)
+    for part, child in enumerate(axis.children):
+        yield from loose_families(axes, child, provided, within if family is None else (*within, (family, part)))
 
 
-def provides(axes: Axes, axis: Axis, index: Index) -> bool:
-    """Whether a family over `index` in another dimension can tell its member by this axis."""
-    return any(f.kind is Kind.SUM and f.index is not None and f.index.find() is index for f in axes.factors(axis))
+def provides(axes: Axes, axis: Axis, loose: Loose) -> bool:
+    """Whether a family in another dimension can tell its member by this axis.
+
+    A sum that lies within one part of another tells the members of a family that is a member at that very part.
+    """
+    assert loose.family.index is not None
+    index = loose.family.index.find()
+    parts = {outer.find(): part for outer, part in loose.within}
+    stack = axes.factors(axis)
+    while stack:
+        factor = stack.pop()
+        if factor.kind is not Kind.SUM or factor.index is None:
+            continue
+        if factor.index.find() is index:
+            return True
+        if factor.index.find() in parts:
+            stack.extend(axes.factors(factor.children[parts[factor.index.find()]]))
+    return False

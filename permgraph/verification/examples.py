@@ -501,7 +501,7 @@ CREATION = rows(
     ("eye", 3, "() -> (a a)"),
     ("eye.m", 3, 5, "() -> (. .)"),
     ("writing into zeros", lambda x: torch.zeros(7).double().index_fill_(0, torch.tensor([2]), 1.0) * x, F(7),
-     "(.) -> (.) ~ only one element is singled out"),
+     "([a + 1 + b]) -> ([a + 1 + b])"),
     ("writing one element of zeros", lambda x: _marked(7, 2) * x, F(7), "([a + 1 + b]) -> ([a + 1 + b])"),
 )
 

@@ -194,7 +194,7 @@ def solve(sizes: Sequence[int], constraints: Sequence[Constraint], limit: int = 
         before = axes.changes
         solved.impose(constraints)
         for slot in solved.slots:  # a slot by itself has no other axis that could say which member is meant
-            for family in list(loose_families(axes, slot)):
+            for family, _ in list(loose_families(axes, slot)):
                 axes.collapse(family)
         if axes.changes == before:
             return solved

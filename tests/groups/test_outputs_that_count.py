@@ -207,6 +207,61 @@ def test_a_lone_tensor_and_states_alone() -> None:
     assert found == {None: [6], "final": [5, 6], "all": []}, "the last is the result, and the first by default"
 
 
+@dataclasses.dataclass
+class Part:
+    """What a part of a model gave: its states, and one of them pooled."""
+
+    states: Tensor
+    pooled: Tensor | None = None
+
+
+@dataclasses.dataclass
+class Whole:
+    """Logits, and what lies on the way to them."""
+
+    logits: Tensor
+    states: Tensor | None = None
+    part: Part | None = None
+
+
+class Parts(nn.Module):
+    """An encoder whose states are normalised for the head, and again for whoever looks at them."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what = what
+        self.stem, self.norm, self.other = nn.Linear(3, 5), nn.LayerNorm(5), nn.LayerNorm(5)
+        self.head, self.more = nn.Linear(5, 2), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Any:
+        h = torch.tanh(self.stem(x))
+        states = self.norm(h)
+        logits = self.head(states)
+        if self.what == "again":
+            return Whole(logits, self.norm(h))
+        if self.what == "written between":
+            first = h.clone()
+            h.mul_(2)
+            return Whole(self.head(self.norm(first)), self.norm(h))
+        if self.what == "another norm":
+            return Whole(logits, self.other(h))
+        pooled = self.norm(states[:, 0]) if self.what == "pooled" else self.more(states[:, 0])
+        return Whole(logits, part=Part(states, pooled))
+
+
+@pytest.mark.parametrize(
+    ("what", "moving"),
+    [("again", [5]), ("written between", []), ("another norm", []), ("pooled", [5]), ("another head", [5])],
+)
+def test_by_products_that_are_computed_once_more(what: str, moving: list[int]) -> None:
+    """The same norm of the same states is no result; another one is, and so is what another head makes of a part's."""
+    model, x = Parts(what).eval(), (torch.randn(4, 6, 3),)
+    spec = pg.auto_spec(model, x)
+    assert sizes(spec) == moving
+    assert ("part.pooled" in spec.by_products) == (what == "pooled")
+    assert pg.verify(model, spec, x).passed
+
+
 def test_an_output_of_one_pass_counts_in_all() -> None:
     """In training the states are returned after another layer has left them alone: there they are a result."""
 

@@ -390,6 +390,17 @@ def t5() -> Any:
 
 
 @row
+def bart() -> Any:
+    model = _from(
+        "BartConfig", "BartForConditionalGeneration", d_model=32, encoder_layers=2, decoder_layers=2, vocab_size=37,
+        encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=11, decoder_ffn_dim=13,
+        max_position_embeddings=40,
+    )  # fmt: skip
+    # One stream, for both embeddings and the head are one table; decoders attend twice.
+    return model, None, s(32) + 2 * (heads(4, 8) + s(11)) + 2 * (2 * heads(4, 8) + s(13))
+
+
+@row
 def whisper() -> Any:
     model = _from(
         "WhisperConfig", "WhisperForConditionalGeneration", d_model=32, encoder_layers=2, decoder_layers=2,

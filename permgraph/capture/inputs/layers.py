@@ -135,9 +135,10 @@ def _token_ids(model: nn.Module) -> Iterator[Tensor]:
     # Then multiple choice; and sound as tokens of several codebooks, with or without those of a text beside them, or
     # with those of each codebook in a row of their own.
     coded = ((BATCH, LENGTH, count), (BATCH, LENGTH, count + 1), (BATCH * count, LENGTH)) if count else ()
-    most = setting(config, "max_position_embeddings")
-    short = ((BATCH, most),) if isinstance(most, int) and 1 < most < LENGTH else ()
-    for shape in (*short, (BATCH, LENGTH), (BATCH, 64), (BATCH, 3, LENGTH), *coded):
+    tables = (setting(config, "max_position_embeddings"), setting(config, "max_target_positions"))
+    most = min((size for size in tables if isinstance(size, int) and size > 1), default=LENGTH)
+    short = ((BATCH, most),) if most < LENGTH else ()
+    for shape in (*short, (BATCH, LENGTH), (BATCH, 64), (BATCH, 3, LENGTH), *coded, (BATCH, 5)):
         ids = integers(bound, *shape)
         if isinstance(end, int) and 0 < end < bound:  # once, and last: some heads read what stands there
             ids[ids == end] = end - 1
