@@ -2,7 +2,7 @@
 
     python benchmarks/experts.py --experts 8 64 128 256 --hidden 128 --width 448
 
-Each layer is planted: B is A with noise, its experts, their units and the stream in another order. With --all, all pairs
+Each layer is planted: B is A with noise; experts, units and the stream are in another order. With --all, all pairs
 of experts are looked at too, as is done up to 64 of them.
 """
 
