@@ -5,9 +5,9 @@ are fibred over it is solved by nesting, so that what two heads are worth to eac
 make of them: nuclear norms for rotations, phases for rotary pairs, assignments for units.
 
 Assignments jump to where they stay, and rotations that meet creep. So between two sweeps over all moves there are
-rounds over the rotations alone, which are cheap: what they are worth to each other across units that rest is known. Each
-round goes on a little the way that the last one went before it looks (Nesterov 1983), and is taken back where that is
-no gain.
+rounds over the rotations alone, which are cheap: what they are worth to each other across units that rest is known.
+Each round goes on a little the way that the last one went before it looks (Nesterov 1983), and is taken back where that
+is no gain.
 """
 
 from __future__ import annotations

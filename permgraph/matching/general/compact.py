@@ -16,7 +16,7 @@ from torch import Tensor
 
 from permgraph.assignment.solve import Solver, assign
 from permgraph.matching.general.acting import Element, powered
-from permgraph.matching.general.polar import nuclear_norm, polar
+from permgraph.matching.general.polar import nuclear_norm, of_pairs, polar
 from permgraph.spec.general import Action
 from permgraph.structures import Structure
 from permgraph.structures.pairs import pairs_of
@@ -147,16 +147,12 @@ def _better(one: Best | None, other: Best) -> Best:
 
 
 def _best_matrix(name: str, gram: Tensor) -> Best:
-    n = gram.shape[-1]
     if Structure(name).is_paired:
         z = _phases(name, gram)
         size = z.abs()
         cosine = torch.where(size > 0, z.real / size.clamp_min(torch.finfo(size.dtype).tiny), torch.ones_like(size))
         sine = torch.where(size > 0, z.imag / size.clamp_min(torch.finfo(size.dtype).tiny), torch.zeros_like(size))
-        first, second = (torch.arange(n, device=gram.device)[part] for part in pairs_of(name, n))
-        matrix = torch.zeros_like(gram)
-        matrix[..., first, first] = matrix[..., second, second] = cosine
-        matrix[..., second, first], matrix[..., first, second] = sine, -sine
+        matrix = of_pairs(name, cosine, sine, gram)
         return Best(size.sum(-1), None, matrix)
     if name == "O1":
         inner, along = _apart(gram)
