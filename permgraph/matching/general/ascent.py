@@ -67,6 +67,9 @@ class Climb:
         plan: what one step can move.
         start: the element at which to begin.
         unknown: groups that no step has placed yet: until one does, what is seen across them is no evidence.
+        solver: for the assignments.
+        started: when the match began, by `time.perf_counter`.
+        tolerance: the ascent has converged when a whole sweep adds less than this, relative to the objective.
     """
 
     def __init__(
@@ -80,9 +83,10 @@ class Climb:
         unknown: Collection[str] = (),
         solver: Solver = "auto",
         started: float = 0.0,
+        tolerance: float = TOLERANCE,
     ) -> None:
         self.acting, self.a, self.plan, self.solver, self.started = acting, a, plan, solver, started
-        self.moves = plan.moves
+        self.moves, self.tolerance = plan.moves, tolerance
         self.element = start
         self.unknown = set(unknown)
         self.history: list[Sweep] = []
@@ -117,17 +121,16 @@ class Climb:
         """The sum of the inner products of some parameters, where B stands."""
         return sum(dot(self.a[name], self.b[name]) for name in names)
 
-    def climb(
-        self, max_sweeps: int, progress: Progress | None = None, tolerance: float = TOLERANCE, done: int = 0
-    ) -> None:
+    def climb(self, max_sweeps: int, progress: Progress | None = None, tolerance: float = 0.0, done: int = 0) -> None:
         """Sweep over the moves until a whole sweep adds nothing, or go on so; Ctrl-C ends it where it stands.
 
         Args:
             max_sweeps: how many there may be, those `done` by an earlier run included.
             progress: called after each.
-            tolerance: what counts as nothing, relative to the objective.
+            tolerance: what counts as nothing, relative to the objective, if that is more than the ascent's own.
             done: how many an earlier run has made to reach the start.
         """
+        tolerance = max(tolerance, self.tolerance)
         try:
             self.outcome = "converged"
             for number in range(done + len(self.history) + 1, max_sweeps + 1):
@@ -170,7 +173,7 @@ class Climb:
     @property
     def is_over(self) -> bool:
         """Whether another sweep would add nothing."""
-        return self.added <= TOLERANCE * abs(self.objective)
+        return self.added <= self.tolerance * abs(self.objective)
 
     def _end_sweep(self, sweep: Sweep, last: bool) -> None:
         """Called after each sweep, of which the last has added nothing."""

@@ -20,12 +20,12 @@ from torch import Tensor
 from permgraph.errors import MismatchError, PermgraphError
 from permgraph.matching import tuned
 from permgraph.matching.general.acting import Element, composed
-from permgraph.matching.general.ascent import TOLERANCE, Climb, State
+from permgraph.matching.general.ascent import Climb, State
 from permgraph.matching.general.balancing import COARSE, balance_read
 from permgraph.matching.general.gauge import SMALL, between, compact_part, evidence, notes_on_gains
 from permgraph.matching.general.pieces import acting_on, in_pieces
 from permgraph.matching.general.standing import Step
-from permgraph.matching.general.weights import as_transformation, frozen_groups
+from permgraph.matching.general.weights import as_transformation, frozen_groups, tolerance_of
 from permgraph.matching.matcher import NOTHING_TO_PERMUTE, MatchResult, Progress, Sweep
 from permgraph.matching.problem.moves import Move, Plan
 from permgraph.matching.problem.objective import ADVICE, dot
@@ -242,7 +242,10 @@ class StreamedClimb(Climb):
         self.gauge = gauge
         self.keep: Callable[[int, Transformation], object] | None = settings.keep
         a, b = LoadedOnAccess(gauge.pieces, gauge.a), LoadedOnAccess(gauge.pieces, gauge.b)
-        super().__init__(gauge.acting, a, b, plan, start, unknown=unknown, solver=settings.solver, started=started)
+        super().__init__(
+            gauge.acting, a, b, plan, start, unknown=unknown, solver=settings.solver, started=started,
+            tolerance=tolerance_of(sum(math.prod(gauge.acting.spec.shapes[key]) for key in gauge.pieces)),
+        )  # fmt: skip
         self._total = objective
         self.settled = start, self.objective
 
@@ -250,9 +253,7 @@ class StreamedClimb(Climb):
         self.b = b
         self.gauge.stand(self.element)
 
-    def climb(
-        self, max_sweeps: int, progress: Progress | None = None, tolerance: float = TOLERANCE, done: int = 0
-    ) -> None:
+    def climb(self, max_sweeps: int, progress: Progress | None = None, tolerance: float = 0.0, done: int = 0) -> None:
         """Sweep over the moves until a whole sweep adds nothing; Ctrl-C leads back to the last step that is whole."""
         super().climb(max_sweeps, progress, tolerance, done)
         if self.outcome == "interrupted":
