@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TypeAlias
 
 import torch
@@ -47,7 +47,7 @@ INNER_SWEEPS = 6
 ROUNDS = 40
 """The most rounds over rotations alone between two sweeps."""
 
-SHARE = 0.05
+SHARE = 0.02
 """Such rounds end where one adds less than this share of what has been added since the last sweep began."""
 
 HOLDS = (0.0, 0.1, 0.4, 1.6, 6.4)
@@ -98,7 +98,7 @@ class Climb:
         self._nets: dict[str, Tensor] = {}  # how far rotations have gone in this round
         self._is_ahead = False  # whether this round has gone on without looking
         self._seen: dict[str, Tensor] = {}  # Gram matrices of rotations where all stands as it stood then
-        self._turning = tuple(_turning(acting, plan.moves))
+        self._turning = turning_moves(acting, plan.moves)
         self._restless = frozenset(move.name for move in self._turning)
         self.goal = -math.inf  # what another ascent has reached: where this one will not get there, it ends early
         self._begin(b)
@@ -466,13 +466,10 @@ def _across(place: Place) -> Across:
     return frozenset(leaf.group for axis, leaf in enumerate(leaves) if leaf.group and axis not in place.own)
 
 
-def _turning(acting: Acting, moves: Iterable[Move]) -> Iterator[Move]:
-    """The moves that only turn, of those that are given and those that place what is inside them; inner ones first."""
-    for move in moves:
-        yield from _turning(acting, move.then)
-    for move in moves:
-        if acting.structure(move.name).linear and not move.root.inner and not move.paired:
-            yield move
+def turning_moves(acting: Acting, moves: Iterable[Move]) -> tuple[Move, ...]:
+    """Of an ascent's moves those that only turn, each group alone; those inside other groups first."""
+    alone = [m for m in moves if acting.structure(m.name).linear and not m.root.inner and not m.paired]
+    return tuple(sorted(alone, key=lambda move: not move.root.batch))
 
 
 def _stays(step: Element) -> bool:
