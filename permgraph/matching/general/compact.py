@@ -87,14 +87,28 @@ def best_element(structure: Structure, grams: Grams, solver: Solver = "auto") ->
     found: Best | None = None
     combinations = list(itertools.product((1.0, -1.0), repeat=structure.signs))
     for flips in itertools.product((1.0, -1.0), repeat=structure.flips):
-        best: Tensor | None = None
-        for signs in combinations:
-            total = _signed(grams, (*signs, *flips))
-            best = total if best is None else torch.maximum(best, total)
-        assert best is not None
+        best = _most(grams, structure.signs, flips)
         found = _better(found, _assigned(grams, best, combinations, flips, solver))
     assert found is not None
     return found
+
+
+def _most(grams: Grams, number: int, flips: tuple[float, ...]) -> Tensor:
+    """What each pair of indices is worth with its best signs, so many for each index, and the given common ones."""
+    if number == 1:
+        even, odd = (
+            {key: gram for key, gram in grams.items() if bool(key and key[0] % 2) == is_odd} for is_odd in (False, True)
+        )
+        if not odd:
+            return _signed(even, (1.0, *flips))
+        turned = _signed(odd, (1.0, *flips)).abs()
+        return turned.add_(_signed(even, (1.0, *flips))) if even else turned
+    best: Tensor | None = None
+    for signs in itertools.product((1.0, -1.0), repeat=number):
+        total = _signed(grams, (*signs, *flips))
+        best = total if best is None else torch.maximum(best, total)
+    assert best is not None
+    return best
 
 
 def whole(grams: Grams) -> Tensor:
