@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TypeAlias
 
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor
 from permgraph.assignment.solve import Solver
 from permgraph.conventions.outcomes import Outcome
 from permgraph.matching.general.acting import Acting, Element, composed
+from permgraph.matching.general.acting import Place as Acted
 from permgraph.matching.general.compact import Best, best_element, best_value, gain, signs_of, whole
 from permgraph.matching.general.polar import polar
 from permgraph.matching.general.standing import Across, KeptGrams, Standing, Step
@@ -47,8 +48,9 @@ INNER_SWEEPS = 6
 ROUNDS = 40
 """The most rounds over rotations alone between two sweeps."""
 
-SHARE = 0.02
-"""Such rounds end where one adds less than this share of what has been added since the last sweep began."""
+SHARE, FIRST_SHARE = 0.02, 0.1
+"""Such rounds end where one adds less than this share of what has been added since the last sweep began, or, after the
+first one, since they did: the next sweep will move much anyway."""
 
 HOLDS = (0.0, 0.1, 0.4, 1.6, 6.4)
 """How strongly a step is held back where the objective is quadratic in it, one after the other, until it helps."""
@@ -114,8 +116,24 @@ class Climb:
     def objective(self) -> float:
         """The sum of inner products with A, where B stands."""
         if self._total is None:
-            self._total = self._inner(self.a)
+            told = dict(self._told()) if isinstance(self.b, Standing) else {}
+            known = {name for names in told for name in names}
+            self._total = sum(told.values()) + self._inner(name for name in self.a if name not in known)
         return self._total
+
+    def _told(self) -> Iterator[tuple[tuple[str, ...], float]]:
+        """What some parameters are worth together, as a Gram matrix that holds tells it: they need not be moved."""
+        found: set[str] = set()
+        for group, across, gram in self._kept.shares():
+            names = [
+                place.block.parameter
+                for place in self.acting.of_group[group]
+                if _beside(place) == across and place.action.powers
+            ]
+            whole_ones = all(len(self.acting.blocks[name]) == 1 for name in names) and len(set(names)) == len(names)
+            if whole_ones and found.isdisjoint(names):
+                found.update(names)
+                yield tuple(names), float(gram.diagonal().sum(dtype=torch.float64))
 
     def _inner(self, names: Iterable[str]) -> float:
         """The sum of the inner products of some parameters, where B stands."""
@@ -146,7 +164,7 @@ class Climb:
                             gains[move.name] = self.objective - at
                 self.unknown.clear()
                 if first or self.objective - before > tolerance * abs(self.objective):
-                    self._turn(self.objective if first else before, tolerance)
+                    self._turn(*((self.objective, FIRST_SHARE) if first else (before, SHARE)), tolerance)
                 sweep = Sweep(number, self.objective, moved, gains, time.perf_counter() - self.started)
                 self.history.append(sweep)
                 self.added = math.inf if first else self.objective - before
@@ -320,11 +338,12 @@ class Climb:
 
     # --- rotations alone ----------------------------------------------------------------------------------------------
 
-    def _turn(self, start: float, tolerance: float) -> None:
+    def _turn(self, start: float, share: float, tolerance: float) -> None:
         """Rounds over the moves that turn alone, those inside others first, until one adds little.
 
         Args:
-            start: the objective where the sweep began.
+            start: the objective where what has been added is counted from.
+            share: what counts as little of that.
             tolerance: what counts as nothing, relative to the objective.
         """
         if len(self._turning) < 2:
@@ -354,7 +373,7 @@ class Climb:
                 continue
             nets, speed = self._nets, speed + 1
             reach = speed / (speed + 3)
-            if added <= max(tolerance * abs(self.objective), SHARE * (self.objective - start)):
+            if added <= max(tolerance * abs(self.objective), share * (self.objective - start)):
                 break
 
     def _go_ahead(self, nets: Mapping[str, Tensor], reach: float) -> None:
@@ -462,8 +481,12 @@ class Climb:
 
 def _across(place: Place) -> Across:
     """The groups on the axes of a block that a place does not move."""
-    leaves = place.block.leaves
-    return frozenset(leaf.group for axis, leaf in enumerate(leaves) if leaf.group and axis not in place.own)
+    return frozenset(leaf.group for at, leaf in enumerate(place.block.leaves) if leaf.group and at not in place.own)
+
+
+def _beside(place: Acted) -> Across:
+    """The groups on the other axes of a block in which a group acts."""
+    return frozenset(leaf.group for at, leaf in enumerate(place.block.leaves) if leaf.group and at != place.axis)
 
 
 def turning_moves(acting: Acting, moves: Iterable[Move]) -> tuple[Move, ...]:

@@ -109,6 +109,14 @@ class KeptGrams:
         """Whether this share of a group's Gram matrix holds."""
         return across in self._shares.get(group, ())
 
+    def shares(self) -> Iterator[tuple[str, Across, Tensor]]:
+        """All shares that hold."""
+        for group, shares in self._shares.items():
+            for across in shares:
+                gram = self.sum(group, [across])
+                assert gram is not None
+                yield group, across, gram
+
     def keep(self, group: str, across: Across, gram: Tensor) -> None:
         """Keep a share as it is now."""
         self._shares.setdefault(group, {})[across] = self._steps, gram
