@@ -74,6 +74,9 @@ class Climb:
         tolerance: the ascent has converged when a whole sweep adds less than this, relative to the objective.
     """
 
+    keeps_few = False
+    """Whether of a rotation's Gram matrix two shares are kept at most: across from what nothing moves, and the rest."""
+
     def __init__(
         self,
         acting: Acting,
@@ -415,11 +418,16 @@ class Climb:
         for place in node.places:
             if not self._is_evidence(place):
                 continue
-            key, across = signs_of(self.acting.action(place.block, place.own[-1])), _across(place)
+            key, across = signs_of(self.acting.action(place.block, place.own[-1])), across_from(place)
             if self._lasts(node, across):
                 lasting.setdefault(across, []).append(place)
             else:
                 sums[key] = self._gram_at(place, sums.get(key))
+        if self.keeps_few:
+            moving = [across for across in lasting if across]
+            joined = [place for across in moving for place in lasting.pop(across)]
+            if joined:
+                lasting[frozenset().union(*moving)] = joined
         for across, places in lasting.items():
             if not self._kept.has(node.group, across):
                 share = None
@@ -479,7 +487,7 @@ class Climb:
         return bool(action.powers) or not self.acting.structure(leaf.group).linear
 
 
-def _across(place: Place) -> Across:
+def across_from(place: Place) -> Across:
     """The groups on the axes of a block that a place does not move."""
     return frozenset(leaf.group for at, leaf in enumerate(place.block.leaves) if leaf.group and at not in place.own)
 

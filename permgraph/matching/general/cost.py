@@ -14,7 +14,7 @@ from functools import cached_property
 
 from permgraph.matching.cost import WORKING, Estimate, MoveCost, Rates, rounds_of
 from permgraph.matching.general.acting import Acting
-from permgraph.matching.general.ascent import turning_moves
+from permgraph.matching.general.ascent import across_from, turning_moves
 from permgraph.matching.general.gauge import SMALL, evidence
 from permgraph.matching.general.pieces import acting_on, in_pieces
 from permgraph.matching.general.weights import starts_of
@@ -92,6 +92,7 @@ class GeneralEstimate(Estimate):
     Attributes:
         news: the steps of rotations that meet others, once more after all other steps of a pass.
         again: the steps of one of the rounds over rotations alone that follow, with what the rest is worth at hand.
+        kept: elements of the Gram matrices of rotations that are kept from step to step, in memory and streamed.
         compared: elements of the parameters that count.
         exact: bytes of the matrices and factors of one element.
         piece: elements of the largest piece that is worked on at a time.
@@ -102,6 +103,7 @@ class GeneralEstimate(Estimate):
     moves: tuple[GeneralMoveCost, ...]
     news: tuple[GeneralMoveCost, ...] = ()
     again: tuple[GeneralMoveCost, ...] = ()
+    kept: tuple[int, int] = (0, 0)
     compared: int = 0
     exact: int = 0
     piece: int = 0
@@ -147,7 +149,9 @@ class GeneralEstimate(Estimate):
         )
         solving += self.solving
         if not streamed:
+            solving += working_width(self.compared) * self.kept[0]
             return 2 * width * self.compared + in_memory_bytes(self.compared) + solving + ELEMENTS * self.exact
+        solving += EXACT * self.kept[1]
         raw, held = 2 * width * self.largest, ELEMENTS // 2 * self.exact
         together = max((move.together for move in self.moves), default=0)
         work = WORKED * working_width(self.compared) * max(self.piece, together)
@@ -211,6 +215,7 @@ def estimate_general(spec: PermutationSpec) -> GeneralEstimate:
     if len(turning) > 1:
         news = tuple(_cost(acting, move, sizes) for move in turning if not move.root.batch)
         again = tuple(_cost(acting, move, sizes, {m.name for m in turning}) for move in turning)
+    kept = _kept(acting, turning)
     whole = {name: math.prod(shape) for name, shape in spec.shapes.items()}
     exact = 0
     for name, group in spec.acting.items():
@@ -224,6 +229,7 @@ def estimate_general(spec: PermutationSpec) -> GeneralEstimate:
         moves=tuple(costs.values()),
         news=news,
         again=again,
+        kept=kept,
         elements=sum(whole.values()),
         rounds=rounds_of(acting.plain, list(costs)),
         compared=sum(sizes.values()),
@@ -285,6 +291,18 @@ def _cost(
         whole=sum(_products(acting, name, None) for name in touched),
         readings=1 + _depth(move.root),
     )
+
+
+def _kept(acting: Acting, turning: Collection[Move]) -> tuple[int, int]:
+    """Elements of the Gram matrices that are kept, by an ascent in memory and by a streamed one."""
+    restless = {move.name for move in turning}
+    few = many = 0
+    for move in turning:
+        if not move.root.batch:
+            shares = {across for across in map(across_from, move.root.places) if not across & restless}
+            many += len(shares) * acting.spec.groups[move.name].size ** 2
+            few += min(len(shares), 2) * acting.spec.groups[move.name].size ** 2
+    return many, few
 
 
 def _pair_by_pair(root: GeneralMoveCost, inside: Sequence[GeneralMoveCost]) -> GeneralMoveCost:

@@ -229,6 +229,8 @@ class StreamedClimb(Climb):
             gauge.
     """
 
+    keeps_few = True
+
     def __init__(
         self,
         gauge: StreamedGauge,
