@@ -48,9 +48,9 @@ INNER_SWEEPS = 6
 ROUNDS = 40
 """The most rounds over rotations alone between two sweeps."""
 
-SHARE, FIRST_SHARE = 0.02, 0.1
-"""Such rounds end where one adds less than this share of what has been added since the last sweep began, or, after the
-first one, since they did: the next sweep will move much anyway."""
+SHARE = 0.02
+"""Such rounds end where one adds less than this share of what has been added since the last sweep began or, after the
+first one, since they did."""
 
 HOLDS = (0.0, 0.1, 0.4, 1.6, 6.4)
 """How strongly a step is held back where the objective is quadratic in it, one after the other, until it helps."""
@@ -167,7 +167,7 @@ class Climb:
                             gains[move.name] = self.objective - at
                 self.unknown.clear()
                 if first or self.objective - before > tolerance * abs(self.objective):
-                    self._turn(*((self.objective, FIRST_SHARE) if first else (before, SHARE)), tolerance)
+                    self._turn(self.objective if first else before, tolerance)
                 sweep = Sweep(number, self.objective, moved, gains, time.perf_counter() - self.started)
                 self.history.append(sweep)
                 self.added = math.inf if first else self.objective - before
@@ -341,12 +341,11 @@ class Climb:
 
     # --- rotations alone ----------------------------------------------------------------------------------------------
 
-    def _turn(self, start: float, share: float, tolerance: float) -> None:
+    def _turn(self, start: float, tolerance: float) -> None:
         """Rounds over the moves that turn alone, those inside others first, until one adds little.
 
         Args:
             start: the objective where what has been added is counted from.
-            share: what counts as little of that.
             tolerance: what counts as nothing, relative to the objective.
         """
         if len(self._turning) < 2:
@@ -376,7 +375,7 @@ class Climb:
                 continue
             nets, speed = self._nets, speed + 1
             reach = speed / (speed + 3)
-            if added <= max(tolerance * abs(self.objective), share * (self.objective - start)):
+            if added <= max(tolerance * abs(self.objective), SHARE * (self.objective - start)):
                 break
 
     def _go_ahead(self, nets: Mapping[str, Tensor], reach: float) -> None:
