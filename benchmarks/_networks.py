@@ -65,12 +65,16 @@ def torchvision_model(name: str) -> nn.Module:
     return torchvision.models.get_model(name)  # type: ignore[no-any-return]
 
 
-def llama() -> nn.Module:
+def llama(words: int = 32000, width: int = 768, units: int = 3072, layers: int = 12, heads: int = 12) -> nn.Module:
     operators.declare()
     import transformers
 
     config = transformers.LlamaConfig(
-        vocab_size=32000, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
+        vocab_size=words,
+        hidden_size=width,
+        intermediate_size=units,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
     )
     return transformers.LlamaForCausalLM(config)
 
@@ -132,6 +136,8 @@ NETWORKS: dict[str, Network] = {
     "resnet50": Network("ResNet-50", lambda: torchvision_model("resnet50"), IMAGE),
     "vgg16_bn": Network("VGG16-BN", lambda: torchvision_model("vgg16_bn"), IMAGE),
     "vit_b_16": Network("ViT-B/16", lambda: torchvision_model("vit_b_16"), IMAGE),
+    "llama_7m": Network("Llama of 7M", lambda: llama(1000, 256, 1024, 6, 4), (1, 8), tokens=True),
+    "llama_33m": Network("Llama of 33M", lambda: llama(8000, 512, 2048, 6, 8), (1, 8), tokens=True),
     "llama_160m": Network("Llama of 160M", llama, (1, 8), tokens=True),
     "digits_mlp16": Network(
         "MLP 64-16³-10, trained", lambda: on_digits("MLP", 16), (1, 1, 8, 8), training=(20, 1e-2, 0.2)

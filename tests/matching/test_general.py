@@ -13,13 +13,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import permgraph as pg
-from permgraph.errors import MismatchError, NonFiniteError, PermgraphError
+from permgraph.errors import EvaluationError, MismatchError, NonFiniteError, PermgraphError
 from permgraph.matching import align
-from permgraph.matching.general import weights
+from permgraph.matching.general import ascent, weights
 from permgraph.matching.general.acting import Acting, Element, composed
+from permgraph.matching.general.ascent import Climb
 from permgraph.matching.general.balancing import balance
 from permgraph.matching.general.compact import best_element, best_value
 from permgraph.matching.general.gauge import Gauge
+from permgraph.matching.general.polar import polar
+from permgraph.matching.problem.moves import Plan
 from permgraph.structures import Structure, random_element
 from tests.general import models
 
@@ -392,7 +395,9 @@ def test_other_objectives() -> None:
     )
 
 
-@pytest.mark.parametrize("kind", ["zero in A", "zero in B", "nan", "moves", "indices", "pattern", "spec"])
+@pytest.mark.parametrize(
+    "kind", ["zero in A", "zero in B", "nan", "nan gain", "infinite gain", "moves", "indices", "pattern", "spec"]
+)
 def test_what_cannot_be_matched_is_said(kind: str) -> None:
     a, b, spec = _pair()
     settings: dict[str, Any] = {}
@@ -400,6 +405,9 @@ def test_what_cannot_be_matched_is_said(kind: str) -> None:
     if kind.startswith("zero"):
         (a if kind.endswith("A") else b)["norm.weight"][3] = 0
         message = rf"gain norm.weight of {kind[-1]} has a zero"
+    elif kind.endswith(" gain"):
+        b["norm.weight"][3] = torch.nan if kind.startswith("nan") else torch.inf
+        message = r"gain norm.weight of B has a value that is not finite"
     elif kind == "nan":
         b["table.weight"][2, 2] = torch.nan
         error, message = NonFiniteError, "table.weight"
@@ -418,6 +426,45 @@ def test_what_cannot_be_matched_is_said(kind: str) -> None:
     assert all(torch.equal(b[name].nan_to_num(), w.nan_to_num()) for name, w in kept.items())
 
 
+def test_no_batches_are_refused() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        a, b = (models.Residual(nn.LayerNorm).eval() for _ in range(2))
+    spec = pg.auto_spec(a, (models.tokens(),), symmetry="general")
+    with pytest.raises(EvaluationError, match="no batch"):
+        align(a, b, pg.WeightMatching(loader=[]), spec=spec)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 4])
+def test_what_the_weights_leave_open_is_chosen_alike(rank: int) -> None:
+    """Of a Gram matrix without full rank more than one polar factor is best: the choice is the same each time."""
+    random = torch.Generator().manual_seed(0)
+    gram = torch.randn(6, rank, generator=random, dtype=torch.float64)
+    gram = gram @ torch.randn(rank, 6, generator=random, dtype=torch.float64)
+    factor = polar(gram)
+    assert torch.equal(factor, polar(gram.clone()))
+    assert torch.allclose(factor @ factor.mT, torch.eye(6, dtype=torch.float64))
+    assert float((factor * gram).sum()) == pytest.approx(float(torch.linalg.svdvals(gram).sum()), abs=1e-12)
+
+
+@pytest.mark.parametrize("where", ["A", "B", "both"])
+def test_dead_heads_do_no_harm(where: str) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        a, b = (Decoder().double().eval() for _ in range(2))
+    for name, model in (("A", a), ("B", b)):
+        if where in (name, "both"):
+            for layer in (model.q, model.k, model.v):
+                layer.weight.data[:6] = 0
+    x = torch.arange(20).reshape(2, 10)
+    spec = pg.auto_spec(a, (x,), symmetry="general")
+    first, second = (align(a, b, spec=spec) for _ in range(2))
+    assert all(torch.equal(first.state_dict[name], second.state_dict[name]) for name in first.state_dict)
+    assert first.objective >= first.objective_before
+    before, after = _outputs(b, b.state_dict(), x), _outputs(b, first.state_dict, x)
+    assert torch.allclose(before, after, atol=1e-9 * float(before.abs().max()))
+
+
 def test_a_matcher_of_permutations_says_so() -> None:
     class Reversing(pg.Matcher):
         def match(self, a: Any, b: Any, spec: Any, seed: int = 0, progress: Any = None) -> Any:
@@ -433,6 +480,40 @@ def test_networks_of_other_structures_are_refused() -> None:
     spec = pg.auto_spec(a, (models.vectors(),), symmetry="general")
     with pytest.raises(MismatchError, match=r"structure P in A but B in B"):
         align(a, b, spec=spec)
+
+
+# --- the ascent -------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_counted_is_what_the_weights_say(network: tuple[nn.Module, pg.PermutationSpec, Tensor]) -> None:
+    """The objective is carried on from Gram matrices: after each sweep it is that of the weights, and it only grows."""
+    model, spec, _ = network
+    a = {name: w.detach() for name, w in model.state_dict().items()}
+    gauge = Gauge(spec, a, spec.random(3, every_group=True).apply(_noisy(a, spec, 0.8, 1)))
+    climb = Climb(gauge.acting, gauge.a, gauge.b, Plan(gauge.acting.plain, gauge.a), Element(), unknown=spec.acting)
+    for sweeps in range(1, 5):
+        climb.climb(sweeps)
+        moved = {n: gauge.acting.act(n, w, climb.element, climb.element.matrices) for n, w in gauge.b.items()}
+        found = sum(float((gauge.a[n] * moved[n]).sum()) for n in moved)
+        assert climb.objective == pytest.approx(found)
+        assert all(torch.allclose(climb.b[n], moved[n]) for n in moved)
+    values = [sweep.objective for sweep in climb.history]
+    assert values == sorted(values)
+
+
+def test_rounds_over_rotations_end_higher_or_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From where a run without them has converged, they lose nothing; and a run with them takes fewer sweeps."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        a, b = (Decoder().double().eval() for _ in range(2))
+    spec = pg.auto_spec(a, (torch.arange(20).reshape(2, 10),), symmetry="general")
+    with_rounds = align(a, b, pg.WeightMatching(init="identity"), spec=spec)
+    monkeypatch.setattr(ascent, "ROUNDS", 0)
+    without = align(a, b, pg.WeightMatching(init="identity"), spec=spec)
+    assert len(with_rounds.history) < len(without.history)
+    monkeypatch.undo()
+    on = align(a, b, pg.WeightMatching(init=without.transformation), spec=spec)
+    assert on.objective >= without.objective * (1 - 1e-9)
 
 
 def test_types_and_ties_stay() -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from permgraph.matching.general.polar import exactly_orthogonal
+from permgraph.matching.general.polar import exactly_orthogonal, exactly_paired
 from permgraph.spec.blocks import Block, Leaf, blocks_of
 from permgraph.spec.expressions import Fixed
 from permgraph.spec.general import Action
@@ -54,13 +54,15 @@ class Element:
         return Element(self.arrays, *({name: tensor.to(dtype) for name, tensor in kind.items()} for kind in kinds))
 
     def transformation(self, spec: PermutationSpec) -> Transformation:
-        """The same as a `Transformation`, in float64; rotations in another precision as the nearest that are exact."""
+        """The same as a `Transformation`, in float64; those in another precision as the nearest that are exact."""
         permutations = spec.permutations()
         matrices = {}
         for name, matrix in self.matrices.items():
             linear, matrix = spec.groups[name].structure.linear, matrix.detach().cpu()
-            rounded = linear in ("O", "O1") and matrix.dtype != torch.float64
-            matrices[name] = exactly_orthogonal(linear, matrix) if rounded else matrix.double()
+            if matrix.dtype != torch.float64:
+                nearest = exactly_orthogonal if linear in ("O", "O1") else exactly_paired
+                matrix = nearest(linear, matrix)
+            matrices[name] = matrix.double()
         return Transformation(
             spec,
             Permutation(permutations, {name: array.cpu().numpy() for name, array in self.arrays.items()}),

@@ -22,6 +22,9 @@ SWEEPS = 200
 TOLERANCE = 1e-9
 """Balanced is what no group's step changes by more than this, relative to one."""
 
+ROUNDING = 16
+"""Nor can groups that meet be balanced better than to so many times the precision of their weights."""
+
 RIDGE = 1e-6
 """What is added to the Gram matrices of the weights as they were, relative to their mean eigenvalue.
 
@@ -51,21 +54,51 @@ def balance(acting: Acting, tensors: dict[str, Tensor]) -> tuple[Element, dict[s
         acting: how the groups act on these parameters.
         tensors: the parameters, in float64 best.
     """
-    element = Element()
-    groups = unbounded(acting)
-    tensors = dict(tensors)
-    for _ in range(SWEEPS if len(groups) > 1 else 1):
-        change = 0.0
-        for group in groups:
-            step, moved = _step(acting, tensors, group, element)
-            change = max(change, moved)
-            if moved:
-                for name in acting.touched([group]):
-                    tensors[name] = acting.act(name, tensors[name], step)
-                element = composed(acting, step, element)
-        if change < TOLERANCE:
-            break
+    tensors, element = dict(tensors), Element()
+    groups, exact = unbounded(acting), Element()
+    coupled = _coupled(acting, groups)
+    for group in (together[0] for together in coupled if len(together) == 1):
+        exact = composed(acting, _balance_alone(acting, group, tensors.__getitem__, len(groups) > 1), exact)
+    if exact.groups():
+        inverses = acting.inverse_transposes(exact.matrices)
+        element = exact.to(next(iter(tensors.values())).dtype)
+        inverses = {group: inverse.to(element.matrices[group].dtype) for group, inverse in inverses.items()}
+        for name in acting.touched(exact.groups()):
+            tensors[name] = acting.act(name, tensors[name], element, inverses)
+    for together in (together for together in coupled if len(together) > 1):
+        least = max(TOLERANCE, ROUNDING * torch.finfo(next(iter(tensors.values())).dtype).eps)
+        for _ in range(SWEEPS):
+            change = 0.0
+            for group in together:
+                step, moved = _step(acting, tensors, group, element)
+                change = max(change, moved)
+                if moved:
+                    for name in acting.touched([group]):
+                        tensors[name] = acting.act(name, tensors[name], step)
+                    element = composed(acting, step, element)
+            if change < least:
+                break
     return element, tensors
+
+
+def _balance_alone(acting: Acting, group: str, load: Callable[[str], Tensor], several: bool) -> Element:
+    """The balancing element, in float64, of a group that meets no other one that is balanced: its moments say all.
+
+    Args:
+        acting: how the groups act on the parameters.
+        group: the group.
+        load: gives a parameter.
+        several: whether to make more than one step. Of a single group one is enough.
+    """
+    moments, element = _read_moments(acting, group, load, Element()), Element()
+    for _ in range(SWEEPS if several else 1):
+        step, moved = _best_step(acting, group, moments, element)
+        if moved:
+            element = composed(acting, step, element)
+            moments = _moved_moments(moments, step, group)
+        if moved < TOLERANCE:
+            break
+    return element
 
 
 def balance_read(acting: Acting, load: Callable[[str], Tensor]) -> tuple[Element, int]:
@@ -85,20 +118,18 @@ def balance_read(acting: Acting, load: Callable[[str], Tensor]) -> tuple[Element
     element, most = Element(), 1
     groups = unbounded(acting)
     for together in _coupled(acting, groups):
-        meeting = len(together) > 1
-        known: dict[str, Moments] = {}
-        for sweep in range((COARSE_SWEEPS if meeting else SWEEPS) if len(groups) > 1 else 1):
+        if len(together) == 1:
+            element = composed(acting, _balance_alone(acting, together[0], load, len(groups) > 1), element)
+            continue
+        for sweep in range(COARSE_SWEEPS):
             change = 0.0
             for group in together:
-                if group not in known:
-                    known[group] = _read_moments(acting, group, load, element)
-                step, moved = _best_step(acting, group, known[group], element)
+                step, moved = _best_step(acting, group, _read_moments(acting, group, load, element), element)
                 change = max(change, moved)
                 if moved:
                     element = composed(acting, step, element)
-                    known = {group: _moved_moments(known[group], step, group)}
-            most = max(most, sweep + 1) if meeting else most
-            if change < (COARSE if meeting else TOLERANCE):
+            most = max(most, sweep + 1)
+            if change < COARSE:
                 break
     return element, most
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from permgraph.assignment.solve import Solver, assign
-from permgraph.matching.general.acting import Element
-from permgraph.matching.general.polar import nuclear_norm, polar
+from permgraph.matching.general.acting import Element, powered
+from permgraph.matching.general.polar import nuclear_norm, of_pairs, polar
 from permgraph.spec.general import Action
 from permgraph.structures import Structure
 from permgraph.structures.pairs import pairs_of
@@ -45,6 +45,25 @@ def signs_of(action: Action) -> tuple[int, ...]:
     return action.signs if any(action.signs) else ()
 
 
+def gain(best: Best, grams: Grams) -> float:
+    """How much more an element is worth than staying, for these Gram matrices."""
+    if best.matrix is not None:
+        gram = whole(grams)
+        return float(
+            torch.sum(best.matrix * gram, dtype=torch.float64)
+            - torch.sum(gram.diagonal(dim1=-2, dim2=-1), dtype=torch.float64)
+        )
+    assert best.array is not None
+    total = 0.0
+    for exponents, gram in grams.items():
+        moved = torch.take_along_dim(gram, best.array[..., None], -1)[..., 0]
+        if exponents:
+            assert best.signs is not None
+            moved = moved * powered(best.signs, exponents)
+        total += float(torch.sum(moved - gram.diagonal(dim1=-2, dim2=-1), dtype=torch.float64))
+    return total
+
+
 def best_value(structure: Structure, grams: Grams, solver: Solver = "auto") -> Tensor:
     """What the best element is worth: (...)."""
     if structure.linear in ("", "1"):
@@ -65,22 +84,31 @@ def best_element(structure: Structure, grams: Grams, solver: Solver = "auto") ->
     """
     if structure.linear:
         return _best_matrix(structure.linear, whole(grams))
-    number = structure.signs + structure.flips
     found: Best | None = None
+    combinations = list(itertools.product((1.0, -1.0), repeat=structure.signs))
     for flips in itertools.product((1.0, -1.0), repeat=structure.flips):
-        best, chosen = None, None
-        combinations = list(itertools.product((1.0, -1.0), repeat=structure.signs))
-        for at, signs in enumerate(combinations):
-            total = _signed(grams, (*signs, *flips))
-            if best is None or chosen is None:
-                best, chosen = total, torch.zeros_like(total, dtype=torch.long)
-            else:
-                better = total > best
-                best, chosen = torch.where(better, total, best), torch.where(better, at, chosen)
-        assert best is not None and chosen is not None
-        found = _better(found, _assigned(best, chosen, combinations, flips, number, solver))
+        best = _most(grams, structure.signs, flips)
+        found = _better(found, _assigned(grams, best, combinations, flips, solver))
     assert found is not None
     return found
+
+
+def _most(grams: Grams, number: int, flips: tuple[float, ...]) -> Tensor:
+    """What each pair of indices is worth with its best signs, so many for each index, and the given common ones."""
+    if number == 1:
+        even, odd = (
+            {key: gram for key, gram in grams.items() if bool(key and key[0] % 2) == is_odd} for is_odd in (False, True)
+        )
+        if not odd:
+            return _signed(even, (1.0, *flips))
+        turned = _signed(odd, (1.0, *flips)).abs()
+        return turned.add_(_signed(even, (1.0, *flips))) if even else turned
+    best: Tensor | None = None
+    for signs in itertools.product((1.0, -1.0), repeat=number):
+        total = _signed(grams, (*signs, *flips))
+        best = total if best is None else torch.maximum(best, total)
+    assert best is not None
+    return best
 
 
 def whole(grams: Grams) -> Tensor:
@@ -103,23 +131,20 @@ def _signed(grams: Grams, signs: tuple[float, ...]) -> Tensor:
 
 
 def _assigned(
-    best: Tensor,
-    chosen: Tensor,
-    combinations: list[tuple[float, ...]],
-    flips: tuple[float, ...],
-    number: int,
-    solver: Solver,
+    grams: Grams, best: Tensor, combinations: list[tuple[float, ...]], flips: tuple[float, ...], solver: Solver
 ) -> Best:
+    """The best assignment where each pair is worth `best`, and the signs with which it is: the first that are best."""
     found = assign(best, maximise=True, solver=solver, name="a Gram matrix")
     columns = torch.from_numpy(found.columns).to(best.device)
     value = torch.take_along_dim(best, columns[..., None], -1).sum((-2, -1))
-    signs = None
-    if number:
-        table = torch.tensor(combinations, dtype=best.dtype, device=best.device).reshape(len(combinations), -1)
-        own = table[torch.take_along_dim(chosen, columns[..., None], -1)[..., 0]]
-        common = torch.tensor(flips, dtype=best.dtype, device=best.device).expand(*own.shape[:-1], len(flips))
-        signs = torch.cat([own, common], -1)
-    return Best(value, columns, None, signs)
+    if not flips and len(combinations) == 1:
+        return Best(value, columns)
+    own = {key: torch.take_along_dim(gram, columns[..., None], -1)[..., 0] for key, gram in grams.items()}
+    each = torch.stack([_signed(own, (*signs, *flips)) for signs in combinations], -1)
+    table = torch.tensor(combinations, dtype=best.dtype, device=best.device).reshape(len(combinations), -1)
+    signs = table[(each == each.amax(-1, keepdim=True)).to(torch.uint8).argmax(-1)]
+    common = torch.tensor(flips, dtype=best.dtype, device=best.device).expand(*signs.shape[:-1], len(flips))
+    return Best(value, columns, None, torch.cat([signs, common], -1))
 
 
 def _better(one: Best | None, other: Best) -> Best:
@@ -136,16 +161,12 @@ def _better(one: Best | None, other: Best) -> Best:
 
 
 def _best_matrix(name: str, gram: Tensor) -> Best:
-    n = gram.shape[-1]
     if Structure(name).is_paired:
         z = _phases(name, gram)
         size = z.abs()
         cosine = torch.where(size > 0, z.real / size.clamp_min(torch.finfo(size.dtype).tiny), torch.ones_like(size))
         sine = torch.where(size > 0, z.imag / size.clamp_min(torch.finfo(size.dtype).tiny), torch.zeros_like(size))
-        first, second = (torch.arange(n, device=gram.device)[part] for part in pairs_of(name, n))
-        matrix = torch.zeros_like(gram)
-        matrix[..., first, first] = matrix[..., second, second] = cosine
-        matrix[..., second, first], matrix[..., first, second] = sine, -sine
+        matrix = of_pairs(name, cosine, sine, gram)
         return Best(size.sum(-1), None, matrix)
     if name == "O1":
         inner, along = _apart(gram)

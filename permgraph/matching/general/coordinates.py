@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from permgraph.matching.general.acting import Acting, Element, Place
-from permgraph.matching.general.polar import exactly_orthogonal
-from permgraph.structures import Structure
+from permgraph.matching.general.polar import exactly_orthogonal, exactly_paired, of_pairs
 from permgraph.structures.pairs import pairs_of
 
 Tensors = Mapping[str, Tensor]
@@ -165,7 +164,7 @@ class Coordinates:
         for group, matrix in self.element.matrices.items():
             linear = self.acting.structure(group).linear
             rotation = linear in ("O", "O1")
-            matrices[group] = exactly_orthogonal(linear, matrix) if rotation else _exactly(linear, matrix)
+            matrices[group] = exactly_orthogonal(linear, matrix) if rotation else exactly_paired(linear, matrix)
         return Element(
             dict(self.element.arrays),
             matrices,
@@ -174,32 +173,8 @@ class Coordinates:
         )
 
 
-def _exactly(linear: str, matrix: Tensor) -> Tensor:
-    """Matrices (..., n, n) in float64; of pairs, with the same numbers at both places of each."""
-    exact = matrix.double()
-    if Structure(linear).is_paired:
-        eye = torch.eye(exact.shape[-1], dtype=exact.dtype, device=exact.device).expand_as(exact)
-        first, second = pairs_of(linear, exact.shape[-1])
-        index = torch.arange(exact.shape[-1], device=exact.device)
-        i, j = index[first], index[second]
-        real = (exact[..., i, i] + exact[..., j, j]) / 2
-        imaginary = (exact[..., j, i] - exact[..., i, j]) / 2
-        return _pairs(linear, real, imaginary, eye)
-    return exact
-
-
 def _turns(linear: str, coordinates: Tensor, old: Tensor) -> Tensor:
     """Matrices of pairs after a step: each pair multiplied by the exponential of a logarithm and an angle."""
     eye = torch.eye(old.shape[-1], dtype=old.dtype, device=old.device).expand_as(old)
     size, angle = coordinates[..., 0].exp(), coordinates[..., 1]
-    return torch.matmul(_pairs(linear, size * angle.cos(), size * angle.sin(), eye), old)
-
-
-def _pairs(linear: str, real: Tensor, imaginary: Tensor, like: Tensor) -> Tensor:
-    """Block-diagonal matrices that multiply each pair, seen as a complex number."""
-    index = torch.arange(like.shape[-1], device=like.device)
-    first, second = (index[part] for part in pairs_of(linear, like.shape[-1]))
-    new = torch.zeros_like(like)
-    new[..., first, first] = new[..., second, second] = real
-    new[..., second, first], new[..., first, second] = imaginary, -imaginary
-    return new
+    return torch.matmul(of_pairs(linear, size * angle.cos(), size * angle.sin(), eye), old)

@@ -8,16 +8,17 @@ once; streamed, what is read is brought into the gauge and under the whole eleme
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from permgraph.matching.cost import WORKING, Estimate, MoveCost, Rates, rounds_of
 from permgraph.matching.general.acting import Acting
+from permgraph.matching.general.ascent import across_from, turning_moves
 from permgraph.matching.general.gauge import SMALL, evidence
 from permgraph.matching.general.pieces import acting_on, in_pieces
 from permgraph.matching.general.weights import starts_of
-from permgraph.matching.problem.moves import Move, Node, Plan
+from permgraph.matching.problem.moves import Move, Node, Place, Plan
 from permgraph.spec.spec import PermutationSpec
 from permgraph.weights.state_dict import STATISTICS
 
@@ -46,6 +47,9 @@ PAIRED_ROUNDS = 3
 
 HANDLED = 12
 """How often each weight that a step looks at is written down: brought into the gauge, moved, laid out for products."""
+
+ROUNDS_BETWEEN = 3
+"""Rounds over rotations alone between two sweeps, as many as there are about on average."""
 
 PREPARING = 4
 """How often a streamed run reads the models outside its passes: to check, to balance, and for the objective before the
@@ -86,6 +90,9 @@ class GeneralEstimate(Estimate):
     """What one alignment over a spec with general symmetries costs.
 
     Attributes:
+        news: the steps of rotations that meet others, once more after all other steps of a pass.
+        again: the steps of one of the rounds over rotations alone that follow, with what the rest is worth at hand.
+        kept: elements of the Gram matrices of rotations that are kept from step to step, in memory and streamed.
         compared: elements of the parameters that count.
         exact: bytes of the matrices and factors of one element.
         piece: elements of the largest piece that is worked on at a time.
@@ -94,15 +101,25 @@ class GeneralEstimate(Estimate):
     """
 
     moves: tuple[GeneralMoveCost, ...]
+    news: tuple[GeneralMoveCost, ...] = ()
+    again: tuple[GeneralMoveCost, ...] = ()
+    kept: tuple[int, int] = (0, 0)
     compared: int = 0
     exact: int = 0
     piece: int = 0
     largest: int = 0
     written: int = 0
 
+    def steps(self) -> Iterator[GeneralMoveCost]:
+        """All steps of one pass, with those of the rounds over rotations alone that follow it."""
+        yield from self.moves
+        yield from self.news
+        for _ in range(ROUNDS_BETWEEN):
+            yield from self.again
+
     @cached_property
     def factors(self) -> dict[int, int]:
-        """How many polar factors of each size one pass takes."""
+        """How many polar factors of each size the steps of one pass take, without the rounds that follow it."""
         found: dict[int, int] = {}
         for move in self.moves:
             for size, count in move.factors:
@@ -132,7 +149,9 @@ class GeneralEstimate(Estimate):
         )
         solving += self.solving
         if not streamed:
+            solving += working_width(self.compared) * self.kept[0]
             return 2 * width * self.compared + in_memory_bytes(self.compared) + solving + ELEMENTS * self.exact
+        solving += EXACT * self.kept[1]
         raw, held = 2 * width * self.largest, ELEMENTS // 2 * self.exact
         together = max((move.together for move in self.moves), default=0)
         work = WORKED * working_width(self.compared) * max(self.piece, together)
@@ -146,7 +165,7 @@ class GeneralEstimate(Estimate):
 
     def read(self, width: int = WORKING) -> int:
         """Bytes that a streamed run without a cache reads in one pass; beforehand it reads `PREPARING` times."""
-        return 2 * width * sum(move.readings * move.parameters for move in self.moves)
+        return 2 * width * sum(step.readings * step.parameters for step in self.steps())
 
     def seconds(
         self, rates: Rates, *, passes: int = 1, workers: int = 1, streamed: bool = False, width: int = WORKING
@@ -162,10 +181,11 @@ class GeneralEstimate(Estimate):
         """
         super().seconds(rates, passes=passes, workers=workers)  # which refuses what makes no sense
         slow = working_width(self.compared) / WORKING
-        operations = sum(m.flops + (m.readings * m.whole if streamed else m.moving) for m in self.moves)
+        steps = tuple(self.steps())
+        operations = sum(m.flops + (m.readings * m.whole if streamed else m.moving) for m in steps)
         solving = sum(count * rates.assigning(size) for size, count in self.problems.items())
-        factoring = sum(count * rates.factoring(size) for size, count in self.factors.items())
-        looked = sum((2 * m.readings if streamed else 2) * m.parameters for m in self.moves)
+        factoring = sum(count * rates.factoring(size) for m in steps for size, count in m.factors)
+        looked = sum((2 * m.readings if streamed else 2) * m.parameters for m in steps)
         handling = HANDLED * working_width(self.compared) / rates.copy
         each = operations * slow / rates.flops + solving + factoring + handling * looked
         before = PREPARING * 2 * handling * self.compared
@@ -189,6 +209,13 @@ def estimate_general(spec: PermutationSpec) -> GeneralEstimate:
         if move.name in costs:
             cost = _together(costs[move.name], cost)
         costs[move.name] = cost
+    turning = turning_moves(acting, plan.moves)
+    news: tuple[GeneralMoveCost, ...] = ()
+    again: tuple[GeneralMoveCost, ...] = ()
+    if len(turning) > 1:
+        news = tuple(_cost(acting, move, sizes) for move in turning if not move.root.batch)
+        again = tuple(_cost(acting, move, sizes, {m.name for m in turning}) for move in turning)
+    kept = _kept(acting, turning)
     whole = {name: math.prod(shape) for name, shape in spec.shapes.items()}
     exact = 0
     for name, group in spec.acting.items():
@@ -200,6 +227,9 @@ def estimate_general(spec: PermutationSpec) -> GeneralEstimate:
         exact += EXACT * spec.multiplicity(name) * group.size * number
     return GeneralEstimate(
         moves=tuple(costs.values()),
+        news=news,
+        again=again,
+        kept=kept,
         elements=sum(whole.values()),
         rounds=rounds_of(acting.plain, list(costs)),
         compared=sum(sizes.values()),
@@ -210,7 +240,17 @@ def estimate_general(spec: PermutationSpec) -> GeneralEstimate:
     )
 
 
-def _cost(acting: Acting, move: Move, sizes: dict[str, int]) -> GeneralMoveCost:
+def _cost(
+    acting: Acting, move: Move, sizes: dict[str, int], restless: Collection[str] | None = None
+) -> GeneralMoveCost:
+    """What a step costs; given groups that turn, a rotation's that knows what all is worth but across from these."""
+
+    def concerns(place: Place) -> bool:
+        leaves = place.block.leaves
+        return restless is None or any(
+            leaf.group in restless for axis, leaf in enumerate(leaves) if axis not in place.own
+        )
+
     def size(group: str) -> int:
         return acting.spec.groups[group].size
 
@@ -221,7 +261,7 @@ def _cost(acting: Acting, move: Move, sizes: dict[str, int]) -> GeneralMoveCost:
     def count(node: Node) -> None:
         nonlocal flops, gram
         chain, batch = math.prod(map(size, node.chain)), math.prod(map(size, node.batch))
-        flops += sum(2 * place.block.size * chain for place in node.places)
+        flops += sum(2 * place.block.size * chain for place in node.places if concerns(place))
         gram += WORKING * chain**2 * batch
         structure = acting.structure(node.group)
         found = (size(node.group), batch * math.prod(size(group) for group in node.chain[:-1]) ** 2)
@@ -233,6 +273,11 @@ def _cost(acting: Acting, move: Move, sizes: dict[str, int]) -> GeneralMoveCost:
     for node in (*move.root.nodes(), *(node for then in move.then for node in then.root.nodes())):
         count(node)
     touched = acting.touched([move.name])
+    if restless is not None:
+        again = {place.block.parameter for node in move.root.nodes() for place in node.places if concerns(place)}
+        touched = [name for name in touched if name in again]
+        if not move.root.batch:  # before such a step it goes on without looking
+            factors *= 2
     return GeneralMoveCost(
         group=move.name,
         size=size(move.name),
@@ -246,6 +291,18 @@ def _cost(acting: Acting, move: Move, sizes: dict[str, int]) -> GeneralMoveCost:
         whole=sum(_products(acting, name, None) for name in touched),
         readings=1 + _depth(move.root),
     )
+
+
+def _kept(acting: Acting, turning: Collection[Move]) -> tuple[int, int]:
+    """Elements of the Gram matrices that are kept, by an ascent in memory and by a streamed one."""
+    restless = {move.name for move in turning}
+    few = many = 0
+    for move in turning:
+        if not move.root.batch:
+            shares = {across for across in map(across_from, move.root.places) if not across & restless}
+            many += len(shares) * acting.spec.groups[move.name].size ** 2
+            few += min(len(shares), 2) * acting.spec.groups[move.name].size ** 2
+    return many, few
 
 
 def _pair_by_pair(root: GeneralMoveCost, inside: Sequence[GeneralMoveCost]) -> GeneralMoveCost:

@@ -23,7 +23,7 @@ from permgraph.spec.spec import PermutationSpec
 from permgraph.spec.transformation import Transformation
 from permgraph.weights.state_dict import STATISTICS, StateDict, require_finite
 
-SMALL = 1 << 27
+SMALL = 1 << 24
 """Weights of so many elements are compared in float64; larger ones in float32."""
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from permgraph.structures import Structure
+from permgraph.structures.pairs import pairs_of
+
 
 def polar(gram: Tensor) -> Tensor:
     """The orthogonal matrices (..., n, n) that maximise <Q, gram>: U Vᵀ of the singular value decomposition U S Vᵀ.
@@ -37,3 +40,26 @@ def exactly_orthogonal(linear: str, matrix: Tensor) -> Tensor:
         # On the complement of ones the matrix as it is, along them one: both singular values are then of one size.
         near = inside + ones
     return polar(near)
+
+
+def exactly_paired(linear: str, matrix: Tensor) -> Tensor:
+    """Matrices (..., n, n) in float64; those of rotary pairs with the same numbers at both places of each."""
+    exact = matrix.double()
+    if Structure(linear).is_paired:
+        first, second = pairs_of(linear, exact.shape[-1])
+        index = torch.arange(exact.shape[-1], device=exact.device)
+        i, j = index[first], index[second]
+        real = (exact[..., i, i] + exact[..., j, j]) / 2
+        imaginary = (exact[..., j, i] - exact[..., i, j]) / 2
+        return of_pairs(linear, real, imaginary, exact)
+    return exact
+
+
+def of_pairs(linear: str, real: Tensor, imaginary: Tensor, like: Tensor) -> Tensor:
+    """Block-diagonal matrices, of the shape of `like`, that multiply each pair, seen as a complex number."""
+    index = torch.arange(like.shape[-1], device=like.device)
+    first, second = (index[part] for part in pairs_of(linear, like.shape[-1]))
+    new = torch.zeros_like(like)
+    new[..., first, first] = new[..., second, second] = real
+    new[..., second, first], new[..., first, second] = imaginary, -imaginary
+    return new

@@ -19,15 +19,15 @@ from torch import Tensor
 
 from permgraph.errors import MismatchError, PermgraphError
 from permgraph.matching import tuned
-from permgraph.matching.general.acting import Element, composed, powered
-from permgraph.matching.general.ascent import HOLDS, TOLERANCE, Climb
+from permgraph.matching.general.acting import Element, composed
+from permgraph.matching.general.ascent import Climb, State
 from permgraph.matching.general.balancing import COARSE, balance_read
-from permgraph.matching.general.compact import Best, best_element, best_value, signs_of, whole
 from permgraph.matching.general.gauge import SMALL, between, compact_part, evidence, notes_on_gains
 from permgraph.matching.general.pieces import acting_on, in_pieces
-from permgraph.matching.general.weights import as_transformation, frozen_groups
+from permgraph.matching.general.standing import Step
+from permgraph.matching.general.weights import as_transformation, frozen_groups, tolerance_of
 from permgraph.matching.matcher import NOTHING_TO_PERMUTE, MatchResult, Progress, Sweep
-from permgraph.matching.problem.moves import Move, Node, Place, Plan
+from permgraph.matching.problem.moves import Move, Plan
 from permgraph.matching.problem.objective import ADVICE, dot
 from permgraph.matching.streamed import LoadedOnAccess, Store
 from permgraph.spec.permutation import Permutation
@@ -37,8 +37,6 @@ from permgraph.weights.state_dict import StateDict, require_finite
 
 if TYPE_CHECKING:
     from permgraph.matching.streamed import StreamedWeightMatching
-
-Grams = dict[tuple[int, ...], Tensor]
 
 ONE_START = (
     "streamed, so that one ascent was made, where in memory the best of several is kept: what the permutations alone "
@@ -231,6 +229,8 @@ class StreamedClimb(Climb):
             gauge.
     """
 
+    keeps_few = True
+
     def __init__(
         self,
         gauge: StreamedGauge,
@@ -244,69 +244,54 @@ class StreamedClimb(Climb):
         self.gauge = gauge
         self.keep: Callable[[int, Transformation], object] | None = settings.keep
         a, b = LoadedOnAccess(gauge.pieces, gauge.a), LoadedOnAccess(gauge.pieces, gauge.b)
-        super().__init__(gauge.acting, a, b, plan, start, unknown=unknown, solver=settings.solver, started=started)
+        super().__init__(
+            gauge.acting, a, b, plan, start, unknown=unknown, solver=settings.solver, started=started,
+            tolerance=tolerance_of(sum(math.prod(gauge.acting.spec.shapes[key]) for key in gauge.pieces)),
+        )  # fmt: skip
         self._total = objective
-        self.gained = 0.0
         self.settled = start, self.objective
 
     def _begin(self, b: Mapping[str, Tensor]) -> None:
-        self.b = b  # type: ignore[assignment]
+        self.b = b
         self.gauge.stand(self.element)
 
-    @property
-    def objective(self) -> float:
-        """The sum of inner products with A, where B stands; everything is read where it is not known."""
-        if self._total is None:
-            self._total = self.gauge.inner(self.gauge.pieces)
-        return self._total
-
-    def climb(
-        self, max_sweeps: int, progress: Progress | None = None, tolerance: float = TOLERANCE, done: int = 0
-    ) -> None:
+    def climb(self, max_sweeps: int, progress: Progress | None = None, tolerance: float = 0.0, done: int = 0) -> None:
         """Sweep over the moves until a whole sweep adds nothing; Ctrl-C leads back to the last step that is whole."""
         super().climb(max_sweeps, progress, tolerance, done)
         if self.outcome == "interrupted":
-            element, self._total = self.settled
-            self._stand(element)
+            self.element, self._total = self.settled
+            self.gauge.stand(self.element)
 
     def _end_sweep(self, sweep: Sweep, last: bool) -> None:
         self.settled = self.element, sweep.objective
+        self._forget()  # as a run that goes on from here knows nothing
         # A run that went on from after the last sweep would make one more.
         if self.keep is not None and not last:
             self.keep(sweep.number, self.element.transformation(self.gauge.spec))
 
-    def _stand(self, element: Element) -> None:
+    def _stand(self, element: Element, step: Step) -> None:
         self.element = element
         self.gauge.stand(element)
+
+    def _go_back(self, kept: State) -> None:
+        super()._go_back(kept)
+        self.gauge.stand(self.element)
 
     # --- one step -----------------------------------------------------------------------------------------------------
 
     def step(self, move: Move) -> bool:
         """Move the groups of one move to where they are worth most; false if that helps nothing."""
-        self.gauge.tell(self.moves.index(move), len(self.moves), f"Gram matrices, {move.name}")
-        known, before = not self.unknown, self.element
-        total = self.objective if known else None
-        for hold in HOLDS if move.quadratic and known else HOLDS[:1]:
-            gained = self._gain_of(move, hold)
-            self.unknown -= move.groups
-            if total is None or gained > 0:
-                self._total = None if total is None else total + gained
-                if known:
-                    self.settled = self.element, self.objective
-                return True
-            self._stand(before)
-        return False
+        self.gauge.tell(
+            self.moves.index(move) if move in self.moves else 0, len(self.moves), f"Gram matrices, {move.name}"
+        )
+        known = not self.unknown
+        moved = super().step(move)
+        if moved and known and not self._is_ahead:
+            self.settled = self.element, self.objective
+        return moved
 
     def _gain_of(self, move: Move, hold: float) -> float:
-        """Place the groups of a move, and say what that has added to the objective; anything while some are unknown."""
-        if move.paired:
-            return self._paired(move)
-        names = self.acting.touched([move.name])
-        reading = move.quadratic and not self.unknown
-        before = self.gauge.inner(names) if reading else 0.0
-        self.gained = 0.0
-        self._place(move, hold)
-        return self.gauge.inner(names) - before if reading else self.gained
+        return self._paired(move) if move.paired else super()._gain_of(move, hold)
 
     def _paired(self, move: Move) -> float:
         """Where groups are chosen pair by pair, each pair by an ascent of its own: with their parameters in memory."""
@@ -316,61 +301,11 @@ class StreamedClimb(Climb):
         before = local.objective
         if not local.step(move):
             return 0.0
-        self._stand(composed(self.acting, local.element.to(torch.float64), self.element))
+        found = local.element.to(torch.float64)
+        for group in found.groups():
+            self._move_grams(Step(group, found, {}))
+        self._stand(composed(self.acting, found, self.element), Step(None, found, {}))
         return local.objective - before
 
-    def _place(self, move: Move, hold: float) -> None:
-        node = move.root
-        grams, rest = self._grams_and_rest(node)
-        best = best_element(self.acting.structure(node.group), self._held(grams, hold), self.solver)
-        self.gained += gain(best, rest)
-        self._apply(node.group, best.step(node.group))
-        for below in move.then:
-            self._place(below, hold)
-
-    def _apply(self, group: str, step: Element) -> None:
-        self._stand(composed(self.acting, step.to(torch.float64), self.element))
-
-    # --- Gram matrices ------------------------------------------------------------------------------------------------
-
-    def _own_grams(self, node: Node) -> Grams:
-        sums: Grams = {}
-        for place in node.places:
-            if self._is_evidence(place):
-                key = signs_of(self.acting.action(place.block, place.own[-1]))
-                sums[key] = self._gram_at(place, sums.get(key))
-        return {key: gram.double() for key, gram in sums.items()}
-
-    def _gram_at(self, place: Place, into: Tensor | None) -> Tensor:
-        """What one place adds to a Gram matrix; apart, so that its tensors go before the next ones come."""
-        name = place.block.parameter
-        return place.gram(place.block.view(self.a[name]), place.block.view(self.b[name]), self.unknown, into)
-
-    def _grams_and_rest(self, node: Node) -> tuple[Grams, Grams]:
-        """`_grams`, and the same with all groups inside the node's at rest."""
-        own = self._own_grams(node)
-        if not node.inner:
-            grams = self._whole_grams(own, node)
-            return grams, grams
-        best, rest = own, dict(own)
-        for inner in node.inner:
-            ours, still = self._grams_and_rest(inner)
-            self._add_inner(best, best_value(self.acting.structure(inner.group), ours, self.solver), node, inner)
-            self._add_inner(rest, whole(still).diagonal(dim1=-2, dim2=-1).sum(-1), node, inner)
-        return self._whole_grams(best, node), self._whole_grams(rest, node)
-
-
-def gain(best: Best, grams: Mapping[tuple[int, ...], Tensor]) -> float:
-    """How much more an element is worth than staying, for these Gram matrices."""
-    if best.matrix is not None:
-        gram = whole(grams)
-        return float((best.matrix * gram).sum() - gram.diagonal(dim1=-2, dim2=-1).sum())
-    assert best.array is not None
-    total = 0.0
-    for exponents, gram in grams.items():
-        moved = torch.take_along_dim(gram, best.array[..., None], -1)[..., 0]
-        if exponents:
-            assert best.signs is not None
-            moved = moved * powered(best.signs, exponents)
-        total += float((moved - gram.diagonal(dim1=-2, dim2=-1)).sum())
-    return total
+    def _as_exact(self, gram: Tensor) -> Tensor:
+        return gram.double()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from permgraph.errors import PermgraphError
 from permgraph.matching.general.acting import Element
-from permgraph.matching.general.ascent import ROUGHLY, Climb
+from permgraph.matching.general.ascent import ROUGHLY, TOLERANCE, Climb
 from permgraph.matching.general.gauge import Gauge, notes_on_gains
 from permgraph.matching.matcher import NOTHING_TO_PERMUTE, MatchResult, Progress
 from permgraph.matching.problem.limits import groups_named
@@ -34,6 +34,9 @@ STARTS = 3
 ONE_START_ABOVE = 2**24
 """Of networks with more elements, the first start alone is made where nothing else is asked for."""
 
+ENOUGH = 2e-4
+"""Of these networks an ascent ends where a whole sweep adds less than this: what later ones add, no barrier shows."""
+
 
 def match_general(
     settings: WeightMatching,
@@ -50,14 +53,16 @@ def match_general(
     frozen = frozen_groups(spec, settings)
     plan = Plan(gauge.acting.plain, gauge.a, frozen)
     notes = [*([] if plan.moves else [NOTHING_TO_PERMUTE]), *notes_on_gains(spec)]
+    elements = sum(map(Tensor.numel, gauge.a.values()))
     before = scale * sum(dot(weighted[name], gauge.b[name]) for name in weighted) + offset
 
     def climb(start: Element, unknown: Sequence[str]) -> Climb:
         return Climb(
-            gauge.acting, weighted, gauge.b, plan, start, unknown=unknown, solver=settings.solver, started=started
-        )
+            gauge.acting, weighted, gauge.b, plan, start, unknown=unknown, solver=settings.solver, started=started,
+            tolerance=tolerance_of(elements),
+        )  # fmt: skip
 
-    starts = itertools.islice(_starts(settings, gauge, a, b, spec, seed, frozen), _how_many(settings, gauge))
+    starts = itertools.islice(_starts(settings, gauge, a, b, spec, seed, frozen), _how_many(settings, elements))
     best, reached, interrupted = best_climb(starts, climb, settings.max_sweeps, progress)
     runs = {begun: scale * objective + offset for begun, objective in reached.items()}
     if best is None or best.objective * scale + offset < before:
@@ -118,16 +123,21 @@ def best_climb(
     return best, reached, best is not None and best.outcome == "interrupted"
 
 
-def _how_many(settings: WeightMatching, gauge: Gauge) -> int | None:
+def _how_many(settings: WeightMatching, elements: int) -> int | None:
     """How many starts to make; None for all of them."""
     if settings.restarts is not None or settings.loader is not None:
         return settings.restarts
-    return starts_of(sum(map(Tensor.numel, gauge.a.values())))
+    return starts_of(elements)
 
 
 def starts_of(elements: int) -> int:
     """How many starts are made, without data, for networks of which so many weights are compared."""
     return STARTS if elements <= ONE_START_ABOVE else 1
+
+
+def tolerance_of(elements: int) -> float:
+    """What a whole sweep adds, relative to the objective, where an ascent over so many weights has converged."""
+    return TOLERANCE if elements <= ONE_START_ABOVE else ENOUGH
 
 
 def _starts(
