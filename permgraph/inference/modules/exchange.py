@@ -64,6 +64,9 @@ class Exchanger:
             if self._flow.name(node) in JOINS:
                 self._demand_of_join(node, pairs, moves)
         moves.carry()
+        for node, tensor in self._weights:
+            if node in pairs.twins and moves.of(tensor):
+                raise Refused(f"{node.meta['names'][0]} changes places, and numbers the modules besides")
         moved = tuple(
             (node.meta["names"][0], tensor)
             for node, tensor in self._weights

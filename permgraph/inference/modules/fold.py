@@ -81,9 +81,7 @@ class _Fold:
                     self._match(mine, its, number)
         blocks = {(self.inside.get(n, n), d + self._depth(n)): parts for (n, d), parts in self.family.blocks.items()}
         self._inner_names(blocks)
-        own = {mine for mine, its in self.renamed[1].items() if mine != its}
-        if any(renaming.get(name) == name for renaming in self.renamed[1:] for name in own):
-            raise Refused("a group is shared by some of the modules")
+        own = self._own_groups()
         depth = min(len(dimensions(spec.stacks[name])) if name in spec.stacks else 0 for name in first)
         above = [axis.group for axis in spec.axes[first[0]][:depth] if isinstance(axis, Ref)]
         modules = self._name(members)
@@ -134,6 +132,18 @@ class _Fold:
                 raise Refused("their spec differs")
             for a_part, b_part in zip(a_parts, b_parts, strict=True):
                 self._match(a_part, b_part, number)
+
+    def _own_groups(self) -> set[str]:
+        """The groups of the first module that each of the others has one of its own for.
+
+        Raises Refused where some of the modules share a group, or it is one's in the place of another's.
+        """
+        first = self.renamed[0]
+        own = {name for name in first if any(renaming.get(name) != name for renaming in self.renamed[1:])}
+        theirs = [renaming.get(name, "") for renaming in self.renamed for name in own]
+        if len({*theirs}) != len(theirs) or own.symmetric_difference(first).intersection(theirs):
+            raise Refused("a group is shared by some of the modules")
+        return own
 
     def _inner_names(self, blocks: Mapping[tuple[str, int], Sequence[IntArray]]) -> None:
         """Note the groups in parts of other weights, too, as those of a head's values that meet its output alone."""

@@ -99,8 +99,9 @@ class Proof:
                 and not any(n in exchange.twins for t in flow.readings[node].terms for n in t.nodes)
             ):
                 return
+            self._check_memory(node)
             if node is not twin or moved:
-                self._check_effects(node)
+                self._check_effects(node, twin, exchange)
             reading = flow.readings[node]
             if self._is_tried(node, twin, moved):
                 self._try(node, twin, exchange)
@@ -111,9 +112,12 @@ class Proof:
             elif reading.places != flow.readings[twin].places:
                 raise Refused(f"{node.target} takes other parts")
             for inner in (node, *reading.inside):
+                if not moved or flow.name(inner) in LISTS or inner.target is operator.getitem:
+                    continue  # parts are looked at each, several results where they are made
                 call = flow.calls.get(inner)
-                if call is not None and moved and flow.name(inner) not in LISTS:  # whose parts are looked at each
-                    self._check_labels(call, exchange, compares=len(reading.places) == 1)
+                if call is None:
+                    raise Refused(f"{inner.target} was not looked at, the time being up")
+                self._check_labels(call, exchange, compares=len(reading.places) == 1)
 
     # -- ends ----------------------------------------------------------------------------------------------------------
 
@@ -136,7 +140,11 @@ class Proof:
             written, its = (self._writes.get(self._flow.memory.owner(n), set()) for n in (node, twin))
             if {exchange.twins.get(write, write) for write in written} != its:
                 raise Refused(f"what is written to {what} tells the modules apart")
+            if node is twin and not written.isdisjoint(exchange.twins):
+                raise Refused(f"the modules write to {what} one after the other")
             return
+        if (node is not twin or moves) and self._flow.memory.owner(node) in self._writes:
+            raise Refused(f"the modules write to {what}, which is no weight")
         if node is not twin and (constant_key(node) is None or constant_key(node) != constant_key(twin)):
             raise Refused(f"{what} is no weight")
         uniform = self._flow.solution.facts.uniform.get(node, frozenset())
@@ -158,11 +166,18 @@ class Proof:
                     raise Refused("the order of the modules is seen in the result")
         assert len(counts) == len(ends)
 
-    def _check_effects(self, node: fx.Node) -> None:
+    def _check_effects(self, node: fx.Node, twin: fx.Node, exchange: Exchange) -> None:
         if "read" in node.meta:
             raise Refused("Python reads a value that belongs to one of the modules")
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             raise Refused(f"{node.target} draws random numbers in order")
+        if node is not twin and "batch_norm" in self._flow.name(node):
+            given = arguments_of(node)
+            kept = [given.get(name) for name in ("running_mean", "running_var")]
+            if any(isinstance(n, fx.Node) and n not in exchange.twins for n in kept):
+                raise Refused("the modules share a batch norm, whose statistics they update one after the other")
+
+    def _check_memory(self, node: fx.Node) -> None:
         for inner in (node, *self._flow.readings[node].inside):
             if not self._memory_is_plain(inner):
                 raise Refused(f"{inner.target} writes to memory that is seen through views")
@@ -171,7 +186,10 @@ class Proof:
 
     def _moves_around(self, node: fx.Node, exchange: Exchange) -> bool:
         """Whether any tensor that a node takes or gives is moved."""
-        for inner in (node, *self._flow.readings[node].inside):
+        nodes = [node, *self._flow.readings[node].inside]
+        if node.target is operator.getitem and self._flow.name(node.args[0]) in LISTS:
+            nodes.append(node.args[0])
+        for inner in nodes:
             call = self._flow.calls.get(inner)
             values = [*call.tensors, *call.results] if call else tensors_in([self._flow.solution.values.get(inner)])
             if any(exchange.moves.of(tensor) for tensor in values):
@@ -226,6 +244,10 @@ class Proof:
                     for m in moves_of_label
                 ):
                     raise Refused(f"{call.node.target} ties what is moved to what is not")
+        if all(tensor.value is None for tensor in call.tensors):
+            for result in map(whole, call.results):
+                if result.value is not None and result.value.size > 1 and (id(result), VALUE) not in seen:
+                    raise Refused(f"{call.node.target} numbers what is moved among others")
         for given in (*call.tensors, *call.results):
             tensor = whole(given)
             for dim in exchange.moves.of(tensor):
@@ -284,10 +306,18 @@ class Proof:
             result, its = result[node.args[1]], its[twin.args[1]]
         if not isinstance(result, Tensor) or not torch.equal(self._moved(result, node, exchange), its):
             raise Refused(f"{node.target} in {node.meta.get('module') or 'the model'} does not go along")
-        numbering = [self._flow.tensor(n) for n in (node, *caller.all_input_nodes)]
-        told = [exchange.moves.of(t).get(VALUE) for t in numbering if t is not None and t.value is not None]
+        self._check_numbering(node, caller, exchange)
+
+    def _check_numbering(self, node: fx.Node, caller: fx.Node, exchange: Exchange) -> None:
+        """What puts elements elsewhere has values that number what is moved in all of its tensors, or in none."""
+        numbering = [t for n in (node, *caller.all_input_nodes) if (t := self._flow.tensor(n)) is not None]
+        told = [exchange.moves.of(tensor).get(VALUE) for tensor in numbering]
         if any(m is not None for m in told) and not all(m is not None and m.same(_first(told)) for m in told):
             raise Refused(f"{node.target} mixes values that are moved with others")
+        call = self._flow.calls.get(caller)
+        for tensor, move in zip(numbering, told, strict=True):
+            if move is not None and call is not None:
+                self._refuse_pins(whole(tensor), VALUE, call.number)
 
     def _moved(self, values: Tensor, node: fx.Node, exchange: Exchange) -> Tensor:
         """The tensor of a node, its dimensions moved: what was at index i is at `to[i]`."""
@@ -304,15 +334,17 @@ def _first(moves: Sequence[Move | None]) -> Move:
 
 
 def _run(node: fx.Node, tags: dict[fx.Node, Tensor]) -> Any:
-    """The result of a call on other tensors."""
-    given: Any = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: tags[n])
+    """The result of a call on other tensors, which stay as they are."""
+    given: Any = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: tags[n].clone())
     args, kwargs = given
     name = str(node.target)
-    if ".view" in name or "unsafe_view" in name:
-        return args[0].reshape(args[1])
+    if name.endswith("view.dtype"):
+        raise Refused(f"{node.target} reads the bits of a number as others")
     try:
+        if name in ("aten.view.default", "aten._unsafe_view.default"):
+            return args[0].reshape(args[1])
         return node.target(*args, **kwargs)  # type: ignore[operator]
-    except (RuntimeError, NotImplementedError, TypeError) as error:
+    except (RuntimeError, NotImplementedError, TypeError, IndexError, ValueError) as error:
         raise Refused(f"{node.target} cannot be tried: {error}") from None
 
 

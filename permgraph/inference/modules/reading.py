@@ -29,6 +29,9 @@ LISTS = frozenset(
         "tensor_split",
         "split_copy",
         "split_with_sizes_copy",
+        "unsafe_split",
+        "unsafe_split_with_sizes",
+        "unsafe_chunk",
     ]
 )
 """Operators whose results are the parts of a dimension, in order."""
@@ -229,8 +232,8 @@ class Dataflow:
                     yield Term((name, i), (leaf,))
 
     def _constants(self, given: Mapping[str, Any]) -> Hashable:
-        """The arguments that are no tensors, as a text: equal for equal ones."""
-        return repr(fx.node.map_arg(dict(given), lambda _: None))
+        """The arguments that are no tensors, as a text: equal for equal ones; with dots where there are tensors."""
+        return repr(fx.node.map_arg(dict(given), lambda _: ...))
 
     # -- sums and products ---------------------------------------------------------------------------------------------
 
@@ -241,7 +244,7 @@ class Dataflow:
         stack: list[tuple[Any, bool]] = [(node, False)]
         while stack:
             part, negative = stack.pop()
-            opened = part is node or (isinstance(part, fx.Node) and self._used_here_alone(part))
+            opened = part is node or (isinstance(part, fx.Node) and self._is_within(part, node))
             found = self._addends(part) if opened else None
             if found is None:
                 if part is node:
@@ -281,7 +284,8 @@ class Dataflow:
             return None
         others = {key: given[key] for key in accumulates[name]}
         nodes = tuple(leaf for value in others.values() for leaf in _leaves(value) if isinstance(leaf, fx.Node))
-        return [(given["self"], False), (Term((name, self._constants(others)), nodes), False)]
+        shape = tuple(node.meta["val"].shape)  # what follows may be broadcast, and this would not be what it was
+        return [(given["self"], False), (Term((name, shape, self._constants(others)), nodes), False)]
 
     def _product(self, node: fx.Node, kind: str) -> Reading:
         """A product, maximum or the like, with all its factors."""
@@ -295,7 +299,7 @@ class Dataflow:
                 and isinstance(part, fx.Node)
                 and part.op == "call_function"
                 and COMMUTATIVE.get(self.name(part)) == kind
-                and self._used_here_alone(part)
+                and self._is_within(part, node)
             )
             if not opens:
                 terms.append(self._addend(part, False))
@@ -306,7 +310,11 @@ class Dataflow:
             stack += [given["self"], given["other"]]
         return Reading((kind, str(first_result(node).dtype)), tuple(terms), ordered=False, inside=tuple(inside))  # type: ignore[union-attr]
 
-    def _used_here_alone(self, node: fx.Node) -> bool:
+    def _is_within(self, node: fx.Node, whole: fx.Node) -> bool:
+        """Whether a part of a sum or product is used there alone, and is of its type, so that it overflows alike."""
+        val, result = first_result(node), first_result(whole)
+        if val is None or result is None or val.dtype != result.dtype:
+            return False
         alone = len(self._users.get(node, ())) == 1 and len(node.users) == 1
         return alone and node not in self.left and "read" not in node.meta
 
