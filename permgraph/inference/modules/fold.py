@@ -7,7 +7,7 @@ parts of other weights change places along, ``[a + b + c]`` becomes ``(modules a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -91,7 +91,9 @@ class _Fold:
             changed[dim] = self._with_blocks(changed[dim], parts, modules)
             axes[name] = tuple(changed)
         stacks, folded, shapes = dict(spec.stacks), {}, dict(spec.shapes)
-        stack_names = {name: self._stack_name([m[i] for m in members]) for i, name in enumerate(first)}
+        stack_names: dict[str, str] = {}
+        for i, name in enumerate(first):
+            stack_names[name] = self._stack_name([member[i] for member in members], stack_names.values())
         for i, name in enumerate(first):
             parts_of = [member[i] for member in members]
             stacks[stack_names[name]] = _stacked([stacks.pop(part, part) for part in parts_of], depth)
@@ -209,10 +211,10 @@ class _Fold:
         stack = self.inside.get(name)
         return 0 if stack is None else len(dimensions(self.spec.stacks[stack]))
 
-    def _stack_name(self, names: Sequence[str]) -> str:
+    def _stack_name(self, names: Sequence[str], others: Collection[str]) -> str:
         """One name for the same weight of all modules: what they have in common, ``*`` where they differ."""
         pattern = _pattern(names)
-        taken = {*self.spec.axes, *self.spec.aliases}.difference(names)
+        taken = {*self.spec.axes, *self.spec.aliases}.difference(names).union(others)
         while pattern in taken:
             pattern += "'"
         return pattern
