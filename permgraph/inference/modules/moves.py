@@ -51,6 +51,13 @@ class Move:
         side[a:b], side[c:d] = 1, 2
         return cls(to, side)
 
+    def within(self, size: int, start: int) -> Move:
+        """The same move of the indices from `start` on of a dimension of this size."""
+        to, side = np.arange(size), np.zeros(size, dtype=np.int64)
+        end = start + len(self.to)
+        to[start:end], side[start:end] = self.to + start, self.side
+        return Move(to, side)
+
     def same(self, other: Move) -> bool:
         return np.array_equal(self.to, other.to) and np.array_equal(self.side, other.side)
 
@@ -118,6 +125,9 @@ class Moves:
         if not self._flow.operators.of(call.node).reads_values:
             return
         told = False
+        if self._flow.name(call.node) == "arange" and call.out.value is not None:
+            yield from ((call.out, at, move) for at in (0, VALUE))  # each number is at the index of that number
+            return
         for relation in call.ledger.relations:
             labels = {
                 label
@@ -214,9 +224,12 @@ def _taken(
         there = source if back else out
         yield there, at if back else at - (not keep and at > cut), move
         return
-    if back or not keep:
+    if not keep:
         return  # what is taken alone is looked at by the proof; where it goes elsewhere is not known from it
     end = start + out.shape[cut]
+    if back:
+        yield source, cut, move.within(source.shape[cut], start)
+        return
     part = move.to[start:end]
     if move.side[start:end].any() and ((part >= start) & (part < end)).all():
         yield out, cut, Move(part - start, move.side[start:end])
@@ -248,6 +261,4 @@ def _joined(
             if move.side[start:end].any() and ((inner >= start) & (inner < end)).all():
                 yield part, dim, Move(inner - start, move.side[start:end])
         elif part is tensor:
-            to, side = np.arange(ends[-1]), np.zeros(ends[-1], dtype=np.int64)
-            to[start:end], side[start:end] = move.to + start, move.side
-            yield out, dim, Move(to, side)
+            yield out, dim, move.within(ends[-1], start)

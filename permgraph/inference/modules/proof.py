@@ -223,6 +223,11 @@ class Proof:
             if not alike and any(exchange.moves.of(result) for result in call.results):
                 raise Refused(f"{call.node.target} makes anew what is moved")
             return
+        if self._flow.name(call.node) == "arange" and call.out.value is not None:
+            numbers = exchange.moves.of(call.out)
+            if len(numbers) == 1 or not numbers[0].same(numbers[VALUE]):
+                raise Refused(f"{call.node.target} numbers what is moved")
+            return
         seen: set[tuple[int, int]] = set()
         for relation in call.ledger.relations:
             by_label: dict[str, list[tuple[TypedTensor, Move | None]]] = {}
