@@ -323,6 +323,11 @@ class Ensemble(nn.Module):
         self.members = nn.ModuleList([mlp(outputs=2) for _ in range(count)])
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
+        if self.how == "product":
+            out = 1
+            for member in self.members:
+                out = out * member(x)
+            return out
         made = torch.stack([member(x) for member in self.members])
         if self.how == "mean":
             return made.mean(0)
@@ -334,13 +339,8 @@ class Ensemble(nn.Module):
             return made.sort(0).values
         if self.how == "votes":
             return F.one_hot(made.argmax(-1), 2).sum(0)
-        if self.how == "probabilities":
-            return made.softmax(-1).mean(0).log()
-        assert self.how == "product"
-        out = made[0]
-        for one in made[1:]:
-            out = out * one
-        return out
+        assert self.how == "probabilities"
+        return made.softmax(-1).mean(0).log()
 
 
 class MixtureDensity(nn.Module):

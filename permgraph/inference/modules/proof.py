@@ -9,7 +9,8 @@ operands:
 - a call whose twin takes the twins of its operands, with the same other arguments: so does its result, where nothing is
   moved; and where something is, if the rule of the operator has one label for all dimensions that are moved alike, pins
   none of them, and says nothing of them otherwise;
-- a sum, product or maximum: its terms may be in any order;
+- a sum, product or maximum: its terms may be in any order; those of an even function of a sum may all be negative; and
+  where masks cannot meet, so may what they choose;
 - a call that only puts elements elsewhere (a view, a part, a concatenation) is tried on numbers that tell all elements
   apart, exactly.
 
@@ -199,10 +200,12 @@ class Proof:
     def _check_terms(self, node: fx.Node, twin: fx.Node, exchange: Exchange) -> None:
         """The twin takes the twins of the operands, in the same order where that counts."""
         mine, its = self._flow.readings[node], self._flow.readings[twin]
-        carried = [(t.key, tuple(exchange.twins.get(n, n) for n in t.nodes)) for t in mine.terms]
-        wanted = [(t.key, t.nodes) for t in its.terms]
+        carried = [(t.key, t.sign, tuple(exchange.twins.get(n, n) for n in t.nodes)) for t in mine.terms]
+        wanted = [(t.key, t.sign, t.nodes) for t in its.terms]
         ordered = mine.ordered or self._flow.name(node) in JOINS
         same = carried == wanted if ordered else Counter(carried) == Counter(wanted)
+        if mine.even and not same:
+            same = Counter((key, -sign, nodes) for key, sign, nodes in carried) == Counter(wanted)
         if mine.key != its.key or not same:
             raise Refused(f"{node.target} in {node.meta.get('module') or 'the model'} tells the modules apart")
 
@@ -354,20 +357,25 @@ def _run(node: fx.Node, tags: dict[fx.Node, Tensor]) -> Any:
 
 
 def _plain_memory(flow: Dataflow) -> Callable[[fx.Node], bool]:
-    """Says of a node whether all that it takes and gives is what the graph says, written memory included.
+    """Says of a node whether all that it takes, gives and writes is what the graph says.
 
-    Between the node by which a tensor is named and each use of it, nothing writes to its memory.
+    Between the node by which a tensor is named and each use of it, nothing writes to its memory. Where something does,
+    neither that node nor the one that writes is plain.
     """
     nodes, owner = flow.solution.facts.nodes, flow.memory.owner
-    writes: dict[fx.Node, list[int]] = {}
+    writes: dict[fx.Node, list[tuple[int, fx.Node, fx.Node]]] = {}
     for place, node in enumerate(nodes):
         for source in flow.memory.written_by(node):
-            writes.setdefault(owner(source), []).append(place)
-    stale: set[fx.Node] = set()
+            writes.setdefault(owner(source), []).append((place, node, source))
+    odd: set[fx.Node] = set()
     for node in nodes:
         found = writes.get(owner(node))
-        if found is not None and node.users:
-            after = bisect.bisect_right(found, flow.place[node])
-            if after < len(found) and any(flow.place[user] > found[after] for user in node.users):
-                stale.add(owner(node))
-    return lambda node: stale.isdisjoint(owner(one) for one in (node, *node.all_input_nodes))
+        if found is None or not node.users:
+            continue
+        last = max(flow.place[user] for user in node.users)
+        for place, writer, source in found[bisect.bisect_right(found, flow.place[node], key=lambda w: w[0]) :]:
+            if place >= last:
+                break
+            if not flow.are_apart(node, source):
+                odd.update((node, writer))
+    return lambda node: odd.isdisjoint((node, *node.all_input_nodes))
