@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from permgraph.inference.modules.reading import Dataflow, whole
 from permgraph.rules.call import Call
-from permgraph.rules.ledger import Rearrangement
+from permgraph.rules.ledger import Labelled, Rearrangement
 from permgraph.rules.typed_tensor import VALUE, TypedTensor, matching_dims
 
 IntArray = npt.NDArray[np.int64]
@@ -129,24 +129,23 @@ class Moves:
             yield from ((call.out, at, move) for at in (0, VALUE))  # each number is at the index of that number
             return
         for relation in call.ledger.relations:
-            labels = {
-                label
+            moved = {
+                label: found
                 for one in relation.tensors
                 if one.tensor is not None and whole(one.tensor) is tensor
-                for label, at in one.where.items()
-                if at == dim
+                for label, found in by_labels(one, {dim: move}).items()
+                if found is not None
             }
-            if len(labels) > 1:
-                raise Refused(f"{call.node.target} sees a dimension that is exchanged as a product")
             for one in relation.tensors:
-                for label in labels & one.axes.keys() if one.tensor is not None else ():
+                for label in moved.keys() & one.axes.keys() if one.tensor is not None else ():
                     assert one.tensor is not None
-                    at = one.where[label]
-                    if sum(place == at for place in one.where.values()) > 1:
-                        raise Refused(f"{call.node.target} sees a dimension that is exchanged as a product")
                     told = True
                     if self._flow.is_of_node(one.tensor):
-                        yield one.tensor, at, move
+                        yield one.tensor, one.where[label], _in_product(one, label, moved[label])
+        for a, i, b, j, _ in call.ledger.unified:
+            for (one, at), (other, there) in (((a, i), (b, j)), ((b, j), (a, i))):
+                if whole(one) is tensor and at == dim:
+                    yield other, there, move
         if dim == VALUE and not told and self._flow.operators.of(call.node).acts == "moved":
             for other in (*call.tensors, *call.results):
                 if other.value is not None and other.value.size == len(move.to):
@@ -155,9 +154,9 @@ class Moves:
         if self._flow.name(call.node) == "stack":
             yield from _stacked(call, tensor, dim, move)
             return
-        for moved in call.ledger.rearrangements:
-            if not told and any(whole(t) is tensor for t in moved.tensors):
-                yield from self._rearranged(moved, tensor, dim, move)
+        for rearranged in call.ledger.rearrangements:
+            if not told and any(whole(t) is tensor for t in rearranged.tensors):
+                yield from self._rearranged(rearranged, tensor, dim, move)
 
     def _rearranged(
         self, moved: Rearrangement, tensor: TypedTensor, dim: int, move: Move
@@ -176,6 +175,38 @@ class Moves:
             yield from ((other, dim, move) for other in (sources[0], out))
         else:
             raise Refused(f"a dimension that is exchanged is part of a {kind}")
+
+
+def by_labels(one: Labelled, moves: Mapping[int, Move]) -> dict[str, Move | None]:
+    """The move of each label of a tensor in a link, of which several may make up one dimension.
+
+    Raises Refused where a dimension is moved otherwise than by one of its labels.
+    """
+    found: dict[str, Move | None] = dict.fromkeys(one.where)
+    for dim, move in moves.items():
+        labels = [label for label, at in one.where.items() if at == dim]
+        if len(labels) == 1 and one.axes[labels[0]].size == len(move.to):
+            found[labels[0]] = move
+        elif labels:
+            sizes = [one.axes[label].size for label in labels]
+            if math.prod(sizes) != len(move.to):
+                raise Refused("a dimension that is exchanged is part of a product")
+            at, inner = next(_apart(move.to, move.side, range(len(labels)), sizes))
+            found[labels[at]] = inner
+    return found
+
+
+def _in_product(one: Labelled, label: str, move: Move) -> Move:
+    """The move of a dimension of which one label is moved."""
+    labels = [other for other, at in one.where.items() if at == one.where[label]]
+    if len(labels) == 1:
+        return move
+    sizes = [one.axes[other].size for other in labels]
+    at = labels.index(label)
+    number = np.arange(math.prod(sizes)).reshape(sizes)
+    shape = [len(move.to) if i == at else 1 for i in range(len(sizes))]
+    side = np.broadcast_to(move.side.reshape(shape), sizes)
+    return Move(np.take(number, move.to, axis=at).reshape(-1), side.reshape(-1))
 
 
 def _viewed(

@@ -33,7 +33,7 @@ from torch import Tensor, fx
 from permgraph.capture.counting import counting
 from permgraph.inference.modules.colours import constant_key
 from permgraph.inference.modules.exchange import Exchange
-from permgraph.inference.modules.moves import Move, Refused
+from permgraph.inference.modules.moves import Move, Refused, by_labels
 from permgraph.inference.modules.reading import JOINS, LISTS, Dataflow, whole
 from permgraph.inference.operators import arguments_of
 from permgraph.inference.solution import is_weight, tensors_in
@@ -238,13 +238,9 @@ class Proof:
                 if one.tensor is None:
                     continue
                 tensor = whole(one.tensor)
-                moves = exchange.moves.of(tensor)
-                shared = Counter(one.where.values())
-                for label, dim in one.where.items():
-                    if moves.get(dim) is not None and shared[dim] > 1:
-                        raise Refused(f"{call.node.target} sees what is moved as a product")
-                    by_label.setdefault(label, []).append((tensor, moves.get(dim)))
-                    seen.add((id(tensor), dim))
+                for label, move in by_labels(one, exchange.moves.of(tensor)).items():
+                    by_label.setdefault(label, []).append((tensor, move))
+                    seen.add((id(tensor), one.where[label]))
             for told in by_label.values():
                 moves_of_label = [move for _, move in told]
                 if any(m is not None for m in moves_of_label) and not all(
@@ -252,6 +248,13 @@ class Proof:
                     for m in moves_of_label
                 ):
                     raise Refused(f"{call.node.target} ties what is moved to what is not")
+        for a, i, b, j, _ in call.ledger.unified:
+            ends = exchange.moves.of(a).get(i), exchange.moves.of(b).get(j)
+            if any(move is not None for move in ends) and not all(m and m.same(_first(ends)) for m in ends):
+                raise Refused(f"{call.node.target} ties what is moved to what is not")
+        for rearranged in call.ledger.rearrangements:
+            if any(exchange.moves.of(tensor) for tensor in rearranged.tensors):
+                raise Refused(f"{call.node.target} cuts what is moved")
         if all(tensor.value is None for tensor in call.tensors):
             for result in map(whole, call.results):
                 if result.value is not None and result.value.size > 1 and (id(result), VALUE) not in seen:
