@@ -53,12 +53,14 @@ class _Fold:
 
     Attributes:
         renamed: for each module, the names of its groups by those of the first one's.
+        parents: what a group is fibred over, where that is more in some modules than in others.
     """
 
     spec: PermutationSpec
     family: Family
     inside: dict[str, str]
     renamed: list[dict[str, str]] = field(default_factory=list)
+    parents: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def folded(self) -> PermutationSpec:
         """The spec with this family.
@@ -124,8 +126,11 @@ class _Fold:
             if self.renamed[number].setdefault(mine.group, its.group) != its.group:
                 raise Refused("their groups do not correspond")
             a, b = self.spec.groups[mine.group], self.spec.groups[its.group]
-            if a.size != b.size or a.fixed != b.fixed or len(a.parents) != len(b.parents):
+            if a.size != b.size or a.fixed != b.fixed:
                 raise Refused("their groups differ in size")
+            if len(a.parents) != len(b.parents):  # as of an expert that no pass sent a token to: what is less holds of all
+                kept = self.parents.get(mine.group, a.parents)
+                self.parents[mine.group] = tuple(parent for parent in kept if parent in b.parents)
         elif isinstance(mine, Fixed) and mine != its:
             raise Refused("their spec differs")
         else:
@@ -159,7 +164,7 @@ class _Fold:
     ) -> dict[str, Group]:
         groups = {name: g for name, g in self.spec.groups.items() if name not in dropped}
         for name in own:
-            group = groups[name]
+            group = replace(groups[name], parents=self.parents.get(name, groups[name].parents))
             if [p for p in group.parents if p in above] != list(above):
                 raise Refused(f"{name} is not fibred over the modules around these")
             inner = [p for p in group.parents if p not in above]

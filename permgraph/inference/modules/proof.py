@@ -61,6 +61,10 @@ class Proof:
             for source in flow.memory.written_by(node):
                 self._writes.setdefault(flow.memory.owner(source), set()).add(flow.within.get(node, node))
 
+        self._placeholders = [node for node in flow.nodes if node.op == "placeholder"]
+        self._outputs = [node for node in flow.nodes if node.op == "output"]
+        self._written_placeholders = {n for n in self._placeholders if flow.memory.owner(n) in self._writes}
+
     def check(self, exchange: Exchange) -> None:
         """Raise Refused, saying why, unless an exchange leaves all that counts as it was."""
         for node in self._touched(exchange):
@@ -81,9 +85,13 @@ class Proof:
                 for user in call.node.users:
                     if user in flow.readings:
                         found[user] = None
-        for node in flow.nodes:
-            if node.op in ("placeholder", "output"):
-                found[node] = None
+        moved = exchange.moves.tensors
+        found.update(
+            (node, None)
+            for node in self._placeholders
+            if node in self._written_placeholders or ((t := flow.tensor(node)) is not None and id(t) in moved)
+        )
+        found.update(dict.fromkeys(self._outputs))
         return {node: None for node in found if node not in exchange.twins or node in exchange.first}
 
     def _check_node(self, node: fx.Node, exchange: Exchange) -> None:
@@ -104,6 +112,8 @@ class Proof:
             if node is not twin or moved:
                 self._check_effects(node, twin, exchange)
             reading = flow.readings[node]
+            if node is twin and self._takes_what_stays(node, exchange):
+                return
             if self._is_tried(node, twin, moved):
                 self._try(node, twin, exchange)
                 return
@@ -294,6 +304,20 @@ class Proof:
         moves_only = flow.operators.of(node).acts == "moved" and not looks_up
         return moves_only and (moved or name in JOINS or bool(flow.readings[node].places))
 
+    def _takes_what_stays(self, node: fx.Node, exchange: Exchange) -> bool:
+        """Whether a node takes a part of a tensor whose other parts are moved, along this dimension alone."""
+        reading, tensor = self._flow.readings[node], self._flow.tensor(node)
+        if len(reading.places) != 3 or tensor is None or exchange.moves.of(tensor):
+            return False
+        dim, start, end = reading.places
+        source = reading.terms[0].nodes[0]
+        whole_one = source if self._flow.name(source) not in LISTS else reading_source(self._flow, source)
+        taken_of = self._flow.tensor(whole_one)
+        if taken_of is None or whole_one in exchange.twins:
+            return False
+        moves = exchange.moves.of(taken_of)
+        return moves.keys() == {dim} and np.array_equal(moves[dim].to[start:end], np.arange(start, end))
+
     def _try(self, node: fx.Node, twin: fx.Node, exchange: Exchange) -> None:
         """Try a call that only puts elements elsewhere on numbers that tell all elements apart."""
         list_of, its_list = (n.args[0] if n.target is operator.getitem else None for n in (node, twin))
@@ -337,6 +361,11 @@ class Proof:
             if dim != VALUE:
                 values = values.index_select(dim, torch.from_numpy(np.argsort(move.to)))
         return values
+
+
+def reading_source(flow: Dataflow, node: fx.Node) -> fx.Node:
+    """The tensor that an operator cuts into a list."""
+    return flow.readings[node].terms[0].nodes[0]
 
 
 def _first(moves: Sequence[Move | None]) -> Move:
