@@ -51,7 +51,7 @@ def worst_difference(
     spec: pg.PermutationSpec,
     inputs: Sequence[tuple[Any, ...]],
     *,
-    tries: int = 4,
+    tries: int = 2,
     modes: Sequence[bool] = (False,),
 ) -> float:
     """The largest difference that random permutations make, relative to the largest magnitude of a result.
