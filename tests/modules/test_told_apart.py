@@ -439,3 +439,16 @@ def test_stacks_of_one_module_have_names_of_their_own() -> None:
     spec = _spec(model, 4, D)
     assert sorted(map(sorted, spec.stacks.values())) == [["weights.0", "weights.2"], ["weights.1", "weights.3"]]
     _check(model, spec)
+
+
+def test_a_part_that_a_sum_reads_twice() -> None:
+    class Twice(Members):
+        def forward(self, x: Tensor) -> Tensor:
+            a, b, c = self.made(x)
+            part, factor = a + b, a * b
+            return (part - (part - c)) * part + factor * (factor * c)
+
+    model = Twice()
+    spec = _spec(model, 4, D)
+    assert {tuple(name.split(".")[1] for name in names) for names in spec.stacks.values()} == {("0", "1")}
+    _check(model, spec)

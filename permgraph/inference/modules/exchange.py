@@ -212,7 +212,10 @@ class _Pairs:
             self._follow_users(one, other)
 
     def _follow_terms(self) -> bool:
-        """Where a term of a sum that stays becomes another by one of its nodes, so do its others; whether any was new."""
+        """Where a term of a sum that stays becomes another by one of its nodes, so do its others.
+
+        Gives whether any was new.
+        """
         for node in list(self.fixed):
             reading = self._flow.readings[node]
             if self._in_order(node):

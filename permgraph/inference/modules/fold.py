@@ -128,7 +128,9 @@ class _Fold:
             a, b = self.spec.groups[mine.group], self.spec.groups[its.group]
             if a.size != b.size or a.fixed != b.fixed:
                 raise Refused("their groups differ in size")
-            if len(a.parents) != len(b.parents):  # as of an expert that no pass sent a token to: what is less holds of all
+            if len(a.parents) != len(
+                b.parents
+            ):  # as of an expert that no pass sent a token to: what is less holds of all
                 kept = self.parents.get(mine.group, a.parents)
                 self.parents[mine.group] = tuple(parent for parent in kept if parent in b.parents)
         elif isinstance(mine, Fixed) and mine != its:

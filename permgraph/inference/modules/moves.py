@@ -143,8 +143,8 @@ class Moves:
                     if self._flow.is_of_node(one.tensor):
                         yield one.tensor, one.where[label], _in_product(one, label, moved[label])
         for a, i, b, j, _ in call.ledger.unified:
-            for (one, at), (other, there) in (((a, i), (b, j)), ((b, j), (a, i))):
-                if whole(one) is tensor and at == dim:
+            for (end, at), (other, there) in (((a, i), (b, j)), ((b, j), (a, i))):
+                if whole(end) is tensor and at == dim:
                     yield other, there, move
         if dim == VALUE and not told and self._flow.operators.of(call.node).acts == "moved":
             for other in (*call.tensors, *call.results):

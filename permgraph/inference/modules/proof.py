@@ -198,8 +198,8 @@ class Proof:
     def _moves_around(self, node: fx.Node, exchange: Exchange) -> bool:
         """Whether any tensor that a node takes or gives is moved."""
         nodes = [node, *self._flow.readings[node].inside]
-        if node.target is operator.getitem and self._flow.name(node.args[0]) in LISTS:
-            nodes.append(node.args[0])
+        if node.target is operator.getitem:
+            nodes += [source for source in node.all_input_nodes if self._flow.name(source) in LISTS]
         for inner in nodes:
             call = self._flow.calls.get(inner)
             values = [*call.tensors, *call.results] if call else tensors_in([self._flow.solution.values.get(inner)])
@@ -311,9 +311,10 @@ class Proof:
             return False
         dim, start, end = reading.places
         source = reading.terms[0].nodes[0]
-        whole_one = source if self._flow.name(source) not in LISTS else reading_source(self._flow, source)
-        taken_of = self._flow.tensor(whole_one)
-        if taken_of is None or whole_one in exchange.twins:
+        if self._flow.name(source) in LISTS:
+            (source,) = self._flow.readings[source].terms[0].nodes
+        taken_of = self._flow.tensor(source)
+        if taken_of is None or source in exchange.twins:
             return False
         moves = exchange.moves.of(taken_of)
         return moves.keys() == {dim} and np.array_equal(moves[dim].to[start:end], np.arange(start, end))
@@ -361,11 +362,6 @@ class Proof:
             if dim != VALUE:
                 values = values.index_select(dim, torch.from_numpy(np.argsort(move.to)))
         return values
-
-
-def reading_source(flow: Dataflow, node: fx.Node) -> fx.Node:
-    """The tensor that an operator cuts into a list."""
-    return flow.readings[node].terms[0].nodes[0]
 
 
 def _first(moves: Sequence[Move | None]) -> Move:

@@ -183,8 +183,8 @@ class Dataflow:
             if name_of(node) in TAKES and given.get("self") is views[0]:
                 reading = self._part(node, name_of(node), given)
                 if reading.places:
-                    dim, *bounds = reading.places
-                    yield views[0], dim, (bounds[0], bounds[1])
+                    dim, start, end = reading.places
+                    yield views[0], dim, (start, end)
             node = views[0]
 
     def tensor(self, node: fx.Node) -> TypedTensor | None:
@@ -279,8 +279,8 @@ class Dataflow:
                     yield Term((name, i), (leaf,))
 
     def _constants(self, given: Mapping[str, Any]) -> Hashable:
-        """The arguments that are no tensors, as a text: equal for equal ones; with dots where there are tensors."""
-        return repr(fx.node.map_arg(dict(given), lambda _: ...))
+        """The arguments that are no tensors, as a text: equal for equal ones."""
+        return repr(fx.node.map_arg(dict(given), lambda _: "tensor"))
 
     # -- sums and products ---------------------------------------------------------------------------------------------
 
@@ -288,12 +288,13 @@ class Dataflow:
         """A sum with all its terms, those of sums that are used here alone among them; None if it is none."""
         terms: list[Term] = []
         inside: list[fx.Node] = []
-        stack: list[tuple[Any, bool]] = [(node, False)]
+        stack: list[tuple[Any, bool, list[fx.Node]]] = [(node, False, [])]
         while stack:
-            part, negative = stack.pop()
-            opened = part is node or (isinstance(part, fx.Node) and self._is_within(part, node, inside))
+            part, negative, users = stack.pop()
+            opened = part is node or (isinstance(part, fx.Node) and self._is_within(part, node, users))
             found = self._addends(part) if opened else None
             increment = self._increment(part) if opened else None
+            within: list[fx.Node] = []
             if increment is not None:
                 found, within = increment
                 inside += within
@@ -310,7 +311,7 @@ class Dataflow:
                         return None
                     terms.append(addend)
                 else:
-                    stack.append((addend, negative != minus))
+                    stack.append((addend, negative != minus, [part, *within]))
         return Reading(("sum", str(first_result(node).dtype)), tuple(terms), ordered=False, inside=tuple(inside))  # type: ignore[union-attr]
 
     @staticmethod
@@ -339,7 +340,7 @@ class Dataflow:
         return [(given["self"], False), (Term((name, shape, self._constants(others)), nodes), False)]
 
     def _increment(self, node: fx.Node) -> tuple[list[tuple[Any, bool]], list[fx.Node]] | None:
-        """``out[i] += values``, which Python runs as ``out[i] = out[i] + values``: what is added up, and the nodes inside.
+        """``out[i] += values``, that is ``out[i] = out[i] + values``: what is added up, and the nodes inside.
 
         Where `i` repeats itself the last one wins, but what is added to an element depends on no other term.
         """
@@ -385,7 +386,11 @@ class Dataflow:
         source = given.get("self")
         if not (squared or even_power or acts in EVEN) or not isinstance(source, fx.Node):
             return None
-        if node.all_input_nodes != [source] or not self._is_within(source, node, []) or name_of_call(source) not in SUMS:
+        if (
+            node.all_input_nodes != [source]
+            or not self._is_within(source, node, [node])
+            or name_of_call(source) not in SUMS
+        ):
             return None
         summed = self._sum(source)
         if summed is None or not all(term.key in (("plus",), ("minus",)) for term in summed.terms):
@@ -403,7 +408,8 @@ class Dataflow:
         numbers: set[int] = set()
         alike: Hashable = None
         part: Any = node
-        while part is node or (isinstance(part, fx.Node) and self._is_within(part, node, inside)):
+        users: list[fx.Node] = []
+        while part is node or (isinstance(part, fx.Node) and self._is_within(part, node, users)):
             found = self._chosen(part)
             if found is None or name_of(part) != name_of(node):
                 break
@@ -417,7 +423,7 @@ class Dataflow:
             terms.append(Term("if", (mask, value)))
             inside += [] if part is node else [part]
             inside += viewed
-            part = rest
+            part, users = rest, [part]
         if len(terms) < 2:
             return None
         terms.append(Term("rest", (part,)))
@@ -462,15 +468,15 @@ class Dataflow:
         """A product, maximum or the like, with all its factors."""
         terms: list[Term] = []
         inside: list[fx.Node] = []
-        stack: list[Any] = [node]
+        stack: list[tuple[Any, fx.Node]] = [(node, node)]
         while stack:
-            part = stack.pop()
+            part, user = stack.pop()
             opens = part is node or (
                 kind in ASSOCIATIVE
                 and isinstance(part, fx.Node)
                 and part.op == "call_function"
                 and COMMUTATIVE.get(self.name(part)) == kind
-                and self._is_within(part, node, inside)
+                and self._is_within(part, node, [user])
             )
             if not opens:
                 terms.append(self._addend(part, False))
@@ -478,15 +484,15 @@ class Dataflow:
             if part is not node:
                 inside.append(part)
             given = arguments_of(part)
-            stack += [given["self"], given["other"]]
+            stack += [(given["self"], part), (given["other"], part)]
         return Reading((kind, str(first_result(node).dtype)), tuple(terms), ordered=False, inside=tuple(inside))  # type: ignore[union-attr]
 
-    def _is_within(self, node: fx.Node, whole: fx.Node, inside: Sequence[fx.Node]) -> bool:
-        """Whether a part of a sum or product is used there alone, and is of its type, so that it overflows alike."""
+    def _is_within(self, node: fx.Node, whole: fx.Node, users: Sequence[fx.Node]) -> bool:
+        """Whether a part of a sum or product is used by these alone, and is of its type, so that it overflows alike."""
         val, result = first_result(node), first_result(whole)
         if val is None or result is None or val.dtype != result.dtype:
             return False
-        return self._is_alone(node, [whole, *inside])
+        return self._is_alone(node, users)
 
     def _is_alone(self, node: fx.Node, users: Sequence[fx.Node]) -> bool:
         """Whether nothing but these nodes reads a node."""
