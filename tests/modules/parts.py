@@ -478,18 +478,22 @@ class Nested(nn.Module):
         return self.out(sum(made))
 
 
-class WrittenParts(nn.Module):
-    """Each module writes its part of a result, from which the order is gone."""
+class StackedState(nn.Module):
+    """Networks run at once, their weights one tensor of each kind."""
 
     def __init__(self, count: int = 3) -> None:
         super().__init__()
-        self.members = nn.ModuleList([mlp() for _ in range(count)])
+        networks = [mlp() for _ in range(count)]
+        state, _ = torch.func.stack_module_state(networks)
+        self.names = list(state)
+        self.weights = nn.ParameterList([nn.Parameter(state[name].detach()) for name in self.names])
+        self.one = [mlp().to("meta")]  # its structure alone
 
     def forward(self, x: Tensor) -> Tensor:
-        out = torch.zeros(len(x), len(self.members), D, dtype=x.dtype)
-        for i, member in enumerate(self.members):
-            out[:, i] = member(x)
-        return out.amax(1)
+        def run(weights: dict[str, Tensor]) -> Tensor:
+            return torch.func.functional_call(self.one[0], weights, (x,))
+
+        return torch.func.vmap(run)(dict(zip(self.names, self.weights, strict=True))).sum(0)
 
 
 class NumberedParts(nn.Module):

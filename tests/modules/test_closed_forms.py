@@ -46,6 +46,19 @@ def heads_of(width: int, heads: int) -> float:
     return L(heads) + 2 * heads * L(width // heads)
 
 
+def parallel_blocks() -> nn.Module:
+    """A small one of the class of `vit_small_patch16_18x2_224`."""
+    timm = pytest.importorskip("timm.models.vision_transformer")
+    return timm.VisionTransformer(
+        img_size=8, patch_size=4, num_classes=3, embed_dim=8, depth=2, num_heads=2, mlp_ratio=1.5, init_values=0.1,
+        block_fn=timm.ParallelThingsBlock,
+    )  # fmt: skip
+
+
+def pictures() -> tuple[Tensor, ...]:
+    return (torch.randn(2, 3, 8, 8),)
+
+
 EXPERTS = L(3) + 3 * L(4)
 
 CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[Tensor, ...]], float]] = {
@@ -97,7 +110,8 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[Tensor, ...]]
     "towers, square": (lambda: parts.Towers("square"), vectors, L(2) + 2 * L(4) + L(D)),
     "towers, norm": (lambda: parts.Towers("norm"), vectors, L(2) + 2 * L(4) + L(D)),
     "nested": (parts.Nested, vectors, L(2) + 2 * EXPERTS + L(4)),
-    "written parts": (parts.WrittenParts, vectors, EXPERTS),
+    "stacked state": (parts.StackedState, vectors, EXPERTS),
+    "parallel blocks of timm": (parallel_blocks, pictures, L(8) + 2 * (L(2) + 2 * heads_of(8, 2) + L(2) + 2 * L(12))),
     "numbered parts": (parts.NumberedParts, vectors, EXPERTS),
     "one layer norm": (lambda: parts.NormedTogether(nn.LayerNorm(12)), vectors, EXPERTS),
     "one batch norm": (lambda: parts.NormedTogether(nn.BatchNorm1d(12)), vectors, EXPERTS),
