@@ -328,12 +328,15 @@ def _wide(shape: Sequence[int]) -> Iterator[tuple[int, int]]:
     return ((dim, size) for dim, size in enumerate(shape) if size > 1)
 
 
-def joined(passes: Sequence[Captured]) -> Captured:
-    """Several passes as one: the first one's graph, and after it what the others compute that none did before."""
+def joined(passes: Sequence[Captured], *, whole: bool = False) -> Captured:
+    """Several passes as one: the first one's graph, and after it what the others compute that none did before.
+
+    With `whole`, all that the others compute: of modules that are alike none is alone in what it shares with others.
+    """
     graph = fx.Graph()
     made: dict[int, fx.Node] = {}
     copies: dict[fx.Node, fx.Node] = {}
-    numbering = Numbering(passes, apart=True)
+    numbering = Numbering(passes, apart=True, weights_alone=whole)
 
     def copy(node: fx.Node) -> None:
         number = numbering.of(node)

@@ -25,14 +25,18 @@ class Numbering:
 
     With `apart`, no two nodes of one pass get the same, for two modules may each repeat the same tensor along an axis
     of their own, or each start with zeros. Nodes are the same where the same module computed them, as often before.
+
+    With `weights_alone`, nothing is the same but weights.
     """
 
-    def __init__(self, passes: Sequence[Captured], *, apart: bool = False) -> None:
+    def __init__(self, passes: Sequence[Captured], *, apart: bool = False, weights_alone: bool = False) -> None:
         self._apart = apart
         self._known: dict[Hashable, int] = {}
         self._met: Counter[Hashable] = Counter()
         self._numbers: dict[fx.Node, int] = {}
-        self._starts = _common_starts(passes) if any(map(_writes, passes)) else None
+        self._starts: dict[fx.Node, int] | None = None
+        if weights_alone or any(map(_writes, passes)):
+            self._starts = {} if weights_alone else _common_starts(passes)
 
     def of(self, node: fx.Node) -> int:
         """The number of a node."""

@@ -160,7 +160,7 @@ def spec_of_passes(
     captured = passes.passes[0]
     solved = [*passes.passes, *(passes.in_training if symmetry == "general" else ())]
     try:
-        together, stand_ins = _joined(solved)
+        together, stand_ins = _joined(solved, whole=modules)
         spec = spec_of(together, passes.limits, unread, symmetry, stand_ins, modules=modules)
     except ConflictError as error:
         if len(solved) == 1:
@@ -175,7 +175,7 @@ def spec_of_passes(
     return replace(spec, unused=unused, notes=(*spec.notes, *notes), passes=tuple(map(_pass, passes.tried)))
 
 
-def _joined(passes: Sequence[Captured]) -> tuple[Captured, tuple[StandIn, ...]]:
+def _joined(passes: Sequence[Captured], *, whole: bool) -> tuple[Captured, tuple[StandIn, ...]]:
     """Several passes as one, and the parts that none of them reached but that stand in their siblings' places.
 
     What one of them did not reach, and another did, stands where its siblings do there: of layers of which as many run
@@ -193,7 +193,7 @@ def _joined(passes: Sequence[Captured]) -> tuple[Captured, tuple[StandIn, ...]]:
         )
         filled.append(one if facts is None or not stand_ins else replace(one, graph=facts.nodes[0].graph))
         said |= {part.part: part for part in stand_ins if any(n.startswith(f"{part.part}.") for n in nowhere_read)}
-    return joined(filled), tuple(said.values())
+    return joined(filled, whole=whole), tuple(said.values())
 
 
 def _pass(tried: Tried) -> Pass:

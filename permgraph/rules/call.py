@@ -297,6 +297,7 @@ class Call:
     def unify(self, a: TypedTensor, i: int, b: TypedTensor, j: int) -> None:
         """Make one axis of two dimensions, of one tensor or of two: rows and columns are renumbered alike."""
         self.axes.unify(a.dims[i], b.dims[j])
+        self.ledger.unified.append((a, i % a.ndim, b, j % b.ndim, self.number))
 
     def number_dims(self, index: TypedTensor, source: TypedTensor, dims: Sequence[int]) -> None:
         """Say that the values of an integer tensor number these dimensions of `source`, flattened."""

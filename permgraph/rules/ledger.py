@@ -53,6 +53,8 @@ class Ledger:
     ties: list[tuple[TypedTensor, int, TypedTensor, int, int]] = field(default_factory=list)  # slot, slot, node
     pins: list[tuple[TypedTensor, int, str, int]] = field(default_factory=list)  # slot, reason, node
     unknown: list[int] = field(default_factory=list)
+    # Two dimensions of one axis, which no link ties: slot, slot, node.
+    unified: list[tuple[TypedTensor, int, TypedTensor, int, int]] = field(default_factory=list)
     taken: list[TypedTensor] = field(default_factory=list)  # of which a part was taken
     searched: list[tuple[TypedTensor, tuple[int, ...], int]] = field(default_factory=list)  # tensor, dims, node
     # What was searched for its largest elements, in any order, and these; dimension, node.

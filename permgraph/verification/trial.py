@@ -257,6 +257,8 @@ class Trial:
         written = [name for name, (_, t) in self._floating.items() if t._version != versions[name]]
         self.keeps_state |= bool(written) and not training
         self._restore(written)
+        if self.spec.stacks:  # modules that change places return what others did
+            inside = sorted(inside, key=float)
         self._axes = [*(axes for _, axes in compared), *[None] * len(inside)]
         return [*outputs, *inside]
 

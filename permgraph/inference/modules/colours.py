@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from permgraph.inference.modules.reading import Dataflow
+from permgraph.inference.operators import is_real
 from permgraph.inference.solution import is_weight
 
 
@@ -31,10 +32,13 @@ class Colours:
             self.of[node] = self._number((self._above[node], tuple(users)))
 
     def classes(self) -> list[list[fx.Node]]:
-        """The weights of each colour that several have, in the order in which they are met."""
+        """The weights of each colour that several have, in the order in which they are met.
+
+        Integers, such as counters of batches, stay put, and are not among them.
+        """
         found: dict[int, list[fx.Node]] = defaultdict(list)
         for node in self._flow.nodes:
-            if is_weight(node) and self._flow.users[node]:
+            if is_weight(node) and self._flow.users[node] and is_real(node):
                 found[self.of[node]].append(node)
         return [nodes for nodes in found.values() if len(nodes) > 1]
 

@@ -42,6 +42,7 @@ class Exchanger:
         self._flow = flow
         self._colours = colours.of
         typed = ((node, flow.tensor(node)) for node in flow.nodes if is_weight(node))
+        self._joins = [node for node in flow.nodes if flow.name(node) in JOINS]
         self._weights = [(node, tensor) for node, tensor in typed if tensor is not None]
 
     def of(self, one: fx.Node, other: fx.Node) -> Exchange:
@@ -51,7 +52,30 @@ class Exchanger:
         """
         pairs = _Pairs(self._flow, self._colours)
         pairs.add(one, other)
-        pairs.follow()
+        moves = self._followed(pairs)
+        for node, tensor in self._weights:
+            if node in pairs.twins and moves.of(tensor):
+                raise Refused(f"{node.meta['names'][0]} changes places, and numbers the modules besides")
+        moved = tuple(
+            (node.meta["names"][0], tensor)
+            for node, tensor in self._weights
+            if node not in pairs.twins and moves.of(tensor)
+        )
+        return Exchange(pairs.twins, frozenset(pairs.first), frozenset(pairs.fixed), moves, moved)
+
+    def _followed(self, pairs: _Pairs) -> Moves:
+        """The moves that go with nodes that change places, and further nodes that have to with these moves."""
+        while True:
+            pairs.follow()
+            moves = self._moves(pairs)
+            known = len(pairs.twins)
+            for node in self._joins:
+                if node not in pairs.twins:
+                    self._pair_parts(node, pairs, moves)
+            if len(pairs.twins) == known:
+                return moves
+
+    def _moves(self, pairs: _Pairs) -> Moves:
         tensors = {
             id(mine): its
             for node, twin in pairs.twins.items()
@@ -64,12 +88,24 @@ class Exchanger:
             if self._flow.name(node) in JOINS:
                 self._demand_of_join(node, pairs, moves)
         moves.carry()
-        moved = tuple(
-            (node.meta["names"][0], tensor)
-            for node, tensor in self._weights
-            if node not in pairs.twins and moves.of(tensor)
-        )
-        return Exchange(pairs.twins, frozenset(pairs.first), frozenset(pairs.fixed), moves, moved)
+        return moves
+
+    def _pair_parts(self, node: fx.Node, pairs: _Pairs, moves: Moves) -> None:
+        """Where places of a whole change places, the parts do that are put there."""
+        whole = self._flow.tensor(node)
+        if whole is None:
+            return
+        dim, places = self._places_of_parts(node)
+        move = moves.of(whole).get(dim)
+        if move is None:
+            return
+        at = {place: part for part, found in places.items() for place in found}
+        for (start, end), part in at.items():
+            if (move.side[start:end] == 1).all() and end > start:
+                goes = int(move.to[start])
+                other = at.get((goes, goes + end - start))
+                if other is not None:
+                    pairs.add(part, other)
 
     def _demand(self, node: fx.Node, twin: fx.Node, moves: Moves) -> None:
         """Where the twins take different parts of one tensor, these change places."""
@@ -101,23 +137,30 @@ class Exchanger:
 
     def _demand_of_join(self, node: fx.Node, pairs: _Pairs, moves: Moves) -> None:
         """Where parts that are put together change places, their places in the whole do."""
-        given = arguments_of(node)
-        parts = [part for part in given["tensors"] if isinstance(part, fx.Node)]
         whole = self._flow.tensor(node)
         assert whole is not None
-        dim = (given.get("dim") or 0) % whole.ndim
-        stacked = self._flow.name(node) == "stack"
-        end, places = 0, defaultdict[fx.Node, list[tuple[int, int]]](list)
-        for part in parts:
-            size = 1 if stacked else part.meta["val"].shape[dim] if part.meta["val"].ndim == whole.ndim else 0
-            places[part].append((end, end + size))
-            end += size
+        dim, places = self._places_of_parts(node)
         for part in [part for part in places if part in pairs.first]:
             twin = pairs.twins[part]
             if len(places[twin]) != len(places[part]):
                 raise Refused(f"{node.target} puts together unlike numbers of two modules")
             for mine, its in zip(places[part], places[twin], strict=True):
                 moves.add(whole, dim, Move.exchange(whole.shape[dim], mine, its))
+
+    def _places_of_parts(self, node: fx.Node) -> tuple[int, dict[fx.Node, list[tuple[int, int]]]]:
+        """Of parts that are put together: along which dimension, and for each where it begins and ends."""
+        given = arguments_of(node)
+        ndim = node.meta["val"].ndim
+        dim = (given.get("dim") or 0) % ndim
+        end, places = 0, defaultdict[fx.Node, list[tuple[int, int]]](list)
+        for part in given["tensors"]:
+            if not isinstance(part, fx.Node):
+                continue
+            val = part.meta["val"]
+            size = 1 if self._flow.name(node) == "stack" else val.shape[dim] if val.ndim == ndim else 0
+            places[part].append((end, end + size))
+            end += size
+        return dim, places
 
 
 class _Pairs:
@@ -152,7 +195,7 @@ class _Pairs:
 
     def follow(self) -> None:
         """Find all that has to change places with what does."""
-        while self._queue:
+        while self._queue or self._follow_terms():
             one, other = self._queue.popleft()
             mine, its = self._flow.readings[one], self._flow.readings[other]
             if mine.key != its.key or len(mine.terms) != len(its.terms):
@@ -167,6 +210,28 @@ class _Pairs:
                 for node, twin in zip(a.nodes, b.nodes, strict=True):
                     self.add(node, twin)
             self._follow_users(one, other)
+
+    def _follow_terms(self) -> bool:
+        """Where a term of a sum that stays becomes another by one of its nodes, so do its others.
+
+        Gives whether any was new.
+        """
+        for node in list(self.fixed):
+            reading = self._flow.readings[node]
+            if self._in_order(node):
+                continue
+            for term in reading.terms:
+                if len(term.nodes) > 1 and any(n in self.first for n in term.nodes):
+                    self._follow_term(term, reading.terms)
+        return bool(self._queue)
+
+    def _follow_term(self, term: Term, terms: Sequence[Term]) -> None:
+        known = [(slot, self.twins[n]) for slot, n in enumerate(term.nodes) if n in self.first]
+        for other in terms:
+            if other.key == term.key and all(other.nodes[slot] is twin for slot, twin in known):
+                for mine, its in zip(term.nodes, other.nodes, strict=True):
+                    self.add(mine, its)
+                return
 
     def _in_order(self, node: fx.Node) -> bool:
         return self._flow.readings[node].ordered or self._flow.name(node) in JOINS

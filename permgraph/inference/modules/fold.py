@@ -7,7 +7,7 @@ parts of other weights change places along, ``[a + b + c]`` becomes ``(modules a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -53,12 +53,14 @@ class _Fold:
 
     Attributes:
         renamed: for each module, the names of its groups by those of the first one's.
+        parents: what a group is fibred over, where that is more in some modules than in others.
     """
 
     spec: PermutationSpec
     family: Family
     inside: dict[str, str]
     renamed: list[dict[str, str]] = field(default_factory=list)
+    parents: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def folded(self) -> PermutationSpec:
         """The spec with this family.
@@ -81,9 +83,7 @@ class _Fold:
                     self._match(mine, its, number)
         blocks = {(self.inside.get(n, n), d + self._depth(n)): parts for (n, d), parts in self.family.blocks.items()}
         self._inner_names(blocks)
-        own = {mine for mine, its in self.renamed[1].items() if mine != its}
-        if any(renaming.get(name) == name for renaming in self.renamed[1:] for name in own):
-            raise Refused("a group is shared by some of the modules")
+        own = self._own_groups()
         depth = min(len(dimensions(spec.stacks[name])) if name in spec.stacks else 0 for name in first)
         above = [axis.group for axis in spec.axes[first[0]][:depth] if isinstance(axis, Ref)]
         modules = self._name(members)
@@ -93,7 +93,9 @@ class _Fold:
             changed[dim] = self._with_blocks(changed[dim], parts, modules)
             axes[name] = tuple(changed)
         stacks, folded, shapes = dict(spec.stacks), {}, dict(spec.shapes)
-        stack_names = {name: self._stack_name([m[i] for m in members]) for i, name in enumerate(first)}
+        stack_names: dict[str, str] = {}
+        for i, name in enumerate(first):
+            stack_names[name] = self._stack_name([member[i] for member in members], stack_names.values())
         for i, name in enumerate(first):
             parts_of = [member[i] for member in members]
             stacks[stack_names[name]] = _stacked([stacks.pop(part, part) for part in parts_of], depth)
@@ -124,8 +126,13 @@ class _Fold:
             if self.renamed[number].setdefault(mine.group, its.group) != its.group:
                 raise Refused("their groups do not correspond")
             a, b = self.spec.groups[mine.group], self.spec.groups[its.group]
-            if a.size != b.size or a.fixed != b.fixed or len(a.parents) != len(b.parents):
+            if a.size != b.size or a.fixed != b.fixed:
                 raise Refused("their groups differ in size")
+            if len(a.parents) != len(
+                b.parents
+            ):  # as of an expert that no pass sent a token to: what is less holds of all
+                kept = self.parents.get(mine.group, a.parents)
+                self.parents[mine.group] = tuple(parent for parent in kept if parent in b.parents)
         elif isinstance(mine, Fixed) and mine != its:
             raise Refused("their spec differs")
         else:
@@ -134,6 +141,18 @@ class _Fold:
                 raise Refused("their spec differs")
             for a_part, b_part in zip(a_parts, b_parts, strict=True):
                 self._match(a_part, b_part, number)
+
+    def _own_groups(self) -> set[str]:
+        """The groups of the first module that each of the others has one of its own for.
+
+        Raises Refused where some of the modules share a group, or it is one's in the place of another's.
+        """
+        first = self.renamed[0]
+        own = {name for name in first if any(renaming.get(name) != name for renaming in self.renamed[1:])}
+        theirs = [renaming.get(name, "") for renaming in self.renamed for name in own]
+        if len({*theirs}) != len(theirs) or own.symmetric_difference(first).intersection(theirs):
+            raise Refused("a group is shared by some of the modules")
+        return own
 
     def _inner_names(self, blocks: Mapping[tuple[str, int], Sequence[IntArray]]) -> None:
         """Note the groups in parts of other weights, too, as those of a head's values that meet its output alone."""
@@ -147,7 +166,7 @@ class _Fold:
     ) -> dict[str, Group]:
         groups = {name: g for name, g in self.spec.groups.items() if name not in dropped}
         for name in own:
-            group = groups[name]
+            group = replace(groups[name], parents=self.parents.get(name, groups[name].parents))
             if [p for p in group.parents if p in above] != list(above):
                 raise Refused(f"{name} is not fibred over the modules around these")
             inner = [p for p in group.parents if p not in above]
@@ -199,10 +218,10 @@ class _Fold:
         stack = self.inside.get(name)
         return 0 if stack is None else len(dimensions(self.spec.stacks[stack]))
 
-    def _stack_name(self, names: Sequence[str]) -> str:
+    def _stack_name(self, names: Sequence[str], others: Collection[str]) -> str:
         """One name for the same weight of all modules: what they have in common, ``*`` where they differ."""
         pattern = _pattern(names)
-        taken = {*self.spec.axes, *self.spec.aliases}.difference(names)
+        taken = {*self.spec.axes, *self.spec.aliases}.difference(names).union(others)
         while pattern in taken:
             pattern += "'"
         return pattern

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from permgraph.inference.modules.reading import Dataflow, whole
 from permgraph.rules.call import Call
-from permgraph.rules.ledger import Rearrangement
+from permgraph.rules.ledger import Labelled, Rearrangement
 from permgraph.rules.typed_tensor import VALUE, TypedTensor, matching_dims
 
 IntArray = npt.NDArray[np.int64]
@@ -50,6 +50,13 @@ class Move:
         to[a:b], to[c:d] = np.arange(c, d), np.arange(a, b)
         side[a:b], side[c:d] = 1, 2
         return cls(to, side)
+
+    def within(self, size: int, start: int) -> Move:
+        """The same move of the indices from `start` on of a dimension of this size."""
+        to, side = np.arange(size), np.zeros(size, dtype=np.int64)
+        end = start + len(self.to)
+        to[start:end], side[start:end] = self.to + start, self.side
+        return Move(to, side)
 
     def same(self, other: Move) -> bool:
         return np.array_equal(self.to, other.to) and np.array_equal(self.side, other.side)
@@ -118,25 +125,27 @@ class Moves:
         if not self._flow.operators.of(call.node).reads_values:
             return
         told = False
+        if self._flow.name(call.node) == "arange" and call.out.value is not None:
+            yield from ((call.out, at, move) for at in (0, VALUE))  # each number is at the index of that number
+            return
         for relation in call.ledger.relations:
-            labels = {
-                label
+            moved = {
+                label: found
                 for one in relation.tensors
                 if one.tensor is not None and whole(one.tensor) is tensor
-                for label, at in one.where.items()
-                if at == dim
+                for label, found in by_labels(one, {dim: move}).items()
+                if found is not None
             }
-            if len(labels) > 1:
-                raise Refused(f"{call.node.target} sees a dimension that is exchanged as a product")
             for one in relation.tensors:
-                for label in labels & one.axes.keys() if one.tensor is not None else ():
+                for label in moved.keys() & one.axes.keys() if one.tensor is not None else ():
                     assert one.tensor is not None
-                    at = one.where[label]
-                    if sum(place == at for place in one.where.values()) > 1:
-                        raise Refused(f"{call.node.target} sees a dimension that is exchanged as a product")
                     told = True
                     if self._flow.is_of_node(one.tensor):
-                        yield one.tensor, at, move
+                        yield one.tensor, one.where[label], _in_product(one, label, moved[label])
+        for a, i, b, j, _ in call.ledger.unified:
+            for (end, at), (other, there) in (((a, i), (b, j)), ((b, j), (a, i))):
+                if whole(end) is tensor and at == dim:
+                    yield other, there, move
         if dim == VALUE and not told and self._flow.operators.of(call.node).acts == "moved":
             for other in (*call.tensors, *call.results):
                 if other.value is not None and other.value.size == len(move.to):
@@ -145,9 +154,9 @@ class Moves:
         if self._flow.name(call.node) == "stack":
             yield from _stacked(call, tensor, dim, move)
             return
-        for moved in call.ledger.rearrangements:
-            if not told and any(whole(t) is tensor for t in moved.tensors):
-                yield from self._rearranged(moved, tensor, dim, move)
+        for rearranged in call.ledger.rearrangements:
+            if not told and any(whole(t) is tensor for t in rearranged.tensors):
+                yield from self._rearranged(rearranged, tensor, dim, move)
 
     def _rearranged(
         self, moved: Rearrangement, tensor: TypedTensor, dim: int, move: Move
@@ -166,6 +175,38 @@ class Moves:
             yield from ((other, dim, move) for other in (sources[0], out))
         else:
             raise Refused(f"a dimension that is exchanged is part of a {kind}")
+
+
+def by_labels(one: Labelled, moves: Mapping[int, Move]) -> dict[str, Move | None]:
+    """The move of each label of a tensor in a link, of which several may make up one dimension.
+
+    Raises Refused where a dimension is moved otherwise than by one of its labels.
+    """
+    found: dict[str, Move | None] = dict.fromkeys(one.where)
+    for dim, move in moves.items():
+        labels = [label for label, at in one.where.items() if at == dim]
+        if len(labels) == 1 and one.axes[labels[0]].size == len(move.to):
+            found[labels[0]] = move
+        elif labels:
+            sizes = [one.axes[label].size for label in labels]
+            if math.prod(sizes) != len(move.to):
+                raise Refused("a dimension that is exchanged is part of a product")
+            at, inner = next(_apart(move.to, move.side, range(len(labels)), sizes))
+            found[labels[at]] = inner
+    return found
+
+
+def _in_product(one: Labelled, label: str, move: Move) -> Move:
+    """The move of a dimension of which one label is moved."""
+    labels = [other for other, at in one.where.items() if at == one.where[label]]
+    if len(labels) == 1:
+        return move
+    sizes = [one.axes[other].size for other in labels]
+    at = labels.index(label)
+    number = np.arange(math.prod(sizes)).reshape(sizes)
+    shape = [len(move.to) if i == at else 1 for i in range(len(sizes))]
+    side = np.broadcast_to(move.side.reshape(shape), sizes)
+    return Move(np.take(number, move.to, axis=at).reshape(-1), side.reshape(-1))
 
 
 def _viewed(
@@ -214,9 +255,12 @@ def _taken(
         there = source if back else out
         yield there, at if back else at - (not keep and at > cut), move
         return
-    if back or not keep:
+    if not keep:
         return  # what is taken alone is looked at by the proof; where it goes elsewhere is not known from it
     end = start + out.shape[cut]
+    if back:
+        yield source, cut, move.within(source.shape[cut], start)
+        return
     part = move.to[start:end]
     if move.side[start:end].any() and ((part >= start) & (part < end)).all():
         yield out, cut, Move(part - start, move.side[start:end])
@@ -248,6 +292,4 @@ def _joined(
             if move.side[start:end].any() and ((inner >= start) & (inner < end)).all():
                 yield part, dim, Move(inner - start, move.side[start:end])
         elif part is tensor:
-            to, side = np.arange(ends[-1]), np.zeros(ends[-1], dtype=np.int64)
-            to[start:end], side[start:end] = move.to + start, move.side
-            yield out, dim, Move(to, side)
+            yield out, dim, move.within(ends[-1], start)

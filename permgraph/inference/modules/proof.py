@@ -9,7 +9,8 @@ operands:
 - a call whose twin takes the twins of its operands, with the same other arguments: so does its result, where nothing is
   moved; and where something is, if the rule of the operator has one label for all dimensions that are moved alike, pins
   none of them, and says nothing of them otherwise;
-- a sum, product or maximum: its terms may be in any order;
+- a sum, product or maximum: its terms may be in any order; those of an even function of a sum may all be negative; and
+  where masks cannot meet, so may what they choose;
 - a call that only puts elements elsewhere (a view, a part, a concatenation) is tried on numbers that tell all elements
   apart, exactly.
 
@@ -32,7 +33,7 @@ from torch import Tensor, fx
 from permgraph.capture.counting import counting
 from permgraph.inference.modules.colours import constant_key
 from permgraph.inference.modules.exchange import Exchange
-from permgraph.inference.modules.moves import Move, Refused
+from permgraph.inference.modules.moves import Move, Refused, by_labels
 from permgraph.inference.modules.reading import JOINS, LISTS, Dataflow, whole
 from permgraph.inference.operators import arguments_of
 from permgraph.inference.solution import is_weight, tensors_in
@@ -60,6 +61,10 @@ class Proof:
             for source in flow.memory.written_by(node):
                 self._writes.setdefault(flow.memory.owner(source), set()).add(flow.within.get(node, node))
 
+        self._placeholders = [node for node in flow.nodes if node.op == "placeholder"]
+        self._outputs = [node for node in flow.nodes if node.op == "output"]
+        self._written_placeholders = {n for n in self._placeholders if flow.memory.owner(n) in self._writes}
+
     def check(self, exchange: Exchange) -> None:
         """Raise Refused, saying why, unless an exchange leaves all that counts as it was."""
         for node in self._touched(exchange):
@@ -80,9 +85,13 @@ class Proof:
                 for user in call.node.users:
                     if user in flow.readings:
                         found[user] = None
-        for node in flow.nodes:
-            if node.op in ("placeholder", "output"):
-                found[node] = None
+        moved = exchange.moves.tensors
+        found.update(
+            (node, None)
+            for node in self._placeholders
+            if node in self._written_placeholders or ((t := flow.tensor(node)) is not None and id(t) in moved)
+        )
+        found.update(dict.fromkeys(self._outputs))
         return {node: None for node in found if node not in exchange.twins or node in exchange.first}
 
     def _check_node(self, node: fx.Node, exchange: Exchange) -> None:
@@ -99,9 +108,12 @@ class Proof:
                 and not any(n in exchange.twins for t in flow.readings[node].terms for n in t.nodes)
             ):
                 return
+            self._check_memory(node)
             if node is not twin or moved:
-                self._check_effects(node)
+                self._check_effects(node, twin, exchange)
             reading = flow.readings[node]
+            if node is twin and self._takes_what_stays(node, exchange):
+                return
             if self._is_tried(node, twin, moved):
                 self._try(node, twin, exchange)
                 return
@@ -111,9 +123,12 @@ class Proof:
             elif reading.places != flow.readings[twin].places:
                 raise Refused(f"{node.target} takes other parts")
             for inner in (node, *reading.inside):
+                if not moved or flow.name(inner) in LISTS or inner.target is operator.getitem:
+                    continue  # parts are looked at each, several results where they are made
                 call = flow.calls.get(inner)
-                if call is not None and moved and flow.name(inner) not in LISTS:  # whose parts are looked at each
-                    self._check_labels(call, exchange, compares=len(reading.places) == 1)
+                if call is None:
+                    raise Refused(f"{inner.target} was not looked at, the time being up")
+                self._check_labels(call, exchange, compares=len(reading.places) == 1)
 
     # -- ends ----------------------------------------------------------------------------------------------------------
 
@@ -136,7 +151,11 @@ class Proof:
             written, its = (self._writes.get(self._flow.memory.owner(n), set()) for n in (node, twin))
             if {exchange.twins.get(write, write) for write in written} != its:
                 raise Refused(f"what is written to {what} tells the modules apart")
+            if node is twin and not written.isdisjoint(exchange.twins):
+                raise Refused(f"the modules write to {what} one after the other")
             return
+        if (node is not twin or moves) and self._flow.memory.owner(node) in self._writes:
+            raise Refused(f"the modules write to {what}, which is no weight")
         if node is not twin and (constant_key(node) is None or constant_key(node) != constant_key(twin)):
             raise Refused(f"{what} is no weight")
         uniform = self._flow.solution.facts.uniform.get(node, frozenset())
@@ -158,11 +177,18 @@ class Proof:
                     raise Refused("the order of the modules is seen in the result")
         assert len(counts) == len(ends)
 
-    def _check_effects(self, node: fx.Node) -> None:
+    def _check_effects(self, node: fx.Node, twin: fx.Node, exchange: Exchange) -> None:
         if "read" in node.meta:
             raise Refused("Python reads a value that belongs to one of the modules")
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             raise Refused(f"{node.target} draws random numbers in order")
+        if node is not twin and "batch_norm" in self._flow.name(node):
+            given = arguments_of(node)
+            kept = [given.get(name) for name in ("running_mean", "running_var")]
+            if any(isinstance(n, fx.Node) and n not in exchange.twins for n in kept):
+                raise Refused("the modules share a batch norm, whose statistics they update one after the other")
+
+    def _check_memory(self, node: fx.Node) -> None:
         for inner in (node, *self._flow.readings[node].inside):
             if not self._memory_is_plain(inner):
                 raise Refused(f"{inner.target} writes to memory that is seen through views")
@@ -171,7 +197,10 @@ class Proof:
 
     def _moves_around(self, node: fx.Node, exchange: Exchange) -> bool:
         """Whether any tensor that a node takes or gives is moved."""
-        for inner in (node, *self._flow.readings[node].inside):
+        nodes = [node, *self._flow.readings[node].inside]
+        if node.target is operator.getitem:
+            nodes += [source for source in node.all_input_nodes if self._flow.name(source) in LISTS]
+        for inner in nodes:
             call = self._flow.calls.get(inner)
             values = [*call.tensors, *call.results] if call else tensors_in([self._flow.solution.values.get(inner)])
             if any(exchange.moves.of(tensor) for tensor in values):
@@ -181,10 +210,12 @@ class Proof:
     def _check_terms(self, node: fx.Node, twin: fx.Node, exchange: Exchange) -> None:
         """The twin takes the twins of the operands, in the same order where that counts."""
         mine, its = self._flow.readings[node], self._flow.readings[twin]
-        carried = [(t.key, tuple(exchange.twins.get(n, n) for n in t.nodes)) for t in mine.terms]
-        wanted = [(t.key, t.nodes) for t in its.terms]
+        carried = [(t.key, t.sign, tuple(exchange.twins.get(n, n) for n in t.nodes)) for t in mine.terms]
+        wanted = [(t.key, t.sign, t.nodes) for t in its.terms]
         ordered = mine.ordered or self._flow.name(node) in JOINS
         same = carried == wanted if ordered else Counter(carried) == Counter(wanted)
+        if mine.even and not same:
+            same = Counter((key, -sign, nodes) for key, sign, nodes in carried) == Counter(wanted)
         if mine.key != its.key or not same:
             raise Refused(f"{node.target} in {node.meta.get('module') or 'the model'} tells the modules apart")
 
@@ -205,6 +236,11 @@ class Proof:
             if not alike and any(exchange.moves.of(result) for result in call.results):
                 raise Refused(f"{call.node.target} makes anew what is moved")
             return
+        if self._flow.name(call.node) == "arange" and call.out.value is not None:
+            numbers = exchange.moves.of(call.out)
+            if len(numbers) == 1 or not numbers[0].same(numbers[VALUE]):
+                raise Refused(f"{call.node.target} numbers what is moved")
+            return
         seen: set[tuple[int, int]] = set()
         for relation in call.ledger.relations:
             by_label: dict[str, list[tuple[TypedTensor, Move | None]]] = {}
@@ -212,13 +248,9 @@ class Proof:
                 if one.tensor is None:
                     continue
                 tensor = whole(one.tensor)
-                moves = exchange.moves.of(tensor)
-                shared = Counter(one.where.values())
-                for label, dim in one.where.items():
-                    if moves.get(dim) is not None and shared[dim] > 1:
-                        raise Refused(f"{call.node.target} sees what is moved as a product")
-                    by_label.setdefault(label, []).append((tensor, moves.get(dim)))
-                    seen.add((id(tensor), dim))
+                for label, move in by_labels(one, exchange.moves.of(tensor)).items():
+                    by_label.setdefault(label, []).append((tensor, move))
+                    seen.add((id(tensor), one.where[label]))
             for told in by_label.values():
                 moves_of_label = [move for _, move in told]
                 if any(m is not None for m in moves_of_label) and not all(
@@ -226,6 +258,17 @@ class Proof:
                     for m in moves_of_label
                 ):
                     raise Refused(f"{call.node.target} ties what is moved to what is not")
+        for a, i, b, j, _ in call.ledger.unified:
+            ends = exchange.moves.of(a).get(i), exchange.moves.of(b).get(j)
+            if any(move is not None for move in ends) and not all(m and m.same(_first(ends)) for m in ends):
+                raise Refused(f"{call.node.target} ties what is moved to what is not")
+        for rearranged in call.ledger.rearrangements:
+            if any(exchange.moves.of(tensor) for tensor in rearranged.tensors):
+                raise Refused(f"{call.node.target} cuts what is moved")
+        if all(tensor.value is None for tensor in call.tensors):
+            for result in map(whole, call.results):
+                if result.value is not None and result.value.size > 1 and (id(result), VALUE) not in seen:
+                    raise Refused(f"{call.node.target} numbers what is moved among others")
         for given in (*call.tensors, *call.results):
             tensor = whole(given)
             for dim in exchange.moves.of(tensor):
@@ -261,6 +304,21 @@ class Proof:
         moves_only = flow.operators.of(node).acts == "moved" and not looks_up
         return moves_only and (moved or name in JOINS or bool(flow.readings[node].places))
 
+    def _takes_what_stays(self, node: fx.Node, exchange: Exchange) -> bool:
+        """Whether a node takes a part of a tensor whose other parts are moved, along this dimension alone."""
+        reading, tensor = self._flow.readings[node], self._flow.tensor(node)
+        if len(reading.places) != 3 or tensor is None or exchange.moves.of(tensor):
+            return False
+        dim, start, end = reading.places
+        source = reading.terms[0].nodes[0]
+        if self._flow.name(source) in LISTS:
+            (source,) = self._flow.readings[source].terms[0].nodes
+        taken_of = self._flow.tensor(source)
+        if taken_of is None or source in exchange.twins:
+            return False
+        moves = exchange.moves.of(taken_of)
+        return moves.keys() == {dim} and np.array_equal(moves[dim].to[start:end], np.arange(start, end))
+
     def _try(self, node: fx.Node, twin: fx.Node, exchange: Exchange) -> None:
         """Try a call that only puts elements elsewhere on numbers that tell all elements apart."""
         list_of, its_list = (n.args[0] if n.target is operator.getitem else None for n in (node, twin))
@@ -284,10 +342,18 @@ class Proof:
             result, its = result[node.args[1]], its[twin.args[1]]
         if not isinstance(result, Tensor) or not torch.equal(self._moved(result, node, exchange), its):
             raise Refused(f"{node.target} in {node.meta.get('module') or 'the model'} does not go along")
-        numbering = [self._flow.tensor(n) for n in (node, *caller.all_input_nodes)]
-        told = [exchange.moves.of(t).get(VALUE) for t in numbering if t is not None and t.value is not None]
+        self._check_numbering(node, caller, exchange)
+
+    def _check_numbering(self, node: fx.Node, caller: fx.Node, exchange: Exchange) -> None:
+        """What puts elements elsewhere has values that number what is moved in all of its tensors, or in none."""
+        numbering = [t for n in (node, *caller.all_input_nodes) if (t := self._flow.tensor(n)) is not None]
+        told = [exchange.moves.of(tensor).get(VALUE) for tensor in numbering]
         if any(m is not None for m in told) and not all(m is not None and m.same(_first(told)) for m in told):
             raise Refused(f"{node.target} mixes values that are moved with others")
+        call = self._flow.calls.get(caller)
+        for tensor, move in zip(numbering, told, strict=True):
+            if move is not None and call is not None:
+                self._refuse_pins(whole(tensor), VALUE, call.number)
 
     def _moved(self, values: Tensor, node: fx.Node, exchange: Exchange) -> Tensor:
         """The tensor of a node, its dimensions moved: what was at index i is at `to[i]`."""
@@ -304,33 +370,40 @@ def _first(moves: Sequence[Move | None]) -> Move:
 
 
 def _run(node: fx.Node, tags: dict[fx.Node, Tensor]) -> Any:
-    """The result of a call on other tensors."""
-    given: Any = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: tags[n])
+    """The result of a call on other tensors, which stay as they are."""
+    given: Any = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: tags[n].clone())
     args, kwargs = given
     name = str(node.target)
-    if ".view" in name or "unsafe_view" in name:
-        return args[0].reshape(args[1])
+    if name.endswith("view.dtype"):
+        raise Refused(f"{node.target} reads the bits of a number as others")
     try:
+        if name in ("aten.view.default", "aten._unsafe_view.default"):
+            return args[0].reshape(args[1])
         return node.target(*args, **kwargs)  # type: ignore[operator]
-    except (RuntimeError, NotImplementedError, TypeError) as error:
+    except (RuntimeError, NotImplementedError, TypeError, IndexError, ValueError) as error:
         raise Refused(f"{node.target} cannot be tried: {error}") from None
 
 
 def _plain_memory(flow: Dataflow) -> Callable[[fx.Node], bool]:
-    """Says of a node whether all that it takes and gives is what the graph says, written memory included.
+    """Says of a node whether all that it takes, gives and writes is what the graph says.
 
-    Between the node by which a tensor is named and each use of it, nothing writes to its memory.
+    Between the node by which a tensor is named and each use of it, nothing writes to its memory. Where something does,
+    neither that node nor the one that writes is plain.
     """
     nodes, owner = flow.solution.facts.nodes, flow.memory.owner
-    writes: dict[fx.Node, list[int]] = {}
+    writes: dict[fx.Node, list[tuple[int, fx.Node, fx.Node]]] = {}
     for place, node in enumerate(nodes):
         for source in flow.memory.written_by(node):
-            writes.setdefault(owner(source), []).append(place)
-    stale: set[fx.Node] = set()
+            writes.setdefault(owner(source), []).append((place, node, source))
+    odd: set[fx.Node] = set()
     for node in nodes:
         found = writes.get(owner(node))
-        if found is not None and node.users:
-            after = bisect.bisect_right(found, flow.place[node])
-            if after < len(found) and any(flow.place[user] > found[after] for user in node.users):
-                stale.add(owner(node))
-    return lambda node: stale.isdisjoint(owner(one) for one in (node, *node.all_input_nodes))
+        if found is None or not node.users:
+            continue
+        last = max(flow.place[user] for user in node.users)
+        for place, writer, source in found[bisect.bisect_right(found, flow.place[node], key=lambda w: w[0]) :]:
+            if place >= last:
+                break
+            if not flow.are_apart(node, source):
+                odd.update((node, writer))
+    return lambda node: odd.isdisjoint((node, *node.all_input_nodes))

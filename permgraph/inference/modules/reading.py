@@ -29,6 +29,9 @@ LISTS = frozenset(
         "tensor_split",
         "split_copy",
         "split_with_sizes_copy",
+        "unsafe_split",
+        "unsafe_split_with_sizes",
+        "unsafe_chunk",
     ]
 )
 """Operators whose results are the parts of a dimension, in order."""
@@ -61,22 +64,32 @@ ASSOCIATIVE = frozenset(
 )
 
 
+CHOICES = frozenset(["where", "index_put"])
+
+EVEN = frozenset(["even", "absolute", "square", "norm", "spread"])
+"""How functions act that are the same of an argument and of its negative."""
+
+
 @dataclass(frozen=True)
 class Term:
     """Operands of one kind: nodes in order, and a key that says what becomes of them."""
 
     key: Hashable
     nodes: tuple[fx.Node, ...]
+    sign: int = 1
 
 
 @dataclass(frozen=True)
 class Reading:
     """What a node computes: a key that says how, and terms; in any order unless `ordered`.
 
+    Where it is `even`, the signs of all terms may change at once.
+
     Args:
         key: the operator and its arguments that are no tensors, but for places.
         terms: the operands.
         ordered: whether the order of the terms counts.
+        even: whether it is an even function of a sum, as a distance is: then its terms have signs beside their keys.
         places: the part of a dimension that is taken: dimension, start, end; or the number a value is compared with.
         inside: nodes that compute parts of this one, such as sums of some of its terms.
     """
@@ -86,6 +99,7 @@ class Reading:
     ordered: bool = True
     places: tuple[int, ...] = ()
     inside: tuple[fx.Node, ...] = ()
+    even: bool = False
 
 
 class Dataflow:
@@ -141,6 +155,38 @@ class Dataflow:
         """Whether a tensor is some node's, and none inside an operator."""
         return id(whole(tensor)) in self._of_nodes
 
+    def are_apart(self, node: fx.Node, other: fx.Node) -> bool:
+        """Whether two views are known to have no memory in common: parts of one tensor that do not meet."""
+        mine = {(base, dim): bounds for base, dim, bounds in self._parts_of(node)}
+        for base, dim, (start, end) in self._parts_of(other):
+            found = mine.get((base, dim))
+            if found is not None and (found[1] <= start or end <= found[0]) and _every_element_alone(base.meta["val"]):
+                return True
+        return False
+
+    def _parts_of(self, node: fx.Node) -> Iterator[tuple[fx.Node, int, tuple[int, int]]]:
+        """Of which tensors a view is a part: of each the dimension, and where along it the part begins and ends."""
+        while node.op == "call_function":
+            if node.target is operator.getitem:
+                source, item = node.args
+                assert isinstance(source, fx.Node) and isinstance(item, int)
+                if self.name(source) not in LISTS:
+                    return
+                dim, bounds = self.bounds(source)
+                yield arguments_of(source)["self"], dim, bounds[item]
+                node = arguments_of(source)["self"]
+                continue
+            views = [source for source in node.all_input_nodes if self.memory.owner(source) is self.memory.owner(node)]
+            if len(views) != 1:
+                return
+            given = arguments_of(node)
+            if name_of(node) in TAKES and given.get("self") is views[0]:
+                reading = self._part(node, name_of(node), given)
+                if reading.places:
+                    dim, start, end = reading.places
+                    yield views[0], dim, (start, end)
+            node = views[0]
+
     def tensor(self, node: fx.Node) -> TypedTensor | None:
         """The typed tensor of a node that has one."""
         value = self.solution.values.get(node)
@@ -168,6 +214,10 @@ class Dataflow:
             return Reading((str(node.target), None if val is None else tuple(val.shape), self._constants(given)), ())
         if name in SUMS and (summed := self._sum(node)) is not None:
             return summed
+        if name in CHOICES and (choice := self._choice(node)) is not None:
+            return choice
+        if (even := self._even(node, name, given)) is not None:
+            return even
         if name in ASSOCIATIVE or (name in COMMUTATIVE and len(node.all_input_nodes) == 2):
             return self._product(node, COMMUTATIVE[name])
         if name in JOINS:
@@ -230,7 +280,7 @@ class Dataflow:
 
     def _constants(self, given: Mapping[str, Any]) -> Hashable:
         """The arguments that are no tensors, as a text: equal for equal ones."""
-        return repr(fx.node.map_arg(dict(given), lambda _: None))
+        return repr(fx.node.map_arg(dict(given), lambda _: "tensor"))
 
     # -- sums and products ---------------------------------------------------------------------------------------------
 
@@ -238,11 +288,16 @@ class Dataflow:
         """A sum with all its terms, those of sums that are used here alone among them; None if it is none."""
         terms: list[Term] = []
         inside: list[fx.Node] = []
-        stack: list[tuple[Any, bool]] = [(node, False)]
+        stack: list[tuple[Any, bool, list[fx.Node]]] = [(node, False, [])]
         while stack:
-            part, negative = stack.pop()
-            opened = part is node or (isinstance(part, fx.Node) and self._used_here_alone(part))
+            part, negative, users = stack.pop()
+            opened = part is node or (isinstance(part, fx.Node) and self._is_within(part, node, users))
             found = self._addends(part) if opened else None
+            increment = self._increment(part) if opened else None
+            within: list[fx.Node] = []
+            if increment is not None:
+                found, within = increment
+                inside += within
             if found is None:
                 if part is node:
                     return None
@@ -256,7 +311,7 @@ class Dataflow:
                         return None
                     terms.append(addend)
                 else:
-                    stack.append((addend, negative != minus))
+                    stack.append((addend, negative != minus, [part, *within]))
         return Reading(("sum", str(first_result(node).dtype)), tuple(terms), ordered=False, inside=tuple(inside))  # type: ignore[union-attr]
 
     @staticmethod
@@ -281,21 +336,147 @@ class Dataflow:
             return None
         others = {key: given[key] for key in accumulates[name]}
         nodes = tuple(leaf for value in others.values() for leaf in _leaves(value) if isinstance(leaf, fx.Node))
-        return [(given["self"], False), (Term((name, self._constants(others)), nodes), False)]
+        shape = tuple(node.meta["val"].shape)  # what follows may be broadcast, and this would not be what it was
+        return [(given["self"], False), (Term((name, shape, self._constants(others)), nodes), False)]
+
+    def _increment(self, node: fx.Node) -> tuple[list[tuple[Any, bool]], list[fx.Node]] | None:
+        """``out[i] += values``, that is ``out[i] = out[i] + values``: what is added up, and the nodes inside.
+
+        Where `i` repeats itself the last one wins, but what is added to an element depends on no other term.
+        """
+        if node.op != "call_function" or node.target is operator.getitem or name_of(node) != "index_put":
+            return None
+        given = arguments_of(node)
+        added, viewed = self._as_long(given["values"], node)
+        if given["accumulate"] or not isinstance(added, fx.Node) or not self._is_alone(added, [node, *viewed]):
+            return None
+        total = arguments_of(added) if added.op == "call_function" and name_of(added) == "add" else {}
+        old, values = total.get("self"), total.get("other")
+        if not isinstance(old, fx.Node) or not isinstance(values, fx.Node) or total.get("alpha", 1) != 1:
+            return None
+        if old.op != "call_function" or name_of(old) != "index" or not self._is_alone(old, [added]):
+            return None
+        taken = arguments_of(old)
+        if taken["self"] is not given["self"] or list(taken["indices"]) != list(given["indices"]):
+            return None
+        if first_result(added).dtype != first_result(node).dtype:  # type: ignore[union-attr]
+            return None
+        indices = tuple(leaf for leaf in _leaves(given["indices"]) if isinstance(leaf, fx.Node))
+        key = ("increment", tuple(node.meta["val"].shape), self._constants({"indices": given["indices"]}))
+        return [(given["self"], False), (Term(key, (*indices, values)), False)], [*viewed, added, old]
+
+    def _as_long(self, values: Any, node: fx.Node) -> tuple[Any, list[fx.Node]]:
+        """What is written to elements, and the view by which Python drops leading dimensions of a single index.
+
+        It does so where there is one element, by chance.
+        """
+        if name_of_call(values) == "view" and self._is_alone(values, [node]):
+            source = arguments_of(values)["self"]
+            ones = source.meta["val"].ndim - values.meta["val"].ndim
+            if source.meta["val"].shape == (*(1,) * ones, *values.meta["val"].shape):
+                return source, [values]
+        return values, []
+
+    def _even(self, node: fx.Node, name: str, given: Mapping[str, Any]) -> Reading | None:
+        """An even function of a sum: with all its terms, whose signs may change together."""
+        acts = self.operators.of(node).acts
+        squared = name == "mul" and given.get("self") is given.get("other")
+        exponent = given.get("exponent")
+        even_power = name == "pow" and isinstance(exponent, (int, float)) and exponent % 2 == 0
+        source = given.get("self")
+        if not (squared or even_power or acts in EVEN) or not isinstance(source, fx.Node):
+            return None
+        if (
+            node.all_input_nodes != [source]
+            or not self._is_within(source, node, [node])
+            or name_of_call(source) not in SUMS
+        ):
+            return None
+        summed = self._sum(source)
+        if summed is None or not all(term.key in (("plus",), ("minus",)) for term in summed.terms):
+            return None
+        terms = tuple(Term("term", t.nodes, 1 if t.key == ("plus",) else -1) for t in summed.terms)
+        key = ("even", str(node.target), self._constants(given), tuple(source.meta["val"].shape))
+        return Reading(key, terms, ordered=False, inside=(source, *summed.inside), even=True)
+
+    # -- choices -------------------------------------------------------------------------------------------------------
+
+    def _choice(self, node: fx.Node) -> Reading | None:
+        """Values chosen one after the other by masks no two of which meet; None if there are no two of them."""
+        terms: list[Term] = []
+        inside: list[fx.Node] = []
+        numbers: set[int] = set()
+        alike: Hashable = None
+        part: Any = node
+        users: list[fx.Node] = []
+        while part is node or (isinstance(part, fx.Node) and self._is_within(part, node, users)):
+            found = self._chosen(part)
+            if found is None or name_of(part) != name_of(node):
+                break
+            mask, value, rest = found
+            value, viewed = self._as_long(value, part) if name_of(node) == "index_put" else (value, [])
+            equals = self._equals_number(mask)
+            if equals is None or equals[1] in numbers or (numbers and equals[0] != alike):
+                break
+            alike = equals[0]
+            numbers.add(equals[1])
+            terms.append(Term("if", (mask, value)))
+            inside += [] if part is node else [part]
+            inside += viewed
+            part, users = rest, [part]
+        if len(terms) < 2:
+            return None
+        terms.append(Term("rest", (part,)))
+        key = ("choice", str(name_of(node)), str(first_result(node).dtype))  # type: ignore[union-attr]
+        return Reading(key, tuple(terms), ordered=False, inside=tuple(inside))
+
+    @staticmethod
+    def _chosen(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
+        """Of a choice by one mask: the mask, what stands where it is set, and what stands elsewhere."""
+        if name_of_call(node) not in CHOICES:
+            return None
+        given = arguments_of(node)
+        if name_of(node) == "where":
+            found = given.get("condition"), given.get("self"), given.get("other")
+        else:
+            indices = given["indices"]
+            if given["accumulate"] or len(indices) != 1:
+                return None
+            found = indices[0], given["values"], given["self"]
+        mask, value, rest = found
+        if not (isinstance(mask, fx.Node) and isinstance(value, fx.Node) and isinstance(rest, fx.Node)):
+            return None
+        return (mask, value, rest) if mask.meta["val"].dtype is torch.bool else None
+
+    def _equals_number(self, mask: fx.Node) -> tuple[Hashable, int] | None:
+        """Of a mask that says where something is a whole number: what, in which shape, and the number."""
+        path: list[Hashable] = []
+        while name_of_call(mask) in ("unsqueeze", "view", "expand", "squeeze"):
+            if mask in self.memory.written:
+                return None
+            path.append((str(mask.target), self._constants(arguments_of(mask))))
+            mask = arguments_of(mask)["self"]
+        if name_of_call(mask) != "eq" or mask in self.memory.written:
+            return None
+        given = arguments_of(mask)
+        source, number = given["self"], given["other"]
+        if not isinstance(source, fx.Node) or type(number) is not int or source in self.memory.written:
+            return None
+        return (source, tuple(path)), number
 
     def _product(self, node: fx.Node, kind: str) -> Reading:
         """A product, maximum or the like, with all its factors."""
         terms: list[Term] = []
         inside: list[fx.Node] = []
-        stack: list[Any] = [node]
+        stack: list[tuple[Any, fx.Node]] = [(node, node)]
         while stack:
-            part = stack.pop()
+            part, user = stack.pop()
             opens = part is node or (
                 kind in ASSOCIATIVE
                 and isinstance(part, fx.Node)
                 and part.op == "call_function"
                 and COMMUTATIVE.get(self.name(part)) == kind
-                and self._used_here_alone(part)
+                and self._is_within(part, node, [user])
             )
             if not opens:
                 terms.append(self._addend(part, False))
@@ -303,12 +484,35 @@ class Dataflow:
             if part is not node:
                 inside.append(part)
             given = arguments_of(part)
-            stack += [given["self"], given["other"]]
+            stack += [(given["self"], part), (given["other"], part)]
         return Reading((kind, str(first_result(node).dtype)), tuple(terms), ordered=False, inside=tuple(inside))  # type: ignore[union-attr]
 
-    def _used_here_alone(self, node: fx.Node) -> bool:
-        alone = len(self._users.get(node, ())) == 1 and len(node.users) == 1
-        return alone and node not in self.left and "read" not in node.meta
+    def _is_within(self, node: fx.Node, whole: fx.Node, users: Sequence[fx.Node]) -> bool:
+        """Whether a part of a sum or product is used by these alone, and is of its type, so that it overflows alike."""
+        val, result = first_result(node), first_result(whole)
+        if val is None or result is None or val.dtype != result.dtype:
+            return False
+        return self._is_alone(node, users)
+
+    def _is_alone(self, node: fx.Node, users: Sequence[fx.Node]) -> bool:
+        """Whether nothing but these nodes reads a node."""
+        return bool(node.users) and set(node.users) <= set(users) and node not in self.left and "read" not in node.meta
+
+
+def _every_element_alone(tensor: torch.Tensor) -> bool:
+    """Whether each element of a tensor has memory of its own, as those of an expanded one have not."""
+    extent = 1
+    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1):
+        if stride < extent:
+            return False
+        extent += stride * (size - 1)
+    return True
+
+
+def name_of_call(node: Any) -> str:
+    """The name of the operator that a node calls; none if it is no such node."""
+    calls = isinstance(node, fx.Node) and node.op == "call_function" and node.target is not operator.getitem
+    return name_of(node) if calls else ""
 
 
 def _leaves(value: Any) -> Iterator[Any]:
