@@ -89,18 +89,37 @@ class _Dependence:
         self._tensors: dict[Axis, list[tuple[TypedTensor, frozenset[Axis]]]] = defaultdict(list)
         self._rank: dict[Axis, int] = {}  # in the order in which atoms are met, so that results do not depend on chance
         self._written = {id(tensor) for tensor in solution.parameters.values()}
+        observed = self._observed(solution)
         for tensor in solution.tensors():
             seen = self._all_atoms(tensor)
             atoms = self._with_lookups(frozenset(seen))
             for atom in seen:
                 self._rank.setdefault(atom, len(self._rank))
-                if 0 not in tensor.shape or id(tensor) in self._written:
+                if 0 not in tensor.shape or id(tensor) in self._written or atom not in observed:
                     self._tensors[atom].append((tensor, atoms))
         self._rearranged = {id(t) for moved in ledger.rearrangements for t in moved.tensors}
         self._rearrangements: dict[Axis, list[Rearrangement]] = defaultdict(list)
         for moved in ledger.rearrangements if self._lookups else ():
             for atom in dict.fromkeys(atom for tensor in moved.tensors for atom in self._all_atoms(tensor)):
                 self._rearrangements[atom].append(moved)
+
+    def _observed(self, solution: Solution) -> set[Axis]:
+        """The atoms that some operator met in tensors with elements, others than one that moves elements about.
+
+        Of all others, such as the hidden units of an expert to which no token went, tensors without elements are all
+        that tells what they depend on.
+        """
+        found: set[Axis] = set()
+        for relation in self._links:
+            if solution.facts.operators.of(solution.nodes[relation.node]).acts == "moved":
+                continue
+            seen = Counter(
+                atom
+                for labelled in relation.tensors
+                for atom in {a for axis in labelled.axes.values() for a in self._atoms(axis)}
+            )
+            found.update(atom for atom, count in seen.items() if count > 1)
+        return found
 
     def _atoms(self, axis: Axis) -> tuple[Axis, ...]:
         """The atoms in an axis, looked up once: nothing is refined any more."""

@@ -172,3 +172,26 @@ def test_slices_that_only_a_value_could_have_chosen_are_not_free(max_passes: int
     spec = pg.auto_spec(model, (torch.randn(7, 4),), max_passes=max_passes)
     assert 0 < spec.log_order() <= factorials(*[5] * 8) + 1e-9
     assert error(model, spec, torch.randn(2000, 4)) < 1e-9  # of random weights, by which tokens choose most of them
+
+
+class Rare(nn.Module):
+    """A layer without biases through which go the rows above a bound alone, of which there are none at first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 2)
+        self.up, self.down = nn.Linear(6, 5, bias=False), nn.Linear(5, 6, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        rows = torch.where(x.sum(-1) > 50)[0]
+        return self.last(h.index_add(0, rows, self.down(torch.relu(self.up(h[rows])))))
+
+
+def test_units_that_met_no_rows_have_one_order():
+    """Tensors of no rows are all that tells that hidden units are no other ones for each unit of the stream."""
+    torch.manual_seed(0)
+    model = Rare().eval()
+    spec = pg.auto_spec(model, (torch.randn(3, 4),))
+    assert spec.log_order() == pytest.approx(factorials(6, 5))
+    assert error(model, spec, torch.randn(3, 4) + 40) < 1e-9

@@ -7,7 +7,7 @@ parts of other weights change places along, ``[a + b + c]`` becomes ``(modules a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -114,7 +114,9 @@ class _Fold:
         for name, given in spec.outputs.items():
             self._require_free(f"the output {name}", given, own | dropped, {})
         groups = self._groups(own, dropped, modules, above, len(members))
-        return self._made(groups, new_axes, {n: shapes[n] for n in new_axes}, stacks, stack_names, gone, depth)
+        return self._made(
+            groups, new_axes, {n: shapes[n] for n in new_axes}, stacks, stack_names, gone, depth, {*blocks}
+        )
 
     # -- groups --------------------------------------------------------------------------------------------------------
 
@@ -250,6 +252,7 @@ class _Fold:
         stack_names: Mapping[str, str],
         gone: set[str],
         depth: int,
+        moved: Set[tuple[str, int]],
     ) -> PermutationSpec:
         spec = self.spec
 
@@ -263,7 +266,7 @@ class _Fold:
                 dim=p.dim + (p.dim >= depth) * (p.parameter in stack_names),
             )
             for p in spec.pins
-            if kept(p.parameter)
+            if kept(p.parameter) and (p.parameter, p.dim) not in moved
         )
         unread = tuple(
             replace(
