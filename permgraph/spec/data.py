@@ -204,12 +204,18 @@ class SpecData:
                 found[name] = shape
         return MappingProxyType(found)
 
+    def tensors_of(self, name: str) -> tuple[str, ...]:
+        """The names that a state dict has for what stands in `axes`: those in a stack, or the name itself."""
+        return tuple(own for _, own in places(self.stacks[name])) if name in self.stacks else (name,)
+
     def over_stacks(self) -> Self:
         """The spec of state dicts whose stacks are single tensors, see `stacked`; itself if there are none."""
         return replace(self, stacks={}, refusals=()) if self.stacks else self
 
-    def stacked(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    def stacked(self, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
         """A state dict with the tensors of modules that change places stacked, as the axes name them.
+
+        Of a mapping that is no dictionary, and may load tensors on access, stacks are made on access as well.
 
         Raises MismatchError where one of them is missing, or unlike the others.
         """
