@@ -105,10 +105,8 @@ def _jointly(run: MatchingRun, staging: Staging, method: Method) -> tuple[Sequen
         raise KeyboardInterrupt
     for note in found.notes:
         run.screen.note(note)
-    elements: Sequence[AnyElement] = found.elements
-    if run.spec.stacks:
-        elements = [Permutation(run.spec, dict(each.arrays)) for each in found.permutations]
-    return elements, {
+    found = found.over(run.spec)
+    return found.elements, {
         "outcome": found.outcome,
         "objective": found.history[-1].objective,
         "rounds": len(found.history),

@@ -137,8 +137,8 @@ def merge(
     elements: tuple[Permutation | Transformation, ...] = result.elements
     renumbered = [p.apply(state) for p, state in zip(elements, working, strict=True)]
 
-    if spec.stacks:
-        elements = tuple(Permutation(spec, dict(p.arrays)) for p in result.permutations)
+    result = result.over(spec)
+    elements = result.elements
 
     def moved(given: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """All models with all of their rows, in the layout of the first."""
@@ -159,7 +159,7 @@ def merge(
         mean = _in_types_of(average(renumbered if matched is None else moved(whole), shares), states[0])
     merged = Merge(
         state_dict=Weights(redistributed_state(mean, given[0])),
-        permutations=tuple(e for e in elements if isinstance(e, Permutation)) if spec.stacks else result.permutations,
+        permutations=result.permutations,
         objective=objective,
         objective_before=before,
         outcome=result.outcome,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -111,6 +111,12 @@ class Found:
     notes: tuple[str, ...] = ()
     transformations: tuple[Transformation, ...] | None = None
     reference: int = 0
+
+    def over(self, spec: PermutationSpec) -> Found:
+        """The same of a spec whose stacks were found as single tensors; see `Models.stacked`."""
+        if not spec.stacks:
+            return self
+        return replace(self, permutations=tuple(Permutation(spec, dict(p.arrays)) for p in self.permutations))
 
     @property
     def elements(self) -> tuple[Permutation, ...] | tuple[Transformation, ...]:

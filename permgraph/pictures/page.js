@@ -12,7 +12,7 @@
   const data = JSON.parse(document.getElementById("data").textContent);
   const groups = data.groups.map(([name, short, size, parents, fixed, moves, colour]) =>
     ({ name, short, size, parents, fixed: !!fixed, moves: !!moves, colour, slots: [] }));
-  const parameters = data.parameters.map(([name, shape, axes, others]) => ({ name, shape, axes, others }));
+  const parameters = data.parameters.map(([name, shape, axes, others, as]) => ({ name, shape, axes, others, as }));
   const owners = []; // for each slot of a parameter, which parameter and dimension
   parameters.forEach((parameter, at) => {
     parameter.first = owners.length;
@@ -178,7 +178,8 @@
     const name = whole ? parameter.name : parameter.name.slice(parameter.name.lastIndexOf(".") + 1) || parameter.name;
     const axes = parameter.axes.map((axis, dim) =>
       make("span", { class: "dim" }, expression(parameter.first + dim, axis)));
-    const also = parameter.others.length ? make("span", { class: "also" }, `also ${parameter.others.join(", ")}`) : null;
+    const others = `${parameter.as} ${parameter.others.join(", ")}`;
+    const also = parameter.others.length ? make("span", { class: "also" }, others) : null;
     return make("li", { class: "parameter", "data-parameter": at },
       make("span", { class: "name", title: parameter.name }, name),
       make("span", { class: "shape" }, parameter.shape.join(" × ") || "scalar"),

@@ -515,4 +515,4 @@ class SpecData:
 
     def __repr__(self) -> str:
         of = f" of {self.model_class}" if self.model_class else ""
-        return f"<PermutationSpec{of}: {len(self.moving)} groups on {len(self.axes)} parameters and buffers>"
+        return f"<PermutationSpec{of}: {len(self.moving)} groups on {len(self.tensors)} parameters and buffers>"
