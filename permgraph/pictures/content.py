@@ -54,13 +54,14 @@ class _Writer:
         for alias, canonical in spec.aliases.items():
             others.setdefault(canonical, []).append(alias)
         others |= {name: list(spec.tensors_of(name)) for name in spec.stacks}
-        stands = dict.fromkeys(spec.stacks, "stack of")
         data: dict[str, Any] = {
             "groups": [self.group(group, short[name], colours.get(name, 0)) for name, group in spec.groups.items()],
             "parameters": [
-                [name, list(spec.shapes[name]), list(map(self.expression, axes)), others.get(name, []), stands.get(name, "also")]
+                [name, list(spec.shapes[name]), list(map(self.expression, axes)), others.get(name, [])]
                 for name, axes in spec.axes.items()
             ],
+            "stacks": [self.parameter_at[name] for name in spec.stacks],
+            "modules": [self.group_at[name] for name in spec.groups if name in spec.groups_of_modules],
             "tree": self.module(module_tree(spec)),
             "pins": [
                 [self.parameter_at[p.parameter], p.dim, p.size, *self.because(p)]
