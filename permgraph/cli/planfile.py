@@ -46,7 +46,8 @@ from permgraph.studies import StudyPlan
 from permgraph.studies.fingerprint import fingerprint
 
 KEYS = (
-    "model", "input", "modules", "networks", "pairs", "matchers", "seeds", "data", "recalibrate", "points", "threads", "unaligned"
+    "model", "input", "modules", "networks", "pairs", "matchers", "seeds", "data", "recalibrate", "points", "threads",
+    "unaligned",
 )  # fmt: skip
 
 

@@ -183,7 +183,9 @@ def diff(
 
     with Screen(shown) as screen:
         with screen.stage("finding symmetries"):
-            one, other = (spec_of(each, inputs, modules=modules and not Path(each).is_file()) for each in (spec_a, spec_b))
+            one, other = (
+                spec_of(each, inputs, modules=modules and not Path(each).is_file()) for each in (spec_a, spec_b)
+            )
         differences = one.diff(other)
         screen.result(
             {"same": not differences, "differences": list(differences)}, "\n".join(differences) or "no difference"

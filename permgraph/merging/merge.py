@@ -121,7 +121,8 @@ def merge(
     compared = Compared.of(spec.over_stacks(), spec.stacked(states[0]))  # the models as the method sees them
     require_all_finite([spec.stacked(state) for state in states], compared.names)
     whole = tuple(_working(state, states[0]) for state in states)
-    working, ran = whole, tuple(modules) if len(modules) == len(networks) else None
+    working: tuple[Mapping[str, Any], ...] = whole
+    ran = tuple(modules) if len(modules) == len(networks) else None
     if matched is not None:
         working, ran = tuple(matched.common(number, state) for number, state in enumerate(whole)), None
         spec = matched.spec
@@ -134,11 +135,10 @@ def merge(
     models_given = Models(working, spec, ran).stacked()
     working = models_given.states
     result = method.find(models_given, seed, progress)
-    elements: tuple[Permutation | Transformation, ...] = result.elements
-    renumbered = [p.apply(state) for p, state in zip(elements, working, strict=True)]
-
+    found: Sequence[Permutation | Transformation] = result.elements
+    renumbered = [p.apply(state) for p, state in zip(found, working, strict=True)]
     result = result.over(spec)
-    elements = result.elements
+    elements: Sequence[Permutation | Transformation] = result.elements
 
     def moved(given: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """All models with all of their rows, in the layout of the first."""

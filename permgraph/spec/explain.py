@@ -187,7 +187,7 @@ class _Seen:
 
     @functools.cached_property
     def known(self) -> dict[Slot, tuple[str, int]]:
-        found = {}
+        found: dict[Slot, tuple[str, int]] = {}
         for name, axes in self.spec.axes.items():
             inside = list(places(self.spec.stacks[name])) if name in self.spec.stacks else [((), name)]
             for place, own in inside:
@@ -198,7 +198,11 @@ class _Seen:
     def own(self) -> dict[tuple[str, int], Slot]:
         axes = self.spec.axes[self.stack]
         above = {axis.group: at for axis, at in zip(axes, self.place, strict=False) if isinstance(axis, Ref)}
-        return {(name, dim): self._slot(name, dim, above) for name, axes in self.spec.axes.items() for dim in range(len(axes))}
+        return {
+            (name, dim): self._slot(name, dim, above)
+            for name, axes in self.spec.axes.items()
+            for dim in range(len(axes))
+        }
 
     def _slot(self, name: str, dim: int, above: Mapping[str, int]) -> Slot:
         names: Names = self.spec.stacks.get(name, name)

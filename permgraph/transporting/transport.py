@@ -142,7 +142,9 @@ def _state(
     for key, entry in held.items():
         if entry.part == "whole" and entry.name in _known(spec):
             copies.setdefault(key.removesuffix(entry.name), {})[_canonical(entry.name, spec)] = state[key]
-    places = {(_around(key, entry), entry._replace(name=_canonical(entry.name, spec))): key for key, entry in held.items()}
+    places = {
+        (_around(key, entry), entry._replace(name=_canonical(entry.name, spec))): key for key, entry in held.items()
+    }
     out: dict[str, Any] = {}
     done: dict[tuple[str, Entry], Tensor] = {}
     memory = SameTensor()

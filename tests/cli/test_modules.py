@@ -97,9 +97,7 @@ def test_align_brings_scrambled_experts_back(run: Run, pair: Any, stream: str) -
     assert not equal(load_file("d.safetensors"), a)  # without the modules
 
 
-def test_a_streamed_run_goes_on_after_its_last_sweep(
-    run: Run, pair: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_streamed_run_goes_on_after_its_last_sweep(run: Run, pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from permgraph.matching.streamed import StreamedClimb
 
     aligned = ("align", "a.safetensors", "b.safetensors", "-m", NET, "--stream", "--modules", "-o", "c.safetensors")

@@ -54,7 +54,6 @@ def equal(one: Any, other: Any) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-
 # --- the data ---------------------------------------------------------------------------------------------------------
 
 
@@ -243,8 +242,8 @@ def test_streamed_matching_holds_one_stack_at_a_time() -> None:
     assert equal(result.permutation.apply(turn.apply(a)), a)
     of_stacks = [name.rsplit(".", 1)[-1] for name in one.asked if name in found.in_stack]
     assert all(of_stacks[i] == of_stacks[i + 1] == of_stacks[i + 2] for i in range(0, len(of_stacks), 3))
+    less = OnAccess({name: tensor for name, tensor in a.items() if name != "e.1.down"})
     with pytest.raises(MismatchError, match=r"no 'e\.1\.down', which changes places"):
-        less = OnAccess({name: tensor for name, tensor in a.items() if name != "e.1.down"})
         pg.StreamedWeightMatching().match(less, other, found, 0)
 
 
@@ -292,6 +291,30 @@ def test_a_stack_and_what_goes_with_the_modules_are_explained() -> None:
     assert part.group == "experts.*" and "experts.*.2.bias[0]" in {link.slot for link in part.links}
     inner = inferred().explain("experts.*.0.weight", 1).parts[0]
     assert {link.slot for link in inner.links} == {"experts.0.0.bias[0]", "experts.0.2.weight[1]"}
+
+
+class Interleaved(nn.Module):
+    """Heads that can change places, but whose units lie in turn in what reads them, which a spec cannot say."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(nn.Linear(5, 4) for _ in range(3))
+        self.out = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.stack([head(x).relu() for head in self.heads], -1).flatten(-2))
+
+
+def test_why_modules_stay_put_is_explained(tmp_path: Path) -> None:
+    found = pg.auto_spec(Interleaved(), (torch.randn(2, 5),), modules=True)
+    if found.stacks:
+        pytest.skip("a spec can say so by now")
+    assert {refusal.parameters for refusal in found.refusals} == {
+        tuple(f"heads.{i}.{own}" for i in range(3)) for own in ("weight", "bias")
+    }
+    found.save(tmp_path / "spec.json")
+    said = str(PermutationSpec.load(tmp_path / "spec.json").explain("heads.1.weight", 0))
+    assert "its module does not change places with that of heads.0.weight: the spec cannot say so" in said
 
 
 def test_arrays_are_read_at_the_new_module() -> None:

@@ -37,9 +37,7 @@ class Mixture(nn.Module):
     def __init__(self, count: int = 4) -> None:
         super().__init__()
         self.router = nn.Linear(5, count)
-        self.experts = nn.ModuleList(
-            [nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 5)) for _ in range(count)]
-        )
+        self.experts = nn.ModuleList([nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 5)) for _ in range(count)])
 
     def forward(self, x: Tensor) -> Tensor:
         gates = self.router(x).softmax(-1)
@@ -122,7 +120,8 @@ def test_steps_go_with_their_expert() -> None:
     moved = pg.transport(p, optimizer.state_dict(), parameters=net)["state"]
     place = p.arrays["experts.*"].tolist().index(2)
     steps = {name: int(moved[index]["step"]) for index, name in enumerate(names)}
-    assert {name for name, step in steps.items() if step == 1} == {n for n in names if n.startswith(f"experts.{place}.")}
+    at_place = {name for name in names if name.startswith(f"experts.{place}.")}
+    assert {name for name, step in steps.items() if step == 1} == at_place
 
 
 def test_an_optimizer_without_an_expert_that_takes_a_place_is_refused() -> None:

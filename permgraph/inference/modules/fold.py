@@ -34,7 +34,6 @@ from permgraph.spec.provenance import Refusal
 from permgraph.spec.spec import PermutationSpec
 from permgraph.spec.stacks import Names, dimensions
 
-
 MOST_REFUSALS = 200
 """So many reasons why modules do not change places are kept with a spec."""
 
@@ -49,7 +48,9 @@ def fold(spec: PermutationSpec, found: Found) -> PermutationSpec:
         except Refused as refused:
             first, second = (", ".join(member[:1]) for member in family.members[:2])
             notes.append(f"the modules of {first} and {second} could change places, but stay put: {refused}")
-            refusals += [Refusal(f"the spec cannot say so: {refused}", names) for names in zip(*family.members, strict=True)]
+            refusals += [
+                Refusal(f"the spec cannot say so: {refused}", names) for names in zip(*family.members, strict=True)
+            ]
     known = [r for r in refusals if all(name in spec.tensors for name in r.parameters)]
     return replace(spec, notes=(*spec.notes, *notes), refusals=tuple(known[:MOST_REFUSALS]))
 
