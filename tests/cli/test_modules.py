@@ -191,3 +191,19 @@ def test_a_study_matches_modules_if_its_plan_says_so(run: Run, pair: Any) -> Non
     run("study", "plan.yaml", "--store", "results", "--backend", "sequential", "-o", "table.csv")
     Path("plan.yaml").write_text(Path("plan.yaml").read_text().replace("true", "perhaps"))
     assert "neither true nor false" in run("study", "plan.yaml", "--store", "results", code=2).stderr
+
+
+@pytest.mark.parametrize("stream", ["--stream", "--no-stream"])
+def test_experts_in_several_shards_come_back(run: Run, pair: Any, stream: str) -> None:
+    for folder, state in zip("ab", pair, strict=True):
+        Path(folder).mkdir()
+        shards: dict[str, dict[str, torch.Tensor]] = {"1": {}, "2": {}}
+        for name, tensor in state.items():
+            shards["2" if name.startswith("experts.1.") else "1"][name] = tensor.to(torch.bfloat16)
+        for number, held in shards.items():
+            save_file(held, f"{folder}/model-0000{number}-of-00002.safetensors", {"format": "pt"})
+        where = {name: f"model-0000{number}-of-00002.safetensors" for number, held in shards.items() for name in held}
+        Path(folder, "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    run("align", "a", "b", "-m", NET, "--modules", stream, "-o", "out")
+    found = {name: t for shard in Path("out").glob("*.safetensors") for name, t in load_file(shard).items()}
+    assert equal(found, {name: tensor.to(torch.bfloat16) for name, tensor in pair[0].items()})
