@@ -99,7 +99,7 @@ def fitted(
         made = checkpoint.units if isinstance(checkpoint, ConvertedCheckpoint) else {}  # these have the model's names
         plain = [key for key in checkpoint if key not in made]
         today = {**names_on_disk(conversions, plain), **{key: key for key in made}}
-        matched, note = match_names(list(today.values()), [*spec.axes, *spec.aliases, *spec.unused])
+        matched, note = match_names(list(today.values()), [*spec.tensors, *spec.aliases, *spec.unused])
         names = {key: matched[name] for key, name in today.items()}
         if note:
             screen.note(f"{checkpoint.path}: {note}")
@@ -114,7 +114,7 @@ def fitted(
         (_with_shapes_of(values, spec) if other_rows else spec).check(values)
         for name, key in known.items():
             dtype = checkpoint.formats[key].dtype
-            if spec.aliases.get(name, name) in spec.axes and not (dtype.is_floating_point or dtype.is_complex):
+            if spec.aliases.get(name, name) in spec.tensors and not (dtype.is_floating_point or dtype.is_complex):
                 raise MismatchError(f"{key!r} is {dtype}, but the model's weights are floating point: dequantise first")
     except MismatchError as error:
         raise MismatchError(f"{checkpoint.path}: {error}") from None
@@ -132,7 +132,8 @@ def _materialise(
                 f"its configuration ties {name!r} to {names[key]!r}, which the other's does not: over general "
                 "symmetries they would not stay one: save it untied, or leave out --symmetry general"
             )
-        if spec.axes[name] != spec.axes[spec.canonical(names[key])]:
+        held = spec.aliases.get(names[key], names[key])
+        if name in spec.in_stack or held in spec.in_stack or spec.axes[name] != spec.axes[held]:
             raise MismatchError(
                 f"its configuration ties {name!r} to {names[key]!r}, which the other's does not, and whose units are "
                 "others there: save it untied"
@@ -221,7 +222,7 @@ def whole_state(weights: Renamed, spec: PermutationSpec, module: nn.Module) -> d
     """A state dict that the module takes: the checkpoint's tensors, and the module's own where it has none."""
     state: dict[str, Any] = {}
     for name, own in module.state_dict().items():
-        known = spec.aliases.get(name, name) in spec.axes or name in weights
+        known = spec.aliases.get(name, name) in spec.tensors or name in weights
         state[name] = tensor_of(weights, name, spec) if known else own
     return state
 

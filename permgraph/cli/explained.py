@@ -29,6 +29,7 @@ def in_lines(explanation: Explanation, width: int | None = None) -> str:
         title = f"{explanation.slot} ({part.size})" if whole else f"  {part.axis} ({part.size})"
         lines.append(f"{title} {_verdict(part)}:")
         lines += [f"{'' if whole else '  '}{line}" for line in _reasons(part)]
+    lines += explanation.modules
     return "\n".join(
         wrapped
         for line in lines
@@ -52,7 +53,9 @@ def _reasons(part: Part) -> Iterator[str]:
     if part.moves:
         for link in part.links[:SHOWN]:
             steps = list(_steps(link.ties))
-            if steps:
+            if link.modules:
+                yield f"  {link}"
+            elif steps:
                 yield f"  tied to {link.slot} by"
                 yield from (f"      {step}" for step in steps)
             else:

@@ -43,7 +43,7 @@ def left_out(
     Raises:
         MismatchError: other keys are not known; the message names them, and patterns that would leave them.
     """
-    known = {*spec.axes, *spec.aliases, *spec.unused}
+    known = {*spec.tensors, *spec.aliases, *spec.unused}
     types = {key: form.dtype for key, form in checkpoint.formats.items()}
     floating = {key for key, dtype in types.items() if dtype.is_floating_point or dtype.is_complex}
     extra = [key for key, name in names.items() if name not in known]
@@ -119,8 +119,8 @@ def _original(key: str, checkpoint: Checkpoint, spec: PermutationSpec) -> str | 
     while "." in name:
         name = name.partition(".")[2]
         canonical = spec.aliases.get(name, name)
-        if canonical in spec.axes:
-            return canonical if spec.shapes[canonical] == checkpoint.formats[key].shape else None
+        if canonical in spec.tensors:
+            return canonical if spec.tensors[canonical] == checkpoint.formats[key].shape else None
     return None
 
 

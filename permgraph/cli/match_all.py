@@ -74,7 +74,7 @@ def _jointly(run: MatchingRun, staging: Staging, method: Method) -> tuple[Sequen
                 name = f".step-{step}.safetensors"
                 if name not in staging.finished:
                     save(staging, name, search())
-                return Permutation.load(staging.path(name), run.spec)
+                return Permutation.load(staging.path(name), run.spec.over_stacks())
 
             joining = method is Method.cycle_consistent
             watched = dataclasses.replace(matcher, watch=stage.step)
@@ -95,15 +95,17 @@ def _jointly(run: MatchingRun, staging: Staging, method: Method) -> tuple[Sequen
             states = tuple(module.state_dict() for module in modules)
         elif not isinstance(finder, StreamedRounds):
             states = tuple(_in_working_precision(weights, run.spec) for weights in run.weights)
-        names = Compared.of(run.spec, states[0]).names
-        for checkpoint, state in zip(run.checkpoints, states, strict=True):
+        models = Models(states, run.spec, modules).stacked()
+        names = Compared.of(models.spec, models.states[0]).names
+        for checkpoint, state in zip(run.checkpoints, models.states, strict=True):
             for name in names:
-                require_finite(name, tensor_of(state, name, run.spec), checkpoint.path)
-        found = finder.find(Models(states, run.spec, modules), run.seed, lambda done: stage(done.number))
+                require_finite(name, tensor_of(state, name, models.spec), checkpoint.path)
+        found = finder.find(models, run.seed, lambda done: stage(done.number))
     if found.outcome == "interrupted":
         raise KeyboardInterrupt
     for note in found.notes:
         run.screen.note(note)
+    found = found.over(run.spec)
     return found.elements, {
         "outcome": found.outcome,
         "objective": found.history[-1].objective,
@@ -116,7 +118,7 @@ def _jointly(run: MatchingRun, staging: Staging, method: Method) -> tuple[Sequen
 def _in_working_precision(weights: Renamed, spec: PermutationSpec) -> dict[str, torch.Tensor]:
     """What a spec acts on, in float32 or better."""
     found = {}
-    for name in spec.axes:
+    for name in spec.tensors:
         tensor = tensor_of(weights, name, spec)
         found[name] = tensor.to(working_dtype(tensor.dtype))
     return found

@@ -41,6 +41,7 @@ from permgraph.matching import MatchResult, SupportsMatch, Sweep, WeightMatching
 from permgraph.matching.matcher import runs_networks
 from permgraph.matching.rows import Rows, on_spec
 from permgraph.matching.streamed import StreamedWeightMatching
+from permgraph.merging import Models
 from permgraph.merging.compared import Compared
 from permgraph.spec.elements import AnyElement
 from permgraph.spec.spec import PermutationSpec
@@ -287,7 +288,9 @@ class MatchingRun:
             self.screen.note("nothing to permute: the spec has no groups")
         # Weight matching looks at what it compares; a model with NaN elsewhere is none to align to either.
         weight = isinstance(matcher, (WeightMatching, StreamedWeightMatching))
-        looked_at = set(Compared.of(self.spec, a).names) if weight else ()
+        over = Models((a,), self.spec).stacked()
+        compared = Compared.of(over.spec, over.states[0]).names if weight else ()
+        looked_at = {own for name in compared for own in self.spec.tensors_of(name)}
         for name in a:
             if name not in looked_at:
                 require_finite(self.weights[reference].keys_of[name], a[name], self.checkpoints[reference].path)

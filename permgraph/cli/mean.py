@@ -56,7 +56,7 @@ def ratios_from(texts: Sequence[str]) -> Ratios:
 
 def ratios_for(run: MatchingRun, ratios: Ratios) -> dict[str, float]:
     """The ratio of each parameter of the first checkpoint, by the model's name and in the model's order."""
-    places = {name: at for at, name in enumerate(run.spec.axes)}
+    places = {name: at for at, name in enumerate(run.spec.tensors)}
     aliases = run.spec.aliases
     return ratios_of(sorted(run.weights[0], key=lambda name: places.get(aliases.get(name, name), len(places))), ratios)
 
@@ -156,7 +156,7 @@ def require_same_names(named: Sequence[Renamed], spec: PermutationSpec) -> None:
     """Raise MismatchError where a checkpoint lacks a floating-point tensor that another has."""
 
     def floating(weights: Renamed) -> set[str]:
-        return {spec.aliases.get(name, name) for name in weights if name in spec.unused} | set(spec.axes)
+        return {spec.aliases.get(name, name) for name in weights if name in spec.unused} | set(spec.tensors)
 
     first = named[0]
     names = floating(first)

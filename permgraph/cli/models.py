@@ -88,6 +88,7 @@ def spec_of(
     inputs: list[str] | None = None,
     symmetry: Literal["permutation", "general"] = "permutation",
     outputs: str | None = None,
+    modules: bool = False,
 ) -> PermutationSpec:
     """The spec in a file (.json or text), or that of the model which a text names.
 
@@ -98,10 +99,14 @@ def spec_of(
         outputs: what of the model's result counts, as text: final, all, or names with commas between them. Of a
             pipeline's components all does by default: other components may read any of it.
 
+        modules: that of `auto_spec`; a file holds what it holds.
+
     Raises:
         CaptureError: there is no such file or model, or it does not run; without inputs, because none were found.
         SpecError: the file holds no spec, or one with permutations alone where more is asked for.
     """
+    if modules and symmetry == "general":
+        raise SpecError("--modules goes with permutations alone: leave out --symmetry general, or leave out --modules")
     if model.endswith(SPEC_SUFFIXES) and ".py:" not in model:
         if not Path(model).is_file():
             raise CaptureError(f"{model}: no such file")
@@ -110,6 +115,8 @@ def spec_of(
             raise SpecError(
                 f"{model} holds permutations alone: infer the spec again from the model, --symmetry general"
             )
+        if modules and not found.stacks:
+            raise SpecError(f"{model} holds no groups of modules: infer the spec again from the model, --modules")
         if outputs is not None:
             raise SpecError(f"{model} says by itself which outputs count: infer the spec again for --outputs {outputs}")
         return found
@@ -118,7 +125,10 @@ def spec_of(
     if outputs is None and is_of_pipeline(model):
         outputs = "all"
     try:
-        return auto_spec(build(model), args or None, kwargs or None, outputs=parse_outputs(outputs), symmetry=symmetry)
+        counted = parse_outputs(outputs)
+        return auto_spec(
+            build(model), args or None, kwargs or None, outputs=counted, symmetry=symmetry, modules=modules
+        )
     except NoInputsError as error:
         found_none = str(error).splitlines()[0].removesuffix(" Tried:")
         raise CaptureError(
@@ -128,19 +138,29 @@ def spec_of(
 
 
 def spec_of_subject(
-    model: str, subject: Subject, symmetry: Literal["permutation", "general"], missing: str, screen: Screen
+    model: str,
+    subject: Subject,
+    symmetry: Literal["permutation", "general"],
+    missing: str,
+    screen: Screen,
+    *,
+    modules: bool | None = None,
 ) -> PermutationSpec:
-    """The spec that a command is told of, or infers; `missing` is what to say where no model is known."""
+    """The spec that a command is told of, or infers; `missing` is what to say where no model is known.
+
+    Whether it has groups of modules, the options say unless `modules` does.
+    """
+    modules = subject.modules if modules is None else modules
     if subject.spec_file is not None:
         if not subject.spec_file.is_file():
             raise CheckpointError(f"{subject.spec_file}: no such file")
         if not subject.model:
-            return spec_of(str(subject.spec_file), symmetry=symmetry, outputs=subject.outputs)
+            return spec_of(str(subject.spec_file), symmetry=symmetry, outputs=subject.outputs, modules=modules)
         raise MismatchError("--model and --spec both say what the checkpoints are weights of: give one")
     if not model:
         raise MismatchError(f"{missing}: say --model {FORMS}; or --spec FILE")
     with screen.stage("finding symmetries"):
-        return spec_of(model, subject.inputs, symmetry, subject.outputs)
+        return spec_of(model, subject.inputs, symmetry, subject.outputs, modules)
 
 
 def parse_outputs(text: str | None) -> str | list[str] | None:
@@ -180,7 +200,7 @@ def require_one_structure(
     args, kwargs = parse_inputs(inputs or [])
     first: Structure | None = None
     seen = {model: ""}
-    asked: Any = {"symmetry": spec.symmetry, "outputs": outputs_of(spec)}
+    asked: Any = {"symmetry": spec.symmetry, "outputs": outputs_of(spec), "modules": bool(spec.stacks)}
     for own in dict.fromkeys(filter(None, map(model_of, checkpoints))):
         content = configuration_of(own)
         if own in seen or content in seen.values():

@@ -131,6 +131,11 @@ Symmetry = Annotated[
     typer.Option("--symmetry", help="Permutations alone, or also scales, signs, rotations, any matrices."),
 ]
 
+Modules = Annotated[
+    bool,
+    typer.Option("--modules", help="Also whole modules that can change places, such as experts: over permutations."),
+]
+
 Outputs = Annotated[
     str | None,
     typer.Option(
@@ -208,6 +213,7 @@ class Subject:
             help="With general, also rotations, scales, signs and invertible maps where the model allows them."
         ),
     ] = "permutation"
+    modules: Modules = False
     outputs: Outputs = None
     leave: Leave = None
     entry: Entry = None

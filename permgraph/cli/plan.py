@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from permgraph.cli.options import Inputs, Model, Shown, Symmetry
+from permgraph.cli.options import Inputs, Model, Modules, Shown, Symmetry
 from permgraph.cli.screen import Screen, table
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ def plan(
     *,
     inputs: Inputs = None,
     symmetry: Symmetry = "permutation",
+    modules: Modules = False,
     dtype_bytes: Annotated[int, typer.Option(help="Bytes of one weight in the checkpoint: 2 for bf16.")] = 4,
     passes: Annotated[int, typer.Option(help="Passes over all groups to count with.")] = 6,
     workers: Annotated[list[int] | None, typer.Option(help="Numbers of workers to show.")] = None,
@@ -44,7 +45,7 @@ def plan(
 
     with Screen(shown) as screen:
         with screen.stage("finding symmetries"):
-            cost = estimate(spec_of(model, inputs, symmetry))
+            cost = estimate(spec_of(model, inputs, symmetry, modules=modules))
         with screen.stage("measuring this machine"):
             rates = calibrate(calibration)
         general = isinstance(cost, GeneralEstimate)

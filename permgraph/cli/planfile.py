@@ -4,6 +4,7 @@
 
     model: net.py:Net                  # as MODEL elsewhere
     input: ["2,16000"]                 # shapes of example inputs, where none are found
+    modules: true                      # also match whole modules that can change places
     networks: runs/*.safetensors       # or name: checkpoint, for each
     pairs: all                         # or ordered, first, or a list of [a, b]
     matchers:
@@ -45,7 +46,8 @@ from permgraph.studies import StudyPlan
 from permgraph.studies.fingerprint import fingerprint
 
 KEYS = (
-    "model", "input", "networks", "pairs", "matchers", "seeds", "data", "recalibrate", "points", "threads", "unaligned"
+    "model", "input", "modules", "networks", "pairs", "matchers", "seeds", "data", "recalibrate", "points", "threads",
+    "unaligned",
 )  # fmt: skip
 
 
@@ -99,7 +101,10 @@ def read_plan(path: Path, screen: Screen) -> StudyPlan:
             raise StudyError(f"{path}: it has no {key!r}")
     model = _anchored(str(content["model"]), root)
     with screen.stage("finding symmetries"):
-        spec = spec_of(model, _inputs(content.get("input"), path))
+        modules = content.get("modules", False)
+        if not isinstance(modules, bool):
+            raise StudyError(f"{path}: modules: {modules!r} is neither true nor false")
+        spec = spec_of(model, _inputs(content.get("input"), path), modules=modules)
     module = build(model, device=None).eval()
     checkpoints = {name: open_checkpoint(file) for name, file in _networks(content["networks"], root, path).items()}
     inputs = _inputs(content.get("input"), path)

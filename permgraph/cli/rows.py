@@ -108,7 +108,7 @@ def tied_names(checkpoint: Checkpoint, known: Mapping[str, str], spec: Permutati
         spec: whose names are wanted.
     """
     have = {spec.aliases.get(name, name) for name in known}
-    missing = [name for name in spec.axes if name not in have]
+    missing = [name for name in spec.tensors if name not in have]
     found = {}
     for names in _sharing(checkpoint) if missing else ():
         held = next((name for name in names if name in known), None)

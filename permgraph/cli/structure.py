@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from permgraph.cli.options import FORMS, Entry, Inputs, Leave, Model, Outputs, Shown, Symmetry, complete_model
+from permgraph.cli.options import FORMS, Entry, Inputs, Leave, Model, Modules, Outputs, Shown, Symmetry, complete_model
 from permgraph.cli.report import PAGE, PAGES, check_file
 from permgraph.cli.screen import SAYS_NO, Screen, table
 
@@ -29,12 +29,14 @@ def spec(
     inputs: Inputs = None,
     pins: Annotated[bool, typer.Option("--pins", help="List what stays put, and why.")] = False,
     symmetry: Symmetry = "permutation",
+    modules: Modules = False,
     outputs: Outputs = None,
     shown: Shown,
 ) -> None:
     """Show every permutation symmetry of a model: its groups, and where they act on each parameter.
 
     With --symmetry general also the structure of each group, what keeps it from being larger, and the dimension of all.
+    With --modules also modules that can change places as wholes, such as the experts of a mixture.
 
     [bold]Examples[/bold]
 
@@ -53,7 +55,7 @@ def spec(
         check_file(output, "--output", ())
         check_file(page, "--report", PAGES)
         with screen.stage("finding symmetries"):
-            found = spec_of(model, inputs, symmetry, outputs)
+            found = spec_of(model, inputs, symmetry, outputs, modules)
         if output is not None:
             found.save(output)
             screen.note(f"saved to {output}")
@@ -94,6 +96,7 @@ def summary(spec: PermutationSpec, *, pins: bool = False) -> dict[str, Any]:
         "groups": stored["groups"],
         "axes": stored["parameters"],
         "aliases": stored["aliases"],
+        "stacks": {name: list(spec.tensors_of(name)) for name in spec.stacks},
         "unknown_operators": list(map(dataclasses.asdict, spec.unknown_ops)),
         "unused": stored["unused"],
         "passes": list(map(dataclasses.asdict, spec.passes)),
@@ -130,6 +133,7 @@ def explain(
     dim: Annotated[int, typer.Argument(metavar="DIM", help="Which of its dimensions, from 0.")],
     *,
     inputs: Inputs = None,
+    modules: Modules = False,
     shown: Shown,
 ) -> None:
     """Tell why one axis of a parameter is tied to others, or why it stays put.
@@ -143,7 +147,7 @@ def explain(
 
     with Screen(shown) as screen:
         with screen.stage("finding symmetries"):
-            found = spec_of(model, inputs)
+            found = spec_of(model, inputs, modules=modules)
         explanation = found.explain(param, dim)
         parts = [
             {
@@ -157,6 +161,7 @@ def explain(
             for part in explanation.parts
         ]
         data = {"slot": explanation.slot, "size": explanation.size, "axis": explanation.axis, "parts": parts}
+        data["modules"] = list(explanation.modules)
         screen.result({**data, "text": str(explanation)}, in_lines(explanation))
 
 
@@ -165,6 +170,7 @@ def diff(
     spec_b: Annotated[str, typer.Argument(metavar="SPEC_B", help="Another.")],
     *,
     inputs: Inputs = None,
+    modules: Modules = False,
     shown: Shown,
 ) -> None:
     """Tell how two specs differ. Exit code 0 if they do not, 1 if they do.
@@ -177,7 +183,9 @@ def diff(
 
     with Screen(shown) as screen:
         with screen.stage("finding symmetries"):
-            one, other = spec_of(spec_a, inputs), spec_of(spec_b, inputs)
+            one, other = (
+                spec_of(each, inputs, modules=modules and not Path(each).is_file()) for each in (spec_a, spec_b)
+            )
         differences = one.diff(other)
         screen.result(
             {"same": not differences, "differences": list(differences)}, "\n".join(differences) or "no difference"
@@ -196,6 +204,7 @@ def verify(
     spec_file: Annotated[Path | None, typer.Option("--spec", help="Check this spec, not the one found now.")] = None,
     inputs: Inputs = None,
     symmetry: Symmetry = "permutation",
+    modules: Modules = False,
     outputs: Outputs = None,
     leave: Leave = None,
     entry: Entry = None,
@@ -235,7 +244,9 @@ def verify(
         with screen.stage("finding symmetries"):
             if spec_file and outputs:
                 raise SpecError(f"{spec_file} says by itself which outputs count: infer the spec again for --outputs")
-            found = PermutationSpec.load(spec_file) if spec_file else spec_of(model, inputs, symmetry, outputs)
+            if spec_file and modules:
+                raise SpecError(f"{spec_file} says by itself which modules change places: leave out --modules")
+            found = PermutationSpec.load(spec_file) if spec_file else spec_of(model, inputs, symmetry, outputs, modules)
         with screen.stage("verifying"):
             proof = verify_spec(
                 module,

@@ -106,10 +106,11 @@ def _with_fit(
 
     if not file.exists():
         raise CheckpointError(f"{file}: no such file or folder")
-    symmetry = _symmetry_of(fit)
+    symmetry, modules = _symmetry_of(fit)
     adapter, components = file.is_dir() and (file / ADAPTER_CONFIG).is_file(), tuple(subject.components or ())
     model = subject.model or ("" if subject.spec_file else _model_of(file, components))
-    spec = spec_of_subject(model, subject, symmetry, f"{file} does not say what model it goes with", screen)
+    missing = f"{file} does not say what model it goes with"
+    spec = spec_of_subject(model, subject, symmetry, missing, screen, modules=modules or subject.modules)
     element = _load(fit, spec)
     if file.resolve() == writing.output.resolve():
         raise CheckpointError(f"{writing.output} is the input, which is only read: choose another place")
@@ -199,21 +200,22 @@ def _whole(
     return moved
 
 
-def _symmetry_of(fit: Path) -> Any:
-    """Whether a file holds a permutation or a transformation, from its header."""
+def _symmetry_of(fit: Path) -> tuple[Any, bool]:
+    """Whether a file holds a permutation or a transformation, and whether one of whole modules, from its header."""
     from permgraph.io import SafetensorsFile
     from permgraph.spec import permutation, transformation
 
     if not fit.is_file():
         raise CheckpointError(f"{fit}: no such file: `permgraph align --permutation FILE` saves what it found")
     kinds = {permutation.FORMAT: "permutation", transformation.FORMAT: "general"}
-    found = SafetensorsFile.open(fit).metadata.get("format") if fit.suffix == ".safetensors" else None
+    metadata = SafetensorsFile.open(fit).metadata if fit.suffix == ".safetensors" else {}
+    found = metadata.get("format")
     if found not in kinds:
         raise CheckpointError(
             f"{fit}: neither a permutation nor a transformation, such as `permgraph align --permutation FILE` saves; "
             "for a fine-tuning say three checkpoints, BASE_A TUNED_A BASE_B"
         )
-    return kinds[found]
+    return kinds[found], metadata.get("modules") == "yes"
 
 
 def _load(fit: Path, spec: PermutationSpec) -> AnyElement:

@@ -273,7 +273,8 @@ def permute_masks(permutation: AnyElement | MatchResult, masks: Mapping[str, Ten
 
     Raises:
         SpecError: the spec does not know a name.
-        MismatchError: a mask has another shape than its parameter, or matrices act on it.
+        MismatchError: a mask has another shape than its parameter, or matrices act on it; or one is not there, of a
+            module that takes the place of another one.
 
     Example:
         >>> spec = pg.PermutationSpec.parse("0.weight 2x1 h . | 1.weight 1x2 . h | groups: h 2".replace(" | ", chr(10)))
@@ -282,7 +283,18 @@ def permute_masks(permutation: AnyElement | MatchResult, masks: Mapping[str, Ten
         {'1.weight': tensor([[False,  True]])}
     """
     mover = Mover(element_of(permutation))
-    return {name: mover.parameter(name, mask, "mask") for name, mask in masks.items()}
+    moved = {}
+    for name, mask in masks.items():
+        source, moves = mover.source(name)
+        if name in mover.element.spec.in_stack:
+            if source not in masks:
+                raise MismatchError(
+                    f"there is a mask of {name!r}, but none of {source!r}, whose module takes its place: give masks of "
+                    "all modules that change places, of ones where nothing is pruned"
+                )
+            mask = masks[source]
+        moved[name] = moves.parameter(source, mask, "mask")
+    return moved
 
 
 def _claim(

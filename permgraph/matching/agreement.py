@@ -68,7 +68,8 @@ def agreed_spec(
         return spec, ()
     symmetry: Symmetry = "permutation" if spec is None else spec.symmetry
     outputs = None if spec is None else outputs_of(spec)
-    first = Structure(*modules[0], example_inputs, example_kwargs, symmetry=symmetry, outputs=outputs)
+    whole = spec is not None and bool(spec.stacks)
+    first = Structure(*modules[0], example_inputs, example_kwargs, None, symmetry, outputs, modules=whole)
     found = first.spec if spec is None else spec
     notes: list[str] = []
     if spec is not None and not isinstance(networks[0], nn.Module):  # else the spec is taken to be that of the first
@@ -90,6 +91,7 @@ class Structure:
         spec: its symmetries, where they are known.
         symmetry: whether permutations count or all that a spec can say; see `auto_spec`.
         outputs: what of its result counts; see `auto_spec`.
+        modules: whether groups of whole modules count; see `auto_spec`.
     """
 
     def __init__(
@@ -101,8 +103,10 @@ class Structure:
         spec: PermutationSpec | None = None,
         symmetry: Symmetry = "permutation",
         outputs: Outputs = None,
+        modules: bool = False,
     ) -> None:
-        self.name, self.module, self.symmetry, self.outputs = name, module, symmetry, outputs
+        self.name, self.module, self.outputs = name, module, outputs
+        self.asked: Mapping[str, Any] = {"symmetry": symmetry, "modules": modules}
         self.given = example_inputs, example_kwargs
         self._spec = spec
         self._captured: Captured | None = None
@@ -111,7 +115,7 @@ class Structure:
     def spec(self) -> PermutationSpec:
         """Its symmetries."""
         if self._spec is None:
-            self._spec = auto_spec(self.module, *self.given, outputs=self.outputs, symmetry=self.symmetry)
+            self._spec = auto_spec(self.module, *self.given, outputs=self.outputs, **self.asked)
         return self._spec
 
     @property
@@ -127,7 +131,7 @@ class Structure:
             names = ("the spec", self.name)
             difference = first_difference(spec, self.spec, names)
             if difference is not None and not spec.outputs:  # nothing says what counts: then it may be everything
-                own = auto_spec(self.module, *self.given, outputs="all", symmetry=self.symmetry)
+                own = auto_spec(self.module, *self.given, outputs="all", **self.asked)
                 difference = first_difference(spec, own, names) and difference
         except CaptureError as error:
             return (_not_compared(self.name, error),)
@@ -149,7 +153,7 @@ class Structure:
         names = (self.name, name)
         try:
             ours, inputs = self.spec, self.captured.inputs
-            theirs = _own(module, inputs.args, inputs.kwargs, self.symmetry, self.outputs)
+            theirs = _own(module, inputs.args, inputs.kwargs, {**self.asked, "outputs": self.outputs})
         except CaptureError as error:
             if not given:
                 raise
@@ -201,14 +205,14 @@ def outputs_of(spec: PermutationSpec) -> Outputs:
 
 
 def _own(
-    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], symmetry: Symmetry, outputs: Outputs
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], asked: Mapping[str, Any]
 ) -> PermutationSpec:
     """The symmetries of a module on these inputs, or on some of its own where it does not take them."""
     try:
-        return auto_spec(module, args, kwargs, outputs=outputs, symmetry=symmetry)
+        return auto_spec(module, args, kwargs, **asked)
     except CaptureError as error:
         log.info("%s: %s; trying inputs of its own", type(module).__name__, error)
-        return auto_spec(module, outputs=outputs, symmetry=symmetry)
+        return auto_spec(module, **asked)
 
 
 def _rests_on_values(spec: PermutationSpec) -> bool:

@@ -202,7 +202,7 @@ def _over_stacks(match: Callable[..., MatchResult]) -> Callable[..., MatchResult
     ) -> MatchResult:
         if not spec.stacks:
             return match(self, a, b, spec, *args, **kwargs)
-        self.require_fit(spec, a, b)
+        self.require_fit(spec, *(state for state in (a, b) if isinstance(state, dict)))  # others load on access
         over = spec.over_stacks()
         changed: dict[str, Any] = {}
         init, models = getattr(self, "init", None), getattr(self, "models", None)
@@ -210,6 +210,9 @@ def _over_stacks(match: Callable[..., MatchResult]) -> Callable[..., MatchResult
             changed["init"] = Permutation(over, dict(init.arrays))
         if models is not None:
             changed["models"] = tuple(StackedModule(model, spec) for model in models)
+        keep = getattr(self, "keep", None)
+        if keep is not None:
+            changed["keep"] = lambda sweep, element: keep(sweep, Permutation(spec, dict(element.arrays)))
         able = replace(self, **changed) if changed else self  # type: ignore[type-var]
         result = match(able, spec.stacked(a), spec.stacked(b), over, *args, **kwargs)
         return replace(result, permutation=Permutation(spec, dict(result.permutation.arrays)))

@@ -137,6 +137,11 @@ def common_spec(spec_a: PermutationSpec, spec_b: PermutationSpec) -> Permutation
     """
     if spec_a.symmetry != spec_b.symmetry:
         raise MismatchError("one of the specs is of general symmetries and the other of permutations alone")
+    if spec_a.stacks or spec_b.stacks:
+        raise MismatchError(
+            "groups of whole modules have no partners among networks of other widths: infer both specs without "
+            "modules=True"
+        )
     if list(spec_a.groups) != list(spec_b.groups):
         different = sorted(set(spec_a.groups) ^ set(spec_b.groups)) or "the order of their names"
         raise MismatchError(f"A and B have different groups, so that there is nothing to match by size: {different}")

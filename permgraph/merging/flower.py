@@ -150,7 +150,8 @@ class _Alignment:
         if apart:
             elements: dict[str, Permutation] = dict.fromkeys(working, self.spec.identity())
             if len(working) > 1:
-                found = self.method.find(Models(tuple(working.values()), self.spec), self.seed)
+                models = Models(tuple(working.values()), self.spec).stacked()
+                found = self.method.find(models, self.seed).over(self.spec)
                 _require_an_end(found.outcome)
                 back = found.permutations[0].inverse()  # all to the numbering of the first
                 elements = {who: back @ each for who, each in zip(working, found.permutations, strict=True)}

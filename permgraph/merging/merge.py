@@ -18,7 +18,6 @@ from permgraph.matching.rows import RowNames, Rows, UnionRows, kinds_of, labels_
 from permgraph.merging.compared import Compared, require_all_finite, sum_over_pairs
 from permgraph.merging.methods import CycleConsistent
 from permgraph.merging.result import Merge, MergeMethod, Models, Progress
-from permgraph.networks.stacked_module import StackedModule
 from permgraph.spec.permutation import Permutation
 from permgraph.spec.spec import PermutationSpec
 from permgraph.spec.transformation import Transformation
@@ -122,30 +121,27 @@ def merge(
             (spec if matched is None else matched.specs[number]).check(state)
         except MismatchError as error:
             raise MismatchError(f"model {number} does not fit the spec: {error}") from None
-    over = spec.over_stacks()  # the models as the method sees them
-    compared = Compared.of(over, spec.stacked(states[0]))
+    compared = Compared.of(spec.over_stacks(), spec.stacked(states[0]))  # the models as the method sees them
     require_all_finite([spec.stacked(state) for state in states], compared.names)
     whole = tuple(_working(state, states[0]) for state in states)
-    working, ran = whole, tuple(modules) if len(modules) == len(networks) else None
-    if spec.stacks:
-        working = tuple(spec.stacked(state) for state in whole)
-        ran = None if ran is None else tuple(StackedModule(module, spec) for module in modules)
+    working: tuple[Mapping[str, Any], ...] = whole
+    ran = tuple(modules) if len(modules) == len(networks) else None
     if matched is not None:
         working, ran = tuple(matched.common(number, state) for number, state in enumerate(whole)), None
-        spec = over = matched.spec
+        spec = matched.spec
         whose = "all models" if union else "model 0"
         notes = (
             *matched.notes,
             f"the result has the rows of {whose}, each the mean of the models that have it",
             *notes,
         )
-    models_given = Models(working, over, ran)
+    models_given = Models(working, spec, ran).stacked()
+    working = models_given.states
     result = method.find(models_given, seed, progress)
-    elements: tuple[Permutation | Transformation, ...] = result.elements
-    renumbered = [p.apply(state) for p, state in zip(elements, working, strict=True)]
-
-    if spec.stacks:
-        elements = tuple(Permutation(spec, dict(p.arrays)) for p in result.permutations)
+    found: Sequence[Permutation | Transformation] = result.elements
+    renumbered = [p.apply(state) for p, state in zip(found, working, strict=True)]
+    result = result.over(spec)
+    elements: Sequence[Permutation | Transformation] = result.elements
 
     def moved(given: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """All models with all of their rows, in the layout of the first."""
@@ -166,7 +162,7 @@ def merge(
         mean = _in_types_of(average(renumbered if matched is None else moved(whole), shares), states[0])
     merged = Merge(
         state_dict=Weights(redistributed_state(mean, given[0])),
-        permutations=tuple(e for e in elements if isinstance(e, Permutation)) if spec.stacks else result.permutations,
+        permutations=result.permutations,
         objective=objective,
         objective_before=before,
         outcome=result.outcome,

@@ -142,6 +142,10 @@ def partial_merge(
     for name, model in (("A", model_a), ("B", model_b)):
         if not isinstance(model, nn.Module):
             raise MismatchError(f"partial_merge() runs {name}, and so takes a module, not a {type(model).__name__}")
+    if spec is not None and spec.stacks:
+        raise MismatchError(
+            "partial_merge() keeps apart single units, and not whole modules: infer the spec without modules=True"
+        )
     shares = shares_of(weights, 2)
     fit = align(
         model_a, model_b, matcher, spec=spec, example_inputs=example_inputs, example_kwargs=example_kwargs,

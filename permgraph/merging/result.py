@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -14,6 +14,7 @@ from permgraph.conventions.displayed import Displayed, plural
 from permgraph.conventions.outcomes import Outcome
 from permgraph.errors import MismatchError
 from permgraph.matching.general.gauge import Written, require_both_real
+from permgraph.networks.stacked_module import StackedModule
 from permgraph.spec.permutation import Permutation
 from permgraph.spec.spec import PermutationSpec
 from permgraph.spec.transformation import Transformation
@@ -61,6 +62,13 @@ class Models:
     def __len__(self) -> int:
         return len(self.states)
 
+    def stacked(self) -> Models:
+        """The same models where the tensors of modules that change places are stacked; itself if there are none."""
+        if not self.spec.stacks:
+            return self
+        ran = None if self.modules is None else tuple(StackedModule(module, self.spec) for module in self.modules)
+        return Models(tuple(map(self.spec.stacked, self.states)), self.spec.over_stacks(), ran)
+
     def written(self, ignore: Iterable[str] = STATISTICS, dtype: torch.dtype | None = None) -> tuple[Written, ...]:
         """Each model without gains and balanced, where the spec has general symmetries; worked out once and kept.
 
@@ -103,6 +111,12 @@ class Found:
     notes: tuple[str, ...] = ()
     transformations: tuple[Transformation, ...] | None = None
     reference: int = 0
+
+    def over(self, spec: PermutationSpec) -> Found:
+        """The same of a spec whose stacks were found as single tensors; see `Models.stacked`."""
+        if not spec.stacks:
+            return self
+        return replace(self, permutations=tuple(Permutation(spec, dict(p.arrays)) for p in self.permutations))
 
     @property
     def elements(self) -> tuple[Permutation, ...] | tuple[Transformation, ...]:

@@ -41,8 +41,10 @@ class _Writer:
         # The axes of parameters come first, in their order, so that their numbers need not be written.
         self.slots: dict[str, int] = {}
         for name, axes in spec.axes.items():
+            first = spec.tensors_of(name)[0]  # of a stack, the constraints know the tensors in it: the first shows all
+            depth = len(axes) - len(spec.tensors[first])
             for dim in range(len(axes)):
-                self.slots[f"{name}[{dim}]"] = len(self.slots)
+                self.slots[f"{first}[{dim - depth}]" if dim >= depth else f"{name}[{dim}]"] = len(self.slots)
 
     def content(self) -> dict[str, Any]:
         spec = self.spec
@@ -51,12 +53,15 @@ class _Writer:
         others: dict[str, list[str]] = {}
         for alias, canonical in spec.aliases.items():
             others.setdefault(canonical, []).append(alias)
+        others |= {name: list(spec.tensors_of(name)) for name in spec.stacks}
         data: dict[str, Any] = {
             "groups": [self.group(group, short[name], colours.get(name, 0)) for name, group in spec.groups.items()],
             "parameters": [
                 [name, list(spec.shapes[name]), list(map(self.expression, axes)), others.get(name, [])]
                 for name, axes in spec.axes.items()
             ],
+            "stacks": [self.parameter_at[name] for name in spec.stacks],
+            "modules": [self.group_at[name] for name in spec.groups if name in spec.groups_of_modules],
             "tree": self.module(module_tree(spec)),
             "pins": [
                 [self.parameter_at[p.parameter], p.dim, p.size, *self.because(p)]

@@ -1,7 +1,7 @@
 "use strict";
 // The data, as content.py writes them:
-//   groups      [name, short name, size, parents, fixed, moves, colour]
-//   parameters  [name, shape, one expression per dimension, other names]
+//   groups      [name, short name, size, parents, fixed, moves, colour]; modules: which of them exchange whole modules
+//   parameters  [name, shape, one expression per dimension, other names]; stacks: of which these are the parts
 //   tree        [path, parameters, children]; in place of a child [path, modules like that one]
 //   pins        [parameter, dimension, size, reason, step]
 //   ties        slot, slot, step, one after the other; rests: slot, reason, step
@@ -11,8 +11,10 @@
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const groups = data.groups.map(([name, short, size, parents, fixed, moves, colour]) =>
-    ({ name, short, size, parents, fixed: !!fixed, moves: !!moves, colour, slots: [] }));
-  const parameters = data.parameters.map(([name, shape, axes, others]) => ({ name, shape, axes, others }));
+    ({ name, short, size, parents, fixed: !!fixed, moves: !!moves, colour, modules: false, slots: [] }));
+  for (const at of data.modules) groups[at].modules = true;
+  const parameters = data.parameters.map(([name, shape, axes, others]) => ({ name, shape, axes, others, as: "also" }));
+  for (const at of data.stacks) parameters[at].as = "stack of";
   const owners = []; // for each slot of a parameter, which parameter and dimension
   parameters.forEach((parameter, at) => {
     parameter.first = owners.length;
@@ -178,7 +180,8 @@
     const name = whole ? parameter.name : parameter.name.slice(parameter.name.lastIndexOf(".") + 1) || parameter.name;
     const axes = parameter.axes.map((axis, dim) =>
       make("span", { class: "dim" }, expression(parameter.first + dim, axis)));
-    const also = parameter.others.length ? make("span", { class: "also" }, `also ${parameter.others.join(", ")}`) : null;
+    const others = `${parameter.as} ${parameter.others.join(", ")}`;
+    const also = parameter.others.length ? make("span", { class: "also" }, others) : null;
     return make("li", { class: "parameter", "data-parameter": at },
       make("span", { class: "name", title: parameter.name }, name),
       make("span", { class: "shape" }, parameter.shape.join(" × ") || "scalar"),
@@ -203,8 +206,9 @@
   const detail = document.getElementById("detail");
   const path = (steps) => make("ol", { class: "path" }, said(steps).map((words) => make("li", {}, words)));
 
-  function because(steps, at) {
+  function because(steps, at, group) {
     const words = said(steps);
+    if (group.modules) return make("p", { class: "faint" }, "of the same modules");
     if (!words.length) return make("p", { class: "faint" }, data.kept ? "directly" : "why was not kept");
     return make("details", {},
       make("summary", { "aria-label": `why ${at}: by ${plural(words.length, "operator", "operators")}` },
@@ -242,7 +246,7 @@
     const leaf = -1 - groups.indexOf(group);
     inside.push(inPortions(tied, (link) => make("li", {},
       button({ class: "goto", "aria-label": `show ${slotName(link.slot)}`, onclick: () => reveal(link.slot, leaf) },
-        slotName(link.slot)), because(link.steps, slotName(link.slot))), make("ul", { class: "links" })));
+        slotName(link.slot)), because(link.steps, slotName(link.slot), group)), make("ul", { class: "links" })));
     return inside;
   }
 

@@ -131,7 +131,12 @@ def _facts(spec: PermutationSpec) -> list[tuple[str, str]]:
     ran = [run for run in spec.passes if run.outcome in ("solved", "alike")]
     return [
         *([("runs of forward looked at", "; ".join(run.name for run in ran))] if ran else []),
-        ("parameters and buffers", f"{len(spec.axes):,}"),
+        ("parameters and buffers", f"{len(spec.tensors):,}"),
+        *(
+            [("stacks of modules that change places", f"{len(spec.stacks):,}, of {len(spec.in_stack):,} tensors")]
+            if spec.stacks
+            else []
+        ),
         ("groups", f"{len(spec.moving):,}"),
         ("ln of the number of permutations", f"{order:,.0f}" if order >= 1000 else f"{order:.4g}"),
         ("axes that stay put", still),

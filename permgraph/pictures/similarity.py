@@ -58,7 +58,7 @@ def layer_similarity(
         (Similarity(layer='fc', before=0.0, after=None),)
     """
     sums: dict[str, list[float]] = {}
-    for name, shape in spec.shapes.items():
+    for name, shape in spec.tensors.items():
         if any(fnmatch.fnmatchcase(name, pattern) for pattern in STATISTICS):
             continue
         one, other = (_tensor(state, name, shape, spec, whose) for state, whose in ((a, "A"), (b, "B")))
@@ -66,7 +66,7 @@ def layer_similarity(
             continue
         if other.dtype.itemsize == 1:  # eight-bit floats cannot be indexed everywhere
             other = other.float()
-        moved = _moved(permutation, name, other, b)
+        moved = _moved(permutation, name, other, b, spec)
         layer = sums.setdefault(name.rpartition(".")[0] or name, [0.0, 0.0, 0.0, 0.0, 0.0])
         layer[0] += _inner(one, one)
         layer[1] += _inner(other, other)
@@ -85,12 +85,20 @@ def layer_similarity(
 
 
 def _moved(
-    element: Permutation | Transformation | None, name: str, tensor: torch.Tensor, state: Mapping[str, torch.Tensor]
+    element: Permutation | Transformation | None,
+    name: str,
+    tensor: torch.Tensor,
+    state: Mapping[str, torch.Tensor],
+    spec: PermutationSpec,
 ) -> torch.Tensor | None:
     if element is None:
         return None
     if isinstance(element, Transformation):
         return element.apply_to(name, tensor, state)
+    if name in element.spec.in_stack:
+        source, within, _ = element.member(name)
+        taken = _tensor(state, source, spec.tensors[source], spec, "B")
+        return within.apply_to(source, taken.float() if taken.dtype.itemsize == 1 else taken)
     return element.apply_to(name, tensor)
 
 

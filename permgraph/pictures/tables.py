@@ -32,11 +32,14 @@ def spec_table(spec: PermutationSpec) -> str:
         rows.append([swatch + text(name), str(group.size), text(", ".join(group.parents) or "—"), text(first + rest)])
     still = sum(isinstance(axis, Fixed) and axis.size > 1 for axes in spec.axes.values() for axis in axes)
     said = [
-        f"{len(spec.axes)} parameters and buffers in {len({name.rpartition('.')[0] for name in spec.axes})} modules",
+        f"{len(spec.tensors)} parameters and buffers in "
+        f"{len({name.rpartition('.')[0] for name in spec.tensors})} modules",
         f"{len(spec.moving)} groups",
         f"ln of the number of permutations {spec.log_order():.6g}",
         f"{still} axes stay put",
     ]
+    if spec.stacks:
+        said.insert(1, f"{len(spec.in_stack)} of them in {len(spec.stacks)} stacks, of modules that change places")
     if spec.unknown_ops:
         said.append(f"{len(spec.unknown_ops)} operators without a rule")
     more = f"<p>and {len(spec.moving) - _GROUPS} more groups</p>" if len(spec.moving) > _GROUPS else ""

@@ -169,7 +169,12 @@ def short_names(names: Mapping[str, object]) -> dict[str, str]:
         for start in range(len(part)):
             end = ".".join(part[start:])
             ends[end] = ends.get(end, 0) + 1
+
+    def says(end: str) -> bool:
+        """Whether no other name has an end, and it is more than the stars of modules that change places."""
+        return ends[end] == 1 and bool(end.strip("*."))
+
     return {
-        name: next((end for end in (".".join(p[s:]) for s in reversed(range(len(p)))) if ends[end] == 1), name)
+        name: next((end for end in (".".join(p[s:]) for s in reversed(range(len(p)))) if says(end)), name)
         for name, p in parts.items()
     }

@@ -22,6 +22,8 @@ def first_difference(a: SpecData, b: SpecData, names: tuple[str, str] = ("A", "B
     >>> first_difference(a, b)
     "'w', dimension 0, is h (6) in A but (h d) with h 2 · d 3 per h in B"
     """
+    if (stacks := _stacks(a, b, names)) is not None:
+        return stacks
     for key in dict.fromkeys((*a.axes, *a.aliases, *b.axes, *b.aliases)):
         for spec, other, whose, others in ((a, b, names[0], names[1]), (b, a, names[1], names[0])):
             if key not in spec.axes and key not in spec.aliases:
@@ -135,6 +137,20 @@ def _ties(a: SpecData, b: SpecData, names: tuple[str, str]) -> str | None:
         for alias, canonical in spec.aliases.items():
             if other.canonical(alias) != other.canonical(canonical):
                 return f"{alias!r} is {canonical!r} itself in {whose}, and a tensor of its own in {others}"
+    return None
+
+
+def _stacks(a: SpecData, b: SpecData, names: tuple[str, str]) -> str | None:
+    """The first tensor that changes places with others in one of the two only, or with others."""
+    for spec, other, whose, others in ((a, b, names[0], names[1]), (b, a, names[1], names[0])):
+        for name, (stack, place) in spec.in_stack.items():
+            if name not in other.in_stack:
+                if name in other.tensors:
+                    return f"{name!r} changes places with others of {stack!r} in {whose}, and not in {others}"
+                return f"{whose} has {name!r}, of the stack {stack!r}, and {others} has not"
+            if other.in_stack[name] != (stack, place):
+                its, at = other.in_stack[name]
+                return f"{name!r} is at {place} of the stack {stack!r} in {whose}, but at {at} of {its!r} in {others}"
     return None
 
 

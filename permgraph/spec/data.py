@@ -20,7 +20,7 @@ from permgraph.errors import MismatchError, SpecError
 from permgraph.spec.binding import Group, Layout, Occurrence, bind, check_groups
 from permgraph.spec.expressions import Axis, Fixed, Ref, normalise, rename, size_of, substitute
 from permgraph.spec.general import Action, Gain, General, NullDirection
-from permgraph.spec.provenance import Constraints, Pass, Pin, UnknownOp, Unread
+from permgraph.spec.provenance import Constraints, Pass, Pin, Refusal, UnknownOp, Unread
 from permgraph.spec.stacks import Names, dimensions, places, stacked, unstacked
 from permgraph.structures import Structure
 
@@ -49,6 +49,7 @@ class SpecData:
     outputs: Mapping[str, tuple[Axis, ...]] = field(default_factory=dict, repr=False)
     by_products: tuple[str, ...] = ()
     stacks: Mapping[str, Names] = field(default_factory=dict)
+    refusals: tuple[Refusal, ...] = field(default=(), repr=False)
     _layouts: dict[tuple[Axis, ...], Layout] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -183,12 +184,38 @@ class SpecData:
             {name: (stack, place) for stack, names in self.stacks.items() for place, name in places(names)}
         )
 
+    @functools.cached_property
+    def groups_of_modules(self) -> frozenset[str]:
+        """The groups that exchange whole modules: those along the first dimensions of stacks."""
+        leading = (axis for stack, names in self.stacks.items() for axis in self.axes[stack][: len(dimensions(names))])
+        return frozenset(axis.group for axis in leading if isinstance(axis, Ref))
+
+    @functools.cached_property
+    def tensors(self) -> Mapping[str, tuple[int, ...]]:
+        """The shape of each tensor of a state dict that has axes, by its canonical name.
+
+        Those of `shapes`, but for stacks: in the place of one stand the tensors in it, under their own names.
+        """
+        found: dict[str, tuple[int, ...]] = {}
+        for name, shape in self.shapes.items():
+            if name in self.stacks:
+                found |= {own: shape[len(place) :] for place, own in places(self.stacks[name])}
+            else:
+                found[name] = shape
+        return MappingProxyType(found)
+
+    def tensors_of(self, name: str) -> tuple[str, ...]:
+        """The names that a state dict has for what stands in `axes`: those in a stack, or the name itself."""
+        return tuple(own for _, own in places(self.stacks[name])) if name in self.stacks else (name,)
+
     def over_stacks(self) -> Self:
         """The spec of state dicts whose stacks are single tensors, see `stacked`; itself if there are none."""
-        return replace(self, stacks={}) if self.stacks else self
+        return replace(self, stacks={}, refusals=()) if self.stacks else self
 
-    def stacked(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    def stacked(self, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
         """A state dict with the tensors of modules that change places stacked, as the axes name them.
+
+        Of a mapping that is no dictionary, and may load tensors on access, stacks are made on access as well.
 
         Raises MismatchError where one of them is missing, or unlike the others.
         """
@@ -308,11 +335,12 @@ class SpecData:
     def without(self, names: Collection[str]) -> Self:
         """The same spec where nothing acts on these groups: their indices stay put.
 
-        One over which others are fibred goes on naming its axis. Raises SpecError if a group is unknown.
+        One over which others are fibred goes on naming its axis, and so does one of modules. Raises SpecError if a
+        group is unknown.
         """
         for name in names:
             self.uses(name)
-        named = {parent for group in self.groups.values() for parent in group.parents}
+        named = {parent for group in self.groups.values() for parent in group.parents} | self.groups_of_modules
         gone = frozenset(names) - named
         still = {
             name: replace(group, fixed=True, structure=Structure()) if name in names else group
@@ -384,7 +412,7 @@ class SpecData:
         others: dict[str, list[str]] = {}
         for alias, canonical in self.aliases.items():
             others.setdefault(canonical, []).append(alias)
-        for name in (*(n for n in self.axes if n not in self.stacks), *self.in_stack):
+        for name, due in self.tensors.items():
             if name not in state_dict and not any(alias in state_dict for alias in others.get(name, ())):
                 if name in self.in_stack:
                     stack, _ = self.in_stack[name]
@@ -392,8 +420,8 @@ class SpecData:
                         f"the state dict has no {name!r}, which changes places with others of {stack!r}{hint}"
                     )
                 raise MismatchError(
-                    f"the state dict has no {name!r}, of shape {self.shapes[name]}; it has {len(state_dict)} "
-                    f"keys, the spec {len(self.axes)}{hint}"
+                    f"the state dict has no {name!r}, of shape {due}; it has {len(state_dict)} "
+                    f"keys, the spec {len(self.tensors)}{hint}"
                 )
         for key, value in state_dict.items():
             self.check_entry(key, value, hint)
@@ -404,9 +432,8 @@ class SpecData:
         if is_lazy(value):
             raise MismatchError(f"{key!r} is not initialised yet: run the model once")
         shape = getattr(value, "shape", None)
-        if name in self.axes or name in self.in_stack:
-            stack, place = self.in_stack.get(name, (name, ()))
-            due = self.shapes[stack][len(place) :]
+        due = self.tensors.get(name, self.shapes.get(name))
+        if due is not None:
             if shape is None or tuple(shape) != due:
                 got = f"is a {type(value).__name__}" if shape is None else f"has shape {tuple(shape)}"
                 raise MismatchError(f"{key!r} {got}, but the spec says {due}")
@@ -416,7 +443,7 @@ class SpecData:
             )
 
     def _prefix_hint(self, state_dict: Mapping[str, Any]) -> str:
-        mine, its = {*self.axes, *self.in_stack}.difference(self.stacks), set(state_dict)
+        mine, its = set(self.tensors), set(state_dict)
         if not mine or not its or mine & its:
             return ""
         name, key = next(iter(mine)), next(iter(state_dict))
@@ -488,4 +515,4 @@ class SpecData:
 
     def __repr__(self) -> str:
         of = f" of {self.model_class}" if self.model_class else ""
-        return f"<PermutationSpec{of}: {len(self.moving)} groups on {len(self.axes)} parameters and buffers>"
+        return f"<PermutationSpec{of}: {len(self.moving)} groups on {len(self.tensors)} parameters and buffers>"

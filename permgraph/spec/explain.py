@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import html
 import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,6 +13,7 @@ from permgraph.errors import SpecError
 from permgraph.spec.data import SpecData
 from permgraph.spec.expressions import Axis, Fixed, Ref, size_of, walk
 from permgraph.spec.provenance import Constraints, Slot, SlotPin, Tie
+from permgraph.spec.stacks import Names, dimensions, places
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -24,8 +27,12 @@ class Link:
 
     slot: Slot
     ties: tuple[Tie, ...] = ()
+    modules: bool = False
+    """Whether the axis is one of whole modules, which no operator ties: their exchange was proved."""
 
     def __str__(self) -> str:
+        if self.modules:
+            return f"goes along with {self.slot}"
         how = _by(self.ties) or (": directly" if self.ties else ": of one group; by which operators was not kept")
         return f"tied to {self.slot}{how}"
 
@@ -73,6 +80,8 @@ class Explanation:
     size: int
     axis: str
     parts: tuple[Part, ...]
+    modules: tuple[str, ...] = ()
+    """Sentences about the exchange of the parameter's module with others, and why it does not change places."""
 
     def __repr__(self) -> str:
         lines = [line if len(line) <= 120 else f"{line[:117]}..." for line in str(self).splitlines()]
@@ -84,11 +93,12 @@ class Explanation:
     def __str__(self) -> str:
         if len(self.parts) == 1 and self.parts[0].axis == self.axis:
             (part,) = self.parts
-            return "\n".join([f"{self.slot} ({self.size}) {_verdict(part)}:", *(f"  {line}" for line in part.lines())])
+            own = (f"{self.slot} ({self.size}) {_verdict(part)}:", *(f"  {line}" for line in part.lines()))
+            return "\n".join((*own, *self.modules))
         lines = [f"{self.slot} ({self.size}) is {self.axis}"]
         for part in self.parts:
             lines += [f"  {part.axis} ({part.size}) {_verdict(part)}:", *(f"    {line}" for line in part.lines())]
-        return "\n".join(lines)
+        return "\n".join((*lines, *self.modules))
 
 
 def _verdict(part: Part) -> str:
@@ -113,38 +123,119 @@ def _by(steps: tuple[Tie | SlotPin, ...]) -> str:
 
 def explain(spec: SpecData, name: str, dim: int) -> Explanation:
     """See `PermutationSpec.explain`."""
-    canonical = spec.canonical(name)
-    axes = spec.axes[canonical]
+    canonical = spec.aliases.get(name, name)
+    stack, place = spec.in_stack.get(canonical, (canonical, ()))
+    stack = spec.canonical(stack)
+    axes, shape = spec.axes[stack][len(place) :], spec.shapes[stack][len(place) :]
     if not -len(axes) <= dim < len(axes):
-        raise SpecError(f"{name!r} has {len(axes)} dimensions, {spec.shapes[canonical]}: there is no dimension {dim}")
+        raise SpecError(f"{name!r} has {len(axes)} dimensions, {shape}: there is no dimension {dim}")
     dim %= len(axes)
+    seen = _Seen(spec, stack, place)
     leaves = dict.fromkeys(leaf for leaf in _leaves(axes[dim]) if leaf != Fixed(1) or axes[dim] == leaf)
-    parts = tuple(_part(spec, canonical, dim, leaf) for leaf in leaves)
-    return Explanation(f"{canonical}[{dim}]", spec.shapes[canonical][dim], str(axes[dim]), parts)
+    parts = tuple(_part(seen, stack, dim + len(place), leaf) for leaf in leaves)
+    return Explanation(f"{canonical}[{dim}]", shape[dim], str(axes[dim]), parts, tuple(_of_modules(spec, canonical)))
 
 
 def _leaves(axis: Axis) -> list[Fixed | Ref]:
     return [node for _, node in walk(axis) if isinstance(node, Fixed | Ref)]
 
 
-def _part(spec: SpecData, name: str, dim: int, leaf: Fixed | Ref) -> Part:
-    slot, constraints = f"{name}[{dim}]", spec.constraints
+def _of_modules(spec: SpecData, name: str) -> Iterator[str]:
+    """With which others the module of a parameter changes places, and with which it does not, and why."""
+    if name in spec.in_stack:
+        stack, place = spec.in_stack[name]
+        for depth, axis in enumerate(spec.axes[stack][: len(place)]):
+            here, same = place[depth], (*place[:depth], *place[depth + 1 :])
+            others = [
+                other
+                for at, other in places(spec.stacks[stack])
+                if at[depth] != here and (*at[:depth], *at[depth + 1 :]) == same
+            ]
+            verb = "stays in its place among" if spec.groups[str(axis)].fixed else "changes places with"
+            yield f"its module {verb} those of {_listed(others)}, as group {axis}"
+    if name in spec.stacks:
+        members = [own for _, own in places(spec.stacks[name])]
+        yield f"{name} stands for {_listed(members)}, whose modules change places"
+    for refusal in spec.refusals:
+        if name in refusal.parameters:
+            first, *rest = refusal.parameters
+            others = rest if name == first else [first]
+            yield f"its module does not change places with {_plural(others)} of {_listed(others)}: {refusal.reason}"
+
+
+def _plural(others: Sequence[str]) -> str:
+    return "that" if len(others) == 1 else "those"
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(names[:4]) + more
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A spec as one tensor sees it: of each stack, the part of its own module, or of the first one.
+
+    Attributes:
+        known: for each slot of the constraints that is a parameter's, the parameter and its dimension in the spec.
+        own: the slots that this tensor sees, for each parameter and dimension.
+    """
+
+    spec: SpecData
+    stack: str
+    place: tuple[int, ...]
+
+    @functools.cached_property
+    def known(self) -> dict[Slot, tuple[str, int]]:
+        found: dict[Slot, tuple[str, int]] = {}
+        for name, axes in self.spec.axes.items():
+            inside = list(places(self.spec.stacks[name])) if name in self.spec.stacks else [((), name)]
+            for place, own in inside:
+                found |= {f"{own}[{dim - len(place)}]": (name, dim) for dim in range(len(place), len(axes))}
+        return found
+
+    @functools.cached_property
+    def own(self) -> dict[tuple[str, int], Slot]:
+        axes = self.spec.axes[self.stack]
+        above = {axis.group: at for axis, at in zip(axes, self.place, strict=False) if isinstance(axis, Ref)}
+        return {
+            (name, dim): self._slot(name, dim, above)
+            for name, axes in self.spec.axes.items()
+            for dim in range(len(axes))
+        }
+
+    def _slot(self, name: str, dim: int, above: Mapping[str, int]) -> Slot:
+        names: Names = self.spec.stacks.get(name, name)
+        depth = len(dimensions(names))
+        if dim < depth:
+            return f"{name}[{dim}]"
+        for axis in self.spec.axes[name][:depth]:
+            names = names[above.get(str(axis), 0)]
+        return f"{names}[{dim - depth}]"
+
+
+def _part(seen: _Seen, name: str, dim: int, leaf: Fixed | Ref) -> Part:
+    spec, constraints = seen.spec, seen.spec.constraints
+    slot = seen.own[name, dim]
     size = size_of(leaf, spec.groups)
     group = spec.groups[leaf.group] if isinstance(leaf, Ref) else None
-    slots = {f"{other}[{at}]": (other, at) for other, axes in spec.axes.items() for at in range(len(axes))}
     if group is not None and not group.fixed:
-        shared = {f"{other}[{at}]" for other, at in spec.uses(group.name)}
+        shared = [seen.own[use] for use in spec.uses(group.name)]
+        if group.name in spec.groups_of_modules:
+            links = tuple(Link(s, (), modules=True) for s in shared if s != slot)
+            return Part(str(leaf), size, group.name, True, links)
         # A path may run through other tensors as it likes, but of the parameters only through those of this group.
-        reached = (constraints or Constraints()).reached(slot, lambda s: s not in slots or s in shared)
-        others = [s for s in slots if s in shared and s != slot]
-        links = sorted((Link(s, reached.path(s)) for s in others), key=lambda link: len(link.ties) or len(slots))
-        return Part(str(leaf), size, group.name, True, tuple(links))
+        among = frozenset(shared)
+        reached = (constraints or Constraints()).reached(slot, lambda s: s not in seen.known or s in among)
+        found = (Link(s, reached.path(s)) for s in dict.fromkeys(shared) if s != slot)
+        links = tuple(sorted(found, key=lambda link: len(link.ties) or len(seen.known)))
+        return Part(str(leaf), size, group.name, True, links)
     known = next((p for p in spec.pins if (p.parameter, p.dim, p.size) == (name, dim, size)), None)
     pin: SlotPin | None = None
     path: tuple[Tie, ...] = ()
     if constraints:
         # What stays put cannot have come by way of an axis all of whose indices move.
-        reached = constraints.reached(slot, lambda s: s not in slots or _rests(spec, *slots[s]))
+        reached = constraints.reached(slot, lambda s: s not in seen.known or _rests(spec, *seen.known[s]))
         pins = [p for s in reached.steps for p in constraints.pins_at.get(s, ())]
         pin = next((p for p in pins if known and p.reason == known.reason), None)
         pin = pin or (None if known else next(iter(pins), None))
@@ -166,17 +257,31 @@ def slot_graph(spec: SpecData) -> nx.MultiGraph:
 
     graph = nx.MultiGraph()
     for name, axes in spec.axes.items():
+        inside = list(places(spec.stacks[name])) if name in spec.stacks else []
+        depth = len(inside[0][0]) if inside else 0
         for dim, axis in enumerate(axes):
             size = spec.shapes[name][dim]
-            graph.add_node(f"{name}[{dim}]", parameter=name, dim=dim, size=size, axis=str(axis))
+            for own in [name] if dim < depth or not inside else [own for _, own in inside]:
+                at = dim if dim < depth or not inside else dim - depth
+                graph.add_node(f"{own}[{at}]", parameter=own, dim=at, size=size, axis=str(axis))
+    held = frozenset(spec.groups_of_modules) if spec.constraints is not None else frozenset(spec.groups)
+    for group in (name for name in spec.groups if name in held):
+        for one, other in itertools.pairwise(_slots_of(spec, group)):
+            graph.add_edge(one, other, group=group)
     if spec.constraints is None:
-        for group in spec.groups:
-            uses = [f"{name}[{dim}]" for name, dim in spec.uses(group)]
-            for one, other in itertools.pairwise(uses):
-                graph.add_edge(one, other, group=group)
         return graph
     for tie in spec.constraints.ties:
         graph.add_edge(tie.a, tie.b, operator=tie.operator, module=tie.module, source=tie.source)
     for slot, pins in spec.constraints.pins_at.items():
         graph.add_node(slot, pinned=tuple(pin.reason for pin in pins))
     return graph
+
+
+def _slots_of(spec: SpecData, group: str) -> list[Slot]:
+    """Where a group stands; of a stack, the slots of all tensors in it, but for those of the modules themselves."""
+    found = []
+    for name, dim in spec.uses(group):
+        inside = list(places(spec.stacks[name])) if name in spec.stacks else [((), name)]
+        depth = len(inside[0][0])
+        found += [f"{name}[{dim}]"] if dim < depth else [f"{own}[{dim - depth}]" for _, own in inside]
+    return found

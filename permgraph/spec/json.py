@@ -13,7 +13,7 @@ from permgraph.spec.binding import Group
 from permgraph.spec.data import SpecData
 from permgraph.spec.expressions import Axis, parse_axis
 from permgraph.spec.general import General
-from permgraph.spec.provenance import Constraints, Pass, Pin, SlotPin, Tie, UnknownOp, Unread
+from permgraph.spec.provenance import Constraints, Pass, Pin, Refusal, SlotPin, Tie, UnknownOp, Unread
 from permgraph.spec.stacks import Names
 from permgraph.structures import Structure
 
@@ -39,6 +39,7 @@ def to_json(spec: SpecData) -> dict[str, Any]:
         },
         "aliases": dict(spec.aliases),
         **({"stacks": dict(spec.stacks)} if spec.stacks else {}),
+        **({"refusals": [[one.reason, *one.parameters] for one in spec.refusals]} if spec.refusals else {}),
         "pins": list(map(_record, spec.pins)),
         "unknown_ops": list(map(_record, spec.unknown_ops)),
         "unused": list(spec.unused),
@@ -122,6 +123,7 @@ def from_json(content: Any) -> dict[str, Any]:
         shapes=shapes,
         aliases=aliases,
         stacks=_stacks(content),
+        refusals=_refusals(content),
         pins=_records(content, "pins", Pin, (str, int, int, str)),
         unknown_ops=_records(content, "unknown_ops", UnknownOp, (str, int)),
         unused=_names(content, "unused"),
@@ -179,6 +181,16 @@ def _stacks(content: Any) -> dict[str, Names]:
         return tuple(names(one, stack) for one in value)
 
     return {stack: names(value, stack) for stack, value in found.items()}
+
+
+def _refusals(content: Any) -> tuple[Refusal, ...]:
+    """Why modules that look alike do not change places; none in files from before that was kept."""
+    found = []
+    for at, row in enumerate(_get(content, "refusals", list) if "refusals" in content else ()):
+        if not isinstance(row, list) or len(row) < 2 or not all(isinstance(text, str) for text in row):
+            raise SpecError(f"refusals[{at}]: should be [reason, parameter, ...], found {row!r}")
+        found.append(Refusal(row[0], tuple(row[1:])))
+    return tuple(found)
 
 
 def _outputs(content: Any) -> dict[str, tuple[Axis, ...]]:

@@ -347,6 +347,8 @@ class Permutation:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the arrays to ``path`` as safetensors, with the spec's fingerprint, in one step."""
         metadata = {"format": FORMAT, "version": VERSION, "fingerprint": self.spec.fingerprint}
+        if self.spec.stacks:
+            metadata["modules"] = "yes"  # that its groups exchange, which whoever infers the spec again must ask for
         content = safetensors.numpy.save({name: np.array(a) for name, a in self.arrays.items()}, metadata)
         write_atomically(path, content)
 

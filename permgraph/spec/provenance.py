@@ -26,6 +26,14 @@ class Pin:
 
 
 @dataclass(frozen=True, slots=True)
+class Refusal:
+    """Parameters that stand in like places of a model, of which the first does not change places with the others."""
+
+    reason: str
+    parameters: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Unread:
     """A dimension of a parameter of which no pass read all, and the moving groups to which it may belong."""
 

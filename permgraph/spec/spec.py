@@ -50,6 +50,10 @@ class PermutationSpec(SpecData):
             sizes that stay put are those of the first pass. Outputs of which that is not known are left out.
         by_products: the outputs that do not count as the result; see `outputs=` of `auto_spec`.
         constraints: what tied the axes to each other, for `explain` and `to_networkx`.
+        stacks: where modules change places as wholes, for the name of each stack of their tensors the names of these: a
+            tuple, or for modules within modules a tuple of tuples, outermost first. The stack has axes, and its first
+            dimensions are the groups of modules.
+        refusals: parameters that stand in like places, but whose modules do not change places, and why.
 
     Raises:
         SpecError: something contradicts itself; the message names the group, or the parameter and dimension.
@@ -84,6 +88,8 @@ class PermutationSpec(SpecData):
     def explain(self, name: str, dim: int) -> Explanation:
         """Why dimension ``dim`` of the parameter ``name`` is tied to others, or stays put.
 
+        Of a tensor whose module changes places with others, under its own name, or of their stack.
+
         Raises SpecError if there is no such parameter or dimension.
         """
         return explain(self, name, dim)
@@ -94,7 +100,8 @@ class PermutationSpec(SpecData):
         A node that is an axis of a parameter has ``parameter``, ``dim``, ``size`` and ``axis`` (its expression as
         text); one that was pinned has ``pinned`` (the reasons). An edge has ``operator``, ``module`` and ``source``. A
         spec without constraints gives the parameters' axes only, joined where they share a group, which the edge has
-        as ``group``.
+        as ``group``; so are, of any spec, the axes of modules that change places, ``"experts.*.weight[0]"``, beside
+        those of the tensors in such a stack, ``"experts.0.weight[0]"``.
         """
         return slot_graph(self)
 

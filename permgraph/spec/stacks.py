@@ -14,11 +14,13 @@ first.
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from permgraph.errors import MismatchError, SpecError
 
@@ -58,14 +60,17 @@ def named(flat: Sequence[str], sizes: Sequence[int]) -> Names:
     return tuple(named(flat[i * step : (i + 1) * step], sizes[1:]) for i in range(sizes[0]))
 
 
-def stacked(stacks: Mapping[str, Names], state: Mapping[str, Any]) -> dict[str, Any]:
+def stacked(stacks: Mapping[str, Names], state: Mapping[str, Any]) -> Mapping[str, Any]:
     """A state dict with the tensors of each stack as one, in the place of the first of them.
 
-    The tensors are on the device of the first one. A stack that is there as such is left as it is.
+    The tensors are on the device of the first one. A stack that is there as such is left as it is. Of a mapping that is
+    no dictionary, and may load a tensor on each access, each stack is made when it is asked for, and not kept.
 
     Raises MismatchError where one is missing, or of another shape or dtype than the first.
     """
     belongs = {name: stack for stack, names in stacks.items() for _, name in places(names)}
+    if not isinstance(state, dict):
+        return StackedOnAccess(stacks, state, belongs)
     found: dict[str, Any] = {}
     for key, value in state.items():
         stack = belongs.get(key)
@@ -76,21 +81,65 @@ def stacked(stacks: Mapping[str, Names], state: Mapping[str, Any]) -> dict[str, 
     return found
 
 
+class StackedOnAccess(Mapping[str, Any]):
+    """A mapping with the tensors of each stack as one, which is made when it is asked for; see `stacked`.
+
+    Args:
+        stacks: the names in each.
+        state: the tensors.
+        belongs: for each name in a stack, that stack.
+    """
+
+    def __init__(self, stacks: Mapping[str, Names], state: Mapping[str, Any], belongs: Mapping[str, str]) -> None:
+        self.stacks, self.state, self.belongs = stacks, state, belongs
+
+    @functools.cached_property
+    def keys_in_order(self) -> dict[str, None]:
+        """The names, those of stacks in the place of the first of their tensors."""
+        return dict.fromkeys(self.belongs.get(key, key) for key in self.state)
+
+    def __getitem__(self, name: str) -> Any:
+        if name in self.belongs:
+            raise KeyError(name)
+        if name in self.stacks and name not in self.state:
+            return together(name, self.stacks[name], self.state)
+        return self.state[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.keys_in_order
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys_in_order)
+
+    def __len__(self) -> int:
+        return len(self.keys_in_order)
+
+
 def together(stack: str, names: Names, state: Mapping[str, Any]) -> Tensor:
     """The tensors of one stack as one; see `stacked`."""
+    first: Tensor | None = None
+    whole: Tensor | None = None
     tensors: list[Tensor] = []
-    for _, name in places(names):
+    count = math.prod(dimensions(names))
+    for at, (_, name) in enumerate(places(names)):
         if name not in state:
             raise MismatchError(f"the state dict has no {name!r}, which changes places with others of {stack!r}")
         tensor = state[name]
-        first = tensors[0] if tensors else tensor
+        first = tensor if first is None else first
         if not isinstance(tensor, Tensor) or tensor.shape != first.shape or tensor.dtype != first.dtype:
             raise MismatchError(
                 f"{name!r} is {_said(tensor)}, but others of {stack!r}, with which it changes places, "
                 f"are {_said(first)}"
             )
-        tensors.append(tensor.detach().to(first.device))
-    return torch.stack(tensors).reshape(*dimensions(names), *tensors[0].shape)
+        if type(tensor) in (Tensor, nn.Parameter):  # one at a time, which may have been loaded for this
+            whole = first.new_empty((count, *first.shape), requires_grad=False) if whole is None else whole
+            whole[at].copy_(tensor.detach())
+        else:  # in parts on several processes, say
+            tensors.append(tensor.detach().to(first.device))
+    assert first is not None
+    whole = torch.stack(tensors) if tensors else whole
+    assert whole is not None
+    return whole.reshape(*dimensions(names), *first.shape)
 
 
 def _said(value: Any) -> str:

@@ -38,6 +38,24 @@ class Mover:
     element: AnyElement
     base: Mapping[str, Any] | None = None
 
+    def source(self, name: str) -> tuple[str, Mover]:
+        """Whose tensors come to belong to a parameter, by the canonical name, and what they are moved by on the way.
+
+        That is the parameter itself, unless its module changes places with others.
+        """
+        element = self.element
+        name = element.spec.aliases.get(name, name)
+        if isinstance(element, Transformation) or name not in element.spec.in_stack:
+            return element.spec.canonical(name), self
+        if name not in self._sources:
+            source, within, _ = element.member(name)
+            self._sources[name] = source, Mover(within, self.base)
+        return self._sources[name]
+
+    @functools.cached_property
+    def _sources(self) -> dict[str, tuple[str, Mover]]:
+        return {}
+
     def parameter(self, name: str, tensor: Tensor, kind: Kind, own: Mapping[str, Any] | None = None) -> Tensor:
         """A new tensor: what belongs to a parameter and has its shape, after the element.
 
@@ -124,6 +142,13 @@ class Mover:
         Raises MismatchError if the sizes differ, or the axis is moved in other ways at each index of another one.
         """
         spec = self.element.spec
+        if name in spec.in_stack:
+            stack, _ = spec.in_stack[name]
+            raise MismatchError(
+                f"{what}: the module of {name!r} changes places with others of {stack!r}: a tensor along its dimension "
+                f"{dim} goes with that module, not with its name; move one such tensor for each of the modules, with "
+                "their group as its first axis, as text"
+            )
         name = spec.canonical(name)
         size = spec.shapes[name][dim]
         if not at < tensor.ndim or tensor.shape[at] != size:

@@ -11,6 +11,7 @@ from torch import Tensor
 from permgraph.errors import MismatchError
 from permgraph.io import match_names
 from permgraph.spec.data import SpecData
+from permgraph.spec.expressions import Axis
 
 Part = Literal["whole", "mask", "in", "out", "magnitude", "gate"]
 
@@ -61,7 +62,7 @@ def entries(keys: Iterable[str], spec: SpecData) -> dict[str, Entry]:
 
     Raises MismatchError if no key belongs to any parameter.
     """
-    known = {*spec.axes, *spec.aliases, *spec.unused}
+    known = {*spec.tensors, *spec.aliases, *spec.unused}
     held = {key: _entry(key, known) for key in keys}
     waiting = list(dict.fromkeys(entry.name for entry in held.values()))
     found: dict[str, str] = {}
@@ -117,7 +118,7 @@ def factored(
             tables.add(entry.name)
     found: dict[str, tuple[int, int] | None] = {}
     for name in {entry.name for entry in held.values() if entry.part not in ("whole", "mask")}:
-        shape = spec.shapes[spec.canonical(name)]
+        shape = spec.tensors[spec.aliases.get(name, name)]
         if len(shape) < 2:
             raise MismatchError(f"there is an adapter of {name!r}, of shape {shape}, which is no matrix")
         own = sizes.get(name, {})
@@ -130,10 +131,18 @@ def factored(
     return {name: way or fallback for name, way in found.items()}
 
 
+def _axes_of(name: str, spec: SpecData) -> tuple[Axis, ...] | None:
+    """The axes of a tensor of the state dict; of one in a stack those of its own dimensions. None if there are none."""
+    name = spec.aliases.get(name, name)
+    stack, place = spec.in_stack.get(name, (name, ()))
+    return spec.axes[stack][len(place) :] if stack in spec.axes else None
+
+
 def _by_bias(name: str, spec: SpecData) -> tuple[int, int] | None:
     """The inputs and outputs of a square weight, by the axis that it shares with its bias."""
-    bias = spec.axes.get(f"{name.removesuffix('weight')}bias")
-    axes = spec.axes[spec.canonical(name)]
+    bias = _axes_of(f"{name.removesuffix('weight')}bias", spec)
+    axes = _axes_of(name, spec)
+    assert axes is not None
     if bias is None or axes[0] == axes[1] or bias[0] not in axes[:2]:
         return None
     return (1, 0) if bias[0] == axes[0] else (0, 1)

@@ -70,7 +70,18 @@ def optimizer_state(
         if index not in names:
             raise MismatchError(f"the optimizer has a state for parameter {index!r}, which none of its groups has")
         _refuse_blocks(names[index], {**kept, **kept.get(NESTED, {})})
-        moved[index] = {key: _moved(mover, names[index], key, value) for key, value in kept.items()}
+    at = {name: index for index, name in names.items()}
+    for index, name in names.items():
+        source, moves = mover.source(name)
+        if source != name and source not in at:
+            raise MismatchError(
+                f"the optimizer has {name!r}, but not {source!r}, whose module takes its place: begin the optimizer "
+                "anew, or give one that has the parameters of all modules that change places"
+            )
+        # Of a module that has had no gradient yet there is no state, and none where it goes.
+        kept = state["state"].get(index if source == name else at[source])
+        if kept is not None:
+            moved[index] = {key: _moved(moves, source, key, value) for key, value in kept.items()}
     return {**state, "state": moved, "param_groups": [dict(group) for group in state["param_groups"]]}
 
 
@@ -108,7 +119,7 @@ def _moved(mover: Mover, name: str, key: str, value: Any) -> Any:
         )
     if not isinstance(value, Tensor):
         return value
-    shape = mover.element.spec.shapes[name]
+    shape = mover.element.spec.tensors[name]
     over = _mean_over(key, value, shape)
     if over is not None:
         return mover.mean_squares(name, value, over, f"the optimizer's {key!r} of {name!r}")
@@ -156,7 +167,8 @@ def _names(
     for name in order:
         if name not in found or found[name].name in spec.unused:
             raise MismatchError(f"the optimizer has a parameter {name!r}, which the spec does not know")
-    return {index: spec.canonical(found[name].name) for index, name in zip(indices, order, strict=True)}
+    canonical = (spec.aliases.get(found[name].name, found[name].name) for name in order)
+    return dict(zip(indices, canonical, strict=True))
 
 
 def _order(groups: Sequence[Any], indices: Sequence[Any], parameters: Parameters | None) -> list[str]:

@@ -116,7 +116,7 @@ def _moves(value: object) -> bool:
 
 def _fits(value: object, key: object, spec: SpecData) -> bool:
     """Whether this is a tensor of a parameter's name and shape, such as a mask of truth values."""
-    known = spec.shapes.get(spec.aliases.get(str(key), str(key)))
+    known = spec.tensors.get(spec.aliases.get(str(key), str(key)))
     return isinstance(value, Tensor) and value.numel() > 1 and tuple(value.shape) == known
 
 
@@ -141,7 +141,10 @@ def _state(
     copies: dict[str, dict[str, Any]] = {}  # the weights, and averages of them, by what stands before their names
     for key, entry in held.items():
         if entry.part == "whole" and entry.name in _known(spec):
-            copies.setdefault(key.removesuffix(entry.name), {})[spec.canonical(entry.name)] = state[key]
+            copies.setdefault(key.removesuffix(entry.name), {})[_canonical(entry.name, spec)] = state[key]
+    places = {
+        (_around(key, entry), entry._replace(name=_canonical(entry.name, spec))): key for key, entry in held.items()
+    }
     out: dict[str, Any] = {}
     done: dict[tuple[str, Entry], Tensor] = {}
     memory = SameTensor()
@@ -151,16 +154,28 @@ def _state(
             if entry.name not in _known(spec):  # a parameter that nothing reads
                 out[key] = value.clone()
                 continue
-            name = spec.canonical(entry.name)
-            same = memory.first_name(key, value), entry._replace(name=name)
+            name = _canonical(entry.name, spec)
+            source, moves = mover.source(name)
+            if source == name:
+                start, begin = key, entry
+            else:
+                begin = entry._replace(name=source)
+                start = places.get((_around(key, entry), begin), "")
+                if start not in state:
+                    raise MismatchError(
+                        f"{where + key!r}: the module of {source!r} takes its place, but there is no such tensor of "
+                        "that: give those of all modules that change places, or of none"
+                    )
+                value = state[start]
+            same = memory.first_name(start, value), entry._replace(name=name)
             if same not in done:
-                own = copies.get(key.removesuffix(entry.name), {})
-                done[same] = _part_moved(mover, entry, key, value, kind, own, ways.get(entry.name))
+                own = copies.get(start.removesuffix(begin.name), {})
+                done[same] = _part_moved(moves, begin, start, value, kind, own, ways.get(begin.name))
             out[key] = done[same]
         elif _moves(value):
             raise MismatchError(
                 f"{where + str(key)!r}, of shape {tuple(value.shape)}, belongs to no parameter of the spec, which has "
-                f"{len(spec.axes)}: leave it out, or say what its dimensions are with axes="
+                f"{len(spec.tensors)}: leave it out, or say what its dimensions are with axes="
             )
         else:
             out[key] = _moved(mover, value, kind, parameters, transposed, f"{where}{key}.")
@@ -182,7 +197,18 @@ def _untied(
 
 def _known(spec: SpecData) -> Mapping[str, Any]:
     """Every name of a parameter or buffer that has axes."""
-    return {**spec.axes, **spec.aliases}
+    return {**spec.tensors, **spec.aliases}
+
+
+def _canonical(name: str, spec: SpecData) -> str:
+    """The canonical name of a tensor of a state dict, which may be in a stack."""
+    return spec.aliases.get(name, name)
+
+
+def _around(key: str, entry: Entry) -> str:
+    """What is left of a key without the name of its parameter, or of the module whose adapter it is part of."""
+    before, _, after = key.rpartition(entry.name if entry.name in key else entry.name.rpartition(".")[0])
+    return f"{before}*{after}"
 
 
 def _part_moved(
@@ -232,7 +258,7 @@ def _by_name(state: Mapping[str, Any], spec: SpecData) -> dict[str, Any]:
     """A network's weights by the spec's names."""
     held = entries(state, spec)
     known = _known(spec)
-    return {spec.canonical(entry.name): state[key] for key, entry in held.items() if entry.name in known}
+    return {_canonical(entry.name, spec): state[key] for key, entry in held.items() if entry.name in known}
 
 
 def _dictionary(mover: Mover, x: Any, axes: Mapping[str, Axes]) -> dict[str, Any]:
@@ -263,7 +289,9 @@ def _along_all(mover: Mover, name: str, tensor: Tensor, axes: Mapping[str, Axes]
     for at, each in enumerate(given):
         if isinstance(each, tuple):
             parameter, dim = each
-            shape = mover.element.spec.shapes[mover.element.spec.canonical(parameter)]
+            spec = mover.element.spec
+            known = spec.aliases.get(parameter, parameter)
+            shape = spec.tensors[known] if known in spec.in_stack else spec.shapes[spec.canonical(parameter)]
             if not 0 <= dim < len(shape):
                 raise MismatchError(f"{name!r}: {parameter!r} has shape {shape}: there is no dimension {dim}")
             moved = mover.along(parameter, dim, moved, at, repr(name))

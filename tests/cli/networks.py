@@ -84,3 +84,16 @@ class Waves(nn.Module):
         if wave.shape[-1] != 3700:
             raise ValueError("too few samples, or too many")
         return self.down(self.up(wave.unflatten(-1, (100, 37)).mean(-2)).relu())
+
+
+class Mixture(nn.Module):
+    """Experts whose outputs a router weighs, and which are modules of their own."""
+
+    def __init__(self, count: int = 3) -> None:
+        super().__init__()
+        self.router = nn.Linear(5, count)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 5)) for _ in range(count))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gates = self.router(x).softmax(-1)
+        return sum((gates[..., i : i + 1] * expert(x) for i, expert in enumerate(self.experts)), torch.zeros_like(x))

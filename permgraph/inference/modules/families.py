@@ -15,6 +15,7 @@ from permgraph.inference.modules.moves import IntArray, Refused
 from permgraph.inference.modules.proof import Proof
 from permgraph.inference.modules.reading import Dataflow
 from permgraph.inference.solution import Solution, is_weight
+from permgraph.spec.provenance import Refusal
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +48,13 @@ class Found:
 
     families: tuple[Family, ...]
     refused: Mapping[tuple[str, str], str]
+
+    def refusals(self) -> list[Refusal]:
+        """What was refused, the weights that do not change places with the same one for the same reason together."""
+        together: dict[tuple[str, str], list[str]] = {}
+        for (one, other), why in self.refused.items():
+            together.setdefault((one, why), [one]).append(other)
+        return [Refusal(why, tuple(names)) for (_, why), names in together.items()]
 
 
 def find_families(solution: Solution) -> Found:

@@ -30,21 +30,29 @@ from permgraph.spec.expressions import (
 from permgraph.spec.expressions import (
     Family as AxisFamily,
 )
+from permgraph.spec.provenance import Refusal
 from permgraph.spec.spec import PermutationSpec
 from permgraph.spec.stacks import Names, dimensions
+
+MOST_REFUSALS = 200
+"""So many reasons why modules do not change places are kept with a spec."""
 
 
 def fold(spec: PermutationSpec, found: Found) -> PermutationSpec:
     """The same spec with groups of modules, and a note for each family that it cannot hold."""
     inside: dict[str, str] = {}  # for the name of a weight of an outer family's first module, that of its stack
-    notes = []
+    notes, refusals = [], found.refusals()
     for family in found.families:
         try:
             spec = _Fold(spec, family, inside).folded()
         except Refused as refused:
             first, second = (", ".join(member[:1]) for member in family.members[:2])
             notes.append(f"the modules of {first} and {second} could change places, but stay put: {refused}")
-    return replace(spec, notes=(*spec.notes, *notes))
+            refusals += [
+                Refusal(f"the spec cannot say so: {refused}", names) for names in zip(*family.members, strict=True)
+            ]
+    known = [r for r in refusals if all(name in spec.tensors for name in r.parameters)]
+    return replace(spec, notes=(*spec.notes, *notes), refusals=tuple(known[:MOST_REFUSALS]))
 
 
 @dataclass
