@@ -58,6 +58,7 @@ def sweep(
     results: Path = RESULTS,
 ) -> dict[str, dict[str, Any]]:
     """Measure the models that have no record yet, or one whose status is in `again` (*stale*: made by other code)."""
+    ZOOS[zoo].require()
     results.mkdir(parents=True, exist_ok=True)
     path = results / f"{zoo}.jsonl"
     known = read(path)

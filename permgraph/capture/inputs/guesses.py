@@ -152,8 +152,15 @@ def beginnings(model: nn.Module, name: str, place: int, annotation: Any = None) 
     words = re.split(r"[_\d.]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower())
     joined = set(words) | {"+".join(pair) for pair in itertools.pairwise(words)}
     named = [kind for listed, kinds in _KINDS if joined & set(listed.split()) for kind in kinds]
-    made = [guess for kind in dict.fromkeys((*named, *_USUAL)) for guess in _begun(model, kind, place)]
+    made = [guess for kind in dict.fromkeys((*named, *_pictures(model), *_USUAL)) for guess in _begun(model, kind, place)]
     return list(dict.fromkeys(made))
+
+
+def _pictures(model: nn.Module) -> tuple[str, ...]:
+    """Images or videos, for a model whose first layer is a convolution over such."""
+    layers = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.Embedding, nn.RNNBase)
+    first = next((m for m in model.modules() if isinstance(m, layers)), None)
+    return ("image",) if isinstance(first, nn.Conv2d) else ("video",) if isinstance(first, nn.Conv3d) else ()
 
 
 def _number(annotation: Any) -> Guess | None:

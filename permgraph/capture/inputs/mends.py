@@ -25,17 +25,14 @@ from permgraph.capture.inputs.guesses import (
     parameters_of,
     shape_of_rank,
 )
-from permgraph.capture.inputs.trials import Failure, Operand
+from permgraph.capture.inputs.trials import BATCH_RANKS, Failure, Operand
 
 Mend = tuple[float, dict[str, Guess]]
 
 _MENTIONS_NONE = re.compile(r"NoneType|\bNone\b|must be (given|provided|specified)|should be provided|required")
 _SIZED = frozenset({"real", "ids", "mask", "list"})
 #: The rank that a function wants of its first tensor.
-_RANKS = {
-    "conv1d": 3, "conv2d": 4, "conv3d": 5, "conv_transpose1d": 3, "conv_transpose2d": 4, "conv_transpose3d": 5,
-    "avg_pool2d": 4, "max_pool2d": 4, "_max_pool2d": 4, "lstm": 3, "gru": 3, "multi_head_attention_forward": 3,
-}  # fmt: skip
+_RANKS = {**BATCH_RANKS, "lstm": 3, "gru": 3, "multi_head_attention_forward": 3}
 _ELEMENTWISE = frozenset({"add", "sub", "mul", "div", "__add__", "__radd__", "__mul__", "__rmul__", "where", "cat"})
 
 
@@ -347,6 +344,27 @@ def _resized(guesses: Guesses, given: int, wanted: int, origins: frozenset[str])
         for cost, shape in _shapes(guess.shape, given, wanted):
             if max(shape) < 5000 and math.prod(shape) < 4_000_000:
                 yield cost, _changed(guesses, name, guess.with_(shape=shape))
+    yield from _resized_together(guesses, given, wanted, origins)
+
+
+def _resized_together(guesses: Guesses, given: int, wanted: int, origins: frozenset[str]) -> Iterator[Mend]:
+    """Arguments that were concatenated, each with its part of what is wanted: in equal parts, or one with the rest."""
+    names = [name for name in guesses if name in origins and guesses[name].kind == "real"]
+    for axis in (1, -1):
+        sizes = {name: guesses[name].shape[axis] for name in names if len(guesses[name].shape) > 1}
+        if len(sizes) < 2 or sum(sizes.values()) != given:
+            continue
+        parts = [dict.fromkeys(sizes, wanted // len(sizes))] if wanted % len(sizes) == 0 else []
+        parts += [{**sizes, name: wanted - given + size} for name, size in sizes.items() if wanted - given + size > 0]
+        for at, part in enumerate(parts):
+            yield 0.5 + at, {name: _with_size(guess, axis, part.get(name)) for name, guess in guesses.items()}
+
+
+def _with_size(guess: Guess, axis: int, size: int | None) -> Guess:
+    if size is None:
+        return guess
+    at = axis % len(guess.shape)
+    return guess.with_(shape=(*guess.shape[:at], size, *guess.shape[at + 1 :]))
 
 
 def _shapes(shape: tuple[int, ...], given: int, wanted: int) -> Iterator[tuple[float, tuple[int, ...]]]:
