@@ -381,7 +381,8 @@ BESIDE: dict[str, dict[str, Any]] = {
     "attn_use_latent_kv": {"attn_dim_latent_kv": 16}, "attn_cope_soft_onehot_pos": {"attn_use_cope": True},
     "use_adaptive_layerscale": {"use_adaptive_rmsnorm": True, "dim_condition": 24}, "attn_cope_talking_heads": {"attn_use_cope": True},
     "adaptive_condition_mlp": {"use_adaptive_rmsnorm": True, "dim_condition": 24}, "ff_glu_mult_bias": {"ff_glu": True},
-    "attn_data_dependent_alibi_per_row": {"attn_data_dependent_alibi": True}, "unet_skips": {"depth": 4},
+    "attn_data_dependent_alibi_per_row": {"attn_data_dependent_alibi": True}, "unet_skips": {"depth": 4}, "attn_aggregated_residuals": {"attn_aggregated_residual_kwargs": {"lora_rank": 8}},
+    "gated_multi_residual": {"residual_fn_kwargs": {"read_gate_rank": 8}},
     "attn_learned_value_residual_mix": {"add_value_residual": True}, "pre_norm_has_final_norm": {},
 }  # fmt: skip
 #: Choices that are no flags.
@@ -490,7 +491,7 @@ def graphs() -> dict[str, Build]:
         "TransformerConv", "AGNNConv", "TAGConv", "ARMAConv", "SGConv", "SSGConv", "APPNP", "MFConv", "FeaStConv",
         "LEConv", "ClusterGCNConv", "GENConv", "SuperGATConv", "EGConv", "FAConv", "GCN2Conv", "MixHopConv", "LGConv",
     )  # fmt: skip
-    more: dict[str, dict[str, Any]] = {"ChebConv": {"K": 3}, "EGConv": {"num_heads": 4}}
+    more: dict[str, dict[str, Any]] = {"ChebConv": {"K": 3}, "SSGConv": {"alpha": 0.2}, "EGConv": {"num_heads": 4}}
 
     class Stack(nn.Module):
         """Two convolutions over the same edges, with a nonlinearity between them."""

@@ -63,6 +63,7 @@ def sweep(
     path = results / f"{zoo}.jsonl"
     known = read(path)
     warm_up()
+    importlib.import_module(ZOOS[zoo].library)
     stale = {name for name, record in known.items() if record.get("code") != code()} if "stale" in again else set()
     todo = [n for n in (names or ZOOS[zoo].names()) if n not in known or known[n]["status"] in again or n in stale]
     for at, name in enumerate(todo):

@@ -46,7 +46,7 @@ def _text_widths(model: nn.Module) -> list[int]:
 
 def _channels(model: nn.Module) -> int:
     first = next((m.in_channels for m in model.modules() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d))), 4)
-    return whole(configured(model, "in_channels", "in_dim", "in_visual_dim", "latent_channels"), first)
+    return max(1, whole(configured(model, "in_channels", "in_dim", "in_visual_dim", "latent_channels"), first))
 
 
 def _denoised(model: nn.Module) -> Iterator[tuple[Tensor, int]]:
@@ -59,7 +59,8 @@ def _denoised(model: nn.Module) -> Iterator[tuple[Tensor, int]]:
         sides = []
     edges = [(high or 0, wide or 0)] if not sides else [(side, side) for side in sides]
     frames = whole(configured(model, "sample_frames", "num_frames"), FRAMES)
-    frames = (frames - 1) // whole(configured(model, "temporal_compression_ratio"), 1) + 1 if frames <= 65 else FRAMES
+    shorter = max(1, whole(configured(model, "temporal_compression_ratio"), 1))
+    frames = (frames - 1) // shorter + 1 if frames <= 65 else FRAMES
     layers = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
     first = next((m for m in model.modules() if isinstance(m, layers) and not _is_for_time(m, channels)), None)
     row = (floats(model, BATCH, SIDE, channels), SIDE)

@@ -217,6 +217,18 @@ def parameters_of(model: nn.Module) -> dict[str, inspect.Parameter]:
     return {name: p for name, p in found.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
 
 
+def handed_on(model: nn.Module) -> list[str]:
+    """What parts of a model do without and take, where the model hands on whatever it is given besides its own."""
+    try:
+        own = inspect.signature(model.forward).parameters.values()
+    except (TypeError, ValueError):
+        return []
+    if not any(p.kind is p.VAR_KEYWORD for p in own):
+        return []
+    parts = (parameters_of(part) for part in model.modules() if type(part).__module__.partition(".")[0] != "torch")
+    return list(dict.fromkeys(name for taken in parts for name, p in taken.items() if p.default is None))
+
+
 def annotations_of(model: nn.Module) -> dict[str, Any]:
     """The annotations of `forward`, where they can be read."""
     try:

@@ -364,10 +364,13 @@ def placed(model: nn.Module, values: dict[str, Any]) -> Candidate:
     """Arguments by name as a call takes them: by position, but for those after a bare star or after one left out."""
     parameters = inspect.signature(model.forward).parameters
     keyword = {p.name for p in parameters.values() if p.kind is p.KEYWORD_ONLY}
-    order = [name for name in parameters if name not in keyword]
+    order = [p.name for p in parameters.values() if p.name not in keyword and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     left_out = next((at for at, name in enumerate(order) if name not in values), len(order))
     keyword |= set(order[left_out:])
-    args = tuple(values[name] for name in order[:left_out]) + tuple(v for k, v in values.items() if k not in parameters)
+    others = [name for name in values if name not in parameters or name not in {*order, *keyword}]
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):  # handed on to a part that knows them
+        keyword, others = keyword | set(others), []
+    args = tuple(values[name] for name in order[:left_out]) + tuple(values[name] for name in others)
     return args, {name: value for name, value in values.items() if name in keyword}
 
 

@@ -22,6 +22,7 @@ from permgraph.capture.inputs.guesses import (
     Guess,
     Guesses,
     beginnings,
+    handed_on,
     parameters_of,
     shape_of_rank,
 )
@@ -95,12 +96,14 @@ def _left_out(model: nn.Module, guesses: Guesses, failure: Failure) -> Iterator[
     """An argument whose default is None, where the model does not do without; what the error names comes first."""
     parameters = parameters_of(model)
     absent = [name for name, p in parameters.items() if p.default is None and name not in guesses]
-    if not absent:
-        return
     lines = _failing_lines(failure.error)
     message = str(failure.error)
-    named = [name for name in absent if re.search(rf"\b{name}\b", message)]
-    read = [name for name in absent if name not in named and any(re.search(rf"\b{name}\b", line) for line in lines)]
+    told = " ".join((message, *lines))
+    absent += [name for name in handed_on(model) if name not in parameters and name not in guesses and _mentions(told, name)]
+    if not absent:
+        return
+    named = [name for name in absent if _mentions(message, name)]
+    read = [name for name in absent if name not in named and any(_mentions(line, name) for line in lines)]
     likely = named + read
     if (
         not likely
@@ -108,7 +111,7 @@ def _left_out(model: nn.Module, guesses: Guesses, failure: Failure) -> Iterator[
         and not isinstance(failure.error, (AssertionError, ValueError))
     ):
         return
-    order = list(parameters)
+    order = [*parameters, *(name for name in absent if name not in parameters)]
     for at, name in enumerate([*likely, *(n for n in absent if n not in likely)][:6]):
         for rank, guess in enumerate(beginnings(model, name, order.index(name))[:3]):
             given = {**guesses, name: guess}
@@ -116,6 +119,10 @@ def _left_out(model: nn.Module, guesses: Guesses, failure: Failure) -> Iterator[
     if len(absent) > 1:
         every = {name: beginnings(model, name, order.index(name))[0] for name in absent}
         yield 2.5, {name: {**every, **guesses}[name] for name in _in_order({**every, **guesses}, order)}
+
+
+def _mentions(text: str, name: str) -> bool:
+    return re.search(rf"\b{name}\b", text) is not None
 
 
 def _in_order(guesses: Guesses, order: list[str]) -> list[str]:
@@ -208,6 +215,11 @@ def _wrong_ranks(failure: Failure) -> Iterator[tuple[Operand, int]]:
         rank = _RANKS[failure.function]
         if len(failure.operands[0].shape) != rank:
             yield failure.operands[0], rank
+            return
+    if failure.function == "permute" and failure.operands:
+        order = [v for a in failure.arguments for v in (a if isinstance(a, (list, tuple)) else (a,)) if type(v) is int]
+        if len(order) != len(failure.operands[0].shape):
+            yield failure.operands[0], len(order)
             return
     if failure.function in _ELEMENTWISE:
         highest = max(len(operand.shape) for operand in failure.operands)
