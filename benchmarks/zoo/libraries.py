@@ -303,7 +303,7 @@ VISION: dict[str, dict[str, Any]] = {
                   "lg_enc_depth": 1, "sm_enc_heads": 2, "lg_enc_heads": 2, "sm_enc_mlp_dim": 64, "lg_enc_mlp_dim": 64,
                   "cross_attn_depth": 1, "cross_attn_heads": 2, "depth": 1, "sm_enc_dim_head": 16, "lg_enc_dim_head": 16,
                   "cross_attn_dim_head": 16},
-    "crossformer": {"dim": Sized((16, 32, 48, 64), (32, 48, 64, 96)), "depth": (1, 1, 1, 1), "global_window_size": (2, 2, 1, 1),
+    "crossformer": {"dim": Sized((32, 48, 64, 96), (48, 64, 96, 128)), "depth": (1, 1, 1, 1), "global_window_size": (2, 2, 1, 1),
                     "local_window_size": (2, 2, 2, 1)},
     "cvt": {**_STAGED, **{f"s{i}_emb_dim": Sized(16 * i, 24 * i) for i in (1, 2, 3)}, "s2_heads": 2, "s3_heads": 2},
     "levit": {"dim": Sized((16, 32), (32, 48)), "depth": 1, "heads": (2, 4), "mlp_mult": 2, "dim_key": 8, "dim_value": 16,
@@ -336,7 +336,8 @@ VISION: dict[str, dict[str, Any]] = {
     "vivit": {"frames": 4, "image_patch_size": 8, "frame_patch_size": 2, "spatial_depth": 1, "temporal_depth": 1},
     "vivit_with_moss": {"frames": 4, "image_patch_size": 8, "frame_patch_size": 2, "spatial_depth": 1, "temporal_depth": 1},
     "xcit": {"cls_depth": 1}, "vit_with_patch_merger": {"patch_merge_layer": 1, "patch_merge_num_tokens": 4},
-    "na_vit_nested_tensor_3d": {"image_patch_size": 8, "frame_patch_size": 2, "max_frames": 4},
+    "na_vit_nested_tensor_3d": {"image_patch_size": 8, "frame_patch_size": 2, "max_frames": 16},
+    "simple_vit_with_fft": {"freq_patch_size": 8}, "simple_vit_with_hyper_connections": {"num_residual_streams": 2},
     "simple_uvit": {"num_register_tokens": 2}, "jumbo_vit": {"num_jumbo_cls": 2},
 }  # fmt: skip
 #: Wrappers, whose arguments are other models of the library, and modules that only hold parts.
