@@ -526,7 +526,7 @@ RESTORERS: dict[str, dict[str, Any]] = {
     "ESRGAN": {"num_filters": Sized(16, 24), "num_blocks": Sized(1, 2)},
     "Compact": {"num_feat": Sized(16, 24), "num_conv": 2}, "NAFNet": {"width": Sized(8, 16)},
     "DRUNet": {"nc": Sized([8, 16, 24, 32], [16, 24, 32, 48]), "nb": Sized(1, 2)},
-    "DnCNN": {"nf": Sized(16, 24), "nb": 4}, "FBCNN": {"nc": Sized([8, 16, 24, 32], [16, 24, 32, 48]), "nb": 1},
+    "DnCNN": {"nc": Sized(16, 24), "nb": 4}, "FBCNN": {"nc": Sized([8, 16, 24, 32], [16, 24, 32, 48]), "nb": 1},
     "IPT": {"n_feats": Sized(16, 32), "num_layers": 1, "patch_size": 16, "num_heads": 2, "num_queries": 1},
     "GFPGAN": {"out_size": 32, "num_style_feat": 32, "channel_multiplier": 1, "num_mlp": 2, "different_w": True},
     "Uformer": {"img_size": 32, "embed_dim": Sized(16, 32), "depths": [1] * 9, "win_size": 4, "num_heads": [1, 2, 2, 2, 2, 2, 2, 2, 1]},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import inspect
+import linecache
 import logging
 import re
 import time
@@ -220,12 +221,22 @@ def _failure(name: str, inputs: ExampleInputs, error: Exception) -> _PassError:
 def needs_values(error: BaseException | None) -> bool:
     """Whether a pass on fake tensors ended because the model asked for values, or for what only real tensors do."""
     while error is not None:
-        if isinstance(error, _NEEDS_VALUES):
+        if isinstance(error, _NEEDS_VALUES) and not _raised_by_model(error):
             return True
         if any(word in str(error).lower() for word in _NEEDS_VALUES_WORDS) or _is_assertion_of_fake_mode(error):
             return True
         error = error.__cause__
     return False
+
+
+def _raised_by_model(error: BaseException) -> bool:
+    """Whether a statement outside torch raised this `NotImplementedError`: what a model has not is not about values."""
+    if type(error) is not NotImplementedError or error.__traceback__ is None:
+        return False
+    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+    if str(frame.f_globals.get("__name__", "")).partition(".")[0] == "torch":
+        return False
+    return linecache.getline(frame.f_code.co_filename, line).strip().startswith("raise")
 
 
 def _is_assertion_of_fake_mode(error: BaseException) -> bool:

@@ -24,6 +24,8 @@ BATCH = 2
 LENGTH = 19
 #: So long the finder of layers tries candidates before the search has its turn, and as long after it.
 SECONDS_FOR_LAYERS = 2.5
+#: Where to try one takes little, so many are tried, and for so long at the least.
+MANY, LEAST_SECONDS = 30, 1.0
 #: Square image sizes in the order in which they are tried.
 SIDES = (32, 64, 224, 299, 28, 96, 128, 160, 192, 256, 384, 448, 512, 16, 8)
 
@@ -403,12 +405,18 @@ def from_layers(model: nn.Module) -> Iterator[Candidate]:
 
 
 def within_seconds(candidates: Iterator[Candidate], seconds: float) -> Iterator[Candidate]:
-    """Candidates until so much computing time has gone by since the first of them was tried."""
-    began = None
-    for candidate in candidates:
+    """Candidates until so much computing time has gone by, or less where to try one takes little, since the second.
+
+    Trying the first may load much of torch.
+    """
+    began, limit = None, seconds
+    for number, candidate in enumerate(candidates):
         yield candidate
-        began = time.process_time() if began is None else began
-        if time.process_time() - began > seconds:
+        now = time.process_time()
+        if number == 2 and began is not None:
+            limit = min(seconds, max(LEAST_SECONDS, MANY * (now - began) / 2))
+        began = now if began is None else began
+        if now - began > limit:
             return
 
 

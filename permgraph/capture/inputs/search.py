@@ -20,7 +20,7 @@ from permgraph.capture.inputs.mends import mends
 from permgraph.capture.inputs.registry import Candidate, input_finder
 from permgraph.capture.inputs.trials import Bench
 
-MAX_SECONDS = 4.0
+MAX_SECONDS = 3.0
 FIRST_SECONDS = 15.0
 MAX_TRIALS = 250
 #: After so many trials, none of which came further than one before, the search gives up.
