@@ -80,7 +80,7 @@ def _denoised(model: nn.Module) -> Iterator[tuple[Tensor, int]]:
 
 def _is_for_time(layer: nn.Module, channels: int) -> bool:
     """Whether a first layer can be none that takes what is denoised."""
-    return isinstance(layer, nn.Linear) and layer.in_features % channels != 0
+    return isinstance(layer, nn.Linear) and layer.in_features % max(1, channels) != 0
 
 
 def _beside(model: nn.Module, names: frozenset[str], needed: set[str], pixels: Tensor, tokens: int, width: int) -> dict[str, Any]:

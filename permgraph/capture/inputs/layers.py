@@ -327,7 +327,8 @@ def _shapes(model: nn.Module) -> Iterator[Tensor]:
     """Inputs for the layers, then for bare parameters as matrices, then for anything."""
     for layer in _layers(model):
         yield from _for_layer(model, layer)
-    for parameter in itertools.islice(model.parameters(), 3):
+    held = {id(p) for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd) for p in m.parameters(recurse=False)}
+    for parameter in itertools.islice((p for p in model.parameters() if id(p) not in held), 3):
         for size in parameter.shape[::-1]:
             yield floats(model, BATCH, size)
             yield floats(model, BATCH, LENGTH, size)

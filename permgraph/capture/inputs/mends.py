@@ -194,6 +194,11 @@ def _of_another_rank(model: nn.Module, guesses: Guesses, failure: Failure) -> It
             place = list(guesses).index(name)
             length, width = LENGTHS[place % len(LENGTHS)], WIDTHS[place % len(WIDTHS)]
             shapes = list(shape_of_rank(model, rank, length, width)) if 0 < rank < 7 else []
+            if failure.function in _ELEMENTWISE and guess.kind in ("mask", "real"):  # of each place of what it meets
+                met = max((other.shape for other in failure.operands), key=len)
+                flat = (*met[:1], 1, *met[2:])
+                if len(met) > 3 and len(guess.shape) < len(met):
+                    yield 0.3, _changed(guesses, name, guess.with_(shape=flat))
             if rank in (2, 3) and len(guess.shape) in (2, 3):  # as wide as before
                 shapes = [(guess.shape[0], *(length,) * (rank - 2), guess.shape[-1])]
             if guess.kind in ("ids", "mask"):
@@ -306,7 +311,7 @@ def _totals(message: str) -> Iterator[tuple[int, int]]:
         wanted = math.prod(int(size) for size in found[1].split(","))
         if wanted > 0:
             yield int(found[2]), wanted
-        else:  # one size is whatever is left: the next multiple of the others
+        elif wanted < 0:  # one size is whatever is left: the next multiple of the others
             yield int(found[2]), -wanted * -(-int(found[2]) // -wanted or 1)
     found = re.search(r"can't divide axis of length (\d+) in chunks of (\d+)", message)
     if found:
