@@ -40,7 +40,8 @@ class Zoo:
         """Raises `ImportError` with the next step where the library is not installed."""
         if importlib.util.find_spec(self.library) is None:
             raise ImportError(
-                f"the zoo of {self.title} needs {self.library}, which is not installed: pip install permgraph[{self.extra}]"
+                f"the zoo of {self.title} needs {self.library}, which is not installed: "
+                f"pip install permgraph[{self.extra}]"
             )
 
 
@@ -170,7 +171,7 @@ def transformers_model(name: str) -> Iterator[nn.Module]:
 ZOOS: dict[str, Zoo] = {
     "torchvision": Zoo("torchvision", torchvision_names, torchvision_model, library="torchvision"),
     "timm": Zoo("timm, the smallest model of each architecture module", timm_smallest, timm_model, library="timm"),
-    "timm-meta": Zoo("timm, every entrypoint on the meta device", timm_entrypoints, timm_model, meta=True, library="timm"),
+    "timm-meta": Zoo("timm, every entrypoint on the meta device", timm_entrypoints, timm_model, True, "timm"),
     "transformers": Zoo(
         "transformers, every architecture of AutoModel", transformers_names, transformers_model, library="transformers"
     ),

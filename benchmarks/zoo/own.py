@@ -191,7 +191,9 @@ class Coupling(nn.Module):
 class Upsampler(nn.Module):
     """Transposed convolutions, after each the mean of residual stacks with several kernels, to a waveform."""
 
-    def __init__(self, wide: int, width: int, rates: tuple[int, ...] = (4, 4), kernels: tuple[int, ...] = (3, 5)) -> None:
+    def __init__(
+        self, wide: int, width: int, rates: tuple[int, ...] = (4, 4), kernels: tuple[int, ...] = (3, 5)
+    ) -> None:
         super().__init__()
         self.first = weight_norm(nn.Conv1d(wide, width, 7, padding=3))
         self.up = nn.ModuleList(

@@ -30,10 +30,27 @@ WIDTH = re.compile(
 EXPERTS = re.compile(r"experts$")
 #: What constructors want and leave to the caller, for networks of images.
 WANTED: dict[str, Any] = {
-    "spatial_dims": 2, "in_channels": 3, "in_chans": 3, "out_channels": 3, "out_chans": 3, "num_classes": 5,
-    "image_size": 32, "img_size": 32, "patch_size": 8, "channels": (16, 32), "strides": (2, 2), "depth": 2, "heads": 2,
-    "dim": 32, "mlp_dim": 64, "dim_head": 16, "num_in_ch": 3, "num_out_ch": 3, "input_image_size": 32, "input_resolution": (32, 32),
-}  # fmt: skip
+    "spatial_dims": 2,
+    "in_channels": 3,
+    "in_chans": 3,
+    "out_channels": 3,
+    "out_chans": 3,
+    "num_classes": 5,
+    "image_size": 32,
+    "img_size": 32,
+    "patch_size": 8,
+    "channels": (16, 32),
+    "strides": (2, 2),
+    "depth": 2,
+    "heads": 2,
+    "dim": 32,
+    "mlp_dim": 64,
+    "dim_head": 16,
+    "num_in_ch": 3,
+    "num_out_ch": 3,
+    "input_image_size": 32,
+    "input_resolution": (32, 32),
+}
 
 
 def arguments(cls: type, size: int = 1, given: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Inputs for modules with the signatures of libraries that are not installed here: denoisers, graphs, pairs of images."""
+"""Inputs for modules with the signatures of libraries that need not be here: denoisers, graphs, pairs of images."""
 
 from __future__ import annotations
 
@@ -26,15 +26,33 @@ class TokenDenoiser(Configured):
     """Tokens of an image and of a text in one row, with the places of both, and a vector of the whole text."""
 
     def __init__(self, guided: bool) -> None:
-        super().__init__(in_channels=6, joint_attention_dim=14, pooled_projection_dim=10, axes_dims_rope=(2, 4, 4), guidance_embeds=guided)
-        self.x, self.text, self.pooled, self.time = nn.Linear(6, 20), nn.Linear(14, 20), nn.Linear(10, 20), nn.Linear(1, 20)
+        super().__init__(
+            in_channels=6,
+            joint_attention_dim=14,
+            pooled_projection_dim=10,
+            axes_dims_rope=(2, 4, 4),
+            guidance_embeds=guided,
+        )
+        self.x, self.text, self.pooled, self.time = (
+            nn.Linear(6, 20),
+            nn.Linear(14, 20),
+            nn.Linear(10, 20),
+            nn.Linear(1, 20),
+        )
         self.guide = nn.Linear(1, 20) if guided else None
         self.last = nn.Linear(20, 6)
 
     def forward(
-        self, hidden_states: Tensor, encoder_hidden_states: Any = None, pooled_projections: Any = None, timestep: Any = None,
-        img_ids: Any = None, txt_ids: Any = None, guidance: Any = None, joint_attention_kwargs: dict[str, Any] | None = None,
-    ) -> Tensor:  # fmt: skip
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Any = None,
+        pooled_projections: Any = None,
+        timestep: Any = None,
+        img_ids: Any = None,
+        txt_ids: Any = None,
+        guidance: Any = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+    ) -> Tensor:
         step = self.time((timestep / 1000)[:, None].to(hidden_states.dtype)) + self.pooled(pooled_projections)
         if self.guide is not None:
             step = step + self.guide(guidance[:, None])
@@ -47,7 +65,14 @@ class ClipDenoiser(Configured):
     """Frames before channels, and an embedding of places for just so many of them."""
 
     def __init__(self) -> None:
-        super().__init__(in_channels=4, text_embed_dim=12, sample_height=6, sample_width=8, sample_frames=9, temporal_compression_ratio=4)
+        super().__init__(
+            in_channels=4,
+            text_embed_dim=12,
+            sample_height=6,
+            sample_width=8,
+            sample_frames=9,
+            temporal_compression_ratio=4,
+        )
         self.patch, self.text_proj = nn.Conv2d(4, 20, 2, 2), nn.Linear(12, 20)
         self.places = nn.Parameter(torch.randn(3 * 3 * 4, 20))
         self.last = nn.Linear(20, 4)
@@ -64,15 +89,26 @@ class Steered(Configured):
 
     def __init__(self) -> None:
         super().__init__(
-            in_channels=4, cross_attention_dim=12, conditioning_channels=3, conditioning_embedding_out_channels=(8, 16), sample_size=None,
-        )  # fmt: skip
+            in_channels=4,
+            cross_attention_dim=12,
+            conditioning_channels=3,
+            conditioning_embedding_out_channels=(8, 16),
+            sample_size=None,
+        )
         self.x, self.picture, self.text = nn.Conv2d(4, 16, 3, padding=1), nn.Conv2d(3, 16, 3, 2, 1), nn.Linear(12, 16)
 
     def forward(
-        self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, controlnet_cond: Tensor, conditioning_scale: float = 1.0
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        controlnet_cond: Tensor,
+        conditioning_scale: float = 1.0,
     ) -> Tensor:
         text = self.text(encoder_hidden_states).mean(1)[:, :, None, None]
-        return (self.x(sample) + conditioning_scale * self.picture(controlnet_cond)).relu() + text * timestep[:, None, None, None]
+        return (self.x(sample) + conditioning_scale * self.picture(controlnet_cond)).relu() + text * timestep[
+            :, None, None, None
+        ]
 
 
 class WithSizes(Configured):
@@ -80,17 +116,27 @@ class WithSizes(Configured):
 
     def __init__(self) -> None:
         super().__init__(
-            in_channels=4, cross_attention_dim=12, addition_embed_type="text_time", addition_time_embed_dim=4,
-            projection_class_embeddings_input_dim=34, sample_size=16,
-        )  # fmt: skip
+            in_channels=4,
+            cross_attention_dim=12,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=4,
+            projection_class_embeddings_input_dim=34,
+            sample_size=16,
+        )
         self.x, self.text, self.added = nn.Conv2d(4, 16, 3, padding=1), nn.Linear(12, 16), nn.Linear(34, 16)
 
     def forward(
-        self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, added_cond_kwargs: dict[str, Tensor] | None = None
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        added_cond_kwargs: dict[str, Tensor] | None = None,
     ) -> Tensor:
         assert added_cond_kwargs is not None
         sizes = added_cond_kwargs["time_ids"].repeat_interleave(4, 1)
-        more = self.added(torch.cat([added_cond_kwargs["text_embeds"], sizes], 1)) + self.text(encoder_hidden_states).mean(1)
+        more = self.added(torch.cat([added_cond_kwargs["text_embeds"], sizes], 1)) + self.text(
+            encoder_hidden_states
+        ).mean(1)
         return self.x(sample).relu() * more[:, :, None, None] + timestep[:, None, None, None]
 
 
@@ -128,7 +174,11 @@ def test_channels_are_not_taken_for_samples() -> None:
 
         def __init__(self) -> None:
             super().__init__()
-            self.x, self.labels, self.norm = nn.Conv2d(2, 8, 3, padding=1), nn.Conv2d(3, 8, 3, padding=1), nn.GroupNorm(2, 8)
+            self.x, self.labels, self.norm = (
+                nn.Conv2d(2, 8, 3, padding=1),
+                nn.Conv2d(3, 8, 3, padding=1),
+                nn.GroupNorm(2, 8),
+            )
 
         def forward(self, x: Tensor, seg: Tensor) -> Tensor:
             labels = nn.functional.interpolate(seg, size=x.shape[2:])

@@ -36,9 +36,21 @@ def test_both_sizes_differ() -> None:
 
 
 def test_heads_keep_their_size_and_widths_follow() -> None:
-    config = {"num_attention_heads": 24, "attention_head_dim": 64, "inner_dim": 1536, "num_layers": 30, "sample_size": 128}
+    config = {
+        "num_attention_heads": 24,
+        "attention_head_dim": 64,
+        "inner_dim": 1536,
+        "num_layers": 30,
+        "sample_size": 128,
+    }
     found = shrunk(config)
-    assert found == {"num_attention_heads": 2, "attention_head_dim": 64, "inner_dim": 128, "num_layers": 2, "sample_size": 128}
+    assert found == {
+        "num_attention_heads": 2,
+        "attention_head_dim": 64,
+        "inner_dim": 128,
+        "num_layers": 2,
+        "sample_size": 128,
+    }
     assert shrunk(config, 2)["inner_dim"] == 4 * 64
 
 

@@ -1,7 +1,7 @@
 """Finders for networks that take the noise out of images, videos and sounds, a step at a time.
 
-Beside what is denoised they take the step, and mostly a text as vectors; some take vectors of the whole text, the places
-of tokens, or what else the config names. What the names say is tried, and whatever does not run is dropped.
+Beside what is denoised they take the step, and mostly a text as vectors; some take vectors of the whole text, the
+places of tokens, or what else the config names. What the names say is tried, and whatever does not run is dropped.
 """
 
 from __future__ import annotations
@@ -22,19 +22,42 @@ TEXT, FRAMES, SIDE = 13, 5, 16
 _DENOISED = ("hidden_states", "sample", "latents", "x")
 _STEPS = frozenset({"timestep", "timesteps", "t", "r_timestep", "timestep_r", "timestep_ratio"})
 _TEXTS = frozenset({"encoder_hidden_states", "context", "cap_feats", "text_bth"})
-_TEXT_PART = re.compile(r"(context|caption|text|cap|txt|condition)\w*(embed|proj|norm|in\b)|encoder_hid_proj|attn2\.to_k|y_embedder")
+_TEXT_PART = re.compile(
+    r"(context|caption|text|cap|txt|condition)\w*(embed|proj|norm|in\b)|encoder_hid_proj|attn2\.to_k|y_embedder"
+)
 _TEXT_WIDTHS = (
-    "cross_attention_dim", "joint_attention_dim", "caption_channels", "text_embed_dim", "text_dim", "cap_feat_dim",
-    "encoder_hidden_states_dim", "caption_dim", "text_embed_dims", "in_text_dim", "cross_attention_input_dim", "context_in_dim",
-    "text_states_dim", "text_hidden_dim", "caption_feature_dim", "prompt_embed_dim",
-)  # fmt: skip
+    "cross_attention_dim",
+    "joint_attention_dim",
+    "caption_channels",
+    "text_embed_dim",
+    "text_dim",
+    "cap_feat_dim",
+    "encoder_hidden_states_dim",
+    "caption_dim",
+    "text_embed_dims",
+    "in_text_dim",
+    "cross_attention_input_dim",
+    "context_in_dim",
+    "text_states_dim",
+    "text_hidden_dim",
+    "caption_feature_dim",
+    "prompt_embed_dim",
+)
 #: Vectors of a whole text, by what a config calls their width.
-_POOLED_WIDTHS = ("pooled_projection_dim", "pooled_projection_in_dim", "in_text_dim2", "clip_text_pooled_in_channels", "cond_embed_dim")
+_POOLED_WIDTHS = (
+    "pooled_projection_dim",
+    "pooled_projection_in_dim",
+    "in_text_dim2",
+    "clip_text_pooled_in_channels",
+    "cond_embed_dim",
+)
 
 
 def _text_widths(model: nn.Module) -> list[int]:
     """How wide the vectors of a text may be: by the config, and by the first layers of what is called after it."""
-    named = (integer(w[0] if isinstance(w, (list, tuple)) and w else w) for w in (configured(model, n) for n in _TEXT_WIDTHS))
+    named = (
+        integer(w[0] if isinstance(w, (list, tuple)) and w else w) for w in (configured(model, n) for n in _TEXT_WIDTHS)
+    )
     found = [width for width in named if width]
     for path, part in model.named_modules():
         width = getattr(part, "in_features", None) or next(iter(getattr(part, "normalized_shape", ())), None)
@@ -50,7 +73,7 @@ def _channels(model: nn.Module) -> int:
 
 
 def _denoised(model: nn.Module) -> Iterator[tuple[Tensor, int]]:
-    """What is denoised, in the form that the first layer takes, then in others, and how many tokens that is in a row."""
+    """What is denoised, first in the form that the first layer takes; and how many tokens that is in a row."""
     channels = _channels(model)
     size = integer(configured(model, "sample_size"))
     sides = [size] if size is not None and 4 <= size <= 64 else [SIDE]
@@ -83,7 +106,9 @@ def _is_for_time(layer: nn.Module, channels: int) -> bool:
     return isinstance(layer, nn.Linear) and layer.in_features % max(1, channels) != 0
 
 
-def _beside(model: nn.Module, names: frozenset[str], needed: set[str], pixels: Tensor, tokens: int, width: int) -> dict[str, Any]:
+def _beside(
+    model: nn.Module, names: frozenset[str], needed: set[str], pixels: Tensor, tokens: int, width: int
+) -> dict[str, Any]:
     """What goes with it, by name: what forward requires or does not do without, and what the config asks for."""
     given: dict[str, Any] = {}
     for name in sorted(names & _STEPS):
@@ -113,11 +138,13 @@ def _beside(model: nn.Module, names: frozenset[str], needed: set[str], pixels: T
     }
     asked = {
         "pooled_projections": pooled is not None or "pooled_projections" in needed,
-        "txt_ids": True, "img_ids": True,
-        "class_labels": configured(model, "num_class_embeds") is not None or configured(model, "norm_type") == "ada_norm_zero",
+        "txt_ids": True,
+        "img_ids": True,
+        "class_labels": configured(model, "num_class_embeds") is not None
+        or configured(model, "norm_type") == "ada_norm_zero",
         "guidance": bool(configured(model, "guidance_embeds", "guidance_embed")),
         "added_cond_kwargs": _wants_added(model),
-    }  # fmt: skip
+    }
     for name, make in makers.items():
         if name in names and name not in given and (name in needed or asked.get(name, False)):
             given[name] = make()
@@ -135,7 +162,10 @@ def _condition(model: nn.Module, pixels: Tensor) -> Tensor:
 
 
 def _wants_added(model: nn.Module) -> bool:
-    return configured(model, "addition_embed_type") == "text_time" or configured(model, "use_additional_conditions") is not None
+    return (
+        configured(model, "addition_embed_type") == "text_time"
+        or configured(model, "use_additional_conditions") is not None
+    )
 
 
 def _added(model: nn.Module) -> dict[str, Any]:
@@ -159,5 +189,3 @@ def _denoisers(model: nn.Module, names: frozenset[str]) -> Iterator[Arguments]:
         beside = _beside(model, names, needed, pixels, tokens, width)
         if needed <= {main, *beside}:
             yield {main: pixels, **beside}
-
-

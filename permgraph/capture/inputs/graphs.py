@@ -20,12 +20,16 @@ def _named(model: nn.Module, *names: str) -> list[int]:
     """What a model, or the first of its parts that does, says of its own sizes under these names."""
     owners = (vars(module) for module in model.modules())
     found = (integer(held.get(name)) for held in owners for name in names)
-    return [size for size in itertools.islice((size for size in found if size), 2)]
+    return list(itertools.islice((size for size in found if size), 2))
 
 
 def _widths(model: nn.Module, of_edges: bool) -> list[int]:
     """What the first linear maps take that stand under a name of edges, or under none."""
-    named = _named(model, "edge_dim", "edge_in_channels") if of_edges else _named(model, "in_channels", "in_dim", "in_features", "node_dim")
+    named = (
+        _named(model, "edge_dim", "edge_in_channels")
+        if of_edges
+        else _named(model, "in_channels", "in_dim", "in_features", "node_dim")
+    )
     for path, module in model.named_modules():
         width = integer(vars(module).get("in_features", vars(module).get("in_channels")))
         if width and any(word in path for word in _EDGE_WORDS) == of_edges:
@@ -48,9 +52,14 @@ def _graphs(model: nn.Module, names: frozenset[str]) -> Iterator[Arguments]:
     links = edges(nodes, EDGES)
     members = torch.arange(nodes, device="cpu") * BATCH // nodes
     known: Arguments = {
-        "edge_index": links, "batch": members, "batch_index": members, "edge_weight": floats(model, links.shape[1]).abs(),
-        "edge_type": integers(2, links.shape[1]), "pos": floats(model, nodes, 3), "z": integers(5, nodes),
-    }  # fmt: skip
+        "edge_index": links,
+        "batch": members,
+        "batch_index": members,
+        "edge_weight": floats(model, links.shape[1]).abs(),
+        "edge_type": integers(2, links.shape[1]),
+        "pos": floats(model, nodes, 3),
+        "z": integers(5, nodes),
+    }
     features = next((name for name in ("x", "node_features", "feat", "h") if name in names), None)
     attributes = next((name for name in ("edge_attr", "edge_features", "edge_feats") if name in names), None)
     if features is None or not needed <= {*known, features, attributes}:
@@ -64,5 +73,3 @@ def _graphs(model: nn.Module, names: frozenset[str]) -> Iterator[Arguments]:
         if attributes is not None and link_width:
             given[attributes] = floats(model, links.shape[1], link_width)
         yield given
-
-

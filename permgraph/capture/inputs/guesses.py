@@ -154,7 +154,9 @@ def beginnings(model: nn.Module, name: str, place: int, annotation: Any = None) 
     words = re.split(r"[_\d.]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower())
     joined = set(words) | {"+".join(pair) for pair in itertools.pairwise(words)}
     named = [kind for listed, kinds in _KINDS if joined & set(listed.split()) for kind in kinds]
-    made = [guess for kind in dict.fromkeys((*named, *_pictures(model), *_USUAL)) for guess in _begun(model, kind, place)]
+    made = [
+        guess for kind in dict.fromkeys((*named, *_pictures(model), *_USUAL)) for guess in _begun(model, kind, place)
+    ]
     return list(dict.fromkeys((*lists, *made)))
 
 
@@ -169,7 +171,9 @@ def _lists(model: nn.Module) -> Iterator[tuple[int, ...]]:
     image = next(shape_of_rank(model, 4, LENGTHS[0], WIDTHS[0]))
     clip = next(shape_of_rank(model, 5, LENGTHS[0], WIDTHS[0]))
     row = (BATCH, LENGTHS[0], WIDTHS[0])
-    yield from {(): (row, image, clip), ("image",): (image, row, clip), ("video",): (clip, image, row)}[_pictures(model)]
+    yield from {(): (row, image, clip), ("image",): (image, row, clip), ("video",): (clip, image, row)}[
+        _pictures(model)
+    ]
 
 
 def _pictures(model: nn.Module) -> tuple[str, ...]:

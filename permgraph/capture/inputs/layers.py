@@ -327,7 +327,9 @@ def _shapes(model: nn.Module) -> Iterator[Tensor]:
     """Inputs for the layers, then for bare parameters as matrices, then for anything."""
     for layer in _layers(model):
         yield from _for_layer(model, layer)
-    held = {id(p) for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd) for p in m.parameters(recurse=False)}
+    held = {
+        id(p) for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd) for p in m.parameters(recurse=False)
+    }
     for parameter in itertools.islice((p for p in model.parameters() if id(p) not in held), 3):
         for size in parameter.shape[::-1]:
             yield floats(model, BATCH, size)
@@ -367,7 +369,9 @@ def placed(model: nn.Module, values: dict[str, Any]) -> Candidate:
     """Arguments by name as a call takes them: by position, but for those after a bare star or after one left out."""
     parameters = inspect.signature(model.forward).parameters
     keyword = {p.name for p in parameters.values() if p.kind is p.KEYWORD_ONLY}
-    order = [p.name for p in parameters.values() if p.name not in keyword and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    order = [
+        p.name for p in parameters.values() if p.name not in keyword and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
     left_out = next((at for at, name in enumerate(order) if name not in values), len(order))
     keyword |= set(order[left_out:])
     others = [name for name in values if name not in parameters or name not in {*order, *keyword}]

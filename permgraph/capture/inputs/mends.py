@@ -99,7 +99,9 @@ def _left_out(model: nn.Module, guesses: Guesses, failure: Failure) -> Iterator[
     lines = _failing_lines(failure.error)
     message = str(failure.error)
     told = " ".join((message, *lines))
-    absent += [name for name in handed_on(model) if name not in parameters and name not in guesses and _mentions(told, name)]
+    absent += [
+        name for name in handed_on(model) if name not in parameters and name not in guesses and _mentions(told, name)
+    ]
     if not absent:
         return
     named = [name for name in absent if _mentions(message, name)]
