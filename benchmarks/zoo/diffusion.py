@@ -25,6 +25,7 @@ _UNET = {
     "cross_attention_dim": Sized(24, 40),
     "sample_size": 16,
 }
+_PLAIN = {key: value for key, value in _UNET.items() if key != "sample_size"}
 _DOWN = {
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
@@ -38,7 +39,12 @@ _CODER = {
 }
 _DIT = {"num_attention_heads": Sized(2, 4), "attention_head_dim": 16, "num_layers": Sized(2, 3), "sample_size": 16}
 _CLIP = {"sample_height": 8, "sample_width": 8, "sample_frames": 5, "max_text_seq_length": 13, "text_embed_dim": 32}
+_FOUR = {"block_out_channels": Sized((32, 64, 64, 64), (64, 64, 96, 96)), "layers_per_block": 1}
 GIVEN: dict[str, dict[str, Any]] = {
+    "I2VGenXLUNet": {**_FOUR, "cross_attention_dim": 24, "sample_size": 16},
+    "SparseControlNetModel": {**_FOUR, "cross_attention_dim": 24},
+    "WanVACETransformer3DModel": {"vace_layers": [0, 1]},
+    "Kandinsky3UNet": {"block_out_channels": Sized((32, 64, 64, 64), (64, 64, 96, 96)), "groups": 8},
     "AsymmetricAutoencoderKL": {
         "down_block_types": ("DownEncoderBlock2D",) * 2,
         "up_block_types": ("UpDecoderBlock2D",) * 2,
@@ -86,10 +92,9 @@ GIVEN: dict[str, dict[str, Any]] = {
     },
     "UNet2DConditionModel": {**_UNET, **_DOWN},
     "ControlNetModel": {
-        **_UNET,
+        **_PLAIN,
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
         "conditioning_embedding_out_channels": (16, 32),
-        "sample_size": None,
     },
     "UNet3DConditionModel": {
         **_UNET,
@@ -136,11 +141,13 @@ GIVEN: dict[str, dict[str, Any]] = {
     "LatteTransformer3DModel": {**_DIT, "in_channels": 4, "caption_channels": 48, "patch_size": 2, "video_length": 5},
     "HunyuanDiT2DModel": {**_DIT, "in_channels": 4, "patch_size": 2, "hidden_size": Sized(32, 64), "num_layers": 2},
     "HunyuanDiT2DControlNetModel": {
-        **_DIT,
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "sample_size": 16,
+        "transformer_num_layers": 4,
         "in_channels": 4,
         "patch_size": 2,
         "hidden_size": Sized(32, 64),
-        "num_layers": 4,
     },
     "HiDreamImageTransformer2DModel": {
         "patch_size": 2,

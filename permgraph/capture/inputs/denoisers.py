@@ -43,6 +43,9 @@ _TEXT_WIDTHS = (
     "caption_feature_dim",
     "prompt_embed_dim",
 )
+_TEXT_MASKS = ("encoder_attention_mask", "encoder_mask", "encoder_hidden_states_mask")
+#: What the part is called that takes what is denoised.
+_FIRST_PART = re.compile(r"(^|\.)(patch\w*|pos_embed|x_embed\w*|proj_in|conv_in|img_in|input_proj\w*)($|\.)")
 #: Vectors of a whole text, by what a config calls their width.
 _POOLED_WIDTHS = (
     "pooled_projection_dim",
@@ -85,7 +88,9 @@ def _denoised(model: nn.Module) -> Iterator[tuple[Tensor, int]]:
     shorter = max(1, whole(configured(model, "temporal_compression_ratio"), 1))
     frames = (frames - 1) // shorter + 1 if frames <= 65 else FRAMES
     layers = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-    first = next((m for m in model.modules() if isinstance(m, layers) and not _is_for_time(m, channels)), None)
+    taking = ((path, m) for path, m in model.named_modules() if isinstance(m, layers) and not _is_for_time(m, channels))
+    candidates = list(taking)
+    first = next((m for path, m in candidates if _FIRST_PART.search(path)), candidates[0][1] if candidates else None)
     row = (floats(model, BATCH, SIDE, channels), SIDE)
     images = [(floats(model, BATCH, channels, *edge), edge[0] * edge[1]) for edge in edges]
     videos = [(floats(model, BATCH, channels, frames, *edge), frames * edge[0] * edge[1]) for edge in edges]
@@ -125,6 +130,7 @@ def _beside(
         "encoder_attention_mask": lambda: filled(1, BATCH, TEXT).bool(),
         "encoder_mask": lambda: filled(1, BATCH, TEXT).bool(),
         "encoder_hidden_states_mask": lambda: filled(1, BATCH, TEXT).bool(),
+        "image_rotary_emb": lambda: _turns(model),
         "class_labels": lambda: filled(1, BATCH),
         "guidance": lambda: floats(model, BATCH).abs(),
         "controlnet_cond": lambda: _condition(model, pixels),
@@ -149,6 +155,14 @@ def _beside(
         if name in names and name not in given and (name in needed or asked.get(name, False)):
             given[name] = make()
     return given
+
+
+def _turns(model: nn.Module) -> Tensor:
+    """What turns the pairs of a head's channels at each place of an image, as complex numbers."""
+    width, heads = configured(model, "hidden_size"), configured(model, "num_attention_heads")
+    channels = whole(width, 64) // max(1, whole(heads, 1))
+    angles = torch.arange(64 * 64 * (channels // 2), dtype=torch.float32, device="cpu").reshape(64, 64, -1)
+    return torch.polar(torch.ones_like(angles), angles)
 
 
 def _condition(model: nn.Module, pixels: Tensor) -> Tensor:
@@ -179,13 +193,15 @@ def _added(model: nn.Module) -> dict[str, Any]:
 
 
 @keyword_finder("denoisers")
-def _denoisers(model: nn.Module, names: frozenset[str]) -> Iterator[Arguments]:
+def denoisers(model: nn.Module, names: frozenset[str]) -> Iterator[Arguments]:
     """What is denoised with its step, the text, and whatever else forward requires or the config asks for."""
     main = next((name for name in _DENOISED if name in names), None)
     needed = set(required(model))
     if main is None or not (names & _STEPS) or getattr(model, "config", None) is None or "input_ids" in needed:
         return
-    for (pixels, tokens), width in itertools.islice(itertools.product(_denoised(model), _text_widths(model)), 10):
-        beside = _beside(model, names, needed, pixels, tokens, width)
-        if needed <= {main, *beside}:
-            yield {main: pixels, **beside}
+    masks = {name for name in names - needed if name in _TEXT_MASKS}
+    for asked in (needed, needed | masks) if masks else (needed,):
+        for (pixels, tokens), width in itertools.islice(itertools.product(_denoised(model), _text_widths(model)), 10):
+            beside = _beside(model, names, asked, pixels, tokens, width)
+            if needed <= {main, *beside}:
+                yield {main: pixels, **beside}

@@ -44,8 +44,8 @@ def edges(nodes: int, count: int) -> Tensor:
     return torch.cat([torch.stack([ring, ring.roll(1)]), integers(nodes, 2, max(count - nodes, 1))], 1)
 
 
-@keyword_finder("graphs", "edge_index")
-def _graphs(model: nn.Module, names: frozenset[str]) -> Iterator[Arguments]:
+@keyword_finder("graphs")
+def graphs(model: nn.Module, names: frozenset[str]) -> Iterator[Arguments]:
     """Nodes with features and edges between them, with whatever else forward requires of a known name."""
     needed = set(required(model))
     nodes = next(iter(_named(model, "num_nodes")), NODES)
@@ -62,7 +62,7 @@ def _graphs(model: nn.Module, names: frozenset[str]) -> Iterator[Arguments]:
     }
     features = next((name for name in ("x", "node_features", "feat", "h") if name in names), None)
     attributes = next((name for name in ("edge_attr", "edge_features", "edge_feats") if name in names), None)
-    if features is None or not needed <= {*known, features, attributes}:
+    if features is None or "edge_index" not in names or not needed <= {*known, features, attributes}:
         return
     fixed = {name: value for name, value in known.items() if name in needed | {"edge_index"}}
     wants_attributes = attributes in needed or bool(_named(model, "edge_dim"))

@@ -290,7 +290,7 @@ def _for_layer(model: nn.Module, layer: nn.Module) -> Iterator[Tensor]:
         for height, width in found:
             yield floats(model, BATCH, layer.in_channels, height, width)
     elif isinstance(layer, (nn.Conv3d, nn.ConvTranspose3d)):
-        for frames, side in ((8, 32), (16, 112), (16, 224), (32, 64), (32, 224)):
+        for frames, side in ((8, 32), (9, 64), (17, 64), (16, 112), (16, 224), (32, 64), (32, 224)):
             yield floats(model, BATCH, layer.in_channels, frames, side, side)
     elif isinstance(layer, (nn.Linear, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)):
         sizes = (integer(getattr(layer, name, None)) for name in ("in_features", "input_size", "embed_dim"))
