@@ -30,7 +30,14 @@ from torch.utils._mode_utils import no_dispatch
 from permgraph.capture.captured import Captured
 from permgraph.capture.counting import Outputs
 from permgraph.capture.draws import drawn_like
-from permgraph.capture.environment import WithoutDropout, make_transparent, one_at_a_time, reference_kernels, train
+from permgraph.capture.environment import (
+    WithoutDropout,
+    checked_indices,
+    make_transparent,
+    one_at_a_time,
+    reference_kernels,
+    train,
+)
 from permgraph.capture.held_state import HeldState
 from permgraph.capture.inputs.registry import ExampleInputs, find_inputs
 from permgraph.capture.known import KnownValues
@@ -285,12 +292,16 @@ def capture_again(model: Any, captured: Captured, variation: Variation, limits: 
     with one_at_a_time():
         subject, known = replace(unwrap(model), outputs=captured.outputs), captured.not_restored
         try:
-            return _pass(subject, variation.inputs, limits, captured.mode, captured.fallback_reason, variation, known)
+            with checked_indices() if captured.mode == "real" else contextlib.nullcontext():
+                return _pass(
+                    subject, variation.inputs, limits, captured.mode, captured.fallback_reason, variation, known
+                )
         except Exception as error:
             if captured.mode == "real" or not needs_values(error):
                 raise
             reason = f"{type(error).__name__}: {first_line(error)}"
-        return _pass(subject, variation.inputs, limits, "real", reason, variation, known)
+        with checked_indices():
+            return _pass(subject, variation.inputs, limits, "real", reason, variation, known)
 
 
 def _pass(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from permgraph.capture import capture
+from permgraph.capture.passes import Variation
+from permgraph.capture.record import Limits
+from permgraph.capture.run import capture_again
 from permgraph.errors import NoInputsError
 
 
@@ -264,6 +268,32 @@ def test_a_graph_of_as_many_nodes_as_the_model_has() -> None:
             return self.last(sums + x)
 
     assert capture(Rows()).inputs.kwargs["x"].shape == (11, 8)
+
+
+def test_a_graph_whose_edges_are_beyond_its_nodes_ends_no_process() -> None:
+    """A further pass has fewer rows than its edges number; a product of such sparse matrices would crash torch."""
+
+    class Squared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+            nodes = x.shape[0]
+            counts = torch.bincount(edge_index[0], minlength=nodes)
+            rows = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+            columns = edge_index[1][edge_index[0].argsort(stable=True)]
+            adjacency = torch.sparse_csr_tensor(rows, columns, torch.ones(len(columns)), size=(nodes, nodes))
+            paths = (adjacency @ adjacency).to_dense()
+            return self.last(paths.to(x.dtype) @ self.first(x).relu())
+
+    ring = torch.stack([torch.arange(50), (torch.arange(50) + 1) % 50])
+    captured = capture(Squared(), (torch.randn(50, 6), ring))
+    beyond = torch.stack([torch.arange(7), torch.arange(7) * 7])
+    fewer = replace(captured.inputs, args=(torch.randn(7, 6), beyond))
+    variation = Variation("too few nodes", frozenset({"sizes"}), fewer)
+    with pytest.raises(RuntimeError, match="col_indices"):
+        capture_again(Squared(), captured, variation, Limits(1000, None, 0.0))
 
 
 def test_a_list_that_the_annotation_tells() -> None:
