@@ -130,9 +130,9 @@ def _beginnings(model: nn.Module) -> Iterator[tuple[float, dict[str, Guess]]]:
     names, order = accepted(model), list(parameters_of(model))
     for form in SEEDS:
         for at, proposed in enumerate(itertools.islice(form(model, names), MAX_SEEDS)):
-            guesses = {name: _guessed(name, value) for name, value in proposed.items()}
-            known = {name: guess for name, guess in guesses.items() if guess is not None}
-            if len(known) == len(guesses):
+            made = {name: _guessed(name, value) for name, value in proposed.items()}
+            known = {name: guess for name, guess in made.items() if guess is not None}
+            if len(known) == len(made):
                 yield 0.1 * at, {name: known[name] for name in order if name in known}
 
 
