@@ -30,7 +30,12 @@ def main() -> None:
         for zoo in [given.zoo] if given.zoo else ZOOS:
             options = {"again": given.again, "controls": given.controls, "seconds": given.seconds, "gib": given.gib}
             options |= {"control_seconds": given.control_seconds, "general": not given.permutations_only}
-            sweep(zoo, given.names or None, **options)
+            try:
+                sweep(zoo, given.names or None, **options)
+            except ImportError as absent:
+                if given.zoo:
+                    run.error(str(absent))
+                print(f"left out: {absent}", flush=True)
     if given.command == "sizes":
         sizes.sweep()
     if given.command == "compare":

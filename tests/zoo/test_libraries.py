@@ -7,6 +7,7 @@ from torch import nn
 
 import permgraph as pg
 from benchmarks.zoo import libraries
+from benchmarks.zoo.__main__ import main
 from benchmarks.zoo.names import ZOOS, Zoo
 from benchmarks.zoo.signatures import arguments, shrunk, small
 from benchmarks.zoo.sweep import sweep
@@ -19,6 +20,20 @@ def test_a_library_that_is_absent_is_named_with_the_next_step(monkeypatch: pytes
     monkeypatch.setitem(ZOOS, "absent", absent)
     with pytest.raises(ImportError, match=r"pip install permgraph\[zoos\]"):
         sweep("absent")
+
+
+def test_the_command_says_what_to_install(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    absent = Zoo("absent models", list, lambda name: iter(()), library="no_such_library", extra="zoos")
+    monkeypatch.setattr("benchmarks.zoo.__main__.ZOOS", {"absent": absent})
+    monkeypatch.setitem(ZOOS, "absent", absent)
+    monkeypatch.setattr("benchmarks.zoo.report.write", lambda: None)
+    monkeypatch.setattr("sys.argv", ["zoo", "sweep", "absent"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "pip install permgraph[zoos]" in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", ["zoo", "sweep"])
+    main()  # all zoos: those that are absent are left out, and said to be
+    assert "left out: the zoo of absent models" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", libraries.both_sizes(libraries.own()))
