@@ -220,13 +220,21 @@ def diffusion_classes() -> dict[str, type[nn.Module]]:
     }
 
 
+def _class(name: str) -> type[nn.Module]:
+    """One class, without an import of all others."""
+    import diffusers
+
+    found: type[nn.Module] = getattr(diffusers, name)
+    return found
+
+
 def diffusion_names() -> list[str]:
     return both_sizes(diffusion_classes())
 
 
 def diffusion_model(name: str) -> Iterator[nn.Module]:
     plain, size = sized(name)
-    yield small(diffusion_classes()[plain], size, of_size(GIVEN.get(plain, {}), size))
+    yield small(_class(plain), size, of_size(GIVEN.get(plain, {}), size))
 
 
 #: At full size: the U-Nets and transformers of checkpoints that are in use, by their published configurations.
@@ -285,4 +293,4 @@ FULL: Mapping[str, tuple[str, dict[str, Any]]] = {
 
 def full_model(name: str) -> Iterator[nn.Module]:
     cls, given = FULL[name]
-    yield diffusion_classes()[cls](**given)
+    yield _class(cls)(**given)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from permgraph import auto_spec
 from permgraph.capture import capture
 from permgraph.capture.passes import Variation
 from permgraph.capture.record import Limits
@@ -268,6 +269,31 @@ def test_a_graph_of_as_many_nodes_as_the_model_has() -> None:
             return self.last(sums + x)
 
     assert capture(Rows()).inputs.kwargs["x"].shape == (11, 8)
+
+
+def test_a_text_of_just_so_many_tokens_beside_an_image() -> None:
+    class Contrastive(nn.Module):
+        """Two towers, either of which runs alone; the text's mask is as large as its context."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.context_length = 21
+            self.visual = nn.Sequential(
+                nn.Conv2d(3, 8, 4, 4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 6)
+            )
+            self.words, self.inner, self.last = nn.Embedding(50, 10), nn.Linear(10, 12), nn.Linear(12, 6)
+            self.places = nn.Parameter(torch.randn(21, 10))
+
+        def forward(self, image: Any = None, text: Any = None) -> Any:
+            seen = self.visual(image) if image is not None else None
+            if text is None:
+                return seen, None
+            return seen, self.last(self.inner(self.words(text) + self.places).relu().mean(1))
+
+    spec = auto_spec(Contrastive())
+    assert sorted(group.size for group in spec.moving.values()) == [8, 10, 12]
+    assert spec.passes[0].inputs == "(float32[2, 3, 32, 32])"
+    assert any(one.name == "text given" and "int64[2, 21]" in one.inputs for one in spec.passes)
 
 
 def test_a_graph_whose_edges_are_beyond_its_nodes_ends_no_process() -> None:

@@ -126,6 +126,15 @@ def vocabulary(model: nn.Module) -> int:
 # -- tensors for an argument of a known name --------------------------------------------------------------------
 
 
+def _text_lengths(model: nn.Module) -> list[int]:
+    """How many tokens the parts of a model say that a text has, where they say it."""
+    held = (
+        vars(module).get(name) for module in model.modules() for name in ("context_length", "max_seq_len", "block_size")
+    )
+    lengths = (integer(value) for value in held)
+    return list(dict.fromkeys(length for length in lengths if length is not None and 1 < length <= 4096))[:1]
+
+
 def _token_ids(model: nn.Module) -> Iterator[Tensor]:
     bound = vocabulary(model)
     config = getattr(model, "config", None)
@@ -139,7 +148,8 @@ def _token_ids(model: nn.Module) -> Iterator[Tensor]:
     coded = ((BATCH, LENGTH, count), (BATCH, LENGTH, count + 1), (BATCH * count, LENGTH)) if count else ()
     most = setting(config, "max_position_embeddings")
     short = ((BATCH, most),) if isinstance(most, int) and 1 < most < LENGTH else ()
-    for shape in (*short, (BATCH, LENGTH), (BATCH, 64), (BATCH, 3, LENGTH), *coded):
+    exact = tuple((BATCH, length) for length in _text_lengths(model))
+    for shape in (*short, (BATCH, LENGTH), *exact, (BATCH, 64), (BATCH, 3, LENGTH), *coded):
         ids = integers(bound, *shape)
         if isinstance(end, int) and 0 < end < bound:  # once, and last: some heads read what stands there
             ids[ids == end] = end - 1
