@@ -281,17 +281,18 @@ def test_a_text_of_just_so_many_tokens_beside_an_image() -> None:
             self.visual = nn.Sequential(
                 nn.Conv2d(3, 8, 4, 4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 6)
             )
-            self.words, self.inner, self.last = nn.Embedding(50, 10), nn.Linear(10, 12), nn.Linear(12, 6)
+            self.layers = nn.Sequential(nn.Linear(10, 12), nn.ReLU(), nn.LayerNorm(12), nn.Linear(12, 14), nn.ReLU())
+            self.words, self.last = nn.Embedding(50, 10), nn.Linear(14, 6)  # the table comes after what is made of it
             self.places = nn.Parameter(torch.randn(21, 10))
 
         def forward(self, image: Any = None, text: Any = None) -> Any:
             seen = self.visual(image) if image is not None else None
             if text is None:
                 return seen, None
-            return seen, self.last(self.inner(self.words(text) + self.places).relu().mean(1))
+            return seen, self.last(self.layers(self.words(text) + self.places).mean(1))
 
     spec = auto_spec(Contrastive())
-    assert sorted(group.size for group in spec.moving.values()) == [8, 10, 12]
+    assert sorted(group.size for group in spec.moving.values()) == [8, 10, 12, 14]
     assert spec.passes[0].inputs == "(float32[2, 3, 32, 32])"
     assert any(one.name == "text given" and "int64[2, 21]" in one.inputs for one in spec.passes)
 

@@ -350,15 +350,23 @@ def _shapes(model: nn.Module) -> Iterator[Tensor]:
 
 
 def for_unread(model: nn.Module, name: str, unread: Collection[str]) -> Iterator[Tensor]:
-    """Tensors for an argument that may be what unread parameters wait for, the likeliest first.
+    """Tensors for an argument that may be what unread parameters wait for, the likeliest first, none twice.
 
-    By the argument's name where that says something, then for each layer all of whose parameters are unread.
+    By the argument's name where that says something, then for each layer all of whose parameters are unread: tables
+    first, since what is looked up comes before what is made of it, wherever a module registers them.
     """
     yield from BY_NAME[name](model) if name in BY_NAME else ()
+    waiting: list[nn.Module] = []
     for path, layer in model.named_modules():
         held = [f"{path}.{own}" if path else own for own, _ in layer.named_parameters(recurse=False)]
         if held and all(own in unread for own in held):
-            yield from itertools.islice(_for_layer(model, layer), 2)
+            waiting.append(layer)
+    seen: set[tuple[torch.dtype, torch.Size]] = set()
+    for layer in sorted(waiting, key=lambda layer: not isinstance(layer, (nn.Embedding, nn.EmbeddingBag))):
+        for tensor in itertools.islice(_for_layer(model, layer), 2):
+            if (tensor.dtype, tensor.shape) not in seen:
+                seen.add((tensor.dtype, tensor.shape))
+                yield tensor
 
 
 def required(model: nn.Module) -> list[str]:
