@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from permgraph import auto_spec
+from permgraph import auto_spec, verify
 from permgraph.capture import capture
+from permgraph.capture.inputs.layers import for_unread
 from permgraph.capture.passes import Variation
 from permgraph.capture.record import Limits
 from permgraph.capture.run import capture_again
@@ -293,8 +294,15 @@ def test_a_text_of_just_so_many_tokens_beside_an_image() -> None:
 
     spec = auto_spec(Contrastive())
     assert sorted(group.size for group in spec.moving.values()) == [8, 10, 12, 14]
-    assert spec.passes[0].inputs == "(float32[2, 3, 32, 32])"
-    assert any(one.name == "text given" and "int64[2, 21]" in one.inputs for one in spec.passes)
+    assert spec.passes[0].inputs == "(image=float32[2, 3, 32, 32], text=int64[2, 21])"
+    assert verify(Contrastive(), spec).without_influence == ()  # as if it were compared on an image alone
+
+
+def test_a_text_that_no_pass_has_read_is_tried_as_ids_first() -> None:
+    layers = nn.Sequential(*[nn.Sequential(nn.Linear(w, w + 1), nn.LayerNorm(w + 1)) for w in range(5, 12)])
+    model = nn.ModuleDict({"layers": layers, "words": nn.Embedding(50, 5)})
+    unread = {name for name, _ in model.named_parameters()}
+    assert next(for_unread(model, "anything", unread)).dtype == torch.int64
 
 
 def test_a_graph_whose_edges_are_beyond_its_nodes_ends_no_process() -> None:

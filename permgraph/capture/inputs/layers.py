@@ -427,6 +427,30 @@ def from_layers(model: nn.Module) -> Iterator[Candidate]:
     yield from within_seconds(layers_at_length(model), SECONDS_FOR_LAYERS)
 
 
+_IMAGE_NAMES, _TEXT_NAMES = ("image", "images", "pixel_values"), ("text", "texts", "tokens", "captions", "input_ids")
+
+
+@input_finder("image and text")
+def from_image_and_text(model: nn.Module) -> Iterator[Candidate]:
+    """An image and a text for a module that requires neither, so that both of its towers are read in one pass."""
+    yield from within_seconds(_images_and_texts(model), SECONDS_FOR_LAYERS)
+
+
+def _images_and_texts(model: nn.Module) -> Iterator[Candidate]:
+    try:
+        optional = {n for n, p in inspect.signature(model.forward).parameters.items() if p.default is None}
+    except (TypeError, ValueError):
+        return
+    image = next((name for name in _IMAGE_NAMES if name in optional), None)
+    text = next((name for name in _TEXT_NAMES if name in optional), None)
+    layer = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    if image is None or text is None or layer is None or any(name not in optional for name in required(model)):
+        return
+    for height, width in sides(model)[:8]:
+        for ids in itertools.islice(_token_ids(model), 3):
+            yield (), {image: floats(model, BATCH, layer.in_channels, height, width), text: ids}
+
+
 def within_seconds(candidates: Iterator[Candidate], seconds: float) -> Iterator[Candidate]:
     """Candidates until so much computing time has gone by, or less where to try one takes little, since the second.
 
