@@ -20,7 +20,7 @@ help:
 	@echo "make lint    ruff and mypy"
 	@echo "make format  let ruff rewrite what it can"
 	@echo "make docs    build the documentation into site/, strictly"
-	@echo "make zoo     the wide sweeps over torchvision, timm and transformers (long)"
+	@echo "make zoo     the wide sweeps over libraries of models (long)"
 	@echo "make bench   the benchmarks (long)"
 
 $(BIN)/python:

@@ -21,6 +21,7 @@ def main() -> None:
     run.add_argument("--seconds", type=float, default=600, help="for one model")
     run.add_argument("--gib", type=float, default=8, help="for one model")
     run.add_argument("--control-seconds", type=float, help="begin no further control of a model after this long")
+    run.add_argument("--permutations-only", action="store_true", help="leave general symmetries out")
     commands.add_parser("sizes", help="time the models that are too large to hold, and the deep ones")
     commands.add_parser("compare", help="measure torch-pruning and rebasin on the same models")
     commands.add_parser("report", help="write docs/coverage.md")
@@ -36,8 +37,13 @@ def main() -> None:
     if given.command == "sweep":
         for zoo in [given.zoo] if given.zoo else ZOOS:
             options = {"again": given.again, "controls": given.controls, "seconds": given.seconds, "gib": given.gib}
-            options["control_seconds"] = given.control_seconds
-            sweep(zoo, given.names or None, **options)
+            options |= {"control_seconds": given.control_seconds, "general": not given.permutations_only}
+            try:
+                sweep(zoo, given.names or None, **options)
+            except ImportError as absent:
+                if given.zoo:
+                    run.error(str(absent))
+                print(f"left out: {absent}", flush=True)
     if given.command == "sizes":
         sizes.sweep()
     if given.command == "compare":

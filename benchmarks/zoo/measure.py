@@ -72,15 +72,18 @@ def measure(
     capture_seconds: float = 100,
     control_seconds: float | None = None,
     tell: Tell = lambda record: None,
+    general: bool = True,
 ) -> dict[str, Any]:
     """Build a model, infer its spec and, unless it lies on the meta device, verify it. Never raises.
+
+    Without `general`, permutations alone.
 
     `tell` is given the record whenever it has come one step further, for the case that it comes no further.
     """
     record: dict[str, Any] = {"zoo": zoo, "name": name, "status": "not built", "code": code()}
     started = time.monotonic()
     try:
-        _measure(record, controls, seed, capture_seconds, control_seconds, tell)
+        _measure(record, controls, seed, capture_seconds, control_seconds, tell, general)
     except Exception as error:
         record["error"] = f"{type(error).__name__}: {error}"[:1500]
     record["seconds"] = round(time.monotonic() - started, 2)
@@ -95,6 +98,7 @@ def _measure(
     capture_seconds: float,
     control_seconds: float | None,
     tell: Tell,
+    general: bool,
 ) -> None:
     zoo = ZOOS[record["zoo"]]
     torch.manual_seed(seed)
@@ -141,7 +145,8 @@ def _measure(
     if zoo.meta:
         return
     if not spec.moving:
-        _measure_general(record, model, passes, captured, tell)
+        if general:
+            _measure_general(record, model, passes, captured, tell)
         return
     record["status"] = "not verified"
     tell(record)
@@ -158,7 +163,8 @@ def _measure(
     record["runs"] = [[run.name, run.error if run.error is None else float(run.error)] for run in found.runs]
     if record["status"] != "verified":
         record["error"] = str(found)[:1500]
-    _measure_general(record, model, passes, captured, tell)
+    if general:
+        _measure_general(record, model, passes, captured, tell)
 
 
 def _measure_general(

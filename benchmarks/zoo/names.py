@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import inspect
 import itertools
 import warnings
@@ -14,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from benchmarks.zoo import libraries
+from benchmarks.zoo.diffusion import FULL, diffusion_model, diffusion_names, full_model
 from benchmarks.zoo.small import small_models
 
 
@@ -23,12 +26,23 @@ class Zoo:
 
     `build` makes one model, untrained; where there are several ways, each when it is asked for, the smallest first.
     `meta` builds models on the meta device, at their full size: they are captured and inferred, not verified.
+    `library` is what is imported, and `extra` what brings it: `pip install permgraph[zoos]`.
     """
 
     title: str
     names: Callable[[], list[str]]
     build: Callable[[str], Iterator[nn.Module]]
     meta: bool = False
+    library: str = "torch"
+    extra: str = "zoo"
+
+    def require(self) -> None:
+        """Raises `ImportError` with the next step where the library is not installed."""
+        if importlib.util.find_spec(self.library) is None:
+            raise ImportError(
+                f"the zoo of {self.title} needs {self.library}, which is not installed: "
+                f"pip install permgraph[{self.extra}]"
+            )
 
 
 # -- torchvision ------------------------------------------------------------------------------------------------------
@@ -155,9 +169,35 @@ def transformers_model(name: str) -> Iterator[nn.Module]:
 
 
 ZOOS: dict[str, Zoo] = {
-    "torchvision": Zoo("torchvision", torchvision_names, torchvision_model),
-    "timm": Zoo("timm, the smallest model of each architecture module", timm_smallest, timm_model),
-    "timm-meta": Zoo("timm, every entrypoint on the meta device", timm_entrypoints, timm_model, meta=True),
-    "transformers": Zoo("transformers, every architecture of AutoModel", transformers_names, transformers_model),
-    "heads": Zoo("transformers, with the heads people use", heads_names, transformers_model),
-}
+    "torchvision": Zoo("torchvision", torchvision_names, torchvision_model, library="torchvision"),
+    "timm": Zoo("timm, the smallest model of each architecture module", timm_smallest, timm_model, library="timm"),
+    "timm-meta": Zoo("timm, every entrypoint on the meta device", timm_entrypoints, timm_model, True, "timm"),
+    "transformers": Zoo(
+        "transformers, every architecture of AutoModel", transformers_names, transformers_model, library="transformers"
+    ),
+    "heads": Zoo("transformers, with the heads people use", heads_names, transformers_model, library="transformers"),
+    "own": Zoo("models written here", *libraries.zoo(libraries.own)),
+    "diffusers": Zoo("diffusers", diffusion_names, diffusion_model, library="diffusers", extra="zoos"),
+    "diffusers-meta": Zoo(
+        "diffusers, at full size on the meta device", lambda: list(FULL), full_model, True, "diffusers", "zoos"
+    ),
+    "open-clip": Zoo(
+        "open_clip", libraries.contrastive_names, libraries.contrastive_model, library="open_clip", extra="zoos"
+    ),
+    "segmentation": Zoo(
+        "segmentation_models_pytorch", *libraries.zoo(libraries.segmenters),
+        library="segmentation_models_pytorch", extra="zoos",
+    ),
+    "monai": Zoo("monai", *libraries.zoo(libraries.medical), library="monai", extra="zoos"),
+    "sentence-transformers": Zoo(
+        "sentence-transformers", *libraries.zoo(libraries.sentences), library="sentence_transformers", extra="zoos"
+    ),
+    "vit-pytorch": Zoo("vit-pytorch", *libraries.zoo(libraries.vision), library="vit_pytorch", extra="zoos"),
+    "x-transformers": Zoo(
+        "x-transformers, a flag at a time", *libraries.zoo(libraries.flagged), library="x_transformers", extra="zoos"
+    ),
+    "torch-geometric": Zoo(
+        "torch_geometric", *libraries.zoo(libraries.graphs), library="torch_geometric", extra="zoos"
+    ),
+    "spandrel": Zoo("spandrel", *libraries.zoo(libraries.restorers), library="spandrel", extra="zoos"),
+}  # fmt: skip

@@ -43,7 +43,11 @@ all entrypoints of timm without data, controls, and other tools beside this one 
 each](coverage-one-pass.md).
 
 transformers models are built from their default configuration, shrunk by what the names of its numbers mean; timm's and
-torchvision's at their real size. Models that cannot be built here are listed with the error, and count as not covered.
+torchvision's at their real size. The libraries after these come with `pip install permgraph[zoos]`: diffusers' models
+are shrunk like that from the defaults of their constructors, the others are given small sizes in a table
+(`benchmarks/zoo/libraries.py`). Each is there a second time, *larger*: wider, mostly deeper. Those without a row under
+*general* were measured for permutations alone. Models that cannot be built here are listed with the error, and count as
+not covered.
 """
 COMPARISON = """
 ## Beside other tools

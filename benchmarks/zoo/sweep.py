@@ -55,17 +55,20 @@ def sweep(
     seconds: float = 600,
     gib: float = 8,
     control_seconds: float | None = None,
+    general: bool = True,
     results: Path = RESULTS,
 ) -> dict[str, dict[str, Any]]:
     """Measure the models that have no record yet, or one whose status is in `again` (*stale*: made by other code)."""
+    ZOOS[zoo].require()
     results.mkdir(parents=True, exist_ok=True)
     path = results / f"{zoo}.jsonl"
     known = read(path)
     warm_up()
+    importlib.import_module(ZOOS[zoo].library)
     stale = {name for name, record in known.items() if record.get("code") != code()} if "stale" in again else set()
     todo = [n for n in (names or ZOOS[zoo].names()) if n not in known or known[n]["status"] in again or n in stale]
     for at, name in enumerate(todo):
-        record = in_process(zoo, name, controls, seconds, gib, control_seconds)
+        record = in_process(zoo, name, controls, seconds, gib, control_seconds, general)
         _append(path, json.dumps(record))
         known[name] = record
         print(f"{at + 1}/{len(todo)} {line(record)}", flush=True)
@@ -106,11 +109,12 @@ def in_process(
     seconds: float = 600,
     gib: float = 8,
     control_seconds: float | None = None,
+    general: bool = True,
 ) -> dict[str, Any]:
     """`measure` in a forked process, so that the libraries are imported once and a crash or a hang harms nobody."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    limits = {"capture_seconds": seconds / 3, "control_seconds": control_seconds}
+    limits = {"capture_seconds": seconds / 3, "control_seconds": control_seconds, "general": general}
     worker = context.Process(target=_work, args=(sender, zoo, name, controls, gib, limits), daemon=True)
     started = time.monotonic()
     worker.start()

@@ -206,3 +206,11 @@ def gc_paused() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
+
+
+def checked_indices() -> contextlib.AbstractContextManager[Any]:
+    """A context in which sparse tensors cannot be made with indices beyond their sizes.
+
+    A module makes such of inputs that do not belong together; torch multiplies them unseen, which may end the process.
+    """
+    return torch.sparse.check_sparse_tensor_invariants(enable=True)  # type: ignore[no-untyped-call]

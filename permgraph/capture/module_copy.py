@@ -243,7 +243,7 @@ def _copy_modules(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     if id(module) in memo:
         found: nn.Module = memo[id(module)]
         return found
-    copied: nn.Module = module.__class__.__new__(module.__class__)
+    copied: nn.Module = object.__new__(module.__class__)  # a constructor of its own may want arguments
     memo[id(module)] = copied
     shared = dict(vars(module))
     for name, value in shared.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import inspect
+import linecache
 import logging
 import re
 import time
@@ -29,7 +30,14 @@ from torch.utils._mode_utils import no_dispatch
 from permgraph.capture.captured import Captured
 from permgraph.capture.counting import Outputs
 from permgraph.capture.draws import drawn_like
-from permgraph.capture.environment import WithoutDropout, make_transparent, one_at_a_time, reference_kernels, train
+from permgraph.capture.environment import (
+    WithoutDropout,
+    checked_indices,
+    make_transparent,
+    one_at_a_time,
+    reference_kernels,
+    train,
+)
 from permgraph.capture.held_state import HeldState
 from permgraph.capture.inputs.registry import ExampleInputs, find_inputs
 from permgraph.capture.known import KnownValues
@@ -220,12 +228,22 @@ def _failure(name: str, inputs: ExampleInputs, error: Exception) -> _PassError:
 def needs_values(error: BaseException | None) -> bool:
     """Whether a pass on fake tensors ended because the model asked for values, or for what only real tensors do."""
     while error is not None:
-        if isinstance(error, _NEEDS_VALUES):
+        if isinstance(error, _NEEDS_VALUES) and not _raised_by_model(error):
             return True
         if any(word in str(error).lower() for word in _NEEDS_VALUES_WORDS) or _is_assertion_of_fake_mode(error):
             return True
         error = error.__cause__
     return False
+
+
+def _raised_by_model(error: BaseException) -> bool:
+    """Whether a statement outside torch raised this `NotImplementedError`: what a model has not is not about values."""
+    if type(error) is not NotImplementedError or error.__traceback__ is None:
+        return False
+    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+    if str(frame.f_globals.get("__name__", "")).partition(".")[0] == "torch":
+        return False
+    return linecache.getline(frame.f_code.co_filename, line).strip().startswith("raise")
 
 
 def _is_assertion_of_fake_mode(error: BaseException) -> bool:
@@ -274,12 +292,16 @@ def capture_again(model: Any, captured: Captured, variation: Variation, limits: 
     with one_at_a_time():
         subject, known = replace(unwrap(model), outputs=captured.outputs), captured.not_restored
         try:
-            return _pass(subject, variation.inputs, limits, captured.mode, captured.fallback_reason, variation, known)
+            with checked_indices() if captured.mode == "real" else contextlib.nullcontext():
+                return _pass(
+                    subject, variation.inputs, limits, captured.mode, captured.fallback_reason, variation, known
+                )
         except Exception as error:
             if captured.mode == "real" or not needs_values(error):
                 raise
             reason = f"{type(error).__name__}: {first_line(error)}"
-        return _pass(subject, variation.inputs, limits, "real", reason, variation, known)
+        with checked_indices():
+            return _pass(subject, variation.inputs, limits, "real", reason, variation, known)
 
 
 def _pass(

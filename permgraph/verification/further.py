@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from permgraph.capture.environment import checked_indices
 from permgraph.capture.inputs.registry import ExampleInputs
 from permgraph.capture.module_copy import copy_with
 from permgraph.capture.outputs import tensor_leaves
@@ -101,6 +102,10 @@ class FurtherRuns:
 
     def _compare(self, variation: Variation) -> bool:
         """Compare outputs before and after; whether that was possible."""
+        with checked_indices():
+            return self._compared(variation)
+
+    def _compared(self, variation: Variation) -> bool:
         try:
             self.trial.vary(variation)
             reference, reason = None, "the outputs are not finite"

@@ -6,6 +6,7 @@ whose it is.
 
 from __future__ import annotations
 
+import collections.abc
 import inspect
 import itertools
 import re
@@ -149,11 +150,37 @@ def beginnings(model: nn.Module, name: str, place: int, annotation: Any = None) 
     number = _number(annotation)
     if number is not None:
         return [number]
+    lists = [Guess("list", shape) for shape in _lists(model)] if _is_list(annotation) else []
     words = re.split(r"[_\d.]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower())
     joined = set(words) | {"+".join(pair) for pair in itertools.pairwise(words)}
     named = [kind for listed, kinds in _KINDS if joined & set(listed.split()) for kind in kinds]
-    made = [guess for kind in dict.fromkeys((*named, *_USUAL)) for guess in _begun(model, kind, place)]
-    return list(dict.fromkeys(made))
+    made = [
+        guess for kind in dict.fromkeys((*named, *_pictures(model), *_USUAL)) for guess in _begun(model, kind, place)
+    ]
+    return list(dict.fromkeys((*lists, *made)))
+
+
+def _is_list(annotation: Any) -> bool:
+    """Whether an argument says of itself that it is a list of tensors."""
+    origins = (list, collections.abc.Sequence, tuple)
+    return typing.get_origin(annotation) in origins and typing.get_args(annotation)[:1] == (Tensor,)
+
+
+def _lists(model: nn.Module) -> Iterator[tuple[int, ...]]:
+    """Shapes of lists of samples: of pictures, if that is what the first layer takes, of clips, of rows of vectors."""
+    image = next(shape_of_rank(model, 4, LENGTHS[0], WIDTHS[0]))
+    clip = next(shape_of_rank(model, 5, LENGTHS[0], WIDTHS[0]))
+    row = (BATCH, LENGTHS[0], WIDTHS[0])
+    yield from {(): (row, image, clip), ("image",): (image, row, clip), ("video",): (clip, image, row)}[
+        _pictures(model)
+    ]
+
+
+def _pictures(model: nn.Module) -> tuple[str, ...]:
+    """Images or videos, for a model whose first layer is a convolution over such."""
+    layers = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.Embedding, nn.RNNBase)
+    first = next((m for m in model.modules() if isinstance(m, layers)), None)
+    return ("image",) if isinstance(first, nn.Conv2d) else ("video",) if isinstance(first, nn.Conv3d) else ()
 
 
 def _number(annotation: Any) -> Guess | None:
@@ -208,6 +235,18 @@ def parameters_of(model: nn.Module) -> dict[str, inspect.Parameter]:
     except (TypeError, ValueError):
         return {}
     return {name: p for name, p in found.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+
+
+def handed_on(model: nn.Module) -> list[str]:
+    """What parts of a model do without and take, where the model hands on whatever it is given besides its own."""
+    try:
+        own = inspect.signature(model.forward).parameters.values()
+    except (TypeError, ValueError):
+        return []
+    if not any(p.kind is p.VAR_KEYWORD for p in own):
+        return []
+    parts = (parameters_of(part) for part in model.modules() if type(part).__module__.partition(".")[0] != "torch")
+    return list(dict.fromkeys(name for taken in parts for name, p in taken.items() if p.default is None))
 
 
 def annotations_of(model: nn.Module) -> dict[str, Any]:

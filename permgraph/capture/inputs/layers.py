@@ -24,6 +24,8 @@ BATCH = 2
 LENGTH = 19
 #: So long the finder of layers tries candidates before the search has its turn, and as long after it.
 SECONDS_FOR_LAYERS = 2.5
+#: Where to try one takes little, so many are tried, and for so long at the least.
+MANY, LEAST_SECONDS = 30, 1.0
 #: Square image sizes in the order in which they are tried.
 SIDES = (32, 64, 224, 299, 28, 96, 128, 160, 192, 256, 384, 448, 512, 16, 8)
 
@@ -124,6 +126,15 @@ def vocabulary(model: nn.Module) -> int:
 # -- tensors for an argument of a known name --------------------------------------------------------------------
 
 
+def _text_lengths(model: nn.Module) -> list[int]:
+    """How many tokens the parts of a model say that a text has, where they say it."""
+    held = (
+        vars(module).get(name) for module in model.modules() for name in ("context_length", "max_seq_len", "block_size")
+    )
+    lengths = (integer(value) for value in held)
+    return list(dict.fromkeys(length for length in lengths if length is not None and 1 < length <= 4096))[:1]
+
+
 def _token_ids(model: nn.Module) -> Iterator[Tensor]:
     bound = vocabulary(model)
     config = getattr(model, "config", None)
@@ -138,7 +149,8 @@ def _token_ids(model: nn.Module) -> Iterator[Tensor]:
     tables = (setting(config, "max_position_embeddings"), setting(config, "max_target_positions"))
     most = min((size for size in tables if isinstance(size, int) and size > 1), default=LENGTH)
     short = ((BATCH, most),) if most < LENGTH else ()
-    for shape in (*short, (BATCH, LENGTH), (BATCH, 64), (BATCH, 3, LENGTH), *coded, (BATCH, 5)):
+    exact = tuple((BATCH, length) for length in _text_lengths(model))
+    for shape in (*short, (BATCH, LENGTH), *exact, (BATCH, 64), (BATCH, 3, LENGTH), *coded):
         ids = integers(bound, *shape)
         if isinstance(end, int) and 0 < end < bound:  # once, and last: some heads read what stands there
             ids[ids == end] = end - 1
@@ -289,7 +301,7 @@ def _for_layer(model: nn.Module, layer: nn.Module) -> Iterator[Tensor]:
         for height, width in found:
             yield floats(model, BATCH, layer.in_channels, height, width)
     elif isinstance(layer, (nn.Conv3d, nn.ConvTranspose3d)):
-        for frames, side in ((8, 32), (16, 112), (16, 224), (32, 64), (32, 224)):
+        for frames, side in ((8, 32), (9, 64), (17, 64), (16, 112), (16, 224), (32, 64), (32, 224)):
             yield floats(model, BATCH, layer.in_channels, frames, side, side)
     elif isinstance(layer, (nn.Linear, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)):
         sizes = (integer(getattr(layer, name, None)) for name in ("in_features", "input_size", "embed_dim"))
@@ -326,7 +338,10 @@ def _shapes(model: nn.Module) -> Iterator[Tensor]:
     """Inputs for the layers, then for bare parameters as matrices, then for anything."""
     for layer in _layers(model):
         yield from _for_layer(model, layer)
-    for parameter in itertools.islice(model.parameters(), 3):
+    held = {
+        id(p) for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd) for p in m.parameters(recurse=False)
+    }
+    for parameter in itertools.islice((p for p in model.parameters() if id(p) not in held), 3):
         for size in parameter.shape[::-1]:
             yield floats(model, BATCH, size)
             yield floats(model, BATCH, LENGTH, size)
@@ -336,15 +351,23 @@ def _shapes(model: nn.Module) -> Iterator[Tensor]:
 
 
 def for_unread(model: nn.Module, name: str, unread: Collection[str]) -> Iterator[Tensor]:
-    """Tensors for an argument that may be what unread parameters wait for, the likeliest first.
+    """Tensors for an argument that may be what unread parameters wait for, the likeliest first, none twice.
 
-    By the argument's name where that says something, then for each layer all of whose parameters are unread.
+    By the argument's name where that says something, then for each layer all of whose parameters are unread: tables
+    first, since what is looked up comes before what is made of it, wherever a module registers them.
     """
     yield from BY_NAME[name](model) if name in BY_NAME else ()
+    waiting: list[nn.Module] = []
     for path, layer in model.named_modules():
         held = [f"{path}.{own}" if path else own for own, _ in layer.named_parameters(recurse=False)]
         if held and all(own in unread for own in held):
-            yield from itertools.islice(_for_layer(model, layer), 2)
+            waiting.append(layer)
+    seen: set[tuple[torch.dtype, torch.Size]] = set()
+    for layer in sorted(waiting, key=lambda layer: not isinstance(layer, (nn.Embedding, nn.EmbeddingBag))):
+        for tensor in itertools.islice(_for_layer(model, layer), 2):
+            if (tensor.dtype, tensor.shape) not in seen:
+                seen.add((tensor.dtype, tensor.shape))
+                yield tensor
 
 
 def required(model: nn.Module) -> list[str]:
@@ -365,10 +388,15 @@ def placed(model: nn.Module, values: dict[str, Any]) -> Candidate:
     """Arguments by name as a call takes them: by position, but for those after a bare star or after one left out."""
     parameters = inspect.signature(model.forward).parameters
     keyword = {p.name for p in parameters.values() if p.kind is p.KEYWORD_ONLY}
-    order = [name for name in parameters if name not in keyword]
+    order = [
+        p.name for p in parameters.values() if p.name not in keyword and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
     left_out = next((at for at, name in enumerate(order) if name not in values), len(order))
     keyword |= set(order[left_out:])
-    args = tuple(values[name] for name in order[:left_out]) + tuple(v for k, v in values.items() if k not in parameters)
+    others = [name for name in values if name not in parameters or name not in {*order, *keyword}]
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):  # handed on to a part that knows them
+        keyword, others = keyword | set(others), []
+    args = tuple(values[name] for name in order[:left_out]) + tuple(values[name] for name in others)
     return args, {name: value for name, value in values.items() if name in keyword}
 
 
@@ -400,13 +428,43 @@ def from_layers(model: nn.Module) -> Iterator[Candidate]:
     yield from within_seconds(layers_at_length(model), SECONDS_FOR_LAYERS)
 
 
+_IMAGE_NAMES, _TEXT_NAMES = ("image", "images", "pixel_values"), ("text", "texts", "tokens", "captions", "input_ids")
+
+
+@input_finder("image and text")
+def from_image_and_text(model: nn.Module) -> Iterator[Candidate]:
+    """An image and a text for a module that requires neither, so that both of its towers are read in one pass."""
+    yield from within_seconds(_images_and_texts(model), SECONDS_FOR_LAYERS)
+
+
+def _images_and_texts(model: nn.Module) -> Iterator[Candidate]:
+    try:
+        optional = {n for n, p in inspect.signature(model.forward).parameters.items() if p.default is None}
+    except (TypeError, ValueError):
+        return
+    image = next((name for name in _IMAGE_NAMES if name in optional), None)
+    text = next((name for name in _TEXT_NAMES if name in optional), None)
+    layer = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    if image is None or text is None or layer is None or any(name not in optional for name in required(model)):
+        return
+    for height, width in sides(model)[:8]:
+        for ids in itertools.islice(_token_ids(model), 3):
+            yield (), {image: floats(model, BATCH, layer.in_channels, height, width), text: ids}
+
+
 def within_seconds(candidates: Iterator[Candidate], seconds: float) -> Iterator[Candidate]:
-    """Candidates until so much computing time has gone by since the first of them was tried."""
-    began = None
-    for candidate in candidates:
+    """Candidates until so much computing time has gone by, or less where to try one takes little, since the second.
+
+    Trying the first may load much of torch.
+    """
+    began, limit = None, seconds
+    for number, candidate in enumerate(candidates):
         yield candidate
-        began = time.process_time() if began is None else began
-        if time.process_time() - began > seconds:
+        now = time.process_time()
+        if number == 2 and began is not None:
+            limit = min(seconds, max(LEAST_SECONDS, MANY * (now - began) / 2))
+        began = now if began is None else began
+        if now - began > limit:
             return
 
 

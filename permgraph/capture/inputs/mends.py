@@ -22,20 +22,18 @@ from permgraph.capture.inputs.guesses import (
     Guess,
     Guesses,
     beginnings,
+    handed_on,
     parameters_of,
     shape_of_rank,
 )
-from permgraph.capture.inputs.trials import Failure, Operand
+from permgraph.capture.inputs.trials import BATCH_RANKS, Failure, Operand
 
 Mend = tuple[float, dict[str, Guess]]
 
 _MENTIONS_NONE = re.compile(r"NoneType|\bNone\b|must be (given|provided|specified)|should be provided|required")
 _SIZED = frozenset({"real", "ids", "mask", "list"})
 #: The rank that a function wants of its first tensor.
-_RANKS = {
-    "conv1d": 3, "conv2d": 4, "conv3d": 5, "conv_transpose1d": 3, "conv_transpose2d": 4, "conv_transpose3d": 5,
-    "avg_pool2d": 4, "max_pool2d": 4, "_max_pool2d": 4, "lstm": 3, "gru": 3, "multi_head_attention_forward": 3,
-}  # fmt: skip
+_RANKS = {**BATCH_RANKS, "lstm": 3, "gru": 3, "multi_head_attention_forward": 3}
 _ELEMENTWISE = frozenset({"add", "sub", "mul", "div", "__add__", "__radd__", "__mul__", "__rmul__", "where", "cat"})
 
 
@@ -98,12 +96,16 @@ def _left_out(model: nn.Module, guesses: Guesses, failure: Failure) -> Iterator[
     """An argument whose default is None, where the model does not do without; what the error names comes first."""
     parameters = parameters_of(model)
     absent = [name for name, p in parameters.items() if p.default is None and name not in guesses]
-    if not absent:
-        return
     lines = _failing_lines(failure.error)
     message = str(failure.error)
-    named = [name for name in absent if re.search(rf"\b{name}\b", message)]
-    read = [name for name in absent if name not in named and any(re.search(rf"\b{name}\b", line) for line in lines)]
+    told = " ".join((message, *lines))
+    absent += [
+        name for name in handed_on(model) if name not in parameters and name not in guesses and _mentions(told, name)
+    ]
+    if not absent:
+        return
+    named = [name for name in absent if _mentions(message, name)]
+    read = [name for name in absent if name not in named and any(_mentions(line, name) for line in lines)]
     likely = named + read
     if (
         not likely
@@ -111,7 +113,7 @@ def _left_out(model: nn.Module, guesses: Guesses, failure: Failure) -> Iterator[
         and not isinstance(failure.error, (AssertionError, ValueError))
     ):
         return
-    order = list(parameters)
+    order = [*parameters, *(name for name in absent if name not in parameters)]
     for at, name in enumerate([*likely, *(n for n in absent if n not in likely)][:6]):
         for rank, guess in enumerate(beginnings(model, name, order.index(name))[:3]):
             given = {**guesses, name: guess}
@@ -119,6 +121,10 @@ def _left_out(model: nn.Module, guesses: Guesses, failure: Failure) -> Iterator[
     if len(absent) > 1:
         every = {name: beginnings(model, name, order.index(name))[0] for name in absent}
         yield 2.5, {name: {**every, **guesses}[name] for name in _in_order({**every, **guesses}, order)}
+
+
+def _mentions(text: str, name: str) -> bool:
+    return re.search(rf"\b{name}\b", text) is not None
 
 
 def _in_order(guesses: Guesses, order: list[str]) -> list[str]:
@@ -190,6 +196,11 @@ def _of_another_rank(model: nn.Module, guesses: Guesses, failure: Failure) -> It
             place = list(guesses).index(name)
             length, width = LENGTHS[place % len(LENGTHS)], WIDTHS[place % len(WIDTHS)]
             shapes = list(shape_of_rank(model, rank, length, width)) if 0 < rank < 7 else []
+            if failure.function in _ELEMENTWISE and guess.kind in ("mask", "real"):  # of each place of what it meets
+                met = max((other.shape for other in failure.operands), key=len)
+                flat = (*met[:1], 1, *met[2:])
+                if len(met) > 3 and len(guess.shape) < len(met):
+                    yield 0.3, _changed(guesses, name, guess.with_(shape=flat))
             if rank in (2, 3) and len(guess.shape) in (2, 3):  # as wide as before
                 shapes = [(guess.shape[0], *(length,) * (rank - 2), guess.shape[-1])]
             if guess.kind in ("ids", "mask"):
@@ -211,6 +222,11 @@ def _wrong_ranks(failure: Failure) -> Iterator[tuple[Operand, int]]:
         rank = _RANKS[failure.function]
         if len(failure.operands[0].shape) != rank:
             yield failure.operands[0], rank
+            return
+    if failure.function == "permute" and failure.operands:
+        order = [v for a in failure.arguments for v in (a if isinstance(a, (list, tuple)) else (a,)) if type(v) is int]
+        if len(order) != len(failure.operands[0].shape):
+            yield failure.operands[0], len(order)
             return
     if failure.function in _ELEMENTWISE:
         highest = max(len(operand.shape) for operand in failure.operands)
@@ -297,7 +313,7 @@ def _totals(message: str) -> Iterator[tuple[int, int]]:
         wanted = math.prod(int(size) for size in found[1].split(","))
         if wanted > 0:
             yield int(found[2]), wanted
-        else:  # one size is whatever is left: the next multiple of the others
+        elif wanted < 0:  # one size is whatever is left: the next multiple of the others
             yield int(found[2]), -wanted * -(-int(found[2]) // -wanted or 1)
     found = re.search(r"can't divide axis of length (\d+) in chunks of (\d+)", message)
     if found:
@@ -347,6 +363,27 @@ def _resized(guesses: Guesses, given: int, wanted: int, origins: frozenset[str])
         for cost, shape in _shapes(guess.shape, given, wanted):
             if max(shape) < 5000 and math.prod(shape) < 4_000_000:
                 yield cost, _changed(guesses, name, guess.with_(shape=shape))
+    yield from _resized_together(guesses, given, wanted, origins)
+
+
+def _resized_together(guesses: Guesses, given: int, wanted: int, origins: frozenset[str]) -> Iterator[Mend]:
+    """Arguments that were concatenated, each with its part of what is wanted: in equal parts, or one with the rest."""
+    names = [name for name in guesses if name in origins and guesses[name].kind == "real"]
+    for axis in (1, -1):
+        sizes = {name: guesses[name].shape[axis] for name in names if len(guesses[name].shape) > 1}
+        if len(sizes) < 2 or sum(sizes.values()) != given:
+            continue
+        parts = [dict.fromkeys(sizes, wanted // len(sizes))] if wanted % len(sizes) == 0 else []
+        parts += [{**sizes, name: wanted - given + size} for name, size in sizes.items() if wanted - given + size > 0]
+        for at, part in enumerate(parts):
+            yield 0.5 + at, {name: _with_size(guess, axis, part.get(name)) for name, guess in guesses.items()}
+
+
+def _with_size(guess: Guess, axis: int, size: int | None) -> Guess:
+    if size is None:
+        return guess
+    at = axis % len(guess.shape)
+    return guess.with_(shape=(*guess.shape[:at], size, *guess.shape[at + 1 :]))
 
 
 def _shapes(shape: tuple[int, ...], given: int, wanted: int) -> Iterator[tuple[float, tuple[int, ...]]]:

@@ -12,19 +12,26 @@ import math
 import time
 from collections.abc import Iterator
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from permgraph.capture.inputs.guesses import Guess, Guesses, annotations_of, beginnings, values_of
+from permgraph.capture.inputs.denoisers import denoisers
+from permgraph.capture.inputs.forms import Form, accepted
+from permgraph.capture.inputs.graphs import graphs
+from permgraph.capture.inputs.guesses import Guess, Guesses, annotations_of, beginnings, parameters_of, values_of
 from permgraph.capture.inputs.layers import SECONDS_FOR_LAYERS, layers_at_length, placed, required, within_seconds
 from permgraph.capture.inputs.mends import mends
 from permgraph.capture.inputs.registry import Candidate, input_finder
 from permgraph.capture.inputs.trials import Bench
 
-MAX_SECONDS = 4.0
+MAX_SECONDS = 3.0
 FIRST_SECONDS = 15.0
 MAX_TRIALS = 250
 #: After so many trials, none of which came further than one before, the search gives up.
 PATIENCE = 60
+#: Forms whose first proposals the search begins with as well: they may lack but one argument.
+SEEDS: tuple[Form, ...] = (denoisers, graphs)
+MAX_SEEDS = 3
 #: So many mends of one failure are kept, the cheapest.
 MAX_MENDS = 24
 
@@ -120,3 +127,22 @@ def _beginnings(model: nn.Module) -> Iterator[tuple[float, dict[str, Guess]]]:
     for name, guesses in choices.items():
         for at, guess in enumerate(guesses[1:4]):
             yield 1.0 + at, {**likeliest, name: guess}
+    names, order = accepted(model), list(parameters_of(model))
+    for form in SEEDS:
+        for at, proposed in enumerate(itertools.islice(form(model, names), MAX_SEEDS)):
+            made = {name: _guessed(name, value) for name, value in proposed.items()}
+            known = {name: guess for name, guess in made.items() if guess is not None}
+            if len(known) == len(made):
+                yield 0.1 * at, {name: known[name] for name in order if name in known}
+
+
+def _guessed(name: str, value: object) -> Guess | None:
+    """The guess that would make values like these; None where there is no such kind."""
+    if not isinstance(value, Tensor) or value.is_complex():
+        return None
+    shape = tuple(value.shape)
+    if "edge_index" in name:
+        return Guess("edges", shape)
+    if value.is_floating_point():
+        return Guess("real", shape)
+    return Guess("mask", shape) if value.dtype == torch.bool else Guess("ids", shape, int(value.max()) + 1)

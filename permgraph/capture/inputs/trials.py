@@ -95,6 +95,8 @@ class Watch(TorchFunctionMode):
         try:
             if _mixes(getattr(func, "__name__", ""), operands):
                 raise TypeError("expected floating-point numbers, and found integers")
+            if _lacks_batch(getattr(func, "__name__", ""), operands):
+                raise TypeError("expected a batch, and found a single sample")
             result = func(*args, **(kwargs or {}))
         except Exception as error:
             plain = tuple(value for value in (*args, *(kwargs or {}).values()) if not isinstance(value, Tensor))
@@ -130,6 +132,19 @@ def _mixes(function: str, operands: tuple[Operand, ...]) -> bool:
     if not (multiplies or function.startswith("conv")):
         return False
     return len({operand.floating for operand in operands}) > 1
+
+
+#: The rank of a batch for functions that take a single sample as well.
+BATCH_RANKS = {
+    "conv1d": 3, "conv2d": 4, "conv3d": 5, "conv_transpose1d": 3, "conv_transpose2d": 4, "conv_transpose3d": 5,
+    "avg_pool2d": 4, "max_pool2d": 4, "_max_pool2d": 4,
+}  # fmt: skip
+
+
+def _lacks_batch(function: str, operands: tuple[Operand, ...]) -> bool:
+    """Whether a convolution takes the samples of an argument for its channels, as it does where they are as many."""
+    wanted = BATCH_RANKS.get(function)
+    return wanted is not None and bool(operands and operands[0].origins) and len(operands[0].shape) == wanted - 1
 
 
 def _tensors(value: Any, depth: int = 0) -> Iterator[Tensor]:
