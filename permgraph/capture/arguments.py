@@ -24,6 +24,10 @@ MAX_GUESSES = 6
 """So many sets of tensors are made up for the arguments that default to None, each of which costs a pass."""
 
 
+GIVEN = " given"
+"""How the name of a pass ends on tensors made up for arguments that were left out."""
+
+
 def other_arguments(
     model: nn.Module, inputs: ExampleInputs, unread: Collection[str]
 ) -> Iterator[tuple[str, frozenset[str], ExampleInputs, bool]]:
@@ -76,7 +80,7 @@ def _given(
     chosen = [dict(zip(made, values, strict=True)) for values in zip(*made.values(), strict=False)] if made else []
     alone = [{name: value} for name, values in made.items() for value in values] if len(made) > 1 else []
     for tensors in [*chosen[:MAX_GUESSES], *alone][:MAX_GUESSES]:
-        name = f"{', '.join(tensors)} given"
+        name = f"{', '.join(tensors)}{GIVEN}"
         yield name, frozenset(f"{each} given" for each in tensors), call.with_(tensors), False
 
 

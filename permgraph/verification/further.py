@@ -17,13 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from permgraph.capture import capture
+from permgraph.capture.arguments import GIVEN
 from permgraph.capture.environment import checked_indices
 from permgraph.capture.inputs.registry import ExampleInputs
 from permgraph.capture.module_copy import copy_with
 from permgraph.capture.outputs import tensor_leaves
 from permgraph.capture.passes import IF_DIFFERENT, Variation, larger_by_one, variations
 from permgraph.capture.subject import unwrap
-from permgraph.errors import in_one_line
+from permgraph.errors import CaptureError, in_one_line
 from permgraph.spec.elements import AnyElement
 from permgraph.verification.report import Run
 from permgraph.verification.trial import Trial, distance, is_floating, seeded_generator
@@ -71,7 +73,8 @@ class FurtherRuns:
         shown = set(IF_DIFFERENT) if self.trial.keeps_state else {"calls", *IF_DIFFERENT}
         rankings = set(self.trial.rankings)
         costs = _Costs([(1.0, self.run_seconds)])
-        waiting = list(variations(unwrap(self.model).core, first.inputs)) + list(_odd_sizes(first))
+        core = unwrap(self.model).core
+        waiting = [*variations(core, first.inputs, self._unread(core, first)), *_odd_sizes(first)]
         put_off: list[Variation] = []
         for variation, again in _twice(waiting, put_off):
             if variation.shows <= shown or (variation.flags and self._adds_by_products(variation)):
@@ -91,6 +94,15 @@ class FurtherRuns:
             self._compare(variation)
         self.trial.vary(first)
         return tuple(self.runs)
+
+    def _unread(self, core: Any, first: Variation) -> Sequence[str]:
+        """The parameters that the first run does not read, if the spec knows of runs that are given more tensors."""
+        if not any(run.name.endswith(GIVEN) and run.outcome == "solved" for run in self.everything.spec.passes):
+            return ()
+        try:
+            return capture(core, first.inputs.args, first.inputs.kwargs).unused
+        except CaptureError:
+            return ()
 
     def _adds_by_products(self, variation: Variation) -> bool:
         """Whether a flag makes the model return more than its result, or it is not known that it does not."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib
 import math
 from typing import Any
@@ -370,3 +371,32 @@ def test_a_weight_that_is_saved_in_another_layout_is_found_out(turned: bool) -> 
     text = "a.weight  8x4  a .\na.bias  8  a\nw  8x8  a b\no.weight  2x8  . b\no.bias  2  .\ngroups: a 8 · b 8"
     assert pg.verify(Turns(), PermutationSpec.parse(text), (ROWS,), further=0).passed is not turned
     assert pg.verify(Turns(), None, (ROWS,)).passed
+
+
+class _Towers(nn.Module):
+    """An image, a text, or both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+        self.table = nn.Embedding(9, 5)
+        self.text = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 3))
+
+    def forward(self, image=None, text=None):
+        out = 0
+        if image is not None:
+            out = out + self.image(image)
+        if text is not None:
+            out = out + self.text(self.table(text)).sum(1)
+        return out
+
+
+def test_compares_where_a_tensor_that_was_left_out_is_given():
+    model, given = _Towers(), (torch.randn(2, 4),)
+    spec = pg.auto_spec(model, given)
+    report = pg.verify(model, spec, example_inputs=given, controls="none")
+    assert report.passed and "text given" in [run.name for run in report.runs]
+    text = str(spec).replace("text.2.weight   3x7  . text.0", "text.2.weight   3x7  . .")
+    assert text != str(spec)
+    wrong = dataclasses.replace(pg.PermutationSpec.parse(text), passes=spec.passes)
+    assert not pg.verify(model, wrong, example_inputs=given, controls="none").passed

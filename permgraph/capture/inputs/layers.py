@@ -150,7 +150,7 @@ def _token_ids(model: nn.Module) -> Iterator[Tensor]:
     most = min((size for size in tables if isinstance(size, int) and size > 1), default=LENGTH)
     short = ((BATCH, most),) if most < LENGTH else ()
     exact = tuple((BATCH, length) for length in _text_lengths(model))
-    for shape in (*short, (BATCH, LENGTH), *exact, (BATCH, 64), (BATCH, 3, LENGTH), *coded):
+    for shape in (*short, (BATCH, LENGTH), *exact, (BATCH, 64), (BATCH, 3, LENGTH), *coded, (BATCH, 5)):
         ids = integers(bound, *shape)
         if isinstance(end, int) and 0 < end < bound:  # once, and last: some heads read what stands there
             ids[ids == end] = end - 1
