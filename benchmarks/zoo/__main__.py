@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from benchmarks.zoo import compare, final, report, sizes
+from benchmarks.zoo import compare, final, modules, report, sizes
 from benchmarks.zoo.names import ZOOS
 from benchmarks.zoo.sweep import sweep
 
@@ -30,9 +30,15 @@ def main() -> None:
     outputs.add_argument("--zoo", choices=list(ZOOS), default="heads")
     outputs.add_argument("--seconds", type=float, default=60, help="for one model")
     outputs.add_argument("--total", type=float, default=900, help="begin no further model after so long")
+    whole = commands.add_parser("modules", help="list the models with modules that change places, and verify them")
+    whole.add_argument("zoo", choices=list(ZOOS))
+    whole.add_argument("names", nargs="*", help="only these models")
+    whole.add_argument("--seconds", type=float, default=90, help="for one model")
+    whole.add_argument("--total", type=float, default=900, help="begin no further model after so long")
     given = parser.parse_args()
-    if given.command == "final":
-        final.sweep(given.names or None, zoo=given.zoo, seconds=given.seconds, total=given.total)
+    if given.command in ("final", "modules"):
+        run_over = final.sweep if given.command == "final" else modules.sweep
+        run_over(given.names or None, zoo=given.zoo, seconds=given.seconds, total=given.total)
         return
     if given.command == "sweep":
         for zoo in [given.zoo] if given.zoo else ZOOS:
