@@ -37,6 +37,9 @@ from permgraph.spec.stacks import Names, dimensions
 MOST_REFUSALS = 200
 """So many reasons why modules do not change places are kept with a spec."""
 
+LONGEST = 32
+"""Letters that the words of several modules may have together, to stand in the name of their group."""
+
 
 def fold(spec: PermutationSpec, found: Found) -> PermutationSpec:
     """The same spec with groups of modules, and a note for each family that it cannot hold."""
@@ -244,7 +247,7 @@ class _Fold:
             if len(set(column)) > 1:
                 break
             common.append(column[0])
-        while common and "*" in common and common[-1] != "*":
+        while any(map(_differs, common)) and not _differs(common[-1]):
             common.pop()
         name = ".".join(common) or "modules"
         while name in self.spec.groups:
@@ -307,12 +310,24 @@ def _children(axis: Axis) -> tuple[Axis, ...]:
 
 
 def _pattern(names: Sequence[str]) -> str:
-    """What names have in common, word by word, ``*`` where they differ; all of them where they are unlike."""
+    """What names have in common, word by word; where they differ ``*``, or all of a few short words, ``left/right``."""
     words = [name.split(".") for name in names]
     if len({len(one) for one in words}) != 1:
-        return "|".join(names)
-    common = [column[0] if len(set(column)) == 1 else "*" for column in zip(*words, strict=True)]
-    return ".".join(common)
+        return "/".join(names)
+    return ".".join(_word(list(dict.fromkeys(column))) for column in zip(*words, strict=True))
+
+
+def _word(words: Sequence[str]) -> str:
+    """One word for several: itself if there is but one."""
+    if len(words) == 1:
+        return words[0]
+    joined = "/".join(words)
+    return "*" if len(joined) > LONGEST or all(map(str.isdecimal, words)) or "*" in words else joined
+
+
+def _differs(word: str) -> bool:
+    """Whether a word of a pattern stands for several."""
+    return word == "*" or "/" in word
 
 
 def _stacked(names: Sequence[Names], depth: int) -> Names:
