@@ -27,7 +27,7 @@ class Mixture(nn.Module):
 
     def __init__(self, width: int, experts: int, hidden: int) -> None:
         super().__init__()
-        self.router = nn.Linear(width, experts, bias=False)
+        self.router = nn.Linear(width, experts)
         self.experts = nn.ModuleList(
             nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width)) for _ in range(experts)
         )

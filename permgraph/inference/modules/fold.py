@@ -6,6 +6,7 @@ parts of other weights change places along, ``[a + b + c]`` becomes ``(modules a
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
@@ -242,11 +243,7 @@ class _Fold:
     def _name(self, members: Sequence[Sequence[str]]) -> str:
         """The name of the group of modules: what the names of their weights have in common up to where they differ."""
         words = [name.split(".") for name in (_pattern(names) for names in zip(*members, strict=True))]
-        common = []
-        for column in zip(*words, strict=False):
-            if len(set(column)) > 1:
-                break
-            common.append(column[0])
+        common = _common(words)
         while any(map(_differs, common)) and not _differs(common[-1]):
             common.pop()
         name = ".".join(common) or "modules"
@@ -313,8 +310,16 @@ def _pattern(names: Sequence[str]) -> str:
     """What names have in common, word by word; where they differ ``*``, or all of a few short words, ``left/right``."""
     words = [name.split(".") for name in names]
     if len({len(one) for one in words}) != 1:
-        return "/".join(names)
+        head = _common(words)
+        tail = _common([one[len(head) :][::-1] for one in words])[::-1]
+        return ".".join([*head, "*", *tail])
     return ".".join(_word(list(dict.fromkeys(column))) for column in zip(*words, strict=True))
+
+
+def _common(words: Sequence[Sequence[str]]) -> list[str]:
+    """The words with which all begin."""
+    columns = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*words, strict=False))
+    return [column[0] for column in columns]
 
 
 def _word(words: Sequence[str]) -> str:
