@@ -4,13 +4,14 @@ Networks of each architecture are trained from different seeds and averaged: as 
 MergeMany (Ainsworth et al. 2022) and by cycle-consistent matching (Crisostomi et al. 2024), by coordinate ascent and by
 Frank-Wolfe. The mean is then the centre of a star: the barriers from it to each network are measured too, and those
 from a centre trained to be connected to all (Sonthalia et al. 2024). Last, what goes wrong where each pair is matched
-by itself: the share of units that does not come back after a cycle of three.
+by itself: the share of units that does not come back after a cycle of three. With `--symmetry general` all is over the
+whole group, and what is learned is there too: each network's way to the first, or to the mean of those before it.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from common import Setting, arguments, bar, console, figure, finished, legend, line, settings, table
@@ -29,6 +30,34 @@ METHODS: dict[str, pg.MergeMethod | None] = {
 }
 STAR = "star"
 """The trained centre, which is no method of merging."""
+
+
+def to_the_first(
+    setting: Setting, networks: Sequence[nn.Module], spec: pg.PermutationSpec, steps: int
+) -> Iterator[nn.Module]:
+    """The first network, and each other brought to it, learned."""
+    yield networks[0]
+    for network in networks[1:]:
+        matcher = pg.LearnedMatching(setting.batches(128), steps=steps)
+        yield finished(pg.align(networks[0], network, matcher, spec=spec)).model()
+
+
+def joining(
+    setting: Setting, networks: Sequence[nn.Module], spec: pg.PermutationSpec, steps: int
+) -> Iterator[nn.Module]:
+    """The first network, and each other brought to the mean of those before it, learned where the new mean will lie."""
+    there = [networks[0]]
+    yield networks[0]
+    for count, network in enumerate(networks[1:], start=2):
+        mean, at = setting.network(pg.average(there)), 1 / count
+        points, measured = (0.4 * at, 1.6 * at), (at / 2, at, 1.5 * at)
+        matcher = pg.LearnedMatching(setting.batches(128), steps=steps, points=points, measured=measured)
+        there.append(finished(pg.align(mean, network, matcher, spec=spec)).model())
+        yield there[-1]
+
+
+LEARNED = {"learned, to the first": to_the_first, "learned, joining": joining}
+"""Ways to bring networks together over general symmetries, learned."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +80,7 @@ def trained_star(
     """A centre trained to be connected to all networks, which are cycle-consistently matched beforehand."""
     began = time.perf_counter()
     merged = finished(pg.merge(networks, spec=spec))
-    moved = [p.apply(n.state_dict()) for p, n in zip(merged.permutations, networks, strict=True)]
+    moved = [p.apply(n.state_dict()) for p, n in zip(merged.elements, networks, strict=True)]
     trained = finished(pg.fit_star(moved, setting.batches(128), model=networks[0], epochs=epochs))
     centre = setting.prepare(setting.network(trained.state_dict))
     claim = pg.star_connectivity(
@@ -64,8 +93,32 @@ def trained_star(
     )
 
 
+def learned_rows(
+    setting: Setting, networks: Sequence[nn.Module], spec: pg.PermutationSpec, points: int, steps: int, way: str
+) -> Iterator[Row]:
+    """Means of two and more networks that were brought together by learning; barriers for all of them only."""
+    began, there = time.process_time(), []
+    for network in LEARNED[way](setting, networks, spec, steps):
+        there.append(network)
+        if len(there) == 1:
+            continue
+        seconds = time.process_time() - began
+        centre = setting.prepare(setting.network(pg.average(there)))
+        found, star = setting.evaluate(centre), None
+        if len(there) == len(networks):
+            star = max(setting.barrier(centre, end, points).barrier for end in there)
+        yield Row(way, len(there), float("nan"), found["loss"], found["accuracy"], star, None, seconds)
+
+
 def run(
-    setting: Setting, seeds: Sequence[int], points: int, star_epochs: int, methods: Sequence[str], where: Console
+    setting: Setting,
+    seeds: Sequence[int],
+    points: int,
+    star_epochs: int,
+    methods: Sequence[str],
+    where: Console,
+    general: bool = False,
+    steps: int = 0,
 ) -> list[Row]:
     """Every method on two and more networks; barriers for all of them only."""
     with bar(where, f"{setting.name}: training", len(seeds) * setting.epochs) as step:
@@ -74,7 +127,8 @@ def run(
     ends = [setting.evaluate(network) for network in networks]
     mean = {metric: sum(end[metric] for end in ends) / len(ends) for metric in ("loss", "accuracy")}
     rows.append(Row("single, mean", 1, float("nan"), mean["loss"], mean["accuracy"], None, None, 0.0))
-    spec = pg.auto_spec(networks[0])
+    symmetry = "general" if general else "permutation"
+    spec = pg.auto_spec(networks[0], symmetry=symmetry, example_inputs=(setting.test[0][:2],))
     counts = range(2, len(networks) + 1)
     chosen_methods = {name: METHODS[name] for name in METHODS if name in methods}
     with bar(where, f"{setting.name}: merging", len(chosen_methods) * len(counts) + (STAR in methods)) as step:
@@ -88,18 +142,21 @@ def run(
                 found = setting.evaluate(centre)
                 star = None
                 if count == len(networks):
-                    permuted = [p.apply(n.state_dict()) for p, n in zip(merged.permutations, chosen, strict=True)]
+                    permuted = [p.apply(n.state_dict()) for p, n in zip(merged.elements, chosen, strict=True)]
                     ends = permuted if method else [network.state_dict() for network in chosen]
                     # The ends of these lines are a network and a mean of networks, with statistics of its own.
                     star = max(setting.barrier(centre, end, points).barrier for end in ends)
-                cycle = around(merged) if method and count >= 3 else None
+                cycle = around(merged) if method and count >= 3 and not general else None
                 objective = merged.objective if method else merged.objective_before
                 rows.append(Row(name, count, objective, found["loss"], found["accuracy"], star, cycle, seconds))
                 step()
+        for way in LEARNED:
+            if general and way in methods:
+                rows += learned_rows(setting, networks, spec, points, steps, way)
         if STAR in methods:
             rows.append(trained_star(setting, networks, spec, points, star_epochs))
             step()
-    if len(networks) >= 3:
+    if len(networks) >= 3 and not general:
         pairs = [
             finished(pg.align(networks[i], networks[j], spec=spec)).permutation for i, j in ((0, 1), (1, 2), (2, 0))
         ]
@@ -122,7 +179,9 @@ def main(given: Sequence[str] | None = None) -> dict[str, list[Row]]:
     """Run the experiment and return its rows."""
     parser = arguments(__doc__, models=("MLP", "ResNet", "DenseNet", "ViT"), seeds=(1, 2, 3, 4, 5), least=2)
     parser.add_argument("--star-epochs", type=int, default=5, help="of the centre's training (5)")
-    every_method = (*METHODS, STAR)
+    parser.add_argument("--symmetry", choices=("permutation", "general"), default="permutation", help="(permutation)")
+    parser.add_argument("--steps", type=int, default=200, help="of learning each over general symmetries (200)")
+    every_method = (*METHODS, *LEARNED, STAR)
     parser.add_argument(
         "--methods",
         nargs="+",
@@ -142,11 +201,19 @@ def main(given: Sequence[str] | None = None) -> dict[str, list[Row]]:
     )
     for setting in settings(options):
         rows = found[setting.name] = run(
-            setting, options.seeds, options.points, options.star_epochs, options.methods, where
+            setting,
+            options.seeds,
+            options.points,
+            options.star_epochs,
+            options.methods,
+            where,
+            options.symmetry == "general",
+            options.steps,
         )
         result.add_row(f"[bold]{setting.name}, width {setting.width}")
         for row in rows:
-            if (row.count in (1, 3) and row.method.startswith(("single", "each"))) or row.count == len(options.seeds):
+            always = options.symmetry == "general" or row.method.startswith(("single", "each"))
+            if (row.count in (1, 3) and always) or row.count == len(options.seeds):
                 values = [
                     *(
                         f"{v:.{d}f}" if v == v else ""
@@ -161,7 +228,8 @@ def main(given: Sequence[str] | None = None) -> dict[str, list[Row]]:
 
     def draw(axes: list[Axes]) -> None:
         for ax, (name, rows) in zip(axes, found.items(), strict=True):
-            for number, method in enumerate(name for name in METHODS if name in options.methods):
+            drawn = (*METHODS, *LEARNED)
+            for number, method in enumerate(name for name in drawn if any(row.method == name for row in rows)):
                 points = [(row.count, row.accuracy) for row in rows if row.method == method]
                 line(ax, number, [1, *(n for n, _ in points)], [rows[0].accuracy, *(a for _, a in points)], method)
             ax.set(title=name, xlabel="networks in the mean", ylabel="test accuracy", ylim=(0, 1.02))

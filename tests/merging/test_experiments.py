@@ -8,6 +8,8 @@ import importlib
 import pickle
 import re
 import sys
+from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -53,6 +55,80 @@ def test_many_models(load, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     again = load("many_models").main(given)["MLP"]  # resumes from the trained networks
     assert [row.loss for row in again[:-1]] == [row.loss for row in found[:-1]]
     assert kept == {path: path.stat().st_mtime_ns for path in (tmp_path / "networks").iterdir()}
+
+
+def test_many_models_over_the_whole_group(load, tmp_path: Path) -> None:
+    given = ["--models", "ViT:16", "--epochs", "5", "--seeds", "1", "2", "3", "--points", "3", "--out", str(tmp_path)]
+    methods = ["--methods", "naive", "cycle-consistent", "learned, to the first", "learned, joining"]
+    found = load("many_models").main([*given, *methods, "--symmetry", "general", "--steps", "40"])["ViT"]
+    by = {(row.method, row.count): row for row in found}
+    for way in ("learned, to the first", "learned, joining"):
+        assert by[way, 3].loss < by["cycle-consistent", 3].loss < by["naive", 3].loss
+        assert by[way, 2].star is None and by[way, 3].star is not None and by[way, 3].seconds > 0
+    assert by["learned, to the first", 2].loss < by["naive", 2].loss
+
+
+def test_structures(load, tmp_path: Path) -> None:
+    module = load("structures")
+    given = ["--shapes", "32x1", "--steps", "0", "--points", "3", "--out", str(tmp_path)]
+    found = module.main(given)["32x1"]
+    assert list(found) == ["naive", "permutations", "heads' maps", "stream's rotation", "whole group"]
+    assert found["whole group"][0].loss < found["permutations"][0].loss < found["naive"][0].loss
+    kept = (tmp_path / "structures.jsonl").read_bytes()
+    assert module.main(given)["32x1"] == found, "what was measured is not measured again"
+    assert (tmp_path / "structures.jsonl").read_bytes() == kept
+
+
+def test_parts_of_a_group_are_symmetries(load) -> None:
+    load("common")
+    from models import Llama
+
+    module, model, text = load("structures"), Llama(11, width=16, depth=1).double().eval(), torch.arange(10)[None]
+    whole = pg.auto_spec(model, symmetry="general", example_inputs=(text,))
+    # Values and outputs of four heads by any 4 x 4, queries and keys by two complex factors each; gated units by one
+    # factor each; the stream by rotations.
+    dimensions = {"heads": 4 * 16 + 4 * 4, "factors": 32, "stream": 16 * 15 // 2}
+    before = model(text)
+    for way, kinds in module.KINDS.items():
+        part = module.only(whole, kinds)
+        assert part.dimension() == sum(dimensions[kind] for kind in kinds)
+        moved = part.random(0, every_group=True).apply(model.state_dict())
+        after = torch.func.functional_call(model, moved, (text,))
+        assert torch.allclose(after, before, atol=1e-9), way
+
+
+def test_halves(load, tmp_path: Path) -> None:
+    """Its own forward pass is the model's at both ends; by outputs both networks' units are kept."""
+    module = load("halves")
+    case = module.CASES["Llama"]()
+    case = replace(case, test=[(x[:8], y[:8]) for x, y in case.test[:1]], batches=case.batches[:3])
+    torch.manual_seed(0)
+    a, b = (case.build().eval() for _ in "ab")
+    text = case.test[0][0]
+    spec = pg.auto_spec(a, symmetry="general", example_inputs=(text[:2],))
+    line = module.BalancedLine(a, a.state_dict(), b.state_dict(), spec, module.loss)
+    middles = []
+    for how in module.COMBINATIONS.values():
+        for t, model in ((0.0, a), (1.0, b)):
+            assert torch.allclose(module.logits(line.a, line.b, t, text, how), model(text), atol=1e-4)
+        middles.append(module.logits(line.a, line.b, 0.5, text, how))
+    assert all(not torch.allclose(one, middles[0], atol=1e-3) for one in middles[1:])
+    options = Namespace(learned=2, steps=17, windows=4, out=tmp_path, seeds=[1, 2])
+    found = module.compare(case, a, b, options)
+    assert list(found) == list(module.COMBINATIONS) and all(len(row) == 3 for row in found.values())
+    assert "| both by outputs |" in (tmp_path / "halves.md").read_text()
+
+
+def test_planted(load, tmp_path: Path) -> None:
+    module = load("planted")
+    found = module.main(["--networks", "LSTM", "--seeds", "0", "1", "--out", str(tmp_path)])["LSTM"]
+    assert len(found) == 2 and all(distance <= 1.05 for distance, _ in found)
+    assert "2 of 2" in (tmp_path / "planted.md").read_text()
+    model, spec = module.network("LSTM")
+    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    near = module.noisy(state, spec, 0.02, 0)
+    moved = spec.random(0, every_group=True).apply(near)
+    assert module.apart(state, moved, spec) > 10 * module.apart(state, near, spec), "there is something to find"
 
 
 def test_whole_group(load, tmp_path: Path) -> None:
@@ -209,6 +285,14 @@ def test_disjoint(load, tmp_path: Path) -> None:
     assert len(first) + len(second) == 1000
     assert float((first < 5).float().mean()) == pytest.approx(0.8, abs=0.05)
     assert float((second < 5).float().mean()) == pytest.approx(0.2, abs=0.05)
+
+
+def test_disjoint_over_the_whole_group(load, tmp_path: Path) -> None:
+    given = ["--models", "ViT:16", "--epochs", "5", "--seeds", "1", "--points", "3", "--out", str(tmp_path)]
+    found = load("disjoint").main([*given, "--symmetry", "general", "--steps", "40"])["ViT"]
+    loss = {way: ones[0]["loss"] for way, ones in found.items()}
+    assert loss["whole group, learned"] < loss["whole group"] < loss["naive average"]
+    assert {"whole group, REPAIR", "whole group, learned, REPAIR"} <= set(loss)
 
 
 def test_task_vectors(load, tmp_path: Path) -> None:
