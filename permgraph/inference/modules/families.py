@@ -19,8 +19,12 @@ from permgraph.spec.provenance import Refusal
 
 log = logging.getLogger(__name__)
 
-MOST_TRIALS = 20_000
+MOST_TRIALS = 10_000
 """Exchanges that are tried in one graph; what is left then keeps its place."""
+
+
+MOST_REFUSED = 400
+"""Exchanges of weights that look alike that are refused before no more of these are tried; four for each, if more."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,8 @@ class _Search:
     def look_into(self, weights: Sequence[fx.Node]) -> None:
         """Find the families of weights that look alike."""
         left = list(weights)
-        while len(left) > 1 and self._trials < MOST_TRIALS:
+        refused, most = len(self.refused), max(MOST_REFUSED, 4 * len(weights))
+        while len(left) > 1 and self._trials < MOST_TRIALS and len(self.refused) - refused < most:
             first, *others = left
             if self._accounted_for(first, weights):
                 return
