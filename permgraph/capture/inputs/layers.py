@@ -370,6 +370,10 @@ def for_unread(model: nn.Module, name: str, unread: Collection[str]) -> Iterator
                 yield tensor
 
 
+STARRED = "input"
+"""What an argument is called that only a bare `*args` takes."""
+
+
 def required(model: nn.Module) -> list[str]:
     """The names of the arguments of `forward` that have no default; a bare `*args` counts as one."""
     try:
@@ -381,7 +385,7 @@ def required(model: nn.Module) -> list[str]:
     names = [p.name for p in parameters if p.kind in named and p.default is p.empty]
     variadic = any(p.kind is p.VAR_POSITIONAL for p in parameters)
     optional = [p.name for p in parameters if p.kind in positional]
-    return names or (["input"] if variadic else optional[:1])
+    return names or ([STARRED] if variadic else optional[:1])
 
 
 def placed(model: nn.Module, values: dict[str, Any]) -> Candidate:
@@ -394,8 +398,10 @@ def placed(model: nn.Module, values: dict[str, Any]) -> Candidate:
     left_out = next((at for at, name in enumerate(order) if name not in values), len(order))
     keyword |= set(order[left_out:])
     others = [name for name in values if name not in parameters or name not in {*order, *keyword}]
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):  # handed on to a part that knows them
-        keyword, others = keyword | set(others), []
+    kinds = {p.kind for p in parameters.values()}
+    if inspect.Parameter.VAR_KEYWORD in kinds:  # handed on to a part that knows them
+        positional = {STARRED} if inspect.Parameter.VAR_POSITIONAL in kinds else set()
+        keyword, others = keyword | {*others} - positional, [name for name in others if name in positional]
     args = tuple(values[name] for name in order[:left_out]) + tuple(values[name] for name in others)
     return args, {name: value for name, value in values.items() if name in keyword}
 
