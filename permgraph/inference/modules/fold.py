@@ -17,20 +17,7 @@ from permgraph.errors import SpecError
 from permgraph.inference.modules.families import Family, Found
 from permgraph.inference.modules.moves import IntArray, Refused
 from permgraph.spec.binding import Group
-from permgraph.spec.expressions import (
-    Axis,
-    Fixed,
-    Label,
-    Product,
-    Ref,
-    Sum,
-    refs,
-    rename,
-    size_of,
-)
-from permgraph.spec.expressions import (
-    Family as AxisFamily,
-)
+from permgraph.spec.expressions import Axis, Fixed, Product, Ref, Sum, children, refs, rename, size_of
 from permgraph.spec.provenance import Refusal
 from permgraph.spec.spec import PermutationSpec
 from permgraph.spec.stacks import Names, dimensions
@@ -150,7 +137,7 @@ class _Fold:
         elif isinstance(mine, Fixed) and mine != its:
             raise Refused("their spec differs")
         else:
-            a_parts, b_parts = _children(mine), _children(its)
+            a_parts, b_parts = children(mine), children(its)
             if len(a_parts) != len(b_parts):
                 raise Refused("their spec differs")
             for a_part, b_part in zip(a_parts, b_parts, strict=True):
@@ -294,16 +281,6 @@ class _Fold:
                 self.inside[inner] = stack_names[stack]
         self.inside.update(stack_names)
         return made
-
-
-def _children(axis: Axis) -> tuple[Axis, ...]:
-    match axis:
-        case Product(inner) | Sum(inner) | AxisFamily(members=inner):
-            return inner
-        case Label(expr=expr):
-            return (expr,)
-        case _:
-            return ()
 
 
 def _pattern(names: Sequence[str]) -> str:

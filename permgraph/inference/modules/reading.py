@@ -19,21 +19,10 @@ from permgraph.inference.solution import Solution, tensors_in
 from permgraph.rules.call import Call
 from permgraph.rules.typed_tensor import TypedTensor
 
-LISTS = frozenset(
-    [
-        "unbind",
-        "unbind_copy",
-        "split",
-        "split_with_sizes",
-        "chunk",
-        "tensor_split",
-        "split_copy",
-        "split_with_sizes_copy",
-        "unsafe_split",
-        "unsafe_split_with_sizes",
-        "unsafe_chunk",
-    ]
-)
+LISTS = frozenset([
+    "unbind", "unbind_copy", "split", "split_with_sizes", "chunk", "tensor_split", "split_copy",
+    "split_with_sizes_copy", "unsafe_split", "unsafe_split_with_sizes", "unsafe_chunk",
+])  # fmt: skip
 """Operators whose results are the parts of a dimension, in order."""
 
 JOINS = frozenset(["cat", "concat", "concatenate", "stack"])
