@@ -452,3 +452,27 @@ def test_a_part_that_a_sum_reads_twice() -> None:
     spec = _spec(model, 4, D)
     assert {tuple(name.split(".")[1] for name in names) for names in spec.stacks.values()} == {("0", "1")}
     _check(model, spec)
+
+
+class OneIsWider(nn.Module):
+    """Three experts, of which the last has more hidden units."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(5, hidden), nn.ReLU(), nn.Linear(hidden, 5)) for hidden in (7, 7, 9)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.experts[0](x) + self.experts[1](x) + self.experts[2](x)
+
+
+def test_says_why_modules_do_not_change_places():
+    spec = pg.auto_spec(OneIsWider(), (torch.randn(2, 5),), modules=True)
+    assert spec.groups_of_modules == {"experts.*"} and spec.groups["experts.*"].size == 2
+    said = str(spec.explain("experts.2.0.weight", 0))
+    assert "experts.2.0.weight is 9x5, experts.0.0.weight 7x5" in said
+    layers = nn.Sequential(nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 5))
+    assert not pg.auto_spec(layers, (torch.randn(2, 5),), modules=True).refusals, (
+        "nothing is said of layers in sequence"
+    )

@@ -65,14 +65,54 @@ def find_families(solution: Solution) -> Found:
     """All families of modules of a solved graph."""
     flow = Dataflow(solution)
     colours = Colours(flow)
+    unlike = _unlike(flow, colours)
     classes = colours.classes()
     if not classes:
-        return Found((), {})
+        return Found((), unlike)
     search = _Search(flow, colours)
     for weights in classes:
         search.look_into(weights)
     families = sorted(search.families, key=lambda family: -sum(map(len, family.members)))
-    return Found(tuple(families), search.refused)
+    return Found(tuple(families), {**search.refused, **unlike})
+
+
+def _unlike(flow: Dataflow, colours: Colours) -> dict[tuple[str, str], str]:
+    """Why weights that meet the same tensor, and whose names differ in one number, do not even stand in like places."""
+    named: dict[tuple[str, ...], list[fx.Node]] = {}
+    for node in filter(is_weight, flow.nodes):
+        words = _name(node).split(".")
+        for at, word in enumerate(words):
+            if word.isdecimal():
+                named.setdefault((*words[:at], "*", *words[at + 1 :]), []).append(node)
+    found: dict[tuple[str, str], str] = {}
+    for first, *others in named.values():
+        for other in others:
+            if colours.of[first] != colours.of[other] and not _met(flow, first).isdisjoint(_met(flow, other)):
+                found[_name(first), _name(other)] = _difference(flow, first, other)
+    return found
+
+
+def _met(flow: Dataflow, weight: fx.Node) -> set[fx.Node]:
+    """What a weight meets first that is no weight itself."""
+    node = weight
+    while len(flow.users[node]) == 1:
+        ((user, _),) = flow.users[node]
+        beside = {n for term in flow.readings[user].terms for n in term.nodes if n is not node and not is_weight(n)}
+        if beside:
+            return beside
+        node = user
+    return set()
+
+
+def _difference(flow: Dataflow, one: fx.Node, other: fx.Node) -> str:
+    mine, its = (tuple(node.meta["val"].shape) for node in (one, other))
+    if mine != its:
+        return f"{_name(other)} is {'x'.join(map(str, its))}, {_name(one)} {'x'.join(map(str, mine))}"
+    mine_by, its_by = (sorted({flow.name(user) for user, _ in flow.users[node]}) for node in (one, other))
+    if mine_by != its_by:
+        said = (", ".join(names) or "nothing" for names in (mine_by, its_by))
+        return f"{_name(one)} is read by {next(said)}, {_name(other)} by {next(said)}"
+    return "what they are computed with, or what becomes of it, is not alike"
 
 
 class _Search:
