@@ -309,7 +309,7 @@ class Trial:
 
     def _check_names(self) -> None:
         known = {name for entry, _ in self._floating.values() for name in entry.names}
-        missing = sorted({*self.spec.axes, *self.spec.in_stack}.difference(self.spec.stacks) - known)
+        missing = sorted(set(self.spec.tensors) - known)
         if missing:
             raise MismatchError(f"the spec has {missing[0]!r}, which {type(self._copy.module).__name__} has not")
         self.spec.check({name: made for entry, made in self._floating.values() for name in entry.names})

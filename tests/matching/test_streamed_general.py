@@ -253,14 +253,19 @@ def test_what_is_loaded_at_a_time_is_bounded(cache: int) -> None:
     assert peaks[0] == peaks[1]
 
 
-def test_reads_as_often_as_the_estimate_says() -> None:
-    _, a, b, spec, _ = built(*NETWORKS["decoder"])
+def bytes_read(a: State, b: State, spec: pg.PermutationSpec) -> tuple[list[int], list[int]]:
+    """The bytes that a run without a cache had read after each sweep, and those of each sweep but the first."""
     counts: dict[str, int] = {}
-    seen = []
+    seen: list[int] = []
     matcher = StreamedWeightMatching(cache=0)
     matcher.match(OnDisk(a, counts), OnDisk(b, counts), spec, progress=lambda sweep: seen.append(counts["read"]))
+    return seen, [later - before for before, later in itertools.pairwise(seen)]
+
+
+def test_reads_as_often_as_the_estimate_says() -> None:
+    _, a, b, spec, _ = built(*NETWORKS["decoder"])
+    _, passes = bytes_read(a, b, spec)
     cost = estimate(spec)
-    passes = [later - before for before, later in itertools.pairwise(seen)]
     assert isinstance(cost, GeneralEstimate) and cost.news and cost.again
     # Rounds over rotations alone follow as long as they add something, and none where a pass has added nothing.
     assert passes and cost.read(8) / 2 < max(passes) < 2 * cost.read(8)
@@ -270,12 +275,8 @@ def test_reads_as_often_as_the_estimate_says() -> None:
 def test_without_rounds_it_reads_as_often_as_the_estimate_says() -> None:
     """Units between two weights: no rotation meets another."""
     _, a, b, spec, _ = built(*NETWORKS["gated"])
-    counts: dict[str, int] = {}
-    seen = []
-    matcher = StreamedWeightMatching(cache=0)
-    matcher.match(OnDisk(a, counts), OnDisk(b, counts), spec, progress=lambda sweep: seen.append(counts["read"]))
+    seen, passes = bytes_read(a, b, spec)
     cost = estimate(spec)
-    passes = [later - before for before, later in itertools.pairwise(seen)]
     assert passes and set(passes) == {cost.read(8)}
     # Beforehand: checked, balanced, the objective; and the objective again, once all groups have a place.
     models_once = 2 * 8 * cost.elements

@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import numpy as np
 
@@ -18,9 +19,11 @@ from permgraph.inference.modules.families import Family, Found
 from permgraph.inference.modules.moves import IntArray, Refused
 from permgraph.spec.binding import Group
 from permgraph.spec.expressions import Axis, Fixed, Product, Ref, Sum, children, refs, rename, size_of
-from permgraph.spec.provenance import Refusal
+from permgraph.spec.provenance import Pin, Refusal, Unread
 from permgraph.spec.spec import PermutationSpec
 from permgraph.spec.stacks import Names, dimensions
+
+Entry = TypeVar("Entry", Pin, Unread)
 
 MOST_REFUSALS = 200
 """So many reasons why modules do not change places are kept with a spec."""
@@ -129,9 +132,8 @@ class _Fold:
             a, b = self.spec.groups[mine.group], self.spec.groups[its.group]
             if a.size != b.size or a.fixed != b.fixed:
                 raise Refused("their groups differ in size")
-            if len(a.parents) != len(
-                b.parents
-            ):  # as of an expert that no pass sent a token to: what is less holds of all
+            # As of an expert that no pass sent a token to: what is less holds of all.
+            if len(a.parents) != len(b.parents):
                 kept = self.parents.get(mine.group, a.parents)
                 self.parents[mine.group] = tuple(parent for parent in kept if parent in b.parents)
         elif isinstance(mine, Fixed) and mine != its:
@@ -254,24 +256,14 @@ class _Fold:
         def kept(name: str) -> bool:
             return name in stack_names or name not in gone
 
-        pins = tuple(
-            replace(
-                p,
-                parameter=stack_names.get(p.parameter, p.parameter),
-                dim=p.dim + (p.dim >= depth) * (p.parameter in stack_names),
-            )
-            for p in spec.pins
-            if kept(p.parameter) and (p.parameter, p.dim) not in moved
-        )
-        unread = tuple(
-            replace(
-                u,
-                parameter=stack_names.get(u.parameter, u.parameter),
-                dim=u.dim + (u.dim >= depth) * (u.parameter in stack_names),
-            )
-            for u in spec.unread
-            if kept(u.parameter)
-        )
+        def placed(entry: Entry) -> Entry:
+            """What is said of a dimension of the first module's weight, of that of the stack."""
+            name, dim = entry.parameter, entry.dim
+            inner = name in stack_names and dim >= depth
+            return replace(entry, parameter=stack_names.get(name, name), dim=dim + inner)
+
+        pins = tuple(placed(p) for p in spec.pins if kept(p.parameter) and (p.parameter, p.dim) not in moved)
+        unread = tuple(placed(u) for u in spec.unread if kept(u.parameter))
         try:
             made = replace(spec, groups=groups, axes=axes, shapes=shapes, stacks=stacks, pins=pins, unread=unread)
         except SpecError as error:

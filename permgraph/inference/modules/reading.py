@@ -38,20 +38,7 @@ COMMUTATIVE = {
     "bitwise_or": "bitwise_or", "bitwise_xor": "bitwise_xor", "eq": "eq", "ne": "ne",
 }  # fmt: skip
 
-ASSOCIATIVE = frozenset(
-    [
-        "mul",
-        "maximum",
-        "minimum",
-        "logical_and",
-        "logical_or",
-        "logical_xor",
-        "bitwise_and",
-        "bitwise_or",
-        "bitwise_xor",
-    ]
-)
-
+ASSOCIATIVE = frozenset(COMMUTATIVE.values()) - {"eq", "ne"}
 
 CHOICES = frozenset(["where", "index_put"])
 
