@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import fx, nn
@@ -33,6 +33,9 @@ from permgraph.inference.unread import Policy, check_policy, pin_loose
 from permgraph.inference.unseen import pin_unseen
 from permgraph.spec.provenance import Pass
 from permgraph.spec.spec import PermutationSpec
+
+if TYPE_CHECKING:
+    from permgraph.inference.modules import Found
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +89,6 @@ def auto_spec(
             a state dict needs a model with untied weights (`untied`).
         modules: also find modules that can change places as wholes: experts and heads in a `ModuleList`, branches that
             are summed or put together, ensembles. They are groups like others, whose parameters `spec.stacks` lists.
-            Of permutations alone.
         vary: False keeps to the inputs, in evaluation mode: the spec then holds for these sizes and branches alone.
         unread: what becomes of groups as long as an axis of a parameter that no pass reads and that may belong to
             them: `"note"` names them in `spec.unread` and in the notes, `"pin"` makes them stay put.
@@ -99,8 +101,8 @@ def auto_spec(
         The spec: groups, and for each parameter axis the expression that places them.
 
     Raises:
-        SpecError: `symmetry` is neither of the two; `untie` goes with permutations alone, or `modules` with general
-            symmetries; or `outputs` names what the model does not return.
+        SpecError: `symmetry` is neither of the two; `untie` goes with permutations alone; or `outputs` names what the
+            model does not return.
         CaptureError: the module could not be run, or no example input was found; it says what was tried.
         ValueError: `unread` is neither of the two.
 
@@ -112,10 +114,6 @@ def auto_spec(
         raise SpecError(f"symmetry is {symmetry!r}; it may be 'permutation' or 'general'")
     if untie and symmetry == "permutation":
         raise SpecError("untie=True finds no more permutations: it goes with symmetry='general'")
-    if modules and symmetry == "general":
-        raise SpecError(
-            "modules=True goes with symmetry='permutation': groups of modules have no general structures yet"
-        )
     if type(max_passes) is not int or max_passes < 1:
         raise ValueError(f"max_passes={max_passes!r} is no whole number from 1 on")
     check_policy(unread)
@@ -158,21 +156,43 @@ def spec_of_passes(
 ) -> PermutationSpec:
     """The spec of several passes, which lists them, and says what they do not cover."""
     captured = passes.passes[0]
-    solved = [*passes.passes, *(passes.in_training if symmetry == "general" else ())]
+    in_training = passes.in_training if symmetry == "general" else ()
     try:
-        together, stand_ins = _joined(solved, whole=modules)
-        spec = spec_of(together, passes.limits, unread, symmetry, stand_ins, modules=modules)
+        spec = _spec_of_all(passes.passes, in_training, passes.limits, unread, symmetry, modules=modules)
     except ConflictError as error:
-        if len(solved) == 1:
+        if len(passes.passes) + len(in_training) == 1:
             raise
         log.debug("passes of %s cannot be solved together", captured.model_class, exc_info=True)
         passes.keep_the_first(f"{type(error).__name__}: {error}")
-        spec = spec_of(captured, passes.limits, unread, symmetry, modules=modules)
+        spec = _spec_of_all([captured], (), passes.limits, unread, symmetry, modules=modules)
     as_given = f"inferred from one pass, in evaluation mode, on {captured.inputs.describe()}"
     notes = passes.notes() if vary else (as_given,)
     # In training batches are counted, which no pass that was solved shows.
     unused = tuple(name for name in spec.unused if all(name in one.unused for one in passes.in_training))
     return replace(spec, unused=unused, notes=(*spec.notes, *notes), passes=tuple(map(_pass, passes.tried)))
+
+
+def _spec_of_all(
+    passes: Sequence[Captured],
+    in_training: Sequence[Captured],
+    limits: Limits | None,
+    unread: Policy,
+    symmetry: str,
+    *,
+    modules: bool,
+) -> PermutationSpec:
+    """The spec of several passes, with those in training for what is more than permutations.
+
+    Which modules change places is read off the graph as it was captured: that of general symmetries is without turns.
+    """
+    families: Found | None = None
+    if modules and symmetry == "general":
+        from permgraph.inference.modules import find_families
+
+        together, stand_ins = _joined(passes, whole=True)
+        families = find_families(solve(together.graph, limits=limits, unread=unread, stand_ins=stand_ins))
+    together, stand_ins = _joined([*passes, *in_training], whole=modules and families is None)
+    return spec_of(together, limits, unread, symmetry, stand_ins, modules=modules, families=families)
 
 
 def _joined(passes: Sequence[Captured], *, whole: bool) -> tuple[Captured, tuple[StandIn, ...]]:
@@ -212,9 +232,11 @@ def spec_of(
     stand_ins: Sequence[StandIn] = (),
     *,
     modules: bool = False,
+    families: Found | None = None,
 ) -> PermutationSpec:
     """The spec of a captured graph, in which `stand_ins` stand in their siblings' places.
 
+    With `modules` those that change places are groups too: these families, or else those of the solved graph.
     When the time is up, what operators touch that have no types yet is pinned.
     """
     with gc_paused():
@@ -230,9 +252,9 @@ def spec_of(
 
             spec = with_structures(spec, solution, fibres)
         if modules:
-            from permgraph.inference.modules import with_modules
+            from permgraph.inference.modules import find_families, fold
 
-            spec = with_modules(spec, solution)
+            spec = fold(spec, families or find_families(solution))
     log.info("%s: %d groups in %d operators", captured.model_class, len(spec.moving), len(solution.nodes))
     return spec
 

@@ -206,16 +206,17 @@ def _over_stacks(match: Callable[..., MatchResult]) -> Callable[..., MatchResult
         over = spec.over_stacks()
         changed: dict[str, Any] = {}
         init, models = getattr(self, "init", None), getattr(self, "models", None)
-        if isinstance(init, Permutation):
-            changed["init"] = Permutation(over, dict(init.arrays))
+        if isinstance(init, (Permutation, Transformation)):
+            changed["init"] = init.of(over if isinstance(init, Transformation) else over.permutations())
         if models is not None:
             changed["models"] = tuple(StackedModule(model, spec) for model in models)
         keep = getattr(self, "keep", None)
         if keep is not None:
-            changed["keep"] = lambda sweep, element: keep(sweep, Permutation(spec, dict(element.arrays)))
+            changed["keep"] = lambda sweep, element: keep(sweep, element.of(spec))
         able = replace(self, **changed) if changed else self  # type: ignore[type-var]
         result = match(able, spec.stacked(a), spec.stacked(b), over, *args, **kwargs)
-        return replace(result, permutation=Permutation(spec, dict(result.permutation.arrays)))
+        whole = None if result.transformation is None else result.transformation.of(spec)
+        return replace(result, permutation=result.permutation.of(spec.permutations()), transformation=whole)
 
     return matched
 

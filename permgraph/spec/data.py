@@ -109,8 +109,6 @@ class SpecData:
                         f"{name!r} is in the stack {stack!r}, and {seen.get(name, 'a parameter of its own')}"
                     )
                 seen[name] = f"in the stack {stack!r}"
-        if self.stacks and self.general is not None:
-            raise SpecError("a spec with general symmetries has no groups of modules")
 
     def _shape(self, name: str, axes: tuple[Axis, ...]) -> tuple[int, ...]:
         try:

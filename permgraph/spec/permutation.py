@@ -185,6 +185,13 @@ class Permutation:
             raise SpecError(f"no group {name!r} in the spec; it has {', '.join(self.spec.groups) or 'none'}")
         return Permutation(self.spec, {name: array for name, array in self.arrays.items() if name in keep})
 
+    def of(self, spec: SpecData) -> Permutation:
+        """The same permutation, of a spec with the same groups.
+
+        Raises SpecError or MismatchError if its groups are others.
+        """
+        return Permutation(spec, dict(self.arrays))
+
     # --- acting -------------------------------------------------------------------------------------------------------
 
     def apply(self, state_dict: Mapping[str, Any], *, exclude: Collection[tuple[str, int]] = ()) -> dict[str, Any]:

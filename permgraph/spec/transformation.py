@@ -243,6 +243,8 @@ class Transformation:
         if not isinstance(state_dict, Mapping):
             kind = type(state_dict).__name__
             raise MismatchError(f"apply() takes a state dict, not a {kind}: call it with .state_dict()")
+        if self.spec.stacks:
+            return self._apply_over_stacks(state_dict, exclude)
         state_dict = self.spec.general.untie(state_dict)
         moved = self.permutation.apply(state_dict, exclude=exclude)
         known = {self.spec.aliases.get(key, key): value for key, value in state_dict.items()}
@@ -258,6 +260,27 @@ class Transformation:
             else:
                 out[key] = value
         return out
+
+    def over_stacks(self) -> Transformation:
+        """The same element, of the spec of state dicts whose stacks are single tensors."""
+        return self.of(self.spec.over_stacks())
+
+    def of(self, spec: PermutationSpec) -> Transformation:
+        """The same element, of a spec with the same groups.
+
+        Raises MismatchError if its groups are others.
+        """
+        moved = Permutation(spec.permutations(), dict(self.permutation.arrays))
+        return Transformation(spec, moved, self.matrices, self.scales, self.signs, self.gains)
+
+    def _apply_over_stacks(
+        self, state_dict: Mapping[str, Any], exclude: Collection[tuple[str, int]]
+    ) -> dict[str, Any]:
+        """What `apply` gives where modules change places: a stack at a time is made, and taken apart again."""
+        self.spec.check(state_dict)
+        excluded = [(self.spec.canonical(name), dim) for name, dim in exclude]
+        made = self.spec.unstacked(self.over_stacks().apply(self.spec.stacked(state_dict), exclude=excluded))
+        return {key: made[key].clone() if key in self.spec.in_stack else made[key] for key in state_dict}
 
     def apply_to(
         self, name: str, tensor: torch.Tensor, state_dict: Mapping[str, Any], *, exclude: Collection[int] = ()

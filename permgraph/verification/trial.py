@@ -27,7 +27,7 @@ from permgraph.errors import CaptureError, MismatchError
 from permgraph.spec.data import SpecData
 from permgraph.spec.elements import AnyElement
 from permgraph.spec.expressions import Axis
-from permgraph.spec.stacks import places, together
+from permgraph.spec.stacks import places, stacked, together, unstacked
 from permgraph.spec.transformation import Transformation
 from permgraph.verification.compared import ComparedOutputs
 from permgraph.verification.double_precision import InDoublePrecision, double_by_default, has_values, in_double
@@ -174,11 +174,13 @@ class Trial:
             self._restore(moved)
 
     def weights(self) -> dict[str, Tensor]:
-        """The weights as they are now, by their canonical names."""
-        return {name: tensor.detach() for name, (_, tensor) in self._floating.items()}
+        """The weights as they are now, by their canonical names, those of modules that change places stacked."""
+        weights = {name: tensor.detach() for name, (_, tensor) in self._floating.items()}
+        return dict(stacked(self.spec.stacks, weights))
 
     def outputs_with(self, weights: Mapping[str, Tensor], *, under: AnyElement | None = None) -> list[Tensor]:
         """What the model returns with these weights in the place of its own; by-products moved back from `under`."""
+        weights = unstacked(self.spec.stacks, weights)
         try:
             for name, values in weights.items():
                 self._write(name, values)
@@ -189,19 +191,15 @@ class Trial:
 
     def outputs_scaled(self, permutation: AnyElement, name: str) -> list[Tensor]:
         """What the model returns when those elements of one weight that the permutation moves are scaled at random."""
-        weight = self._floating[name][1]
+        weights = self.weights()
+        weight = weights[name]
         if isinstance(permutation, Transformation):
-            weights = self.weights()
-            moved = permutation.apply_to(name, weights[name], weights) != weight
+            moved = permutation.apply_to(name, weight, weights) != weight
         else:
             places = torch.arange(weight.numel()).reshape(weight.shape)
             moved = permutation.apply_to(name, places) != places
         factors = 0.5 + torch.rand(weight.shape, generator=seeded_generator(0), dtype=torch.float64)
-        try:
-            self._write(name, torch.where(moved, weight * factors, weight))
-            return self._run()
-        finally:
-            self._restore([name])
+        return self.outputs_with({name: torch.where(moved, weight * factors, weight)})
 
     def draws(self, reference: Sequence[Tensor]) -> bool:
         """Whether the outputs depend on numbers that the model draws at random."""

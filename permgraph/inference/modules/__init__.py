@@ -17,14 +17,7 @@ modules is a group like another, inner groups are fibred over it, and whatever k
 Lim et al. (2312.04501, section 3) define these symmetries, as automorphisms of a network's graph.
 """
 
-from permgraph.inference.modules.families import find_families
+from permgraph.inference.modules.families import Found, find_families
 from permgraph.inference.modules.fold import fold
-from permgraph.inference.solution import Solution
-from permgraph.spec.spec import PermutationSpec
 
-__all__ = ["with_modules"]
-
-
-def with_modules(spec: PermutationSpec, solution: Solution) -> PermutationSpec:
-    """The spec of a solved graph with a group for each family of modules that can change places."""
-    return fold(spec, find_families(solution))
+__all__ = ["Found", "find_families", "fold"]

@@ -10,18 +10,20 @@ import itertools
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from permgraph.errors import SpecError
 from permgraph.inference.modules.families import Family, Found
 from permgraph.inference.modules.moves import IntArray, Refused
+from permgraph.inference.modules.structures import Folding
 from permgraph.spec.binding import Group
 from permgraph.spec.expressions import Axis, Fixed, Product, Ref, Sum, children, refs, rename, size_of
 from permgraph.spec.provenance import Pin, Refusal, Unread
 from permgraph.spec.spec import PermutationSpec
 from permgraph.spec.stacks import Names, dimensions
+from permgraph.structures import Structure
 
 Entry = TypeVar("Entry", Pin, Unread)
 
@@ -116,9 +118,8 @@ class _Fold:
         for name, given in spec.outputs.items():
             self._require_free(f"the output {name}", given, own | dropped, {})
         groups = self._groups(own, dropped, modules, above, len(members))
-        return self._made(
-            groups, new_axes, {n: shapes[n] for n in new_axes}, stacks, stack_names, gone, depth, {*blocks}
-        )
+        folding = Folding(spec, members, stack_names, modules, depth, blocks, self.renamed)
+        return self._made(groups, new_axes, {n: shapes[n] for n in new_axes}, stacks, folding, gone)
 
     # -- groups --------------------------------------------------------------------------------------------------------
 
@@ -132,6 +133,8 @@ class _Fold:
             a, b = self.spec.groups[mine.group], self.spec.groups[its.group]
             if a.size != b.size or a.fixed != b.fixed:
                 raise Refused("their groups differ in size")
+            if a.structure != b.structure:
+                raise Refused(f"on a group of theirs acts {a.structure}, and {b.structure} on another one's")
             # As of an expert that no pass sent a token to: what is less holds of all.
             if len(a.parents) != len(b.parents):
                 kept = self.parents.get(mine.group, a.parents)
@@ -246,12 +249,10 @@ class _Fold:
         axes: dict[str, tuple[Axis, ...]],
         shapes: dict[str, tuple[int, ...]],
         stacks: dict[str, Names],
-        stack_names: Mapping[str, str],
-        gone: set[str],
-        depth: int,
-        moved: Set[tuple[str, int]],
+        folding: Folding,
+        gone: Set[str],
     ) -> PermutationSpec:
-        spec = self.spec
+        spec, stack_names = self.spec, folding.stack_names
 
         def kept(name: str) -> bool:
             return name in stack_names or name not in gone
@@ -259,13 +260,17 @@ class _Fold:
         def placed(entry: Entry) -> Entry:
             """What is said of a dimension of the first module's weight, of that of the stack."""
             name, dim = entry.parameter, entry.dim
-            inner = name in stack_names and dim >= depth
+            inner = name in stack_names and dim >= folding.depth
             return replace(entry, parameter=stack_names.get(name, name), dim=dim + inner)
 
-        pins = tuple(placed(p) for p in spec.pins if kept(p.parameter) and (p.parameter, p.dim) not in moved)
+        pins = tuple(placed(p) for p in spec.pins if kept(p.parameter) and (p.parameter, p.dim) not in folding.blocks)
         unread = tuple(placed(u) for u in spec.unread if kept(u.parameter))
+        changed: dict[str, Any] = {"axes": axes, "shapes": shapes, "stacks": stacks, "pins": pins, "unread": unread}
         try:
-            made = replace(spec, groups=groups, axes=axes, shapes=shapes, stacks=stacks, pins=pins, unread=unread)
+            if spec.general is not None:
+                plain = {name: replace(group, structure=Structure()) for name, group in groups.items()}
+                changed["general"] = folding.general(replace(spec, groups=plain, general=None, **changed))
+            made = replace(spec, groups=groups, **changed)
         except SpecError as error:
             raise Refused(str(error)) from None
         for inner, stack in list(self.inside.items()):
