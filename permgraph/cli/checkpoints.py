@@ -196,9 +196,9 @@ def moved_by(
     """
     spec = element.spec
     name = spec.aliases.get(name, name)
-    if name in spec.in_stack and isinstance(element, Permutation):
-        source, within, _ = element.member(name)
-        return moved_by(within, source, tensor_of(weights, source, spec), weights)
+    if name in spec.in_stack:
+        source, within, _ = (element.element if isinstance(element, Piecewise) else element).member(name)
+        return moved_by(in_parts(within), source, tensor_of(weights, source, spec), weights)
     if name not in spec.axes:
         return tensor
     if isinstance(element, Piecewise):

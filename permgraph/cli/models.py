@@ -105,8 +105,6 @@ def spec_of(
         CaptureError: there is no such file or model, or it does not run; without inputs, because none were found.
         SpecError: the file holds no spec, or one with permutations alone where more is asked for.
     """
-    if modules and symmetry == "general":
-        raise SpecError("--modules goes with permutations alone: leave out --symmetry general, or leave out --modules")
     if model.endswith(SPEC_SUFFIXES) and ".py:" not in model:
         if not Path(model).is_file():
             raise CaptureError(f"{model}: no such file")

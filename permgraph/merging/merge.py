@@ -159,7 +159,11 @@ def merge(
         own = written[result.reference]
         before = sum_over_pairs(own.tensors, [each.tensors for each in written])
         objective = sum_over_pairs(own.tensors, [own.image(state) for state in renumbered])
-        mean = _in_types_of(average(renumbered if matched is None else moved(whole), shares), states[0])
+        together = average(renumbered if matched is None else moved(whole), shares)
+        if spec.stacks:
+            apart = spec.unstacked(together)
+            together = {name: apart[name] for name in states[0]}
+        mean = _in_types_of(together, states[0])
     merged = Merge(
         state_dict=Weights(redistributed_state(mean, given[0])),
         permutations=result.permutations,

@@ -116,7 +116,12 @@ class Found:
         """The same of a spec whose stacks were found as single tensors; see `Models.stacked`."""
         if not spec.stacks:
             return self
-        return replace(self, permutations=tuple(Permutation(spec, dict(p.arrays)) for p in self.permutations))
+        elements = self.transformations
+        return replace(
+            self,
+            permutations=tuple(p.of(spec.permutations()) for p in self.permutations),
+            transformations=None if elements is None else tuple(element.of(spec) for element in elements),
+        )
 
     @property
     def elements(self) -> tuple[Permutation, ...] | tuple[Transformation, ...]:

@@ -93,12 +93,12 @@ def _moved(
 ) -> torch.Tensor | None:
     if element is None:
         return None
+    if name in element.spec.in_stack:
+        name, element, _ = element.member(name)
+        taken = _tensor(state, name, spec.tensors[name], spec, "B")
+        tensor = taken.float() if taken.dtype.itemsize == 1 else taken
     if isinstance(element, Transformation):
         return element.apply_to(name, tensor, state)
-    if name in element.spec.in_stack:
-        source, within, _ = element.member(name)
-        taken = _tensor(state, source, spec.tensors[source], spec, "B")
-        return within.apply_to(source, taken.float() if taken.dtype.itemsize == 1 else taken)
     return element.apply_to(name, tensor)
 
 

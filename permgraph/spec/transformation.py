@@ -10,7 +10,7 @@ import functools
 import math
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path as FilePath
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -25,8 +25,8 @@ from permgraph.errors import MismatchError, SpecError
 from permgraph.io.files import write_atomically
 from permgraph.spec.binding import IntArray, Layout, Occurrence, coordinates
 from permgraph.spec.data import SpecData
-from permgraph.spec.expressions import Axis, Fixed, Ref, substitute
-from permgraph.spec.general import Action
+from permgraph.spec.expressions import Axis, Fixed, Ref, refs, substitute
+from permgraph.spec.general import Action, General
 from permgraph.spec.permutation import Permutation, old_parents
 from permgraph.structures import random_element
 from permgraph.structures.lattice import factors, is_member
@@ -243,27 +243,27 @@ class Transformation:
         if not isinstance(state_dict, Mapping):
             kind = type(state_dict).__name__
             raise MismatchError(f"apply() takes a state dict, not a {kind}: call it with .state_dict()")
-        if self.spec.stacks:
-            return self._apply_over_stacks(state_dict, exclude)
         state_dict = self.spec.general.untie(state_dict)
         moved = self.permutation.apply(state_dict, exclude=exclude)
         known = {self.spec.aliases.get(key, key): value for key, value in state_dict.items()}
         done: dict[int, torch.Tensor] = {}
         out = {}
+        still_in: dict[str, set[int]] = {}
+        for name, dim in exclude:
+            still_in.setdefault(self.spec.canonical(name), set()).add(dim)
         for key, value in moved.items():
             name = self.spec.aliases.get(key, key)
-            if isinstance(value, torch.Tensor) and (name in self._acting or name in self.gains):
+            if name in self.spec.in_stack and isinstance(value, torch.Tensor):
+                stack, _ = self.spec.in_stack[name]
+                source, within, kept = self.member(name, exclude=still_in.get(stack, ()))
+                out[key] = within._acted(source, value, known, frozenset(kept))
+            elif isinstance(value, torch.Tensor) and (name in self._acting or name in self.gains):
                 if id(value) not in done:
-                    still = frozenset(dim for parameter, dim in exclude if self.spec.canonical(parameter) == name)
-                    done[id(value)] = self._acted(name, value, known, still)
+                    done[id(value)] = self._acted(name, value, known, frozenset(still_in.get(name, ())))
                 out[key] = done[id(value)]
             else:
                 out[key] = value
         return out
-
-    def over_stacks(self) -> Transformation:
-        """The same element, of the spec of state dicts whose stacks are single tensors."""
-        return self.of(self.spec.over_stacks())
 
     def of(self, spec: PermutationSpec) -> Transformation:
         """The same element, of a spec with the same groups.
@@ -273,14 +273,62 @@ class Transformation:
         moved = Permutation(spec.permutations(), dict(self.permutation.arrays))
         return Transformation(spec, moved, self.matrices, self.scales, self.signs, self.gains)
 
-    def _apply_over_stacks(
-        self, state_dict: Mapping[str, Any], exclude: Collection[tuple[str, int]]
-    ) -> dict[str, Any]:
-        """What `apply` gives where modules change places: a stack at a time is made, and taken apart again."""
-        self.spec.check(state_dict)
-        excluded = [(self.spec.canonical(name), dim) for name, dim in exclude]
-        made = self.spec.unstacked(self.over_stacks().apply(self.spec.stacked(state_dict), exclude=excluded))
-        return {key: made[key].clone() if key in self.spec.in_stack else made[key] for key in state_dict}
+    def member(self, name: str, *, exclude: Collection[int] = ()) -> tuple[str, Transformation, tuple[int, ...]]:
+        """Where a tensor of a module that changes places comes from, and what is done to it; see `Permutation.member`.
+
+        The element that is returned is of a spec with the tensors of that stack, and the gains between which matrices
+        act on them.
+        """
+        source, moved, kept = self.permutation.member(name, exclude=exclude)
+        stack, place = self.spec.in_stack[name]
+        if stack not in self._inner:
+            self._inner[stack] = self._inside(stack)
+        spec = self._inner[stack]
+        above = {
+            axis.group: at for axis, at in zip(self.spec.axes[stack], place, strict=False) if isinstance(axis, Ref)
+        }
+
+        def there(arrays: Mapping[str, Array]) -> dict[str, Array]:
+            return {
+                group: array[tuple(above.get(parent, slice(None)) for parent in self.spec.groups[group].parents)]
+                for group, array in arrays.items()
+                if group in spec.acting
+            }
+
+        own = {group: array for group, array in moved.arrays.items() if group in spec.permutations().moving}
+        within = Transformation(
+            spec,
+            Permutation(spec.permutations(), own),
+            there(self.matrices),
+            there(self.scales),
+            there(self.signs),
+            {gain: factors for gain, factors in self.gains.items() if gain in spec.general_gains},
+        )
+        return source, within, kept
+
+    @functools.cached_property
+    def _inner(self) -> dict[str, PermutationSpec]:
+        return {}
+
+    def _inside(self, stack: str) -> PermutationSpec:
+        """The spec of the tensors of a stack, each by itself, and of the gains between which matrices act on them."""
+        whole, general = self.spec, self.spec.general
+        assert general is not None
+        names, (_, place) = whole.tensors_of(stack), whole.in_stack[whole.tensors_of(stack)[0]]
+        actions = general.actions.get(stack, ())[len(place) :]
+        modules = {axis.group for axis in whole.axes[stack][: len(place)] if isinstance(axis, Ref)}
+        axes = dict.fromkeys(names, whole.axes[stack][len(place) :])
+        axes |= {gain.name: whole.axes[gain.name] for action in actions for gain, _ in action.gains}
+        standing = {group for own in axes.values() for axis in own for group in refs(axis)}
+        standing |= {parent for group in standing for parent in whole.groups[group].parents}
+        groups = {
+            name: replace(group, parents=tuple(parent for parent in group.parents if parent not in modules))
+            for name, group in whole.groups.items()
+            if name in standing - modules
+        }
+        own = dict.fromkeys(names, actions) if actions else {}
+        stay = tuple(gain for gain in general.gains_that_stay if gain in axes)
+        return type(whole)(groups, axes, general=General(own, gains_that_stay=stay))
 
     def apply_to(
         self, name: str, tensor: torch.Tensor, state_dict: Mapping[str, Any], *, exclude: Collection[int] = ()
@@ -393,6 +441,8 @@ class Transformation:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the element to ``path`` as safetensors, with the spec's fingerprint, in one step."""
         metadata = {"format": FORMAT, "version": VERSION, "fingerprint": self.spec.fingerprint}
+        if self.spec.stacks:
+            metadata["modules"] = "yes"  # as in the file of a permutation
         write_atomically(path, safetensors.numpy.save(self.as_arrays(), metadata))
 
     @classmethod

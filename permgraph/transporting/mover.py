@@ -45,7 +45,7 @@ class Mover:
         """
         element = self.element
         name = element.spec.aliases.get(name, name)
-        if isinstance(element, Transformation) or name not in element.spec.in_stack:
+        if name not in element.spec.in_stack:
             return element.spec.canonical(name), self
         if name not in self._sources:
             source, within, _ = element.member(name)

@@ -34,8 +34,8 @@ def midpoint_loss(name: str, a: State, b: State) -> float:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_relaxed_objective_is_the_true_one_at_corners(name: str) -> None:
     """At an element's matrices the polynomial gives the inner product after that element; so rounding gives it back."""
-    spec = spec_of(name)
-    gauge = Gauge(spec, network(name, 1).state_dict(), network(name, 2).state_dict())
+    spec = spec_of(name).over_stacks()
+    gauge = Gauge(spec, *(spec_of(name).stacked(network(name, seed).state_dict()) for seed in (1, 2)))
     relaxation = GeneralRelaxation(Pair(gauge.a, gauge.b), gauge.acting)
     for seed in range(3):
         element = gauge.element(spec.random(seed))
@@ -50,8 +50,8 @@ def test_the_relaxed_objective_is_the_true_one_at_corners(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_slope_is_the_derivative(name: str) -> None:
-    spec = spec_of(name)
-    gauge = Gauge(spec, network(name, 1).state_dict(), network(name, 2).state_dict())
+    spec = spec_of(name).over_stacks()
+    gauge = Gauge(spec, *(spec_of(name).stacked(network(name, seed).state_dict()) for seed in (1, 2)))
     relaxation = GeneralRelaxation(Pair(gauge.a, gauge.b), gauge.acting)
     here = relaxation.corner_at(gauge.element(spec.random(0)))
     way = {n: torch.randn(m.shape, generator=torch.Generator().manual_seed(3), dtype=m.dtype) for n, m in here.items()}
@@ -65,8 +65,8 @@ def test_the_slope_is_the_derivative(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_best_corner_is_the_best(name: str) -> None:
     """No element is worth more in the direction of the slope than the corner that is chosen."""
-    spec = spec_of(name)
-    gauge = Gauge(spec, network(name, 1).state_dict(), network(name, 2).state_dict())
+    spec = spec_of(name).over_stacks()
+    gauge = Gauge(spec, *(spec_of(name).stacked(network(name, seed).state_dict()) for seed in (1, 2)))
     relaxation = GeneralRelaxation(Pair(gauge.a, gauge.b), gauge.acting)
     _, slope = relaxation.value_and_slope(relaxation.corner_at(Element()))
     best = relaxation.best_corner(slope, "auto", relaxation.identity())

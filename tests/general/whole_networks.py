@@ -101,6 +101,24 @@ class Bert(nn.Module):
         return self.head(self.block(self.norm(self.table(ids)))[:, 0])
 
 
+class Mixture(nn.Module):
+    """A pre-norm block whose experts are modules of their own, two of them for each token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(11, 8), nn.Linear(8, 11, bias=False)
+        self.before, self.norm = nn.RMSNorm(8, eps=1e-5), nn.RMSNorm(8, eps=1e-5)
+        self.router, self.experts = nn.Linear(8, 3, bias=False), nn.ModuleList(Gated(8, 9) for _ in range(3))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.table(ids)
+        y = self.before(x)
+        weights, chosen = self.router(y).softmax(-1).topk(2, -1)
+        for number, expert in enumerate(self.experts):
+            x = x + (weights * (chosen == number)).sum(-1, keepdim=True) * expert(y)
+        return self.head(self.norm(x))
+
+
 def relu_mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 9), nn.ReLU(), nn.Linear(9, 7), nn.Tanh(), nn.Linear(7, 5))
 
@@ -115,6 +133,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "vit": ViT,
     "llama": Llama,
     "bert": Bert,
+    "mixture": Mixture,
 }
 
 
@@ -122,7 +141,7 @@ def inputs(name: str) -> Tensor:
     generator = torch.Generator().manual_seed(7)
     if name == "vit":
         return torch.randn(6, 1, 6, 6, generator=generator, dtype=torch.float64)
-    if name in ("llama", "bert"):
+    if name in ("llama", "bert", "mixture"):
         return torch.randint(11, (4, 6), generator=generator)
     return torch.randn(8, 4, generator=generator, dtype=torch.float64)
 
@@ -130,7 +149,8 @@ def inputs(name: str) -> Tensor:
 @cache
 def spec_of(name: str) -> pg.PermutationSpec:
     x = inputs(name)
-    return pg.auto_spec(NETWORKS[name]().eval(), (x if x.dtype == torch.long else x.float(),), symmetry="general")
+    given = (x if x.dtype == torch.long else x.float(),)
+    return pg.auto_spec(NETWORKS[name]().eval(), given, symmetry="general", modules=name == "mixture")
 
 
 def network(name: str, seed: int) -> nn.Module:

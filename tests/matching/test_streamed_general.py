@@ -26,6 +26,7 @@ from permgraph.spec.general import General
 from permgraph.spec.transformation import Transformation
 from tests.cli.llama_folders import llama_pair
 from tests.general import models
+from tests.general.whole_networks import Mixture
 from tests.matching.examples import SPECS, state
 from tests.matching.learnable import TOKENS, WIDTH, Layer
 
@@ -108,6 +109,7 @@ NETWORKS: dict[str, Any] = {
     "before LayerNorm": (lambda: models.Residual(nn.LayerNorm), models.tokens),
     "gains of one more": (lambda: models.Residual(lambda n: models.Rms(n, 1.0)), models.tokens),
     "decoder": (Decoder, lambda: torch.arange(12).reshape(2, 6) % TOKENS),
+    "mixture": (Mixture, lambda: torch.arange(12).reshape(2, 6) % 11),
     "recurrent": (Recurrent, lambda: torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(0))),
 }
 
@@ -122,7 +124,7 @@ def built(build: Any, inputs: Any) -> tuple[nn.Module, State, State, pg.Permutat
                     parameter.add_(0.1 * torch.randn_like(parameter))
         x = inputs()
     x = x.double() if x.is_floating_point() else x
-    return b, a.state_dict(), b.state_dict(), pg.auto_spec(a, (x,), symmetry="general"), x
+    return b, a.state_dict(), b.state_dict(), pg.auto_spec(a, (x,), symmetry="general", modules=build is Mixture), x
 
 
 @pytest.fixture(scope="module", params=NETWORKS)
