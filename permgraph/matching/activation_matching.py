@@ -182,6 +182,7 @@ class Watched:
         parameter, of: the parameter, and its dimension, that has these units.
         gain: whether that parameter is a gain, by which the output was multiplied.
         parts: the modules whose outputs, side by side, are the units, where it is a stack of several.
+        above: the dimensions of the parameter along which these modules lie.
     """
 
     axis: Axis
@@ -190,6 +191,7 @@ class Watched:
     of: int = 0
     gain: bool = False
     parts: tuple[str, ...] = ()
+    above: int = 0
 
 
 @dataclass
@@ -406,7 +408,7 @@ def _watched(model: nn.Module, spec: PermutationSpec) -> Iterator[tuple[str, Wat
         if found is None or not found.parameter:
             continue
         if parts:
-            found = replace(found, axis=Product((*above, found.axis)), parts=parts)
+            found = replace(found, axis=Product((*above, found.axis)), of=found.of + depth, parts=parts, above=depth)
         try:
             acts = any(o.group in spec.acting for o in spec.layout((found.axis, Fixed(1)), name).occurrences)
         except SpecError:  # the axis is fibred over one that stands in another dimension of the weight

@@ -27,6 +27,11 @@ def spec() -> pg.PermutationSpec:
     return spec_of(NET, modules=True)
 
 
+@functools.cache
+def general() -> pg.PermutationSpec:
+    return spec_of(NET, modules=True, symmetry="general")
+
+
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.chdir(tmp_path)
@@ -68,8 +73,8 @@ def test_a_spec_with_groups_of_modules_is_shown_saved_verified_and_explained(run
     assert "no difference" in run("diff", "net.json", NET, "--modules").stdout
     run("spec", NET, "-o", "plain.json")
     assert "infer the spec again from the model, --modules" in run("spec", "plain.json", "--modules", code=2).stderr
-    both = run("spec", NET, "--modules", "--symmetry", "general", code=2).stderr
-    assert "leave out --modules" in " ".join(both.split())
+    both = run("spec", NET, "--modules", "--symmetry", "general", "-o", "both.json").stdout
+    assert "experts.* 3" in both and pg.PermutationSpec.load("both.json").fingerprint == general().fingerprint
 
 
 def test_verify_moves_the_modules(run: Run) -> None:
@@ -128,6 +133,66 @@ def test_a_merge_of_scrambled_copies_is_the_network(run: Run, pair: Any, stream:
     if method != "merge-many":  # which begins with the models as they are, and may end below the best
         for name, tensor in a.items():
             torch.testing.assert_close(merged[name], tensor)
+
+
+GENERAL = ("-m", NET, "--modules", "--symmetry", "general")
+
+
+@pytest.fixture
+def scaled(tmp_path: Path, pair: Any) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """A network, and itself with experts scrambled and hidden units scrambled and scaled."""
+    a, _ = pair
+    assert general().dimension() > 0
+    b = general().random(2, every_group=True).apply(a)
+    save_file(b, tmp_path / "scaled.safetensors")
+    return a, b
+
+
+def near(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.allclose(one[n], other[n], atol=1e-5) for n in one)
+
+
+@pytest.mark.parametrize("stream", ["--stream", "--no-stream"])
+def test_align_brings_scrambled_and_scaled_experts_back(run: Run, scaled: Any, stream: str) -> None:
+    a, b = scaled
+    given = ("a.safetensors", "scaled.safetensors", *GENERAL, stream)
+    data = json.loads(run("align", *given, "-o", "c.safetensors", "-p", "p.safetensors", "--json").stdout)
+    assert near(load_file("c.safetensors"), a) and data["check"]["max_error"] < 1e-9
+    found = pg.Transformation.load("p.safetensors", general())
+    assert near(found.apply(b), a)
+    run("transport", "p.safetensors", "scaled.safetensors", "-m", NET, "-o", "moved.safetensors")
+    assert near(load_file("moved.safetensors"), a)
+
+
+@pytest.mark.parametrize(
+    ("method", "stream"),
+    [("reference", "--stream"), ("reference", "--no-stream"), ("cycle-consistent", "--no-stream")],
+)
+def test_a_merge_of_scaled_copies_is_the_network(run: Run, scaled: Any, method: str, stream: str) -> None:
+    a, _ = scaled
+    save_file(general().random(5, every_group=True).apply(a), "third.safetensors")
+    files = ("a.safetensors", "scaled.safetensors", "third.safetensors")
+    run("merge", *files, *GENERAL, stream, "--method", method, "-o", "merged.safetensors")
+    assert near(load_file("merged.safetensors"), a)
+
+
+def test_gradients_go_with_scaled_experts(scaled: Any) -> None:
+    """Of a loss that does not change the gradient at moved weights is the moved gradient."""
+    element, (a, _) = general().random(2, every_group=True), scaled
+    x = torch.randn(7, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def gradients(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        net = Mixture().double()
+        net.load_state_dict(state)
+        net(x).square().sum().backward()
+        return {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+
+    double = {name: tensor.double() for name, tensor in a.items()}
+    moved = pg.transport(element, gradients(double), kind="gradient")
+    due = gradients(element.apply(double))
+    assert moved.keys() == due.keys()
+    for name, tensor in due.items():
+        torch.testing.assert_close(moved[name], tensor)
 
 
 def test_barrier_is_gone_after_alignment(run: Run, pair: Any) -> None:

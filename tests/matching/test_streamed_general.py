@@ -370,7 +370,8 @@ def test_an_element_acts_on_pieces_as_on_the_whole(
     monkeypatch.setattr(tuned, "STREAMED_DEPTH", 2)
     element = spec.random(4, every_group=True)
     pieces = in_pieces(spec, spec.axes)
-    expected, piecewise = element.apply(a), Piecewise(element)
+    expected, piecewise = spec.stacked(element.apply(a)), Piecewise(element)
+    a = dict(spec.stacked(a))
     for name in spec.axes:
         assert float((piecewise.apply_to(name, a[name], a) - expected[name]).abs().max()) < 1e-12
     some = [piece for piece in pieces.values() if piece.dim is not None]

@@ -100,5 +100,5 @@ def _actions(spec: PermutationSpec, site: SeenSite) -> tuple[Action, ...] | None
     actions = spec.general.actions.get(watched.parameter)
     if actions is None:
         return None
-    occurrences = spec.occurrences(watched.parameter)
-    return tuple(action for action, place in zip(actions, occurrences, strict=True) if place.dim == watched.of)
+    dims, occurrences = {*range(watched.above), watched.of}, spec.occurrences(watched.parameter)
+    return tuple(action for action, place in zip(actions, occurrences, strict=True) if place.dim in dims)
