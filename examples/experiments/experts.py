@@ -11,13 +11,15 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from common import arguments, console, finished, mean_and_error, table
 from networks import Encoder
 from torch import Tensor, nn
 from torch.nn.functional import gelu
-from whole_group import Case, images, network, text
+from whole_group import Case, images, loss, network, text
 
 import permgraph as pg
 
@@ -92,18 +94,52 @@ CASES = {
     "Characters": lambda: text(MixedGPT),
 }
 
-WAYS = ("naive", "experts in place", "experts change places", "the same, by activations")
-"""By weights from twelve starts, unless said otherwise."""
+
+@dataclass(frozen=True)
+class Way:
+    """How B is brought to A.
+
+    Attributes:
+        modules: whether experts may change places.
+        symmetry: that of the spec.
+        by: weights from twelve starts, or of general symmetries those of `WeightMatching`; activations; both, for a
+            start by activations among the others; or the loss along the line, from where weights lead.
+    """
+
+    modules: bool
+    symmetry: Literal["permutation", "general"] = "permutation"
+    by: Literal["weights", "activations", "both", "loss"] = "weights"
 
 
-def matched(case: Case, a: nn.Module, b: nn.Module, way: str) -> tuple[nn.Module, int, float]:
+WAYS: dict[str, Way | None] = {
+    "naive": None,
+    "experts in place": Way(False),
+    "experts change places": Way(True),
+    "the same, by activations": Way(True, by="activations"),
+    "whole group, experts in place": Way(False, "general"),
+    "whole group, experts change places": Way(True, "general"),
+    "whole group with an activation start, experts in place": Way(False, "general", "both"),
+    "whole group with an activation start, experts change places": Way(True, "general", "both"),
+    "learned, experts in place": Way(False, "general", "loss"),
+    "learned, experts change places": Way(True, "general", "loss"),
+}
+
+
+def matched(case: Case, a: nn.Module, b: nn.Module, way: Way | None, steps: int) -> tuple[nn.Module, int, float]:
     """What B becomes, how many experts changed places, and the processor time."""
-    if way == "naive":
+    if way is None:
         return b, 0, 0.0
     started = time.process_time()
-    spec = pg.auto_spec(a, (case.test[0][0][:2],), modules=way in WAYS[2:])
-    matcher = pg.ActivationMatching(case.statistics()) if way == WAYS[-1] else pg.WeightMatching(restarts=12)
+    general = way.symmetry == "general"
+    spec = pg.auto_spec(a, (case.test[0][0][:2],), symmetry=way.symmetry, modules=way.modules)
+    loader = case.statistics() if way.by in ("activations", "both") or (way.by == "loss" and general) else None
+    if way.by == "activations":
+        matcher: pg.Matcher = pg.ActivationMatching(loader)
+    else:
+        matcher = pg.WeightMatching(loader=loader) if general else pg.WeightMatching(restarts=12)
     fit = finished(pg.align(a, b, matcher, spec=spec))
+    if way.by == "loss":
+        fit = finished(pg.align(a, b, pg.LearnedMatching(case.batches, loss, steps=steps, init=fit), spec=spec))
     moved = sum(n for name, n in fit.permutation.moved().items() if name.endswith("experts.*"))
     return fit.model(), moved, time.process_time() - started
 
@@ -111,6 +147,8 @@ def matched(case: Case, a: nn.Module, b: nn.Module, way: str) -> tuple[nn.Module
 def main(argv: Sequence[str] | None = None) -> list[dict[str, object]]:
     parser = arguments(__doc__, models=(), seeds=(1, 2, 3, 4, 5, 6), least=2, points=25)
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
+    parser.add_argument("--steps", type=int, default=400, help="of learning")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -119,8 +157,8 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, object]]:
         case = CASES[name]()
         for pair in zip(options.seeds[::2], options.seeds[1::2], strict=False):
             a, b = (network(case, f"Experts-{name}", seed, options.out / "networks") for seed in pair)
-            for way in WAYS:
-                moved, count, seconds = matched(case, a, b, way)
+            for way in options.ways:
+                moved, count, seconds = matched(case, a, b, WAYS[way], options.steps)
                 line = pg.barrier(a, moved, case.evaluate, options.points)
                 row = {"case": name, "pair": pair, "way": way, "loss": line.height("loss")}
                 found.append(row | {"accuracy": line.height("accuracy"), "experts": count, "seconds": seconds})
@@ -133,7 +171,7 @@ def _show(found: Sequence[dict[str, object]], options: argparse.Namespace) -> No
     sheet = table("Barriers on the line from A to B", "", "test loss", "error", "accuracy", "error", "moved", "s")
     for name in options.cases:
         sheet.add_row(f"[bold]{name}")
-        for way in WAYS:
+        for way in options.ways:
             rows = [row for row in found if (row["case"], row["way"]) == (name, way)]
             cells = [cell for key in ("loss", "accuracy") for cell in mean_and_error([float(r[key]) for r in rows])]
             counts = [sum(float(r[key]) for r in rows) / len(rows) for key in ("experts", "seconds")]
