@@ -128,13 +128,10 @@ class Rows:
             MismatchError: parameters differ in something else than the number of rows on which nothing acts; or nothing
                 says which of them mean the same, or they have none in common.
         """
-        if spec.stacks and not kinds:
+        if spec.stacks and not kinds and not first_ones:
             return None
-        if spec.stacks:
-            raise MismatchError(
-                "the networks' rows differ, and the spec has groups of modules, which do not go together: infer it "
-                "without modules=True"
-            )
+        in_place = ("modules that could change places stay where they are",) if spec.stacks else ()
+        spec = spec.modules_in_place()
         shapes = [_shapes(spec, state) for state in states]
         tables = {spec.canonical(name) for name in tables}
         found: dict[str, Table] = {}
@@ -174,7 +171,7 @@ class Rows:
         common = {name: list(spec.shapes[name]) for name in found}
         for name, table in found.items():
             common[name][table.dim] = len(table.common(0))
-        return cls(specs, resized(spec, {n: tuple(s) for n, s in common.items()}), found, tuple(told), union)
+        return cls(specs, resized(spec, {n: tuple(s) for n, s in common.items()}), found, (*told, *in_place), union)
 
     def shape(self, name: str, shape: Sequence[int]) -> tuple[int, ...]:
         """The shape in the result of a parameter that has this shape in any of the networks."""

@@ -104,6 +104,7 @@ def match_widths(
     """
     matcher = WeightMatching() if matcher is None else matcher
     a, b = as_state_dict(a), as_state_dict(b)
+    spec_a, spec_b = spec_a.modules_in_place(), spec_b.modules_in_place()
     if not getattr(matcher, "general", False):
         spec_a, spec_b = spec_a.permutations(), spec_b.permutations()
     spec = common_spec(spec_a, spec_b)
@@ -137,11 +138,6 @@ def common_spec(spec_a: PermutationSpec, spec_b: PermutationSpec) -> Permutation
     """
     if spec_a.symmetry != spec_b.symmetry:
         raise MismatchError("one of the specs is of general symmetries and the other of permutations alone")
-    if spec_a.stacks or spec_b.stacks:
-        raise MismatchError(
-            "groups of whole modules have no partners among networks of other widths: infer both specs without "
-            "modules=True"
-        )
     if list(spec_a.groups) != list(spec_b.groups):
         different = sorted(set(spec_a.groups) ^ set(spec_b.groups)) or "the order of their names"
         raise MismatchError(f"A and B have different groups, so that there is nothing to match by size: {different}")

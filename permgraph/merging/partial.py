@@ -142,17 +142,13 @@ def partial_merge(
     for name, model in (("A", model_a), ("B", model_b)):
         if not isinstance(model, nn.Module):
             raise MismatchError(f"partial_merge() runs {name}, and so takes a module, not a {type(model).__name__}")
-    if spec is not None and spec.stacks:
-        raise MismatchError(
-            "partial_merge() keeps apart single units, and not whole modules: infer the spec without modules=True"
-        )
     shares = shares_of(weights, 2)
     fit = align(
         model_a, model_b, matcher, spec=spec, example_inputs=example_inputs, example_kwargs=example_kwargs,
         seed=seed, progress=progress,
     )  # fmt: skip
-    found = fit.permutation.spec
-    assert isinstance(found, PermutationSpec)
+    assert isinstance(fit.permutation.spec, PermutationSpec)
+    found = fit.permutation.spec.modules_in_place()  # units are kept apart, and not whole modules
     captured = capture(model_a, example_inputs, example_kwargs)
     a, b = as_state_dict(model_a), as_state_dict(fit.state_dict)
     aligned = fit.model()

@@ -210,6 +210,15 @@ class SpecData:
         """The spec of state dicts whose stacks are single tensors, see `stacked`; itself if there are none."""
         return replace(self, stacks={}, refusals=()) if self.stacks else self
 
+    def modules_in_place(self) -> Self:
+        """The same spec where each module stays where it is, and its tensors stand under their own names.
+
+        Raises SpecError where that cannot be written.
+        """
+        from permgraph.spec.in_place import with_modules_in_place
+
+        return replace(self, **with_modules_in_place(self)) if self.stacks else self
+
     def stacked(self, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
         """A state dict with the tensors of modules that change places stacked, as the axes name them.
 

@@ -69,12 +69,40 @@ def test_a_spec_given_with_the_modules_must_be_that_of_each() -> None:
         pg.align(networks()[0], Other().eval(), spec=spec())
 
 
-def test_widths_and_partial_merges_are_refused() -> None:
+def test_other_widths_are_matched_with_experts_in_their_places() -> None:
     a, b, _ = networks()
-    with pytest.raises(MismatchError, match="without modules=True"):
-        pg.match_widths(a, b, spec(), spec())
-    with pytest.raises(MismatchError, match="without modules=True"):
-        pg.partial_merge(a, b, spec=spec())
+    plain = pg.auto_spec(a, (torch.zeros(2, 5),), modules=False)
+    found, due = (pg.match_widths(a, b, spec, spec) for spec in (spec(), plain))
+    assert found.result.objective == pytest.approx(due.result.objective) and not found.spec.stacks
+
+
+def test_partial_merges_begin_with_experts_in_the_places_of_their_partners() -> None:
+    a, b, _ = networks()
+    merged = pg.partial_merge(a, b, spec=spec(), width=2)
+    torch.testing.assert_close(merged.alignment.state_dict, a.state_dict())
+    x = torch.randn(9, 5, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(merged.model()(x), a(x))
+
+
+def test_where_rows_differ_experts_stay_in_their_places() -> None:
+    class Classes(nn.Module):
+        """A mixture, and as many classes as is said."""
+
+        def __init__(self, classes: int) -> None:
+            super().__init__()
+            self.mixture, self.head = Mixture(), nn.Linear(5, classes)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.mixture(x).tanh())
+
+    three, two = Classes(3), Classes(2)
+    of_three = pg.auto_spec(three, (torch.zeros(2, 5),), modules=True)
+    fit = pg.align(three, two.state_dict(), spec=of_three, rows="common")
+    assert any("stay where they are" in note for note in fit.notes) and of_three.stacks
+    again = Classes(2)
+    again.load_state_dict(fit.state_dict)
+    x = torch.randn(9, 5)
+    torch.testing.assert_close(again(x), two(x))
 
 
 def test_masks_move_with_their_modules() -> None:
