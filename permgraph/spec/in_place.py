@@ -137,7 +137,7 @@ class _InPlace:
     # -- what is said of tensors ---------------------------------------------------------------------------------------
 
     def _of_stack(self, name: str, dim: int) -> Iterator[tuple[str, int]]:
-        """The tensors of which something is said of a stack's dimension; that of a tensor that is in none is its own."""
+        """The dimensions of tensors of which something is said of a stack's, or of that of a tensor in none."""
         if name not in self.spec.stacks:
             yield name, dim
             return

@@ -1,4 +1,4 @@
-"""Modules that change places in specs of general symmetries: as many orders as over permutations, and all else stays."""
+"""Modules that change places in specs of general symmetries: in as many orders as over permutations."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ GAINS = ("parallel blocks of timm",)
 VALUELESS = ("votes",)
 """Of whole numbers, which the proof of general symmetries cannot compare."""
 OFTEN = (
-    "soft, slices", "top k, where", "capacity", "shared experts", "heads", "multi-query", "mean", "branches of branches",
-    *MIRRORED,
+    "soft, slices", "top k, where", "capacity", "shared experts", "heads", "multi-query", "mean",
+    "branches of branches", *MIRRORED,
 )  # fmt: skip
 
 
@@ -42,7 +42,7 @@ def test_has_the_orders_of_permutations_and_the_dimension_of_what_acts(name: str
     else:
         assert whole.log_order() - alone.log_order() == pytest.approx(of_modules)
     assert whole.dimension() == alone.dimension()
-    assert {name for name in whole.general.reasons} <= {*whole.groups}
+    assert set(whole.general.reasons) <= {*whole.groups}
     assert pg.verify(model, whole, x, further=0.0).passed
 
 

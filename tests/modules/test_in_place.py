@@ -38,5 +38,5 @@ def test_keeps_null_directions_and_gains() -> None:
     assert replace(found.general, reasons={}) == replace(plain.general, reasons={})  # those of the first expert
     assert found.fingerprint == plain.fingerprint
     element, state = found.random(0), network("mixture", 0).state_dict()
-    assert all(torch.equal(a, b) for a, b in zip(element.apply(state).values(),
-               pg.Transformation.from_arrays(element.as_arrays(), plain).apply(state).values(), strict=True))  # fmt: skip
+    moved, due = (e.apply(state) for e in (element, pg.Transformation.from_arrays(element.as_arrays(), plain)))
+    assert all(torch.equal(moved[name], tensor) for name, tensor in due.items())
