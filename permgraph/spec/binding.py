@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -45,6 +45,7 @@ class Group:
         fixed: no permutation acts: the group is a name for an axis over which others are fibred, or of the structure
             `T` or `T2`.
         structure: what acts on the axis; permutations alone unless more was asked for.
+        of: what change places: indices, or whole modules, whose tensors are the spec's stacks, which says so.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Group:
     parents: tuple[str, ...] = ()
     fixed: bool = False
     structure: Structure = field(default=Structure(), repr=False)
+    of: Literal["indices", "modules"] = field(default="indices", repr=False)
 
     def __post_init__(self) -> None:
         require_name(self.name, "a group")

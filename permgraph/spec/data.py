@@ -81,12 +81,14 @@ class SpecData:
         for name, given in outputs.items():
             self.layout(given, f"output {name!r}")
         freeze = functools.partial(object.__setattr__, self)
-        freeze("groups", MappingProxyType(dict(self.groups)))
         freeze("axes", MappingProxyType(axes))
         freeze("shapes", MappingProxyType(shapes))
         freeze("aliases", MappingProxyType(dict(self.aliases)))
         freeze("outputs", MappingProxyType(outputs))
         freeze("stacks", MappingProxyType(dict(self.stacks)))
+        of_modules = self.groups_of_modules
+        groups = {n: replace(g, of="modules" if n in of_modules else "indices") for n, g in self.groups.items()}
+        freeze("groups", MappingProxyType(groups))
         if self.general is not None:
             self.general.check(self.groups, {name: self.layout(axes[name]) for name in axes}, self.shapes)
         elif any(not group.structure.is_plain for group in self.groups.values()):

@@ -32,6 +32,7 @@ def to_json(spec: SpecData) -> dict[str, Any]:
         "model_class": spec.model_class,
         "groups": {
             name: {"size": group.size, "parents": list(group.parents), "fixed": group.fixed}
+            | ({"of": group.of} if group.of == "modules" else {})
             for name, group in spec.groups.items()
         },
         "parameters": {

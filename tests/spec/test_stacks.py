@@ -81,6 +81,8 @@ def test_names_and_shapes_of_a_state_dict() -> None:
     }
     assert found.tensors_of("e.*.down") == ("e.0.down", "e.1.down", "e.2.down")
     assert found.tensors_of("router.weight") == ("router.weight",)
+    assert {name: group.of for name, group in found.groups.items()} == {"experts": "modules", "units": "indices"}
+    assert {group.of for group in found.over_stacks().groups.values()} == {"indices"}
     assert found.groups_of_modules == {"experts"} and spec(NESTED).groups_of_modules == {"outer", "inner"}
     assert "2 groups on 7 parameters" in repr(found)
 
