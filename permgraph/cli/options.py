@@ -133,7 +133,7 @@ Symmetry = Annotated[
 
 Modules = Annotated[
     bool,
-    typer.Option("--modules", help="Also whole modules that can change places, such as experts: over permutations."),
+    typer.Option("--modules", help="Also whole modules that can change places, such as experts."),
 ]
 
 Outputs = Annotated[
