@@ -35,3 +35,30 @@ def test_random_program_in_a_sweep(seed: int) -> None:
     except SpecError as error:  # said of the same program without modules, too
         with pytest.raises(SpecError, match=str(error)[:30].replace("(", ".")):
             pg.auto_spec(RandomLanes(seed).eval(), (RandomLanes(seed).example(),))
+
+
+def _check_general(seed: int) -> int:
+    """The number of stacks of the spec of general symmetries."""
+    model = RandomLanes(seed).eval()
+    alone, whole = (
+        pg.auto_spec(model, (model.example(),), symmetry="general", modules=modules) for modules in (False, True)
+    )
+    assert whole.dimension() == alone.dimension()
+    if whole.stacks:
+        inputs = [(model.example(4, 1),), (model.example(7, 2),)]
+        assert worst_difference(model, whole, inputs) < 1e-6, model.trace
+    return len(whole.stacks)
+
+
+def test_random_programs_of_general_symmetries() -> None:
+    assert sum(_check_general(seed) > 0 for seed in range(8)) > 1
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("seed", range(8, 150))
+def test_random_program_of_general_symmetries_in_a_sweep(seed: int) -> None:
+    try:
+        _check_general(seed)
+    except SpecError as error:  # said of the same program without modules, too
+        with pytest.raises(SpecError, match=str(error)[:30].replace("(", ".")):
+            pg.auto_spec(RandomLanes(seed).eval(), (RandomLanes(seed).example(),), symmetry="general", modules=False)
