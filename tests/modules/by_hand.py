@@ -1,4 +1,4 @@
-"""Whether a spec's permutations leave what a module computes as it is, tried by hand in float64."""
+"""Whether a spec's elements leave what a module computes as it is, tried by hand in float64."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def worst_difference(
     tries: int = 2,
     modes: Sequence[bool] = (False,),
 ) -> float:
-    """The largest difference that random permutations make, relative to the largest magnitude of a result.
+    """The largest difference that random elements of the group make, relative to the largest magnitude of a result.
 
     Each of `inputs` is given alone, and all one after the other.
     """
@@ -62,8 +62,8 @@ def worst_difference(
     for seed in range(tries):
         plain = randomised(model, seed)
         moved = copy.deepcopy(plain)
-        permutation = pg.Permutation.random(spec, seed, every_group=bool(seed % 2))
-        moved.load_state_dict(permutation.apply(plain.state_dict()))
+        element = spec.random(seed, every_group=bool(seed % 2))
+        moved.load_state_dict(element.apply(plain.state_dict()))
         for training in modes:
             for calls in (*([one] for one in inputs), list(inputs)):
                 given = [tuple(x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in c)
