@@ -11,6 +11,8 @@ from tests.modules.random_lanes import RandomLanes
 
 QUICK = range(24)
 SWEEP = range(24, 1024)
+GENERAL = (0, 5, 9)
+"""Of these some modules change places, also where more than permutations acts."""
 
 
 def _check(seed: int) -> int:
@@ -51,11 +53,11 @@ def _check_general(seed: int) -> int:
 
 
 def test_random_programs_of_general_symmetries() -> None:
-    assert sum(_check_general(seed) > 0 for seed in range(8)) > 1
+    assert sum(_check_general(seed) > 0 for seed in GENERAL) == len(GENERAL)
 
 
 @pytest.mark.zoo
-@pytest.mark.parametrize("seed", range(8, 150))
+@pytest.mark.parametrize("seed", range(150))
 def test_random_program_of_general_symmetries_in_a_sweep(seed: int) -> None:
     try:
         _check_general(seed)
