@@ -285,11 +285,13 @@ def _joined(
         yield from ((other, dim, move) for other in (*sources, out))
         return
     ends = list(itertools.accumulate(part.shape[dim] for part in sources))
+    if tensor is out:
+        for at in np.unique(np.searchsorted(ends, np.flatnonzero(move.side), side="right")):
+            part, start = sources[at], ends[at] - sources[at].shape[dim]
+            inner = move.to[start : ends[at]]
+            if ((inner >= start) & (inner < ends[at])).all():
+                yield part, dim, Move(inner - start, move.side[start : ends[at]])
+        return
     for part, end in zip(sources, ends, strict=True):
-        start = end - part.shape[dim]
-        if tensor is out:
-            inner = move.to[start:end]
-            if move.side[start:end].any() and ((inner >= start) & (inner < end)).all():
-                yield part, dim, Move(inner - start, move.side[start:end])
-        elif part is tensor:
-            yield out, dim, move.within(ends[-1], start)
+        if part is tensor:
+            yield out, dim, move.within(ends[-1], end - part.shape[dim])
