@@ -27,4 +27,5 @@ __all__ = ["with_modules"]
 
 def with_modules(spec: PermutationSpec, solution: Solution) -> PermutationSpec:
     """The spec of a solved graph with a group for each family of modules that can change places."""
-    return fold(spec, find_families(solution))
+    found = find_families(solution)
+    return fold(spec, found) if found.families or found.refused else spec

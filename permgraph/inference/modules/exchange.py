@@ -54,14 +54,18 @@ class Exchanger:
         self._parts_of: dict[fx.Node, tuple[int, Places]] = {}
         self._terms: dict[fx.Node, TermsByNode] = {}
 
-    def of(self, seeds: Sequence[tuple[fx.Node, fx.Node]]) -> Exchange:
-        """The exchange that carries the one parameter of each of some pairs to the other.
+    def pairs(self, seeds: Sequence[tuple[fx.Node, fx.Node]]) -> Pairs:
+        """Parameters that are to change places, of one colour, none in two pairs; and soon what has to with them."""
+        pairs = Pairs(self._flow, self._colours, self._terms)
+        for one, other in seeds:
+            pairs.add(one, other)
+        return pairs
+
+    def followed(self, pairs: Pairs) -> Exchange:
+        """The exchange that carries the one parameter of each pair to the other; `pairs` grows.
 
         Raises Refused where there is none that can be followed.
         """
-        pairs = _Pairs(self._flow, self._colours, self._terms)
-        for one, other in seeds:
-            pairs.add(one, other)
         moves = self._followed(pairs)
         moved = [weight for at in moves.tensors for weight in self._weights.get(at, ())]
         for node, _ in moved:
@@ -70,7 +74,7 @@ class Exchanger:
         named = tuple((node.meta["names"][0], tensor) for node, tensor in moved)
         return Exchange(pairs.twins, frozenset(pairs.first), frozenset(pairs.fixed), moves, named)
 
-    def _followed(self, pairs: _Pairs) -> Moves:
+    def _followed(self, pairs: Pairs) -> Moves:
         """The moves that go with nodes that change places, and further nodes that have to with these moves."""
         while True:
             pairs.follow()
@@ -82,7 +86,7 @@ class Exchanger:
             if len(pairs.twins) == known:
                 return moves
 
-    def _moves(self, pairs: _Pairs) -> Moves:
+    def _moves(self, pairs: Pairs) -> Moves:
         tensors = {
             id(mine): its
             for node, twin in pairs.twins.items()
@@ -97,7 +101,7 @@ class Exchanger:
         moves.carry()
         return moves
 
-    def _pair_parts(self, node: fx.Node, pairs: _Pairs, moves: Moves) -> None:
+    def _pair_parts(self, node: fx.Node, pairs: Pairs, moves: Moves) -> None:
         """Where places of a whole change places, the parts do that are put there."""
         joined = self._flow.tensor(node)
         if joined is None or not moves.of(joined):
@@ -142,7 +146,7 @@ class Exchanger:
             raise Refused(f"the parts {places} are of no tensor")
         return tensor
 
-    def _demand_of_join(self, node: fx.Node, pairs: _Pairs, moves: Moves) -> None:
+    def _demand_of_join(self, node: fx.Node, pairs: Pairs, moves: Moves) -> None:
         """Where parts that are put together change places, their places in the whole do."""
         joined = self._flow.tensor(node)
         assert joined is not None
@@ -176,7 +180,7 @@ class Exchanger:
         return dim, places
 
 
-class _Pairs:
+class Pairs:
     """Nodes that change places, found from one pair along operands and users."""
 
     def __init__(

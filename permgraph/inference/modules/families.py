@@ -13,6 +13,7 @@ from permgraph.inference.modules.colours import Colours
 from permgraph.inference.modules.exchange import Exchange, Exchanger
 from permgraph.inference.modules.moves import IntArray, Refused
 from permgraph.inference.modules.proof import Proof
+from permgraph.inference.modules.depths import may_change_places
 from permgraph.inference.modules.reading import Dataflow
 from permgraph.inference.solution import Solution, is_weight
 from permgraph.spec.provenance import Refusal
@@ -26,8 +27,8 @@ MOST_TRIALS = 10_000
 FEWEST_AT_ONCE = 5
 """Of fewer modules than that each exchange is proven by itself."""
 
-MOST_REFUSED = 400
-"""Exchanges of weights that look alike that are refused before no more of these are tried; four for each, if more."""
+MOST_REFUSED = 100
+"""Exchanges of weights that look alike that are refused before no more of these are tried; two for each, if more."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,8 @@ class Found:
 
 def find_families(solution: Solution) -> Found:
     """All families of modules of a solved graph."""
+    if not may_change_places(solution):
+        return Found((), {})
     flow = Dataflow(solution)
     colours = Colours(flow)
     unlike = _unlike(flow, colours)
@@ -143,11 +146,12 @@ class _Search:
         self._levels: dict[fx.Node, int] = {}  # of how many families each weight's module is a member
         self.families: list[Family] = []
         self.refused: dict[tuple[str, str], str] = {}
+        self._hopeless: dict[tuple[fx.Node, fx.Node], str] = {}  # weights that an exchange that is refused would carry
 
     def look_into(self, weights: Sequence[fx.Node]) -> None:
         """Find the families of weights that look alike."""
         left = list(weights)
-        refused, most = len(self.refused), max(MOST_REFUSED, 4 * len(weights))
+        refused, most = len(self.refused), max(MOST_REFUSED, 2 * len(weights))
         while len(left) > 1 and self._trials < MOST_TRIALS and len(self.refused) - refused < most:
             first, *others = left
             if self._accounted_for(first, weights):
@@ -193,7 +197,8 @@ class _Search:
             for sum_ in (0, 1):
                 pairs = [(i, (sum_ - i) % count) for i in range(count)]
                 self._trials += 1
-                found = self._exchanger.of([(weights[i], weights[j]) for i, j in pairs if i < j])
+                seeds = [(weights[i], weights[j]) for i, j in pairs if i < j]
+                found = self._exchanger.followed(self._exchanger.pairs(seeds))
                 self._proof.check(found)
                 reflections.append(found)
             return list(turned(Swap.of(exchange), reflections, count))
@@ -202,14 +207,21 @@ class _Search:
             return None
 
     def _exchange(self, one: fx.Node, other: fx.Node) -> Exchange | None:
-        self._trials += 1
-        try:
-            exchange = self._exchanger.of([(one, other)])
-            self._proof.check(exchange)
-        except Refused as refused:
-            self.refused[_name(one), _name(other)] = str(refused)
-            return None
-        return exchange
+        """The exchange that carries one weight to another; None where it, or a part of it, is refused."""
+        why = self._hopeless.get((one, other))
+        if why is None:
+            self._trials += 1
+            pairs = self._exchanger.pairs([(one, other)])
+            try:
+                exchange = self._exchanger.followed(pairs)
+                self._proof.check(exchange)
+            except Refused as refused:
+                why = str(refused)
+                self._hopeless.update({(n, its): why for n, its in pairs.twins.items() if is_weight(n)})
+            else:
+                return exchange
+        self.refused[_name(one), _name(other)] = why
+        return None
 
     def _add(self, swaps: Sequence[Swap]) -> Iterator[fx.Node]:
         """Keep the family of these exchanges of its first member; give the weights in it."""
