@@ -9,6 +9,7 @@ median of their quotients. Models are without weights (meta device) where that i
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -22,11 +23,10 @@ from permgraph import auto_spec
 
 
 class Experts(nn.Module):
-    """Experts that a token goes to two of, as Hugging Face wrote Mixtral's; `own` makes each of another kind."""
+    """Experts that a token goes to two of, as Hugging Face wrote Mixtral's."""
 
-    def __init__(self, count: int, width: int = 16, hidden: int = 8, *, own: bool = False) -> None:
+    def __init__(self, count: int, width: int = 16, hidden: int = 8) -> None:
         super().__init__()
-        self.own = own
         self.router = nn.Linear(width, count, bias=False)
         self.experts = nn.ModuleList(
             nn.Sequential(nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, width)) for _ in range(count)
@@ -57,6 +57,8 @@ class Refused(nn.Module):
 
 
 class Head(nn.Module):
+    """One head of attention."""
+
     def __init__(self, width: int, size: int) -> None:
         super().__init__()
         self.q, self.k, self.v = (nn.Linear(width, size) for _ in range(3))
@@ -82,6 +84,8 @@ class Block(nn.Module):
 
 
 class Ensemble(nn.Module):
+    """Networks whose results are averaged."""
+
     def __init__(self, members: list[nn.Module]) -> None:
         super().__init__()
         self.members = nn.ModuleList(members)
@@ -91,6 +95,8 @@ class Ensemble(nn.Module):
 
 
 class Residual(nn.Module):
+    """A perceptron beside a connection around it."""
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
@@ -101,7 +107,7 @@ class Residual(nn.Module):
 
 def _mlp(*widths: int) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for a, b in zip(widths, widths[1:], strict=False):
+    for a, b in itertools.pairwise(widths):
         layers += [nn.Linear(a, b), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
@@ -146,8 +152,10 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, tuple[Tensor, ...]]]] = {
     "64 experts": lambda: _vectors(Experts(64)),
     "256 experts in each of two layers": lambda: _vectors(nn.Sequential(Experts(256), Experts(256))),
     "128 refused": lambda: _vectors(Refused(128)),
-    "12 heads in each of 12 layers": lambda: _vectors(nn.Sequential(*[Block(48, 12) for _ in range(12)]), 2, 5)[:1]
-    + ((torch.randn(2, 5, 48),),),
+    "12 heads in each of 12 layers": lambda: (
+        nn.Sequential(*[Block(48, 12) for _ in range(12)]),
+        (torch.randn(2, 5, 48),),
+    ),
     "ensemble of 5 resnet18": _ensemble,
 }
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import permgraph as pg
 from permgraph.inference.modules import families
 from tests.modules.by_hand import worst_difference
-from tests.modules.parts import D, Concatenated, Experts, Hierarchical, SoftSlices, Summed, TopKWhere
+from tests.modules.parts import Concatenated, D, Experts, Hierarchical, SoftSlices, Summed, TopKWhere
 
 L = {n: lgamma(n + 1) for n in range(40)}
 

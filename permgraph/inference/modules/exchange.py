@@ -15,7 +15,6 @@ from permgraph.inference.operators import arguments_of
 from permgraph.inference.solution import is_weight
 from permgraph.rules.typed_tensor import VALUE, TypedTensor
 
-
 Places = dict[fx.Node, list[tuple[int, int]]]
 
 TermsByNode = dict[tuple[Hashable, int, fx.Node], list[Term]]
@@ -183,9 +182,7 @@ class Exchanger:
 class Pairs:
     """Nodes that change places, found from one pair along operands and users."""
 
-    def __init__(
-        self, flow: Dataflow, colours: Mapping[fx.Node, int], terms: dict[fx.Node, TermsByNode]
-    ) -> None:
+    def __init__(self, flow: Dataflow, colours: Mapping[fx.Node, int], terms: dict[fx.Node, TermsByNode]) -> None:
         """`terms` keeps what was found of the terms of sums."""
         self._flow = flow
         self._colours = colours

@@ -10,10 +10,10 @@ import numpy as np
 from torch import fx
 
 from permgraph.inference.modules.colours import Colours
+from permgraph.inference.modules.depths import may_change_places
 from permgraph.inference.modules.exchange import Exchange, Exchanger
 from permgraph.inference.modules.moves import IntArray, Refused
 from permgraph.inference.modules.proof import Proof
-from permgraph.inference.modules.depths import may_change_places
 from permgraph.inference.modules.reading import Dataflow
 from permgraph.inference.solution import Solution, is_weight
 from permgraph.spec.provenance import Refusal
@@ -274,7 +274,9 @@ def turned(swap: Swap, reflections: Sequence[Exchange], count: int) -> Iterator[
 def _all_moves(exchange: Exchange) -> dict[tuple[str, int], IntArray]:
     """For dimensions of weights that are moved: where each index goes."""
     return {
-        (name, dim): move.to for name, tensor in exchange.moved_weights for dim, move in exchange.moves.of(tensor).items()
+        (name, dim): move.to
+        for name, tensor in exchange.moved_weights
+        for dim, move in exchange.moves.of(tensor).items()
     }
 
 
