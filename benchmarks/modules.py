@@ -2,8 +2,8 @@
 
     python -m benchmarks.modules [--rounds 3] [--models mlp resnet50 ...]
 
-Each figure is processor time on one thread: *without* and *with* the least of the rounds, which alternate; *ratio* the
-median of their quotients. Models are without weights (meta device) where that is what makes them large.
+Each figure is processor time on one thread: *without* and *with* the least of the rounds, which alternate, and
+*ratio* is the median of their quotients. Models of libraries are without weights (meta device).
 """
 
 from __future__ import annotations
@@ -130,8 +130,12 @@ def _llama() -> tuple[nn.Module, tuple[Tensor, ...]]:
     return model, (torch.zeros(2, 9, dtype=torch.int64),)
 
 
-def _vectors(model: nn.Module, *batch: int) -> tuple[nn.Module, tuple[Tensor, ...]]:
-    return model, (torch.randn(*(batch or (64,)), 16),)
+def _vectors(model: nn.Module) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    return model, (torch.randn(64, 16),)
+
+
+def _sequences(width: int) -> tuple[Tensor, ...]:
+    return (torch.randn(2, 5, width),)
 
 
 def _ensemble() -> tuple[nn.Module, tuple[Tensor, ...]]:
