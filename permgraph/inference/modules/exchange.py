@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import fx
 
 from permgraph.inference.modules.colours import Colours
 from permgraph.inference.modules.moves import Move, Moves, Refused
-from permgraph.inference.modules.reading import JOINS, Dataflow, Term
+from permgraph.inference.modules.reading import JOINS, Dataflow, Term, whole
 from permgraph.inference.operators import arguments_of
 from permgraph.inference.solution import is_weight
 from permgraph.rules.typed_tensor import VALUE, TypedTensor
 
+Places = dict[fx.Node, list[tuple[int, int]]]
+
+TermsByNode = dict[tuple[Hashable, int, fx.Node], list[Term]]
+
 
 @dataclass(frozen=True, eq=False)
 class Exchange:
-    """Two modules that change places.
+    """Two modules that change places, or several pairs of modules at once.
 
     Args:
         twins: for each node of either module the one of the other; its own inverse.
-        first: the nodes of the first module.
+        first: the nodes of the first module, or of the first one of each pair.
         fixed: the nodes that these touch, and that stay.
         moves: the indices that change places with them.
         moved_weights: the weights of neither module along whose dimensions there are such indices.
@@ -41,29 +45,35 @@ class Exchanger:
     def __init__(self, flow: Dataflow, colours: Colours) -> None:
         self._flow = flow
         self._colours = colours.of
-        typed = ((node, flow.tensor(node)) for node in flow.nodes if is_weight(node))
         self._joins = [node for node in flow.nodes if flow.name(node) in JOINS]
-        self._weights = [(node, tensor) for node, tensor in typed if tensor is not None]
+        self._weights: dict[int, list[tuple[fx.Node, TypedTensor]]] = {}
+        for node in filter(is_weight, flow.nodes):
+            if (tensor := flow.tensor(node)) is not None:
+                self._weights.setdefault(id(whole(tensor)), []).append((node, tensor))
+        self._parts_of: dict[fx.Node, tuple[int, Places]] = {}
+        self._terms: dict[fx.Node, TermsByNode] = {}
 
-    def of(self, one: fx.Node, other: fx.Node) -> Exchange:
-        """The exchange that carries one parameter to another.
+    def pairs(self, seeds: Sequence[tuple[fx.Node, fx.Node]]) -> Pairs:
+        """Parameters that are to change places, of one colour, none in two pairs; and soon what has to with them."""
+        pairs = Pairs(self._flow, self._colours, self._terms)
+        for one, other in seeds:
+            pairs.add(one, other)
+        return pairs
+
+    def followed(self, pairs: Pairs) -> Exchange:
+        """The exchange that carries the one parameter of each pair to the other; `pairs` grows.
 
         Raises Refused where there is none that can be followed.
         """
-        pairs = _Pairs(self._flow, self._colours)
-        pairs.add(one, other)
         moves = self._followed(pairs)
-        for node, tensor in self._weights:
-            if node in pairs.twins and moves.of(tensor):
+        moved = [weight for at in moves.tensors for weight in self._weights.get(at, ())]
+        for node, _ in moved:
+            if node in pairs.twins:
                 raise Refused(f"{node.meta['names'][0]} changes places, and numbers the modules besides")
-        moved = tuple(
-            (node.meta["names"][0], tensor)
-            for node, tensor in self._weights
-            if node not in pairs.twins and moves.of(tensor)
-        )
-        return Exchange(pairs.twins, frozenset(pairs.first), frozenset(pairs.fixed), moves, moved)
+        named = tuple((node.meta["names"][0], tensor) for node, tensor in moved)
+        return Exchange(pairs.twins, frozenset(pairs.first), frozenset(pairs.fixed), moves, named)
 
-    def _followed(self, pairs: _Pairs) -> Moves:
+    def _followed(self, pairs: Pairs) -> Moves:
         """The moves that go with nodes that change places, and further nodes that have to with these moves."""
         while True:
             pairs.follow()
@@ -75,7 +85,7 @@ class Exchanger:
             if len(pairs.twins) == known:
                 return moves
 
-    def _moves(self, pairs: _Pairs) -> Moves:
+    def _moves(self, pairs: Pairs) -> Moves:
         tensors = {
             id(mine): its
             for node, twin in pairs.twins.items()
@@ -90,13 +100,13 @@ class Exchanger:
         moves.carry()
         return moves
 
-    def _pair_parts(self, node: fx.Node, pairs: _Pairs, moves: Moves) -> None:
+    def _pair_parts(self, node: fx.Node, pairs: Pairs, moves: Moves) -> None:
         """Where places of a whole change places, the parts do that are put there."""
-        whole = self._flow.tensor(node)
-        if whole is None:
+        joined = self._flow.tensor(node)
+        if joined is None or not moves.of(joined):
             return
         dim, places = self._places_of_parts(node)
-        move = moves.of(whole).get(dim)
+        move = moves.of(joined).get(dim)
         if move is None:
             return
         at = {place: part for part, found in places.items() for place in found}
@@ -135,20 +145,26 @@ class Exchanger:
             raise Refused(f"the parts {places} are of no tensor")
         return tensor
 
-    def _demand_of_join(self, node: fx.Node, pairs: _Pairs, moves: Moves) -> None:
+    def _demand_of_join(self, node: fx.Node, pairs: Pairs, moves: Moves) -> None:
         """Where parts that are put together change places, their places in the whole do."""
-        whole = self._flow.tensor(node)
-        assert whole is not None
+        joined = self._flow.tensor(node)
+        assert joined is not None
         dim, places = self._places_of_parts(node)
-        for part in [part for part in places if part in pairs.first]:
+        for part in [part for part in node.all_input_nodes if part in pairs.first]:
             twin = pairs.twins[part]
             if len(places[twin]) != len(places[part]):
                 raise Refused(f"{node.target} puts together unlike numbers of two modules")
             for mine, its in zip(places[part], places[twin], strict=True):
-                moves.add(whole, dim, Move.exchange(whole.shape[dim], mine, its))
+                moves.add(joined, dim, Move.exchange(joined.shape[dim], mine, its))
 
-    def _places_of_parts(self, node: fx.Node) -> tuple[int, dict[fx.Node, list[tuple[int, int]]]]:
+    def _places_of_parts(self, node: fx.Node) -> tuple[int, Places]:
         """Of parts that are put together: along which dimension, and for each where it begins and ends."""
+        known = self._parts_of.get(node)
+        if known is None:
+            known = self._parts_of[node] = self._found_places_of_parts(node)
+        return known
+
+    def _found_places_of_parts(self, node: fx.Node) -> tuple[int, Places]:
         given = arguments_of(node)
         ndim = node.meta["val"].ndim
         dim = (given.get("dim") or 0) % ndim
@@ -163,12 +179,14 @@ class Exchanger:
         return dim, places
 
 
-class _Pairs:
+class Pairs:
     """Nodes that change places, found from one pair along operands and users."""
 
-    def __init__(self, flow: Dataflow, colours: dict[fx.Node, int]) -> None:
+    def __init__(self, flow: Dataflow, colours: Mapping[fx.Node, int], terms: dict[fx.Node, TermsByNode]) -> None:
+        """`terms` keeps what was found of the terms of sums."""
         self._flow = flow
         self._colours = colours
+        self._terms = terms
         self.twins: dict[fx.Node, fx.Node] = {}
         self.first: dict[fx.Node, None] = {}
         self.fixed: dict[fx.Node, None] = {}
@@ -221,14 +239,26 @@ class _Pairs:
             if self._in_order(node):
                 continue
             for term in reading.terms:
-                if len(term.nodes) > 1 and any(n in self.first for n in term.nodes):
-                    self._follow_term(term, reading.terms)
+                if len(term.nodes) > 1:
+                    known = [(slot, self.twins[n]) for slot, n in enumerate(term.nodes) if n in self.first]
+                    if known:
+                        self._follow_term(term, known, self._terms_of(node))
         return bool(self._queue)
 
-    def _follow_term(self, term: Term, terms: Sequence[Term]) -> None:
-        known = [(slot, self.twins[n]) for slot, n in enumerate(term.nodes) if n in self.first]
-        for other in terms:
-            if other.key == term.key and all(other.nodes[slot] is twin for slot, twin in known):
+    def _terms_of(self, node: fx.Node) -> TermsByNode:
+        """The terms of a sum, by their keys and each of their nodes."""
+        found = self._terms.get(node)
+        if found is None:
+            found = self._terms[node] = defaultdict(list)
+            for term in self._flow.readings[node].terms:
+                for slot, operand in enumerate(term.nodes):
+                    found[term.key, slot, operand].append(term)
+        return found
+
+    def _follow_term(self, term: Term, known: Sequence[tuple[int, fx.Node]], terms: TermsByNode) -> None:
+        slot, twin = known[0]
+        for other in terms.get((term.key, slot, twin), ()):
+            if all(other.nodes[slot] is twin for slot, twin in known):
                 for mine, its in zip(term.nodes, other.nodes, strict=True):
                     self.add(mine, its)
                 return

@@ -36,6 +36,8 @@ LONGEST = 32
 
 def fold(spec: PermutationSpec, found: Found) -> PermutationSpec:
     """The same spec with groups of modules, and a note for each family that it cannot hold."""
+    if not found.families and not found.refused:
+        return spec
     inside: dict[str, str] = {}  # for the name of a weight of an outer family's first module, that of its stack
     notes, refusals = [], found.refusals()
     for family in found.families:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -84,7 +83,7 @@ class Moves:
         self._twins = twins
         self._found: dict[tuple[int, int], Move] = {}
         self.tensors: dict[int, TypedTensor] = {}
-        self._queue: deque[tuple[TypedTensor, int]] = deque()
+        self._queue: dict[tuple[int, int], TypedTensor] = {}  # in the order in which they are met, each once
 
     def of(self, tensor: TypedTensor) -> dict[int, Move]:
         """The moves along the dimensions of a tensor, and of what its values number (`VALUE`)."""
@@ -94,8 +93,13 @@ class Moves:
         return {d: m for d in (*range(tensor.ndim), VALUE) if (m := self._found.get((id(tensor), d))) is not None}
 
     def add(self, tensor: TypedTensor, dim: int, move: Move) -> None:
-        """Say that a dimension is moved so."""
+        """Say that a dimension is moved so.
+
+        Raises Refused where it is moved otherwise, or is one of a result.
+        """
         tensor = whole(tensor)
+        if self._flow.is_result(tensor):
+            raise Refused("the order of the modules is seen in the result")
         key = (id(tensor), dim)
         known = self._found.get(key)
         both = move if known is None else known.with_(move)
@@ -103,7 +107,7 @@ class Moves:
             return
         self._found[key] = both
         self.tensors[id(tensor)] = tensor
-        self._queue.append((tensor, dim))
+        self._queue[key] = tensor
         twin = self._twins.get(id(tensor))
         if twin is not None:
             self.add(twin, dim, both)
@@ -114,10 +118,11 @@ class Moves:
         Raises Refused where that is not known.
         """
         while self._queue:
-            tensor, dim = self._queue.popleft()
+            (at, dim), tensor = next(iter(self._queue.items()))
+            del self._queue[at, dim]
             for call in self._flow.calls_of(tensor):
-                for other, at, move in self._through(call, tensor, dim, self._found[id(tensor), dim]):
-                    self.add(other, at, move)
+                for other, along, move in self._through(call, tensor, dim, self._found[at, dim]):
+                    self.add(other, along, move)
 
     def _through(
         self, call: Call, tensor: TypedTensor, dim: int, move: Move
@@ -285,11 +290,13 @@ def _joined(
         yield from ((other, dim, move) for other in (*sources, out))
         return
     ends = list(itertools.accumulate(part.shape[dim] for part in sources))
+    if tensor is out:
+        for at in np.unique(np.searchsorted(ends, np.flatnonzero(move.side), side="right")):
+            part, start = sources[at], ends[at] - sources[at].shape[dim]
+            inner = move.to[start : ends[at]]
+            if ((inner >= start) & (inner < ends[at])).all():
+                yield part, dim, Move(inner - start, move.side[start : ends[at]])
+        return
     for part, end in zip(sources, ends, strict=True):
-        start = end - part.shape[dim]
-        if tensor is out:
-            inner = move.to[start:end]
-            if move.side[start:end].any() and ((inner >= start) & (inner < end)).all():
-                yield part, dim, Move(inner - start, move.side[start:end])
-        elif part is tensor:
-            yield out, dim, move.within(ends[-1], start)
+        if part is tensor:
+            yield out, dim, move.within(ends[-1], end - part.shape[dim])

@@ -51,8 +51,8 @@ class Proof:
     def __init__(self, flow: Dataflow) -> None:
         self._flow = flow
         self._pinned: dict[tuple[int, int], list[tuple[str, int]]] = {}
-        for tensor, dim, why, number in flow.solution.ledger().pins:
-            self._pinned.setdefault((id(whole(tensor)), dim), []).append((why, number))
+        for pinned, dim, why, number in flow.solution.ledger().pins:
+            self._pinned.setdefault((id(whole(pinned)), dim), []).append((why, number))
         self._unseen = frozenset(flow.solution.unseen)
         self._memory_is_plain = _plain_memory(flow)
         self._writes: dict[fx.Node, set[fx.Node]] = {}
@@ -62,20 +62,26 @@ class Proof:
 
         self._placeholders = [node for node in flow.nodes if node.op == "placeholder"]
         self._outputs = [node for node in flow.nodes if node.op == "output"]
-        self._written_placeholders = {n for n in self._placeholders if flow.memory.owner(n) in self._writes}
+        self._written_placeholders = [n for n in self._placeholders if flow.memory.owner(n) in self._writes]
+        self._placeholders_of: dict[int, list[fx.Node]] = {}
+        for node in self._placeholders:
+            if (tensor := flow.tensor(node)) is not None:
+                self._placeholders_of.setdefault(id(whole(tensor)), []).append(node)
 
     def check(self, exchange: Exchange) -> None:
         """Raise Refused, saying why, unless an exchange leaves all that counts as it was."""
+        tried = []
         for node in self._touched(exchange):
-            self._check_node(node, exchange)
-            twin = exchange.twins.get(node)
-            if twin is not None:
-                self._check_node(twin, exchange)
+            for one in dict.fromkeys((node, exchange.twins.get(node, node))):
+                if self._check_node(one, exchange):
+                    tried.append(one)
+        for node in tried:  # last, since that takes longest
+            self._try(node, exchange.twins.get(node, node), exchange)
 
     def _touched(self, exchange: Exchange) -> dict[fx.Node, None]:
         """Every node for which the claim says something, one of each pair of twins."""
         flow = self._flow
-        found: dict[fx.Node, None] = dict.fromkeys([*exchange.first, *exchange.fixed])
+        found: dict[fx.Node, None] = dict.fromkeys([*self._outputs, *exchange.fixed, *exchange.first])
         for node in exchange.twins:
             found.update(dict.fromkeys(user for user, _ in flow.users[node]))
         for tensor in exchange.moves.tensors.values():
@@ -84,16 +90,13 @@ class Proof:
                 for user in call.node.users:
                     if user in flow.readings:
                         found[user] = None
-        moved = exchange.moves.tensors
-        found.update(
-            (node, None)
-            for node in self._placeholders
-            if node in self._written_placeholders or ((t := flow.tensor(node)) is not None and id(t) in moved)
-        )
-        found.update(dict.fromkeys(self._outputs))
+        found.update(dict.fromkeys(self._written_placeholders))
+        for moved in exchange.moves.tensors:
+            found.update(dict.fromkeys(self._placeholders_of.get(moved, ())))
         return {node: None for node in found if node not in exchange.twins or node in exchange.first}
 
-    def _check_node(self, node: fx.Node, exchange: Exchange) -> None:
+    def _check_node(self, node: fx.Node, exchange: Exchange) -> bool:
+        """Raise Refused where a node does not compute the same; give whether that is to be tried."""
         flow, twin = self._flow, exchange.twins.get(node, node)
         if node.op == "placeholder":
             self._check_placeholder(node, twin, exchange)
@@ -106,16 +109,15 @@ class Proof:
                 and not moved
                 and not any(n in exchange.twins for t in flow.readings[node].terms for n in t.nodes)
             ):
-                return
+                return False
             self._check_memory(node)
             if node is not twin or moved:
                 self._check_effects(node, twin, exchange)
             reading = flow.readings[node]
             if node is twin and self._takes_what_stays(node, exchange):
-                return
+                return False
             if self._is_tried(node, twin, moved):
-                self._try(node, twin, exchange)
-                return
+                return True
             self._check_terms(node, twin, exchange)
             if len(reading.places) == 1:
                 self._check_numbers(node, twin, exchange)
@@ -128,6 +130,7 @@ class Proof:
                 if call is None:
                     raise Refused(f"{inner.target} was not looked at, the time being up")
                 self._check_labels(call, exchange, compares=len(reading.places) == 1)
+        return False
 
     # -- ends ----------------------------------------------------------------------------------------------------------
 

@@ -118,10 +118,17 @@ class Dataflow:
 
         self._calls_of: dict[int, list[Call]] = {}
         self._of_nodes = {id(t) for value in solution.values.values() for t in tensors_in(value)}
+        ends = [end for node in self.nodes if node.op == "output" for end in (*_leaves(node.args[0]), *self.left)]
+        of_ends = (solution.values.get(end) for end in ends if isinstance(end, fx.Node))
+        self._results = {id(whole(tensor)) for value in of_ends for tensor in tensors_in(value)}
         for call in self.calls.values():
             if call.node in self._live:
                 for tensor in {id(t): t for t in map(whole, (*call.tensors, *call.results))}.values():
                     self._calls_of.setdefault(id(tensor), []).append(call)
+
+    def is_result(self, tensor: TypedTensor) -> bool:
+        """Whether a tensor is returned, or left on the model."""
+        return id(tensor) in self._results
 
     def calls_of(self, tensor: TypedTensor) -> Sequence[Call]:
         """The live calls that take or give a tensor."""
@@ -256,7 +263,7 @@ class Dataflow:
 
     def _constants(self, given: Mapping[str, Any]) -> Hashable:
         """The arguments that are no tensors, as a text: equal for equal ones."""
-        return repr(fx.node.map_arg(dict(given), lambda _: "tensor"))
+        return repr({name: "tensor" if isinstance(value, fx.Node) else _plain(value) for name, value in given.items()})
 
     # -- sums and products ---------------------------------------------------------------------------------------------
 
@@ -498,6 +505,13 @@ def _leaves(value: Any) -> Iterator[Any]:
             yield from _leaves(item)
     else:
         yield value
+
+
+def _plain(value: Any) -> Any:
+    """A value with a word in the place of each node."""
+    if isinstance(value, (list, tuple, dict, slice)):
+        return fx.node.map_arg(value, lambda _: "tensor")
+    return value
 
 
 def whole(tensor: TypedTensor) -> TypedTensor:
