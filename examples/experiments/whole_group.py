@@ -153,7 +153,6 @@ CASES: dict[str, Callable[[], Case]] = {
     "GPT": lambda: text(GPT),
     "Llama": lambda: text(Llama),
     "Llama-units": lambda: text(functools.partial(Llama, units=384)),
-    "Llama-wide": lambda: text(functools.partial(Llama, width=192)),
     "Llama-grouped": lambda: text(functools.partial(Llama, key_heads=2)),
     "Llama-tied": lambda: text(functools.partial(Llama, tied=True)),
     "Gemma": lambda: text(functools.partial(Llama, tied=True, post_norm=True)),
