@@ -176,6 +176,9 @@ from .merging import (
     FrankWolfeMany as FrankWolfeMany,
 )
 from .merging import (
+    Joining as Joining,
+)
+from .merging import (
     LearnedRatios as LearnedRatios,
 )
 from .merging import (

@@ -11,7 +11,7 @@ whole group, and what is learned is there too: each network's way to the first, 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from common import Setting, arguments, bar, console, figure, finished, legend, line, settings, table
@@ -32,31 +32,10 @@ STAR = "star"
 """The trained centre, which is no method of merging."""
 
 
-def to_the_first(
-    setting: Setting, networks: Sequence[nn.Module], spec: pg.PermutationSpec, steps: int
-) -> Iterator[nn.Module]:
-    """The first network, and each other brought to it, learned."""
-    yield networks[0]
-    for network in networks[1:]:
-        matcher = pg.LearnedMatching(setting.batches(128), steps=steps)
-        yield finished(pg.align(networks[0], network, matcher, spec=spec)).model()
-
-
-def joining(
-    setting: Setting, networks: Sequence[nn.Module], spec: pg.PermutationSpec, steps: int
-) -> Iterator[nn.Module]:
-    """The first network, and each other brought to the mean of those before it, learned where the new mean will lie."""
-    there = [networks[0]]
-    yield networks[0]
-    for count, network in enumerate(networks[1:], start=2):
-        mean, at = setting.network(pg.average(there)), 1 / count
-        points, measured = (0.4 * at, 1.6 * at), (at / 2, at, 1.5 * at)
-        matcher = pg.LearnedMatching(setting.batches(128), steps=steps, points=points, measured=measured)
-        there.append(finished(pg.align(mean, network, matcher, spec=spec)).model())
-        yield there[-1]
-
-
-LEARNED = {"learned, to the first": to_the_first, "learned, joining": joining}
+LEARNED: dict[str, Callable[[pg.LearnedMatching], pg.MergeMethod]] = {
+    "learned, to the first": lambda matcher: pg.ToReference(matcher=matcher),
+    "learned, joining": lambda matcher: pg.Joining(matcher),
+}
 """Ways to bring networks together over general symmetries, learned."""
 
 
@@ -96,18 +75,23 @@ def trained_star(
 def learned_rows(
     setting: Setting, networks: Sequence[nn.Module], spec: pg.PermutationSpec, points: int, steps: int, way: str
 ) -> Iterator[Row]:
-    """Means of two and more networks that were brought together by learning; barriers for all of them only."""
-    began, there = time.process_time(), []
-    for network in LEARNED[way](setting, networks, spec, steps):
-        there.append(network)
-        if len(there) == 1:
+    """Means of two and more networks that were brought together by learning; time and barriers for all of them only.
+
+    The first few come together as they would without those that follow.
+    """
+    began = time.process_time()
+    method = LEARNED[way](pg.LearnedMatching(setting.batches(128), steps=steps))
+    merged = finished(pg.merge(networks, method, spec=spec))
+    seconds = time.process_time() - began
+    there = [element.apply(one.state_dict()) for element, one in zip(merged.elements, networks, strict=True)]
+    for count in range(2, len(networks) + 1):
+        centre = setting.prepare(setting.network(pg.average(there[:count])))
+        found = setting.evaluate(centre)
+        if count < len(networks):
+            yield Row(way, count, float("nan"), found["loss"], found["accuracy"], None, None, 0.0)
             continue
-        seconds = time.process_time() - began
-        centre = setting.prepare(setting.network(pg.average(there)))
-        found, star = setting.evaluate(centre), None
-        if len(there) == len(networks):
-            star = max(setting.barrier(centre, end, points).barrier for end in there)
-        yield Row(way, len(there), float("nan"), found["loss"], found["accuracy"], star, None, seconds)
+        star = max(setting.barrier(centre, end, points).barrier for end in there)
+        yield Row(way, count, float("nan"), found["loss"], found["accuracy"], star, None, seconds)
 
 
 def run(

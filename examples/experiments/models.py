@@ -134,7 +134,7 @@ class LlamaBlock(nn.Module):
     half adds to the stream is normalised too, as in Gemma.
     """
 
-    def __init__(self, width: int, heads: int, key_heads: int, post_norm: bool) -> None:
+    def __init__(self, width: int, heads: int, key_heads: int, post_norm: bool, units: int) -> None:
         super().__init__()
         self.heads, self.key_heads = heads, key_heads
         of_keys = width // heads * key_heads
@@ -143,8 +143,8 @@ class LlamaBlock(nn.Module):
         self.q, self.k, self.v, self.out = (
             nn.Linear(width, size, bias=False) for size in (width, of_keys, of_keys, width)
         )
-        self.gate, self.up = (nn.Linear(width, 2 * width, bias=False) for _ in range(2))
-        self.down = nn.Linear(2 * width, width, bias=False)
+        self.gate, self.up = (nn.Linear(width, units, bias=False) for _ in range(2))
+        self.down = nn.Linear(units, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, length, width = x.shape
@@ -173,7 +173,7 @@ class Llama(nn.Module):
     """A language model of the shape of Llama: it reads characters, and gives logits for the next at each place.
 
     With fewer `key_heads` it is that of Llama 3, with a `tied` head that of its small models, and with `post_norm` and
-    a tied head that of Gemma.
+    a tied head that of Gemma. Each block has two `units` for each channel of the stream, unless it is told how many.
     """
 
     def __init__(
@@ -185,10 +185,13 @@ class Llama(nn.Module):
         key_heads: int | None = None,
         tied: bool = False,
         post_norm: bool = False,
+        units: int | None = None,
     ) -> None:
         super().__init__()
         self.embed = nn.Embedding(characters, width)
-        self.blocks = nn.ModuleList(LlamaBlock(width, heads, key_heads or heads, post_norm) for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            LlamaBlock(width, heads, key_heads or heads, post_norm, units or 2 * width) for _ in range(depth)
+        )
         self.norm = RMSNorm(width)
         self.head = nn.Linear(width, characters, bias=False)
         if tied:

@@ -152,6 +152,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "ResNet-MNIST": lambda: images(lambda side: ResNet(width=16), True, epochs=4, rate=1e-2, decay=0.5),
     "GPT": lambda: text(GPT),
     "Llama": lambda: text(Llama),
+    "Llama-units": lambda: text(functools.partial(Llama, units=384)),
     "Llama-grouped": lambda: text(functools.partial(Llama, key_heads=2)),
     "Llama-tied": lambda: text(functools.partial(Llama, tied=True)),
     "Gemma": lambda: text(functools.partial(Llama, tied=True, post_norm=True)),

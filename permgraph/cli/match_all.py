@@ -19,7 +19,7 @@ from permgraph.io import Renamed, Staging
 from permgraph.matching import WeightMatching
 from permgraph.matching.matcher import runs_networks
 from permgraph.matching.streamed import StreamedWeightMatching
-from permgraph.merging import CycleConsistent, MergeMany, MergeMethod, Models
+from permgraph.merging import CycleConsistent, Joining, MergeMany, MergeMethod, Models
 from permgraph.merging.compared import Compared
 from permgraph.merging.streamed import StreamedRounds
 from permgraph.spec.elements import AnyElement
@@ -69,6 +69,8 @@ def _jointly(run: MatchingRun, staging: Staging, method: Method) -> tuple[Sequen
     with run.screen.stage("matching all to each other") as stage:
         finder: MergeMethod
         if isinstance(matcher, StreamedWeightMatching):
+            if method is Method.joining:
+                raise MismatchError("streamed, models join and then go on: say --method cycle-consistent")
 
             def remember(step: int, search: Callable[[], Permutation]) -> Permutation:
                 name = f".step-{step}.safetensors"
@@ -86,6 +88,8 @@ def _jointly(run: MatchingRun, staging: Staging, method: Method) -> tuple[Sequen
                 finder = CycleConsistent(matcher=matcher)
             else:  # of the whole, not of each match in it
                 finder = CycleConsistent(restarts=matcher.restarts, matcher=dataclasses.replace(matcher, restarts=1))
+        elif method is Method.joining:
+            finder = Joining(matcher)
         else:
             if isinstance(matcher, WeightMatching) and not run.from_barycentre:
                 matcher = dataclasses.replace(matcher, init="identity")

@@ -36,8 +36,8 @@ def merge(
     method: Annotated[
         Method | None,
         typer.Option(
-            help="Each to one of them; each in turn to the mean of the others; or to a numbering of their own making, "
-            "which is the default for three or more."
+            help="Each to one of them; each in turn to the mean of the others; to a numbering of their own making, "
+            "which is the default for three or more; or each to the mean of those before it, as for --matcher learned."
         ),
     ] = None,
     reference: Annotated[int, typer.Option(help="With --method reference: the number of that checkpoint, from 0.")] = 0,

@@ -117,6 +117,7 @@ class Method(str, enum.Enum):
     reference = "reference"
     merge_many = "merge-many"
     cycle_consistent = "cycle-consistent"
+    joining = "joining"
 
 
 class Split(str, enum.Enum):

@@ -7,6 +7,7 @@ specification, and knows no architecture.
 from __future__ import annotations
 
 from permgraph.merging.frank_wolfe import FrankWolfeMany
+from permgraph.merging.joining import Joining
 from permgraph.merging.learned_ratios import LearnedRatios, learn_ratios
 from permgraph.merging.least_squares import least_squares
 from permgraph.merging.merge import merge
@@ -20,6 +21,7 @@ __all__ = [
     "CycleConsistent",
     "Found",
     "FrankWolfeMany",
+    "Joining",
     "LearnedRatios",
     "Merge",
     "MergeMany",

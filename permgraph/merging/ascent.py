@@ -148,25 +148,26 @@ class Ascent(InMemory):
         self.moved[number] = new
         return True
 
-    def join(self, number: int, joined: Sequence[int], matcher: SupportsMatch) -> None:
+    def join(self, number: int, joined: Sequence[int], matcher: SupportsMatch) -> MatchResult:
         """Match one model to the mean of those that have joined.
 
         Raises:
             KeyboardInterrupt: the matcher was interrupted; the best that it had found is kept.
         """
-        target = average([self.moved[other] for other in joined])
-        result = matcher.match(target, self.moved[number], self.models.spec, int(self.rng.integers(2**31)))
-        self.put(number, result.element)
+        result = self.match(average([self.moved[other] for other in joined]), number, matcher)
+        there: Any = result.element  # of the kind that all of them are
+        self.put(number, there @ self.permutations[number])
         if result.outcome == "interrupted":
             raise KeyboardInterrupt
+        return result
 
     def found(self, runs: Sequence[float] = (), notes: Sequence[str] = ()) -> Found:
         """What the run has come to."""
         return Found(tuple(self.permutations), self.outcome, tuple(self.history), tuple(runs), tuple(notes))
 
-    def match(self, target: Mapping[str, Any], number: int) -> MatchResult:
-        """What the matcher makes of one model, at its present permutation, and a target."""
-        matcher = self.matcher
+    def match(self, target: Mapping[str, Any], number: int, matcher: SupportsMatch | None = None) -> MatchResult:
+        """What a matcher, by default the run's, makes of one model, at its present permutation, and a target."""
+        matcher = matcher or self.matcher
         if runs_networks(matcher):
             matcher = matcher.with_models(self._module(target, number), self._module(self.moved[number], number))
         return matcher.match(target, self.moved[number], self.models.spec, int(self.rng.integers(2**31)))

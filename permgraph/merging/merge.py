@@ -51,7 +51,7 @@ def merge(
         models: modules, or state dicts when `spec` is given or another of them is a module. They may differ in device
             and dtype; the result has the first one's. Sharded tensors (DTensor) are gathered, and offloaded ones
             fetched; the result is sharded as the first is, and all processes must call this alike.
-        method: how to choose the permutations: `CycleConsistent()` by default, `MergeMany` or `ToReference`.
+        method: how to choose the permutations: `CycleConsistent()` by default, or another of these methods.
         spec: the symmetries; inferred from the first module. Over general ones (`auto_spec(model,
             symmetry="general")`) all models are brought into the gauge of the first, or of the reference; a method, or
             a matcher in it, that knows permutations alone is given these, and a note says so.

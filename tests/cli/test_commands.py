@@ -422,7 +422,12 @@ def test_merge_finds_what_the_library_finds(run: Run) -> None:
     for number, state in enumerate(states):
         save_file(state, f"{number}.safetensors")
     args = ("merge", *(f"{number}.safetensors" for number in range(3)), "-m", NET, "--seed", 3, "--json", "-o")
-    methods = {"cycle-consistent": pg.CycleConsistent(), "merge-many": pg.MergeMany(), "reference": pg.ToReference()}
+    methods = {
+        "cycle-consistent": pg.CycleConsistent(),
+        "merge-many": pg.MergeMany(),
+        "reference": pg.ToReference(),
+        "joining": pg.Joining(),
+    }
     for name, method in methods.items():
         data = json.loads(run(*args, f"{name}.safetensors", "--method", name).stdout)
         expected = pg.merge(states, method, spec=spec, seed=3)
@@ -439,6 +444,7 @@ def test_merge_refuses_what_does_not_go_together(run: Run, pair: Any) -> None:
     args = ("merge", "a.safetensors", "b.safetensors", "-m", NET, "-o", "m.safetensors")
     assert "the checkpoints are 0 to 1" in run(*args, "--reference", 2, code=2).stderr
     assert "say --data" in run(*args, "--recalibrate", code=2).stderr
+    assert "say --method cycle-consistent" in run(*args, "--method", "joining", "--stream", code=2).stderr
     assert "by weights" in run(*args, "--method", "cycle-consistent", "--matcher", "frank-wolfe", code=2).stderr
     assert "plain inner products" in run(*args, "--method", "cycle-consistent", "--objective", "cosine", code=2).stderr
     assert not Path("m.safetensors").exists()

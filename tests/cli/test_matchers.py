@@ -178,7 +178,7 @@ def test_a_matcher_as_plain_data_is_the_same_in_every_run() -> None:
 def test_merge_with_a_matcher_that_runs_networks(pair: dict[str, torch.Tensor]) -> None:
     common = ("-m", NET, "--matcher", "activation", "--data", "data.safetensors", "-o")
     save_file(spec_of(NET).random(2).apply(pair), "c.safetensors")
-    for method in ("reference", "merge-many"):
+    for method in ("reference", "merge-many", "joining"):
         run("merge", *(f"{n}.safetensors" for n in "abc"), *common, f"{method}.safetensors", "--method", method)
         merged = load_file(f"{method}.safetensors")
         assert all(torch.allclose(merged[key], tensor, atol=1e-6) for key, tensor in pair.items())

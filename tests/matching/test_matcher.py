@@ -145,7 +145,7 @@ def test_complex_networks_are_merged() -> None:
     real, imaginary = planted(spec, 0), planted(spec, 5)
     a = {name: torch.complex(real[0][name], imaginary[0][name]) for name in real[0]}
     copies = [a, *(spec.random(seed).apply(a) for seed in (1, 2))]
-    for method in (pg.CycleConsistent(), pg.MergeMany(), pg.ToReference(), pg.FrankWolfeMany()):
+    for method in (pg.CycleConsistent(), pg.MergeMany(), pg.ToReference(), pg.FrankWolfeMany(), pg.Joining()):
         merged = pg.merge(copies, method, spec=spec)
         back = merged.permutations[0].inverse().apply(merged.state_dict)
         assert all(torch.allclose(back[name], tensor, atol=1e-5) for name, tensor in a.items())

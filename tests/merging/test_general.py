@@ -21,6 +21,7 @@ METHODS = {
     "merge many": pg.MergeMany(),
     "reference": pg.ToReference(),
     "frank-wolfe": pg.FrankWolfeMany(max_steps=4),
+    "joining": pg.Joining(),
 }
 
 

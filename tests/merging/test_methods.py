@@ -15,6 +15,7 @@ from permgraph.matching.matcher import MatchResult
 from permgraph.merging import (
     CycleConsistent,
     FrankWolfeMany,
+    Joining,
     MergeMany,
     MergeMethod,
     Models,
@@ -31,8 +32,9 @@ METHODS: dict[str, MergeMethod] = {
     "cycle consistent": CycleConsistent(),
     "cycle consistent, from the identity": CycleConsistent(init="identity"),
     "frank-wolfe": FrankWolfeMany(max_steps=3),
+    "joining": Joining(),
 }
-MONOTONE = [name for name in METHODS if name not in ("to reference", "frank-wolfe")]
+MONOTONE = [name for name in METHODS if name not in ("to reference", "frank-wolfe", "joining")]
 MOVING = [name for name in SPECS if name not in ("one index", "nothing")]
 
 
@@ -212,7 +214,7 @@ class Interrupted(WeightMatching):
         return replace(found, outcome="interrupted") if type(self).calls == 2 else found
 
 
-@pytest.mark.parametrize("make", [MergeMany, ToReference])
+@pytest.mark.parametrize("make", [MergeMany, ToReference, Joining])
 def test_an_interruption_keeps_what_there_is(make: type) -> None:
     Interrupted.calls = 0
     spec = SPECS["mlp"]
@@ -228,7 +230,7 @@ def _modules(count: int) -> list[nn.Module]:
         return [nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).eval() for _ in range(count)]
 
 
-@pytest.mark.parametrize("make", [MergeMany, ToReference])
+@pytest.mark.parametrize("make", [MergeMany, ToReference, Joining])
 def test_a_matcher_that_runs_the_networks(make: type) -> None:
     models = _modules(3)
     spec = PermutationSpec.parse("0.weight 6x4 h .\n0.bias 6 h\n2.weight 3x6 . h\n2.bias 3 .\ngroups: h 6")

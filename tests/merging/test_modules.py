@@ -41,7 +41,7 @@ def as_computed(state: Any) -> torch.Tensor:
     return network(torch.randn(9, 5, generator=torch.Generator().manual_seed(0))).detach()
 
 
-@pytest.mark.parametrize("method", [None, pg.MergeMany(), pg.CycleConsistent(), pg.FrankWolfeMany()])
+@pytest.mark.parametrize("method", [None, pg.MergeMany(), pg.CycleConsistent(), pg.FrankWolfeMany(), pg.Joining()])
 def test_scrambled_copies_merge_to_the_network(method: Any) -> None:
     merged = pg.merge(networks(), *([] if method is None else [method]), spec=spec())
     torch.testing.assert_close(as_computed(merged.state_dict), as_computed(networks()[0].state_dict()))
