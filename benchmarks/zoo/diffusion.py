@@ -99,6 +99,7 @@ GIVEN: dict[str, dict[str, Any]] = {
         "dim_mult": [1, 2],
         "num_res_blocks": 1,
         "temperal_downsample": [False],
+        "is_residual": False,
     },
     "AutoencoderOobleck": {
         "encoder_hidden_size": Sized(16, 32),
@@ -300,6 +301,7 @@ GIVEN: dict[str, dict[str, Any]] = {
         "decoder_qkv_multiscales": ((), (5,)),
         "latent_channels": 8,
     },
+    "UNet1DModel": {"extra_in_channels": 64, "sample_size": 64},
     "UNet2DModel": {
         "block_out_channels": Sized((32, 64), (32, 96)),
         "layers_per_block": Sized(1, 2),

@@ -244,3 +244,15 @@ class Told(nn.Module):
 def test_shapes_with_letters() -> None:
     x, places = given(capture(Told()))
     assert places.shape[-1] == 3 and x.shape[:2] == places.shape[:2]
+
+
+def several_tokens_each(self, sample, pooled):
+    """A vector for each of several tokens, of which each becomes two."""
+    words = self.map(pooled).view(pooled.shape[0], pooled.shape[1] * 2, -1)
+    return self.last(torch.relu(self.first(sample) + words.mean(1)[..., None, None]))
+
+
+def test_vectors_that_are_sequences() -> None:
+    parts = {"first": nn.Conv2d(3, 8, 1), "map": nn.Linear(5, 16), "last": nn.Conv2d(8, 2, 1)}
+    _, pooled = given(capture(Module(several_tokens_each, **parts)))
+    assert len(pooled.shape) == 3 and pooled.shape[-1] == 5

@@ -22,7 +22,9 @@ from torch import Tensor, nn
 
 from permgraph.capture.inputs.layers import BATCH, filled, floats, integer, integers, named_sides
 
-Kind = Literal["real", "ids", "mask", "lengths", "edges", "members", "list", "record", "mapping", "number", "numbers"]
+Kind = Literal[
+    "real", "complex", "ids", "mask", "lengths", "edges", "members", "list", "record", "mapping", "number", "numbers"
+]
 
 #: Lengths and widths of the first, second, ... argument.
 LENGTHS = (19, 23, 29, 31, 43, 47, 71, 73)
@@ -98,6 +100,9 @@ def _value(model: nn.Module, guess: Guess, guesses: Guesses) -> Any:
             return {}
         case "number":
             return guess.bound
+        case "complex":
+            angles = floats(model, *shape).float()
+            return torch.polar(torch.ones_like(angles), angles)
         case "numbers":
             return _nested(guess.form, guess.bound)
         case _:

@@ -36,6 +36,8 @@ def mends(model: nn.Module, guesses: Guesses, failure: Failure) -> Iterator[Mend
     yield from in_the_way(model, guesses, failure)
     yield from _of_another_kind(model, guesses, failure)
     yield from _of_another_rank(model, guesses, failure)
+    yield from _as_a_plane(guesses, failure)
+    yield from _as_one_token(guesses, failure)
     yield from _of_another_count(guesses, failure)
     yield from of_other_sizes(guesses, failure)
     yield from _begun_otherwise(model, guesses, failure)
@@ -120,9 +122,33 @@ def _of_another_rank(model: nn.Module, guesses: Guesses, failure: Failure) -> It
                 yield 0.4 + 0.4 * at, changed(guesses, name, guess.with_(shape=shape))
 
 
+def _as_a_plane(guesses: Guesses, failure: Failure) -> Iterator[Mend]:
+    """Masks as an image of one channel, of each sample or of all, where images or videos were being put together."""
+    highest = max((operand.shape for operand in failure.operands), key=len, default=())
+    for name in _blamed(failure, guesses) if len(highest) > 3 else ():
+        guess = guesses[name]
+        if guess.kind == "mask" and len(guess.shape) < 4:
+            for at, samples in enumerate((1, guess.shape[0])):
+                yield 0.25 + 0.1 * at, changed(guesses, name, guess.with_(shape=(samples, 1, *highest[-2:])))
+
+
+def _as_one_token(guesses: Guesses, failure: Failure) -> Iterator[Mend]:
+    """Vectors as sequences of one vector, where there were too few numbers for a shape."""
+    if "is invalid for input of size" in str(failure.error):
+        for name in _blamed(failure, guesses):
+            guess = guesses[name]
+            if guess.kind == "real" and len(guess.shape) == 2:
+                yield 0.7, changed(guesses, name, guess.with_(shape=(guess.shape[0], 1, guess.shape[1])))
+
+
 def _wrong_ranks(failure: Failure) -> Iterator[tuple[Operand, int]]:
     """Tensors that have another number of dimensions than was wanted, and that number."""
     message = str(failure.error)
+    found = re.search(r"Expected (\d)-D tensors, but got \d-D for tensor number (\d+) in the list", message)
+    if found and int(found[2]) < len(failure.operands):
+        yield failure.operands[int(found[2])], int(found[1])
+        if sum(len(operand.shape) == int(found[1]) for operand in failure.operands) > 1:
+            return  # it is the odd one out
     if failure.function in _RANKS and failure.operands:
         rank = _RANKS[failure.function]
         if len(failure.operands[0].shape) != rank:

@@ -152,9 +152,11 @@ def _beginnings(model: nn.Module) -> Iterator[tuple[float, dict[str, Guess]]]:
 
 def _guessed(name: str, value: object) -> Guess | None:
     """The guess that would make values like these; None where there is no such kind."""
-    if not isinstance(value, Tensor) or value.is_complex():
+    if not isinstance(value, Tensor):
         return None
     shape = tuple(value.shape)
+    if value.is_complex():
+        return Guess("complex", shape)
     if "edge_index" in name:
         return Guess("edges", shape)
     if value.is_floating_point():

@@ -25,6 +25,7 @@ def of_other_sizes(guesses: Guesses, failure: Failure) -> Iterator[Mend]:
     yield from _as_told(guesses, failure)
     yield from _masks_of_other_lengths(guesses, failure)
     yield from _in_a_row(guesses, failure)
+    yield from _without_what_was_folded(guesses, failure)
     for at, (given, wanted, origins) in enumerate(dict.fromkeys(_mismatches(failure))):
         for cost, mended in _resized(guesses, given, wanted, origins):
             yield cost + 0.5 * min(at, 8), mended
@@ -74,15 +75,32 @@ def _in_a_row(guesses: Guesses, failure: Failure) -> Iterator[Mend]:
             yield 0.5, changed(guesses, name, guess.with_(shape=(guess.shape[0], wanted // times)))
 
 
+def _without_what_was_folded(guesses: Guesses, failure: Failure) -> Iterator[Mend]:
+    """An argument without the dimensions that were made one with the samples before it met others."""
+    samples = {operand.shape[0] for operand in failure.operands if operand.shape}
+    for name in sorted(_origins(failure) & guesses.keys()):
+        shape = guesses[name].shape
+        if guesses[name].kind == "real" and len(samples) > 1 and shape[:1] and shape[0] in samples:
+            for upto in range(2, len(shape)):
+                if shape[0] != math.prod(shape[:upto]) in samples:
+                    yield 0.25, changed(guesses, name, guesses[name].with_(shape=(shape[0], *shape[upto:])))
+
+
+#: Numbers in messages that count dimensions or tensors, and are no sizes.
+_NO_SIZES = re.compile(r"\b\d-?D\b|(tensor number|dimension|dim|argument|position|index) #?-?\d+")
+
+
 def _mismatches(failure: Failure) -> Iterator[Mismatch]:
     """Sizes that were found, those that were wanted, and the arguments that they may come from; the surest first."""
     yield from _by_function(failure)
     everyone = _origins(failure)
-    yield from _by_operands(failure.operands)
+    yield from _by_place(failure)
+    if "umber of dimensions" not in str(failure.error):
+        yield from _by_operands(failure.operands)
     told = [*compared(failure.error), *_totals(str(failure.error))]
     yield from ((given, wanted, everyone) for given, wanted in told)
     yield from ((given, wanted, frozenset()) for given, wanted in told)
-    numbers = [int(found) for found in re.findall(r"\d+", str(failure.error))][:16]
+    numbers = [int(found) for found in re.findall(r"\d+", _NO_SIZES.sub("", str(failure.error)))][:16]
     pairs = [(given, wanted) for given in reversed(numbers) for wanted in numbers if given != wanted and wanted > 0]
     yield from ((given, wanted, everyone) for given, wanted in pairs)
     yield from ((given, wanted, frozenset()) for given, wanted in pairs)
@@ -111,6 +129,16 @@ def _by_function(failure: Failure) -> Iterator[Mismatch]:
         yield data.shape[1], weight.shape[1] * groups, data.origins
     elif name in ("group_norm", "batch_norm", "instance_norm") and len(data.shape) > 1:
         yield data.shape[1], weight.shape[0], data.origins
+
+
+def _by_place(failure: Failure) -> Iterator[Mismatch]:
+    """The tensor of a list, by its number, that disagrees with the first in a dimension in which they were to agree."""
+    found = re.search(r"Expected (\d+) in dimension \d+ but got (\d+) for tensor number (\d+)", str(failure.error))
+    if found:
+        wanted, given, number = map(int, found.groups())
+        if number < len(failure.operands):
+            yield given, wanted, failure.operands[number].origins
+            yield wanted, given, failure.operands[0].origins
 
 
 def _by_operands(operands: tuple[Operand, ...]) -> Iterator[Mismatch]:
