@@ -58,7 +58,7 @@ GIVEN: dict[str, dict[str, Any]] = {
     "I2VGenXLUNet": {
         **_UNET,
         "norm_num_groups": 32,
-        "num_attention_heads": 2,
+        "attention_head_dim": 8,
         "down_block_types": ("CrossAttnDownBlock3D", "DownBlock3D"),
         "up_block_types": ("UpBlock3D", "CrossAttnUpBlock3D"),
     },

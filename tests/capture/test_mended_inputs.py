@@ -256,3 +256,17 @@ def test_vectors_that_are_sequences() -> None:
     parts = {"first": nn.Conv2d(3, 8, 1), "map": nn.Linear(5, 16), "last": nn.Conv2d(8, 2, 1)}
     _, pooled = given(capture(Module(several_tokens_each, **parts)))
     assert len(pooled.shape) == 3 and pooled.shape[-1] == 5
+
+
+def filled_up(self, hidden_states, text_states, text_mask, more_states, more_mask):
+    """Two texts in a row with their masks; where those are not set, what has been learnt for so many places stands."""
+    texts = torch.cat([self.text(text_states), self.more(more_states)], 1)
+    both = torch.where(torch.cat([text_mask, more_mask], 1)[..., None], texts, self.learnt)
+    return self.last(torch.cat([self.first(hidden_states), both], 1))
+
+
+def test_sequences_and_their_masks_change_together() -> None:
+    parts = {"first": nn.Linear(6, 8), "text": nn.Linear(5, 8), "more": nn.Linear(7, 8), "last": nn.Linear(8, 2)}
+    captured = capture(Module(filled_up, learnt=nn.Parameter(torch.randn(90, 8)), **parts))
+    _, text, text_mask, more, more_mask = given(captured)
+    assert text.shape[1] + more.shape[1] == text_mask.shape[1] + more_mask.shape[1] == 90

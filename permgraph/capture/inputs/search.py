@@ -109,17 +109,19 @@ class _Queue:
     def __init__(self) -> None:
         self._furthest: list[tuple[float, float, int, Guesses]] = []
         self._likeliest: list[tuple[float, int, Guesses]] = []
-        self._seen: set[tuple[tuple[str, Guess], ...]] = set()
+        self._known: dict[tuple[tuple[str, Guess], ...], tuple[int, int]] = {}
         self._taken: set[int] = set()
         self._numbers = itertools.count()
 
     def add(self, cost: float, progress: int, guesses: Guesses) -> None:
+        """Queue guesses; those that are queued already move up if they mend what came further than before."""
         key = tuple(guesses.items())
-        if key not in self._seen:
-            self._seen.add(key)
-            number = next(self._numbers)
+        number, before = self._known.get(key) or (next(self._numbers), -1)
+        if progress > before:
+            self._known[key] = (number, progress)
             heapq.heappush(self._furthest, (-progress, cost, number, guesses))
-            heapq.heappush(self._likeliest, (cost, number, guesses))
+            if before < 0:
+                heapq.heappush(self._likeliest, (cost, number, guesses))
 
     def take(self, likeliest: bool) -> tuple[float, Guesses] | None:
         heap: list[tuple] = self._likeliest if likeliest else self._furthest  # type: ignore[type-arg]

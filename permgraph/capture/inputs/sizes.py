@@ -26,6 +26,7 @@ def of_other_sizes(guesses: Guesses, failure: Failure) -> Iterator[Mend]:
     yield from _masks_of_other_lengths(guesses, failure)
     yield from _in_a_row(guesses, failure)
     yield from _without_what_was_folded(guesses, failure)
+    yield from _resized_alike(guesses, failure)
     for at, (given, wanted, origins) in enumerate(dict.fromkeys(_mismatches(failure))):
         for cost, mended in _resized(guesses, given, wanted, origins):
             yield cost + 0.5 * min(at, 8), mended
@@ -73,6 +74,24 @@ def _in_a_row(guesses: Guesses, failure: Failure) -> Iterator[Mend]:
         times = given // max(math.prod(guess.shape), 1)
         if guess.kind == "real" and times and wanted % times == 0:
             yield 0.5, changed(guesses, name, guess.with_(shape=(guess.shape[0], wanted // times)))
+
+
+def _resized_alike(guesses: Guesses, failure: Failure) -> Iterator[Mend]:
+    """Sequences and masks that are as long as each other, where what they are parts of met a parameter."""
+    parameters = {size for operand in failure.operands if not operand.origins for size in operand.shape[:-1]}
+    lengths = {operand.shape[1] for operand in failure.operands if operand.origins and len(operand.shape) > 2}
+    if len(lengths) != 1:
+        return
+    (given,) = lengths
+    alike: dict[int, list[str]] = {}
+    for name in sorted(_origins(failure) & guesses.keys()):
+        if guesses[name].kind in ("real", "ids", "mask") and len(guesses[name].shape) in (2, 3):
+            alike.setdefault(guesses[name].shape[1], []).append(name)
+    for wanted in sorted(parameters - {1, given}):
+        for length, names in alike.items():
+            if len(names) > 1 and length + wanted - given > 0:
+                sizes = dict.fromkeys(names, length + wanted - given)
+                yield 0.4, {name: _with_size(guess, 1, sizes.get(name)) for name, guess in guesses.items()}
 
 
 def _without_what_was_folded(guesses: Guesses, failure: Failure) -> Iterator[Mend]:
