@@ -212,7 +212,8 @@ def _resized_together(guesses: Guesses, given: int, wanted: int, origins: frozen
         if len(sizes) < 2 or times < 1 or sum(sizes.values()) * times != given or wanted % times:
             continue
         whole, more = wanted // times, wanted // times - sum(sizes.values())
-        parts = [dict.fromkeys(sizes, whole // len(sizes))] if whole % len(sizes) == 0 else []
+        kinds = {guesses[name].kind for name in sizes}  # what is an image and what is its mask are not in equal parts
+        parts = [dict.fromkeys(sizes, whole // len(sizes))] if whole % len(sizes) == 0 and len(kinds) == 1 else []
         parts += [{**sizes, name: more + size} for name, size in sizes.items() if more + size > 0]
         for at, part in enumerate(parts):
             yield 0.5 + at, {name: _with_size(guess, axis, part.get(name)) for name, guess in guesses.items()}
