@@ -155,9 +155,9 @@ class Grid(nn.Module):
         super().__init__()
         self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 3)
 
-    def forward(self, tokens: Tensor, shapes: list[tuple[int, int, int]], scale: float) -> Tensor:
+    def forward(self, hidden_states: Tensor, shapes: list[tuple[int, int, int]], scale: float) -> Tensor:
         assert all(isinstance(size, int) for shape in shapes for size in shape)
-        hidden = self.first(tokens)
+        hidden = self.first(hidden_states)
         frames, rows, columns = shapes[0]
         grid = hidden.view(hidden.shape[0], frames, rows, columns, -1)
         return self.last(torch.relu(grid * scale))
