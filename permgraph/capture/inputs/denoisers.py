@@ -21,6 +21,8 @@ from permgraph.capture.inputs.layers import BATCH, configured, filled, floats, i
 TEXT, FRAMES, SIDE = 13, 5, 16
 _DENOISED = ("hidden_states", "sample", "latents", "x")
 _STEPS = frozenset({"timestep", "timesteps", "t", "r_timestep", "timestep_r", "timestep_ratio"})
+#: Those which a network takes even where it does not say that it must.
+_FIRST_STEPS = frozenset({"timestep", "timesteps", "t", "timestep_ratio"})
 _TEXTS = frozenset({"encoder_hidden_states", "context", "cap_feats", "text_bth"})
 _TEXT_PART = re.compile(
     r"(context|caption|text|cap|txt|condition)\w*(embed|proj|norm|in\b)|encoder_hid_proj|attn2\.to_k|y_embedder"
@@ -116,7 +118,7 @@ def _beside(
 ) -> dict[str, Any]:
     """What goes with it, by name: what forward requires or does not do without, and what the config asks for."""
     given: dict[str, Any] = {}
-    for name in sorted(names & _STEPS):
+    for name in sorted(names & _STEPS & (needed | _FIRST_STEPS)):
         given[name] = integers(1000, BATCH) if name != "timestep_ratio" else floats(model, BATCH).abs()
     for name in sorted(names & _TEXTS):
         given[name] = floats(model, BATCH, TEXT, width)
@@ -192,9 +194,8 @@ def _added(model: nn.Module) -> dict[str, Any]:
     return {"text_embeds": floats(model, BATCH, total - 6 * times), "time_ids": floats(model, BATCH, 6).abs()}
 
 
-@keyword_finder("denoisers")
-def denoisers(model: nn.Module, names: frozenset[str]) -> Iterator[Arguments]:
-    """What is denoised with its step, the text, and whatever else forward requires or the config asks for."""
+def begun(model: nn.Module, names: frozenset[str]) -> Iterator[Arguments]:
+    """What is denoised with its step, the text, and what else is known by its name, of what forward requires."""
     main = next((name for name in _DENOISED if name in names), None)
     needed = set(required(model))
     if main is None or not (names & _STEPS) or getattr(model, "config", None) is None or "input_ids" in needed:
@@ -202,6 +203,11 @@ def denoisers(model: nn.Module, names: frozenset[str]) -> Iterator[Arguments]:
     masks = {name for name in names - needed if name in _TEXT_MASKS}
     for asked in (needed, needed | masks) if masks else (needed,):
         for (pixels, tokens), width in itertools.islice(itertools.product(_denoised(model), _text_widths(model)), 10):
-            beside = _beside(model, names, asked, pixels, tokens, width)
-            if needed <= {main, *beside}:
-                yield {main: pixels, **beside}
+            yield {main: pixels, **_beside(model, names, asked, pixels, tokens, width)}
+
+
+@keyword_finder("denoisers")
+def denoisers(model: nn.Module, names: frozenset[str]) -> Iterator[Arguments]:
+    """What is denoised with its step, the text, and whatever else forward requires or the config asks for."""
+    needed = set(required(model))
+    yield from (proposed for proposed in begun(model, names) if needed <= proposed.keys())

@@ -22,7 +22,9 @@ from torch import Tensor, nn
 
 from permgraph.capture.inputs.layers import BATCH, filled, floats, integer, integers, named_sides
 
-Kind = Literal["real", "ids", "mask", "lengths", "edges", "members", "list", "record", "mapping", "number"]
+Kind = Literal[
+    "real", "complex", "ids", "mask", "lengths", "edges", "members", "list", "record", "mapping", "number", "numbers"
+]
 
 #: Lengths and widths of the first, second, ... argument.
 LENGTHS = (19, 23, 29, 31, 43, 47, 71, 73)
@@ -38,6 +40,8 @@ class Guess:
     shape: tuple[int, ...] = ()
     bound: float = 2
     axis: int = 1
+    #: Of numbers in tuples and lists: `("list", ("tuple", "number", "number"))` and the like.
+    form: Any = None
 
     def with_(self, **changes: Any) -> Guess:
         return replace(self, **changes)
@@ -45,6 +49,15 @@ class Guess:
 
 Guesses = Mapping[str, Guess]
 """The arguments that are given, by name; what a record holds goes by `record.name`."""
+Mend = tuple[float, dict[str, Guess]]
+"""Other guesses, with what it costs to believe them."""
+RECORDS = ("record", "mapping")
+
+
+def changed(guesses: Guesses, name: str, guess: Guess) -> dict[str, Guess]:
+    """The guesses with another for one argument; what it held before goes."""
+    kept = {key: value for key, value in guesses.items() if not key.startswith(f"{name}.") or guess.kind in RECORDS}
+    return {**kept, name: guess}
 
 
 def values_of(model: nn.Module, guesses: Guesses) -> dict[str, Any]:
@@ -87,8 +100,22 @@ def _value(model: nn.Module, guess: Guess, guesses: Guesses) -> Any:
             return {}
         case "number":
             return guess.bound
+        case "complex":
+            angles = floats(model, *shape).float()
+            return torch.polar(torch.ones_like(angles), angles)
+        case "numbers":
+            return _nested(guess.form, guess.bound)
         case _:
             return floats(model, *shape)
+
+
+def _nested(form: Any, number: float) -> Any:
+    """Tuples and lists of one number, nested as a form says."""
+    if form == "number":
+        return int(number)
+    container, *items = form
+    made = [_nested(item, number) for item in items]
+    return tuple(made) if container == "tuple" else made
 
 
 def shape_of_rank(model: nn.Module, rank: int, length: int, width: int) -> Iterator[tuple[int, ...]]:
@@ -130,6 +157,7 @@ _KINDS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("batch+index batch+idx batch+vec", ("members",)),
     ("length lengths lens len seqlens seqlen", ("lengths", "lengths last")),
     ("mask masks", ("mask", "ids")),
+    ("kwargs", ("mapping",)),
     (_TIMES, ("labels", "numbers")),
     ("label labels class classes category", ("labels", "ids", "vectors")),
     ("ids tokens token text texts words idx indices index src tgt captions", ("ids", "labels")),
@@ -150,6 +178,8 @@ def beginnings(model: nn.Module, name: str, place: int, annotation: Any = None) 
     number = _number(annotation)
     if number is not None:
         return [number]
+    holders = [Guess("mapping") for option in _options(annotation) if dict in (option, typing.get_origin(option))]
+    numbers = [Guess("numbers", form=form) for form in _forms_of_numbers(annotation)]
     lists = [Guess("list", shape) for shape in _lists(model)] if _is_list(annotation) else []
     words = re.split(r"[_\d.]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower())
     joined = set(words) | {"+".join(pair) for pair in itertools.pairwise(words)}
@@ -157,13 +187,37 @@ def beginnings(model: nn.Module, name: str, place: int, annotation: Any = None) 
     made = [
         guess for kind in dict.fromkeys((*named, *_pictures(model), *_USUAL)) for guess in _begun(model, kind, place)
     ]
-    return list(dict.fromkeys((*lists, *made)))
+    return list(dict.fromkeys((*holders, *numbers, *lists, *made)))
 
 
 def _is_list(annotation: Any) -> bool:
     """Whether an argument says of itself that it is a list of tensors."""
     origins = (list, collections.abc.Sequence, tuple)
-    return typing.get_origin(annotation) in origins and typing.get_args(annotation)[:1] == (Tensor,)
+    for option in _options(annotation):
+        if option is list or (typing.get_origin(option) in origins and typing.get_args(option)[:1] == (Tensor,)):
+            return True
+    return False
+
+
+def _options(annotation: Any) -> tuple[Any, ...]:
+    """The types of a union, or the one type."""
+    union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    return typing.get_args(annotation) if union else (annotation,)
+
+
+def _forms_of_numbers(annotation: Any) -> Iterator[Any]:
+    """How an argument that says of itself that it holds whole numbers holds them: a list has one for each sample."""
+    for option in _options(annotation):
+        container, held = typing.get_origin(option), [item for item in typing.get_args(option) if item is not ...]
+        if container not in (list, tuple) or not held:
+            continue
+        inner = ["number" if item is int else next(_forms_of_numbers(item), None) for item in held]
+        if None in inner:
+            continue
+        if container is tuple and ... not in typing.get_args(option):
+            yield ("tuple", *inner)
+        else:
+            yield from ((container.__name__, *inner * count) for count in (BATCH, 1))
 
 
 def _lists(model: nn.Module) -> Iterator[tuple[int, ...]]:
@@ -185,8 +239,7 @@ def _pictures(model: nn.Module) -> tuple[str, ...]:
 
 def _number(annotation: Any) -> Guess | None:
     """The guess for an argument that says of itself that it is a number; a tensor as well is taken for a tensor."""
-    union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
-    options = typing.get_args(annotation) if union else (annotation,)
+    options = _options(annotation)
     if Tensor in options:
         return None
     return next((Guess("number", bound=kind(2)) for kind in (int, float, bool) if kind in options), None)
@@ -203,6 +256,7 @@ def _begun(model: nn.Module, kind: str, place: int) -> Iterator[Guess]:
             yield Guess("ids", (BATCH,))
         case "mask":
             yield Guess("mask", (BATCH, length))
+            yield Guess("mask", (BATCH, 1, SIDE, SIDE))
         case "lengths":
             yield Guess("lengths", (BATCH,))
         case "lengths last":
@@ -226,6 +280,28 @@ def _begun(model: nn.Module, kind: str, place: int) -> Iterator[Guess]:
         case _:
             for shape in shape_of_rank(model, ranks[kind], length, width):
                 yield Guess("real", shape)
+
+
+def paired(guesses: Guesses) -> dict[str, Guess]:
+    """The guesses with each mask as long as the sequence that it is called after, or that stands before it."""
+    names = list(guesses)
+    lengths = {
+        name: guess.shape[1]
+        for name, guess in guesses.items()
+        if (guess.kind == "real" and len(guess.shape) == 3) or (guess.kind == "ids" and len(guess.shape) == 2)
+    }
+
+    def alike(mask: str, name: str) -> tuple[int, bool, int]:
+        shared = len(set(mask.split("_")) & set(name.split("_")))
+        return shared, names.index(name) < names.index(mask), -abs(names.index(name) - names.index(mask))
+
+    made = dict(guesses)
+    for mask, guess in guesses.items():
+        others = [name for name in lengths if name != mask]
+        if guess.kind == "mask" and len(guess.shape) == 2 and others:
+            best = max(others, key=lambda name: alike(mask, name))
+            made[mask] = guess.with_(shape=(guess.shape[0], lengths[best]))
+    return made
 
 
 def parameters_of(model: nn.Module) -> dict[str, inspect.Parameter]:

@@ -15,22 +15,34 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from permgraph.capture.inputs.denoisers import denoisers
+from permgraph.capture.inputs.denoisers import begun
 from permgraph.capture.inputs.forms import Form, accepted
 from permgraph.capture.inputs.graphs import graphs
-from permgraph.capture.inputs.guesses import Guess, Guesses, annotations_of, beginnings, parameters_of, values_of
+from permgraph.capture.inputs.guesses import (
+    Guess,
+    Guesses,
+    annotations_of,
+    beginnings,
+    paired,
+    parameters_of,
+    values_of,
+)
 from permgraph.capture.inputs.layers import SECONDS_FOR_LAYERS, layers_at_length, placed, required, within_seconds
 from permgraph.capture.inputs.mends import mends
 from permgraph.capture.inputs.registry import Candidate, input_finder
 from permgraph.capture.inputs.trials import Bench
 
 MAX_SECONDS = 3.0
+#: So long the search goes on after a trial that came further than all before, and no longer than that in all.
+MORE_SECONDS, MOST_SECONDS = 1.5, 8.0
 FIRST_SECONDS = 15.0
 MAX_TRIALS = 250
+#: So many trials are made even where each takes long, as long as they take no more than MOST_SECONDS.
+FEW_TRIALS = 20
 #: After so many trials, none of which came further than one before, the search gives up.
 PATIENCE = 60
 #: Forms whose first proposals the search begins with as well: they may lack but one argument.
-SEEDS: tuple[Form, ...] = (denoisers, graphs)
+SEEDS: tuple[Form, ...] = (begun, graphs)
 MAX_SEEDS = 3
 #: So many mends of one failure are kept, the cheapest.
 MAX_MENDS = 24
@@ -56,17 +68,17 @@ def from_other_sizes(model: nn.Module) -> Iterator[Candidate]:
 
 def _searched(model: nn.Module, bench: Bench) -> Candidate | None:
     queue = _Queue()
-    for cost, begun in _beginnings(model):
-        queue.add(cost, 0, begun)
-    until = math.inf  # the first trial may load much of torch
+    for cost, first in _beginnings(model):
+        queue.add(cost, 0, first)
+    until = latest = math.inf  # the first trial may load much of torch
     furthest: tuple[int, Candidate | None] = (-1, None)
     since = 0
     for number in range(MAX_TRIALS):
         if number == 1:
-            until = time.process_time() + MAX_SECONDS
-        left = until - time.process_time()
+            until, latest = time.process_time() + MAX_SECONDS, time.process_time() + MOST_SECONDS
+        now = time.process_time()
         taken = queue.take(number % 3 == 2)
-        if taken is None or left <= 0 or since > PATIENCE:
+        if taken is None or now > latest or (now > until and number >= FEW_TRIALS) or since > PATIENCE:
             break
         cost, guesses = taken
         try:
@@ -74,11 +86,12 @@ def _searched(model: nn.Module, bench: Bench) -> Candidate | None:
         except (RuntimeError, IndexError):  # sizes that contradict each other
             continue
         since += 1
-        trial = bench.attempt(values, min(max(left, 1.0), FIRST_SECONDS))
+        trial = bench.attempt(values, min(max(until - now, 2.0), FIRST_SECONDS))
         if trial.failure is None:
             return placed(model, values_of(model, {n: _within(g, trial.rows.get(n)) for n, g in guesses.items()}))
         if trial.progress > furthest[0]:
             furthest, since = (trial.progress, placed(model, values)), 0
+            until = max(until, min(time.process_time() + MORE_SECONDS, latest))
         found = sorted(mends(model, guesses, trial.failure), key=lambda mend: mend[0])
         for more, mended in found[:MAX_MENDS]:
             queue.add(cost + more, trial.progress, mended)
@@ -96,17 +109,19 @@ class _Queue:
     def __init__(self) -> None:
         self._furthest: list[tuple[float, float, int, Guesses]] = []
         self._likeliest: list[tuple[float, int, Guesses]] = []
-        self._seen: set[tuple[tuple[str, Guess], ...]] = set()
+        self._known: dict[tuple[tuple[str, Guess], ...], tuple[int, int]] = {}
         self._taken: set[int] = set()
         self._numbers = itertools.count()
 
     def add(self, cost: float, progress: int, guesses: Guesses) -> None:
+        """Queue guesses; those that are queued already move up if they mend what came further than before."""
         key = tuple(guesses.items())
-        if key not in self._seen:
-            self._seen.add(key)
-            number = next(self._numbers)
+        number, before = self._known.get(key) or (next(self._numbers), -1)
+        if progress > before:
+            self._known[key] = (number, progress)
             heapq.heappush(self._furthest, (-progress, cost, number, guesses))
-            heapq.heappush(self._likeliest, (cost, number, guesses))
+            if before < 0:
+                heapq.heappush(self._likeliest, (cost, number, guesses))
 
     def take(self, likeliest: bool) -> tuple[float, Guesses] | None:
         heap: list[tuple] = self._likeliest if likeliest else self._furthest  # type: ignore[type-arg]
@@ -122,25 +137,28 @@ def _beginnings(model: nn.Module) -> Iterator[tuple[float, dict[str, Guess]]]:
     """What each required argument may be to begin with: all at their likeliest, then one of them otherwise."""
     hints = annotations_of(model)
     choices = {name: beginnings(model, name, at, hints.get(name)) for at, name in enumerate(required(model))}
-    likeliest = {name: guesses[0] for name, guesses in choices.items()}
-    yield 0.0, likeliest
-    for name, guesses in choices.items():
-        for at, guess in enumerate(guesses[1:4]):
-            yield 1.0 + at, {**likeliest, name: guess}
+    likeliest = paired({name: guesses[0] for name, guesses in choices.items()})
     names, order = accepted(model), list(parameters_of(model))
     for form in SEEDS:
         for at, proposed in enumerate(itertools.islice(form(model, names), MAX_SEEDS)):
             made = {name: _guessed(name, value) for name, value in proposed.items()}
             known = {name: guess for name, guess in made.items() if guess is not None}
             if len(known) == len(made):
-                yield 0.1 * at, {name: known[name] for name in order if name in known}
+                every = paired({**likeliest, **known})
+                yield 0.1 * at - 0.5, {name: every[name] for name in order if name in every}
+    yield 0.0, likeliest
+    for name, guesses in choices.items():
+        for at, guess in enumerate(guesses[1:4]):
+            yield 1.0 + at, {**likeliest, name: guess}
 
 
 def _guessed(name: str, value: object) -> Guess | None:
     """The guess that would make values like these; None where there is no such kind."""
-    if not isinstance(value, Tensor) or value.is_complex():
+    if not isinstance(value, Tensor):
         return None
     shape = tuple(value.shape)
+    if value.is_complex():
+        return Guess("complex", shape)
     if "edge_index" in name:
         return Guess("edges", shape)
     if value.is_floating_point():
