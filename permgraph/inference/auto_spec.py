@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -190,9 +190,11 @@ def _spec_of_all(
         from permgraph.inference.modules import find_families
 
         together, stand_ins = _joined(passes, whole=True)
-        families = find_families(solve(together.graph, limits=limits, unread=unread, stand_ins=stand_ins))
+        solution = solve(together.graph, limits=limits, unread=unread, stand_ins=stand_ins)
+        families = find_families(solution, [one.unused for one in passes])
     together, stand_ins = _joined([*passes, *in_training], whole=modules and families is None)
-    return spec_of(together, limits, unread, symmetry, stand_ins, modules=modules, families=families)
+    unused = [one.unused for one in passes]
+    return spec_of(together, limits, unread, symmetry, stand_ins, modules=modules, families=families, unused=unused)
 
 
 def _joined(passes: Sequence[Captured], *, whole: bool) -> tuple[Captured, tuple[StandIn, ...]]:
@@ -233,10 +235,12 @@ def spec_of(
     *,
     modules: bool = False,
     families: Found | None = None,
+    unused: Sequence[Collection[str]] = (),
 ) -> PermutationSpec:
     """The spec of a captured graph, in which `stand_ins` stand in their siblings' places.
 
-    With `modules` those that change places are groups too: these families, or else those of the solved graph.
+    With `modules` those that change places are groups too: these families, or else those of the solved graph, which is
+    one of passes that did not read the `unused` weights.
     When the time is up, what operators touch that have no types yet is pinned.
     """
     with gc_paused():
@@ -254,7 +258,7 @@ def spec_of(
         if modules:
             from permgraph.inference.modules import find_families, fold
 
-            spec = fold(spec, families or find_families(solution))
+            spec = fold(spec, families or find_families(solution, unused))
     log.info("%s: %d groups in %d operators", captured.model_class, len(spec.moving), len(solution.nodes))
     return spec
 

@@ -476,3 +476,47 @@ def test_says_why_modules_do_not_change_places():
     assert not pg.auto_spec(layers, (torch.randn(2, 5),), modules=True).refusals, (
         "nothing is said of layers in sequence"
     )
+
+
+class AsManyAsSteps(nn.Module):
+    """As many branches run, side by side, as there are steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(mlp() for _ in range(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return sum((branch(x.mean(1)) for branch, _ in zip(self.branches, x.unbind(1), strict=False)), torch.zeros(1))
+
+
+class RoutedByNumber(nn.Module):
+    """Each row goes to one expert, and experts to which none goes do not run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.experts = nn.Linear(5, 8), nn.ModuleList(mlp() for _ in range(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, chosen = self.router(x).softmax(-1).max(-1)
+        mixed = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            rows = (chosen == number).nonzero().squeeze(-1)
+            if rows.numel():
+                mixed[rows] = expert(x[rows]) * weights[rows, None]
+        return mixed
+
+
+@pytest.mark.parametrize("vary", [False, True])
+@pytest.mark.parametrize(
+    ("make", "inputs", "others"),
+    [(AsManyAsSteps, (2, 4, 5), (2, 2, 5)), (AsManyAsSteps, (2, 6, 5), (2, 6, 5)), (RoutedByNumber, (3, 5), (64, 5))],
+)
+def test_what_runs_for_some_inputs_alone_stays(
+    make: type[nn.Module], inputs: tuple[int, ...], others: tuple[int, ...], vary: bool
+) -> None:
+    torch.manual_seed(0)
+    model = make().eval()
+    spec = pg.auto_spec(model, (torch.randn(*inputs),), modules=True, vary=vary)
+    assert worst_difference(model, spec, [(torch.randn(*others),)], tries=4) < 1e-9
+    if inputs != others:
+        assert not spec.stacks

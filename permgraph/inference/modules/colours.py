@@ -50,6 +50,8 @@ class Colours:
         if node.op == "placeholder":
             val = node.meta["val"]
             if is_weight(node):
+                if node.meta["names"][0] in self._flow.held:
+                    return node
                 return (reading.key, tuple(val.shape), str(val.dtype))
             return (reading.key, constant_key(node) or node)
         terms = [(term.key, tuple(self._above[source] for source in term.nodes)) for term in reading.terms]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,12 +14,14 @@ from permgraph.inference.modules.colours import Colours
 from permgraph.inference.modules.depths import may_change_places
 from permgraph.inference.modules.exchange import Exchange, Exchanger
 from permgraph.inference.modules.moves import IntArray, Refused
-from permgraph.inference.modules.proof import Proof
+from permgraph.inference.modules.proof import UNREAD, Proof
 from permgraph.inference.modules.reading import Dataflow
 from permgraph.inference.solution import Solution, is_weight
 from permgraph.spec.provenance import Refusal
 
 log = logging.getLogger(__name__)
+
+_NUMBER = re.compile(r"\d+")
 
 MOST_TRIALS = 10_000
 """Exchanges that are tried in one graph; what is left then keeps its place."""
@@ -65,11 +68,14 @@ class Found:
         return [Refusal(why, tuple(names)) for (_, why), names in together.items()]
 
 
-def find_families(solution: Solution) -> Found:
-    """All families of modules of a solved graph."""
+def find_families(solution: Solution, unread: Sequence[Collection[str]] = ()) -> Found:
+    """All families of modules of a solved graph; `unread` has the weights that each pass did not read.
+
+    Modules of which some ran in a pass and others did not are none: which of them run depends on what is given.
+    """
     if not may_change_places(solution):
         return Found((), {})
-    flow = Dataflow(solution)
+    flow = Dataflow(solution, _held(solution, unread))
     colours = Colours(flow)
     unlike = _unlike(flow, colours)
     classes = colours.classes()
@@ -80,6 +86,25 @@ def find_families(solution: Solution) -> Found:
         search.look_into(weights)
     families = sorted(search.families, key=lambda family: -sum(map(len, family.members)))
     return Found(tuple(families), {**search.refused, **unlike})
+
+
+def _held(solution: Solution, unread: Sequence[Collection[str]]) -> frozenset[str]:
+    """The weights that stay in their modules: no pass read them, or one read some and others not that are named alike.
+
+    Where a part that no pass reached was put in its siblings' places, nothing was seen of how it would run.
+    """
+    alike: dict[str, list[str]] = {}
+    for name in solution.parameters:
+        alike.setdefault(_NUMBER.sub("*", name), []).append(name)
+    held: set[str] = set(solution.unread)
+    for missed in map(frozenset, unread):
+        for names in alike.values():
+            if not missed.isdisjoint(names) and not missed.issuperset(names):
+                held.update(names)
+    parts = [part for one in solution.stand_ins for part in (one.part, *one.siblings)]
+    return frozenset(held).union(
+        name for name in solution.parameters if any(name == part or name.startswith(f"{part}.") for part in parts)
+    )
 
 
 def _unlike(flow: Dataflow, colours: Colours) -> dict[tuple[str, str], str]:
@@ -111,6 +136,8 @@ def _met(flow: Dataflow, weight: fx.Node) -> set[fx.Node]:
 
 
 def _difference(flow: Dataflow, one: fx.Node, other: fx.Node) -> str:
+    if _name(one) in flow.held or _name(other) in flow.held:
+        return UNREAD
     mine, its = (tuple(node.meta["val"].shape) for node in (one, other))
     if mine != its:
         return f"{_name(other)} is {'x'.join(map(str, its))}, {_name(one)} {'x'.join(map(str, mine))}"

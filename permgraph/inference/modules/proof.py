@@ -42,6 +42,8 @@ from permgraph.rules.typed_tensor import VALUE, TypedTensor
 MOST_ELEMENTS = 1 << 22
 """Of tensors that are tried on numbers."""
 
+UNREAD = "no pass reads them, or which of them is read depends on what is given"
+
 INDICES = frozenset(["index", "indices", "mask"])
 
 
@@ -70,6 +72,8 @@ class Proof:
 
     def check(self, exchange: Exchange) -> None:
         """Raise Refused, saying why, unless an exchange leaves all that counts as it was."""
+        if any(is_weight(node) and node.meta["names"][0] in self._flow.held for node in exchange.twins):
+            raise Refused(UNREAD)
         tried = []
         for node in self._touched(exchange):
             for one in dict.fromkeys((node, exchange.twins.get(node, node))):

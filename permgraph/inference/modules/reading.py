@@ -7,7 +7,7 @@ together, parts of a dimension are read without the places of these parts; the p
 from __future__ import annotations
 
 import operator
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,10 +88,11 @@ class Dataflow:
         within: for each node inside another's reading, that other.
         left: the nodes that the forward pass leaves on the model.
         calls: the call of each node that calls an operator.
+        held: the names of the weights that stay in their modules, whatever the graph says.
     """
 
-    def __init__(self, solution: Solution) -> None:
-        self.solution = solution
+    def __init__(self, solution: Solution, held: Collection[str] = ()) -> None:
+        self.solution, self.held = solution, frozenset(held)
         facts = solution.facts
         self.operators = facts.operators
         self.memory = facts.memory
